@@ -1,0 +1,33 @@
+"""The GDN dialect: one op per file, each with schema, plain PyTorch reference, fake and example inputs.
+
+A reference is meaning, fallback and oracle at once. All references compute in ``promote_types(dtype, float32)``: in float32 for
+models of any dtype up to float32, in float64 when every input is float64, which is what the proofs rely on.
+"""
+
+from gdnfuse.dialect import (
+    causal_conv_update,
+    delta_rule,
+    fused_gating_delta_rule,
+    gated_rms_norm,
+    gating,
+    l2norm,
+    mixer_decode,
+    packed_decode,
+    packed_linear,
+)
+from gdnfuse.dialect.op import OPS, DialectOp, op_of
+
+__all__ = [
+    "OPS",
+    "DialectOp",
+    "causal_conv_update",
+    "delta_rule",
+    "fused_gating_delta_rule",
+    "gated_rms_norm",
+    "gating",
+    "l2norm",
+    "mixer_decode",
+    "op_of",
+    "packed_decode",
+    "packed_linear",
+]

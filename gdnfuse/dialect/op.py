@@ -1,0 +1,75 @@
+"""What a dialect op is, and the table of all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class DialectOp:
+    """One op of the dialect.
+
+    Attributes:
+        name: its name; the op is ``torch.ops.gdnfuse.<name>``.
+        reference: plain PyTorch function with the op's signature. It is the meaning of the op.
+        overload: the registered ``OpOverload``.
+        mutates: names of the arguments written in place.
+        examples: yields ``(args, kwargs)`` of small real inputs, used by ``opcheck`` and the kernel tests.
+        equation: one line of maths, for people.
+    """
+
+    name: str
+    reference: Callable[..., Any]
+    overload: Any
+    mutates: tuple[str, ...]
+    examples: Callable[[], list[tuple[tuple[Any, ...], dict[str, Any]]]]
+    equation: str
+    arg_names: tuple[str, ...] = field(default=())
+
+    def bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of a call by name, defaults included."""
+        bound = {a.name: a.default_value for a in self.overload._schema.arguments if a.has_default_value()}
+        bound.update(zip(self.arg_names, args, strict=False))
+        bound.update(kwargs)
+        return bound
+
+
+OPS: dict[str, DialectOp] = {}
+
+
+def register(
+    name: str,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    examples: Callable[[], list[tuple[tuple[Any, ...], dict[str, Any]]]],
+    *,
+    equation: str,
+    mutates: tuple[str, ...] = (),
+) -> DialectOp:
+    """Register ``gdnfuse::<name>`` with torch.library; the reference is its implementation on every device."""
+    custom = torch.library.custom_op(f"gdnfuse::{name}", reference, mutates_args=mutates)
+    custom.register_fake(fake)
+    overload = custom._opoverload
+    arg_names = tuple(a.name for a in overload._schema.arguments)
+    op = DialectOp(name, reference, overload, mutates, examples, equation, arg_names)
+    OPS[name] = op
+    return op
+
+
+def op_of(target: Any) -> DialectOp | None:
+    """The dialect op whose overload ``target`` is, or None."""
+    if isinstance(target, torch._ops.OpOverload) and target.namespace == "gdnfuse":
+        return OPS.get(target._schema.name.split("::")[1])
+    return None
+
+
+def acc_dtype(*tensors: torch.Tensor) -> torch.dtype:
+    """The dtype the maths is done in: at least float32, float64 if any input is float64."""
+    dtype = torch.float32
+    for t in tensors:
+        dtype = torch.promote_types(dtype, t.dtype)
+    return dtype
