@@ -115,6 +115,7 @@ class GraphReport:
         nodes_before, nodes_after: call nodes of the whole graph.
         proofs: proofs run (not taken from the cache); proof_seconds: their time in all.
         pass_seconds: time of every pass together, proofs included.
+        stage_code: the graph after the stage that `stop_after` named, as text.
     """
 
     graph_id: int
@@ -129,6 +130,7 @@ class GraphReport:
     proofs: int = 0
     proof_seconds: float = 0.0
     pass_seconds: float = 0.0
+    stage_code: str = ""
 
     @property
     def fused_layers(self) -> int:

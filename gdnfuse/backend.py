@@ -1,0 +1,125 @@
+"""The torch.compile entry point: a graph and options in, a compiled callable out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch._dynamo.backends.registry import lookup_backend
+from torch.fx import GraphModule
+
+from gdnfuse.options import Options, parse
+from gdnfuse.packing import PackedWeight
+from gdnfuse.pipeline import original, rewrite
+from gdnfuse.report import GdnfuseError, GraphReport, new_report, publish
+
+log = logging.getLogger(__name__)
+
+
+def gdnfuse(
+    gm: GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: dict[str, Any] | None = None
+) -> Callable[..., Any]:
+    """Backend for `torch.compile(model, backend="gdnfuse", mode=…, options=…)`.
+
+    Args:
+        gm: Dynamo's graph.
+        example_inputs: its inputs; Parameters among them are the model's own.
+        mode: handed to Inductor.
+        options: see `gdnfuse.options.Options`.
+
+    Returns:
+        The compiled callable, with the arguments of `gm`.
+
+    Raises:
+        GdnfuseError: bad options; or `strict` and a GDN layer of a decode graph left unfused.
+    """
+    opts = parse(options)
+    patches = _inductor_patches(mode, opts)
+    report = new_report()
+    report.inner = opts.inner
+    report.note = _why_untouched(example_inputs)
+    report.rewritten = not report.note
+    packed: list[PackedWeight] = []
+    rewritten = gm
+    if report.rewritten:
+        rewritten = original(gm)
+        placeholders = [n for n in rewritten.graph.nodes if n.op == "placeholder"]
+        packed = rewrite(rewritten, dict(zip(placeholders, example_inputs, strict=True)), opts, report)
+    publish(report)
+    log.info(report.summary())
+    if opts.strict:
+        _demand_fused(report)
+    if not report.layers:
+        return _inner(gm, example_inputs, opts, patches)
+    return _finish(rewritten, example_inputs, packed, opts, patches)
+
+
+def _why_untouched(example_inputs: Sequence[Any]) -> str:
+    if torch.is_grad_enabled():
+        for x in example_inputs:
+            if isinstance(x, torch.Tensor) and x.requires_grad:
+                return (
+                    "Inference must run without gradients (torch.no_grad or requires_grad_(False)), "
+                    "found grad mode on and an input or parameter that requires it."
+                )
+    return ""
+
+
+def _demand_fused(report: GraphReport) -> None:
+    if not report.rewritten:
+        raise GdnfuseError(f"strict: the graph was not rewritten. {report.note}")
+    if report.phase == "decode":
+        for layer in report.layers:
+            if not layer.fused:
+                raise GdnfuseError(f"strict: the GDN layer {layer.path} is not fused. {layer.why_not}")
+
+
+def _finish(
+    gm: GraphModule, example_inputs: Sequence[Any], packed: list[PackedWeight], opts: Options, patches: dict[str, Any]
+) -> Callable[..., Any]:
+    """Drop inputs that only packing read, compile the rest, and guard the packed weights at every call."""
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    keep = [i for i, n in enumerate(placeholders) if n.users]
+    for n in placeholders:
+        if not n.users:
+            gm.graph.erase_node(n)
+    gm.graph.lint()
+    gm.recompile()
+    inner = _inner(gm, [example_inputs[i] for i in keep], opts, patches)
+
+    def compiled(*args: Any) -> Any:
+        for weight in packed:
+            weight.ensure(args)
+        return inner(*[args[i] for i in keep])
+
+    return compiled
+
+
+def _inner(gm: GraphModule, inputs: Sequence[Any], opts: Options, patches: dict[str, Any]) -> Callable[..., Any]:
+    if any(isinstance(x, torch.Tensor) and x.is_meta for x in inputs):
+        return gm.forward
+    extra = {"config_patches": patches} if patches else {}
+    return lookup_backend(opts.inner)(gm, list(inputs), **extra)
+
+
+def _inductor_patches(mode: str | None, opts: Options) -> dict[str, Any]:
+    if opts.inner != "inductor":
+        if mode not in (None, "default"):
+            raise GdnfuseError(f"mode={mode!r} is Inductor's and needs inner='inductor', found inner={opts.inner!r}.")
+        return {}
+    from torch import _inductor
+
+    patches: dict[str, Any] = {}
+    if mode not in (None, "default"):
+        modes = _inductor.list_mode_options()
+        if mode not in modes:
+            raise GdnfuseError(f"Unknown mode {mode!r}; the valid ones are {', '.join(modes)}.")
+        patches.update(modes[mode])
+    known = _inductor.config.get_config_copy()
+    for key, setting in opts.inductor.items():
+        if key not in known:
+            raise GdnfuseError(f"Unknown Inductor option {key!r} in the option inductor; see torch._inductor.list_options().")
+        patches[key] = setting
+    return patches

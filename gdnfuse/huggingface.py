@@ -1,0 +1,208 @@
+"""What needs Hugging Face: the one-liner for `generate()`, and reports of a config without weights.
+
+transformers is imported inside the functions, so that importing this module stays cheap.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gdnfuse import options as gdnfuse_options
+from gdnfuse.report import GdnfuseError, GraphReport, reports
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+PHASES = ("decode", "prefill")
+
+
+def compile(
+    model: torch.nn.Module,
+    *,
+    mode: str | None = None,
+    fullgraph: bool = False,
+    dynamic: bool | None = None,
+    prefill: bool = False,
+    **options: Any,
+) -> torch.nn.Module:
+    """Compile the decode steps of a model in place, for `generate()` and for direct calls alike.
+
+    `torch.compile(model).generate()` never reaches any backend, because `generate` stays bound to the inner model. Here the model's
+    own call is compiled, and so is the call that `generate(cache_implementation="static")` compiles for itself.
+
+    Args:
+        model: a causal language model of transformers.
+        mode: one of Inductor's. None means "reduce-overhead" (CUDA graphs) where `generate` uses a static cache, "default" elsewhere.
+        fullgraph, dynamic: as in `torch.compile`.
+        prefill: also compile calls that are no decode step. They run as they are otherwise: a prompt is unrolled into one graph per
+            length, and a static cache has to be created outside a graph for CUDA graphs to write it.
+        options: see `gdnfuse.options.Options`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        GdnfuseError: a bad option or mode. The model is as it was then.
+    """
+    parsed = gdnfuse_options.parse(options)
+    _check_mode(mode, parsed)
+    generate_mode = "reduce-overhead" if mode is None and parsed.inner == "inductor" else mode
+    shared = {"backend": "gdnfuse", "fullgraph": fullgraph, "dynamic": dynamic}
+
+    model.compile(**shared, **_mode_or_options(mode, options))
+    if not prefill:
+        model._compiled_call_impl = _decode_only(model._compiled_call_impl, model._call_impl)
+    if getattr(model, "generation_config", None) is not None:
+        from transformers import CompileConfig
+
+        config = CompileConfig(**shared, **_mode_or_options(generate_mode, options))
+        config._compile_all_devices = True  # otherwise generate warns on CPU that it ignores this config
+        model.generation_config.compile_config = config
+    return model
+
+
+def _check_mode(mode: str | None, parsed: gdnfuse_options.Options) -> None:
+    valid = torch._inductor.list_mode_options()
+    if mode is not None and mode not in valid:
+        raise GdnfuseError(f"Unknown mode {mode!r}; the valid ones are {', '.join(valid)}.")
+    if mode not in (None, "default") and parsed.inner != "inductor":
+        raise GdnfuseError(f"mode={mode!r} is Inductor's and needs inner='inductor', found inner={parsed.inner!r}.")
+
+
+def _mode_or_options(mode: str | None, options: dict[str, Any]) -> dict[str, Any]:
+    """torch.compile refuses mode and options together, so beside options a mode is spelled as the Inductor options it stands for."""
+    if not options:
+        return {"mode": mode, "options": None}
+    if mode is not None and (settings := torch._inductor.list_mode_options(mode)):
+        options = {**options, "inductor": {**settings, **options.get("inductor", {})}}
+    return {"mode": None, "options": dict(options)}
+
+
+def _decode_only(compiled: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        tokens = args[0] if args else kwargs.get("input_ids")
+        tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
+        cache = kwargs.get("past_key_values")
+        step = tokens is not None and tokens.shape[1] == 1 and cache is not None and cache.is_initialized
+        return (compiled if step else plain)(*args, **kwargs)
+
+    return call
+
+
+def presets() -> list[str]:
+    """Names of the built-in configs."""
+    return sorted(p.name.removesuffix(".json") for p in (resources.files("gdnfuse") / "presets").iterdir() if p.name.endswith(".json"))
+
+
+def load_config(name_or_path: str) -> PreTrainedConfig:
+    """The config of a preset ("qwen3.5-4b" or "4b"), a config.json, a local model folder or a hub id.
+
+    Raises:
+        GdnfuseError: with a sentence, if there is no such config or it cannot be read.
+    """
+    for name in (name_or_path.lower(), f"qwen3.5-{name_or_path.lower()}"):
+        if name in presets():
+            return _from_json((resources.files("gdnfuse") / "presets" / f"{name}.json").read_text(), name)
+    path = Path(name_or_path).expanduser()
+    file = path / "config.json" if path.is_dir() else path
+    if file.is_file():
+        try:
+            text = file.read_text()
+        except (OSError, UnicodeDecodeError) as e:
+            raise GdnfuseError(f"Cannot read {file}: {e}.") from e
+        return _from_json(text, str(file))
+    if path.is_dir():
+        raise GdnfuseError(f"The folder {path} has no config.json.")
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name_or_path) or file.suffix == ".json":
+        raise GdnfuseError(
+            f"No such model: {name_or_path!r} is no file, folder or hub id (owner/name), and the presets are {', '.join(presets())}."
+        )
+    return _from_hub(name_or_path)
+
+
+def _from_json(text: str, source: str) -> PreTrainedConfig:
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as e:
+        raise GdnfuseError(f"{source} is not JSON: {e}.") from e
+    if not isinstance(data, dict) or not isinstance(data.get("model_type"), str):
+        raise GdnfuseError(f'{source} is not a model config: it has no "model_type".')
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.for_model(**data)
+    except Exception as e:  # transformers raises whatever the field's check raises
+        raise GdnfuseError(f"{source} is not a config that transformers accepts: {_first_line(e)}") from e
+
+
+def _from_hub(name: str) -> PreTrainedConfig:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(name)
+    except Exception as e:  # OSError, ValueError or an error of the HTTP client, depending on what is wrong
+        raise GdnfuseError(f"Cannot get the config of {name!r} from the hub: {_first_line(e)}") from e
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+
+
+def meta_model(config: PreTrainedConfig, dtype: torch.dtype = torch.bfloat16) -> torch.nn.Module:
+    """The causal language model of a config on the meta device: shapes without weights. Multimodal configs give their text model.
+
+    Raises:
+        GdnfuseError: the config has no causal language model in transformers.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config.get_text_config(decoder=True), dtype=dtype)
+    except Exception as e:  # an unknown architecture or sizes that do not fit together
+        raise GdnfuseError(f"Cannot build a causal language model from this config: {_first_line(e)}") from e
+    return model.eval().requires_grad_(False)
+
+
+def trace(
+    model: torch.nn.Module, *, phase: str = "decode", batch: int = 1, prompt: int = 64, **options: Any
+) -> list[GraphReport]:
+    """Compile one step of a model on the meta device and return the reports of its graphs. Needs neither weights nor a GPU.
+
+    Args:
+        model: from `meta_model`.
+        phase: "decode", one token after a prompt, or "prefill", the prompt itself.
+        batch: sequences.
+        prompt: tokens of the prompt. What decodes does not depend on it.
+        options: see `gdnfuse.options.Options`; `target` names the device type to lower for.
+    """
+    from transformers import StaticCache
+
+    if phase not in PHASES:
+        raise GdnfuseError(f"phase must be one of {', '.join(PHASES)}, found {phase!r}.")
+    for name, size in (("batch", batch), ("prompt", prompt)):
+        if size < 1:
+            raise GdnfuseError(f"{name} must be at least 1, found {size}.")
+    gdnfuse_options.parse(options)
+    known = {r.graph_id for r in reports()}
+    # Only the cache is built under the device: with that mode on, Dynamo traces through it and takes four times as long.
+    with torch.device("meta"):
+        cache = StaticCache(config=model.config, max_cache_len=prompt + 1)
+    tokens = torch.zeros(batch, prompt, dtype=torch.long, device="meta")
+    # Every model of a process shares transformers' code objects, so reports of several models add up to the limit.
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=1000, accumulated_recompile_limit=1000):
+        step = torch.compile(model, backend="gdnfuse", options=options or None)
+        if phase == "decode":
+            # Two tokens are enough for the cached states to exist, and keep the chunk rule to one chunk.
+            model(tokens[:, :2] if prompt > 1 else tokens, past_key_values=cache, use_cache=True)
+            tokens = tokens[:, :1]
+        step(tokens, past_key_values=cache, use_cache=True)
+    return [r for r in reports() if r.graph_id not in known]

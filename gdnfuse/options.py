@@ -1,0 +1,64 @@
+"""Every option of the backend: its default and its check."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from gdnfuse.report import GdnfuseError
+
+STAGES = ("normalize", "lift", "fuse", "lower")
+INNER = ("inductor", "aot_eager", "eager")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of `torch.compile(model, backend="gdnfuse", options={...})`.
+
+    Attributes:
+        inner: what compiles the rewritten graph: "inductor", "aot_eager" or "eager".
+        inductor: options handed to Inductor as they are, e.g. {"max_autotune": True}.
+        strict: raise when a GDN layer of a decode graph stays unfused, instead of reporting it.
+        stop_after: stop after "normalize", "lift", "fuse" or "lower"; the graph of that stage runs and is in the report.
+        target: device type the lowering assumes, e.g. "cuda"; None takes it from the tensors. For reports without a GPU.
+    """
+
+    inner: str = "inductor"
+    inductor: dict[str, Any] = field(default_factory=dict)
+    strict: bool = False
+    stop_after: str | None = None
+    target: str | None = None
+
+
+def parse(given: dict[str, Any] | None) -> Options:
+    """Check options as the user wrote them.
+
+    Raises:
+        GdnfuseError: an unknown key (named, with the valid ones) or a value of the wrong kind.
+    """
+    given = dict(given or {})
+    valid = [f.name for f in dataclasses.fields(Options)]
+    unknown = [k for k in given if k not in valid]
+    if unknown:
+        raise GdnfuseError(
+            f"Unknown gdnfuse option {', '.join(map(repr, unknown))}; the valid ones are {', '.join(valid)}. "
+            'Options of Inductor go under "inductor".'
+        )
+    options = Options(**given)
+    _one_of("inner", options.inner, INNER)
+    _one_of("stop_after", options.stop_after, (None, *STAGES))
+    if not isinstance(options.strict, bool):
+        raise GdnfuseError(f"Option strict must be True or False, found {options.strict!r}.")
+    if options.target is not None and not isinstance(options.target, str):
+        raise GdnfuseError(f"Option target must be a device type such as 'cuda', found {options.target!r}.")
+    if not isinstance(options.inductor, dict) or not all(isinstance(k, str) for k in options.inductor):
+        raise GdnfuseError(f"Option inductor must be a dict of Inductor options, found {options.inductor!r}.")
+    if options.inductor and options.inner != "inductor":
+        raise GdnfuseError(f"Option inductor needs inner='inductor', found inner={options.inner!r}.")
+    return options
+
+
+def _one_of(name: str, found: Any, allowed: tuple[Any, ...]) -> None:
+    if found not in allowed:
+        raise GdnfuseError(f"Option {name} must be one of {', '.join(map(repr, allowed))}, found {found!r}.")

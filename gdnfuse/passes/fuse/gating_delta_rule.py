@@ -1,0 +1,57 @@
+"""delta_rule(q, k, v, gating(a, …), sigmoid(b), state), state.copy_(new)  →  fused_gating_delta_rule(…, state!)"""
+
+from __future__ import annotations
+
+from gdnfuse.dialect import delta_rule, fused_gating_delta_rule, gating
+from gdnfuse.report import Refused
+from gdnfuse.rewrite.driver import call
+from gdnfuse.rewrite.graph import op_name, peel, real_users, value
+from gdnfuse.rewrite.pattern import Mismatch, Op, Var
+from gdnfuse.rewrite.rule import Match, Rule, bring
+
+
+class FuseGatingDeltaRule(Rule):
+    name, stage, equation = "gating_delta_rule", "fuse", fused_gating_delta_rule.op.equation
+
+    def anchors(self, graph):
+        return [n for n in graph.nodes if op_name(n) == "gdnfuse.delta_rule"]
+
+    def match(self, anchor):
+        bound = delta_rule.op.bind(anchor.args, anchor.kwargs)
+        g = peel(bound["g"])
+        if op_name(g) != "gdnfuse.gating":
+            raise Mismatch(g, "gating(a, A_log, dt_bias)", op_name(g))
+        gates = gating.op.bind(g.args, g.kwargs)
+        b = Op("sigmoid", Var("b")).match(bound["beta"])["b"]
+        o, write = _results(anchor, bound["state"])
+        shape = value(bound["g"]).shape
+        operands = {"a": bring(gates["a"], shape, "a"), "b": bring(b, shape, "b")}
+        inputs = {k: bound[k] for k in ("q", "k", "v")} | {k: x.node for k, x in operands.items()}
+        inputs |= {"A_log": gates["A_log"], "dt_bias": gates["dt_bias"], "recurrent_state": bound["state"]}
+        return Match(
+            inputs,
+            [o],
+            writes={"recurrent_state": write},
+            data={"how": operands, "scale": bound["scale"], "eps": bound["l2norm_eps"]},
+        )
+
+    def rewrite(self, m, t):
+        how = m.data["how"]
+        a, b = how["a"].how(t.a), how["b"].how(t.b)
+        scale, eps = m.data["scale"], m.data["eps"]
+        arguments = (t.q, t.k, t.v, a, b, t.A_log, t.dt_bias, t.recurrent_state, scale, eps)
+        return call(fused_gating_delta_rule.op.overload, *arguments)
+
+
+def _results(rule, state):
+    """The node of the rule's output and the copy of its new state into `state`."""
+    taken = {u.args[1]: u for u in rule.users}
+    if 0 not in taken or 1 not in taken:
+        raise Refused("Both the output and the new state must be used, found that one is not.", at=rule)
+    copies = [u for u in real_users(taken[1]) if op_name(u) == "copy_" and u.args[0] is state]
+    if len(copies) != 1:
+        raise Refused(f"The new state must be copied once into the state it came from, found {len(copies)} copies.", at=rule)
+    return taken[0], copies[0]
+
+
+RULE = FuseGatingDeltaRule()

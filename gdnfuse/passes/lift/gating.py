@@ -1,0 +1,47 @@
+"""−exp(A_log) · softplus(a + dt_bias)  →  gdnfuse.gating(a, A_log, dt_bias)"""
+
+from __future__ import annotations
+
+from gdnfuse.dialect import gating
+from gdnfuse.rewrite.driver import call
+from gdnfuse.rewrite.graph import op_name, peel, real_users, value
+from gdnfuse.rewrite.pattern import Alt, Op, Var
+from gdnfuse.rewrite.rule import Match, Rule, bring
+
+decay = Op("exp", Var("A_log"))
+softplus = Op("softplus", Op("add", Var("a"), Var("dt_bias")))
+PATTERN = Alt(Op("mul", Op("neg", decay), softplus), Op("neg", Op("mul", decay, softplus)))
+
+
+class LiftGating(Rule):
+    name, stage, equation = "gating", "lift", gating.op.equation
+
+    def anchors(self, graph):
+        """softplus of a sum with a vector: dt_bias is the step's bias, one number per head."""
+        for node in graph.nodes:
+            if op_name(node) == "softplus" and op_name(add := peel(node.args[0])) == "add":
+                if any(value(peel(x)).ndim == 1 for x in add.all_input_nodes):
+                    yield node
+
+    def match(self, anchor):
+        root = next(iter(real_users(anchor)), anchor)
+        if op_name(root) == "mul" and op_name(negated := next(iter(real_users(root)), root)) == "neg":
+            root = negated
+        env = PATTERN.match(root)
+        if value(peel(env["a"])).ndim == 1:
+            env["a"], env["dt_bias"] = env["dt_bias"], env["a"]
+        shape = value(root).shape
+        operands = {
+            "a": bring(env["a"], shape, "a"),
+            "A_log": bring(env["A_log"], shape[-1:], "A_log"),
+            "dt_bias": bring(env["dt_bias"], shape[-1:], "dt_bias"),
+        }
+        return Match({k: o.node for k, o in operands.items()}, [root], data={"how": operands, "dtype": value(root).dtype})
+
+    def rewrite(self, m, t):
+        how = m.data["how"]
+        g = call(gating.op.overload, *(how[k].how(getattr(t, k)) for k in ("a", "A_log", "dt_bias")))
+        return g.to(m.data["dtype"])
+
+
+RULE = LiftGating()

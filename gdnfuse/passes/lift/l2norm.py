@@ -1,0 +1,37 @@
+"""x · rsqrt(Σx² + eps)  →  gdnfuse.l2norm(x, eps)"""
+
+from __future__ import annotations
+
+from gdnfuse.dialect import l2norm
+from gdnfuse.rewrite.driver import call
+from gdnfuse.rewrite.graph import op_name, peel, real_users, value
+from gdnfuse.rewrite.pattern import Const, Op, Var
+from gdnfuse.rewrite.rule import Match, Rule, bring
+
+x = Var("x")
+PATTERN = Op("mul", x, Op("rsqrt", Op("add", Op("sum", Op("mul", x, x)), Const("eps"))))
+
+
+class LiftL2Norm(Rule):
+    name, stage, equation = "l2norm", "lift", l2norm.op.equation
+
+    def anchors(self, graph):
+        """The inverse square root of a sum of products."""
+        for node in graph.nodes:
+            if op_name(node) in ("rsqrt", "sqrt") and op_name(add := peel(node.args[0])) == "add":
+                if op_name(peel(add.args[0])) == "sum":
+                    yield node
+
+    def match(self, anchor):
+        root = next((u for u in real_users(anchor) if op_name(u) in ("mul", "div")), anchor)
+        env = PATTERN.match(root)
+        data = {"eps": env["eps"], "dtype": value(root).dtype}
+        operand = bring(env["x"], value(root).shape, "x")
+        return Match({"x": operand.node}, [root], data={**data, "x": operand.how})
+
+    def rewrite(self, m, t):
+        y = call(l2norm.op.overload, m.data["x"](t.x), m.data["eps"])
+        return y.to(m.data["dtype"])
+
+
+RULE = LiftL2Norm()

@@ -1,0 +1,96 @@
+"""Linears without bias on one input  →  one gdnfuse.packed_linear and slices of its row"""
+
+from __future__ import annotations
+
+import torch
+
+from gdnfuse.dialect import packed_linear
+from gdnfuse.report import Refused
+from gdnfuse.rewrite.driver import call
+from gdnfuse.rewrite.graph import op_name, order, same, value
+from gdnfuse.rewrite.rule import Match, Rule
+
+# Above this many rows one large GEMM does not pay any more (published: 1–10 % slower), so the linears stay apart.
+MAX_ROWS = 1024
+
+
+class LiftPackedLinear(Rule):
+    name, stage, equation = "packed_linear", "lift", packed_linear.op.equation
+
+    def anchors(self, graph):
+        """The first of several linears on one input."""
+        seen = set()
+        for node in graph.nodes:
+            if op_name(node) == "linear" and node.args[0] not in seen:
+                seen.add(node.args[0])
+                if len(_siblings(node)) > 1:
+                    yield node
+
+    def match(self, anchor):
+        linears = _siblings(anchor)
+        x = anchor.args[0]
+        position = order(anchor.graph)
+        for n in linears:
+            early = [u for u in n.users if position[u] < position[linears[-1]]]
+            if any(op_name(u).endswith("_") for u in early):
+                raise Refused(f"{n} must not be written before its siblings are computed, found that {early[0]} does.", at=n)
+        widths = [value(n.args[1]).shape[0] for n in linears]
+        weights = {f"weight_{i}": n.args[1] for i, n in enumerate(linears)}
+        return Match(
+            {"x": x, **weights},
+            list(linears),
+            data={"widths": widths, "linears": linears},
+            # The width of the input appears in no constant: a narrow one proves as much.
+            shapes={"x": (*_hints(value(x).shape[:-1]), 8), **{k: (w, 8) for k, w in zip(weights, widths, strict=True)}},
+        )
+
+    def check(self, m):
+        x, linears = m.inputs["x"], m.data["linears"]
+        rows = value(x).numel() // value(x).shape[-1] if value(x).numel() != 0 else 0
+        if not isinstance(rows, int) and not _bounded(rows):
+            raise Refused(f"Packing pays up to {MAX_ROWS} rows, found a number of rows known only at run time ({rows}).", at=x)
+        if isinstance(rows, int) and rows > MAX_ROWS:
+            raise Refused(f"Packing pays up to {MAX_ROWS} rows, found {rows}.", at=x)
+        dtype, device = value(x).dtype, value(x).device
+        seen = set()
+        for n in linears:
+            weight = n.args[1]
+            if len(n.args) > 2 and n.args[2] is not None or n.kwargs.get("bias") is not None:
+                raise Refused(f"Siblings must have no bias, found one on {n}.", at=n)
+            if weight.op not in ("placeholder", "get_attr"):
+                raise Refused(f"The weight of {n} must be a parameter, found the result of {op_name(weight)}.", at=n)
+            v = value(weight)
+            if not isinstance(v, torch.Tensor) or v.dtype != dtype or v.device != device:
+                found = f"{v.dtype} on {v.device}" if isinstance(v, torch.Tensor) else type(v).__name__
+                raise Refused(f"The weight of {n} must be {dtype} on {device} as its input is, found {found}.", at=n)
+            if not dtype.is_floating_point or v.ndim != 2 or not v.is_contiguous():
+                raise Refused(f"The weight of {n} must be a contiguous floating matrix, found {dtype} {tuple(v.shape)}.", at=n)
+            if weight in seen:
+                raise Refused(f"Each sibling must have a weight of its own, found {weight} twice.", at=n)
+            seen.add(weight)
+
+    def rewrite(self, m, t):
+        weights = [getattr(t, k) for k in m.inputs if k != "x"]
+        row = call(packed_linear.op.overload, t.x, weights)
+        results, start = [], 0
+        for width in m.data["widths"]:
+            results.append(row.narrow(-1, start, width))
+            start += width
+        return tuple(results)
+
+
+def _siblings(node):
+    return [n for n in node.graph.nodes if op_name(n) == "linear" and n.args[0] is node.args[0]]
+
+
+def _hints(shape):
+    return [s if isinstance(s, int) else s.node.hint for s in shape]
+
+
+def _bounded(rows) -> bool:
+    """A batch that may change between calls is small at decode: its rows are one per sequence."""
+    hint = rows.node.hint
+    return hint is not None and hint <= MAX_ROWS and not same(rows, hint)
+
+
+RULE = LiftPackedLinear()

@@ -1,0 +1,96 @@
+"""lower: each dialect op becomes its Triton kernel, or its reference inlined for Inductor to fuse; packed linears become one linear."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from gdnfuse import kernels
+from gdnfuse.dialect import OPS, op_of
+from gdnfuse.packing import PackedWeight, pack
+from gdnfuse.report import Record, Refused, Status
+from gdnfuse.rewrite.graph import module_stack, op_name, value
+
+
+def lower(gm: GraphModule, target: str | None) -> list[Record]:
+    """Choose an implementation for every dialect op but packed_linear. One record per op says which, and why not the other.
+
+    Args:
+        gm: rewritten in place.
+        target: device type to assume; None takes it from each op's tensors.
+    """
+    records = []
+    for node in gm.graph.nodes:
+        op = op_of(node.target) if node.op == "call_function" else None
+        if op is None or op.name == "packed_linear":
+            continue
+        record = Record(op.name, "lower", Status.FIRED, node.name)
+        stack = module_stack(node)
+        record.module = stack[-1] if stack else None
+        arguments = {k: value(v) for k, v in op.bind(node.args, node.kwargs).items()}
+        device = target or next(v.device.type for v in arguments.values() if isinstance(v, torch.Tensor))
+        try:
+            node.target = _kernel(op.name, device, arguments)
+            record.chosen = "triton"
+        except Refused as e:
+            node.target = op.reference
+            record.chosen, record.reason = "reference inlined", e.reason
+        records.append(record)
+    return records
+
+
+def _kernel(name: str, device: str, arguments: dict[str, Any]) -> Any:
+    if device != "cuda":
+        raise Refused(f"A Triton kernel needs a GPU, found tensors on {device}.")
+    kernel = kernels.implementations().get(name)
+    if kernel is None:
+        raise Refused(f"There is no Triton kernel for {name} alone; Inductor fuses its reference.")
+    kernel.supports(**arguments)
+    return kernel.op
+
+
+def pack_weights(gm: GraphModule, real: dict[Node, Any]) -> list[PackedWeight]:
+    """Replace every packed_linear by one linear on a packed weight that `gm` owns as a buffer.
+
+    Args:
+        gm: rewritten in place; placeholders that nobody reads any more stay.
+        real: the real tensor of every placeholder that is one.
+    """
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    packed = []
+    for node in list(gm.graph.nodes):
+        if op_name(node) != "gdnfuse.packed_linear":
+            continue
+        weights = [real[n] if n.op == "placeholder" else _get(gm, n.target) for n in node.args[1]]
+        where = [placeholders.index(n) if n.op == "placeholder" else w for n, w in zip(node.args[1], weights, strict=True)]
+        weight = pack(weights, where)
+        name = f"gdnfuse_packed_weight_{len(packed)}"
+        gm.register_buffer(name, weight.buffer, persistent=False)
+        with gm.graph.inserting_before(node):
+            attribute = gm.graph.get_attr(name)
+            attribute.meta["example_value"] = weight.buffer
+            linear = gm.graph.call_function(torch.nn.functional.linear, (node.args[0], attribute))
+        linear.meta.update(node.meta)
+        node.replace_all_uses_with(linear)
+        gm.graph.erase_node(node)
+        packed.append(weight)
+    return packed
+
+
+def _get(gm: GraphModule, path: str) -> torch.Tensor:
+    for part in path.split("."):
+        gm = getattr(gm, part)
+    return gm
+
+
+def check(gm: GraphModule) -> None:
+    """The spec on the way out: no dialect op is left.
+
+    Raises:
+        AssertionError: names the op.
+    """
+    for node in gm.graph.nodes:
+        op = op_of(node.target) if node.op == "call_function" else None
+        assert op is None or op.name not in OPS, f"{node} is still the dialect op {op.name}"

@@ -1,0 +1,136 @@
+"""normalize: one spelling for casts, commuted operands, squares, local buffers and dead ops. Exact: no value changes, not even its rounding."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch.fx import GraphModule, Node
+
+from gdnfuse.rewrite.driver import infer
+from gdnfuse.rewrite.graph import is_tensor, op_name, order, remove_dead, same, same_shape, value
+
+_CAST_METHODS = {"float": torch.float32, "half": torch.float16, "bfloat16": torch.bfloat16, "double": torch.float64}
+_BUFFERS = ("zeros_like", "zeros", "empty", "empty_like")
+
+
+def normalize(gm: GraphModule) -> None:
+    """Rewrite `gm` in place into the one spelling that lift's patterns are written in."""
+    for node in list(gm.graph.nodes):
+        if op_name(node) == "_log_api_usage_once":
+            gm.graph.erase_node(node)
+        elif is_tensor(node):
+            _cast(gm, node)
+            _square(gm, node)
+            _commute(node)
+            _full_slice(gm, node)
+    for node in list(gm.graph.nodes):
+        if op_name(node) in _BUFFERS:
+            _buffer_to_stack(gm, node)
+    remove_dead(gm.graph)
+    gm.graph.lint()
+
+
+def check(gm: GraphModule) -> None:
+    """The spec on the way out: every tensor op knows its example value, and no cast changes nothing.
+
+    Raises:
+        AssertionError: names the node that breaks it.
+    """
+    for node in gm.graph.nodes:
+        if node.op in ("call_function", "call_method"):
+            assert "example_value" in node.meta or op_name(node) == "setitem", f"{node} has no example value"
+        assert op_name(node) not in _CAST_METHODS, f"{node} is a cast spelled {op_name(node)}"
+
+
+def _become(gm: GraphModule, node: Node, target, args, kwargs=None, method=False) -> Node:
+    with gm.graph.inserting_before(node):
+        make = gm.graph.call_method if method else gm.graph.call_function
+        new = make(target, tuple(args), kwargs or {})
+    new.meta.update(node.meta)
+    new.meta["example_value"] = infer(new)
+    node.replace_all_uses_with(new)
+    gm.graph.erase_node(node)
+    return new
+
+
+def _cast(gm: GraphModule, node: Node) -> None:
+    name = op_name(node)
+    x = node.args[0] if node.args else None
+    if not is_tensor(x):
+        return
+    if name in _CAST_METHODS or name == "type_as":
+        dtype, plain = value(node).dtype, True
+    elif name == "to":
+        dtype = value(node).dtype
+        plain = "memory_format" not in node.kwargs and not node.kwargs.get("copy", False) and value(x).device == value(node).device
+    else:
+        return
+    if plain and dtype == value(x).dtype:
+        node.replace_all_uses_with(x)
+        gm.graph.erase_node(node)
+    elif plain and not (node.target == "to" and node.args[1:] == (dtype,)):
+        _become(gm, node, "to", (x, dtype), method=True)
+
+
+def _square(gm: GraphModule, node: Node) -> None:
+    if node._erased:
+        return
+    if (op_name(node) == "pow" and len(node.args) == 2 and node.args[1] == 2) or op_name(node) == "square":
+        _become(gm, node, operator.mul, (node.args[0], node.args[0]))
+
+
+def _commute(node: Node) -> None:
+    if not node._erased and op_name(node) in ("add", "mul") and len(node.args) == 2 and not isinstance(node.args[0], Node):
+        node.args = node.args[::-1]
+
+
+def _full_slice(gm: GraphModule, node: Node) -> None:
+    if node._erased or op_name(node) != "getitem" or not is_tensor(node.args[0]):
+        return
+    index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    if all(i is Ellipsis or i == slice(None) for i in index):
+        node.replace_all_uses_with(node.args[0])
+        gm.graph.erase_node(node)
+
+
+def _buffer_to_stack(gm: GraphModule, buffer: Node) -> None:
+    """A fresh buffer whose every slice along one axis is assigned once before it is read is the stack of the slices."""
+    writes = [u for u in buffer.users if op_name(u) == "setitem" and u.args[0] is buffer]
+    reads = [u for u in buffer.users if u not in writes]
+    shape = value(buffer).shape
+    slices: dict[int, Node] = {}
+    axis = None
+    for w in writes:
+        index = w.args[1] if isinstance(w.args[1], tuple) else (w.args[1],)
+        where = [i for i, x in enumerate(index) if isinstance(x, int)]
+        if len(where) != 1 or any(x != slice(None) for i, x in enumerate(index) if i != where[0]) or axis not in (None, where[0]):
+            return
+        axis = where[0]
+        piece, at = w.args[2], index[axis]
+        if not is_tensor(piece) or at in slices or not same_shape(value(piece).shape, (*shape[:axis], *shape[axis + 1 :])):
+            return
+        slices[at] = piece
+    position = order(gm.graph)
+    if axis is None or not same(shape[axis], len(slices)) or sorted(slices) != list(range(len(slices))) or not reads:
+        return
+    if max(position[w] for w in writes) > min(position[r] for r in reads):
+        return
+    last = max(writes, key=position.__getitem__)
+    pieces = []
+    with gm.graph.inserting_before(last.next):
+        for at in range(len(slices)):
+            piece = slices[at]
+            if value(piece).dtype != value(buffer).dtype:
+                piece = gm.graph.call_method("to", (piece, value(buffer).dtype))
+                piece.meta.update(last.meta)
+                piece.meta["example_value"] = infer(piece)
+            pieces.append(piece)
+        stack = gm.graph.call_function(torch.stack, (pieces, axis))
+    stack.meta.update(buffer.meta)
+    stack.meta["example_value"] = infer(stack)
+    for r in reads:
+        r.replace_input_with(buffer, stack)
+    for w in writes:
+        gm.graph.erase_node(w)
+    gm.graph.erase_node(buffer)

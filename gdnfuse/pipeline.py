@@ -1,0 +1,121 @@
+"""The compiler on one screen: normalize → lift → fuse → lower, each with a spec checked on the way out."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from gdnfuse.options import Options
+from gdnfuse.packing import PackedWeight
+from gdnfuse.passes import fuse, lift, lower, normalize
+from gdnfuse.passes.lift import gating
+from gdnfuse.report import GraphReport, LayerReport, Record, Status
+from gdnfuse.rewrite.driver import Outcome, run_rules
+from gdnfuse.rewrite.graph import calls, is_tensor, module_stack, op_name, same, value
+
+log = logging.getLogger(__name__)
+
+
+def rewrite(gm: GraphModule, real: dict[Node, Any], options: Options, report: GraphReport) -> list[PackedWeight]:
+    """Run the passes over `gm` in place and fill `report`.
+
+    Args:
+        gm: a torch-level graph of Dynamo's.
+        real: the example input of every placeholder.
+        options: stop_after and target are read here.
+        report: filled in.
+
+    Returns:
+        The packed weights, to be ensured before every call.
+    """
+    start = time.perf_counter()
+    outcome, packed = Outcome(), []
+    report.nodes_before = len(calls(gm))
+    for stage in _stages(gm, real, options, report, outcome, packed):
+        log.debug("after %s:\n%s", stage, gm.graph)
+        if stage == options.stop_after:
+            report.stage_code = str(gm.graph)
+            break
+    _finish(gm, report, outcome)
+    report.pass_seconds = time.perf_counter() - start
+    return packed
+
+
+def _stages(gm, real, options, report, outcome, packed):
+    normalize.normalize(gm)
+    normalize.check(gm)
+    _find_layers(gm, report)
+    yield "normalize"
+    run_rules(gm, lift.RULES, outcome)
+    normalize.normalize(gm)
+    yield "lift"
+    run_rules(gm, fuse.RULES, outcome)
+    normalize.normalize(gm)
+    yield "fuse"
+    outcome.records += lower.lower(gm, options.target)
+    packed += lower.pack_weights(gm, real)
+    lower.check(gm)
+    yield "lower"
+
+
+def _find_layers(gm: GraphModule, report: GraphReport) -> None:
+    """Every gate of a gated delta rule is a GDN layer; the module it was traced in gives its path."""
+    anchors = list(gating.RULE.anchors(gm.graph))
+    for i, anchor in enumerate(anchors):
+        stack = module_stack(anchor)
+        path = stack[-1] if stack else f"gate {i} ({anchor.name})"
+        before = sum(path in module_stack(n) for n in calls(gm))
+        report.layers.append(LayerReport(path, nodes_before=before))
+    if anchors:
+        writes = [n for n in gm.graph.nodes if op_name(n) == "copy_" and is_tensor(n.args[0])]
+        cached = any(w.args[0].op == "placeholder" and value(w.args[0]).ndim == 4 for w in writes)
+        one = all(value(a).ndim > 1 and same(value(a).shape[1], 1) for a in anchors)
+        report.phase = "decode" if cached and one else "prefill"
+
+
+def _finish(gm: GraphModule, report: GraphReport, outcome: Outcome) -> None:
+    """Hand every record to its layer and count what is left of each."""
+    stacks = {n.name: module_stack(n) for n in gm.graph.nodes}
+    paths = {layer.path: layer for layer in report.layers}
+    for record in outcome.records:
+        record.layer = _layer_of(record, stacks, paths)
+        (paths[record.layer].records if record.layer else report.records).append(record)
+    for layer in report.layers:
+        left = [n for n in calls(gm) if layer.path in stacks[n.name]]
+        layer.nodes_after, layer.ops_after = len(left), [_op(n) for n in left]
+        layer.fused = any(r.rule == "mixer_decode" and r.stage == "fuse" and r.status is Status.FIRED for r in layer.records)
+    report.nodes_after = len(calls(gm))
+    report.proofs, report.proof_seconds = outcome.proofs, outcome.proof_seconds
+
+
+def _layer_of(record: Record, stacks: dict[str, list[str]], paths: dict[str, LayerReport]) -> str | None:
+    module = record.module or ""
+    for path in paths:
+        if module == path or module.startswith(path + "."):
+            return path
+    return None
+
+
+def _op(node: Node) -> str:
+    target = node.target
+    if getattr(target, "__module__", "").startswith("gdnfuse.dialect."):
+        return target.__module__.rsplit(".", 1)[1]
+    return op_name(node).removeprefix("gdnfuse_triton.").removeprefix("gdnfuse.")
+
+
+def original(gm: GraphModule) -> GraphModule:
+    """A copy of a graph module that shares its parameters: the passes work on one, the other stays as it came."""
+    graph, env = torch.fx.Graph(), {}
+    output = graph.graph_copy(gm.graph, env)
+    graph.output(output)
+    for old, new in env.items():
+        # AOTAutograd asks Dynamo's placeholders where they come from.
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source
+    copy = GraphModule(gm, graph)
+    copy.meta = dict(gm.meta)
+    return copy

@@ -1,0 +1,209 @@
+"""Runs rules over a graph: match, check, cut out the region, prove, replace; one record per anchor. Knows nothing of GDN."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node, Proxy
+from torch.fx.proxy import GraphAppendingTracer
+
+from gdnfuse.report import Record, Refused, Status
+from gdnfuse.rewrite.graph import chain, is_tensor, module_stack, op_name, order, remove_dead, value, written
+from gdnfuse.rewrite.pattern import Mismatch
+from gdnfuse.rewrite.proof import evaluate, prove
+from gdnfuse.rewrite.rule import Match, Rule
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Outcome:
+    """What a run of rules did: records in order, and the cost of the proofs."""
+
+    records: list[Record] = field(default_factory=list)
+    proofs: int = 0
+    proof_seconds: float = 0.0
+
+
+def run_rules(gm: GraphModule, rules: list[Rule], outcome: Outcome) -> None:
+    """Apply each rule at each of its anchors, in order. The graph is valid after every single application."""
+    for rule in rules:
+        for anchor in list(rule.anchors(gm.graph)):
+            if anchor.graph is not gm.graph or anchor._erased:
+                continue
+            record = Record(rule.name, rule.stage, Status.FIRED, anchor.name)
+            stack = module_stack(anchor)
+            record.module = stack[-1] if stack else None
+            try:
+                m = rule.match(anchor)
+                rule.check(m)
+                region = cut(gm.graph, m)
+                with _quiet_shapes(gm):
+                    replacement = _trace(rule, m, region)
+                    proof = prove(region.graph, replacement, region.inputs, m)
+                    _replace(gm, m, region, replacement, anchor)
+                record.proof_error, record.proof_cached = proof.error, proof.cached
+                outcome.proofs += not proof.cached
+                outcome.proof_seconds += proof.seconds
+            except Mismatch as e:
+                record.status = Status.UNMATCHED
+                record.at, record.expected, record.got = str(e.node), e.expected, e.got
+                record.reason = f"Expected {e.expected} at {e.node}, found {e.got}."
+            except Refused as e:
+                record.status, record.reason, record.at = Status.REFUSED, e.reason, e.at or anchor.name
+            outcome.records.append(record)
+            log.debug("%s at %s: %s %s", record.rule, record.anchor, record.status, record.reason)
+    remove_dead(gm.graph)
+
+
+@dataclass
+class Region:
+    """nodes: in graph order. inputs: named boundary, then SymInts. graph: the region alone, a placeholder per input.
+    point: the node after which the replacement goes."""
+
+    nodes: list[Node]
+    inputs: list[tuple[str, Node]]
+    graph: Graph
+    point: Node
+
+
+def cut(graph: Graph, m: Match) -> Region:
+    """Cut the region between a match's inputs and its outputs and writes out of the graph.
+
+    Raises:
+        Refused: it depends on something that is not an input, or something outside reads or writes a state in between.
+    """
+    boundary = set(m.inputs.values())
+    roots = [*m.outputs, *m.writes.values()]
+    seen: set[Node] = set()
+    symbols: list[Node] = []
+    todo = list(roots)
+    while todo:
+        n = todo.pop()
+        if n in seen or n in boundary:
+            continue
+        if not is_tensor(n) and isinstance(value(n), int | torch.SymInt):
+            if n not in symbols:
+                symbols.append(n)
+            continue
+        if n.op not in ("call_function", "call_method"):
+            raise Refused(f"The result must depend on {', '.join(m.inputs)} alone, found that it also reads {n.name}.", at=n)
+        seen.add(n)
+        todo.extend(n.all_input_nodes)
+    position = order(graph)
+    nodes = sorted(seen, key=position.__getitem__)
+    _check_states(m, seen, position)
+    # As early as the operands allow: nobody else reads or writes the states and nobody writes the operands, so any later place
+    # would give the same, but could come after a reader of an output.
+    point = max([*boundary, *symbols, *_placeholders(graph)], key=position.__getitem__)
+    for out in m.outputs:
+        for user in out.users:
+            if user not in seen and position[user] < position[point]:
+                raise Refused(f"{out.name} must not be read before all operands exist, found that {user.name} reads it.", at=user)
+    new, env = Graph(), {}
+    inputs = [*m.inputs.items(), *((s.name, s) for s in symbols)]
+    for name, n in inputs:
+        env[n] = new.placeholder(name)
+    for n in nodes:
+        env[n] = new.node_copy(n, lambda x: env[x])
+    new.output(tuple(env[o] for o in m.outputs))
+    return Region(nodes, inputs, new, point)
+
+
+def _placeholders(graph: Graph) -> list[Node]:
+    return [n for n in graph.nodes if n.op == "placeholder"][-1:]
+
+
+def _check_states(m: Match, seen: set[Node], position: dict[Node, int]) -> None:
+    for name, write in m.writes.items():
+        state = m.inputs[name]
+        for user in state.users:
+            if user not in seen and user.op != "output":
+                raise Refused(f"{name} must be read and written by this motif alone, found that {user.name} uses it too.", at=user)
+        derived = {state}
+        for n in sorted(seen, key=position.__getitem__):
+            if any(i in derived for i in n.all_input_nodes) and n is not write:
+                derived.add(n)
+                strangers = [u for u in n.users if u not in seen]
+                if strangers and n not in m.outputs:
+                    raise Refused(
+                        f"What is computed from {name} must stay inside the motif, found that {strangers[0].name} reads {n.name}.",
+                        at=strangers[0],
+                    )
+    bases = {chain(n)[-1]: name for name, n in m.inputs.items() if is_tensor(n) and name not in m.writes}
+    bases |= {n: n.name for n in seen}
+    for n in position:
+        base = written(n)
+        if base is None or n in m.writes.values():
+            continue
+        if base in bases or n in seen:
+            raise Refused(f"{bases.get(base, base)} must not be written in place, found that {n.name} writes it.", at=n)
+
+
+def _trace(rule: Rule, m: Match, region: Region) -> Graph:
+    """The replacement as a graph over the region's placeholders."""
+    new = Graph()
+    tracer = GraphAppendingTracer(new)
+    proxies = {name: Proxy(new.placeholder(name), tracer) for name, _ in region.inputs}
+    results = rule.rewrite(m, SimpleNamespace(**proxies))
+    results = results if isinstance(results, tuple) else (results,)
+    new.output(tuple(r.node for r in results))
+    return new
+
+
+def call(target: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call a dialect op's overload on tensors, or record the call when an argument is a Proxy."""
+    for a in (*args, *kwargs.values()):
+        for x in a if isinstance(a, list | tuple) else (a,):
+            if isinstance(x, Proxy):
+                return x.tracer.create_proxy("call_function", target, args, kwargs)
+    return target(*args, **kwargs)
+
+
+def _replace(gm: GraphModule, m: Match, region: Region, replacement: Graph, anchor: Node) -> None:
+    env: dict[Node, Node] = {}
+    placeholders = iter(region.inputs)
+    results: tuple[Node, ...] = ()
+    meta = {k: anchor.meta[k] for k in ("nn_module_stack", "stack_trace") if k in anchor.meta}
+    with gm.graph.inserting_before(region.point.next):
+        for n in replacement.nodes:
+            if n.op == "placeholder":
+                env[n] = next(placeholders)[1]
+            elif n.op == "output":
+                results = tuple(env[o] for o in n.args[0])
+            else:
+                env[n] = new = gm.graph.node_copy(n, lambda x: env[x])
+                new.meta.update(meta)
+                new.meta["example_value"] = infer(new)
+    for out, result in zip(m.outputs, results, strict=True):
+        out.replace_all_uses_with(result)
+    for name, write in m.writes.items():
+        if op_name(write) == "copy_":
+            write.replace_all_uses_with(m.inputs[name])
+    for n in reversed(region.nodes):
+        if not n._erased and not n.users:
+            gm.graph.erase_node(n)
+
+
+def infer(node: Node) -> Any:
+    """The example value of a node from those of its arguments, without guards."""
+    tensors = [value(n) for n in node.all_input_nodes if is_tensor(n)]
+    mode = next((t.fake_mode for t in tensors if hasattr(t, "fake_mode")), None)
+    one = Graph()
+    env = {n: one.placeholder(n.name) for n in node.all_input_nodes}
+    one.output(one.node_copy(node, lambda x: env[x]))
+    with mode if mode is not None else torch.no_grad(), torch.no_grad():
+        return evaluate(one, [value(n) for n in node.all_input_nodes])
+
+
+def _quiet_shapes(gm: GraphModule) -> Any:
+    """Looking at symbolic shapes here must add no guards to what the user compiled."""
+    for n in gm.graph.nodes:
+        mode = getattr(value(n), "fake_mode", None)
+        if mode is not None and mode.shape_env is not None:
+            return mode.shape_env.suppress_guards()
+    return torch.no_grad()

@@ -1,0 +1,153 @@
+"""Reading an FX graph: what a node computes, what it is a view of, what writes where. Knows nothing of GDN."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+SYNONYMS = {
+    "truediv": "div",
+    "divide": "div",
+    "multiply": "mul",
+    "subtract": "sub",
+    "negative": "neg",
+    "concat": "cat",
+    "concatenate": "cat",
+    "permute": "transpose",
+}
+
+# Ops whose result holds the elements of their first argument, in some order, when the number of elements is unchanged.
+_VIEWS = {
+    "transpose", "reshape", "view", "unsqueeze", "squeeze", "flatten", "unflatten", "contiguous", "getitem", "select",
+    "narrow", "expand", "view_as", "alias", "detach", "clone", "stack", "movedim", "t", "swapaxes",
+}  # fmt: skip
+_CASTS = {"to", "float", "half", "bfloat16", "double", "type", "type_as"}
+
+# Without side effects: may be dropped when nobody reads the result. Whatever is not listed stays.
+_PURE = _VIEWS | _CASTS | {
+    "add", "sub", "mul", "div", "neg", "exp", "rsqrt", "sqrt", "pow", "square", "sum", "mean", "softplus", "sigmoid", "silu",
+    "cat", "split", "chunk", "conv1d", "linear", "zeros_like", "zeros", "empty", "empty_like", "repeat_interleave", "log",
+}  # fmt: skip
+
+
+def op_name(node: Any) -> str:
+    """The one name of what a node computes: "mul" for operator.mul, torch.mul and Tensor.mul; "gdnfuse.x" for dialect ops."""
+    if not isinstance(node, Node):
+        return type(node).__name__
+    if node.op not in ("call_function", "call_method"):
+        return node.op
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        namespace, name = target._schema.name.split("::")
+        return name if namespace == "aten" else f"{namespace}.{name}"
+    name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
+    return SYNONYMS.get(name, name)
+
+
+def value(node: Any) -> Any:
+    """The example value Dynamo recorded: a FakeTensor, a SymInt, a tuple of them; plain numbers are their own value."""
+    return node.meta.get("example_value") if isinstance(node, Node) else node
+
+
+def is_tensor(node: Any) -> bool:
+    return isinstance(node, Node) and isinstance(value(node), torch.Tensor)
+
+
+def same(a: Any, b: Any) -> bool:
+    """a == b is known without a guard."""
+    return bool(statically_known_true(a == b))
+
+
+def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+
+
+def source(node: Any) -> Node | None:
+    """The node whose elements, all of them and no others, this one holds up to order, shape and dtype; None if there is none."""
+    if not is_tensor(node):
+        return None
+    name = op_name(node)
+    if name == "stack":
+        tensors = node.args[0]
+        inner = tensors[0] if len(tensors) == 1 else None
+    elif name in _VIEWS or name in _CASTS:
+        inner = node.args[0]
+    else:
+        return None
+    if not is_tensor(inner):
+        return None
+    return inner if same(value(inner).numel(), value(node).numel()) else None
+
+
+def chain(node: Node) -> list[Node]:
+    """The node, what it is a view or cast of, and so on to the node that computes the elements."""
+    nodes = [node]
+    while (inner := source(nodes[-1])) is not None:
+        nodes.append(inner)
+    return nodes
+
+
+def peel(node: Any) -> Any:
+    """The end of `chain`; numbers pass through."""
+    return chain(node)[-1] if isinstance(node, Node) else node
+
+
+def real_users(node: Node) -> Iterator[Node]:
+    """Users of a node's elements, seen through views and casts."""
+    for user in node.users:
+        if source(user) is node:
+            yield from real_users(user)
+        else:
+            yield user
+
+
+def written(node: Node) -> Node | None:
+    """The graph input or node whose memory this node writes, or None."""
+    name = op_name(node)
+    if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+        for i, argument in enumerate(node.target._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write and i < len(node.args):
+                if isinstance(node.args[i], Node):
+                    return chain(node.args[i])[-1]
+        return None
+    if name == "setitem" or (name.endswith("_") and not name.endswith("__")):
+        target = node.args[0]
+        return chain(target)[-1] if isinstance(target, Node) and is_tensor(target) else None
+    return None
+
+
+def remove_dead(graph: Graph) -> None:
+    """Drop pure nodes nobody reads."""
+    for node in reversed(list(graph.nodes)):
+        if not node.users and node.op in ("call_function", "call_method"):
+            name = op_name(node)
+            if name in _PURE or (name.startswith("gdnfuse.") and written(node) is None):
+                graph.erase_node(node)
+
+
+def order(graph: Graph) -> dict[Node, int]:
+    return {n: i for i, n in enumerate(graph.nodes)}
+
+
+def calls(gm: GraphModule) -> list[Node]:
+    return [n for n in gm.graph.nodes if n.op in ("call_function", "call_method", "call_module")]
+
+
+def module_stack(node: Node) -> list[str]:
+    """Paths of the modules a node was traced in, outermost first, "model.layers.0.linear_attn" style."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return [clean_path(entry[0]) for entry in stack.values()]
+
+
+def clean_path(path: str) -> str:
+    """Dynamo's "L['self']._modules['model']._modules['layers']…" or "L['self'].model.layers[0]" as a dotted module path."""
+    for old, new in (("['", "."), ("']", ""), ("[", "."), ("]", ""), ("._modules", ""), ("._parameters", ""), ("._buffers", "")):
+        path = path.replace(old, new)
+    parts = [p for p in path.split(".") if p]
+    while parts and parts[0] in ("L", "G", "self", "fn", "__self__", "args", "_orig_mod"):
+        parts.pop(0)
+    return ".".join(parts)

@@ -1,0 +1,209 @@
+"""Propose, then prove: run the matched region and its replacement in float64 on the same random inputs. Knows nothing of GDN.
+
+A generous matcher can be wrong: two axes of equal size swapped, another eps, a flipped operand. Every floating dtype constant of
+both sides is replaced by float64, so what is compared is the maths; where the model rounds is not part of it. Agreement to
+1e-9 relative is demanded, outputs and written inputs alike. Regions that are equal in structure are proved once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+from torch.fx.node import map_aggregate
+
+from gdnfuse.report import Refused
+from gdnfuse.rewrite.graph import value
+from gdnfuse.rewrite.rule import Match, shown
+
+TOLERANCE = 1e-9
+# A general position, one where every eps and threshold shows, and one of large values.
+SCALES = (1.0, 1e-3, 6.0)
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_FLOAT_METHODS = ("float", "half", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Proof:
+    """error: worst relative error over outputs, written inputs and samples. seconds: 0 when taken from the cache."""
+
+    error: float
+    seconds: float
+    cached: bool
+
+
+def in_float64(graph: Graph) -> Graph:
+    """A copy of a graph of functions and methods with every floating dtype constant replaced by float64."""
+    new, env = Graph(), {}
+    for n in graph.nodes:
+        copy = new.node_copy(n, lambda x: env[x])
+        swap = lambda a: torch.float64 if isinstance(a, torch.dtype) and a in _FLOATS else a  # noqa: E731
+        copy.args, copy.kwargs = map_aggregate(copy.args, swap), map_aggregate(copy.kwargs, swap)
+        if copy.op == "call_method" and copy.target in _FLOAT_METHODS:
+            copy.target = "double"
+        env[n] = copy
+    return new
+
+
+def evaluate(graph: Graph, inputs: list[Any], attributes: Any = None) -> Any:
+    """Run a graph of placeholders, functions, methods and (from `attributes`) get_attr nodes."""
+    env: dict[Node, Any] = {}
+    remaining = iter(inputs)
+    load = lambda a: env[a] if isinstance(a, Node) else a  # noqa: E731
+    for n in graph.nodes:
+        if n.op == "placeholder":
+            env[n] = next(remaining)
+            continue
+        if n.op == "get_attr":
+            env[n] = _attribute(attributes, n.target)
+            continue
+        args, kwargs = _map(n.args, load), _map(n.kwargs, load)
+        if n.op == "output":
+            return args[0]
+        if n.op == "call_function":
+            env[n] = n.target(*args, **kwargs)
+        elif n.op == "call_method":
+            env[n] = getattr(args[0], n.target)(*args[1:], **kwargs)
+        else:
+            raise TypeError(f"cannot evaluate a node of kind {n.op}")
+    return None
+
+
+def _attribute(root: Any, path: str) -> Any:
+    for part in path.split("."):
+        root = getattr(root, part)
+    return root
+
+
+def _map(a: Any, f: Any) -> Any:
+    """map_aggregate that hands out plain tuples, lists, dicts and slices."""
+    if isinstance(a, tuple):
+        return tuple(_map(x, f) for x in a)
+    if isinstance(a, list):
+        return [_map(x, f) for x in a]
+    if isinstance(a, dict):
+        return {k: _map(v, f) for k, v in a.items()}
+    if isinstance(a, slice):
+        return slice(_map(a.start, f), _map(a.stop, f), _map(a.step, f))
+    return f(a)
+
+
+def hint(size: Any) -> int:
+    """The number a symbolic size stands for at compile time."""
+    return int(size) if isinstance(size, int) else int(size.node.hint)
+
+
+def prove(region: Graph, replacement: Graph, inputs: list[tuple[str, Node]], m: Match) -> Proof:
+    """Demand that two graphs over the same placeholders agree.
+
+    Args:
+        region: placeholders in the order of `inputs`; outputs a tuple.
+        replacement: likewise.
+        inputs: name and main-graph node of every placeholder; SymInt inputs are bound to their hints.
+        m: for samplers, shapes and writes.
+
+    Raises:
+        Refused: a sentence with the worst element.
+    """
+    key = _structure(region, replacement, inputs, m)
+    if key in _proved:
+        outcome = _proved[key]
+        if isinstance(outcome, Refused):
+            raise outcome
+        return Proof(outcome, 0.0, True)
+    start = time.perf_counter()
+    try:
+        error = _run(in_float64(region), in_float64(replacement), inputs, m)
+    except Refused as e:
+        _proved[key] = e
+        raise
+    _proved[key] = error
+    return Proof(error, time.perf_counter() - start, False)
+
+
+_proved: dict[str, float | Refused] = {}
+
+
+def forget() -> None:
+    """Drop all cached proofs."""
+    _proved.clear()
+
+
+def _structure(region: Graph, replacement: Graph, inputs: list[tuple[str, Node]], m: Match) -> str:
+    parts: list[Any] = [
+        (name, _fact(value(n)), m.shapes.get(name), getattr(m.samplers.get(name), "__qualname__", None)) for name, n in inputs
+    ]
+    parts.append(sorted(m.writes))
+    for graph in (region, replacement):
+        number: dict[Node, str] = {}
+        for n in graph.nodes:
+            number[n] = f"%{len(number)}"
+            name = n.target if isinstance(n.target, str) else f"{getattr(n.target, '__module__', '')}.{n.target!s}@{id(n.target)}"
+            parts.append((n.op, "" if n.op == "placeholder" else name, _map((n.args, n.kwargs), lambda a: number.get(a, a) if isinstance(a, Node) else a)))
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _fact(v: Any) -> Any:
+    if isinstance(v, torch.Tensor):
+        return tuple(hint(s) for s in v.shape), str(v.dtype)
+    return hint(v)
+
+
+def _draw(name: str, node: Node, scale: float, m: Match, generator: torch.Generator) -> Any:
+    v = value(node)
+    if not isinstance(v, torch.Tensor):
+        return hint(v)
+    shape = m.shapes.get(name) or tuple(hint(s) for s in v.shape)
+    if not v.is_floating_point():
+        raise Refused(f"{name} must be a floating tensor, found {v.dtype}.", at=node)
+    sampler = m.samplers.get(name)
+    if sampler is not None:
+        return sampler(shape, generator)
+    return torch.randn(shape, dtype=torch.float64, generator=generator) * scale
+
+
+def _run(region: Graph, replacement: Graph, inputs: list[tuple[str, Node]], m: Match) -> float:
+    worst = 0.0
+    with torch.no_grad(), torch.device("cpu"):
+        for scale in SCALES:
+            generator = torch.Generator().manual_seed(0)
+            tensors = [_draw(name, node, scale, m, generator) for name, node in inputs]
+            copies = [t.clone() if isinstance(t, torch.Tensor) else t for t in tensors]
+            try:
+                wanted = list(evaluate(region, tensors))
+                got = list(evaluate(replacement, copies))
+            except Refused:
+                raise
+            except Exception as e:
+                raise Refused(f"The proof could not be run: {type(e).__name__}: {str(e).splitlines()[0]}.") from e
+            names = [f"output {i}" for i in range(len(wanted))]
+            for (name, _), t, c in zip(inputs, tensors, copies, strict=True):
+                if isinstance(t, torch.Tensor):
+                    names.append(f"{name} after the step" if name in m.writes else f"{name}, which must not be written,")
+                    wanted.append(t)
+                    got.append(c)
+            for name, w, g in zip(names, wanted, got, strict=True):
+                worst = max(worst, _compare(name, w, g))
+    return worst
+
+
+def _compare(name: str, wanted: torch.Tensor, got: torch.Tensor) -> float:
+    if wanted.shape != got.shape:
+        raise Refused(f"The float64 proof failed: {name} has the shape {shown(wanted.shape)} in the model, {shown(got.shape)} in the op.")
+    if not torch.isfinite(wanted).all() or not torch.isfinite(got).all():
+        raise Refused(f"The float64 proof failed: {name} is not finite.")
+    if wanted.numel() == 0:
+        return 0.0
+    difference = (wanted - got).abs().flatten()
+    error = float(difference.max() / wanted.abs().max().clamp_min(1e-300))
+    if error > TOLERANCE:
+        i = int(difference.argmax())
+        raise Refused(
+            f"The float64 proof failed: {name} differs by {error:.1e} relative, at most {TOLERANCE:.0e} allowed; worst element {i}: "
+            f"model {float(wanted.flatten()[i]):.6g}, op {float(got.flatten()[i]):.6g}."
+        )
+    return error

@@ -1,0 +1,100 @@
+"""What a rule is: where it looks, what it proposes, when it declines. Knows nothing of GDN."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from gdnfuse.report import Refused
+from gdnfuse.rewrite.graph import chain, same, same_shape, value
+
+Sampler = Callable[[tuple[int, ...], torch.Generator], torch.Tensor]
+
+
+@dataclass
+class Match:
+    """A proposal: replace the region between `inputs` and `outputs` by what the rule's `rewrite` computes.
+
+    Attributes:
+        inputs: boundary nodes by name; `rewrite` gets their tensors under these names.
+        outputs: nodes replaced, in the order in which `rewrite` returns their values.
+        writes: for each input written in place, the node that writes it; these nodes are part of the region.
+        data: static facts for `check` and `rewrite`.
+        samplers: how to draw an input for the proof; standard normal where not given.
+        shapes: smaller shapes for the proof where the region's maths does not depend on the size.
+    """
+
+    inputs: dict[str, Node]
+    outputs: list[Node]
+    writes: dict[str, Node] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    samplers: dict[str, Sampler] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+class Rule:
+    """One motif. `match` says what is there, `check` whether we may, `rewrite` what to put there.
+
+    `rewrite` is run twice: traced into the graph, and on float64 tensors for the proof. It neither decides nor fails.
+    """
+
+    name: str
+    stage: str
+    equation: str
+
+    def anchors(self, graph: Graph) -> Iterable[Node]:
+        """Nodes by whose meaning the motif is recognised; each gives exactly one record."""
+        raise NotImplementedError
+
+    def match(self, anchor: Node) -> Match:
+        """Raises Mismatch or Refused."""
+        raise NotImplementedError
+
+    def check(self, m: Match) -> None:
+        """Raises Refused with a sentence."""
+
+    def rewrite(self, m: Match, t: SimpleNamespace) -> Any:
+        """One tensor per output, from the tensors of the inputs."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A boundary node and how to bring it to the layout an op wants."""
+
+    node: Node
+    how: Callable[[Any], Any]
+
+
+def bring(node: Node, shape: tuple[Any, ...], what: str) -> Operand:
+    """Find, in the chain of views above `node`, the earliest node that has `shape`, or one that reshapes or transposes to it.
+
+    Axis 0 may be symbolic. A reshape is proposed only; whether it keeps the order is for the proof.
+
+    Raises:
+        Refused: the number of elements differs.
+    """
+    nodes = chain(node)
+    for n in reversed(nodes):
+        if same_shape(value(n).shape, shape):
+            return Operand(n, lambda x: x)
+    swapped = (shape[0], shape[2], shape[1], *shape[3:]) if len(shape) > 2 else ()
+    if len(shape) > 2 and not same(shape[1], 1) and not same(shape[2], 1):
+        for n in reversed(nodes):
+            if same_shape(value(n).shape, swapped):
+                return Operand(n, lambda x: x.transpose(1, 2))
+    last, count = nodes[-1], 1
+    for s in shape:
+        count = count * s
+    if not same(value(last).numel(), count):
+        raise Refused(f"{what} must have the shape {shown(shape)}, found {shown(value(last).shape)}.", at=node)
+    return Operand(last, lambda x: x.reshape(-1, *shape[1:]))
+
+
+def shown(shape: Iterable[Any]) -> str:
+    return "[" + ", ".join(str(s) for s in shape) + "]"
