@@ -8,7 +8,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from gdnfuse.rewrite.driver import infer
-from gdnfuse.rewrite.graph import is_tensor, op_name, order, remove_dead, same, same_shape, value
+from gdnfuse.rewrite.graph import is_tensor, op_name, remove_dead, same, same_shape, value
 
 _CAST_METHODS = {"float": torch.float32, "half": torch.float16, "bfloat16": torch.bfloat16, "double": torch.float64}
 _BUFFERS = ("zeros_like", "zeros", "empty", "empty_like")
@@ -111,12 +111,11 @@ def _buffer_to_stack(gm: GraphModule, buffer: Node) -> None:
         if not is_tensor(piece) or at in slices or not same_shape(value(piece).shape, (*shape[:axis], *shape[axis + 1 :])):
             return
         slices[at] = piece
-    position = order(gm.graph)
     if axis is None or not same(shape[axis], len(slices)) or sorted(slices) != list(range(len(slices))) or not reads:
         return
-    if max(position[w] for w in writes) > min(position[r] for r in reads):
+    if max(writes) > min(reads):
         return
-    last = max(writes, key=position.__getitem__)
+    last = max(writes)
     pieces = []
     with gm.graph.inserting_before(last.next):
         for at in range(len(slices)):

@@ -12,7 +12,7 @@ from torch.fx import Graph, GraphModule, Node, Proxy
 from torch.fx.proxy import GraphAppendingTracer
 
 from gdnfuse.report import Record, Refused, Status
-from gdnfuse.rewrite.graph import chain, is_tensor, module_stack, op_name, order, remove_dead, value, written
+from gdnfuse.rewrite.graph import chain, is_tensor, module_stack, op_name, remove_dead, value, written
 from gdnfuse.rewrite.pattern import Mismatch
 from gdnfuse.rewrite.proof import evaluate, prove
 from gdnfuse.rewrite.rule import Match, Rule
@@ -31,6 +31,7 @@ class Outcome:
 
 def run_rules(gm: GraphModule, rules: list[Rule], outcome: Outcome) -> None:
     """Apply each rule at each of its anchors, in order. The graph is valid after every single application."""
+    writers = {n: base for n in gm.graph.nodes if (base := written(n)) is not None}
     for rule in rules:
         for anchor in list(rule.anchors(gm.graph)):
             if anchor.graph is not gm.graph or anchor._erased:
@@ -41,11 +42,11 @@ def run_rules(gm: GraphModule, rules: list[Rule], outcome: Outcome) -> None:
             try:
                 m = rule.match(anchor)
                 rule.check(m)
-                region = cut(gm.graph, m)
+                region = cut(gm.graph, m, writers)
                 with _quiet_shapes(gm):
                     replacement = _trace(rule, m, region)
                     proof = prove(region.graph, replacement, region.inputs, m)
-                    _replace(gm, m, region, replacement, anchor)
+                    _replace(gm, m, region, replacement, anchor, writers)
                 record.proof_error, record.proof_cached = proof.error, proof.cached
                 outcome.proofs += not proof.cached
                 outcome.proof_seconds += proof.seconds
@@ -71,8 +72,13 @@ class Region:
     point: Node
 
 
-def cut(graph: Graph, m: Match) -> Region:
+def cut(graph: Graph, m: Match, writers: dict[Node, Node]) -> Region:
     """Cut the region between a match's inputs and its outputs and writes out of the graph.
+
+    Args:
+        graph: the whole graph.
+        m: the match.
+        writers: every node of the graph that writes memory, and the node whose memory it is.
 
     Raises:
         Refused: it depends on something that is not an input, or something outside reads or writes a state in between.
@@ -94,15 +100,14 @@ def cut(graph: Graph, m: Match) -> Region:
             raise Refused(f"The result must depend on {', '.join(m.inputs)} alone, found that it also reads {n.name}.", at=n)
         seen.add(n)
         todo.extend(n.all_input_nodes)
-    position = order(graph)
-    nodes = sorted(seen, key=position.__getitem__)
-    _check_states(m, seen, position)
+    nodes = sorted(seen)
+    _check_states(m, nodes, writers)
     # As early as the operands allow: nobody else reads or writes the states and nobody writes the operands, so any later place
     # would give the same, but could come after a reader of an output.
-    point = max([*boundary, *symbols, *_placeholders(graph)], key=position.__getitem__)
+    point = max([*boundary, *symbols, *_last_placeholder(graph)])
     for out in m.outputs:
         for user in out.users:
-            if user not in seen and position[user] < position[point]:
+            if user not in seen and user < point:
                 raise Refused(f"{out.name} must not be read before all operands exist, found that {user.name} reads it.", at=user)
     new, env = Graph(), {}
     inputs = [*m.inputs.items(), *((s.name, s) for s in symbols)]
@@ -114,18 +119,19 @@ def cut(graph: Graph, m: Match) -> Region:
     return Region(nodes, inputs, new, point)
 
 
-def _placeholders(graph: Graph) -> list[Node]:
-    return [n for n in graph.nodes if n.op == "placeholder"][-1:]
+def _last_placeholder(graph: Graph) -> list[Node]:
+    return graph.find_nodes(op="placeholder")[-1:]
 
 
-def _check_states(m: Match, seen: set[Node], position: dict[Node, int]) -> None:
+def _check_states(m: Match, nodes: list[Node], writers: dict[Node, Node]) -> None:
+    seen = set(nodes)
     for name, write in m.writes.items():
         state = m.inputs[name]
         for user in state.users:
             if user not in seen and user.op != "output":
                 raise Refused(f"{name} must be read and written by this motif alone, found that {user.name} uses it too.", at=user)
         derived = {state}
-        for n in sorted(seen, key=position.__getitem__):
+        for n in nodes:
             if any(i in derived for i in n.all_input_nodes) and n is not write:
                 derived.add(n)
                 strangers = [u for u in n.users if u not in seen]
@@ -136,9 +142,8 @@ def _check_states(m: Match, seen: set[Node], position: dict[Node, int]) -> None:
                     )
     bases = {chain(n)[-1]: name for name, n in m.inputs.items() if is_tensor(n) and name not in m.writes}
     bases |= {n: n.name for n in seen}
-    for n in position:
-        base = written(n)
-        if base is None or n in m.writes.values():
+    for n, base in writers.items():
+        if n._erased or n in m.writes.values():
             continue
         if base in bases or n in seen:
             raise Refused(f"{bases.get(base, base)} must not be written in place, found that {n.name} writes it.", at=n)
@@ -164,7 +169,9 @@ def call(target: Any, *args: Any, **kwargs: Any) -> Any:
     return target(*args, **kwargs)
 
 
-def _replace(gm: GraphModule, m: Match, region: Region, replacement: Graph, anchor: Node) -> None:
+def _replace(
+    gm: GraphModule, m: Match, region: Region, replacement: Graph, anchor: Node, writers: dict[Node, Node]
+) -> None:
     env: dict[Node, Node] = {}
     placeholders = iter(region.inputs)
     results: tuple[Node, ...] = ()
@@ -179,6 +186,8 @@ def _replace(gm: GraphModule, m: Match, region: Region, replacement: Graph, anch
                 env[n] = new = gm.graph.node_copy(n, lambda x: env[x])
                 new.meta.update(meta)
                 new.meta["example_value"] = infer(new)
+                if (base := written(new)) is not None:
+                    writers[new] = base
     for out, result in zip(m.outputs, results, strict=True):
         out.replace_all_uses_with(result)
     for name, write in m.writes.items():

@@ -129,10 +129,6 @@ def remove_dead(graph: Graph) -> None:
                 graph.erase_node(node)
 
 
-def order(graph: Graph) -> dict[Node, int]:
-    return {n: i for i, n in enumerate(graph.nodes)}
-
-
 def calls(gm: GraphModule) -> list[Node]:
     return [n for n in gm.graph.nodes if n.op in ("call_function", "call_method", "call_module")]
 

@@ -7,8 +7,10 @@ both sides is replaced by float64, so what is compared is the maths; where the m
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,7 +170,7 @@ def _draw(name: str, node: Node, scale: float, m: Match, generator: torch.Genera
 
 def _run(region: Graph, replacement: Graph, inputs: list[tuple[str, Node]], m: Match) -> float:
     worst = 0.0
-    with torch.no_grad(), torch.device("cpu"):
+    with torch.no_grad(), torch.device("cpu"), _one_thread():
         for scale in SCALES:
             generator = torch.Generator().manual_seed(0)
             tensors = [_draw(name, node, scale, m, generator) for name, node in inputs]
@@ -189,6 +191,17 @@ def _run(region: Graph, replacement: Graph, inputs: list[tuple[str, Node]], m: M
             for name, w, g in zip(names, wanted, got, strict=True):
                 worst = max(worst, _compare(name, w, g))
     return worst
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Proofs are thousands of tiny ops: starting threads for them costs more than they do, and far more on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _compare(name: str, wanted: torch.Tensor, got: torch.Tensor) -> float:

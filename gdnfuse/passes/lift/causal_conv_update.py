@@ -5,7 +5,7 @@ from __future__ import annotations
 from gdnfuse.dialect import causal_conv_update
 from gdnfuse.report import Refused
 from gdnfuse.rewrite.driver import call
-from gdnfuse.rewrite.graph import chain, is_tensor, op_name, order, peel, real_users, value
+from gdnfuse.rewrite.graph import is_tensor, op_name, peel, real_users, value
 from gdnfuse.rewrite.pattern import Mismatch
 from gdnfuse.rewrite.rule import Match, Rule, bring
 
@@ -81,9 +81,8 @@ def _through_slices(node):
 
 def _only_slice(conv):
     """The last columns of a conv's output, where the caller cuts it."""
-    position = order(conv.graph)
-    slices = sorted((u for u in real_users(conv) if op_name(u) == "getitem"), key=position.__getitem__)
-    return slices[0] if len(slices) == 1 and len(list(real_users(conv))) == 1 else chain(conv)[0]
+    readers = list(real_users(conv))
+    return readers[0] if len(readers) == 1 and op_name(readers[0]) == "getitem" else conv
 
 
 RULE = LiftCausalConvUpdate()

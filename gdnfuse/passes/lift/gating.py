@@ -17,9 +17,9 @@ class LiftGating(Rule):
     name, stage, equation = "gating", "lift", gating.op.equation
 
     def anchors(self, graph):
-        """softplus of a sum with a vector: dt_bias is the step's bias, one number per head."""
+        """softplus of a sum or difference with a vector: dt_bias is the step's bias, one number per head."""
         for node in graph.nodes:
-            if op_name(node) == "softplus" and op_name(add := peel(node.args[0])) == "add":
+            if op_name(node) == "softplus" and op_name(add := peel(node.args[0])) in ("add", "sub"):
                 if any(value(peel(x)).ndim == 1 for x in add.all_input_nodes):
                     yield node
 

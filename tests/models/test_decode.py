@@ -1,0 +1,151 @@
+"""The main job: every GDN layer of every decode graph is fused, and the results are eager's."""
+
+import copy
+
+import pytest
+import torch
+
+import gdnfuse
+from tests.models import zoo
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SHAPES = [(1, False), (2, True), (5, False), (1, True), (2, False), (5, True)]
+CASES = [
+    (family, cache, dtype, *SHAPES[(i + j + k) % len(SHAPES)])
+    for i, family in enumerate(zoo.FAMILIES)
+    for j, cache in enumerate(("static", "dynamic"))
+    for k, dtype in enumerate(DTYPES)
+]
+
+
+def compiled(model, **options):
+    return torch.compile(model, backend="gdnfuse", fullgraph=True, options={"inner": "eager", "strict": True, **options})
+
+
+def decode_reports():
+    return [r for r in gdnfuse.reports() if r.phase == "decode"]
+
+
+def assert_all_fused(reports, layers=zoo.GDN_LAYERS):
+    assert reports
+    for report in reports:
+        assert report.phase == "decode" and len(report.layers) == layers
+        for layer in report.layers:
+            assert layer.fused, layer.why_not
+            assert layer.ops_after == ["linear", "mixer_decode", "linear"]
+
+
+@pytest.mark.parametrize(("family", "cache", "dtype", "batch", "padded"), CASES)
+def test_fused_and_no_less_accurate_than_eager(family, cache, dtype, batch, padded):
+    model = zoo.FAMILIES[family]().to(DTYPES[dtype])
+    ours = copy.deepcopy(model)
+    wide, oracle = zoo.in_float64(model)
+    run = compiled(ours)
+    tokens = zoo.tokens_for(batch, 6)
+    results, caches = {}, {}
+    for name, owner, call in (("ours", ours, run), ("eager", model, model), ("oracle", wide, oracle)):
+        with zoo.Float64() if name == "oracle" else torch.no_grad():
+            caches[name], mask = zoo.prefill(owner, batch, cache, padded)
+        results[name] = zoo.decode(call, caches[name], mask, tokens)
+    assert_all_fused(gdnfuse.reports())
+    # A static cache is one graph for all steps; a dynamic one is traced once more when Dynamo makes its length symbolic.
+    assert len(gdnfuse.reports()) == (1 if cache == "static" else 2)
+    assert results["ours"].dtype == results["eager"].dtype
+    floor = 1e-6 if dtype == "fp32" else 0.0
+    assert zoo.relative(results["ours"], results["oracle"]) <= 1.1 * zoo.relative(results["eager"], results["oracle"]) + floor
+    for kind in ("recurrent", "conv"):
+        for a, e, o in zip(*(zoo.states(caches[n])[kind] for n in ("ours", "eager", "oracle")), strict=True):
+            assert a.dtype == e.dtype and a.shape == e.shape
+            assert zoo.relative(a, o) <= 1.1 * zoo.relative(e, o) + floor
+
+
+def test_512_steps_in_fp32_equal_eager():
+    model = zoo.causal_lm()
+    ours = copy.deepcopy(model)
+    tokens = zoo.tokens_for(2, 512)
+    a, mask = zoo.prefill(ours, 2, "static", length=640)
+    e, _ = zoo.prefill(model, 2, "static", length=640)
+    found, wanted = zoo.decode(compiled(ours), a, mask, tokens), zoo.decode(model, e, mask, tokens)
+    assert len(gdnfuse.reports()) == 1
+    assert zoo.relative(found, wanted) < 1e-5
+    for kind in ("recurrent", "conv"):
+        for x, y in zip(zoo.states(a)[kind], zoo.states(e)[kind], strict=True):
+            assert zoo.relative(x, y) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_512_steps_in_half_precision_stay_within_eagers_error(dtype):
+    model = zoo.causal_lm().to(DTYPES[dtype])
+    ours = copy.deepcopy(model)
+    wide, oracle = zoo.in_float64(model)
+    tokens = zoo.tokens_for(2, 512)
+    results, caches = {}, {}
+    for name, owner, call in (("ours", ours, compiled(ours)), ("eager", model, model), ("oracle", wide, oracle)):
+        with zoo.Float64() if name == "oracle" else torch.no_grad():
+            caches[name], mask = zoo.prefill(owner, 2, "static", length=640)
+        results[name] = zoo.decode(call, caches[name], mask, tokens)
+    assert zoo.relative(results["ours"], results["oracle"]) <= 1.1 * zoo.relative(results["eager"], results["oracle"])
+    for kind in ("recurrent", "conv"):
+        for a, e, o in zip(*(zoo.states(caches[n])[kind] for n in ("ours", "eager", "oracle")), strict=True):
+            assert zoo.relative(a, o) <= 1.1 * zoo.relative(e, o)
+
+
+def test_packing_is_invisible_to_eager_calls_before_between_and_after():
+    model = zoo.causal_lm()
+    reference = copy.deepcopy(model)
+    tokens = zoo.tokens_for(2, 3)
+
+    def eager(m):
+        cache, mask = zoo.prefill(m, 2, "static")
+        return zoo.decode(m, cache, mask, tokens)
+
+    wanted = eager(reference)
+    assert torch.equal(eager(model), wanted)
+    run = compiled(model)
+    for _ in range(2):
+        cache, mask = zoo.prefill(model, 2, "static")
+        assert zoo.relative(zoo.decode(run, cache, mask, tokens), wanted) < 1e-5
+        assert torch.equal(eager(model), wanted)
+    for (name, ours), (_, theirs) in zip(model.state_dict().items(), reference.state_dict().items(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+def test_changing_batch_sizes_stay_fused_when_the_batch_turns_symbolic():
+    model = zoo.causal_lm()
+    ours = copy.deepcopy(model)
+    run = compiled(ours)
+    for batch in (2, 3, 5, 7):
+        tokens = zoo.tokens_for(batch, 2)
+        cache, mask = zoo.prefill(ours, batch, "static")
+        other, _ = zoo.prefill(model, batch, "static")
+        assert zoo.relative(zoo.decode(run, cache, mask, tokens), zoo.decode(model, other, mask, tokens)) < 1e-5
+    assert_all_fused(gdnfuse.reports())
+    assert len(gdnfuse.reports()) == 2
+
+
+@pytest.mark.parametrize("heads", [(1, 3, 24, 40), (4, 4, 16, 8), (2, 16, 8, 8)])
+def test_head_counts_and_dims(heads):
+    H, HV, K, V = heads
+    model = zoo.causal_lm(
+        linear_num_key_heads=H, linear_num_value_heads=HV, linear_key_head_dim=K, linear_value_head_dim=V
+    )
+    ours = copy.deepcopy(model)
+    tokens = zoo.tokens_for(2, 3)
+    a, mask = zoo.prefill(ours, 2, "static")
+    e, _ = zoo.prefill(model, 2, "static")
+    assert zoo.relative(zoo.decode(compiled(ours), a, mask, tokens), zoo.decode(model, e, mask, tokens)) < 1e-5
+    assert_all_fused(gdnfuse.reports())
+
+
+def test_inductor_on_cpu():
+    model = zoo.causal_lm()
+    ours = copy.deepcopy(model)
+    tokens = zoo.tokens_for(2, 4)
+    a, mask = zoo.prefill(ours, 2, "static")
+    e, _ = zoo.prefill(model, 2, "static")
+    run = torch.compile(ours, backend="gdnfuse", fullgraph=True, options={"strict": True})
+    assert zoo.relative(zoo.decode(run, a, mask, tokens), zoo.decode(model, e, mask, tokens)) < 1e-5
+    assert_all_fused(gdnfuse.reports())
+    for kind in ("recurrent", "conv"):
+        for x, y in zip(zoo.states(a)[kind], zoo.states(e)[kind], strict=True):
+            assert zoo.relative(x, y) < 1e-5

@@ -1,0 +1,162 @@
+"""Small random models of every family under test, and how to drive them step by step."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import transformers
+from torch.overrides import TorchFunctionMode
+from transformers import DynamicCache, StaticCache
+
+ROPE = {
+    "rope_type": "default",
+    "rope_theta": 1e7,
+    "partial_rotary_factor": 0.5,
+    "mrope_section": [2, 1, 1],
+    "mrope_interleaved": True,
+}
+TEXT = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_conv_kernel_dim": 4,
+    "tie_word_embeddings": False,
+    "rope_parameters": ROPE,
+    "initializer_range": 0.1,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+GDN_LAYERS = 2
+
+
+def causal_lm(**overrides):
+    config = transformers.Qwen3_5TextConfig(**{**TEXT, **overrides})
+    return _built(transformers.Qwen3_5ForCausalLM, config)
+
+
+def conditional_generation(**overrides):
+    config = transformers.Qwen3_5Config(
+        text_config={**TEXT, **overrides},
+        vision_config={
+            "depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64, "patch_size": 4,
+            "num_position_embeddings": 16, "deepstack_visual_indexes": [],
+        },
+    )  # fmt: skip
+    return _built(transformers.Qwen3_5ForConditionalGeneration, config)
+
+
+def moe(**overrides):
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
+    config = transformers.Qwen3_5MoeTextConfig(**{**TEXT, **sizes, **overrides})
+    return _built(transformers.Qwen3_5MoeForCausalLM, config)
+
+
+FAMILIES = {"causal_lm": causal_lm, "conditional_generation": conditional_generation, "moe": moe}
+
+
+def _built(cls, config):
+    torch.manual_seed(0)
+    model = cls(config).eval()
+    # Random initialisation leaves norms at 0 or 1 and gates alike; spread everything so that a swapped operand shows.
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.ndim == 1 and "A_log" not in name:
+                p.add_(torch.randn_like(p) * 0.1)
+    return model.requires_grad_(False)
+
+
+def text_config(model):
+    return model.config.get_text_config()
+
+
+def new_cache(model, kind, length=32):
+    if kind == "static":
+        return StaticCache(config=text_config(model), max_cache_len=length)
+    return DynamicCache(config=text_config(model))
+
+
+def prompt(batch, length=5, padded=False):
+    """input_ids and attention_mask (None without padding); with padding every other row starts two tokens later."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(2, 128, (batch, length), generator=generator)
+    if not padded:
+        return ids, None
+    mask = torch.ones_like(ids)
+    mask[::2, :2] = 0
+    return ids.masked_fill(mask == 0, 0), mask
+
+
+@torch.no_grad()
+def prefill(model, batch, kind, padded=False, length=32):
+    """The model's own eager prefill; returns the cache and the mask for the next step."""
+    cache = new_cache(model, kind, length)
+    ids, mask = prompt(batch, padded=padded)
+    model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+    return cache, mask
+
+
+@torch.no_grad()
+def decode(call, cache, mask, tokens):
+    """Feed `tokens` [B, n] one by one through `call`; returns logits [B, n, vocab]."""
+    logits = []
+    for t in range(tokens.shape[1]):
+        if mask is not None:
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+        out = call(input_ids=tokens[:, t : t + 1], attention_mask=mask, past_key_values=cache, use_cache=True)
+        logits.append(out.logits[:, -1].clone())
+    return torch.stack(logits, 1)
+
+
+def tokens_for(batch, n):
+    return torch.randint(2, 128, (batch, n), generator=torch.Generator().manual_seed(2))
+
+
+def states(cache):
+    """All recurrent and conv states of a cache, in layer order."""
+    found = {"recurrent": [], "conv": []}
+    for layer in cache.layers:
+        if getattr(layer, "recurrent_states", None):
+            found["recurrent"].append(layer.recurrent_states[0])
+            found["conv"].append(layer.conv_states[0])
+    return found
+
+
+class Float64(TorchFunctionMode):
+    """Runs eager code in float64 where it asks for any floating dtype: the oracle for a model that casts to float32 inside."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        floats = (torch.float32, torch.float16, torch.bfloat16)
+        swap = lambda a: torch.float64 if isinstance(a, torch.dtype) and a in floats else a  # noqa: E731
+        args = tuple(map(swap, args))
+        kwargs = {k: swap(v) for k, v in (kwargs or {}).items()}
+        if func in (torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16):
+            func = torch.Tensor.double
+        return func(*args, **kwargs)
+
+
+def in_float64(model):
+    """A float64 copy of a model, and a callable that runs it wholly in float64."""
+    wide = copy.deepcopy(model).double()
+
+    def call(*args, **kwargs):
+        with Float64():
+            return wide(*args, **kwargs)
+
+    return wide, call
+
+
+def relative(found, wanted):
+    """‖found − wanted‖ / ‖wanted‖ in float64."""
+    found, wanted = found.double(), wanted.double()
+    return float((found - wanted).norm() / wanted.norm())
