@@ -1,0 +1,31 @@
+"""Triton kernels behind the dialect ops, one family per file. Importing this package does not import triton."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import TYPE_CHECKING
+
+from gdnfuse.report import Refused
+
+if TYPE_CHECKING:
+    from gdnfuse.kernels.implementation import Implementation
+
+
+def implementations() -> dict[str, Implementation]:
+    """The kernel behind each dialect op that has one, by the op's name; registers ``torch.ops.gdnfuse_triton`` on first use.
+
+    Raises:
+        Refused: triton is not installed.
+    """
+    if importlib.util.find_spec("triton") is None:
+        raise Refused("Triton is required for GPU kernels; it is not installed.")
+    from gdnfuse.kernels import causal_conv_update, delta_rule, gated_rms_norm, mixer_decode
+
+    found = (
+        causal_conv_update.implementation,
+        delta_rule.fused_gating_delta_rule,
+        delta_rule.packed_decode,
+        gated_rms_norm.implementation,
+        mixer_decode.implementation,
+    )
+    return {kernel.name: kernel for kernel in found}

@@ -1,0 +1,111 @@
+"""One token of the depthwise causal conv: out = act(Σⱼ w[d, j]·window[d, j] + bias[d]) with window = [conv_state | x].
+
+The short convolution before the gated delta rule (Yang et al. 2024, arXiv:2412.06464); updating the cached window in the kernel
+that reads it is the way of the decode kernels of causal-conv1d and vLLM.
+
+Layout: x [B, D, 1] and conv_state [B, D, S] of any strides, so x may be columns of a packed row; output [B, D, 1] contiguous.
+The window's last S columns replace conv_state in place. Accumulation and output are float32 whatever the inputs.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from gdnfuse.kernels.implementation import register, require_dtypes, require_one_token, require_static, wrap_triton
+from gdnfuse.report import Refused
+
+ACTIVATIONS = ("silu", "none")
+
+# Not yet measured: a thread per channel, and 64 programs already at B = 1 for the 8192 channels of a 4B model.
+BLOCK_D, NUM_WARPS = 128, 4
+
+
+@triton.jit
+def causal_conv_update_kernel(
+    x_ptr, state_ptr, weight_ptr, bias_ptr, out_ptr,
+    stride_xb, stride_xd, stride_sb, stride_sd, stride_ss, stride_wd, stride_ww,
+    D: tl.constexpr, S: tl.constexpr, W: tl.constexpr, SILU: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    batch = pid // tl.cdiv(D, BD)
+    d = pid % tl.cdiv(D, BD) * BD + tl.arange(0, BD)  # [BD]
+    live = d < D
+    state_ptrs = state_ptr + batch * stride_sb + d * stride_sd  # [BD]
+    weight_ptrs = weight_ptr + d * stride_wd  # [BD]
+    x = tl.load(x_ptr + batch * stride_xb + d * stride_xd, mask=live, other=0.0)  # [BD]
+
+    acc = x.to(tl.float32) * tl.load(weight_ptrs + (W - 1) * stride_ww, mask=live, other=0.0).to(tl.float32)  # [BD]
+    columns = ()
+    for j in tl.static_range(S):
+        column = tl.load(state_ptrs + j * stride_ss, mask=live, other=0.0)  # [BD]
+        columns = columns + (column,)
+        if j >= S + 1 - W:
+            tap = tl.load(weight_ptrs + (j - (S + 1 - W)) * stride_ww, mask=live, other=0.0)  # [BD]
+            acc += column.to(tl.float32) * tap.to(tl.float32)
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + d, mask=live, other=0.0).to(tl.float32)
+    if SILU:
+        acc = acc * tl.sigmoid(acc)
+    tl.store(out_ptr + batch * D + d, acc, mask=live)
+
+    # This program alone owns its channels and has every column in registers; the barrier keeps that true should the compiler give
+    # loads and stores different owners among its threads.
+    tl.debug_barrier()
+    for j in tl.static_range(S - 1):
+        tl.store(state_ptrs + j * stride_ss, columns[j + 1], mask=live)
+    tl.store(state_ptrs + (S - 1) * stride_ss, x.to(state_ptr.dtype.element_ty), mask=live)
+
+
+def launch(
+    x: torch.Tensor,
+    conv_state: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str,
+) -> torch.Tensor:
+    """The dialect's causal_conv_update at T = 1.
+
+    Args:
+        x: [B, D, 1], any strides.
+        conv_state: [B, D, S], S ≥ W − 1, any strides; written in place.
+        weight: [D, 1, W].
+        bias: [D] or None.
+        activation: "silu" or "none".
+
+    Returns:
+        [B, D, 1] in float32.
+    """
+    B, D, S = conv_state.shape
+    out = torch.empty((B, D, 1), dtype=torch.float32, device=x.device)
+    wrap_triton(causal_conv_update_kernel)[(B * -(-D // BLOCK_D),)](
+        x, conv_state, weight, None if bias is None else bias.contiguous(), out,
+        x.stride(0), x.stride(1), *conv_state.stride(), weight.stride(0), weight.stride(2),
+        D=D, S=S, W=weight.shape[-1], SILU=activation == "silu", BD=BLOCK_D, num_warps=NUM_WARPS,
+    )  # fmt: skip
+    return out
+
+
+def supports(
+    x: torch.Tensor,
+    conv_state: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str,
+) -> None:
+    """Raises Refused unless T = 1, D, S, W are static with S ≥ W − 1 and S ≥ 1, dtypes are float32, bfloat16 or float16 and the
+    activation is known.
+    """
+    require_dtypes(x=x, conv_state=conv_state, weight=weight, bias=bias)
+    require_one_token(x.shape[-1])
+    _, D, S = conv_state.shape
+    W = weight.shape[-1]
+    require_static(D=D, S=S, W=W)
+    if S < 1 or S < W - 1:
+        raise Refused(f"conv_state must keep at least W - 1 = {W - 1} columns and at least one, got {S}.")
+    if activation not in ACTIVATIONS:
+        raise Refused(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation}.")
+
+
+implementation = register("causal_conv_update", launch, supports, mutates=("conv_state",))

@@ -1,0 +1,326 @@
+"""The gated delta rule in recurrent form, gates inside (Yang et al. 2024, arXiv:2412.06464):
+
+    S ← e^g·S;  S ← S + k ⊗ β(v − Sᵀk);  o = Sᵀ(q·scale),  with g = −exp(A_log)·softplus(a + dt_bias) and β = σ(b).
+
+Fusing the gates into the rule, and reading q, k, v from the packed row, follow vLLM's fused sigmoid-gating update and packed
+recurrent decode; the gated norm in the same kernel is added here.
+
+Layout: q, k [B, T, H, K], v [B, T, HV, V], a, b [B, T, HV], state [B, HV, K, V], all of any strides; value head hv uses key head
+hv // (HV // H). The state is read once and written once, in place, whatever T. All maths is float32; β and the decay are never
+rounded below it.
+
+Two kernels share the rule. `delta_rule_kernel` splits V over programs. `delta_rule_gated_kernel` (T = 1) ends in the gated
+RMSNorm, which needs all V columns of a head, so it takes one program per head.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from gdnfuse.kernels.gated_rms_norm import gated
+from gdnfuse.kernels.implementation import (
+    register,
+    require_dtypes,
+    require_head_dims,
+    require_one_token,
+    require_static,
+    wrap_triton,
+)
+from gdnfuse.report import Refused
+
+# Rule alone: up to so many heads B·HV, value columns per program, warps. Not yet measured. Few heads need narrow tiles to fill a
+# device: flash-linear-attention's recurrent kernel takes 8 columns, vLLM's packed decode 32.
+RULE_CONFIGS = ((64, 8, 1), (float("inf"), 32, 2))
+
+# Rule and gated norm: K up to, value columns per tile, warps. One 128×128 tile of 4 warps per head took 6.3 / 8.9 / 23.4 / 83.0 /
+# 310.7 µs at B = 1 / 4 / 16 / 64 / 256 (HV = 32, H200, states cold); 8 and 16 warps were slower. Such a tile takes about 254
+# registers a thread on sm_90, and one of as many elements spills where K is above 128, so there the tiles are narrower. The other
+# rows are not yet measured.
+GATED_CONFIGS = ((64, 256, 4), (128, 128, 4), (256, 32, 4))
+
+
+@triton.jit
+def _l2norm(x, eps):
+    return x * tl.rsqrt(tl.sum(x * x, 0) + eps)
+
+
+@triton.jit
+def _decay(a, A_log, dt_bias):
+    """exp(−exp(A_log)·softplus(a + dt_bias)); float32 scalars."""
+    x = a + dt_bias
+    # log1p(e) = log(u)·e/(u − 1) with u = 1 + e rounded: exact to rounding also where 1 + e loses e's low bits.
+    e = tl.exp(tl.where(x > 20.0, 0.0, x))
+    u = 1.0 + e
+    lost = u == 1.0
+    log1p = tl.where(lost, e, tl.log(u) * (e / tl.where(lost, 1.0, u - 1.0)))
+    return tl.exp(-tl.exp(A_log) * tl.where(x > 20.0, x, log1p))
+
+
+@triton.jit
+def _step(s, q, k, v, decay, beta):
+    """One token. s: [BK, BV], q, k: [BK], v: [BV]; returns the new s and o [BV]."""
+    s = s * decay
+    delta = (v - tl.sum(s * k[:, None], 0)) * beta  # [BV]
+    s = s + k[:, None] * delta[None, :]  # [BK, BV]
+    return s, tl.sum(s * q[:, None], 0)
+
+
+@triton.jit
+def _load_qk(q_ptrs, k_ptrs, live, scale, l2norm_eps, L2NORM: tl.constexpr):
+    q = tl.load(q_ptrs, mask=live, other=0.0).to(tl.float32)  # [BK]
+    k = tl.load(k_ptrs, mask=live, other=0.0).to(tl.float32)  # [BK]
+    if L2NORM:
+        q, k = _l2norm(q, tl.cast(l2norm_eps, tl.float32)), _l2norm(k, tl.cast(l2norm_eps, tl.float32))
+    return q * tl.cast(scale, tl.float32), k
+
+
+@triton.jit
+def delta_rule_kernel(
+    q_ptr, k_ptr, v_ptr, a_ptr, b_ptr, A_log_ptr, dt_bias_ptr, state_ptr, out_ptr,
+    scale, l2norm_eps, T,
+    stride_qb, stride_qt, stride_qh, stride_qk, stride_kb, stride_kt, stride_kh, stride_kk,
+    stride_vb, stride_vt, stride_vh, stride_vv, stride_ab, stride_at, stride_ah, stride_bb, stride_bt, stride_bh,
+    stride_sb, stride_sh, stride_sk, stride_sv,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, L2NORM: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    head = pid // tl.cdiv(V, BV)
+    batch, hv = head // HV, head % HV
+    h = hv // (HV // H)
+    i_k = tl.arange(0, BK).to(tl.int64)  # [BK]
+    i_v = pid % tl.cdiv(V, BV) * BV + tl.arange(0, BV)  # [BV]
+    live_k, live_v = i_k < K, i_v < V
+    live = live_k[:, None] & live_v[None, :]  # [BK, BV]
+
+    q_ptrs = q_ptr + batch * stride_qb + h * stride_qh + i_k * stride_qk  # [BK]
+    k_ptrs = k_ptr + batch * stride_kb + h * stride_kh + i_k * stride_kk  # [BK]
+    v_ptrs = v_ptr + batch * stride_vb + hv * stride_vh + i_v * stride_vv  # [BV]
+    a_ptr += batch * stride_ab + hv * stride_ah
+    b_ptr += batch * stride_bb + hv * stride_bh
+    state_ptrs = state_ptr + batch * stride_sb + hv * stride_sh + i_k[:, None] * stride_sk + i_v[None, :] * stride_sv
+    A_log, dt_bias = tl.load(A_log_ptr + hv).to(tl.float32), tl.load(dt_bias_ptr + hv).to(tl.float32)
+
+    s = tl.load(state_ptrs, mask=live, other=0.0).to(tl.float32)  # [BK, BV]
+    for i in range(T):
+        t = tl.cast(i, tl.int64)
+        q, k = _load_qk(q_ptrs + t * stride_qt, k_ptrs + t * stride_kt, live_k, scale, l2norm_eps, L2NORM)
+        v = tl.load(v_ptrs + t * stride_vt, mask=live_v, other=0.0).to(tl.float32)  # [BV]
+        decay = _decay(tl.load(a_ptr + t * stride_at).to(tl.float32), A_log, dt_bias)
+        beta = tl.sigmoid(tl.load(b_ptr + t * stride_bt).to(tl.float32))
+        s, o = _step(s, q, k, v, decay, beta)
+        tl.store(out_ptr + ((batch * T + t) * HV + hv) * V + i_v, o, mask=live_v)
+    tl.store(state_ptrs, s.to(state_ptr.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def delta_rule_gated_kernel(
+    q_ptr, k_ptr, v_ptr, z_ptr, a_ptr, b_ptr, A_log_ptr, dt_bias_ptr, norm_weight_ptr, state_ptr, out_ptr,
+    scale, l2norm_eps, norm_eps,
+    stride_qb, stride_qh, stride_qk, stride_kb, stride_kh, stride_kk, stride_vb, stride_vh, stride_vv,
+    stride_zb, stride_zh, stride_zv, stride_ab, stride_ah, stride_bb, stride_bh, stride_sb, stride_sh, stride_sk, stride_sv,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0).to(tl.int64)
+    batch, hv = head // HV, head % HV
+    h = hv // (HV // H)
+    i_k = tl.arange(0, BK).to(tl.int64)  # [BK]
+    live_k = i_k < K
+    q_ptrs = q_ptr + batch * stride_qb + h * stride_qh + i_k * stride_qk  # [BK]
+    k_ptrs = k_ptr + batch * stride_kb + h * stride_kh + i_k * stride_kk  # [BK]
+    v_ptr += batch * stride_vb + hv * stride_vh
+    z_ptr += batch * stride_zb + hv * stride_zh
+    state_rows = state_ptr + batch * stride_sb + hv * stride_sh + i_k[:, None] * stride_sk  # [BK, 1]
+
+    q, k = _load_qk(q_ptrs, k_ptrs, live_k, scale, l2norm_eps, True)
+    a = tl.load(a_ptr + batch * stride_ab + hv * stride_ah).to(tl.float32)
+    decay = _decay(a, tl.load(A_log_ptr + hv).to(tl.float32), tl.load(dt_bias_ptr + hv).to(tl.float32))
+    beta = tl.sigmoid(tl.load(b_ptr + batch * stride_bb + hv * stride_bh).to(tl.float32))
+
+    outs = ()
+    square = 0.0
+    for tile in tl.static_range(0, V, BV):
+        i_v = tile + tl.arange(0, BV).to(tl.int64)  # [BV]
+        live = live_k[:, None] & (i_v < V)[None, :]  # [BK, BV]
+        state_ptrs = state_rows + i_v[None, :] * stride_sv  # [BK, BV]
+        s = tl.load(state_ptrs, mask=live, other=0.0).to(tl.float32)  # [BK, BV]
+        v = tl.load(v_ptr + i_v * stride_vv, mask=i_v < V, other=0.0).to(tl.float32)  # [BV]
+        s, o = _step(s, q, k, v, decay, beta)
+        tl.store(state_ptrs, s.to(state_ptr.dtype.element_ty), mask=live)
+        square += tl.sum(o * o, 0)
+        outs = outs + (o,)
+
+    for tile in tl.static_range(0, V, BV):
+        i_v = tile + tl.arange(0, BV).to(tl.int64)  # [BV]
+        z = tl.load(z_ptr + i_v * stride_zv, mask=i_v < V, other=0.0).to(tl.float32)  # [BV]
+        weight = tl.load(norm_weight_ptr + i_v, mask=i_v < V, other=0.0).to(tl.float32)  # [BV]
+        y = gated(outs[tile // BV], square / V, z, weight, tl.cast(norm_eps, tl.float32))  # [BV]
+        tl.store(out_ptr + head * V + i_v, y.to(out_ptr.dtype.element_ty), mask=i_v < V)
+
+
+def launch(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    A_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    recurrent_state: torch.Tensor,
+    scale: float,
+    l2norm_eps: float | None = None,
+) -> torch.Tensor:
+    """The dialect's fused_gating_delta_rule, any T ≥ 1.
+
+    Args:
+        q, k: [B, T, H, K], any strides.
+        v: [B, T, HV, V], any strides.
+        a, b: [B, T, HV], before the nonlinearities, any strides.
+        A_log, dt_bias: [HV].
+        recurrent_state: [B, HV, K, V], any strides, written in place.
+        scale: factor on q.
+        l2norm_eps: if given, q and k are l2-normalised with it first.
+
+    Returns:
+        o [B, T, HV, V] in float32.
+    """
+    B, T, HV, V = v.shape
+    H, K = q.shape[2:]
+    heads = B * HV
+    # A symbolic batch counts as large: choosing by its size would add a guard.
+    size = heads if isinstance(heads, int) else float("inf")
+    columns, num_warps = next(config[1:] for config in RULE_CONFIGS if size <= config[0])
+    BV = min(columns, triton.next_power_of_2(V))
+    out = torch.empty((B, T, HV, V), dtype=torch.float32, device=v.device)
+    wrap_triton(delta_rule_kernel)[(heads * -(-V // BV),)](
+        q, k, v, a, b, A_log.contiguous(), dt_bias.contiguous(), recurrent_state, out,
+        scale, 0.0 if l2norm_eps is None else l2norm_eps, T,
+        *q.stride(), *k.stride(), *v.stride(), *a.stride(), *b.stride(), *recurrent_state.stride(),
+        H=H, HV=HV, K=K, V=V, BK=triton.next_power_of_2(K), BV=BV, L2NORM=l2norm_eps is not None, num_warps=num_warps,
+    )  # fmt: skip
+    return out
+
+
+def _split(mixed_qkv: torch.Tensor, recurrent_state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Views q, k [B, 1, H, K] and v [B, 1, HV, V] of a packed row [B, 1, 2·H·K + HV·V]."""
+    _, HV, K, V = recurrent_state.shape
+    keys = (mixed_qkv.shape[-1] - HV * V) // 2
+    return (
+        mixed_qkv.narrow(-1, 0, keys).unflatten(-1, (keys // K, K)),
+        mixed_qkv.narrow(-1, keys, keys).unflatten(-1, (keys // K, K)),
+        mixed_qkv.narrow(-1, 2 * keys, HV * V).unflatten(-1, (HV, V)),
+    )
+
+
+def launch_packed_decode(
+    mixed_qkv: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    A_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    recurrent_state: torch.Tensor,
+    scale: float,
+    l2norm_eps: float,
+) -> torch.Tensor:
+    """The dialect's packed_decode: q, k, v are read in place.
+
+    Args:
+        mixed_qkv: [B, 1, D] with D = 2·H·K + HV·V, any strides.
+        a, b: [B, 1, HV], any strides.
+        A_log, dt_bias: [HV].
+        recurrent_state: [B, HV, K, V], any strides, written in place.
+        scale: factor on q.
+        l2norm_eps: eps of the l2norm of q and k.
+
+    Returns:
+        o [B, 1, HV, V] in float32.
+    """
+    q, k, v = _split(mixed_qkv, recurrent_state)
+    return launch(q, k, v, a, b, A_log, dt_bias, recurrent_state, scale, l2norm_eps)
+
+
+def launch_gated(
+    mixed_qkv: torch.Tensor,
+    z: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    A_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    recurrent_state: torch.Tensor,
+    norm_weight: torch.Tensor,
+    scale: float,
+    l2norm_eps: float,
+    norm_eps: float,
+) -> torch.Tensor:
+    """packed_decode and gated_rms_norm in one kernel.
+
+    Args:
+        mixed_qkv, a, b, A_log, dt_bias, recurrent_state, scale, l2norm_eps: as for `launch_packed_decode`.
+        z: [B, 1, HV·V], the gate, any strides.
+        norm_weight: [V].
+        norm_eps: eps of the norm.
+
+    Returns:
+        [B, 1, HV·V] in z's dtype.
+    """
+    B, HV, K, V = recurrent_state.shape
+    q, k, v = (x.squeeze(1) for x in _split(mixed_qkv, recurrent_state))
+    z_heads, a, b = z.unflatten(-1, (HV, V)).squeeze(1), a.squeeze(1), b.squeeze(1)
+    columns, num_warps = next(config[1:] for config in GATED_CONFIGS if K <= config[0])
+    out = torch.empty((B, 1, HV * V), dtype=z.dtype, device=z.device)
+    wrap_triton(delta_rule_gated_kernel)[(B * HV,)](
+        q, k, v, z_heads, a, b, A_log.contiguous(), dt_bias.contiguous(), norm_weight.contiguous(), recurrent_state, out,
+        scale, l2norm_eps, norm_eps,
+        *q.stride(), *k.stride(), *v.stride(), *z_heads.stride(), *a.stride(), *b.stride(), *recurrent_state.stride(),
+        H=q.shape[1], HV=HV, K=K, V=V, BK=triton.next_power_of_2(K), BV=min(columns, triton.next_power_of_2(V)),
+        num_warps=num_warps,
+    )  # fmt: skip
+    return out
+
+
+def supports(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    A_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    recurrent_state: torch.Tensor,
+    scale: float,
+    l2norm_eps: float | None = None,
+) -> None:
+    """Raises Refused unless dtypes are float32, bfloat16 or float16, heads static, K, V ≤ 256 and HV a multiple of H."""
+    require_dtypes(q=q, k=k, v=v, a=a, b=b, A_log=A_log, dt_bias=dt_bias, recurrent_state=recurrent_state)
+    H, HV = q.shape[2], v.shape[2]
+    require_static(H=H, HV=HV)
+    require_head_dims(K=q.shape[-1], V=v.shape[-1])
+    if HV % H:
+        raise Refused(f"HV must be a multiple of H, got HV = {HV} and H = {H}.")
+
+
+def supports_packed_decode(
+    mixed_qkv: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    A_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    recurrent_state: torch.Tensor,
+    scale: float,
+    l2norm_eps: float,
+) -> None:
+    """Raises Refused unless T = 1, D = 2·H·K + HV·V is static, and for whatever `supports` refuses."""
+    require_dtypes(mixed_qkv=mixed_qkv, a=a, b=b, A_log=A_log, dt_bias=dt_bias, recurrent_state=recurrent_state)
+    _, T, D = mixed_qkv.shape
+    _, HV, K, V = recurrent_state.shape
+    require_one_token(T)
+    require_static(D=D, HV=HV)
+    require_head_dims(K=K, V=V)
+    H, rest = divmod(D - HV * V, 2 * K)
+    if H < 1 or rest or HV % H:
+        raise Refused(f"D must be 2·H·K + HV·V with HV a multiple of H, got D = {D}, HV = {HV}, K = {K} and V = {V}.")
+
+
+fused_gating_delta_rule = register("fused_gating_delta_rule", launch, supports, mutates=("recurrent_state",))
+packed_decode = register("packed_decode", launch_packed_decode, supports_packed_decode, mutates=("recurrent_state",))

@@ -1,0 +1,148 @@
+"""What the kernel files share: how one is registered, launched, checked and described for compilation without a device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import triton
+
+from gdnfuse.report import Refused
+
+POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+MAX_HEAD_DIM = 256
+
+
+@dataclass(frozen=True)
+class CompileSpec:
+    """One specialisation of a kernel, as ``triton.compiler.ASTSource`` takes it.
+
+    Attributes:
+        kernel: the ``@triton.jit`` function.
+        signature: type of every argument by name, "constexpr" included.
+        constexprs: values of the constexpr arguments, and of integers that are 1.
+        attrs: divisibility of pointers and integers by 16, by argument index.
+        options: num_warps and the like.
+    """
+
+    kernel: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    attrs: dict[tuple[int, ...], list[list[Any]]]
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """A kernel behind one dialect op.
+
+    Attributes:
+        name: the dialect op's name; the Triton op is ``torch.ops.gdnfuse_triton.<name>``.
+        op: its ``OpOverload``, with the dialect op's arguments, outputs and mutations.
+        launch: the function behind it.
+        supports: takes the same arguments, real or fake; raises Refused with the reason if the kernel cannot take them.
+    """
+
+    name: str
+    op: Any
+    launch: Callable[..., Any] = field(repr=False)
+    supports: Callable[..., None] = field(repr=False)
+
+    def jit_kernels(self, *args: Any, **kwargs: Any) -> list[CompileSpec]:
+        """The specialisations that a call with these arguments launches, in order; tensors on device "meta" will do."""
+        with _recording() as specs:
+            self.launch(*args, **kwargs)
+        return specs
+
+
+def register(
+    name: str, launch: Callable[..., Any], supports: Callable[..., None], mutates: tuple[str, ...] = ()
+) -> Implementation:
+    """Register ``gdnfuse_triton::<name>``; compilers trace into it and see its kernels."""
+    op = torch.library.triton_op(f"gdnfuse_triton::{name}", launch, mutates_args=mutates)
+    return Implementation(name, op._opoverload, launch, supports)
+
+
+_recorded: list[CompileSpec] | None = None
+
+
+@contextmanager
+def _recording() -> Iterator[list[CompileSpec]]:
+    global _recorded
+    before, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = before
+
+
+class _Recorder:
+    """Stands in for a kernel and notes how it is called."""
+
+    def __init__(self, kernel: Any):
+        self.kernel = kernel
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return self.record
+
+    def record(self, *args: Any, **kwargs: Any) -> None:
+        names = self.kernel.arg_names
+        values = dict(zip(names, args, strict=False)) | {n: v for n, v in kwargs.items() if n in names}
+        options = {n: v for n, v in kwargs.items() if n not in names}
+        signature, constexprs, attrs = {}, {}, {}
+        for i, param in enumerate(self.kernel.params):
+            value = values[param.name]
+            if param.is_constexpr or value is None or (type(value) is int and value == 1):
+                signature[param.name], constexprs[param.name] = "constexpr", value
+            elif isinstance(value, torch.Tensor):
+                signature[param.name], attrs[(i,)] = POINTERS[value.dtype], [["tt.divisibility", 16]]
+            elif isinstance(value, float):
+                signature[param.name] = "fp32"
+            else:
+                signature[param.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+                if value % 16 == 0:
+                    attrs[(i,)] = [["tt.divisibility", 16]]
+        _recorded.append(CompileSpec(self.kernel, signature, constexprs, attrs, options))
+
+
+def wrap_triton(kernel: Any) -> Any:
+    """``torch.library.wrap_triton``, which does not know interpreted kernels.
+
+    It keeps that name because torch reads the launchers' source for it to find the kernels that key its compile cache.
+    """
+    if _recorded is not None:
+        return _Recorder(kernel)
+    if not isinstance(kernel, triton.runtime.JITFunction):
+        return kernel
+    return torch.library.wrap_triton(kernel)
+
+
+def require_dtypes(**tensors: torch.Tensor | None) -> None:
+    """Refuse a tensor that is not float32, bfloat16 or float16."""
+    for name, t in tensors.items():
+        if t is not None and t.dtype not in POINTERS:
+            raise Refused(f"{name} must be float32, bfloat16 or float16, got {str(t.dtype).removeprefix('torch.')}.")
+
+
+def require_static(**sizes: Any) -> None:
+    """Refuse a size that is not a plain number; the comparison adds no guard."""
+    for name, size in sizes.items():
+        if not isinstance(size, int):
+            raise Refused(f"{name} must be static, got the symbolic size {size}.")
+
+
+def require_one_token(T: Any) -> None:
+    """Refuse any length other than the number 1; the comparison adds no guard."""
+    if not isinstance(T, int) or T != 1:
+        raise Refused(f"T must be 1, got {T}.")
+
+
+def require_head_dims(**dims: Any) -> None:
+    """Refuse a head dimension that is symbolic or above MAX_HEAD_DIM."""
+    require_static(**dims)
+    for name, size in dims.items():
+        if size > MAX_HEAD_DIM:
+            raise Refused(f"{name} must be at most {MAX_HEAD_DIM}, got {size}.")

@@ -1,0 +1,199 @@
+"""Calls of every kernel, and the comparison with the dialect's reference in float64; for interpreter and GPU tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from unittest import mock
+
+import torch
+
+from gdnfuse import dialect
+from gdnfuse.dialect import delta_rule, mixer_decode, packed_decode
+
+# Largest error relative to the largest value: a few roundings of float32 maths, and one more where the result is stored narrower.
+MATHS = 2e-6
+TOLERANCE = {torch.float32: MATHS, torch.bfloat16: 2.0**-8 + MATHS, torch.float16: 2.0**-11 + MATHS}
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+
+# Arguments that have the batch in front.
+BATCHED = {"x", "conv_state", "q", "k", "v", "a", "b", "recurrent_state", "mixed_qkv", "o", "z", "row"}
+
+
+@dataclass(frozen=True)
+class Case:
+    op: str
+    label: str
+    make: Callable[[], tuple[tuple, dict]]
+
+    def __str__(self):
+        return f"{self.op}-{self.label}"
+
+    def call(self):
+        torch.manual_seed(0)
+        return self.make()
+
+
+def strided(t, step=1, pad=3):
+    """t's values, every `step`-th element of rows that are `pad` elements longer; what lies between is NaN."""
+    parent = torch.full((*t.shape[:-1], t.shape[-1] * step + pad), float("nan"), dtype=t.dtype)
+    view = parent[..., pad::step]
+    view.copy_(t)
+    return view
+
+
+def name(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+def conv(B, D, S, W, dtype=F32, state_dtype=None, bias=False, act="silu", wrap=lambda x: x, wrap_state=lambda s: s):
+    def make():
+        x = wrap(torch.randn(B, D, 1).to(dtype))
+        state = wrap_state(torch.randn(B, D, S).to(state_dtype or dtype))
+        return (x, state, torch.randn(D, 1, W).to(dtype), torch.randn(D).to(dtype) if bias else None, act), {}
+
+    return make
+
+
+def row_slice(x):
+    """x [B, D, 1] as columns of a packed row [B, 1, D + 9]."""
+    return strided(x.transpose(1, 2), pad=9).transpose(1, 2)
+
+
+def rule(B, T, H, HV, K, V, dtype=F32, state_dtype=F32, eps=1e-6, gate_scale=1.0, wrap=lambda x: x, wrap_state=lambda s: s):
+    def make():
+        q, k, v, a, b, A_log, dt_bias, s = delta_rule.example_tensors(B, T, H, HV, K, V, dtype, state_dtype)
+        q, k = (q, k) if eps is not None else (q / K**0.5, k / K**0.5)
+        q, k, v, a, b = (wrap(x) for x in (q, k, v, a * gate_scale, b * gate_scale))
+        return (q, k, v, a, b, A_log, dt_bias, wrap_state(s)), {"scale": K**-0.5, "l2norm_eps": eps}
+
+    return make
+
+
+def packed(B, H, HV, K, V, dtype=F32, state_dtype=F32, wrap=lambda x: x):
+    def make():
+        mixed, a, b, A_log, dt_bias, s = packed_decode.example_tensors(B, H, HV, K, V, dtype, state_dtype)
+        return (wrap(mixed), wrap(a), wrap(b), A_log, dt_bias, s), {"scale": K**-0.5, "l2norm_eps": 1e-6}
+
+    return make
+
+
+def norm(shape, o_dtype, z_dtype, wrap=lambda x: x):
+    def make():
+        V = shape[-1]
+        return (wrap(torch.randn(shape).to(o_dtype)), wrap(torch.randn(shape).to(z_dtype)), torch.randn(V).to(z_dtype), 1e-6), {}
+
+    return make
+
+
+def mixer(*sizes, wrap_state=lambda s: s, **options):
+    def make():
+        args, kwargs = mixer_decode.example_call(*sizes, **options)
+        return (*args[:6], wrap_state(args[6]), *args[7:]), kwargs
+
+    return make
+
+
+def v_major(s):
+    """The same state with K innermost in memory."""
+    return s.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+def gate_of_row(t):
+    """[B, T, HV, V] whose batch and head axes do not merge, as in columns of a packed row."""
+    return strided(t.flatten(-2), pad=5).unflatten(-1, t.shape[-2:])
+
+
+CASES = [
+    Case("causal_conv_update", "fp32", conv(2, 12, 4, 4)),
+    Case("causal_conv_update", "bf16", conv(3, 300, 4, 4, BF16)),
+    Case("causal_conv_update", "fp16-bias-none", conv(2, 40, 4, 4, F16, bias=True, act="none")),
+    Case("causal_conv_update", "short-window", conv(1, 5, 3, 4, bias=True)),
+    Case("causal_conv_update", "long-window", conv(2, 130, 7, 3)),
+    Case("causal_conv_update", "one-column", conv(2, 6, 1, 2)),
+    Case("causal_conv_update", "row-slice", conv(3, 200, 4, 4, BF16, F32, bias=True, wrap=row_slice)),
+    Case("causal_conv_update", "strided-state", conv(2, 50, 4, 4, wrap_state=lambda s: strided(s, 2))),
+    Case("causal_conv_update", "channel-last-state", conv(2, 50, 4, 4, wrap_state=v_major)),
+    *(Case("fused_gating_delta_rule", f"{name(d)}-T{T}", rule(2, T, 2, 4, 16, 16, d)) for d in (F32, BF16, F16) for T in (1, 3)),
+    Case("fused_gating_delta_rule", "odd-head-dims", rule(3, 2, 1, 3, 24, 40)),
+    Case("fused_gating_delta_rule", "no-l2norm", rule(1, 3, 2, 2, 40, 24, BF16, eps=None)),
+    Case("fused_gating_delta_rule", "bf16-state", rule(2, 2, 2, 6, 24, 24, BF16, BF16)),
+    Case("fused_gating_delta_rule", "fp16-state", rule(1, 1, 1, 2, 16, 64, F16, F16)),
+    Case("fused_gating_delta_rule", "extreme-gates", rule(2, 3, 1, 8, 16, 16, gate_scale=40.0)),
+    Case("fused_gating_delta_rule", "many-heads", rule(2, 2, 11, 33, 16, 40)),
+    Case("fused_gating_delta_rule", "strided", rule(2, 3, 2, 4, 16, 24, BF16, wrap=lambda x: strided(x, 2))),
+    Case("fused_gating_delta_rule", "strided-state", rule(2, 2, 2, 4, 24, 16, wrap_state=strided)),
+    Case("fused_gating_delta_rule", "v-major-state", rule(2, 2, 2, 4, 24, 40, wrap_state=v_major)),
+    Case("fused_gating_delta_rule", "large-heads", rule(1, 1, 1, 1, 256, 256)),
+    Case("packed_decode", "fp32", packed(2, 2, 4, 8, 16)),
+    Case("packed_decode", "bf16-odd-head-dims", packed(3, 1, 3, 24, 40, BF16)),
+    Case("packed_decode", "fp16-state", packed(1, 2, 2, 40, 24, F16, F16)),
+    Case("packed_decode", "row-slice", packed(2, 2, 4, 16, 16, BF16, wrap=lambda x: strided(x, 2))),
+    Case("gated_rms_norm", "fp32", norm((6, 8), F32, F32)),
+    Case("gated_rms_norm", "bf16-gate", norm((2, 1, 4, 16), F32, BF16)),
+    Case("gated_rms_norm", "bf16-odd", norm((3, 2, 5, 24), BF16, BF16)),
+    Case("gated_rms_norm", "fp16-vector", norm((40,), F16, F16)),
+    Case("gated_rms_norm", "strided", norm((3, 7, 40), F32, F16, wrap=lambda x: strided(x, 2))),
+    Case("gated_rms_norm", "row-slice", norm((3, 1, 4, 24), F32, BF16, wrap=gate_of_row)),
+    Case("mixer_decode", "fp32", mixer(2, 2, 4, 8, 16)),
+    Case("mixer_decode", "parts-reordered", mixer(1, 1, 3, 16, 8, bias=True, order="azqb")),
+    Case("mixer_decode", "bf16", mixer(3, 2, 4, 24, 40, dtype=BF16, order="baqz")),
+    Case("mixer_decode", "fp16", mixer(2, 2, 2, 40, 24, dtype=F16, bias=True)),
+    Case("mixer_decode", "bf16-state", mixer(2, 1, 2, 16, 16, dtype=BF16, state_dtype=BF16)),
+    Case("mixer_decode", "strided-state", mixer(2, 1, 2, 24, 16, dtype=BF16, wrap_state=strided)),
+    Case("mixer_decode", "tiles", mixer(1, 1, 2, 160, 72, dtype=BF16)),
+]  # fmt: skip
+
+
+def whole(t):
+    """All of a tensor's storage."""
+    return t.as_strided((t.untyped_storage().nbytes() // t.element_size(),), (1,), 0)
+
+
+def rebuilt(value, device, dtype=None):
+    """A copy with the same strides and the same values around it, on another device or in another dtype."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    return (
+        whole(value).to(device, dtype or value.dtype, copy=True).as_strided(value.shape, value.stride(), value.storage_offset())
+    )
+
+
+@contextmanager
+def poisoned_empty():
+    """torch.empty gives NaN, so that an element nobody wrote shows."""
+    empty = torch.empty
+    with mock.patch.object(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan"))):
+        yield
+
+
+def relative_error(got, want):
+    """Largest difference over the largest value wanted; NaNs (of poisoned padding) must be in the same places."""
+    got, want = got.detach().double().cpu(), want.double()
+    wrong = (got.isnan() ^ want.isnan()).sum()
+    assert wrong == 0, f"{wrong} of {got.numel()} elements are NaN and should not be, or the reverse"
+    return ((got - want).nan_to_num().abs().max() / want.nan_to_num().abs().max()).item()
+
+
+def check(case, function, device="cpu", tolerance=TOLERANCE, poison=poisoned_empty):
+    """Compare `function`'s output and what it writes, its arguments' surroundings included, with the reference in float64."""
+    op = dialect.OPS[case.op]
+    args, kwargs = case.call()
+    exact = [rebuilt(v, "cpu", torch.float64 if isinstance(v, torch.Tensor) else None) for v in args]
+    expected = op.reference(*exact, **kwargs)
+    ours = [rebuilt(v, device) for v in args]
+    before = {n: whole(v).clone() for n, v in zip(op.arg_names, ours, strict=False) if isinstance(v, torch.Tensor)}
+    with poison():
+        got = function(*ours, **kwargs)
+
+    fake = op.overload(*(v.to("meta") if isinstance(v, torch.Tensor) else v for v in args), **kwargs)
+    assert (got.shape, got.dtype) == (fake.shape, fake.dtype)
+    error = relative_error(got, expected)
+    assert error <= tolerance[got.dtype], f"output is off by {error:.2e}"
+    for n, mine, reference in zip(op.arg_names, ours, exact, strict=False):
+        if n in op.mutates:
+            error = relative_error(whole(mine), whole(reference))
+            assert error <= tolerance[mine.dtype], f"{n} is off by {error:.2e}"
+        elif isinstance(mine, torch.Tensor):
+            assert torch.equal(whole(mine).nan_to_num(), before[n].nan_to_num()), f"{n} was written"

@@ -1,0 +1,88 @@
+"""Kernels against the references on a GPU, called directly, through their ops, and inside a graph that Inductor compiled."""
+
+from contextlib import nullcontext
+
+import kernel_cases
+import pytest
+import torch
+from kernel_cases import BF16, Case
+
+from gdnfuse import dialect
+from gdnfuse.kernels import implementations
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+H, HV, K, V = 16, 32, 128, 128
+REAL = [
+    case
+    for B in (1, 2, 5, 33)
+    for case in (
+        Case("causal_conv_update", f"real-B{B}", kernel_cases.conv(B, 8192, 4, 4, BF16, wrap=kernel_cases.row_slice)),
+        Case("fused_gating_delta_rule", f"real-B{B}", kernel_cases.rule(B, 3, H, HV, K, V, BF16)),
+        Case("packed_decode", f"real-B{B}", kernel_cases.packed(B, H, HV, K, V, BF16, wrap=kernel_cases.strided)),
+        Case(
+            "gated_rms_norm", f"real-B{B}", kernel_cases.norm((B, 1, HV, V), torch.float32, BF16, wrap=kernel_cases.gate_of_row)
+        ),
+        Case("mixer_decode", f"real-B{B}", kernel_cases.mixer(B, H, HV, K, V, dtype=BF16)),
+        Case("mixer_decode", f"real-27B-B{B}", kernel_cases.mixer(B, H, 48, K, V, dtype=BF16, state_dtype=BF16)),
+    )
+]
+
+
+@pytest.mark.parametrize("case", kernel_cases.CASES + REAL, ids=str)
+def test_launch(case):
+    kernel_cases.check(case, implementations()[case.op].launch, "cuda")
+
+
+@pytest.mark.parametrize("case", [c for c in REAL if c.label == "real-B2"], ids=str)
+def test_op(case):
+    kernel_cases.check(case, implementations()[case.op].op, "cuda")
+
+
+def compiled(name, dynamic=False):
+    """The op between two pointwise ops, compiled; the allocator's free memory is NaN so that unwritten outputs show."""
+    op = implementations()[name].op
+
+    def function(first, *rest, **kwargs):
+        return op(first * 1.0, *rest, **kwargs) * 1.0
+
+    torch._dynamo.reset()  # all these functions share one code object, whose recompilations are limited
+    fast = torch.compile(function, fullgraph=True)
+
+    def call(*args, **kwargs):
+        torch.full((2**28,), float("nan"), device="cuda")
+        for argument, value in zip(dialect.OPS[name].arg_names, args, strict=False):
+            if dynamic and argument in kernel_cases.BATCHED:
+                torch._dynamo.mark_dynamic(value, 0)
+        return fast(*args, **kwargs)
+
+    return call
+
+
+@pytest.mark.parametrize("case", [c for c in REAL if c.label.startswith("real-B")], ids=str)
+def test_compiled(case):
+    kernel_cases.check(case, compiled(case.op), "cuda", poison=nullcontext)
+
+
+@pytest.mark.parametrize("name", list({c.op: c for c in REAL}))
+def test_compiled_dynamic(name):
+    """A symbolic batch serves several sizes; marking it raises where the compilation would fix it."""
+    call = compiled(name, dynamic=True)
+    for case in [c for c in REAL if c.op == name and c.label in ("real-B2", "real-B5", "real-B33")]:
+        kernel_cases.check(case, call, "cuda", poison=nullcontext)
+
+
+def test_state_is_written_in_place_by_compiled_code():
+    """Inductor must not copy the recurrent state: a second call needs less memory than one copy of it."""
+    args, _ = kernel_cases.mixer(33, H, HV, K, V, dtype=BF16)()
+    args = [v.cuda() if isinstance(v, torch.Tensor) else v for v in args]
+    op = implementations()["mixer_decode"].op
+    fast = torch.compile(lambda *a: op(*a), fullgraph=True)
+    fast(*args)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    fast(*args)
+    torch.cuda.synchronize()
+    state = args[6]
+    assert torch.cuda.max_memory_allocated() - before < state.numel() * state.element_size()

@@ -1,0 +1,25 @@
+"""Kernels against the references under Triton's interpreter, on the CPU.
+
+Triton decides whether to interpret when a kernel is defined, and other tests define the same kernels for compilation; hence a
+process per op.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FILE = Path(__file__).with_name("interpreted.py")
+OPS = ["causal_conv_update", "fused_gating_delta_rule", "packed_decode", "gated_rms_norm", "mixer_decode"]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_interpreted(op, pytestconfig):
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"TRITON_INTERPRET": "1"}
+    options = ["-q", "--tb=short", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts=", "-k", op]
+    command = [sys.executable, "-m", "pytest", *options, str(FILE)]
+    run = subprocess.run(command, env=env, cwd=pytestconfig.rootpath, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert " passed" in run.stdout

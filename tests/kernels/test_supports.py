@@ -1,0 +1,67 @@
+"""What the kernels accept, and the sentence they refuse with."""
+
+import subprocess
+import sys
+
+import kernel_cases
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from gdnfuse import dialect
+from gdnfuse.kernels import implementations
+from gdnfuse.report import Refused
+
+
+@pytest.mark.parametrize("case", kernel_cases.CASES, ids=str)
+def test_every_case_is_supported(case):
+    args, kwargs = case.call()
+    implementations()[case.op].supports(*args, **kwargs)
+
+
+F64 = torch.float64
+REFUSED = [
+    ("causal_conv_update", kernel_cases.conv(1, 4, 4, 4, F64), "x must be float32, bfloat16 or float16, got float64."),
+    ("causal_conv_update", kernel_cases.conv(1, 4, 4, 4, act="gelu"), "activation must be one of silu, none, got gelu."),
+    ("causal_conv_update", kernel_cases.conv(1, 4, 2, 4), "conv_state must keep at least W - 1 = 3 columns"),
+    ("causal_conv_update", lambda: dialect.OPS["causal_conv_update"].examples()[1], "T must be 1, got 3."),
+    ("fused_gating_delta_rule", kernel_cases.rule(1, 1, 1, 1, 257, 8), "K must be at most 256, got 257."),
+    ("fused_gating_delta_rule", kernel_cases.rule(1, 1, 2, 3, 8, 8), "HV must be a multiple of H, got HV = 3 and H = 2."),
+    ("fused_gating_delta_rule", kernel_cases.rule(1, 1, 1, 1, 8, 8, state_dtype=F64), "recurrent_state must be float32"),
+    ("packed_decode", kernel_cases.packed(1, 1, 1, 8, 300), "V must be at most 256, got 300."),
+    ("packed_decode", kernel_cases.packed(1, 2, 3, 8, 8), "D must be 2·H·K + HV·V with HV a multiple of H, got D = 56,"),
+    ("gated_rms_norm", kernel_cases.norm((1, 1, 1, 1, 8), torch.float32, torch.float32), "o and z must have one shape"),
+    ("gated_rms_norm", kernel_cases.norm((2, 8), torch.float32, F64), "z must be float32"),
+    ("mixer_decode", kernel_cases.mixer(1, 1, 1, 8, 8, dtype=F64), "row must be float32"),
+    ("mixer_decode", kernel_cases.mixer(1, 1, 1, 8, 260), "V must be at most 256, got 260."),
+    ("mixer_decode", kernel_cases.mixer(1, 1, 1, 8, 8, state_dtype=F64), "recurrent_state must be float32"),
+]
+
+
+@pytest.mark.parametrize(("op", "make", "sentence"), REFUSED, ids=[f"{op}-{i}" for i, (op, _, _) in enumerate(REFUSED)])
+def test_refused(op, make, sentence):
+    args, kwargs = make()
+    with pytest.raises(Refused) as refusal:
+        implementations()[op].supports(*args, **kwargs)
+    assert refusal.value.reason.startswith(sentence)
+
+
+def test_symbolic_sizes_other_than_the_batch_are_refused():
+    mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=False)
+    args, kwargs = kernel_cases.norm((6, 8), torch.float32, torch.float32)()
+    with mode, pytest.raises(Refused, match="V must be static, got the symbolic size"):
+        fakes = [mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for v in args]
+        implementations()["gated_rms_norm"].supports(*fakes, **kwargs)
+    assert not mode.shape_env.guards
+
+
+def test_missing_triton_is_a_refusal(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(Refused, match="Triton is required for GPU kernels; it is not installed"):
+        implementations()
+
+
+def test_importing_the_package_does_not_import_triton():
+    code = "import sys, gdnfuse.kernels; assert 'gdnfuse.kernels.implementation' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
