@@ -34,15 +34,16 @@ def compile(
 ) -> torch.nn.Module:
     """Compile the decode steps of a model in place, for `generate()` and for direct calls alike.
 
-    `torch.compile(model).generate()` never reaches any backend, because `generate` stays bound to the inner model. Here the model's
-    own call is compiled, and so is the call that `generate(cache_implementation="static")` compiles for itself.
+    `torch.compile(model).generate()` never reaches any backend, because `generate` stays bound to the inner model. Here the
+    model's own call is compiled, and so is the call that `generate(cache_implementation="static")` compiles for itself.
 
     Args:
         model: a causal language model of transformers.
-        mode: one of Inductor's. None means "reduce-overhead" (CUDA graphs) where `generate` uses a static cache, "default" elsewhere.
+        mode: one of Inductor's. None means "reduce-overhead" (CUDA graphs) where `generate` uses a static cache, and "default"
+            elsewhere.
         fullgraph, dynamic: as in `torch.compile`.
-        prefill: also compile calls that are no decode step. They run as they are otherwise: a prompt is unrolled into one graph per
-            length, and a static cache has to be created outside a graph for CUDA graphs to write it.
+        prefill: also compile calls that are no decode step. They run eagerly otherwise: a prompt would be unrolled into one graph
+            per length, and a static cache has to be created outside a graph for CUDA graphs to write it.
         options: see `gdnfuse.options.Options`.
 
     Returns:
@@ -77,7 +78,7 @@ def _check_mode(mode: str | None, parsed: gdnfuse_options.Options) -> None:
 
 
 def _mode_or_options(mode: str | None, options: dict[str, Any]) -> dict[str, Any]:
-    """torch.compile refuses mode and options together, so beside options a mode is spelled as the Inductor options it stands for."""
+    """torch.compile refuses mode and options together, so beside options a mode becomes the Inductor options it stands for."""
     if not options:
         return {"mode": mode, "options": None}
     if mode is not None and (settings := torch._inductor.list_mode_options(mode)):
@@ -98,7 +99,8 @@ def _decode_only(compiled: Callable[..., Any], plain: Callable[..., Any]) -> Cal
 
 def presets() -> list[str]:
     """Names of the built-in configs."""
-    return sorted(p.name.removesuffix(".json") for p in (resources.files("gdnfuse") / "presets").iterdir() if p.name.endswith(".json"))
+    files = (resources.files("gdnfuse") / "presets").iterdir()
+    return sorted(f.name.removesuffix(".json") for f in files if f.name.endswith(".json"))
 
 
 def load_config(name_or_path: str) -> PreTrainedConfig:
@@ -122,7 +124,8 @@ def load_config(name_or_path: str) -> PreTrainedConfig:
         raise GdnfuseError(f"The folder {path} has no config.json.")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name_or_path) or file.suffix == ".json":
         raise GdnfuseError(
-            f"No such model: {name_or_path!r} is no file, folder or hub id (owner/name), and the presets are {', '.join(presets())}."
+            f"No such model: {name_or_path!r} is no file, folder or hub id (owner/name), nor one of the presets "
+            f"{', '.join(presets())}."
         )
     return _from_hub(name_or_path)
 

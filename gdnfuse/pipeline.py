@@ -113,9 +113,11 @@ def original(gm: GraphModule) -> GraphModule:
     output = graph.graph_copy(gm.graph, env)
     graph.output(output)
     for old, new in env.items():
-        # AOTAutograd asks Dynamo's placeholders where they come from.
+        # AOTAutograd asks where Dynamo's inputs come from; without an answer it takes none for static, and CUDA graphs are off.
         if hasattr(old, "_dynamo_source"):
             new._dynamo_source = old._dynamo_source
     copy = GraphModule(gm, graph)
     copy.meta = dict(gm.meta)
+    if hasattr(gm, "_param_name_to_source"):
+        copy._param_name_to_source = dict(gm._param_name_to_source)
     return copy

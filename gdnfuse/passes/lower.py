@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch._dynamo.source import ConstantSource
 from torch.fx import GraphModule, Node
 
 from gdnfuse import kernels
@@ -68,6 +69,8 @@ def pack_weights(gm: GraphModule, real: dict[Node, Any]) -> list[PackedWeight]:
         weight = pack(weights, where)
         name = f"gdnfuse_packed_weight_{len(packed)}"
         gm.register_buffer(name, weight.buffer, persistent=False)
+        if hasattr(gm, "_param_name_to_source"):
+            gm._param_name_to_source[name] = ConstantSource(name)
         with gm.graph.inserting_before(node):
             attribute = gm.graph.get_attr(name)
             attribute.meta["example_value"] = weight.buffer

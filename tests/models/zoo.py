@@ -110,8 +110,13 @@ def prefill(model, batch, kind, padded=False, length=32):
 def decode(call, cache, mask, tokens):
     """Feed `tokens` [B, n] one by one through `call`; returns logits [B, n, vocab]."""
     logits = []
+    static = isinstance(cache, StaticCache)
+    if mask is not None and static:
+        # Of the cache's length from the start, so that no shape changes between steps; the future is masked by causality.
+        length = next(layer.max_cache_len for layer in cache.layers if hasattr(layer, "max_cache_len"))
+        mask = torch.cat([mask, mask.new_ones(mask.shape[0], length - mask.shape[1])], 1)
     for t in range(tokens.shape[1]):
-        if mask is not None:
+        if mask is not None and not static:
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
         out = call(input_ids=tokens[:, t : t + 1], attention_mask=mask, past_key_values=cache, use_cache=True)
         logits.append(out.logits[:, -1].clone())
@@ -148,6 +153,8 @@ class Float64(TorchFunctionMode):
 def in_float64(model):
     """A float64 copy of a model, and a callable that runs it wholly in float64."""
     wide = copy.deepcopy(model).double()
+    # Grouped matmuls of experts exist for float32 and below only.
+    text_config(wide)._experts_implementation = "eager"
 
     def call(*args, **kwargs):
         with Float64():

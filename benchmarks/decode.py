@@ -1,0 +1,267 @@
+"""The whole decode step: milliseconds per step, cold compile time and peak memory of eager, Inductor and gdnfuse.
+
+    python benchmarks/decode.py --models 0.8b,4b --sides inductor,gdnfuse --json decode.json
+    python benchmarks/decode.py --models tiny --dtype float32 --steps 16       (any machine)
+
+Weights are random, of the published shapes, and built on the device. Every side decodes the same tokens from the same eager
+prefill into a static cache whose position advances. Times are medians over blocks of BLOCK steps, each block between two
+events with nothing waited for inside, as a decode loop runs. No speed is reported for a side whose logits are wrong: their
+relative error against the same weights run in float32 must stay within SLACK times eager's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import json
+import platform
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import transformers
+from tabulate import tabulate
+from torch._inductor.utils import fresh_cache
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, StaticCache
+
+import gdnfuse
+from gdnfuse.huggingface import load_config
+
+SIDES = ("eager", "inductor", "max-autotune", "gdnfuse")
+BYTES_PER_SECOND = 4.3e12  # what an H200 streams, measured with a copy
+DTYPES = ("float32", "bfloat16", "float16")
+SLACK = 1.5
+FLOOR = 1e-5  # relative error allowed whatever eager's is: a float32 model is its own reference
+CHECKED = 8  # steps whose logits are compared
+BLOCK = 8
+EAGER_STEPS = 16
+
+
+def build(name: str, dtype: torch.dtype, device: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = load_config("0.8b" if name == "tiny" else name)
+    if name == "tiny":
+        small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "vocab_size": 512, "head_dim": 32}
+        small |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 32, "linear_value_head_dim": 32}
+        for key, size in {**small, "num_attention_heads": 2, "num_key_value_heads": 1}.items():
+            setattr(config, key, size)
+        config.layer_types = config.layer_types[:4]
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config.get_text_config(decoder=True), dtype=dtype)
+    return model.eval().requires_grad_(False)
+
+
+def weight_bytes(model: torch.nn.Module) -> int:
+    """Bytes of weights that one step must read. Of the embedding only a row is read, unless the head is tied to it.
+
+    A mixture of experts reads the experts that the step chooses, at most `num_experts_per_tok` per token and layer.
+    """
+    config, total = model.config, 0
+    seen: set[int] = set()
+    for name, p in model.named_parameters():
+        embedding = name.endswith("embed_tokens.weight") and not config.tie_word_embeddings
+        if p.data_ptr() in seen or embedding:
+            continue
+        seen.add(p.data_ptr())
+        share = config.num_experts_per_tok / config.num_experts if ".experts." in name else 1
+        total += int(p.numel() * p.element_size() * share)
+    return total
+
+
+def compiled(side: str, model: torch.nn.Module, mode: str | None) -> Callable[..., Any]:
+    if side == "eager":
+        return model
+    if side == "max-autotune":
+        return torch.compile(model, options={**torch._inductor.list_mode_options("max-autotune")}, fullgraph=True)
+    return torch.compile(model, backend=side, mode=mode, fullgraph=True)
+
+
+class Decoder:
+    """One side's decode: a cache filled by an eager prefill, and steps over given tokens."""
+
+    def __init__(self, model: torch.nn.Module, step: Callable[..., Any], prompt: torch.Tensor, room: int):
+        self.step, self.prompt = step, prompt
+        self.cache = StaticCache(config=model.config, max_cache_len=prompt.shape[1] + room)
+        # Eager, so that the cached states exist, at static addresses, before a CUDA graph is recorded.
+        model(prompt, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+
+    def __call__(self, token: torch.Tensor) -> torch.Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
+        return self.step(token, past_key_values=self.cache, use_cache=True).logits
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def time_steps(decode: Callable[[torch.Tensor], torch.Tensor], tokens: torch.Tensor, device: str) -> list[float]:
+    """Milliseconds per step of each block of steps, by CUDA events on a GPU."""
+    times = []
+    for block in tokens.split(BLOCK):
+        if device == "cuda":
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            for token in block:
+                decode(token)
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / len(block))
+        else:
+            begin = time.perf_counter()
+            for token in block:
+                decode(token)
+            times.append(1e3 * (time.perf_counter() - begin) / len(block))
+    return times
+
+
+def run_side(
+    side: str, model: torch.nn.Module, args: argparse.Namespace, expected: torch.Tensor, allowed: float, tokens: torch.Tensor
+) -> dict[str, Any]:
+    """Compile, check, time. `tokens` are [steps, B, 1]; `expected` the float32 logits of the first ones."""
+    torch.compiler.reset()
+    gc.collect()
+    gdnfuse.clear_reports()
+    device, prompt = args.device, tokens[: args.prompt].squeeze(-1).T.contiguous()
+    steps = EAGER_STEPS if side == "eager" else args.steps
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    with fresh_cache():
+        decode = Decoder(model, compiled(side, model, args.mode), prompt, CHECKED + args.warmup + args.steps)
+        synchronize(device)
+        start = time.perf_counter()
+        first = decode(tokens[args.prompt]).float().clone()
+        synchronize(device)
+        compile_seconds = time.perf_counter() - start
+        rest = [decode(t).float().clone() for t in tokens[args.prompt + 1 : args.prompt + CHECKED]]
+        got = torch.stack([first, *rest])
+        finite = bool(torch.isfinite(got).all())
+        error = float((got - expected).norm() / expected.norm())
+        row = {
+            "side": side,
+            "first_call_seconds": compile_seconds,
+            "error": error,
+            "finite": finite,
+            "summary": gdnfuse.reports()[-1].summary() if gdnfuse.reports() else "",
+        }
+        if finite and error <= allowed:
+            at = args.prompt + CHECKED
+            for t in tokens[at : at + args.warmup]:
+                decode(t)
+            synchronize(device)
+            times = time_steps(decode, tokens[at + args.warmup : at + args.warmup + steps], device)
+            deciles = statistics.quantiles(times, n=10, method="inclusive")
+            row |= {"ms": statistics.median(times), "ms_p10": deciles[0], "ms_p90": deciles[-1], "steps": steps}
+    if device == "cuda":
+        row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    return row
+
+
+def logits(model: torch.nn.Module, args: argparse.Namespace, tokens: torch.Tensor) -> torch.Tensor:
+    """Eager logits of the steps that are compared."""
+    decode = Decoder(model, model, tokens[: args.prompt].squeeze(-1).T.contiguous(), CHECKED)
+    return torch.stack([decode(t).float() for t in tokens[args.prompt : args.prompt + CHECKED]])
+
+
+def run_model(name: str, args: argparse.Namespace, sides: Sequence[str]) -> dict[str, Any]:
+    model = build(name, getattr(torch, args.dtype), args.device)
+    count = args.prompt + CHECKED + args.warmup + args.steps
+    tokens = torch.randint(0, model.config.vocab_size, (count, args.batch, 1), device=args.device)
+    expected = logits(copy.deepcopy(model).float(), args, tokens)
+    eager = logits(model, args, tokens)
+    eager_error = float((eager - expected).norm() / expected.norm())
+    rows = []
+    for side in tqdm(sides, desc=name, disable=None, leave=False, delay=1):
+        rows.append(run_side(side, model, args, expected, SLACK * eager_error + FLOOR, tokens))
+    size = weight_bytes(model)
+    limit = 1e3 * size / BYTES_PER_SECOND if args.device == "cuda" else None
+    return {"model": name, "batch": args.batch, "weight_bytes": size, "limit_ms": limit, "eager_error": eager_error, "sides": rows}
+
+
+def machine() -> dict[str, Any]:
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = None
+    return {
+        "gpu": gpu,
+        "cpu": platform.processor() or platform.machine(),
+        "cpu_threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": triton_version,
+        "transformers": transformers.__version__,
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    rows = []
+    for row in result["sides"]:
+        ms = row.get("ms")
+        share = f"{100 * result['limit_ms'] / ms:.0f} %" if ms and result["limit_ms"] else ""
+        rows.append(
+            [
+                row["side"],
+                f"{ms:.3f}" if ms else "refused: logits are wrong",
+                share,
+                f"{row['first_call_seconds']:.1f}",
+                f"{row['peak_gib']:.2f}" if "peak_gib" in row else "",
+                f"{row['error']:.1e} / {result['eager_error']:.1e}",
+            ]
+        )
+    head = f"{result['model']}, batch {result['batch']}"
+    if result["limit_ms"]:
+        head += f": {result['weight_bytes'] / 1e9:.2f} GB of weights a step, {result['limit_ms']:.2f} ms at 4.3 TB/s"
+    headers = ["side", "ms per step (median)", "of the limit", "cold first call (s)", "peak GiB", "error / eager's"]
+    return f"{head}\n{tabulate(rows, headers, disable_numparse=True)}"
+
+
+@torch.no_grad()
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default="0.8b,4b", help="presets, config files or `tiny`, by comma")
+    parser.add_argument("--sides", default="eager,inductor,gdnfuse", help=f"of {', '.join(SIDES)}")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
+    parser.add_argument("--mode", default="reduce-overhead", help="Inductor's mode, for inductor and gdnfuse")
+    parser.add_argument("--prompt", type=int, default=128)
+    parser.add_argument("--warmup", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", metavar="FILE", help="write the figures, the machine and the versions here")
+    args = parser.parse_args(argv)
+    sides = args.sides.split(",")
+    if unknown := set(sides) - set(SIDES):
+        parser.error(f"unknown sides {', '.join(sorted(unknown))}; the valid ones are {', '.join(SIDES)}")
+    if args.steps < 2 * BLOCK:
+        parser.error(f"--steps must be at least {2 * BLOCK}")
+    transformers.utils.logging.set_verbosity_error()
+
+    command = shlex.join(["python", "benchmarks/decode.py", *(sys.argv[1:] if argv is None else argv)])
+    data = {"command": command, "machine": machine(), "arguments": vars(args), "results": []}
+    for name in args.models.split(","):
+        result = run_model(name, args, sides)
+        data["results"].append(result)
+        print(table(result), end="\n\n", flush=True)
+        if args.json:
+            with open(args.json, "w") as f:
+                json.dump(data, f, indent=1)
+    wrong = [f"{r['model']}: {s['side']}" for r in data["results"] for s in r["sides"] if "ms" not in s]
+    if wrong:
+        print(f"No speed reported, logits are too far from float32's or not finite: {', '.join(wrong)}.", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""The main job on a small random Qwen3.5: what is fused, whether the tokens are eager's, and how long a token takes."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from small_model import default_device, small_model
+from tabulate import tabulate
+from transformers import StaticCache
+from transformers.utils import logging
+
+import gdnfuse
+from gdnfuse.cli import render
+
+SIDES = ("eager", "Inductor", "gdnfuse")
+
+
+def decode(model: torch.nn.Module, step: Callable, prompt: torch.Tensor, tokens: int, room: int) -> tuple[list[int], list[float]]:
+    """Greedy tokens after an eager prefill, and the seconds of each decode step. A cache of equal room means an equal graph."""
+    cache = StaticCache(config=model.config, max_cache_len=prompt.shape[1] + room)
+    token = model(prompt, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+    chosen, seconds = [token.item()], []
+    for _ in range(tokens - 1):
+        start = time.perf_counter()
+        token = step(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+        chosen.append(token.item())  # waits for the device
+        seconds.append(time.perf_counter() - start)
+    return chosen, seconds
+
+
+def compiled(side: str, model: torch.nn.Module, device: str, inner: str) -> Callable:
+    if side == "eager":
+        return model
+    mode = "reduce-overhead" if device == "cuda" and inner == "inductor" else None
+    if side == "Inductor":
+        return torch.compile(model, backend=inner, mode=mode)
+    options = None if inner == "inductor" else {"inner": inner}
+    return torch.compile(model, backend="gdnfuse", mode=mode, options=options)
+
+
+@torch.no_grad()
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--inner", default="inductor", choices=("inductor", "aot_eager", "eager"))
+    args = parser.parse_args(argv)
+    logging.set_verbosity_error()
+    device = default_device()
+    model = small_model(device, layers=args.layers, hidden=args.hidden)
+    prompt = torch.randint(0, model.config.vocab_size, (1, 32), device=device)
+
+    tokens, rows = {}, []
+    for side in SIDES:
+        torch.compiler.reset()  # otherwise the sides share Dynamo's cache, and its limit
+        gdnfuse.clear_reports()
+        step = compiled(side, model, device, args.inner)
+        start = time.perf_counter()
+        decode(model, step, prompt, 4, args.tokens)
+        first = time.perf_counter() - start
+        tokens[side], seconds = decode(model, step, prompt, args.tokens, args.tokens)
+        same = "yes" if tokens[side] == tokens["eager"] else "NO"
+        rows.append([side, f"{1e3 * statistics.median(seconds):.2f}", f"{first:.1f}", same])
+
+    for report in gdnfuse.reports():
+        print(render(report), end="\n\n")
+    print(f"{args.layers} layers, hidden {args.hidden}, float32, {args.tokens} greedy tokens, {device}")
+    print(tabulate(rows, ["side", "ms per token (median)", "first call (s)", "tokens as eager"], disable_numparse=True))
+    problems = [f"the tokens of {side} differ from eager's" for side in SIDES if tokens[side] != tokens["eager"]]
+    if not gdnfuse.reports() or any(r.fused_layers < len(r.layers) or not r.layers for r in gdnfuse.reports()):
+        problems.append("not every GDN layer was fused")
+    for problem in problems:
+        print(f"demo: {problem}", file=sys.stderr)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""The command line, run in this process; and what importing the package costs, in fresh ones."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from gdnfuse import Record, Status
+from gdnfuse.cli import main, render
+from gdnfuse.dialect import OPS
+from gdnfuse.huggingface import presets
+from gdnfuse.report import GraphReport, LayerReport
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    config = {
+        "model_type": "qwen3_5_text", "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "linear_num_key_heads": 1,
+        "linear_num_value_heads": 2, "linear_key_head_dim": 32, "linear_value_head_dim": 32,
+    }  # fmt: skip
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config))
+    return path
+
+
+def test_report_prints_summary_layers_and_rules(config_file, capsys):
+    assert main(["report", str(config_file), "--target", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "(decode): 3/3 GDN layers fused" in out
+    assert "model.layers.*.linear_attn (0–2)" in out
+    assert "mixer_decode" in out
+
+
+def test_report_of_a_folder_is_that_of_its_config(config_file, capsys):
+    assert main(["report", str(config_file.parent), "--json", "--target", "cpu", "--dtype", "float32", "--batch", "2"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["fused_layers"] == 3
+
+
+def test_json_is_all_of_stdout(config_file, capsys):
+    assert main(["report", str(config_file), "--json"]) == 0
+    (graph,) = json.loads(capsys.readouterr().out)
+    assert graph["phase"] == "decode"
+    assert [layer["path"] for layer in graph["layers"]] == [f"model.layers.{i}.linear_attn" for i in range(3)]
+    assert all(layer["fused"] for layer in graph["layers"])
+
+
+OPS_AFTER = {"normalize": set(), "lift": {"delta_rule", "gating", "packed_linear"}, "fuse": {"mixer_decode", "packed_linear"}}
+
+
+@pytest.mark.parametrize("stage", OPS_AFTER)
+def test_stop_after_prints_the_graph(config_file, capsys, stage):
+    assert main(["report", str(config_file), "--stop-after", stage]) == 0
+    graph = capsys.readouterr().out.split("graph():")[1]
+    found = {name for name in OPS if f"gdnfuse.{name}" in graph}
+    assert found >= OPS_AFTER[stage]
+    assert ("delta_rule" in found) == (stage == "lift")
+
+
+def test_prefill_says_why_layers_are_left(config_file, capsys):
+    assert main(["report", str(config_file), "--phase", "prefill", "--prompt", "8", "--json"]) == 0
+    (graph,) = json.loads(capsys.readouterr().out)
+    assert graph["phase"] == "prefill"
+    assert all(layer["fused"] or layer["why_not"] for layer in graph["layers"])
+
+
+def bad_inputs(tmp_path):
+    (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "list.json").write_text("[1]")
+    (tmp_path / "unknown.json").write_text('{"model_type": "no_such_type"}')
+    (tmp_path / "wrong.json").write_text('{"model_type": "qwen3_5_text", "hidden_size": "wide"}')
+    (tmp_path / "encoder.json").write_text('{"model_type": "vit"}')
+    (tmp_path / "empty").mkdir()
+    return {
+        "nothing-like-it": "presets",
+        str(tmp_path / "absent.json"): "No such model",
+        str(tmp_path / "broken.json"): "not JSON",
+        str(tmp_path / "list.json"): "model_type",
+        str(tmp_path / "unknown.json"): "no_such_type",
+        str(tmp_path / "wrong.json"): "hidden_size",
+        str(tmp_path / "encoder.json"): "causal language model",
+        str(tmp_path / "empty"): "no config.json",
+    }
+
+
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys):
+    for model, expected in bad_inputs(tmp_path).items():
+        assert main(["report", model]) == 2, model
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert captured.err.count("\n") == 1, captured.err
+        assert expected in captured.err
+        assert "Traceback" not in captured.err
+
+
+def test_debug_shows_the_traceback(capsys):
+    assert main(["report", "nothing-like-it", "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [["report", "4b", "--batch", "0"], ["report", "4b", "--phase", "sideways"], ["report"], []])
+def test_bad_arguments_are_one_line_and_exit_code_2(argv, capsys):
+    with pytest.raises(SystemExit) as e:
+        main(argv)
+    assert e.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_preset_names():
+    assert presets() == [f"qwen3.5-{size}" for size in ("0.8b", "27b", "2b", "35b-a3b", "4b", "9b")]
+
+
+def test_render_groups_equal_layers_and_keeps_reasons():
+    refused = Record("causal_conv_update", "lift", Status.REFUSED, "copy_", reason="The window must be 4 wide, found 3.")
+    layers = [LayerReport(f"model.layers.{i}.linear_attn", fused=True, nodes_before=90, nodes_after=3) for i in (0, 1, 2, 4)]
+    layers.append(LayerReport("model.layers.5.linear_attn", records=[refused], nodes_before=90, nodes_after=80))
+    out = render(GraphReport(0, phase="decode", layers=layers, inner="eager"))
+    assert "model.layers.*.linear_attn (0–2, 4)" in out
+    assert "model.layers.5.linear_attn" in out
+    assert "The window must be 4 wide" in out
+
+
+def test_render_of_a_graph_without_gdn():
+    assert "no GDN layer" in render(GraphReport(0, inner="eager"))
+
+
+def fresh_process(code: str) -> None:
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    assert run.returncode == 0, run.stderr
+
+
+def test_importing_the_package_imports_neither_triton_nor_transformers():
+    fresh_process("import sys, gdnfuse; assert not {'triton', 'transformers'} & set(sys.modules), sorted(sys.modules)")
+
+
+def test_works_on_cpu_where_triton_cannot_be_imported():
+    fresh_process(
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, gdnfuse\n"
+        "step = torch.compile(lambda x: x.sin() + 1, backend='gdnfuse', options={'inner': 'aot_eager'})\n"
+        "x = torch.ones(3); assert torch.equal(step(x), x.sin() + 1)\n"
+        "assert gdnfuse.reports()[0].phase == 'other'"
+    )

@@ -1,0 +1,189 @@
+"""gdnfuse.compile and the reports of configs without weights."""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+
+import pytest
+import torch
+from transformers import CompileConfig, Qwen3_5Config, Qwen3_5ForCausalLM, Qwen3_5TextConfig, StaticCache
+
+import gdnfuse
+from gdnfuse import huggingface
+
+SIZES = {
+    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 32, "linear_num_key_heads": 1, "linear_num_value_heads": 2,
+    "linear_key_head_dim": 32, "linear_value_head_dim": 32,
+}  # fmt: skip
+EAGER = {"inner": "eager"}
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    model = Qwen3_5ForCausalLM(Qwen3_5TextConfig(**SIZES)).eval().requires_grad_(False)
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch.compiler.reset()
+    gdnfuse.clear_reports()
+
+
+PROMPT = torch.arange(12).reshape(2, 6)
+
+
+def generate(model, **kwargs):
+    return model.generate(PROMPT, max_new_tokens=8, do_sample=False, **kwargs)
+
+
+def decode_reports():
+    return [r for r in gdnfuse.reports() if r.phase == "decode"]
+
+
+@pytest.mark.parametrize("cache", ["static", "dynamic"])
+def test_generate_reaches_the_backend_once_and_agrees(model, cache):
+    expected = generate(model, cache_implementation=cache)
+    assert gdnfuse.compile(model, **EAGER) is model
+    assert torch.equal(generate(model, cache_implementation=cache), expected)
+    assert all(r.fused_layers == 3 for r in decode_reports())
+    if cache == "static":
+        assert len(gdnfuse.reports()) == 1  # the prefill is left alone, and all steps share a graph
+    else:
+        assert decode_reports()  # a growing cache may be compiled again with a symbolic length
+
+
+def test_beams_reach_the_backend(model):
+    expected = generate(model, cache_implementation="static", num_beams=3)
+    gdnfuse.compile(model, **EAGER)
+    assert torch.equal(generate(model, cache_implementation="static", num_beams=3), expected)
+    assert decode_reports()
+
+
+def test_direct_calls_reach_the_backend(model):
+    gdnfuse.compile(model, fullgraph=True, **EAGER)
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    with torch.no_grad():
+        model(PROMPT, past_key_values=cache, use_cache=True)
+        assert gdnfuse.reports() == []
+        for t in range(3):
+            model(input_ids=PROMPT[:, t : t + 1], past_key_values=cache, use_cache=True)
+    assert [r.phase for r in gdnfuse.reports()] == ["decode"]
+
+
+def test_prefill_on_request(model):
+    gdnfuse.compile(model, prefill=True, **EAGER)
+    with torch.no_grad():
+        model(PROMPT, past_key_values=StaticCache(config=model.config, max_cache_len=16), use_cache=True)
+    assert [r.phase for r in gdnfuse.reports()] == ["prefill"]
+
+
+def test_torch_compile_of_the_model_does_not_reach_generate(model):
+    torch.compile(model, backend="gdnfuse", options=EAGER).generate(PROMPT, max_new_tokens=4)
+    assert gdnfuse.reports() == []  # the trap that the README warns of; if this fails, the README is out of date
+
+
+@pytest.mark.parametrize("spelling", ["model.compile", "model.forward", "compile_config"])
+def test_other_spellings_reach_generate(model, spelling):
+    kwargs = {"cache_implementation": "static"}
+    if spelling == "model.compile":
+        model.compile(backend="gdnfuse", options=EAGER)
+    elif spelling == "model.forward":
+        model.forward = torch.compile(model.forward, backend="gdnfuse", options=EAGER)
+    else:
+        kwargs["compile_config"] = CompileConfig(backend="gdnfuse", mode=None, options=EAGER)
+        kwargs["compile_config"]._compile_all_devices = True
+    generate(model, **kwargs)
+    assert [r.fused_layers for r in decode_reports()] == [3]
+
+
+@pytest.mark.parametrize(
+    "bad, named",
+    [
+        ({"iner": "eager"}, "iner"),
+        ({"inner": "tvm"}, "tvm"),
+        ({"mode": "fastest"}, "fastest"),
+        ({"mode": "max-autotune", "inner": "eager"}, "max-autotune"),
+    ],
+)
+def test_bad_options_leave_the_model_alone(model, bad, named):
+    before = copy.deepcopy(model.generation_config)
+    with pytest.raises(gdnfuse.GdnfuseError, match=named):
+        gdnfuse.compile(model, **bad)
+    assert model._compiled_call_impl is None
+    assert model.generation_config.to_dict() == before.to_dict()
+
+
+@pytest.mark.parametrize(
+    "given, mode, options",
+    [
+        ({}, "reduce-overhead", None),
+        ({"mode": "max-autotune"}, "max-autotune", None),
+        ({"strict": True}, None, {"strict": True, "inductor": {"triton.cudagraphs": True}}),
+        ({"mode": "default", "strict": True}, None, {"strict": True}),
+        (
+            {"mode": "reduce-overhead", "inductor": {"triton.cudagraphs": False, "shape_padding": True}},
+            None,
+            {"inductor": {"triton.cudagraphs": False, "shape_padding": True}},
+        ),
+        ({"inner": "aot_eager"}, None, {"inner": "aot_eager"}),
+    ],
+)
+def test_mode_and_options_are_never_both_set(model, given, mode, options):
+    gdnfuse.compile(model, **given)
+    config = model.generation_config.compile_config
+    assert (config.backend, config.mode, config.options) == ("gdnfuse", mode, options)
+
+
+def test_the_generation_config_can_be_saved(model, tmp_path):
+    gdnfuse.compile(model, strict=True)
+    model.save_pretrained(tmp_path)
+    assert "compile_config" not in json.loads((tmp_path / "generation_config.json").read_text())
+
+
+class Plain(torch.nn.Module):
+    def forward(self, x):
+        return x.sin() + 1
+
+
+def test_a_model_without_generate():
+    plain = Plain()
+    assert gdnfuse.compile(plain, prefill=True, **EAGER) is plain
+    with torch.no_grad():
+        plain(torch.ones(1, 2))
+    assert [r.phase for r in gdnfuse.reports()] == ["other"]
+
+
+def test_multimodal_config_gives_its_text_model():
+    config = Qwen3_5Config(text_config=dict(SIZES))
+    (report,) = huggingface.trace(huggingface.meta_model(config), target="cuda")
+    assert report.fused_layers == 3
+
+
+@pytest.mark.parametrize("wrong", [{"batch": 0}, {"prompt": 0}, {"phase": "sideways"}, {"targt": "cuda"}])
+def test_trace_refuses_bad_arguments(wrong):
+    model = huggingface.meta_model(Qwen3_5TextConfig(**SIZES))
+    with pytest.raises(gdnfuse.GdnfuseError, match=next(iter(wrong))):
+        huggingface.trace(model, **wrong)
+
+
+@pytest.mark.parametrize("batch, prompt, dtype", [(1, 1, torch.bfloat16), (5, 3, torch.float16), (2, 64, torch.float32)])
+def test_trace_decode(batch, prompt, dtype):
+    model = huggingface.meta_model(Qwen3_5TextConfig(**SIZES), dtype)
+    (report,) = huggingface.trace(model, batch=batch, prompt=prompt, target="cpu")
+    assert (report.phase, report.fused_layers) == ("decode", 3)
+
+
+@pytest.mark.parametrize("name", huggingface.presets())
+def test_every_preset_is_fused_in_every_layer(name):
+    start = time.process_time()
+    model = huggingface.meta_model(huggingface.load_config(name.removeprefix("qwen3.5-")))
+    (report,) = huggingface.trace(model, target="cuda")
+    linear = model.config.layer_types.count("linear_attention")
+    assert (report.fused_layers, len(report.layers)) == (linear, linear)
+    assert time.process_time() - start < 75  # CPU time, because other tests run beside it; the bar is 60 s on an idle machine
