@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from typing import Any
 
 import torch
@@ -58,6 +59,8 @@ def _stages(gm, real, options, report, outcome, packed):
     yield "fuse"
     outcome.records += lower.lower(gm, options.target)
     packed += lower.pack_weights(gm, real)
+    if report.phase == "decode":
+        outcome.records += lower.lower_linears(gm, options.target)
     lower.check(gm)
     yield "lower"
 
@@ -65,11 +68,11 @@ def _stages(gm, real, options, report, outcome, packed):
 def _find_layers(gm: GraphModule, report: GraphReport) -> None:
     """Every gate of a gated delta rule is a GDN layer; the module it was traced in gives its path."""
     anchors = list(gating.RULE.anchors(gm.graph))
+    before = Counter(path for n in calls(gm) for path in set(module_stack(n)))
     for i, anchor in enumerate(anchors):
         stack = module_stack(anchor)
         path = stack[-1] if stack else f"gate {i} ({anchor.name})"
-        before = sum(path in module_stack(n) for n in calls(gm))
-        report.layers.append(LayerReport(path, nodes_before=before))
+        report.layers.append(LayerReport(path, nodes_before=before[path]))
     if anchors:
         writes = [n for n in gm.graph.nodes if op_name(n) == "copy_" and is_tensor(n.args[0])]
         cached = any(w.args[0].op == "placeholder" and value(w.args[0]).ndim == 4 for w in writes)
@@ -79,25 +82,24 @@ def _find_layers(gm: GraphModule, report: GraphReport) -> None:
 
 def _finish(gm: GraphModule, report: GraphReport, outcome: Outcome) -> None:
     """Hand every record to its layer and count what is left of each."""
-    stacks = {n.name: module_stack(n) for n in gm.graph.nodes}
     paths = {layer.path: layer for layer in report.layers}
     for record in outcome.records:
-        record.layer = _layer_of(record, stacks, paths)
+        record.layer = _layer_of(record, paths)
         (paths[record.layer].records if record.layer else report.records).append(record)
+    for n in calls(gm):
+        for path in set(module_stack(n)) & paths.keys():
+            paths[path].ops_after.append(_op(n))
     for layer in report.layers:
-        left = [n for n in calls(gm) if layer.path in stacks[n.name]]
-        layer.nodes_after, layer.ops_after = len(left), [_op(n) for n in left]
+        layer.nodes_after = len(layer.ops_after)
         layer.fused = any(r.rule == "mixer_decode" and r.stage == "fuse" and r.status is Status.FIRED for r in layer.records)
     report.nodes_after = len(calls(gm))
     report.proofs, report.proof_seconds = outcome.proofs, outcome.proof_seconds
 
 
-def _layer_of(record: Record, stacks: dict[str, list[str]], paths: dict[str, LayerReport]) -> str | None:
-    module = record.module or ""
-    for path in paths:
-        if module == path or module.startswith(path + "."):
-            return path
-    return None
+def _layer_of(record: Record, paths: dict[str, LayerReport]) -> str | None:
+    parts = (record.module or "").split(".")
+    prefixes = (".".join(parts[:i]) for i in range(len(parts), 0, -1))
+    return next((p for p in prefixes if p in paths), None)
 
 
 def _op(node: Node) -> str:

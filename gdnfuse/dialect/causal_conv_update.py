@@ -1,4 +1,4 @@
-"""causal_conv_update: depthwise causal conv over the cached window and the new tokens, with its activation; the cache is updated in place."""
+"""causal_conv_update: depthwise causal conv over the cached window and the new tokens, with its activation; cache in place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""fused_gating_delta_rule: gates computed inside the rule, state updated in place (vLLM's fused_sigmoid_gating_delta_rule_update)."""
+"""fused_gating_delta_rule: gates inside the rule, state updated in place (vLLM's fused_sigmoid_gating_delta_rule_update)."""
 
 from __future__ import annotations
 

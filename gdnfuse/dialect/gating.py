@@ -28,7 +28,10 @@ def fake(a: torch.Tensor, A_log: torch.Tensor, dt_bias: torch.Tensor) -> torch.T
 
 
 def examples():
-    return [((torch.randn(2, 1, 4), torch.randn(4), torch.randn(4)), {}), ((torch.randn(2, 3, 4).half() * 30, torch.randn(4), torch.randn(4)), {})]
+    return [
+        ((torch.randn(2, 1, 4), torch.randn(4), torch.randn(4)), {}),
+        ((torch.randn(2, 3, 4).half() * 30, torch.randn(4), torch.randn(4)), {}),
+    ]
 
 
 op = register("gating", reference, fake, examples, equation="g = −exp(A_log) · softplus(a + dt_bias)")

@@ -16,6 +16,7 @@ class DialectOp:
     Attributes:
         name: its name; the op is ``torch.ops.gdnfuse.<name>``.
         reference: plain PyTorch function with the op's signature. It is the meaning of the op.
+        fake: the same on fake tensors: shape, dtype and device of the result.
         overload: the registered ``OpOverload``.
         mutates: names of the arguments written in place.
         examples: yields ``(args, kwargs)`` of small real inputs, used by ``opcheck`` and the kernel tests.
@@ -24,6 +25,7 @@ class DialectOp:
 
     name: str
     reference: Callable[..., Any]
+    fake: Callable[..., Any]
     overload: Any
     mutates: tuple[str, ...]
     examples: Callable[[], list[tuple[tuple[Any, ...], dict[str, Any]]]]
@@ -55,7 +57,7 @@ def register(
     custom.register_fake(fake)
     overload = custom._opoverload
     arg_names = tuple(a.name for a in overload._schema.arguments)
-    op = DialectOp(name, reference, overload, mutates, examples, equation, arg_names)
+    op = DialectOp(name, reference, fake, overload, mutates, examples, equation, arg_names)
     OPS[name] = op
     return op
 

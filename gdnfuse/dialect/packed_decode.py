@@ -1,4 +1,4 @@
-"""packed_decode: one token of the gated delta rule, q, k, v read in place from the packed row (vLLM's packed recurrent decode)."""
+"""packed_decode: one token of the gated delta rule, q, k, v read in place from the packed row (vLLM's packed decode)."""
 
 from __future__ import annotations
 

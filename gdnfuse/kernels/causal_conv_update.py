@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gdnfuse.kernels.implementation import register, require_dtypes, require_one_token, require_static, wrap_triton
+from gdnfuse.kernels.implementation import kernel_of, register, require_dtypes, require_one_token, require_static
 from gdnfuse.report import Refused
 
 ACTIVATIONS = ("silu", "none")
@@ -79,7 +79,7 @@ def launch(
     """
     B, D, S = conv_state.shape
     out = torch.empty((B, D, 1), dtype=torch.float32, device=x.device)
-    wrap_triton(causal_conv_update_kernel)[(B * -(-D // BLOCK_D),)](
+    kernel_of(causal_conv_update_kernel)[(B * -(-D // BLOCK_D),)](
         x, conv_state, weight, None if bias is None else bias.contiguous(), out,
         x.stride(0), x.stride(1), *conv_state.stride(), weight.stride(0), weight.stride(2),
         D=D, S=S, W=weight.shape[-1], SILU=activation == "silu", BD=BLOCK_D, num_warps=NUM_WARPS,

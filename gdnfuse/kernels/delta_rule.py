@@ -21,12 +21,12 @@ import triton.language as tl
 
 from gdnfuse.kernels.gated_rms_norm import gated
 from gdnfuse.kernels.implementation import (
+    kernel_of,
     register,
     require_dtypes,
     require_head_dims,
     require_one_token,
     require_static,
-    wrap_triton,
 )
 from gdnfuse.report import Refused
 
@@ -193,7 +193,7 @@ def launch(
     columns, num_warps = next(config[1:] for config in RULE_CONFIGS if size <= config[0])
     BV = min(columns, triton.next_power_of_2(V))
     out = torch.empty((B, T, HV, V), dtype=torch.float32, device=v.device)
-    wrap_triton(delta_rule_kernel)[(heads * -(-V // BV),)](
+    kernel_of(delta_rule_kernel)[(heads * -(-V // BV),)](
         q, k, v, a, b, A_log.contiguous(), dt_bias.contiguous(), recurrent_state, out,
         scale, 0.0 if l2norm_eps is None else l2norm_eps, T,
         *q.stride(), *k.stride(), *v.stride(), *a.stride(), *b.stride(), *recurrent_state.stride(),
@@ -269,7 +269,7 @@ def launch_gated(
     z_heads, a, b = z.unflatten(-1, (HV, V)).squeeze(1), a.squeeze(1), b.squeeze(1)
     columns, num_warps = next(config[1:] for config in GATED_CONFIGS if K <= config[0])
     out = torch.empty((B, 1, HV * V), dtype=z.dtype, device=z.device)
-    wrap_triton(delta_rule_gated_kernel)[(B * HV,)](
+    kernel_of(delta_rule_gated_kernel)[(B * HV,)](
         q, k, v, z_heads, a, b, A_log.contiguous(), dt_bias.contiguous(), norm_weight.contiguous(), recurrent_state, out,
         scale, l2norm_eps, norm_eps,
         *q.stride(), *k.stride(), *v.stride(), *z_heads.stride(), *a.stride(), *b.stride(), *recurrent_state.stride(),

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gdnfuse.kernels.implementation import register, require_dtypes, require_head_dims, require_static, wrap_triton
+from gdnfuse.kernels.implementation import kernel_of, register, require_dtypes, require_head_dims, require_static
 from gdnfuse.report import Refused
 
 # Not yet measured: a warp per row of 128 reads 16 bytes of float32 per lane.
@@ -62,7 +62,7 @@ def launch(o: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: float) -
         o, z = o.unsqueeze(0), z.unsqueeze(0)
     N0, N1, N2, V = o.shape
     rows = N0 * N1 * N2
-    wrap_triton(gated_rms_norm_kernel)[(-(-rows // ROWS),)](
+    kernel_of(gated_rms_norm_kernel)[(-(-rows // ROWS),)](
         o, z, weight.contiguous(), out, eps, rows, N1, N2, *o.stride(), *z.stride(),
         V=V, BR=ROWS, BV=triton.next_power_of_2(V), num_warps=NUM_WARPS,
     )  # fmt: skip

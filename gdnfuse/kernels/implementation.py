@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import triton
 
+from gdnfuse.dialect import OPS
 from gdnfuse.report import Refused
 
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
@@ -58,12 +59,32 @@ class Implementation:
         return specs
 
 
+_library = torch.library.Library("gdnfuse_triton", "DEF")
+
+
 def register(
     name: str, launch: Callable[..., Any], supports: Callable[..., None], mutates: tuple[str, ...] = ()
 ) -> Implementation:
-    """Register ``gdnfuse_triton::<name>``; compilers trace into it and see its kernels."""
-    op = torch.library.triton_op(f"gdnfuse_triton::{name}", launch, mutates_args=mutates)
-    return Implementation(name, op._opoverload, launch, supports)
+    """Register ``gdnfuse_triton::<name>``, opaque to compilers, with `launch` for CUDA and the dialect's fake.
+
+    Opaque, because a compiler that sees into a launch analyses the kernel anew for every call in a graph (about 30 ms each, three
+    times per compilation: several seconds for a 32-layer model), and has nothing to fuse into it.
+    """
+    _library.define(name + torch.library.infer_schema(launch, mutates_args=mutates), tags=torch.Tag.needs_fixed_stride_order)
+    _library.impl(name, _on_its_device(launch), "CUDA")
+    torch.library.register_fake(f"gdnfuse_triton::{name}", OPS[name].fake, lib=_library)
+    return Implementation(name, getattr(torch.ops.gdnfuse_triton, name).default, launch, supports)
+
+
+def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton launches on the current device, which need not be the tensors'."""
+
+    @functools.wraps(launch)
+    def launched(first: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        with torch.cuda.device_of(first):
+            return launch(first, *args, **kwargs)
+
+    return launched
 
 
 _recorded: list[CompileSpec] | None = None
@@ -108,16 +129,9 @@ class _Recorder:
         _recorded.append(CompileSpec(self.kernel, signature, constexprs, attrs, options))
 
 
-def wrap_triton(kernel: Any) -> Any:
-    """``torch.library.wrap_triton``, which does not know interpreted kernels.
-
-    It keeps that name because torch reads the launchers' source for it to find the kernels that key its compile cache.
-    """
-    if _recorded is not None:
-        return _Recorder(kernel)
-    if not isinstance(kernel, triton.runtime.JITFunction):
-        return kernel
-    return torch.library.wrap_triton(kernel)
+def kernel_of(kernel: Any) -> Any:
+    """The kernel to launch: itself, or what notes the launch while `Implementation.jit_kernels` records."""
+    return kernel if _recorded is None else _Recorder(kernel)
 
 
 def require_dtypes(**tensors: torch.Tensor | None) -> None:

@@ -1,4 +1,4 @@
-"""lower: each dialect op becomes its Triton kernel, or its reference inlined for Inductor to fuse; packed linears become one linear."""
+"""lower: each dialect op becomes its Triton kernel, or its reference inlined for Inductor to fuse; linears are packed."""
 
 from __future__ import annotations
 
@@ -50,6 +50,34 @@ def _kernel(name: str, device: str, arguments: dict[str, Any]) -> Any:
         raise Refused(f"There is no Triton kernel for {name} alone; Inductor fuses its reference.")
     kernel.supports(**arguments)
     return kernel.op
+
+
+def lower_linears(gm: GraphModule, target: str | None) -> list[Record]:
+    """On a GPU, linears of one row become the skinny kernel, which streams their weights faster than cuBLAS does.
+
+    Args:
+        gm: rewritten in place, after `pack_weights`.
+        target: as in `lower`.
+    """
+    records = []
+    for node in gm.graph.nodes:
+        if op_name(node) != "linear" or (target or value(node).device.type) != "cuda":
+            continue
+        record = Record("linear", "lower", Status.FIRED, node.name)
+        stack = module_stack(node)
+        record.module = stack[-1] if stack else None
+        x, weight, *bias = [*node.args, *node.kwargs.values()]
+        try:
+            if any(b is not None for b in bias):
+                raise Refused("The skinny kernel takes no bias, found one.")
+            kernel = kernels.implementations()["linear"]
+            kernel.supports(value(x), value(weight))
+            node.target, node.args, node.kwargs = kernel.op, (x, weight), {}
+            record.chosen = "triton"
+        except Refused as e:
+            record.chosen, record.reason = "library", e.reason
+        records.append(record)
+    return records
 
 
 def pack_weights(gm: GraphModule, real: dict[Node, Any]) -> list[PackedWeight]:

@@ -1,4 +1,4 @@
-"""normalize: one spelling for casts, commuted operands, squares, local buffers and dead ops. Exact: no value changes, not even its rounding."""
+"""normalize: one spelling for casts, commuted operands, squares, local buffers and dead ops. Exact to the last bit."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _cast(gm: GraphModule, node: Node) -> None:
         dtype, plain = value(node).dtype, True
     elif name == "to":
         dtype = value(node).dtype
-        plain = "memory_format" not in node.kwargs and not node.kwargs.get("copy", False) and value(x).device == value(node).device
+        plain = value(x).device == value(node).device and not node.kwargs.keys() & {"memory_format", "copy"}
     else:
         return
     if plain and dtype == value(x).dtype:

@@ -97,7 +97,7 @@ def cut(graph: Graph, m: Match, writers: dict[Node, Node]) -> Region:
                 symbols.append(n)
             continue
         if n.op not in ("call_function", "call_method"):
-            raise Refused(f"The result must depend on {', '.join(m.inputs)} alone, found that it also reads {n.name}.", at=n)
+            raise Refused(f"The result must depend on {', '.join(m.inputs)} alone, found that it reads {n.name} too.", at=n)
         seen.add(n)
         todo.extend(n.all_input_nodes)
     nodes = sorted(seen)
@@ -129,7 +129,7 @@ def _check_states(m: Match, nodes: list[Node], writers: dict[Node, Node]) -> Non
         state = m.inputs[name]
         for user in state.users:
             if user not in seen and user.op != "output":
-                raise Refused(f"{name} must be read and written by this motif alone, found that {user.name} uses it too.", at=user)
+                raise Refused(f"{name} must be read and written here alone, found that {user.name} uses it too.", at=user)
         derived = {state}
         for n in nodes:
             if any(i in derived for i in n.all_input_nodes) and n is not write:
@@ -137,7 +137,8 @@ def _check_states(m: Match, nodes: list[Node], writers: dict[Node, Node]) -> Non
                 strangers = [u for u in n.users if u not in seen]
                 if strangers and n not in m.outputs:
                     raise Refused(
-                        f"What is computed from {name} must stay inside the motif, found that {strangers[0].name} reads {n.name}.",
+                        f"What is computed from {name} must stay inside the motif, found that {strangers[0].name} reads "
+                        f"{n.name}.",
                         at=strangers[0],
                     )
     bases = {chain(n)[-1]: name for name, n in m.inputs.items() if is_tensor(n) and name not in m.writes}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -139,6 +140,7 @@ def module_stack(node: Node) -> list[str]:
     return [clean_path(entry[0]) for entry in stack.values()]
 
 
+@functools.cache
 def clean_path(path: str) -> str:
     """Dynamo's "L['self']._modules['model']._modules['layers']…" or "L['self'].model.layers[0]" as a dotted module path."""
     for old, new in (("['", "."), ("']", ""), ("[", "."), ("]", ""), ("._modules", ""), ("._parameters", ""), ("._buffers", "")):

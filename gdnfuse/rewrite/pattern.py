@@ -94,7 +94,7 @@ class Const(Pattern):
 
 
 class Op(Pattern):
-    """A call of one of the named ops; operands in either order where the op commutes. Trailing arguments not named are ignored."""
+    """A call of one of the named ops; operands in either order where the op commutes. Arguments not named are ignored."""
 
     def __init__(self, names: str, *operands: Pattern, bind: str | None = None):
         self.names, self.operands, self.bind = names.split("|"), operands, bind

@@ -15,28 +15,76 @@ RULE, CONV, GDN = "torch_recurrent_gated_delta_rule", "causal_conv1d_update", "Q
 NORM = "Qwen3_5RMSNormGated.forward"
 # what is edited: old text, new text, the rule that must decline
 EDITS = {
-    "other eps for q": (RULE, "query = l2norm(query, dim=-1, eps=1e-6)", "query = l2norm(query, dim=-1, eps=1e-4)", "l2norm_delta_rule"),
+    "other eps for q": (
+        RULE,
+        "query = l2norm(query, dim=-1, eps=1e-6)",
+        "query = l2norm(query, dim=-1, eps=1e-4)",
+        "l2norm_delta_rule",
+    ),
     "no l2norm": (RULE, "if use_qk_l2norm_in_kernel:", "if False:", "packed_decode"),
     "exp2 for exp": (RULE, ".exp()[..., None, None]", ".exp2()[..., None, None]", "delta_rule"),
     "a factor on delta": (RULE, "delta = (v_t - kv_mem) * beta_t", "delta = 0.5 * ((v_t - kv_mem) * beta_t)", "delta_rule"),
-    "a factor on the decay": (RULE, "decay_t = decay[:, :, i].exp()", "decay_t = (1.01 * decay[:, :, i]).exp()", "gating_delta_rule"),
+    "a factor on the decay": (
+        RULE,
+        "decay_t = decay[:, :, i].exp()",
+        "decay_t = (1.01 * decay[:, :, i]).exp()",
+        "gating_delta_rule",
+    ),
     "subtraction flipped": (RULE, "(v_t - kv_mem)", "(kv_mem - v_t)", "delta_rule"),
-    "flipped axis of equal size": (RULE, "kv_mem = (last_recurrent_state * k_t.unsqueeze(-1)).sum(dim=-2)",
-                                   "kv_mem = (last_recurrent_state * k_t.unsqueeze(-2)).sum(dim=-1)", "delta_rule"),
-    "read before the update": (RULE, "core_attn_out[:, :, i] = (last_recurrent_state * q_t",
-                               "core_attn_out[:, :, i] = (initial_state * q_t", "delta_rule"),
-    "key scaled instead of query": (RULE, "query = query / (query.shape[-1] ** 0.5)", "key = key / (key.shape[-1] ** 0.5)", "l2norm_delta_rule"),
-    "outer product transposed": (RULE, "k_t.unsqueeze(-1) * delta.unsqueeze(-2)", "k_t.unsqueeze(-2) * delta.unsqueeze(-1)", "delta_rule"),
-    "softplus with beta": (GDN, "F.softplus(a.float() + self.dt_bias)", "F.softplus(a.float() + self.dt_bias, beta=2.0)", "gating"),
-    "softplus with a threshold": (GDN, "F.softplus(a.float() + self.dt_bias)", "F.softplus(a.float() + self.dt_bias, threshold=1.0)", "gating"),
+    "flipped axis of equal size": (
+        RULE,
+        "kv_mem = (last_recurrent_state * k_t.unsqueeze(-1)).sum(dim=-2)",
+        "kv_mem = (last_recurrent_state * k_t.unsqueeze(-2)).sum(dim=-1)",
+        "delta_rule",
+    ),
+    "read before the update": (
+        RULE,
+        "core_attn_out[:, :, i] = (last_recurrent_state * q_t",
+        "core_attn_out[:, :, i] = (initial_state * q_t",
+        "delta_rule",
+    ),
+    "key scaled instead of query": (
+        RULE,
+        "query = query / (query.shape[-1] ** 0.5)",
+        "key = key / (key.shape[-1] ** 0.5)",
+        "l2norm_delta_rule",
+    ),
+    "outer product transposed": (
+        RULE,
+        "k_t.unsqueeze(-1) * delta.unsqueeze(-2)",
+        "k_t.unsqueeze(-2) * delta.unsqueeze(-1)",
+        "delta_rule",
+    ),
+    "softplus with beta": (
+        GDN,
+        "F.softplus(a.float() + self.dt_bias)",
+        "F.softplus(a.float() + self.dt_bias, beta=2.0)",
+        "gating",
+    ),
+    "softplus with a threshold": (
+        GDN,
+        "F.softplus(a.float() + self.dt_bias)",
+        "F.softplus(a.float() + self.dt_bias, threshold=1.0)",
+        "gating",
+    ),
     "dt_bias subtracted": (GDN, "a.float() + self.dt_bias", "a.float() - self.dt_bias", "gating"),
     "tanh for sigmoid": (GDN, "beta = b.sigmoid()", "beta = b.tanh()", "gating_delta_rule"),
     "query and key swapped": (GDN, "query, key, value = torch.split(", "key, query, value = torch.split(", "packed_decode"),
-    "conv keeps the oldest columns": (CONV, "hidden_states_new[:, :, -state_len:]", "hidden_states_new[:, :, :state_len]", "causal_conv_update"),
+    "conv keeps the oldest columns": (
+        CONV,
+        "hidden_states_new[:, :, -state_len:]",
+        "hidden_states_new[:, :, :state_len]",
+        "causal_conv_update",
+    ),
     "conv reads the first window": (CONV, "out = out[:, :, -seq_len:]", "out = out[:, :, :seq_len]", "causal_conv_update"),
     "norm over the other axis": (NORM, ".mean(-1, keepdim=True)", ".mean(-2, keepdim=True)", "gated_rms_norm"),
-    "gate without silu": (NORM, "ACT2FN[self.activation](gate.to(torch.float32))", "torch.sigmoid(gate.to(torch.float32))", "gated_rms_norm"),
-}  # fmt: skip
+    "gate without silu": (
+        NORM,
+        "ACT2FN[self.activation](gate.to(torch.float32))",
+        "torch.sigmoid(gate.to(torch.float32))",
+        "gated_rms_norm",
+    ),
+}
 
 
 def edited(where, old, new):

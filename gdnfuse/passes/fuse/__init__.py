@@ -1,4 +1,4 @@
-"""fuse: tiny patterns over dialect ops. A fusion is a file here and a line in RULES; each stands before those that build on it."""
+"""fuse: tiny patterns over dialect ops. A fusion is a file here and a line in RULES, before those that build on it."""
 
 from gdnfuse.passes.fuse import gating_delta_rule, l2norm_delta_rule, mixer_decode, packed_decode, repeat_delta_rule
 

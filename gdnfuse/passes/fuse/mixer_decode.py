@@ -33,9 +33,8 @@ class FuseMixerDecode(Rule):
             if other is not row:
                 raise Mismatch(other, f"{name} as a part of the row {row}", str(other))
         out = _end(norm_node)
-        B, HV, _, V = value(rule["recurrent_state"]).shape
-        row_shape = (B, 1, value(row).shape[-1])
-        operand = bring(row, row_shape, "row")
+        B = value(rule["recurrent_state"]).shape[0]
+        operand = bring(row, (B, 1, value(row).shape[-1]), "row")
         inputs = {
             "row": operand.node,
             "conv_state": conv["conv_state"],
@@ -52,10 +51,8 @@ class FuseMixerDecode(Rule):
             writes={"conv_state": conv_node, "recurrent_state": anchor},
             data={
                 "how": operand.how,
-                "numbers": (
-                    *(offsets[p] for p in ("qkv", "z", "b", "a")),
-                    conv["activation"], rule["scale"], rule["l2norm_eps"], norm["eps"],
-                ),  # fmt: skip
+                "offsets": [offsets[p] for p in ("qkv", "z", "b", "a")],
+                "settings": [conv["activation"], rule["scale"], rule["l2norm_eps"], norm["eps"]],
                 "shape": None if value(out).ndim == 3 and same(value(out).shape[1], 1) else tuple(value(out).shape),
                 "dtype": value(out).dtype,
             },
@@ -64,7 +61,7 @@ class FuseMixerDecode(Rule):
     def rewrite(self, m, t):
         tensors = [getattr(t, k, None) for k in TENSORS]
         tensors[0] = m.data["how"](tensors[0])
-        y = call(mixer_decode.op.overload, *tensors, *m.data["numbers"])
+        y = call(mixer_decode.op.overload, *tensors, *m.data["offsets"], *m.data["settings"])
         if m.data["shape"] is not None:
             shape = m.data["shape"]
             y = y.reshape(-1, *shape[1:])
@@ -74,7 +71,8 @@ class FuseMixerDecode(Rule):
 def _one_reader(rule):
     readers = list(real_users(rule))
     if len(readers) != 1 or op_name(readers[0]) != "gdnfuse.gated_rms_norm":
-        raise Mismatch(rule, "gated_rms_norm as the one reader of the rule's output", ", ".join(map(op_name, readers)) or "no reader")
+        found = ", ".join(map(op_name, readers)) or "no reader"
+        raise Mismatch(rule, "gated_rms_norm as the one reader of the rule's output", found)
     return readers[0]
 
 

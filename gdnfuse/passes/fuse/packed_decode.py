@@ -39,7 +39,7 @@ class FusePackedDecode(Rule):
 
     def check(self, m):
         if m.data["eps"] is None:
-            raise Refused("q and k must be l2-normalised over the head dim before the rule, found that they are not.", at=m.outputs[0])
+            raise Refused("q and k must be l2-normalised before the rule, found that they are not.", at=m.outputs[0])
 
     def rewrite(self, m, t):
         gates = [getattr(t, k) for k in GATES]

@@ -15,9 +15,8 @@ class FuseRepeatDeltaRule(Rule):
 
     def anchors(self, graph):
         """Rules whose q or k is a repeat of fewer heads."""
-        for n in graph.nodes:
-            if op_name(n) == "gdnfuse.fused_gating_delta_rule" and any(op_name(peel(x)) == "repeat_interleave" for x in n.args[:2]):
-                yield n
+        rules = [n for n in graph.nodes if op_name(n) == "gdnfuse.fused_gating_delta_rule"]
+        return [n for n in rules if any(op_name(peel(x)) == "repeat_interleave" for x in n.args[:2])]
 
     def match(self, anchor):
         bound = fused_gating_delta_rule.op.bind(anchor.args, anchor.kwargs)

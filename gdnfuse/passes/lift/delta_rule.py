@@ -8,7 +8,7 @@ from gdnfuse.dialect import delta_rule
 from gdnfuse.report import Refused
 from gdnfuse.rewrite.driver import call
 from gdnfuse.rewrite.graph import is_tensor, op_name, peel, real_users, value
-from gdnfuse.rewrite.pattern import Alt, Mismatch, Op, Var
+from gdnfuse.rewrite.pattern import Mismatch, Op, Var
 from gdnfuse.rewrite.rule import Match, Rule, bring
 
 decayed = Op("mul", Var("before"), Op("exp", Var("g")), bind="decayed")
@@ -90,7 +90,8 @@ def _read_out(after, state):
             sums = [u for u in real_users(user) if op_name(u) == "sum"]
             if len(factors) == 1 and len(sums) == 1 and _not_next_step(factors[0]):
                 return sums[0], factors[0]
-    raise Mismatch(after, "a read-out: sum of the new state times q", ", ".join(op_name(u) for u in real_users(after)) or "no reader")
+    found = ", ".join(op_name(u) for u in real_users(after)) or "no reader"
+    raise Mismatch(after, "a read-out: sum of the new state times q", found)
 
 
 def _not_next_step(factor) -> bool:
