@@ -46,12 +46,17 @@ def gdnfuse(
     if report.rewritten:
         rewritten = original(gm)
         placeholders = [n for n in rewritten.graph.nodes if n.op == "placeholder"]
-        packed = rewrite(rewritten, dict(zip(placeholders, example_inputs, strict=True)), opts, report)
+        try:
+            packed = rewrite(rewritten, dict(zip(placeholders, example_inputs, strict=True)), opts, report)
+        except Exception as e:
+            # A bug of ours must not cost the user the model: it runs as it came, and says so.
+            log.exception("gdnfuse failed on this graph, which is compiled by %s as it came", opts.inner)
+            report.rewritten, report.layers, report.note = False, [], f"A pass failed: {type(e).__name__}: {e}."
     publish(report)
     log.info(report.summary())
     if opts.strict:
         _demand_fused(report)
-    if not report.layers:
+    if not report.rewritten or not report.layers:
         return _inner(gm, example_inputs, opts, patches)
     return _finish(rewritten, example_inputs, packed, opts, patches)
 
