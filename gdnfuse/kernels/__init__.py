@@ -12,14 +12,16 @@ if TYPE_CHECKING:
 
 
 def implementations() -> dict[str, Implementation]:
-    """The kernel behind each dialect op that has one, by the op's name; registers ``torch.ops.gdnfuse_triton`` on first use.
+    """The kernel behind each dialect op that has one, by the op's name, and "linear" for a linear of one row.
+
+    Registers ``torch.ops.gdnfuse_triton`` on first use.
 
     Raises:
         Refused: triton is not installed.
     """
     if importlib.util.find_spec("triton") is None:
         raise Refused("Triton is required for GPU kernels; it is not installed.")
-    from gdnfuse.kernels import causal_conv_update, delta_rule, gated_rms_norm, mixer_decode
+    from gdnfuse.kernels import causal_conv_update, delta_rule, gated_rms_norm, mixer_decode, skinny_linear
 
     found = (
         causal_conv_update.implementation,
@@ -28,4 +30,4 @@ def implementations() -> dict[str, Implementation]:
         gated_rms_norm.implementation,
         mixer_decode.implementation,
     )
-    return {kernel.name: kernel for kernel in found}
+    return {kernel.name: kernel for kernel in found} | {"linear": skinny_linear.implementation}

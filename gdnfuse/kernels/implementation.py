@@ -38,11 +38,11 @@ class CompileSpec:
 
 @dataclass(frozen=True)
 class Implementation:
-    """A kernel behind one dialect op.
+    """A kernel behind one dialect op, or behind a function of torch's.
 
     Attributes:
-        name: the dialect op's name; the Triton op is ``torch.ops.gdnfuse_triton.<name>``.
-        op: its ``OpOverload``, with the dialect op's arguments, outputs and mutations.
+        name: the dialect op's name, if there is one; the Triton op is ``torch.ops.gdnfuse_triton.<name>``.
+        op: its ``OpOverload``, with the arguments, outputs and mutations of what it replaces.
         launch: the function behind it.
         supports: takes the same arguments, real or fake; raises Refused with the reason if the kernel cannot take them.
     """
@@ -63,16 +63,20 @@ _library = torch.library.Library("gdnfuse_triton", "DEF")
 
 
 def register(
-    name: str, launch: Callable[..., Any], supports: Callable[..., None], mutates: tuple[str, ...] = ()
+    name: str,
+    launch: Callable[..., Any],
+    supports: Callable[..., None],
+    mutates: tuple[str, ...] = (),
+    fake: Callable[..., Any] | None = None,
 ) -> Implementation:
-    """Register ``gdnfuse_triton::<name>``, opaque to compilers, with `launch` for CUDA and the dialect's fake.
+    """Register ``gdnfuse_triton::<name>``, opaque to compilers, with `launch` for CUDA and `fake`, by default the dialect's.
 
     Opaque, because a compiler that sees into a launch analyses the kernel anew for every call in a graph (about 30 ms each, three
     times per compilation: several seconds for a 32-layer model), and has nothing to fuse into it.
     """
     _library.define(name + torch.library.infer_schema(launch, mutates_args=mutates), tags=torch.Tag.needs_fixed_stride_order)
     _library.impl(name, _on_its_device(launch), "CUDA")
-    torch.library.register_fake(f"gdnfuse_triton::{name}", OPS[name].fake, lib=_library)
+    torch.library.register_fake(f"gdnfuse_triton::{name}", OPS[name].fake if fake is None else fake, lib=_library)
     return Implementation(name, getattr(torch.ops.gdnfuse_triton, name).default, launch, supports)
 
 

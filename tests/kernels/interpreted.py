@@ -4,7 +4,7 @@ import kernel_cases
 import pytest
 import torch
 
-from gdnfuse.kernels import implementations
+from gdnfuse.kernels import implementations, skinny_linear
 
 # The interpreter truncates where devices round to the nearest bfloat16.
 TOLERANCE = kernel_cases.TOLERANCE | {torch.bfloat16: 2.0**-7 + kernel_cases.MATHS}
@@ -15,7 +15,9 @@ def test_launch(case):
     kernel_cases.check(case, implementations()[case.op].launch, tolerance=TOLERANCE)
 
 
-@pytest.mark.parametrize("name", list(implementations()))
-def test_op(name):
-    case = next(c for c in kernel_cases.CASES if c.op == name)
-    kernel_cases.check(case, implementations()[name].op, tolerance=TOLERANCE)
+@pytest.mark.parametrize("n_in", [16, 100, 128])
+@pytest.mark.parametrize("n_out", [1, 7, 8])
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_linear_configs(rows, n_out, n_in):
+    case = kernel_cases.Case("linear", "config", kernel_cases.linear(n_out, n_in, torch.bfloat16))
+    kernel_cases.check(case, lambda x, w: skinny_linear.launch_with(x, w, (rows, 64, 4)), tolerance=TOLERANCE)

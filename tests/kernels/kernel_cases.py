@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -41,6 +42,11 @@ def strided(t, step=1, pad=3):
     view = parent[..., pad::step]
     view.copy_(t)
     return view
+
+
+def padded(t):
+    """Strided in such a way that every row starts at a multiple of 16 elements."""
+    return strided(t, pad=16)
 
 
 def name(dtype):
@@ -95,6 +101,14 @@ def mixer(*sizes, wrap_state=lambda s: s, **options):
     return make
 
 
+def linear(n_out, n_in, dtype=F32, lead=(1, 1), wrap=lambda x: x, wrap_weight=lambda w: w):
+    def make():
+        x, weight = torch.randn(*lead, n_in).to(dtype), (torch.randn(n_out, n_in) * n_in**-0.5).to(dtype)
+        return (wrap(x), wrap_weight(weight)), {}
+
+    return make
+
+
 def v_major(s):
     """The same state with K innermost in memory."""
     return s.transpose(-1, -2).contiguous().transpose(-1, -2)
@@ -143,7 +157,28 @@ CASES = [
     Case("mixer_decode", "bf16-state", mixer(2, 1, 2, 16, 16, dtype=BF16, state_dtype=BF16)),
     Case("mixer_decode", "strided-state", mixer(2, 1, 2, 24, 16, dtype=BF16, wrap_state=strided)),
     Case("mixer_decode", "tiles", mixer(1, 1, 2, 160, 72, dtype=BF16)),
+    *(Case("linear", f"{n_out}x{n_in}", linear(n_out, n_in)) for n_out in (1, 7, 33) for n_in in (24, 100, 4096)),
+    *(Case("linear", f"{name(d)}-{n_in}", linear(33, n_in, d)) for d in (BF16, F16) for n_in in (1, 100, 2560)),
+    Case("linear", "vector", linear(7, 100, BF16, lead=())),
+    Case("linear", "many-axes", linear(7, 100, BF16, lead=(1, 1, 1))),
+    Case("linear", "row-slice", linear(7, 100, BF16, wrap=strided)),
+    Case("linear", "strided-weight", linear(7, 2560, BF16, wrap_weight=strided)),
+    Case("linear", "aligned-strided", linear(8, 48, wrap=padded, wrap_weight=padded)),
+    Case("linear", "large", linear(301, 28000, F16)),
 ]  # fmt: skip
+
+
+# The kernels that have no dialect op, with what they mean.
+OTHERS = {
+    "linear": SimpleNamespace(
+        reference=torch.nn.functional.linear, overload=torch.nn.functional.linear, mutates=(), arg_names=("x", "weight")
+    )
+}
+
+
+def meaning(op):
+    """Reference, overload, mutates and arg_names of what a kernel implements."""
+    return OTHERS.get(op) or dialect.OPS[op]
 
 
 def whole(t):
@@ -178,7 +213,7 @@ def relative_error(got, want):
 
 def check(case, function, device="cpu", tolerance=TOLERANCE, poison=poisoned_empty):
     """Compare `function`'s output and what it writes, its arguments' surroundings included, with the reference in float64."""
-    op = dialect.OPS[case.op]
+    op = meaning(case.op)
     args, kwargs = case.call()
     exact = [rebuilt(v, "cpu", torch.float64 if isinstance(v, torch.Tensor) else None) for v in args]
     expected = op.reference(*exact, **kwargs)

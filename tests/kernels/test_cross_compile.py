@@ -41,6 +41,7 @@ def calls(B, HV, K=128, V=128, state_dtype=torch.float32):
         "fused_gating_delta_rule": (*heads, *gates, state, K**-0.5, 1e-6),
         "packed_decode": (qkv, a, b, *gates, state, K**-0.5, 1e-6),
         "gated_rms_norm": (of(B, 1, HV, V, dtype=torch.float32), z, of(V), 1e-6),
+        "linear": (of(1, 1, 2560), of(D + F + 2 * HV, 2560)),
         "mixer_decode": (row, *conv, *gates, state, of(V), 0, D, D + F, D + F + HV, "silu", K**-0.5, 1e-6, 1e-6),
     }
 
@@ -84,6 +85,23 @@ def test_compiles(model, op, target, tmp_path, record_property):
             assert (usage["STACK"], usage["LOCAL"]) == (0, 0), f"{kernel.metadata.name} spills: {usage}"
 
 
+# The linears of a decode step: a 4B model's and some of others, N_out × N_in.
+LINEARS = [(12352, 2560), (10240, 2560), (18432, 2560), (248320, 2560), (2560, 4096), (2560, 9216), (1024, 2048), (4096, 12288)]
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("n_out", "n_in"), LINEARS)
+def test_linears_read_16_bytes_at_once_and_do_not_spill(n_out, n_in, dtype, tmp_path, record_property):
+    x, weight = torch.empty(1, 1, n_in, dtype=dtype, device="meta"), torch.empty(n_out, n_in, dtype=dtype, device="meta")
+    (spec,) = implementations()["linear"].jit_kernels(x, weight)
+    kernel = compile_for("sm_90", spec)
+    usage = resources(kernel.asm["cubin"], tmp_path)
+    record_property("resources", str(usage))
+    assert (usage["STACK"], usage["LOCAL"]) == (0, 0), f"{usage}"
+    loads = set(re.findall(r"ld\.global\S*", kernel.asm["ptx"]))
+    assert loads == {"ld.global.v4.b32"}
+
+
 @pytest.mark.parametrize("op", ["fused_gating_delta_rule", "mixer_decode"])
 @pytest.mark.parametrize(("K", "V"), [(64, 64), (128, 256), (256, 128), (256, 256)])
 def test_other_head_dims_do_not_spill(op, K, V, tmp_path):
@@ -92,7 +110,7 @@ def test_other_head_dims_do_not_spill(op, K, V, tmp_path):
     assert (usage["STACK"], usage["LOCAL"]) == (0, 0), f"{usage}"
 
 
-@pytest.mark.parametrize("op", [op for op in calls(1, 32) if op != "causal_conv_update"])
+@pytest.mark.parametrize("op", [op for op in calls(1, 32) if op not in ("causal_conv_update", "linear")])
 def test_scalars_may_be_float64(op):
     """Inductor passes Python floats so; the maths must stay float32."""
     *_, spec = implementations()[op].jit_kernels(*calls(1, 32)[op])

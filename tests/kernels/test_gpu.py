@@ -7,8 +7,7 @@ import pytest
 import torch
 from kernel_cases import BF16, Case
 
-from gdnfuse import dialect
-from gdnfuse.kernels import implementations
+from gdnfuse.kernels import implementations, skinny_linear
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -27,14 +26,18 @@ REAL = [
         Case("mixer_decode", f"real-27B-B{B}", kernel_cases.mixer(B, H, 48, K, V, dtype=BF16, state_dtype=BF16)),
     )
 ]
+LINEARS = [
+    Case("linear", f"real-{n_out}x{n_in}", kernel_cases.linear(n_out, n_in, BF16))
+    for n_out, n_in in ((12352, 2560), (2560, 4096), (18432, 2560), (2560, 9216), (4096, 12288), (1024, 3584), (248320, 1024))
+]
 
 
-@pytest.mark.parametrize("case", kernel_cases.CASES + REAL, ids=str)
+@pytest.mark.parametrize("case", kernel_cases.CASES + REAL + LINEARS, ids=str)
 def test_launch(case):
     kernel_cases.check(case, implementations()[case.op].launch, "cuda")
 
 
-@pytest.mark.parametrize("case", [c for c in REAL if c.label == "real-B2"], ids=str)
+@pytest.mark.parametrize("case", [c for c in REAL if c.label == "real-B2"] + LINEARS[:1], ids=str)
 def test_op(case):
     kernel_cases.check(case, implementations()[case.op].op, "cuda")
 
@@ -51,7 +54,7 @@ def compiled(name, dynamic=False):
 
     def call(*args, **kwargs):
         torch.full((2**28,), float("nan"), device="cuda")
-        for argument, value in zip(dialect.OPS[name].arg_names, args, strict=False):
+        for argument, value in zip(kernel_cases.meaning(name).arg_names, args, strict=False):
             if dynamic and argument in kernel_cases.BATCHED:
                 torch._dynamo.mark_dynamic(value, 0)
         return fast(*args, **kwargs)
@@ -59,7 +62,7 @@ def compiled(name, dynamic=False):
     return call
 
 
-@pytest.mark.parametrize("case", [c for c in REAL if c.label.startswith("real-B")], ids=str)
+@pytest.mark.parametrize("case", [c for c in REAL if c.label.startswith("real-B")] + LINEARS[:2], ids=str)
 def test_compiled(case):
     kernel_cases.check(case, compiled(case.op), "cuda", poison=nullcontext)
 
@@ -70,6 +73,20 @@ def test_compiled_dynamic(name):
     call = compiled(name, dynamic=True)
     for case in [c for c in REAL if c.op == name and c.label in ("real-B2", "real-B5", "real-B33")]:
         kernel_cases.check(case, call, "cuda", poison=nullcontext)
+
+
+def test_linear_is_deterministic():
+    x, weight = (v.cuda() for v in kernel_cases.linear(12352, 2560)()[0])
+    op = implementations()["linear"].op
+    assert torch.equal(op(x, weight), op(x, weight))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4])
+@pytest.mark.parametrize(("block", "num_warps"), [(512, 4), (1024, 8), (2048, 8)])
+def test_linear_configs(rows, block, num_warps):
+    for n_out, n_in in ((1001, 2560), (1024, 1000), (7, 4096)):
+        case = Case("linear", "config", kernel_cases.linear(n_out, n_in, BF16))
+        kernel_cases.check(case, lambda x, w: skinny_linear.launch_with(x, w, (rows, block, num_warps)), "cuda")
 
 
 def test_state_is_written_in_place_by_compiled_code():

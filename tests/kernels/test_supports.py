@@ -7,7 +7,7 @@ import kernel_cases
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from gdnfuse import dialect
 from gdnfuse.kernels import implementations
@@ -36,6 +36,28 @@ REFUSED = [
     ("mixer_decode", kernel_cases.mixer(1, 1, 1, 8, 8, dtype=F64), "row must be float32"),
     ("mixer_decode", kernel_cases.mixer(1, 1, 1, 8, 260), "V must be at most 256, got 260."),
     ("mixer_decode", kernel_cases.mixer(1, 1, 1, 8, 8, state_dtype=F64), "recurrent_state must be float32"),
+    ("linear", kernel_cases.linear(4, 8, F64), "x must be float32, bfloat16 or float16, got float64."),
+    ("linear", kernel_cases.linear(4, 8, wrap=lambda x: x.half()), "x and weight must have one dtype, got float16 and float32."),
+    ("linear", kernel_cases.linear(4, 8, lead=(2, 1)), "x must be one row, got the sizes [2, 1, 8]."),
+    ("linear", kernel_cases.linear(4, 8, lead=(1, 0)), "x must be one row, got the sizes [1, 0, 8]."),
+    (
+        "linear",
+        kernel_cases.linear(4, 8, wrap_weight=lambda w: w[0]),
+        "x must have at least one dimension and weight two, got 3 and 1.",
+    ),
+    ("linear", kernel_cases.linear(4, 8, wrap_weight=lambda w: w[:, :4]), "x and weight must agree on N_in, got 8 and 4."),
+    ("linear", kernel_cases.linear(0, 8), "weight must not be empty nor wider than 32768, got the sizes [0, 8]."),
+    ("linear", kernel_cases.linear(1, 32769), "weight must not be empty nor wider than 32768, got the sizes [1, 32769]."),
+    (
+        "linear",
+        kernel_cases.linear(4, 8, wrap=lambda x: kernel_cases.strided(x, 2)),
+        "x must have contiguous rows, got the strides",
+    ),
+    (
+        "linear",
+        kernel_cases.linear(4, 8, wrap_weight=kernel_cases.v_major),
+        "weight must have contiguous rows, got the strides [1, 4].",
+    ),
 ]
 
 
@@ -53,6 +75,29 @@ def test_symbolic_sizes_other_than_the_batch_are_refused():
     with mode, pytest.raises(Refused, match="V must be static, got the symbolic size"):
         fakes = [mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for v in args]
         implementations()["gated_rms_norm"].supports(*fakes, **kwargs)
+    assert not mode.shape_env.guards
+
+
+@pytest.mark.parametrize(
+    ("symbolic", "sentence"),
+    [
+        ({"x": 0}, r"x must be one row, got the sizes \[s"),
+        ({"x": 2}, "x's last size must be static"),
+        ({"weight": 0}, "N_out must be static"),
+        ({"weight": 1}, "N_in must be static"),
+    ],
+    ids=str,
+)
+def test_symbolic_linears_are_refused(symbolic, sentence):
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    args, _ = kernel_cases.linear(7, 8, lead=(3, 1))()
+
+    def fake(name, t):
+        sizes = [DimDynamic.DUCK if i == symbolic.get(name) else DimDynamic.STATIC for i in range(t.dim())]
+        return mode.from_tensor(t, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))
+
+    with mode, pytest.raises(Refused, match=sentence):
+        implementations()["linear"].supports(*map(fake, ("x", "weight"), args))
     assert not mode.shape_env.guards
 
 
