@@ -17,6 +17,8 @@ from gdnfuse.report import GdnfuseError, GraphReport, new_report, publish
 
 log = logging.getLogger(__name__)
 
+MODE_CHANGES = ("_enter_autocast", "_exit_autocast", "_enter_inference_mode")
+
 
 def gdnfuse(
     gm: GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: dict[str, Any] | None = None
@@ -39,7 +41,7 @@ def gdnfuse(
     patches = _inductor_patches(mode, opts)
     report = new_report()
     report.inner = opts.inner
-    report.note = _why_untouched(example_inputs)
+    report.note = _why_untouched(gm, example_inputs)
     report.rewritten = not report.note
     packed: list[PackedWeight] = []
     rewritten = gm
@@ -61,7 +63,9 @@ def gdnfuse(
     return _finish(rewritten, example_inputs, packed, opts, patches)
 
 
-def _why_untouched(example_inputs: Sequence[Any]) -> str:
+def _why_untouched(gm: GraphModule, example_inputs: Sequence[Any]) -> str:
+    if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
+        return "Dtypes must be those of the tensors, found autocast enabled."
     if torch.is_grad_enabled():
         for x in example_inputs:
             if isinstance(x, torch.Tensor) and x.requires_grad:
@@ -69,6 +73,9 @@ def _why_untouched(example_inputs: Sequence[Any]) -> str:
                     "Inference must run without gradients (torch.no_grad or requires_grad_(False)), "
                     "found grad mode on and an input or parameter that requires it."
                 )
+    for n in gm.graph.nodes:
+        if n.op == "call_function" and getattr(n.target, "__name__", "") in MODE_CHANGES:
+            return f"The graph must run in one mode from start to end, found {n.target.__name__} in it."
     return ""
 
 
@@ -84,20 +91,19 @@ def _demand_fused(report: GraphReport) -> None:
 def _finish(
     gm: GraphModule, example_inputs: Sequence[Any], packed: list[PackedWeight], opts: Options, patches: dict[str, Any]
 ) -> Callable[..., Any]:
-    """Drop inputs that only packing read, compile the rest, and guard the packed weights at every call."""
-    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    keep = [i for i, n in enumerate(placeholders) if n.users]
+    """Drop inputs that only packing read, compile the rest, and hand it the packed weights at every call."""
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    keep = [i for i, n in enumerate(placeholders[: len(example_inputs)]) if n.users]
+    inputs = [example_inputs[i] for i in keep] + [n.meta["gdnfuse_real"] for n in placeholders[len(example_inputs) :]]
     for n in placeholders:
         if not n.users:
             gm.graph.erase_node(n)
     gm.graph.lint()
     gm.recompile()
-    inner = _inner(gm, [example_inputs[i] for i in keep], opts, patches)
+    inner = _inner(gm, inputs, opts, patches)
 
     def compiled(*args: Any) -> Any:
-        for weight in packed:
-            weight.ensure(args)
-        return inner(*[args[i] for i in keep])
+        return inner(*[args[i] for i in keep], *[weight.current(args) for weight in packed])
 
     return compiled
 

@@ -1,20 +1,26 @@
 """Packed weights: the weights of sibling linears as row ranges of one buffer.
 
 The original Parameters become views of the buffer, so memory does not double and `state_dict`, in-place updates and eager calls
-keep working. Dynamo guards a parameter's dtype and shape but not its storage: before every call `PackedWeight.ensure` compares
-data pointers, and where one moved (`param.data = …`, `load_state_dict(assign=True)`, a replaced Parameter) copies the new values
-into the same buffer, whose address never changes (CUDA graphs hold it).
+keep working. A buffer belongs to its Parameters, not to a compiled graph: Dynamo runs one graph for all modules of a class, so
+the graph takes the packed weight as an input, and before every call `PackedWeight.current` finds the buffer of the Parameters
+it is given. Dynamo guards a parameter's dtype and shape but not its storage; where data pointers are no longer those of the
+buffer (`param.data = …`, `load_state_dict(assign=True)`, a replaced Parameter), the weights are packed into a new one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from gdnfuse.report import Refused
+
+# The packed weight of each group, by its first Parameter: the buffer, and the data pointers of all its row ranges. Weak: the
+# buffer goes when the Parameters do.
+_buffers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def check(weights: Sequence[torch.Tensor]) -> None:
@@ -32,56 +38,46 @@ def check(weights: Sequence[torch.Tensor]) -> None:
             raise Refused("Packed weights must be ordinary tensors, found one created under torch.inference_mode.")
 
 
-@dataclass
+@dataclass(frozen=True)
 class PackedWeight:
-    """One buffer [ΣMᵢ, N] and the Parameters [Mᵢ, N] that are views of its rows.
+    """Where the parts [Mᵢ, N] of one packed weight [ΣMᵢ, N] come from at each call.
 
     Attributes:
-        buffer: the packed weight.
-        where: for each part, its position among the call's arguments, or the tensor itself if it is not an argument.
-        views: the buffer's row ranges.
+        where: for each part its position among the call's arguments, or the tensor itself if it is not an argument.
     """
 
-    buffer: torch.Tensor
-    where: list[int | torch.Tensor]
-    views: list[torch.Tensor]
-    _pointers: list[int] = field(default_factory=list)
+    where: tuple[int | torch.Tensor, ...]
 
-    def ensure(self, args: Sequence[torch.Tensor]) -> None:
-        """Make every part a view of the buffer again where it is not; call before each use."""
-        for source, view, pointer in zip(self.where, self.views, self._pointers, strict=True):
-            weight = args[source] if isinstance(source, int) else source
-            if weight.data_ptr() != pointer:
-                _adopt(weight, view)
+    def current(self, args: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The buffer [ΣMᵢ, N] that the parts of this call are row ranges of; packs them if they are not."""
+        weights = [args[w] if isinstance(w, int) else w for w in self.where]
+        found = _buffers.get(weights[0])
+        if found is not None and found[1] == [w.data_ptr() for w in weights]:
+            return found[0]
+        return pack(weights)
 
 
-def pack(weights: Sequence[torch.Tensor], where: Sequence[int | torch.Tensor]) -> PackedWeight:
-    """Pack weights, or reuse the buffer they already are row ranges of (another graph packed them).
+def pack(weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Make tensors [Mᵢ, N] the row ranges of one buffer [ΣMᵢ, N] and return it; one that they already share is used again.
 
     Peak extra memory: the buffer, until the last of `weights` has become a view of it.
+
+    Raises:
+        Refused: as `check` does; nothing was changed then.
     """
-    first = weights[0]
-    rows = [w.shape[0] for w in weights]
+    check(weights)
+    first, rows = weights[0], [w.shape[0] for w in weights]
     if any(isinstance(w, FakeTensor) or w.is_meta for w in weights):
-        buffer = torch.empty((sum(rows), first.shape[1]), dtype=first.dtype, device=first.device)
-        return PackedWeight(buffer, [], [])
+        return torch.empty((sum(rows), first.shape[1]), dtype=first.dtype, device="meta")
     with torch.no_grad():
         buffer = _adjacent(weights, rows)
-        views: list[torch.Tensor]
         if buffer is None:
-            buffer = torch.empty((sum(rows), first.shape[1]), dtype=first.dtype, device=first.device)
-            views = list(buffer.split(rows))
-            for w, view in zip(weights, views, strict=True):
-                _adopt(w, view)
-        else:
-            views = list(buffer.split(rows))
-    return PackedWeight(buffer, list(where), views, [v.data_ptr() for v in views])
-
-
-def _adopt(weight: torch.Tensor, view: torch.Tensor) -> None:
-    with torch.no_grad():
-        view.copy_(weight.detach())
-        weight.data = view
+            # All is copied before the first Parameter changes: they may be views of each other's old buffers.
+            buffer = torch.cat([w.detach() for w in weights])
+            for w, view in zip(weights, buffer.split(rows), strict=True):
+                w.data = view
+    _buffers[first] = (buffer, [w.data_ptr() for w in weights])
+    return buffer
 
 
 def _adjacent(weights: Sequence[torch.Tensor], rows: Sequence[int]) -> torch.Tensor | None:

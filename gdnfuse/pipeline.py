@@ -14,7 +14,7 @@ from gdnfuse.options import Options
 from gdnfuse.packing import PackedWeight
 from gdnfuse.passes import fuse, lift, lower, normalize
 from gdnfuse.passes.lift import gating
-from gdnfuse.report import GraphReport, LayerReport, Record, Status
+from gdnfuse.report import GraphReport, LayerReport, Status
 from gdnfuse.rewrite.driver import Outcome, run_rules
 from gdnfuse.rewrite.graph import calls, is_tensor, module_stack, op_name, same, value
 
@@ -31,9 +31,11 @@ def rewrite(gm: GraphModule, real: dict[Node, Any], options: Options, report: Gr
         report: filled in.
 
     Returns:
-        The packed weights, to be ensured before every call.
+        The packed weights, inputs that stand behind all others in `gm`.
     """
     start = time.perf_counter()
+    for node, tensor in real.items():
+        node.meta["gdnfuse_real"] = tensor
     outcome, packed = Outcome(), []
     report.nodes_before = len(calls(gm))
     for stage in _stages(gm, real, options, report, outcome, packed):
@@ -51,6 +53,8 @@ def _stages(gm, real, options, report, outcome, packed):
     normalize.check(gm)
     _find_layers(gm, report)
     yield "normalize"
+    if not report.layers:
+        return
     run_rules(gm, lift.RULES, outcome)
     normalize.normalize(gm)
     yield "lift"
@@ -69,9 +73,7 @@ def _find_layers(gm: GraphModule, report: GraphReport) -> None:
     """Every gate of a gated delta rule is a GDN layer; the module it was traced in gives its path."""
     anchors = list(gating.RULE.anchors(gm.graph))
     before = Counter(path for n in calls(gm) for path in set(module_stack(n)))
-    for i, anchor in enumerate(anchors):
-        stack = module_stack(anchor)
-        path = stack[-1] if stack else f"gate {i} ({anchor.name})"
+    for path in dict.fromkeys(module_stack(anchor)[-1] for anchor in anchors):
         report.layers.append(LayerReport(path, nodes_before=before[path]))
     if anchors:
         writes = [n for n in gm.graph.nodes if op_name(n) == "copy_" and is_tensor(n.args[0])]
@@ -84,7 +86,7 @@ def _finish(gm: GraphModule, report: GraphReport, outcome: Outcome) -> None:
     """Hand every record to its layer and count what is left of each."""
     paths = {layer.path: layer for layer in report.layers}
     for record in outcome.records:
-        record.layer = _layer_of(record, paths)
+        record.layer = next((p for p in reversed(record.modules) if p in paths), None)
         (paths[record.layer].records if record.layer else report.records).append(record)
     for n in calls(gm):
         for path in set(module_stack(n)) & paths.keys():
@@ -92,14 +94,8 @@ def _finish(gm: GraphModule, report: GraphReport, outcome: Outcome) -> None:
     for layer in report.layers:
         layer.nodes_after = len(layer.ops_after)
         layer.fused = any(r.rule == "mixer_decode" and r.stage == "fuse" and r.status is Status.FIRED for r in layer.records)
-    report.nodes_after = len(calls(gm))
+    report.nodes_after = len(calls(gm)) if report.layers else report.nodes_before
     report.proofs, report.proof_seconds = outcome.proofs, outcome.proof_seconds
-
-
-def _layer_of(record: Record, paths: dict[str, LayerReport]) -> str | None:
-    parts = (record.module or "").split(".")
-    prefixes = (".".join(parts[:i]) for i in range(len(parts), 0, -1))
-    return next((p for p in prefixes if p in paths), None)
 
 
 def _op(node: Node) -> str:

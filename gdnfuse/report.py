@@ -48,7 +48,7 @@ class Record:
         status: see Status.
         anchor: name of the graph node the rule started from.
         layer: path of the GDN layer the anchor belongs to, or None.
-        module: path of the innermost module the anchor belongs to, or None.
+        modules: paths of the modules the anchor was traced in, outermost first.
         reason: a sentence for everything but FIRED; for a lowering, why the other implementations were passed over.
         at: the deepest node reached, for UNMATCHED and REFUSED.
         expected, got: what the pattern wanted there and what it saw, for UNMATCHED.
@@ -62,7 +62,7 @@ class Record:
     status: Status
     anchor: str
     layer: str | None = None
-    module: str | None = None
+    modules: list[str] = field(default_factory=list)
     reason: str = ""
     at: str | None = None
     expected: str | None = None

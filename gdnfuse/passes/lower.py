@@ -27,9 +27,7 @@ def lower(gm: GraphModule, target: str | None) -> list[Record]:
         op = op_of(node.target) if node.op == "call_function" else None
         if op is None or op.name == "packed_linear":
             continue
-        record = Record(op.name, "lower", Status.FIRED, node.name)
-        stack = module_stack(node)
-        record.module = stack[-1] if stack else None
+        record = Record(op.name, "lower", Status.FIRED, node.name, modules=module_stack(node))
         arguments = {k: value(v) for k, v in op.bind(node.args, node.kwargs).items()}
         device = target or next(v.device.type for v in arguments.values() if isinstance(v, torch.Tensor))
         try:
@@ -63,9 +61,7 @@ def lower_linears(gm: GraphModule, target: str | None) -> list[Record]:
     for node in gm.graph.nodes:
         if op_name(node) != "linear" or (target or value(node).device.type) != "cuda":
             continue
-        record = Record("linear", "lower", Status.FIRED, node.name)
-        stack = module_stack(node)
-        record.module = stack[-1] if stack else None
+        record = Record("linear", "lower", Status.FIRED, node.name, modules=module_stack(node))
         x, weight, *bias = [*node.args, *node.kwargs.values()]
         try:
             if any(b is not None for b in bias):
@@ -81,33 +77,47 @@ def lower_linears(gm: GraphModule, target: str | None) -> list[Record]:
 
 
 def pack_weights(gm: GraphModule, real: dict[Node, Any]) -> list[PackedWeight]:
-    """Replace every packed_linear by one linear on a packed weight that `gm` owns as a buffer.
+    """Replace every packed_linear by one linear on a packed weight, which becomes an input behind all others.
 
     Args:
         gm: rewritten in place; placeholders that nobody reads any more stay.
         real: the real tensor of every placeholder that is one.
+
+    Returns:
+        How to find the packed weights at each call, in the order of the new inputs.
     """
-    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    placeholders = gm.graph.find_nodes(op="placeholder")
     packed = []
     for node in list(gm.graph.nodes):
         if op_name(node) != "gdnfuse.packed_linear":
             continue
         weights = [real[n] if n.op == "placeholder" else _get(gm, n.target) for n in node.args[1]]
-        where = [placeholders.index(n) if n.op == "placeholder" else w for n, w in zip(node.args[1], weights, strict=True)]
-        weight = pack(weights, where)
-        name = f"gdnfuse_packed_weight_{len(packed)}"
-        gm.register_buffer(name, weight.buffer, persistent=False)
-        if hasattr(gm, "_param_name_to_source"):
-            gm._param_name_to_source[name] = ConstantSource(name)
+        packed.append(
+            PackedWeight(
+                tuple(
+                    placeholders.index(n) if n.op == "placeholder" else w for n, w in zip(node.args[1], weights, strict=True)
+                )
+            )
+        )
+        weight = _input(gm, f"packed_weight_{len(packed) - 1}", pack(weights), value(node))
         with gm.graph.inserting_before(node):
-            attribute = gm.graph.get_attr(name)
-            attribute.meta["example_value"] = weight.buffer
-            linear = gm.graph.call_function(torch.nn.functional.linear, (node.args[0], attribute))
+            linear = gm.graph.call_function(torch.nn.functional.linear, (node.args[0], weight))
         linear.meta.update(node.meta)
         node.replace_all_uses_with(linear)
         gm.graph.erase_node(node)
-        packed.append(weight)
     return packed
+
+
+def _input(gm: GraphModule, name: str, tensor: torch.Tensor, like: torch.Tensor) -> Node:
+    """A new input behind all others, such as Dynamo makes for a parameter."""
+    with gm.graph.inserting_after(gm.graph.find_nodes(op="placeholder")[-1]):
+        node = gm.graph.placeholder(name)
+    mode = getattr(like, "fake_mode", None)
+    fake = tensor if mode is None else mode.from_tensor(tensor, static_shapes=True)
+    # AOTAutograd asks for the source, and for the mark by which CUDA graphs take the address as given.
+    node._dynamo_source = ConstantSource(name)
+    node.meta.update(example_value=fake, gdnfuse_real=tensor, tensor_dict={"_dynamo_static_input_type": "unguarded"})
+    return node
 
 
 def _get(gm: GraphModule, path: str) -> torch.Tensor:

@@ -8,9 +8,11 @@ import torch
 from torch.fx import GraphModule, Node
 
 from gdnfuse.rewrite.driver import infer
-from gdnfuse.rewrite.graph import is_tensor, op_name, remove_dead, same, same_shape, value
+from gdnfuse.rewrite.graph import is_tensor, op_name, remove_dead, same, same_shape, storage, value, writes
 
 _CAST_METHODS = {"float": torch.float32, "half": torch.float16, "bfloat16": torch.bfloat16, "double": torch.float64}
+_OPERANDS = {"linear": ("input", "weight", "bias"), "conv1d": ("input", "weight", "bias"), "cat": ("tensors", "dim")}
+_VALUELESS = ("setitem", "_set_grad_enabled")
 _BUFFERS = ("zeros_like", "zeros", "empty", "empty_like")
 
 
@@ -20,13 +22,16 @@ def normalize(gm: GraphModule) -> None:
         if op_name(node) == "_log_api_usage_once":
             gm.graph.erase_node(node)
         elif is_tensor(node):
+            _positional(node)
+            _view(node)
             _cast(gm, node)
             _square(gm, node)
             _commute(node)
             _full_slice(gm, node)
+    written = {s: n for n in gm.graph.nodes for s in writes(n)}
     for node in list(gm.graph.nodes):
         if op_name(node) in _BUFFERS:
-            _buffer_to_stack(gm, node)
+            _buffer_to_stack(gm, node, written)
     remove_dead(gm.graph)
     gm.graph.lint()
 
@@ -39,7 +44,7 @@ def check(gm: GraphModule) -> None:
     """
     for node in gm.graph.nodes:
         if node.op in ("call_function", "call_method"):
-            assert "example_value" in node.meta or op_name(node) == "setitem", f"{node} has no example value"
+            assert "example_value" in node.meta or op_name(node) in _VALUELESS, f"{node} has no example value"
         assert op_name(node) not in _CAST_METHODS, f"{node} is a cast spelled {op_name(node)}"
 
 
@@ -54,6 +59,24 @@ def _become(gm: GraphModule, node: Node, target, args, kwargs=None, method=False
     return new
 
 
+def _positional(node: Node) -> None:
+    """Operands given by keyword take the places that patterns read them from."""
+    if node.op == "call_function" and not isinstance(node.target, torch._ops.OpOverload):
+        kwargs, args = dict(node.kwargs), list(node.args)
+        names = _OPERANDS.get(op_name(node), ("input",))
+        while len(args) < len(names) and names[len(args)] in kwargs:
+            args.append(kwargs.pop(names[len(args)]))
+        if len(args) != len(node.args):
+            node.args, node.kwargs = tuple(args), kwargs
+
+
+def _view(node: Node) -> None:
+    """A view of sizes is a reshape that promises not to copy; packing may make its operand a slice, which it then must."""
+    if node.target == "view" and node.op == "call_method" and not any(isinstance(a, torch.dtype) for a in node.args):
+        if "dtype" not in node.kwargs:
+            node.target = "reshape"
+
+
 def _cast(gm: GraphModule, node: Node) -> None:
     name = op_name(node)
     x = node.args[0] if node.args else None
@@ -63,7 +86,9 @@ def _cast(gm: GraphModule, node: Node) -> None:
         dtype, plain = value(node).dtype, True
     elif name == "to":
         dtype = value(node).dtype
-        plain = value(x).device == value(node).device and not node.kwargs.keys() & {"memory_format", "copy"}
+        given = [*node.args[1:], *node.kwargs]
+        flags = any(isinstance(a, bool) for a in given) or not node.kwargs.keys() <= {"dtype", "device"}
+        plain = value(x).device == value(node).device and not flags
     else:
         return
     if plain and dtype == value(x).dtype:
@@ -74,14 +99,16 @@ def _cast(gm: GraphModule, node: Node) -> None:
 
 
 def _square(gm: GraphModule, node: Node) -> None:
-    if node._erased:
+    if node._erased or node.kwargs:
         return
     if (op_name(node) == "pow" and len(node.args) == 2 and node.args[1] == 2) or op_name(node) == "square":
         _become(gm, node, operator.mul, (node.args[0], node.args[0]))
 
 
 def _commute(node: Node) -> None:
-    if not node._erased and op_name(node) in ("add", "mul") and len(node.args) == 2 and not isinstance(node.args[0], Node):
+    if node._erased or node.kwargs:
+        return
+    if op_name(node) in ("add", "mul") and len(node.args) == 2 and not isinstance(node.args[0], Node):
         node.args = node.args[::-1]
 
 
@@ -94,14 +121,14 @@ def _full_slice(gm: GraphModule, node: Node) -> None:
         gm.graph.erase_node(node)
 
 
-def _buffer_to_stack(gm: GraphModule, buffer: Node) -> None:
+def _buffer_to_stack(gm: GraphModule, buffer: Node, written: dict[int, Node]) -> None:
     """A fresh buffer whose every slice along one axis is assigned once before it is read is the stack of the slices."""
-    writes = [u for u in buffer.users if op_name(u) == "setitem" and u.args[0] is buffer]
-    reads = [u for u in buffer.users if u not in writes]
+    assigned = [u for u in buffer.users if op_name(u) == "setitem" and u.args[0] is buffer]
+    reads = [u for u in buffer.users if u not in assigned]
     shape = value(buffer).shape
     slices: dict[int, Node] = {}
     axis = None
-    for w in writes:
+    for w in assigned:
         index = w.args[1] if isinstance(w.args[1], tuple) else (w.args[1],)
         where = [i for i, x in enumerate(index) if isinstance(x, int)]
         if len(where) != 1 or any(x != slice(None) for i, x in enumerate(index) if i != where[0]) or axis not in (None, where[0]):
@@ -110,12 +137,14 @@ def _buffer_to_stack(gm: GraphModule, buffer: Node) -> None:
         piece, at = w.args[2], index[axis]
         if not is_tensor(piece) or at in slices or not same_shape(value(piece).shape, (*shape[:axis], *shape[axis + 1 :])):
             return
+        if storage(piece) in written:
+            return
         slices[at] = piece
     if axis is None or not same(shape[axis], len(slices)) or sorted(slices) != list(range(len(slices))) or not reads:
         return
-    if max(writes) > min(reads):
+    if max(assigned) > min(reads):
         return
-    last = max(writes)
+    last = max(assigned)
     pieces = []
     with gm.graph.inserting_before(last.next):
         for at in range(len(slices)):
@@ -130,6 +159,6 @@ def _buffer_to_stack(gm: GraphModule, buffer: Node) -> None:
     stack.meta["example_value"] = infer(stack)
     for r in reads:
         r.replace_input_with(buffer, stack)
-    for w in writes:
+    for w in assigned:
         gm.graph.erase_node(w)
     gm.graph.erase_node(buffer)

@@ -12,7 +12,7 @@ from torch.fx import Graph, GraphModule, Node, Proxy
 from torch.fx.proxy import GraphAppendingTracer
 
 from gdnfuse.report import Record, Refused, Status
-from gdnfuse.rewrite.graph import chain, is_tensor, module_stack, op_name, remove_dead, value, written
+from gdnfuse.rewrite.graph import is_tensor, module_stack, op_name, remove_dead, storage, value, writes
 from gdnfuse.rewrite.pattern import Mismatch
 from gdnfuse.rewrite.proof import evaluate, prove
 from gdnfuse.rewrite.rule import Match, Rule
@@ -31,22 +31,22 @@ class Outcome:
 
 def run_rules(gm: GraphModule, rules: list[Rule], outcome: Outcome) -> None:
     """Apply each rule at each of its anchors, in order. The graph is valid after every single application."""
-    writers = {n: base for n in gm.graph.nodes if (base := written(n)) is not None}
+    memory = Memory(gm.graph)
     for rule in rules:
         for anchor in list(rule.anchors(gm.graph)):
-            if anchor.graph is not gm.graph or anchor._erased:
+            record = Record(rule.name, rule.stage, Status.FIRED, anchor.name, modules=module_stack(anchor))
+            outcome.records.append(record)
+            if anchor._erased:
+                record.status, record.reason = Status.SHADOWED, f"An earlier match of {rule.name} took {anchor.name} in."
                 continue
-            record = Record(rule.name, rule.stage, Status.FIRED, anchor.name)
-            stack = module_stack(anchor)
-            record.module = stack[-1] if stack else None
             try:
                 m = rule.match(anchor)
                 rule.check(m)
-                region = cut(gm.graph, m, writers)
+                region = cut(gm.graph, m, memory)
                 with _quiet_shapes(gm):
                     replacement = _trace(rule, m, region)
                     proof = prove(region.graph, replacement, region.inputs, m)
-                    _replace(gm, m, region, replacement, anchor, writers)
+                    _replace(gm, m, region, replacement, anchor, memory)
                 record.proof_error, record.proof_cached = proof.error, proof.cached
                 outcome.proofs += not proof.cached
                 outcome.proof_seconds += proof.seconds
@@ -56,9 +56,24 @@ def run_rules(gm: GraphModule, rules: list[Rule], outcome: Outcome) -> None:
                 record.reason = f"Expected {e.expected} at {e.node}, found {e.got}."
             except Refused as e:
                 record.status, record.reason, record.at = Status.REFUSED, e.reason, e.at or anchor.name
-            outcome.records.append(record)
             log.debug("%s at %s: %s %s", record.rule, record.anchor, record.status, record.reason)
     remove_dead(gm.graph)
+
+
+class Memory:
+    """Which nodes use and which write each storage of a graph; kept up to date as nodes are added."""
+
+    def __init__(self, graph: Graph):
+        self.users: dict[int, list[Node]] = {}
+        self.writers: dict[int, list[Node]] = {}
+        for n in graph.nodes:
+            self.add(n)
+
+    def add(self, node: Node) -> None:
+        for s in {storage(i) for i in node.all_input_nodes} - {None}:
+            self.users.setdefault(s, []).append(node)
+        for s in writes(node):
+            self.writers.setdefault(s, []).append(node)
 
 
 @dataclass
@@ -72,13 +87,13 @@ class Region:
     point: Node
 
 
-def cut(graph: Graph, m: Match, writers: dict[Node, Node]) -> Region:
+def cut(graph: Graph, m: Match, memory: Memory) -> Region:
     """Cut the region between a match's inputs and its outputs and writes out of the graph.
 
     Args:
         graph: the whole graph.
         m: the match.
-        writers: every node of the graph that writes memory, and the node whose memory it is.
+        memory: of the whole graph.
 
     Raises:
         Refused: it depends on something that is not an input, or something outside reads or writes a state in between.
@@ -101,7 +116,7 @@ def cut(graph: Graph, m: Match, writers: dict[Node, Node]) -> Region:
         seen.add(n)
         todo.extend(n.all_input_nodes)
     nodes = sorted(seen)
-    _check_states(m, nodes, writers)
+    _check_states(m, nodes, memory)
     # As early as the operands allow: nobody else reads or writes the states and nobody writes the operands, so any later place
     # would give the same, but could come after a reader of an output.
     point = max([*boundary, *symbols, *_last_placeholder(graph)])
@@ -123,12 +138,12 @@ def _last_placeholder(graph: Graph) -> list[Node]:
     return graph.find_nodes(op="placeholder")[-1:]
 
 
-def _check_states(m: Match, nodes: list[Node], writers: dict[Node, Node]) -> None:
+def _check_states(m: Match, nodes: list[Node], memory: Memory) -> None:
     seen = set(nodes)
     for name, write in m.writes.items():
         state = m.inputs[name]
-        for user in state.users:
-            if user not in seen and user.op != "output":
+        for user in memory.users.get(storage(state), ()):
+            if user not in seen and not user._erased and user.op != "output":
                 raise Refused(f"{name} must be read and written here alone, found that {user.name} uses it too.", at=user)
         derived = {state}
         for n in nodes:
@@ -141,13 +156,11 @@ def _check_states(m: Match, nodes: list[Node], writers: dict[Node, Node]) -> Non
                         f"{n.name}.",
                         at=strangers[0],
                     )
-    bases = {chain(n)[-1]: name for name, n in m.inputs.items() if is_tensor(n) and name not in m.writes}
-    bases |= {n: n.name for n in seen}
-    for n, base in writers.items():
-        if n._erased or n in m.writes.values():
-            continue
-        if base in bases or n in seen:
-            raise Refused(f"{bases.get(base, base)} must not be written in place, found that {n.name} writes it.", at=n)
+    allowed = set(m.writes.values())
+    for n in [*m.inputs.values(), *nodes]:
+        for writer in memory.writers.get(storage(n), ()):
+            if writer not in allowed and not writer._erased:
+                raise Refused(f"{n.name} must not be written in place, found that {writer.name} writes it.", at=writer)
 
 
 def _trace(rule: Rule, m: Match, region: Region) -> Graph:
@@ -171,7 +184,7 @@ def call(target: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _replace(
-    gm: GraphModule, m: Match, region: Region, replacement: Graph, anchor: Node, writers: dict[Node, Node]
+    gm: GraphModule, m: Match, region: Region, replacement: Graph, anchor: Node, memory: Memory
 ) -> None:
     env: dict[Node, Node] = {}
     placeholders = iter(region.inputs)
@@ -187,8 +200,7 @@ def _replace(
                 env[n] = new = gm.graph.node_copy(n, lambda x: env[x])
                 new.meta.update(meta)
                 new.meta["example_value"] = infer(new)
-                if (base := written(new)) is not None:
-                    writers[new] = base
+                memory.add(new)
     for out, result in zip(m.outputs, results, strict=True):
         out.replace_all_uses_with(result)
     for name, write in m.writes.items():

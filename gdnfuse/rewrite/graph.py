@@ -26,6 +26,8 @@ _VIEWS = {
     "transpose", "reshape", "view", "unsqueeze", "squeeze", "flatten", "unflatten", "contiguous", "getitem", "select",
     "narrow", "expand", "view_as", "alias", "detach", "clone", "stack", "movedim", "t", "swapaxes",
 }  # fmt: skip
+# Views that hold part of their first argument, or several parts.
+_PARTS = {"split", "chunk", "unbind", "tensor_split"}
 _CASTS = {"to", "float", "half", "bfloat16", "double", "type", "type_as"}
 
 # Without side effects: may be dropped when nobody reads the result. Whatever is not listed stays.
@@ -106,19 +108,44 @@ def real_users(node: Node) -> Iterator[Node]:
             yield user
 
 
-def written(node: Node) -> Node | None:
-    """The graph input or node whose memory this node writes, or None."""
-    name = op_name(node)
-    if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
-        for i, argument in enumerate(node.target._schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write and i < len(node.args):
-                if isinstance(node.args[i], Node):
-                    return chain(node.args[i])[-1]
-        return None
+def storage(node: Any) -> int | None:
+    """Identity of the memory a tensor node lives in; views of one tensor share it."""
+    return value(node).untyped_storage()._cdata if is_tensor(node) else None
+
+
+def writes(node: Node) -> set[int]:
+    """Storages this node may write. Generous: what is not known to be a pure op or a view counts as writing what it could."""
+    if node.op not in ("call_function", "call_method"):
+        return set() if node.op in ("placeholder", "get_attr", "output") else _storages(node.all_input_nodes)
+    name, target = op_name(node), node.target
+    if isinstance(target, torch._ops.OpOverload):
+        arguments = target._schema.arguments
+        marked = [a.alias_info is not None and a.alias_info.is_write for a in arguments]
+        found = [x for x, w in zip(node.args, marked, strict=False) if w]
+        found += [node.kwargs[a.name] for a, w in zip(arguments, marked, strict=True) if w and a.name in node.kwargs]
+        return _storages(found)
+    if node.kwargs.get("out") is not None:
+        out = node.kwargs["out"]
+        return _storages(out if isinstance(out, list | tuple) else [out])
     if name == "setitem" or (name.endswith("_") and not name.endswith("__")):
-        target = node.args[0]
-        return chain(target)[-1] if isinstance(target, Node) and is_tensor(target) else None
-    return None
+        return _storages(node.args[:1])
+    if name in _VIEWS | _PARTS | _CASTS:
+        return set()
+    if not _known_module(target):
+        return _storages(node.all_input_nodes)
+    # An op that is no view and yet returns its input's memory, as relu(x, True) does, has written it.
+    return {storage(node)} & _storages(node.all_input_nodes) if is_tensor(node) else set()
+
+
+def _storages(nodes: Sequence[Any]) -> set[int]:
+    return {s for n in nodes if (s := storage(n)) is not None}
+
+
+def _known_module(target: Any) -> bool:
+    """Whether a function or method is torch's or Python's own, and no higher-order or foreign op that may do anything."""
+    module = getattr(target, "__module__", None) or ""
+    foreign = isinstance(target, torch._ops.HigherOrderOperator | torch._ops.OpOverloadPacket)
+    return isinstance(target, str) or (not foreign and module.split(".")[0] in ("torch", "_operator", "builtins", "math", ""))
 
 
 def remove_dead(graph: Graph) -> None:
@@ -126,7 +153,7 @@ def remove_dead(graph: Graph) -> None:
     for node in reversed(list(graph.nodes)):
         if not node.users and node.op in ("call_function", "call_method"):
             name = op_name(node)
-            if name in _PURE or (name.startswith("gdnfuse.") and written(node) is None):
+            if (name in _PURE or name.startswith("gdnfuse.")) and not writes(node):
                 graph.erase_node(node)
 
 
@@ -135,17 +162,17 @@ def calls(gm: GraphModule) -> list[Node]:
 
 
 def module_stack(node: Node) -> list[str]:
-    """Paths of the modules a node was traced in, outermost first, "model.layers.0.linear_attn" style."""
+    """Paths of the modules a node was traced in, outermost first: "(root)", …, "model.layers.0.linear_attn"."""
     stack = node.meta.get("nn_module_stack") or {}
-    return [clean_path(entry[0]) for entry in stack.values()]
+    return list(dict.fromkeys(["(root)", *(clean_path(entry[0]) for entry in stack.values())]))
 
 
 @functools.cache
 def clean_path(path: str) -> str:
-    """Dynamo's "L['self']._modules['model']._modules['layers']…" or "L['self'].model.layers[0]" as a dotted module path."""
+    """A module path of Dynamo's ("L['self']._modules['model']…", "L['self'].layers[0]") with dots; "(root)" if empty."""
     for old, new in (("['", "."), ("']", ""), ("[", "."), ("]", ""), ("._modules", ""), ("._parameters", ""), ("._buffers", "")):
         path = path.replace(old, new)
     parts = [p for p in path.split(".") if p]
     while parts and parts[0] in ("L", "G", "self", "fn", "__self__", "args", "_orig_mod"):
         parts.pop(0)
-    return ".".join(parts)
+    return ".".join(parts) or "(root)"

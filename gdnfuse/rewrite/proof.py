@@ -137,7 +137,7 @@ def forget() -> None:
 
 def _structure(region: Graph, replacement: Graph, inputs: list[tuple[str, Node]], m: Match) -> str:
     parts: list[Any] = [
-        (name, _fact(value(n)), m.shapes.get(name), getattr(m.samplers.get(name), "__qualname__", None)) for name, n in inputs
+        (name, _fact(value(n)), m.shapes.get(name), str(m.samplers.get(name)), str(m.extremes.get(name))) for name, n in inputs
     ]
     parts.append(sorted(m.writes))
     for graph in (region, replacement):
@@ -170,7 +170,7 @@ def _draw(name: str, node: Node, extreme: bool, m: Match, generator: torch.Gener
     shape = m.shapes.get(name) or tuple(hint(s) for s in v.shape)
     if not v.is_floating_point():
         raise Refused(f"{name} must be a floating tensor, found {v.dtype}.", at=node)
-    sampler = m.samplers.get(name)
+    sampler = m.extremes.get(name) if extreme and name in m.extremes else m.samplers.get(name)
     if sampler is not None:
         return sampler(shape, generator)
     drawn = torch.randn(shape, dtype=torch.float64, generator=generator)

@@ -26,6 +26,7 @@ class Match:
         writes: for each input written in place, the node that writes it; these nodes are part of the region.
         data: static facts for `check` and `rewrite`.
         samplers: how to draw an input for the proof; standard normal where not given.
+        extremes: how to draw it for the proof's second sample, where `samplers` does not serve.
         shapes: smaller shapes for the proof where the region's maths does not depend on the size.
     """
 
@@ -34,6 +35,7 @@ class Match:
     writes: dict[str, Node] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     samplers: dict[str, Sampler] = field(default_factory=dict)
+    extremes: dict[str, Sampler] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 

@@ -18,8 +18,9 @@ STRATEGIES = {
 
 def generated(model, strategy, batch=2, padded=True, **kwargs):
     ids, mask = zoo.prompt(batch, padded=padded)
+    mask = torch.ones_like(ids) if mask is None else mask
     torch.manual_seed(3)
-    return model.generate(ids, attention_mask=mask if mask is not None else torch.ones_like(ids), **STRATEGIES[strategy], **kwargs)
+    return model.generate(ids, attention_mask=mask, **STRATEGIES[strategy], **kwargs)
 
 
 def decode_reports():

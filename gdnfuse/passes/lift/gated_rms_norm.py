@@ -5,7 +5,7 @@ from __future__ import annotations
 from gdnfuse.dialect import gated_rms_norm
 from gdnfuse.rewrite.driver import call
 from gdnfuse.rewrite.graph import op_name, peel, real_users, value
-from gdnfuse.rewrite.pattern import Alt, Const, Op, Var
+from gdnfuse.rewrite.pattern import Alt, Const, Mismatch, Op, Var
 from gdnfuse.rewrite.rule import Match, Rule, bring
 
 o, w = Var("o"), Var("weight")
@@ -28,10 +28,13 @@ class LiftGatedRMSNorm(Rule):
 
     def match(self, anchor):
         root = next(u for u in real_users(anchor) if op_name(u) == "mul")
-        outer = next((u for u in real_users(root) if op_name(u) == "mul"), None)
-        if outer is not None and not _normalised_by(root, weighted=True):
-            root = outer
-        env = PATTERN.match(root)
+        try:
+            env = PATTERN.match(root)
+        except Mismatch:
+            outer = next((u for u in real_users(root) if op_name(u) == "mul"), None)
+            if outer is None:
+                raise
+            root, env = outer, PATTERN.match(outer)
         shape = value(root).shape
         operands = {
             "o": bring(env["o"], shape, "o"),

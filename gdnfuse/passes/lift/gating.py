@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import torch
+
 from gdnfuse.dialect import gating
 from gdnfuse.rewrite.driver import call
-from gdnfuse.rewrite.graph import op_name, peel, real_users, value
+from gdnfuse.rewrite.graph import is_tensor, op_name, peel, real_users, value
 from gdnfuse.rewrite.pattern import Alt, Op, Var
 from gdnfuse.rewrite.rule import Match, Rule, bring
 
 decay = Op("exp", Var("A_log"))
 softplus = Op("softplus", Op("add", Var("a"), Var("dt_bias")))
 PATTERN = Alt(Op("mul", Op("neg", decay), softplus), Op("neg", Op("mul", decay, softplus)))
+
+
+def near_the_threshold(shape, generator):
+    """Every other element where softplus is all but its argument: a threshold below 20 shows there, and only there."""
+    drawn = torch.randn(shape, dtype=torch.float64, generator=generator)
+    drawn.view(-1)[::2].mul_(0.1).add_(16.5)
+    return drawn
+
+
+def small(shape, generator):
+    return 0.1 * torch.randn(shape, dtype=torch.float64, generator=generator)
 
 
 class LiftGating(Rule):
@@ -20,7 +33,7 @@ class LiftGating(Rule):
         """softplus of a sum or difference with a vector: dt_bias is the step's bias, one number per head."""
         for node in graph.nodes:
             if op_name(node) == "softplus" and op_name(add := peel(node.args[0])) in ("add", "sub"):
-                if any(value(peel(x)).ndim == 1 for x in add.all_input_nodes):
+                if any(is_tensor(x) and value(peel(x)).ndim == 1 for x in add.all_input_nodes):
                     yield node
 
     def match(self, anchor):
@@ -36,7 +49,12 @@ class LiftGating(Rule):
             "A_log": bring(env["A_log"], shape[-1:], "A_log"),
             "dt_bias": bring(env["dt_bias"], shape[-1:], "dt_bias"),
         }
-        return Match({k: o.node for k, o in operands.items()}, [root], data={"how": operands, "dtype": value(root).dtype})
+        return Match(
+            {k: o.node for k, o in operands.items()},
+            [root],
+            data={"how": operands, "dtype": value(root).dtype},
+            extremes={"a": near_the_threshold, "A_log": small, "dt_bias": small},
+        )
 
     def rewrite(self, m, t):
         how = m.data["how"]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
-
+from gdnfuse import packing
 from gdnfuse.dialect import packed_linear
 from gdnfuse.report import Refused
 from gdnfuse.rewrite.driver import call
-from gdnfuse.rewrite.graph import op_name, same, value
+from gdnfuse.rewrite.graph import is_tensor, op_name, same, value
 from gdnfuse.rewrite.rule import Match, Rule
 
 # Above this many rows one large GEMM does not pay any more (published: 1–10 % slower), so the linears stay apart.
@@ -29,6 +28,9 @@ class LiftPackedLinear(Rule):
     def match(self, anchor):
         linears = _siblings(anchor)
         x = anchor.args[0]
+        for n in linears:
+            if not is_tensor(n.args[1]) or not all(isinstance(s, int) for s in value(n.args[1]).shape):
+                raise Refused(f"The weight of {n} must be a tensor of static shape, found {n.args[1]}.", at=n)
         widths = [value(n.args[1]).shape[0] for n in linears]
         weights = {f"weight_{i}": n.args[1] for i, n in enumerate(linears)}
         return Match(
@@ -47,7 +49,7 @@ class LiftPackedLinear(Rule):
         if isinstance(rows, int) and rows > MAX_ROWS:
             raise Refused(f"Packing pays up to {MAX_ROWS} rows, found {rows}.", at=x)
         dtype, device = value(x).dtype, value(x).device
-        seen = set()
+        seen: dict = {}
         for n in linears:
             weight = n.args[1]
             if len(n.args) > 2 and n.args[2] is not None or n.kwargs.get("bias") is not None:
@@ -55,14 +57,15 @@ class LiftPackedLinear(Rule):
             if weight.op not in ("placeholder", "get_attr"):
                 raise Refused(f"The weight of {n} must be a parameter, found the result of {op_name(weight)}.", at=n)
             v = value(weight)
-            if not isinstance(v, torch.Tensor) or v.dtype != dtype or v.device != device:
-                found = f"{v.dtype} on {v.device}" if isinstance(v, torch.Tensor) else type(v).__name__
+            if v.dtype != dtype or v.device != device:
+                found = f"{v.dtype} on {v.device}"
                 raise Refused(f"The weight of {n} must be {dtype} on {device} as its input is, found {found}.", at=n)
             if not dtype.is_floating_point or v.ndim != 2 or not v.is_contiguous():
                 raise Refused(f"The weight of {n} must be a contiguous floating matrix, found {dtype} {tuple(v.shape)}.", at=n)
             if weight in seen:
                 raise Refused(f"Each sibling must have a weight of its own, found {weight} twice.", at=n)
-            seen.add(weight)
+            seen[weight] = n
+        packing.check([w.meta.get("gdnfuse_real", value(w)) for w in seen])
 
     def rewrite(self, m, t):
         weights = [getattr(t, k) for k in m.inputs if k != "x"]

@@ -1,0 +1,195 @@
+"""Every dialect op: a well-formed custom op, float64 all the way for float64 inputs, references that agree with each other."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gdnfuse.dialect import (
+    OPS,
+    causal_conv_update,
+    delta_rule,
+    fused_gating_delta_rule,
+    gated_rms_norm,
+    gating,
+    l2norm,
+    mixer_decode,
+    op_of,
+    packed_decode,
+    packed_linear,
+)
+
+EXAMPLES = [(name, i) for name, op in OPS.items() for i in range(len(op.examples()))]
+quick = settings(max_examples=15, deadline=None)
+heads = st.sampled_from([(1, 1), (1, 3), (2, 2), (2, 4)])
+dims = st.tuples(st.sampled_from([1, 4, 8]), st.sampled_from([1, 5, 8]))
+batches = st.integers(1, 3)
+
+
+def double(x):
+    if isinstance(x, torch.Tensor):
+        return x.double()
+    return [t.double() for t in x] if isinstance(x, list) else x
+
+
+def close(found, wanted, tolerance=1e-12):
+    torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("name", "i"), EXAMPLES)
+def test_opcheck(name, i):
+    args, kwargs = OPS[name].examples()[i]
+    torch.library.opcheck(OPS[name].overload, args, kwargs)
+
+
+@pytest.mark.parametrize(("name", "i"), EXAMPLES)
+def test_float64_in_float64_out_and_states_alike(name, i):
+    op = OPS[name]
+    args, kwargs = op.examples()[i]
+    bound = op.bind([double(a) for a in args], kwargs)
+    before = {k: v.clone() for k, v in bound.items() if isinstance(v, torch.Tensor)}
+    results = op.overload(**bound)
+    for r in results if isinstance(results, tuple) else (results,):
+        assert r.dtype == torch.float64 and r.isfinite().all()
+    for k, was in before.items():
+        assert torch.equal(bound[k], was) == (k not in op.mutates), k
+        assert bound[k].dtype == torch.float64
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_the_op_is_its_reference_and_its_fake_knows_the_result(name):
+    op = OPS[name]
+    assert op_of(op.overload) is op and op.equation
+    args, kwargs = op.examples()[0]
+    copies = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
+    found, wanted, faked = op.overload(*args, **kwargs), op.reference(*copies, **kwargs), op.fake(*copies, **kwargs)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+    for x, f in zip(*(r if isinstance(r, tuple) else (r,) for r in (wanted, faked)), strict=True):
+        assert (x.shape, x.dtype, x.device) == (f.shape, f.dtype, f.device)
+
+
+def test_op_of_other_things_is_none():
+    assert op_of(torch.ops.aten.add.Tensor) is None and op_of(torch.add) is None
+
+
+def rule_inputs(B, T, H, HV, K, V):
+    return tuple(t.double() for t in delta_rule.example_tensors(B, T, H, HV, K, V))
+
+
+@quick
+@given(batches, st.integers(1, 4), heads, dims, st.sampled_from([None, 1e-6]))
+def test_delta_rule_is_its_steps_one_by_one(B, T, heads, dims, eps):
+    q, k, v, a, b, _, _, state = rule_inputs(B, T, *heads, *dims)
+    g, beta, was = -a.exp(), b.sigmoid(), state.clone()
+    o, last = delta_rule.reference(q, k, v, g, beta, state, 0.3, eps)
+    s, steps = state, []
+    for t in range(T):
+        one = slice(t, t + 1)
+        out, s = delta_rule.reference(q[:, one], k[:, one], v[:, one], g[:, one], beta[:, one], s, 0.3, eps)
+        steps.append(out)
+    close(o, torch.cat(steps, 1))
+    close(last, s)
+    assert torch.equal(state, was)
+
+
+def test_delta_rule_is_the_equation():
+    """One head, written with matrices: S ← e^g(I − β k kᵀ)S + β k vᵀ."""
+    q, k, v, a, b, _, _, state = (x[0] for x in rule_inputs(1, 3, 1, 1, 4, 5))
+    g, beta, S, wanted = -a.exp(), b.sigmoid(), state[0], []
+    for t in range(3):
+        kt, bt = k[t, 0], beta[t, 0]
+        S = g[t, 0].exp() * (torch.eye(4, dtype=torch.float64) - bt * torch.outer(kt, kt)) @ S + bt * torch.outer(kt, v[t, 0])
+        wanted.append(S.T @ (q[t, 0] * 0.5))
+    o, last = delta_rule.reference(q[None], k[None], v[None], g[None], beta[None], state[None], 0.5)
+    close(o[0, :, 0], torch.stack(wanted))
+    close(last[0, 0], S)
+
+
+@quick
+@given(batches, st.integers(1, 3), heads, dims, st.sampled_from([None, 1e-6]))
+def test_fused_gating_is_gating_then_the_rule(B, T, heads, dims, eps):
+    q, k, v, a, b, A_log, dt_bias, state = rule_inputs(B, T, *heads, *dims)
+    g = gating.reference(a, A_log, dt_bias)
+    wanted, new = delta_rule.reference(q, k, v, g, b.sigmoid(), state, 0.3, eps)
+    found = fused_gating_delta_rule.reference(q, k, v, a, b, A_log, dt_bias, state, 0.3, eps)
+    close(found, wanted)
+    close(state, new)
+
+
+@quick
+@given(batches, heads, dims)
+def test_packed_decode_is_the_rule_on_its_parts(B, heads, dims):
+    q, k, v, a, b, A_log, dt_bias, state = rule_inputs(B, 1, *heads, *dims)
+    row, other = torch.cat([x.flatten(2) for x in (q, k, v)], -1), state.clone()
+    found = packed_decode.reference(row, a, b, A_log, dt_bias, state, 0.3, 1e-6)
+    wanted = fused_gating_delta_rule.reference(q, k, v, a, b, A_log, dt_bias, other, 0.3, 1e-6)
+    close(found, wanted)
+    close(state, other)
+
+
+@quick
+@given(batches, heads, dims, st.booleans(), st.permutations("qzba"))
+def test_mixer_decode_is_its_parts_in_any_order_of_the_row(B, heads, dims, bias, order):
+    H, HV, K, V = *heads, *dims
+    args = [double(a) for a in mixer_decode.example_call(B, H, HV, K, V, bias=bias, order="".join(order))[0]]
+    row, conv_state, w, conv_bias, A_log, dt_bias, state, norm, q0, z0, b0, a0, act, scale, eps, norm_eps = args
+    D = 2 * H * K + HV * V
+    conv_was, state_was = conv_state.clone(), state.clone()
+    found = mixer_decode.reference(*args)
+    qkv = causal_conv_update.reference(row[:, :, q0 : q0 + D].transpose(1, 2), conv_was, w, conv_bias, act)
+    a, b = row[:, :, a0 : a0 + HV], row[:, :, b0 : b0 + HV]
+    o = packed_decode.reference(qkv.transpose(1, 2), a, b, A_log, dt_bias, state_was, scale, eps)
+    z = row[:, :, z0 : z0 + HV * V].unflatten(-1, (HV, V))
+    close(found, gated_rms_norm.reference(o, z, norm, norm_eps).flatten(2))
+    close(conv_state, conv_was)
+    close(state, state_was)
+
+
+@quick
+@given(batches, st.integers(1, 6), st.integers(1, 5), st.integers(0, 2), st.booleans(), st.sampled_from(["silu", "none"]))
+def test_conv_is_conv1d_and_its_tokens_one_by_one(B, T, W, spare, biased, activation):
+    D, S = 3, max(1, W - 1 + spare)
+    x, state = torch.randn(B, D, T, dtype=torch.float64), torch.randn(B, D, S, dtype=torch.float64)
+    weight = torch.randn(D, 1, W, dtype=torch.float64)
+    bias = torch.randn(D, dtype=torch.float64) if biased else None
+    window, one = torch.cat([state, x], -1), state.clone()
+    wanted = F.conv1d(window, weight, bias, groups=D)[..., -T:]
+    wanted = F.silu(wanted) if activation == "silu" else wanted
+    found = causal_conv_update.reference(x, state, weight, bias, activation)
+    steps = [causal_conv_update.reference(x[..., t : t + 1], one, weight, bias, activation) for t in range(T)]
+    close(found, wanted)
+    close(found, torch.cat(steps, -1))
+    assert torch.equal(state, one) and torch.equal(state, window[..., -S:])
+
+
+@quick
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.sampled_from([(2,), (2, 1), (1, 3)]))
+def test_packed_linear_is_the_linears_side_by_side(widths, lead):
+    x, weights = torch.randn(*lead, 6, dtype=torch.float64), [torch.randn(w, 6, dtype=torch.float64) for w in widths]
+    row = packed_linear.reference(x, weights)
+    for part, w in zip(row.split(widths, -1), weights, strict=True):
+        close(part, F.linear(x, w))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_inputs_are_computed_in_float32_with_one_rounding_at_most(dtype):
+    x = torch.randn(4, 8).to(dtype)
+    close(l2norm.reference(x, 1e-6), F.normalize(x.float(), dim=-1), 1e-6)
+    o, z, w = torch.randn(4, 8), torch.randn(4, 8).to(dtype), torch.randn(8).to(dtype)
+    y = gated_rms_norm.reference(o, z, w, 1e-6)
+    wide = F.rms_norm(o.double(), (8,), w.double(), 1e-6) * F.silu(z.double())
+    assert y.dtype == dtype
+    close(y.double(), wide, torch.finfo(dtype).eps)
+    # Above 20 softplus is the identity, and float16 would overflow if the sum were taken in it.
+    a = torch.tensor([60000.0, 0.0, -60000.0]).to(dtype)
+    g = gating.reference(a, torch.zeros(3), torch.full((3,), 1e4))
+    assert g.dtype == torch.float32 and g.isfinite().all() and g[0] == -(a[0].float() + 1e4)
+
+
+def test_references_never_alias_an_input():
+    """A custom op may not return what it was given; l2norm in float32 and an activation of nothing are where it could happen."""
+    x = torch.zeros(2, 4)
+    assert l2norm.reference(x, 1.0).data_ptr() != x.data_ptr()
+    row = packed_linear.reference(x, [torch.eye(4)])
+    assert row.data_ptr() != x.data_ptr()

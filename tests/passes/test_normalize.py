@@ -1,0 +1,249 @@
+"""normalize: one spelling, and not a bit of any result changes."""
+
+import pytest
+import torch
+
+from gdnfuse.passes import normalize
+from gdnfuse.rewrite.graph import op_name
+from tests.rewrite.captured import Captured
+
+X = torch.randn(2, 3, 4) * 3
+H = X.bfloat16()
+
+
+def normal(f, *args, **kwargs):
+    """The normalised graph, after checking that it gives what it gave before and that a second run changes nothing."""
+    graph = Captured(f, *args, **kwargs).normalize().equal()
+    once = str(graph.gm.graph)
+    assert str(graph.normalize().gm.graph) == once
+    return graph
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x, y: x.half(), lambda x, y: x.bfloat16(), lambda x, y: x.double(), lambda x, y: x.to(torch.float16),
+        lambda x, y: x.to(dtype=torch.float16), lambda x, y: x.type_as(y), lambda x, y: x.to(y), lambda x, y: y.float(),
+        lambda x, y: x.to("cpu", torch.float16), lambda x, y: x.to("cpu", dtype=torch.float16),
+    ],
+)  # fmt: skip
+def test_casts_have_one_spelling(f):
+    graph = normal(f, X, H)
+    (cast,) = [n for n in graph.gm.graph.nodes if n.op == "call_method"]
+    assert cast.target == "to" and len(cast.args) == 2 and isinstance(cast.args[1], torch.dtype) and not cast.kwargs
+
+
+@pytest.mark.parametrize("f", [lambda x: x.float(), lambda x: x.to(torch.float32), lambda x: x.type_as(x), lambda x: x.to("cpu")])
+def test_casts_that_change_nothing_go(f):
+    assert normal(lambda x: f(x) + 1, X).ops() == ["add"]
+
+
+def test_casts_that_also_copy_stay():
+    def f(x):
+        y = x.to(torch.float32, copy=True)
+        y.add_(1.0)
+        return x + y
+
+    normal(f, X)
+
+
+def test_rounding_through_half_precision_stays():
+    normal(lambda x: x.half().float() + x.bfloat16().to(torch.float32).half(), X)
+
+
+@pytest.mark.parametrize("f", [lambda x: x**2, lambda x: x.pow(2), lambda x: torch.pow(x, 2.0), lambda x: x.square()])
+@pytest.mark.parametrize("x", [X, H, X.half()], ids=["fp32", "bf16", "fp16"])
+def test_squares_are_products(f, x):
+    assert normal(f, x).ops() == ["mul"]
+
+
+def test_other_powers_stay():
+    assert normal(lambda x: x**3 + x**0.5 + 2**x, X.abs()).ops().count("mul") == 0
+
+
+@pytest.mark.parametrize("f", [lambda x: 2.5 * x, lambda x: 2 + x, lambda x: 1.5 * (3 + x)])
+def test_numbers_stand_on_the_right_of_what_commutes(f):
+    for x in (X, H):
+        for n in normal(f, x).gm.graph.nodes:
+            if op_name(n) in ("add", "mul"):
+                assert isinstance(n.args[0], torch.fx.Node) and isinstance(n.args[1], int | float)
+
+
+def test_what_does_not_commute_stays():
+    normal(lambda x: (2 - x) + (1 / x) + (x - 2), X)
+
+
+def test_slices_of_everything_go_and_others_stay():
+    assert normal(lambda x: x[:, :] + x[...] + x[:, ..., :], X).ops().count("getitem") == 0
+    assert normal(lambda x: x[:1] + x[None] + x[:, -1:], X).ops().count("getitem") == 3
+
+
+def test_dead_code_goes_and_writes_stay():
+    def f(x, y):
+        x.exp().view(-1)
+        torch.zeros_like(x)
+        y.copy_(x)
+        return x.sin()
+
+    assert sorted(normal(f, X, X.clone()).ops()) == ["copy_", "sin"]
+
+
+def buffered(make):
+    def f(x):
+        out = make(x)
+        for t in range(3):
+            out[:, t] = (x[:, t] * (t + 1)).double()
+        return out + 1
+
+    return f
+
+
+@pytest.mark.parametrize(
+    "make",
+    [torch.zeros_like, torch.empty_like, lambda x: torch.zeros(2, 3, 4), lambda x: torch.empty(x.shape, dtype=torch.float16)],
+)
+def test_a_buffer_filled_slice_by_slice_is_a_stack(make):
+    ops = normal(buffered(make), X).ops()
+    assert ops.count("stack") == 1 and "setitem" not in ops
+
+
+def test_slices_may_come_in_any_order_and_on_any_axis():
+    def f(x):
+        out = torch.zeros_like(x)
+        for t in (2, 0, 3, 1):
+            out[..., t] = x[..., t].exp()
+        other = torch.zeros_like(x)
+        for t in (1, 0):
+            other[t] = x[t] * 2
+        last = torch.zeros_like(x)
+        for t in (3, 0, 2, 1):
+            last[:, :, t] = x[:, :, t].neg()
+        return out + other + last
+
+    ops = normal(f, X).ops()
+    assert ops.count("stack") == 2 and ops.count("setitem") == 4
+
+
+def read_between_writes(x):
+    out = torch.zeros_like(x)
+    out[0] = x[0]
+    seen = out.sum()
+    out[1] = x[1]
+    return out + seen
+
+
+def missing_slice(x):
+    out = torch.zeros_like(x)
+    out[0] = x[0]
+    return out * 2
+
+
+def slice_written_after_it_is_read(x):
+    out = torch.zeros_like(x)
+    out[0], out[1] = x[0], x[1]
+    y = out * 2
+    out[0] = y[1]
+    return out + y
+
+
+def slice_written_twice(x):
+    out = torch.zeros_like(x)
+    out[0], out[1], out[0] = x[0], x[1], x[1]
+    return out * 2
+
+
+def view_taken_before_the_writes(x):
+    out = torch.zeros_like(x)
+    flat = out.view(-1)
+    out[0], out[1] = x[0], x[1]
+    return flat * 2
+
+
+def slices_that_accumulate(x):
+    out = torch.zeros_like(x)
+    out[0], out[1] = x[0], x[1]
+    out[1] += out[0]
+    return out * 2
+
+
+def broadcast_pieces(x):
+    out = torch.zeros_like(x)
+    out[0], out[1] = x[0, :1], x[1, :, :1]
+    return out * 2
+
+
+def scalar_piece(x):
+    out = torch.zeros_like(x)
+    out[0], out[1] = 1.0, x[1]
+    return out * 2
+
+
+def partial_slice(x):
+    out = torch.zeros_like(x)
+    out[0, :2], out[1] = x[0, :2], x[1]
+    return out * 2
+
+
+def negative_index(x):
+    out = torch.zeros_like(x)
+    out[0], out[-1] = x[0], x[1]
+    return out * 2
+
+
+def two_axes(x):
+    out = torch.zeros_like(x)
+    out[0], out[:, 1] = x[0], x[:, 1]
+    return out * 2
+
+
+def nobody_reads(x):
+    out = torch.zeros_like(x)
+    out[0], out[1] = x[0], x[1]
+    return x * 2
+
+
+def an_input(x):
+    x[0], x[1] = x[1] * 2, x[0] * 3
+    return x + 1
+
+
+KEPT = [
+    read_between_writes, missing_slice, slice_written_after_it_is_read, slice_written_twice, view_taken_before_the_writes,
+    slices_that_accumulate, broadcast_pieces, scalar_piece, partial_slice, negative_index, two_axes, nobody_reads, an_input,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("f", KEPT, ids=lambda f: f.__name__)
+def test_other_buffers_are_left_alone(f):
+    ops = normal(f, X.clone()).ops()
+    assert "stack" not in ops and "setitem" in ops
+
+
+def test_a_buffer_written_after_the_last_read_of_a_full_one_is_kept_whole():
+    def f(x):
+        out = torch.zeros_like(x)
+        out[0], out[1] = x[0], x[1]
+        out.add_(1.0)
+        return out * 2
+
+    normal(f, X)
+
+
+def test_symbolic_sizes_stay_symbolic():
+    def f(x):
+        out = torch.zeros_like(x)
+        for t in range(4):
+            out[:, t] = 2 * x[:, t] ** 2
+        return out.float()
+
+    graph = Captured(f, torch.randn(3, 4, 5), dynamic=True).normalize().equal()
+    assert "setitem" in graph.ops() or "stack" in graph.ops()
+
+
+def test_check_names_what_breaks_the_spec():
+    graph = Captured(lambda x: x.half(), X)
+    with pytest.raises(AssertionError, match="half"):
+        normalize.check(graph.gm)
+    del next(n for n in graph.normalize().gm.graph.nodes if n.op == "call_method").meta["example_value"]
+    with pytest.raises(AssertionError, match="example value"):
+        normalize.check(graph.gm)

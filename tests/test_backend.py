@@ -1,0 +1,134 @@
+"""The entry point: what is rewritten and what is left, and that the report and the log say so."""
+
+import copy
+import json
+import logging
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import gdnfuse
+from gdnfuse.report import new_report
+from tests.models import zoo
+
+SMALL = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
+
+
+def compiled(model, **options):
+    return torch.compile(model, backend="gdnfuse", fullgraph=True, options={"inner": "eager", **options})
+
+
+@pytest.fixture(scope="module")
+def small():
+    return zoo.causal_lm(**SMALL)
+
+
+def step(model, run, **kwargs):
+    """One decode step of `run` after an eager prefill of `model`."""
+    cache, mask = zoo.prefill(model, 2, "static")
+    return zoo.decode(run, cache, mask, zoo.tokens_for(2, 1))
+
+
+def test_the_entry_point_is_listed():
+    assert "gdnfuse" in torch.compiler.list_backends()
+
+
+def mlp():
+    return torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.SiLU(), torch.nn.Linear(8, 2)).requires_grad_(False)
+
+
+def test_a_model_without_gdn_runs_as_under_the_inner_backend():
+    model, x = mlp(), torch.randn(3, 4)
+    assert torch.equal(compiled(model, strict=True)(x), model(x))
+    (report,) = gdnfuse.reports()
+    assert (report.phase, report.layers, report.inner) == ("other", [], "eager")
+    assert "no GDN layer" in report.summary() and "eager" in report.summary()
+
+
+def test_with_gradients_nothing_is_rewritten_and_they_flow(caplog):
+    model = zoo.causal_lm(**SMALL).requires_grad_(True)
+    ours, ids = copy.deepcopy(model), zoo.tokens_for(2, 5)
+    found, wanted = compiled(ours)(input_ids=ids, use_cache=False).logits, model(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    found.square().mean().backward()
+    wanted.square().mean().backward()
+    for a, b in zip(ours.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
+    (report,) = gdnfuse.reports()
+    assert not report.rewritten and "gradients" in report.note and report.note in report.summary()
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="strict.*not rewritten.*gradients"):
+        compiled(ours, strict=True)(input_ids=ids, use_cache=False)
+
+
+def test_strict_names_the_layer_and_the_reason(small):
+    run = compiled(small, strict=True, stop_after="lift")
+    with pytest.raises(Exception, match=r"strict: the GDN layer model\.layers\.0\.linear_attn is not fused\. .+\."):
+        step(small, run)
+
+
+def test_one_info_line_per_graph(small, caplog):
+    with caplog.at_level(logging.INFO, "gdnfuse.backend"):
+        step(small, compiled(small))
+    lines = [r.getMessage() for r in caplog.records if r.name == "gdnfuse.backend" and r.levelno == logging.INFO]
+    assert len(lines) == len(gdnfuse.reports()) == 1 and "1/1 GDN layers fused" in lines[0]
+
+
+def test_the_report_is_plain_data(small):
+    step(small, compiled(small))
+    (report,) = gdnfuse.reports()
+    data = json.loads(json.dumps(report.to_dict()))
+    assert data["phase"] == "decode" and data["fused_layers"] == 1 and data["layers"][0]["why_not"] == ""
+    assert {r["status"] for r in data["layers"][0]["records"]} <= {"fired", "refused", "unmatched", "shadowed"}
+    assert report.nodes_after < report.nodes_before and sum(r["count"] for r in report.rows()) == len(report.all_records)
+
+
+def test_a_prefill_is_reported_as_one(small):
+    ids = zoo.tokens_for(2, 5)
+    with torch.no_grad():
+        found = compiled(small)(input_ids=ids, use_cache=False).logits
+        torch.testing.assert_close(found, small(input_ids=ids, use_cache=False).logits, rtol=1e-5, atol=1e-5)
+    (report,) = gdnfuse.reports()
+    assert report.phase == "prefill" and len(report.layers) == 1 and report.layers[0].records
+    assert not report.layers[0].fused and report.layers[0].why_not.endswith(".")
+
+
+@pytest.mark.filterwarnings("ignore:.*inline_inbuilt_nn_modules is deprecated")
+def test_modules_that_are_not_inlined_still_give_the_right_result(small):
+    wanted = step(small, small)
+    with torch._dynamo.config.patch(inline_inbuilt_nn_modules=False):
+        assert zoo.relative(step(small, compiled(small)), wanted) < 1e-5
+
+
+def test_compiling_again_after_a_reset(small):
+    wanted = step(small, small)
+    for n in (1, 2):
+        assert zoo.relative(step(small, compiled(small, strict=True)), wanted) < 1e-5
+        assert len(gdnfuse.reports()) == n
+        torch._dynamo.reset()
+    assert gdnfuse.reports()[0].graph_id < gdnfuse.reports()[1].graph_id
+    gdnfuse.clear_reports()
+    assert gdnfuse.reports() == []
+
+
+def test_report_ids_are_unique_among_threads():
+    ids = []
+    threads = [threading.Thread(target=lambda: ids.extend(new_report().graph_id for _ in range(200))) for _ in range(8)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert len(set(ids)) == 1600
+
+
+def test_a_failing_pass_leaves_the_graph_as_it_came(monkeypatch):
+    def broken(*args):
+        raise ValueError("broken on purpose")
+
+    monkeypatch.setattr("gdnfuse.pipeline.run_rules", broken)
+    x, A, b = torch.randn(2, 3, 4), torch.randn(4), torch.randn(4)
+    f = lambda x: -A.exp() * F.softplus(x + b)  # noqa: E731
+    assert torch.equal(compiled(f)(x), f(x))
+    assert "broken on purpose" in gdnfuse.reports()[0].note and not gdnfuse.reports()[0].rewritten
