@@ -182,7 +182,8 @@ def run_model(name: str, args: argparse.Namespace, sides: Sequence[str]) -> dict
         rows.append(run_side(side, model, args, expected, SLACK * eager_error + FLOOR, tokens))
     size = weight_bytes(model)
     limit = 1e3 * size / BYTES_PER_SECOND if args.device == "cuda" else None
-    return {"model": name, "batch": args.batch, "weight_bytes": size, "limit_ms": limit, "eager_error": eager_error, "sides": rows}
+    facts = {"model": name, "batch": args.batch, "weight_bytes": size, "limit_ms": limit, "eager_error": eager_error}
+    return {**facts, "sides": rows}
 
 
 def machine() -> dict[str, Any]:

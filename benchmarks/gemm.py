@@ -68,7 +68,7 @@ def compile_all(shapes: Sequence[tuple[int, int]]) -> None:
     pointer = torch.empty(16, dtype=torch.bfloat16, device="cuda")
     with ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool):
         for n_out, n_in in shapes:
-            for rows, block, num_warps in {*configs(n_in), skinny_linear.config(n_out, n_in)}:
+            for rows, block, num_warps in {*configs(n_in), skinny_linear.config(n_in)}:
                 skinny_linear.skinny_linear_kernel.warmup(
                     pointer, pointer, pointer, n_out, n_in,
                     N=n_in, R=rows, BLOCK=block, EVEN_ROWS=n_out % rows == 0, num_warps=num_warps, grid=(1,),
@@ -110,7 +110,7 @@ def run(n_out: int, n_in: int) -> dict[str, Any]:
     weights = torch.empty(copies, n_out, n_in, dtype=torch.bfloat16, device="cuda").normal_(std=n_in**-0.5)
     expected = torch.cat([w.double() @ x.flatten().double() for w in weights[0].split(16384)])  # in parts, to save memory
 
-    chosen, wrong, times = skinny_linear.config(n_out, n_in), [], {}
+    chosen, wrong, times = skinny_linear.config(n_in), [], {}
     for config in dict.fromkeys([*configs(n_in), chosen]):
 
         def kernel(x: torch.Tensor, w: torch.Tensor, config: tuple[int, int, int] = config) -> torch.Tensor:

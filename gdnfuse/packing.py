@@ -9,8 +9,9 @@ buffer (`param.data = …`, `load_state_dict(assign=True)`, a replaced Parameter
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -38,7 +39,7 @@ def check(weights: Sequence[torch.Tensor]) -> None:
             raise Refused("Packed weights must be ordinary tensors, found one created under torch.inference_mode.")
 
 
-@dataclass(frozen=True)
+@dataclass
 class PackedWeight:
     """Where the parts [Mᵢ, N] of one packed weight [ΣMᵢ, N] come from at each call.
 
@@ -47,14 +48,20 @@ class PackedWeight:
     """
 
     where: tuple[int | torch.Tensor, ...]
+    _last: Callable[[], torch.Tensor | None] = field(default=lambda: None, repr=False)
+    _pointers: list[int] = field(default_factory=list, repr=False)
 
     def current(self, args: Sequence[torch.Tensor]) -> torch.Tensor:
         """The buffer [ΣMᵢ, N] that the parts of this call are row ranges of; packs them if they are not."""
         weights = [args[w] if isinstance(w, int) else w for w in self.where]
-        found = _buffers.get(weights[0])
-        if found is not None and found[1] == [w.data_ptr() for w in weights]:
-            return found[0]
-        return pack(weights)
+        pointers = [w.data_ptr() for w in weights]
+        # While the buffer lives, tensors at its addresses are its row ranges. It lives as long as its first Parameter does.
+        buffer = self._last()
+        if buffer is None or pointers != self._pointers:
+            found, known = _buffers.get(weights[0], (None, None))
+            buffer = found if known == pointers else pack(weights)
+            self._last, self._pointers = weakref.ref(buffer), [w.data_ptr() for w in weights]
+        return buffer
 
 
 def pack(weights: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -89,4 +96,6 @@ def _adjacent(weights: Sequence[torch.Tensor], rows: Sequence[int]) -> torch.Ten
         if w.untyped_storage().data_ptr() != storage or w.storage_offset() != offset or not w.is_contiguous():
             return None
         offset += r * width
-    return torch.as_strided(first.detach(), (sum(rows), width), (width, 1), first.storage_offset())
+    # No view of a Parameter: a compiler would take the Parameter's base into account.
+    whole = torch.empty(0, dtype=first.dtype, device=first.device)
+    return whole.set_(first.untyped_storage(), first.storage_offset(), (sum(rows), width), (width, 1))

@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 from torch._dynamo.source import ConstantSource
+from torch._guards import TracingContext
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import DimDynamic, StatefulSymbolicContext
 
 from gdnfuse import kernels
 from gdnfuse.dialect import OPS, op_of
@@ -114,8 +116,11 @@ def _input(gm: GraphModule, name: str, tensor: torch.Tensor, like: torch.Tensor)
         node = gm.graph.placeholder(name)
     mode = getattr(like, "fake_mode", None)
     fake = tensor if mode is None else mode.from_tensor(tensor, static_shapes=True)
-    # AOTAutograd asks for the source, and for the mark by which CUDA graphs take the address as given.
+    # AOTAutograd asks for the source, for the mark by which CUDA graphs take the address as given, and how to treat the sizes.
     node._dynamo_source = ConstantSource(name)
+    if context := TracingContext.try_get():
+        static = [DimDynamic.STATIC] * tensor.ndim
+        context.tensor_to_context[tensor] = StatefulSymbolicContext(static, tensor_source=node._dynamo_source)
     node.meta.update(example_value=fake, gdnfuse_real=tensor, tensor_dict={"_dynamo_static_input_type": "unguarded"})
     return node
 

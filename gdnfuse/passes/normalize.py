@@ -48,15 +48,14 @@ def check(gm: GraphModule) -> None:
         assert op_name(node) not in _CAST_METHODS, f"{node} is a cast spelled {op_name(node)}"
 
 
-def _become(gm: GraphModule, node: Node, target, args, kwargs=None, method=False) -> Node:
+def _become(gm: GraphModule, node: Node, target, args, method=False) -> None:
+    """Another spelling of the same value takes a node's place, its example value included."""
     with gm.graph.inserting_before(node):
         make = gm.graph.call_method if method else gm.graph.call_function
-        new = make(target, tuple(args), kwargs or {})
+        new = make(target, tuple(args))
     new.meta.update(node.meta)
-    new.meta["example_value"] = infer(new)
     node.replace_all_uses_with(new)
     gm.graph.erase_node(node)
-    return new
 
 
 def _positional(node: Node) -> None:

@@ -14,10 +14,12 @@ from torch.fx.proxy import GraphAppendingTracer
 from gdnfuse.report import Record, Refused, Status
 from gdnfuse.rewrite.graph import is_tensor, module_stack, op_name, remove_dead, storage, value, writes
 from gdnfuse.rewrite.pattern import Mismatch
-from gdnfuse.rewrite.proof import evaluate, prove
+from gdnfuse.rewrite.proof import evaluate_node, prove
 from gdnfuse.rewrite.rule import Match, Rule
 
 log = logging.getLogger(__name__)
+
+METADATA = ("size", "stride", "dim", "numel")
 
 
 @dataclass
@@ -45,7 +47,7 @@ def run_rules(gm: GraphModule, rules: list[Rule], outcome: Outcome) -> None:
                 region = cut(gm.graph, m, memory)
                 with _quiet_shapes(gm):
                     replacement = _trace(rule, m, region)
-                    proof = prove(region.graph, replacement, region.inputs, m)
+                    proof = prove(region.graph, replacement, region.inputs, m, extremes=rule.stage == "lift")
                     _replace(gm, m, region, replacement, anchor, memory)
                 record.proof_error, record.proof_cached = proof.error, proof.cached
                 outcome.proofs += not proof.cached
@@ -143,7 +145,7 @@ def _check_states(m: Match, nodes: list[Node], memory: Memory) -> None:
     for name, write in m.writes.items():
         state = m.inputs[name]
         for user in memory.users.get(storage(state), ()):
-            if user not in seen and not user._erased and user.op != "output":
+            if user not in seen and not user._erased and user.op != "output" and op_name(user) not in METADATA:
                 raise Refused(f"{name} must be read and written here alone, found that {user.name} uses it too.", at=user)
         derived = {state}
         for n in nodes:
@@ -215,11 +217,8 @@ def infer(node: Node) -> Any:
     """The example value of a node from those of its arguments, without guards."""
     tensors = [value(n) for n in node.all_input_nodes if is_tensor(n)]
     mode = next((t.fake_mode for t in tensors if hasattr(t, "fake_mode")), None)
-    one = Graph()
-    env = {n: one.placeholder(n.name) for n in node.all_input_nodes}
-    one.output(one.node_copy(node, lambda x: env[x]))
     with mode if mode is not None else torch.no_grad(), torch.no_grad():
-        return evaluate(one, [value(n) for n in node.all_input_nodes])
+        return evaluate_node(node, value)
 
 
 def _quiet_shapes(gm: GraphModule) -> Any:

@@ -57,7 +57,8 @@ def conditional_generation(**overrides):
 
 
 def moe(**overrides):
-    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
+    # Every expert takes part: with fewer, a rounding anywhere may flip a choice, and errors measure the flips.
+    sizes = {"num_experts": 4, "num_experts_per_tok": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
     config = transformers.Qwen3_5MoeTextConfig(**{**TEXT, **sizes, **overrides})
     return _built(transformers.Qwen3_5MoeForCausalLM, config)
 
