@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import time
 
 import pytest
 import torch
@@ -181,9 +180,7 @@ def test_trace_decode(batch, prompt, dtype):
 
 @pytest.mark.parametrize("name", huggingface.presets())
 def test_every_preset_is_fused_in_every_layer(name):
-    start = time.process_time()
     model = huggingface.meta_model(huggingface.load_config(name.removeprefix("qwen3.5-")))
     (report,) = huggingface.trace(model, target="cuda")
     linear = model.config.layer_types.count("linear_attention")
     assert (report.fused_layers, len(report.layers)) == (linear, linear)
-    assert time.process_time() - start < 75  # CPU time, because other tests run beside it; the bar is 60 s on an idle machine

@@ -138,6 +138,11 @@ def states(cache):
     return found
 
 
+def flat_states(cache, kind):
+    """All states of a kind in one vector: an error over all layers is a figure, over one layer of a toy it is a draw."""
+    return torch.cat([s.flatten().double() for s in states(cache)[kind]])
+
+
 class Float64(TorchFunctionMode):
     """Runs eager code in float64 where it asks for any floating dtype: the oracle for a model that casts to float32 inside."""
 
