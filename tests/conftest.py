@@ -5,6 +5,9 @@ import torch
 
 import gdnfuse
 
+# One worker per core already: threads of one worker that spin for those of another made toy models ten times slower.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def fresh():

@@ -41,24 +41,27 @@ def test_fused_and_no_less_accurate_than_eager(family, cache, dtype, batch, padd
     ours = copy.deepcopy(model)
     wide, oracle = zoo.in_float64(model)
     run = compiled(ours)
-    tokens = zoo.tokens_for(batch, 12)
-    results, caches = {}, {}
+    # Many short sequences in one figure: the error of a single one of a toy is a draw, 0.5 to 1.6 times eager's.
+    logits, caches = {}, {}
     for name, owner, call in (("ours", ours, run), ("eager", model, model), ("oracle", wide, oracle)):
-        with zoo.Float64() if name == "oracle" else torch.no_grad():
-            caches[name], mask = zoo.prefill(owner, batch, cache, padded)
-        results[name] = zoo.decode(call, caches[name], mask, tokens)
+        logits[name], caches[name] = [], []
+        for seed in range(10):
+            with zoo.Float64() if name == "oracle" else torch.no_grad():
+                state, mask = zoo.prefill(owner, batch, cache, padded, seed=seed)
+            logits[name].append(zoo.decode(call, state, mask, zoo.tokens_for(batch, 12, seed)))
+            caches[name].append(state)
     assert_all_fused(gdnfuse.reports())
     # A static cache is one graph for all steps; a dynamic one is traced once more when Dynamo makes its length symbolic.
     assert len(gdnfuse.reports()) == (1 if cache == "static" else 2)
-    assert results["ours"].dtype == results["eager"].dtype
-    # A dozen tokens of a toy are one draw of rounding errors; the bound of 1.1 is held over 512 steps below.
     floor = 1e-6 if dtype == "fp32" else 0.0
-    assert zoo.relative(results["ours"], results["oracle"]) <= 1.35 * zoo.relative(results["eager"], results["oracle"]) + floor
+    results = {name: torch.stack(logits[name]) for name in logits}
+    assert results["ours"].dtype == results["eager"].dtype
+    assert zoo.relative(results["ours"], results["oracle"]) <= 1.1 * zoo.relative(results["eager"], results["oracle"]) + floor
     for kind in ("recurrent", "conv"):
-        for a, e in zip(zoo.states(caches["ours"])[kind], zoo.states(caches["eager"])[kind], strict=True):
+        for a, e in zip(zoo.states(caches["ours"][0])[kind], zoo.states(caches["eager"][0])[kind], strict=True):
             assert a.dtype == e.dtype and a.shape == e.shape
-        a, e, o = (zoo.flat_states(caches[n], kind) for n in ("ours", "eager", "oracle"))
-        assert zoo.relative(a, o) <= 1.35 * zoo.relative(e, o) + floor
+        a, e, o = (torch.stack([zoo.flat_states(c, kind) for c in caches[n]]) for n in ("ours", "eager", "oracle"))
+        assert zoo.relative(a, o) <= 1.1 * zoo.relative(e, o) + floor
 
 
 def test_512_steps_in_fp32_equal_eager():

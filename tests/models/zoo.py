@@ -87,9 +87,9 @@ def new_cache(model, kind, length=32):
     return DynamicCache(config=text_config(model))
 
 
-def prompt(batch, length=5, padded=False):
+def prompt(batch, length=5, padded=False, seed=1):
     """input_ids and attention_mask (None without padding); with padding every other row starts two tokens later."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(2, 128, (batch, length), generator=generator)
     if not padded:
         return ids, None
@@ -99,10 +99,10 @@ def prompt(batch, length=5, padded=False):
 
 
 @torch.no_grad()
-def prefill(model, batch, kind, padded=False, length=32):
+def prefill(model, batch, kind, padded=False, length=32, seed=1):
     """The model's own eager prefill; returns the cache and the mask for the next step."""
     cache = new_cache(model, kind, length)
-    ids, mask = prompt(batch, padded=padded)
+    ids, mask = prompt(batch, padded=padded, seed=seed)
     model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
     return cache, mask
 
@@ -124,8 +124,8 @@ def decode(call, cache, mask, tokens):
     return torch.stack(logits, 1)
 
 
-def tokens_for(batch, n):
-    return torch.randint(2, 128, (batch, n), generator=torch.Generator().manual_seed(2))
+def tokens_for(batch, n, seed=2):
+    return torch.randint(2, 128, (batch, n), generator=torch.Generator().manual_seed(seed))
 
 
 def states(cache):
