@@ -5,8 +5,11 @@ models of any dtype up to float32, in float64 when every input is float64, which
 """
 
 from gdnfuse.dialect import (
+    causal_conv,
     causal_conv_update,
+    chunk_delta_rule,
     delta_rule,
+    fused_gating_chunk_delta_rule,
     fused_gating_delta_rule,
     gated_rms_norm,
     gating,
@@ -20,8 +23,11 @@ from gdnfuse.dialect.op import OPS, DialectOp, op_of
 __all__ = [
     "OPS",
     "DialectOp",
+    "causal_conv",
     "causal_conv_update",
+    "chunk_delta_rule",
     "delta_rule",
+    "fused_gating_chunk_delta_rule",
     "fused_gating_delta_rule",
     "gated_rms_norm",
     "gating",
