@@ -5,6 +5,7 @@ Importing it imports neither triton nor transformers.
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from gdnfuse.report import GdnfuseError, GraphReport, LayerReport, Record, Refused, Status, clear_reports, reports
@@ -19,10 +20,17 @@ __all__ = [
     "Record",
     "Refused",
     "Status",
+    "capture",
     "clear_reports",
     "compile",
     "reports",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "capture":  # loaded when asked for: it imports torch
+        return importlib.import_module("gdnfuse.capture")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def compile(model: torch.nn.Module, *, mode: str | None = None, **options: Any) -> torch.nn.Module:

@@ -10,12 +10,16 @@ import torch
 from torch._dynamo.backends.registry import lookup_backend
 from torch.fx import GraphModule
 
+from gdnfuse import capture
 from gdnfuse.options import Options, parse
 from gdnfuse.packing import PackedWeight
 from gdnfuse.pipeline import original, rewrite
 from gdnfuse.report import GdnfuseError, GraphReport, new_report, publish
 
 log = logging.getLogger(__name__)
+
+# Here, because the backend is loaded when it is named, before anything is traced for it.
+capture.install()
 
 MODE_CHANGES = ("_enter_autocast", "_exit_autocast", "_enter_inference_mode")
 
@@ -35,7 +39,7 @@ def gdnfuse(
         The compiled callable, with the arguments of `gm`.
 
     Raises:
-        GdnfuseError: bad options; or `strict` and a GDN layer of a decode graph left unfused.
+        GdnfuseError: bad options; or `strict` and a GDN layer left unfused that should not be.
     """
     opts = parse(options)
     patches = _inductor_patches(mode, opts)
@@ -53,12 +57,13 @@ def gdnfuse(
         except Exception as e:
             # A bug of ours must not cost the user the model: it runs as it came, and says so.
             log.exception("gdnfuse failed on this graph, which is compiled by %s as it came", opts.inner)
-            report.rewritten, report.layers, report.note = False, [], f"A pass failed: {type(e).__name__}: {e}."
+            report.rewritten, report.layers, report.records = False, [], []
+            report.note = f"A pass failed: {type(e).__name__}: {e}."
     publish(report)
     log.info(report.summary())
     if opts.strict:
-        _demand_fused(report)
-    if not report.rewritten or not report.layers:
+        _demand_fused(report, opts)
+    if not report.rewritten or not report.all_records and not report.layers:
         return _inner(gm, example_inputs, opts, patches)
     return _finish(rewritten, example_inputs, packed, opts, patches)
 
@@ -79,10 +84,11 @@ def _why_untouched(gm: GraphModule, example_inputs: Sequence[Any]) -> str:
     return ""
 
 
-def _demand_fused(report: GraphReport) -> None:
+def _demand_fused(report: GraphReport, opts: Options) -> None:
     if not report.rewritten:
         raise GdnfuseError(f"strict: the graph was not rewritten. {report.note}")
-    if report.phase == "decode":
+    # Without capture a prompt is traced as one motif per chunk; only a decode step can be expected to be recognised then.
+    if report.phase == "decode" or opts.capture:
         for layer in report.layers:
             if not layer.fused:
                 raise GdnfuseError(f"strict: the GDN layer {layer.path} is not fused. {layer.why_not}")

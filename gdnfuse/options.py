@@ -19,7 +19,8 @@ class Options:
     Attributes:
         inner: what compiles the rewritten graph: "inductor", "aot_eager" or "eager".
         inductor: options handed to Inductor as they are, e.g. {"max_autotune": True}.
-        strict: raise when a GDN layer of a decode graph stays unfused, instead of reporting it.
+        strict: raise when a GDN layer of a decode graph, or with `capture` of a prefill graph, stays unfused, instead of reporting it.
+        capture: while Dynamo traces for this backend, let transformers' rule and conv functions become dialect ops.
         stop_after: stop after "normalize", "lift", "fuse" or "lower"; the graph of that stage runs and is in the report.
         target: device type the lowering assumes, e.g. "cuda"; None takes it from the tensors. For reports without a GPU.
     """
@@ -27,6 +28,7 @@ class Options:
     inner: str = "inductor"
     inductor: dict[str, Any] = field(default_factory=dict)
     strict: bool = False
+    capture: bool = True
     stop_after: str | None = None
     target: str | None = None
 
@@ -48,8 +50,9 @@ def parse(given: dict[str, Any] | None) -> Options:
     options = Options(**given)
     _one_of("inner", options.inner, INNER)
     _one_of("stop_after", options.stop_after, (None, *STAGES))
-    if not isinstance(options.strict, bool):
-        raise GdnfuseError(f"Option strict must be True or False, found {options.strict!r}.")
+    for name in ("strict", "capture"):
+        if not isinstance(getattr(options, name), bool):
+            raise GdnfuseError(f"Option {name} must be True or False, found {getattr(options, name)!r}.")
     if options.target is not None and not isinstance(options.target, str):
         raise GdnfuseError(f"Option target must be a device type such as 'cuda', found {options.target!r}.")
     if not isinstance(options.inductor, dict) or not all(isinstance(k, str) for k in options.inductor):

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from gdnfuse.dialect import op_of
 from gdnfuse.options import Options
 from gdnfuse.packing import PackedWeight
 from gdnfuse.passes import fuse, lift, lower, normalize
 from gdnfuse.passes.lift import gating
-from gdnfuse.report import GraphReport, LayerReport, Status
+from gdnfuse.report import GraphReport, LayerReport, Record, Status
 from gdnfuse.rewrite.driver import Outcome, run_rules
 from gdnfuse.rewrite.graph import calls, is_tensor, module_stack, op_name, same, value
 
@@ -52,8 +53,9 @@ def _stages(gm, real, options, report, outcome, packed):
     normalize.normalize(gm)
     normalize.check(gm)
     _find_layers(gm, report)
+    outcome.records += _captured(gm)
     yield "normalize"
-    if not report.layers:
+    if not report.layers and not outcome.records:
         return
     run_rules(gm, lift.RULES, outcome)
     normalize.normalize(gm)
@@ -82,6 +84,20 @@ def _find_layers(gm: GraphModule, report: GraphReport) -> None:
         report.phase = "decode" if cached and one else "prefill"
 
 
+def _captured(gm: GraphModule) -> list[Record]:
+    """One record for each dialect op that the graph came with."""
+    ops = [(n, op_of(n.target)) for n in gm.graph.nodes if n.op == "call_function"]
+    return [Record(op.name, "capture", Status.FIRED, n.name, modules=module_stack(n)) for n, op in ops if op is not None]
+
+
+# A prefill layer is fused when each of these is one op.
+PREFILL = {
+    "causal conv": {"causal_conv", "causal_conv_update"},
+    "chunk rule": {"chunk_delta_rule", "fused_gating_chunk_delta_rule"},
+    "gated norm": {"gated_rms_norm"},
+}
+
+
 def _finish(gm: GraphModule, report: GraphReport, outcome: Outcome) -> None:
     """Hand every record to its layer and count what is left of each."""
     paths = {layer.path: layer for layer in report.layers}
@@ -93,7 +109,12 @@ def _finish(gm: GraphModule, report: GraphReport, outcome: Outcome) -> None:
             paths[path].ops_after.append(_op(n))
     for layer in report.layers:
         layer.nodes_after = len(layer.ops_after)
-        layer.fused = any(r.rule == "mixer_decode" and r.stage == "fuse" and r.status is Status.FIRED for r in layer.records)
+        if report.phase == "decode":
+            layer.fused = any(r.rule == "mixer_decode" and r.stage == "fuse" and r.status is Status.FIRED for r in layer.records)
+        elif missing := [part for part, ops in PREFILL.items() if not ops & set(layer.ops_after)]:
+            layer.note = f"A fused prefill has its conv, rule and norm as one op each, found no {' and no '.join(missing)}."
+        else:
+            layer.fused = True
     report.nodes_after = len(calls(gm)) if report.layers else report.nodes_before
     report.proofs, report.proof_seconds = outcome.proofs, outcome.proof_seconds
 

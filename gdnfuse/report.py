@@ -44,7 +44,7 @@ class Record:
 
     Attributes:
         rule: the rule's name.
-        stage: "lift", "fuse" or "lower".
+        stage: "capture", "lift", "fuse" or "lower".
         status: see Status.
         anchor: name of the graph node the rule started from.
         layer: path of the GDN layer the anchor belongs to, or None.
@@ -78,7 +78,9 @@ class LayerReport:
 
     Attributes:
         path: the module path, e.g. "model.layers.0.linear_attn".
-        fused: the whole layer is one packed linear, the fused op and the out_proj linear.
+        fused: of a decode layer, that it is one packed linear, the fused op and the out_proj linear; of a prefill layer, that its
+            conv, its rule and its norm are one op each.
+        note: for an unfused layer, a sentence on what a fused one has and this one lacks, or empty.
         records: every rule's records for this layer, in the order they were made.
         nodes_before, nodes_after: call nodes that belong to the layer before normalize and after lower.
         ops_after: names of those that stay, in graph order.
@@ -86,6 +88,7 @@ class LayerReport:
 
     path: str
     fused: bool = False
+    note: str = ""
     records: list[Record] = field(default_factory=list)
     nodes_before: int = 0
     nodes_after: int = 0
@@ -97,6 +100,7 @@ class LayerReport:
         if self.fused:
             return ""
         sentences = [f"{r.rule}: {r.reason}" for r in self.records if r.status is not Status.FIRED and r.reason]
+        sentences += [self.note] if self.note else []
         return " ".join(dict.fromkeys(sentences)) or "No rule found its motif in this layer."
 
 

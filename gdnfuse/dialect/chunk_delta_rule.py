@@ -128,4 +128,11 @@ def examples():
     return calls
 
 
-op = register("chunk_delta_rule", reference, fake, examples, equation="delta_rule(q, k, v, g, β, state) in chunks of 64 tokens")
+op = register(
+    "chunk_delta_rule",
+    reference,
+    fake,
+    examples,
+    equation="delta_rule(q, k, v, g, β, state) in chunks of 64 tokens",
+    inline=False,
+)

@@ -63,4 +63,5 @@ op = register(
     fake,
     examples,
     equation="chunk_delta_rule(q, k, v, −exp(A_log)·softplus(a + dt_bias), σ(b), state)",
+    inline=False,
 )

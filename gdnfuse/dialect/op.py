@@ -21,6 +21,7 @@ class DialectOp:
         mutates: names of the arguments written in place.
         examples: yields ``(args, kwargs)`` of small real inputs, used by ``opcheck`` and the kernel tests.
         equation: one line of maths, for people.
+        inline: whether a compiler may trace the reference; not where it loops over a size that is known only at run time.
     """
 
     name: str
@@ -30,6 +31,7 @@ class DialectOp:
     mutates: tuple[str, ...]
     examples: Callable[[], list[tuple[tuple[Any, ...], dict[str, Any]]]]
     equation: str
+    inline: bool = True
     arg_names: tuple[str, ...] = field(default=())
 
     def bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -51,13 +53,14 @@ def register(
     *,
     equation: str,
     mutates: tuple[str, ...] = (),
+    inline: bool = True,
 ) -> DialectOp:
     """Register ``gdnfuse::<name>`` with torch.library; the reference is its implementation on every device."""
     custom = torch.library.custom_op(f"gdnfuse::{name}", reference, mutates_args=mutates)
     custom.register_fake(fake)
     overload = custom._opoverload
     arg_names = tuple(a.name for a in overload._schema.arguments)
-    op = DialectOp(name, reference, fake, overload, mutates, examples, equation, arg_names)
+    op = DialectOp(name, reference, fake, overload, mutates, examples, equation, inline, arg_names)
     OPS[name] = op
     return op
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate
+from torch.overrides import TorchFunctionMode
 
 from gdnfuse.report import Refused
 from gdnfuse.rewrite.graph import value
@@ -49,6 +50,16 @@ def in_float64(graph: Graph) -> Graph:
             copy.target = "double"
         env[n] = copy
     return new
+
+
+class Float64(TorchFunctionMode):
+    """The same for code that is no graph: while it runs, whatever asks for a floating dtype gets float64."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        swap = lambda a: torch.float64 if isinstance(a, torch.dtype) and a in _FLOATS else a  # noqa: E731
+        if getattr(func, "__name__", "") in _FLOAT_METHODS:
+            func = torch.Tensor.double
+        return func(*map(swap, args), **{k: swap(v) for k, v in (kwargs or {}).items()})
 
 
 def evaluate(graph: Graph, inputs: list[Any]) -> Any:
@@ -179,7 +190,7 @@ def _draw(name: str, node: Node, extreme: bool, m: Match, generator: torch.Gener
 
 def _run(region: Graph, replacement: Graph, inputs: list[tuple[str, Node]], m: Match, extremes: bool) -> float:
     worst = 0.0
-    with torch.no_grad(), torch.device("cpu"), _one_thread():
+    with torch.no_grad(), torch.device("cpu"), one_thread():
         for extreme in (False, True) if extremes else (False,):
             generator = torch.Generator().manual_seed(0)
             tensors = [_draw(name, node, extreme, m, generator) for name, node in inputs]
@@ -198,12 +209,12 @@ def _run(region: Graph, replacement: Graph, inputs: list[tuple[str, Node]], m: M
                     wanted.append(t)
                     got.append(c)
             for name, w, g in zip(names, wanted, got, strict=True):
-                worst = max(worst, _compare(name, w, g))
+                worst = max(worst, compare(name, w, g))
     return worst
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Proofs are thousands of tiny ops: starting threads for them costs more than they do, and far more on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -213,7 +224,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _compare(name: str, wanted: torch.Tensor, got: torch.Tensor) -> float:
+def compare(name: str, wanted: torch.Tensor, got: torch.Tensor) -> float:
     if wanted.shape != got.shape:
         found = f"{shown(wanted.shape)} in the model, {shown(got.shape)} in the op"
         raise Refused(f"The float64 proof failed: {name} must have one shape, found {found}.")

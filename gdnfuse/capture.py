@@ -1,0 +1,355 @@
+"""Capture: transformers' rule and conv functions become one dialect op each while Dynamo traces, before any graph exists.
+
+Traced as it stands, the chunk rule unrolls one loop iteration per 64 tokens, with a graph per length, and a kernel library in its
+place breaks the graph. `torch.compiler.substitute_in_graph` puts a function of ours in its place, in traces only; eager calls see
+nothing. The substitution is process-wide, so it stands aside wherever the function's own behaviour is what was asked for: under
+torch's own backends, under export, autocast, functorch or gradients, with `capture=False`, and for arguments that our ops do not mean.
+
+Propose, then prove holds here too: a function is captured after its torch implementation and our op have agreed in float64.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import sys
+import time
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._dynamo.callback import callback_handler
+
+from gdnfuse import dialect  # noqa: F401  registers torch.ops.gdnfuse
+from gdnfuse.report import Refused
+from gdnfuse.rewrite.proof import Float64, compare, one_thread
+
+log = logging.getLogger(__name__)
+
+MODULES = ("transformers.models.", "transformers_modules.")  # the second is code that came with a checkpoint
+ACTIVATIONS = {None: "none", "silu": "silu", "swish": "silu"}
+L2NORM_EPS = 1e-6  # written into transformers' rules; the proof would show another
+
+
+# What stands in for each function: `accepts` says whether our op means these arguments, and the other calls it. Dynamo traces both.
+
+
+def _chunk(
+    query, key, value, g, beta, chunk_size=64, initial_state=None, output_final_state=False, use_qk_l2norm_in_kernel=False,
+    cu_seqlens=None, **ignored,
+):  # fmt: skip
+    eps = L2NORM_EPS if use_qk_l2norm_in_kernel else None
+    scale = key.shape[-1] ** -0.5
+    o, state, _ = torch.ops.gdnfuse.chunk_delta_rule.default(
+        query, key, value, g, beta, initial_state, scale, eps, cu_seqlens
+    )
+    return o.to(query.dtype), state if output_final_state else None
+
+
+def _recurrent(
+    query, key, value, g, beta, initial_state=None, output_final_state=False, use_qk_l2norm_in_kernel=False, cu_seqlens=None,
+    **ignored,
+):  # fmt: skip
+    if initial_state is None or cu_seqlens is not None or value.shape[1] != 1:
+        # The recurrent op takes a state and runs token by token; the chunk rule is the same function.
+        return _chunk(
+            query, key, value, g, beta, initial_state=initial_state, output_final_state=output_final_state,
+            use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel, cu_seqlens=cu_seqlens,
+        )  # fmt: skip
+    eps = L2NORM_EPS if use_qk_l2norm_in_kernel else None
+    scale = key.shape[-1] ** -0.5
+    o, state = torch.ops.gdnfuse.delta_rule.default(query, key, value, g, beta, initial_state, scale, eps)
+    return o.to(query.dtype), state if output_final_state else None
+
+
+def _rule_accepts(query, key, value, g, beta, **others):
+    return query.ndim == 4 and key.ndim == 4 and value.ndim == 4 and g.ndim == 3 and beta.ndim == 3
+
+
+def _conv(hidden_states, weight, bias=None, activation=None, **ignored):
+    return torch.ops.gdnfuse.causal_conv.default(hidden_states, weight, bias, ACTIVATIONS[activation])
+
+
+def _conv_accepts(hidden_states, weight, bias=None, activation=None, **others):
+    return hidden_states.ndim == 3 and weight.ndim == 2 and activation in ACTIVATIONS
+
+
+def _update(hidden_states, conv_state, weight, bias=None, activation=None, **ignored):
+    out = torch.ops.gdnfuse.causal_conv_update.default(
+        hidden_states, conv_state, weight.unsqueeze(1), bias, ACTIVATIONS[activation]
+    )
+    return out.to(hidden_states.dtype)
+
+
+def _update_accepts(hidden_states, conv_state, weight, bias=None, activation=None, **others):
+    shapes = hidden_states.ndim == 3 and conv_state.ndim == 3 and weight.ndim == 2
+    return shapes and conv_state.shape[-1] >= weight.shape[-1] - 1 and activation in ACTIVATIONS
+
+
+# What is drawn for the proofs: calls (args, kwargs) in float64.
+
+
+def _rule_calls() -> Iterator[tuple[list[Any], dict[str, Any]]]:
+    """No token more than a chunk, a part of one, whole ones, and more; with and without state, l2norm and grouped heads."""
+    for T, H, HV, stateful, normed in (
+        (1, 2, 2, True, True), (1, 2, 4, True, False), (5, 2, 2, False, True), (64, 2, 2, True, False), (70, 2, 2, True, True),
+        (3, 1, 3, False, True),
+    ):  # fmt: skip
+        B, K, V = 2, 4, 3
+        generator = torch.Generator().manual_seed(T)
+        draw = functools.partial(torch.randn, dtype=torch.float64, generator=generator)
+        # Rows in turn so small that an eps shows, and below the length at which a rule without l2norm stays bounded.
+        q, k = draw(B, T, H, K), draw(B, T, H, K) * 0.3
+        q[:, ::2] *= 1e-3
+        k[:, 1::2] *= 1e-3
+        g, beta = -draw(B, T, HV).abs(), draw(B, T, HV).sigmoid()
+        state = draw(B, HV, K, V) if stateful else None
+        kwargs = {"initial_state": state, "output_final_state": True, "use_qk_l2norm_in_kernel": normed}
+        yield [q, k, draw(B, T, HV, V)], {"g": g, "beta": beta, **kwargs}
+
+
+def _conv_calls(stateful: bool) -> Iterator[tuple[list[Any], dict[str, Any]]]:
+    for T, biased, activation in ((1, True, "silu"), (3, False, None), (6, False, "silu")):
+        generator = torch.Generator().manual_seed(T)
+        draw = functools.partial(torch.randn, dtype=torch.float64, generator=generator)
+        state = [draw(2, 5, 4)] if stateful else []
+        yield [draw(2, 5, T), *state, draw(5, 4), draw(5) if biased else None], {"activation": activation}
+
+
+@dataclass(frozen=True)
+class Capturable:
+    """A function that transformers' models share.
+
+    Attributes:
+        op: the dialect op that stands for it.
+        call: calls the op, with the function's arguments and results.
+        accepts: whether it may, from the arguments alone.
+        positional: how many arguments may come by position.
+        means: names of arguments that `call` heeds. Others that an installed kernel would heed must be None or False.
+        calls: draws arguments for the proof.
+    """
+
+    op: str
+    call: Callable[..., Any]
+    accepts: Callable[..., bool]
+    positional: int
+    means: frozenset[str]
+    calls: Callable[[], Iterator[tuple[list[Any], dict[str, Any]]]]
+
+
+_RULE = frozenset(
+    "query key value q k v g beta chunk_size initial_state output_final_state use_qk_l2norm_in_kernel cu_seqlens kwargs".split()
+)
+_CONV = frozenset("hidden_states x conv_state weight bias activation kwargs".split())
+
+CAPTURABLE = {
+    "torch_chunk_gated_delta_rule": Capturable("chunk_delta_rule", _chunk, _rule_accepts, 5, _RULE, _rule_calls),
+    "torch_recurrent_gated_delta_rule": Capturable("delta_rule", _recurrent, _rule_accepts, 5, _RULE, _rule_calls),
+    "causal_conv1d_fn": Capturable("causal_conv", _conv, _conv_accepts, 4, _CONV, functools.partial(_conv_calls, False)),
+    "causal_conv1d_update": Capturable(
+        "causal_conv_update", _update, _update_accepts, 5, _CONV, functools.partial(_conv_calls, True)
+    ),
+}  # fmt: skip
+
+
+@dataclass
+class Capture:
+    """One function found in a module.
+
+    Attributes:
+        function: its full name.
+        op: the dialect op it becomes.
+        captured: whether it does; otherwise `reason` says why not.
+        reason: a sentence, or empty.
+        proof_error: worst relative error of the float64 proof, if it ran to the end.
+        seconds: time the proof took.
+    """
+
+    function: str
+    op: str
+    captured: bool
+    reason: str = ""
+    proof_error: float | None = None
+    seconds: float = 0.0
+
+
+# Every function looked at, by its id, beside what became of it; kept alive here so that no other object gets the id.
+_seen: dict[int, tuple[Any, Capture]] = {}
+
+
+def install() -> None:
+    """Look for functions to capture at the start of every compilation, so that modules loaded later are seen too."""
+    if _on_compile_start not in callback_handler.start_callbacks:
+        callback_handler.register_start_callback(_on_compile_start)
+
+
+def uninstall() -> None:
+    """Undo every substitution. Graphs compiled before stay as they are; `torch._dynamo.reset()` drops them."""
+    if _on_compile_start in callback_handler.start_callbacks:
+        callback_handler.remove_start_callback(_on_compile_start)
+    for function, capture in _seen.values():
+        if capture.captured:
+            _restore(function)
+    _seen.clear()
+
+
+def status() -> list[Capture]:
+    """What was found so far and whether it is captured. Functions are looked for when something is compiled, or by `scan`."""
+    return [capture for _, capture in _seen.values()]
+
+
+def scan() -> None:
+    """Look at every function of a loaded module that has not been looked at, prove it and capture it."""
+    for name, module in list(sys.modules.items()):
+        if not name.startswith(MODULES) or not isinstance(module, types.ModuleType):
+            continue
+        for attribute, capturable in CAPTURABLE.items():
+            function = vars(module).get(attribute)
+            if function is not None and id(function) not in _seen:
+                capture = _try(function, f"{name}.{attribute}", capturable)
+                _seen[id(function)] = (function, capture)
+                log.debug("%s: %s", capture.function, capture.reason or f"captured as gdnfuse.{capture.op}")
+
+
+def _on_compile_start(_: Any) -> None:
+    try:
+        scan()
+    except Exception:  # whatever is compiled here need not be ours, and must not fail because of us
+        log.exception("gdnfuse could not look for functions to capture")
+
+
+def _try(function: Any, name: str, capturable: Capturable) -> Capture:
+    capture = Capture(name, capturable.op, False)
+    start = time.perf_counter()
+    try:
+        if not isinstance(function, types.FunctionType):
+            raise Refused(f"What is captured must be a plain function, found {type(function).__name__}.")
+        capture.proof_error = prove(inspect.unwrap(function), capturable)
+        _substitute(function, capturable)
+        capture.captured = True
+    except Refused as e:
+        capture.reason = e.reason
+    except Exception as e:
+        capture.reason = f"The function could not be substituted: {type(e).__name__}: {_first_line(e)}."
+    capture.seconds = time.perf_counter() - start
+    return capture
+
+
+def prove(function: Callable[..., Any], capturable: Capturable) -> float:
+    """Run a function and what would stand for it on the same inputs in float64.
+
+    Returns:
+        The worst relative error over results and written arguments.
+
+    Raises:
+        Refused: they differ, or the function could not be run.
+    """
+    worst = 0.0
+    with torch.no_grad(), torch.device("cpu"), one_thread():
+        for args, kwargs in capturable.calls():
+            copies = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
+            try:
+                with Float64():
+                    wanted = function(*args, **kwargs)
+            except Exception as e:
+                if args[0].ndim == 4 and args[0].shape[2] != args[2].shape[2]:
+                    continue  # a function that takes no grouped heads is never called with them
+                raise Refused(f"The proof could not be run: {type(e).__name__}: {_first_line(e)}.") from e
+            got = capturable.call(*copies, **kwargs)
+            pairs = zip(_tensors(wanted) + _tensors(args), _tensors(got) + _tensors(copies), strict=True)
+            for i, (w, g) in enumerate(pairs):
+                worst = max(worst, compare(f"result or argument {i}", w, g))
+    return worst
+
+
+def _tensors(results: Any) -> list[torch.Tensor]:
+    results = results if isinstance(results, list | tuple) else [results]
+    return [x for x in results if isinstance(x, torch.Tensor)]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0].rstrip(".")
+
+
+def _substitute(function: types.FunctionType, capturable: Capturable) -> None:
+    original = types.FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    original.__kwdefaults__ = function.__kwdefaults__
+    call, accepts, positional = capturable.call, capturable.accepts, capturable.positional
+    # With a kernel library installed the wrapper holds its function's parameters; those we do not know may change the result.
+    held = inspect.getclosurevars(function).nonlocals.get("applicable_params", ())
+    foreign = tuple(sorted({"seq_idx", *held} - capturable.means))
+
+    def captured(*args, **kwargs):
+        if _wanted() and len(args) <= positional and _plain(args, kwargs, foreign) and accepts(*args, **kwargs):
+            return call(*args, **kwargs)
+        return original(*args, **kwargs)
+
+    torch.compiler.substitute_in_graph(function, skip_signature_check=True)(captured)
+
+
+def _restore(function: types.FunctionType) -> None:
+    """Undo `torch.compiler.substitute_in_graph`, which has no inverse of its own."""
+    from torch._dynamo.trace_rules import _polyfilled_function_ids, get_torch_obj_rule_map
+    from torch._dynamo.variables import PolyfilledFunctionVariable
+    from torch._dynamo.variables.builder import VariableBuilder
+
+    handlers = PolyfilledFunctionVariable._get_polyfill_handlers()
+    for known in (function, handlers.get(function)):
+        if known is not None:
+            VariableBuilder._id_dispatch().pop(id(known), None)
+            if id(known) in _polyfilled_function_ids():
+                _polyfilled_function_ids.remove(id(known))
+            get_torch_obj_rule_map().pop(known, None)
+    for known in (handlers.get(function), function):
+        handlers.pop(known, None)
+
+
+def _plain(args, kwargs, foreign):
+    """Whether nothing asks for gradients, and no argument that only another implementation knows is given."""
+    for name in foreign:
+        if kwargs.get(name) is not None and kwargs.get(name) is not False:
+            return False
+    if torch.is_grad_enabled():
+        for x in (*args, *kwargs.values()):
+            if isinstance(x, torch.Tensor) and x.requires_grad:
+                return False
+    return True
+
+
+@torch.compiler.assume_constant_result
+def _wanted() -> bool:
+    """Whether the compilation under way is one to capture in. Dynamo runs this for real while it traces.
+
+    torch hands a backend its options only with the finished graph, so they are read off the tracer; where that cannot be done, the
+    answer is yes: the ops are right under every backend.
+    """
+    if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    try:
+        from torch._dynamo.symbolic_convert import InstructionTranslator
+
+        output = InstructionTranslator.current_tx().output
+        if output.export:
+            return False
+        backend, options = output.compiler_fn, {}
+    except AttributeError:
+        return True
+    while True:
+        if isinstance(backend, functools.partial):
+            options = {**backend.keywords.get("options", {}), **options}
+            inner = backend.func
+        else:
+            options = {**(getattr(backend, "kwargs", {}).get("options") or {}), **options}
+            inner = getattr(backend, "_torchdynamo_orig_backend", None) or getattr(backend, "compiler_fn", None)
+        if inner is None or inner is backend:
+            break
+        backend = inner
+    module = getattr(backend, "__module__", None) or type(backend).__module__
+    return options.get("capture", True) is not False if module.startswith("gdnfuse.") else module.split(".")[0] != "torch"
