@@ -126,7 +126,14 @@ def prove(region: Graph, replacement: Graph, inputs: list[tuple[str, Node]], m: 
         return Proof(outcome, 0.0, True)
     start = time.perf_counter()
     try:
-        error = _run(in_float64(region), in_float64(replacement), inputs, m, extremes)
+        sides = in_float64(region), in_float64(replacement)
+        try:
+            error = _run(*sides, inputs, m, m.shapes, extremes)
+        except _NotRun:
+            # A view of the region may have the full size in it.
+            if not m.shapes:
+                raise
+            error = _run(*sides, inputs, m, {}, extremes)
     except Refused as e:
         _proved[key] = e
         raise
@@ -170,11 +177,13 @@ def _fact(v: Any) -> Any:
     return hint(v)
 
 
-def _draw(name: str, node: Node, extreme: bool, m: Match, generator: torch.Generator) -> Any:
+def _draw(
+    name: str, node: Node, extreme: bool, m: Match, shapes: dict[str, tuple[int, ...]], generator: torch.Generator
+) -> Any:
     v = value(node)
     if not isinstance(v, torch.Tensor):
         return hint(v)
-    shape = m.shapes.get(name) or tuple(hint(s) for s in v.shape)
+    shape = shapes.get(name) or tuple(hint(s) for s in v.shape)
     if not v.is_floating_point():
         raise Refused(f"{name} must be a floating tensor, found {v.dtype}.", at=node)
     sampler = m.extremes.get(name) if extreme and name in m.extremes else m.samplers.get(name)
@@ -188,12 +197,23 @@ def _draw(name: str, node: Node, extreme: bool, m: Match, generator: torch.Gener
     return drawn
 
 
-def _run(region: Graph, replacement: Graph, inputs: list[tuple[str, Node]], m: Match, extremes: bool) -> float:
+class _NotRun(Refused):
+    """One of the sides raised."""
+
+
+def _run(
+    region: Graph,
+    replacement: Graph,
+    inputs: list[tuple[str, Node]],
+    m: Match,
+    shapes: dict[str, tuple[int, ...]],
+    extremes: bool,
+) -> float:
     worst = 0.0
     with torch.no_grad(), torch.device("cpu"), one_thread():
         for extreme in (False, True) if extremes else (False,):
             generator = torch.Generator().manual_seed(0)
-            tensors = [_draw(name, node, extreme, m, generator) for name, node in inputs]
+            tensors = [_draw(name, node, extreme, m, shapes, generator) for name, node in inputs]
             copies = [t.clone() if isinstance(t, torch.Tensor) else t for t in tensors]
             try:
                 wanted = list(evaluate(region, tensors))
@@ -201,7 +221,7 @@ def _run(region: Graph, replacement: Graph, inputs: list[tuple[str, Node]], m: M
             except Refused:
                 raise
             except Exception as e:
-                raise Refused(f"The proof could not be run: {type(e).__name__}: {str(e).splitlines()[0]}.") from e
+                raise _NotRun(f"The proof could not be run: {type(e).__name__}: {str(e).splitlines()[0]}.") from e
             names = [f"output {i}" for i in range(len(wanted))]
             for (name, _), t, c in zip(inputs, tensors, copies, strict=True):
                 if isinstance(t, torch.Tensor):

@@ -1,5 +1,21 @@
 """fuse: tiny patterns over dialect ops. A fusion is a file here and a line in RULES, before those that build on it."""
 
-from gdnfuse.passes.fuse import gating_delta_rule, l2norm_delta_rule, mixer_decode, packed_decode, repeat_delta_rule
+from gdnfuse.passes.fuse import (
+    conv_context,
+    gating_chunk_delta_rule,
+    gating_delta_rule,
+    l2norm_delta_rule,
+    mixer_decode,
+    packed_decode,
+    repeat_delta_rule,
+)
 
-RULES = [gating_delta_rule.RULE, l2norm_delta_rule.RULE, repeat_delta_rule.RULE, packed_decode.RULE, mixer_decode.RULE]
+RULES = [
+    gating_delta_rule.RULE,
+    gating_chunk_delta_rule.RULE,
+    l2norm_delta_rule.RULE,
+    repeat_delta_rule.RULE,
+    conv_context.RULE,
+    packed_decode.RULE,
+    mixer_decode.RULE,
+]

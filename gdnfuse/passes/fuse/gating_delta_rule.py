@@ -18,14 +18,9 @@ class FuseGatingDeltaRule(Rule):
 
     def match(self, anchor):
         bound = delta_rule.op.bind(anchor.args, anchor.kwargs)
-        g = peel(bound["g"])
-        if op_name(g) != "gdnfuse.gating":
-            raise Mismatch(g, "gating(a, A_log, dt_bias)", op_name(g))
-        gates = gating.op.bind(g.args, g.kwargs)
-        b = Op("sigmoid", Var("b")).match(bound["beta"])["b"]
+        gates = gate_operands(bound)
         o, write = _results(anchor, bound["state"])
-        shape = value(bound["g"]).shape
-        operands = {"a": bring(gates["a"], shape, "a"), "b": bring(b, shape, "b")}
+        operands = {k: gates[k] for k in ("a", "b")}
         inputs = {k: bound[k] for k in ("q", "k", "v")} | {k: x.node for k, x in operands.items()}
         inputs |= {"A_log": gates["A_log"], "dt_bias": gates["dt_bias"], "recurrent_state": bound["state"]}
         return Match(
@@ -41,6 +36,18 @@ class FuseGatingDeltaRule(Rule):
         scale, eps = m.data["scale"], m.data["eps"]
         arguments = (t.q, t.k, t.v, a, b, t.A_log, t.dt_bias, t.recurrent_state, scale, eps)
         return call(fused_gating_delta_rule.op.overload, *arguments)
+
+
+def gate_operands(bound):
+    """a, b, A_log and dt_bias of a rule whose decay and β are gates: what a fused gating takes in their place."""
+    g = peel(bound["g"])
+    if op_name(g) != "gdnfuse.gating":
+        raise Mismatch(g, "gating(a, A_log, dt_bias)", op_name(g))
+    gates = gating.op.bind(g.args, g.kwargs)
+    b = Op("sigmoid", Var("b")).match(bound["beta"])["b"]
+    shape = value(bound["g"]).shape
+    operands = {"a": bring(gates["a"], shape, "a"), "b": bring(b, shape, "b")}
+    return {**operands, "A_log": gates["A_log"], "dt_bias": gates["dt_bias"]}
 
 
 def _results(rule, state):

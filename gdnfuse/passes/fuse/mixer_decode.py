@@ -34,11 +34,14 @@ class FuseMixerDecode(Rule):
                 raise Mismatch(other, f"{name} as a part of the row {row}", str(other))
         out = _end(norm_node)
         B = value(rule["recurrent_state"]).shape[0]
-        operand = bring(row, (B, 1, value(row).shape[-1]), "row")
+        weight = value(conv["weight"]).shape
+        operands = {
+            "row": bring(row, (B, 1, value(row).shape[-1]), "row"),
+            "conv_weight": bring(conv["weight"], weight, "conv_weight"),
+        }
         inputs = {
-            "row": operand.node,
+            **{k: x.node for k, x in operands.items()},
             "conv_state": conv["conv_state"],
-            "conv_weight": conv["weight"],
             "conv_bias": conv["bias"],
             "A_log": rule["A_log"],
             "dt_bias": rule["dt_bias"],
@@ -50,7 +53,7 @@ class FuseMixerDecode(Rule):
             [out],
             writes={"conv_state": conv_node, "recurrent_state": anchor},
             data={
-                "how": operand.how,
+                "how": {k: x.how for k, x in operands.items()},
                 "offsets": [offsets[p] for p in ("qkv", "z", "b", "a")],
                 "settings": [conv["activation"], rule["scale"], rule["l2norm_eps"], norm["eps"]],
                 "shape": None if value(out).ndim == 3 and same(value(out).shape[1], 1) else tuple(value(out).shape),
@@ -59,8 +62,8 @@ class FuseMixerDecode(Rule):
         )
 
     def rewrite(self, m, t):
-        tensors = [getattr(t, k, None) for k in TENSORS]
-        tensors[0] = m.data["how"](tensors[0])
+        how = m.data["how"]
+        tensors = [how[k](getattr(t, k)) if k in how else getattr(t, k, None) for k in TENSORS]
         y = call(mixer_decode.op.overload, *tensors, *m.data["offsets"], *m.data["settings"])
         if m.data["shape"] is not None:
             shape = m.data["shape"]

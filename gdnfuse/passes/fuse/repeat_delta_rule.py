@@ -1,9 +1,10 @@
-"""fused_gating_delta_rule(repeat_interleave(q, HV/H), repeat_interleave(k, HV/H), …)  →  the same with H key heads"""
+"""A rule of repeat_interleave(q, HV/H), repeat_interleave(k, HV/H)  →  the rule of q, k with H key heads"""
 
 from __future__ import annotations
 
-from gdnfuse.dialect import fused_gating_delta_rule
-from gdnfuse.passes.fuse.l2norm_delta_rule import rule_call, rule_match
+from gdnfuse.dialect import op_of
+from gdnfuse.passes.fuse.l2norm_delta_rule import RULES
+from gdnfuse.passes.fuse.rules import rule_call, rule_match
 from gdnfuse.report import Refused
 from gdnfuse.rewrite.graph import op_name, peel, value
 from gdnfuse.rewrite.pattern import Mismatch
@@ -15,11 +16,12 @@ class FuseRepeatDeltaRule(Rule):
 
     def anchors(self, graph):
         """Rules whose q or k is a repeat of fewer heads."""
-        rules = [n for n in graph.nodes if op_name(n) == "gdnfuse.fused_gating_delta_rule"]
+        rules = [n for n in graph.nodes if op_name(n) in RULES]
         return [n for n in rules if any(op_name(peel(x)) == "repeat_interleave" for x in n.args[:2])]
 
     def match(self, anchor):
-        bound = fused_gating_delta_rule.op.bind(anchor.args, anchor.kwargs)
+        op = op_of(anchor.target)
+        bound = op.bind(anchor.args, anchor.kwargs)
         B, T, HV, K = value(bound["q"]).shape
         operands = {}
         for name in ("q", "k"):
@@ -30,10 +32,10 @@ class FuseRepeatDeltaRule(Rule):
             if not isinstance(groups, int) or HV % groups:
                 raise Refused(f"{name} must be repeated a fixed number of times that divides {HV}, found {groups}.", at=repeat)
             operands[name] = bring(repeat.args[0], (B, T, HV // groups, K), name)
-        return rule_match(anchor, bound, operands, l2norm_eps=bound["l2norm_eps"])
+        return rule_match(anchor, op, operands)
 
     def rewrite(self, m, t):
-        return rule_call(m, t, m.data["l2norm_eps"])
+        return rule_call(m, t)
 
 
 RULE = FuseRepeatDeltaRule()

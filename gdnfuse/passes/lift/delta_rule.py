@@ -31,10 +31,12 @@ class LiftDeltaRule(Rule):
     name, stage, equation = "delta_rule", "lift", delta_rule.op.equation
 
     def anchors(self, graph):
-        """A copy into a rank-4 state of a value computed from it."""
+        """A copy into a rank-4 state, but of what a dialect op computed: that rule is recognised already."""
         for node in graph.nodes:
             if op_name(node) == "copy_" and is_tensor(node.args[0]) and value(node.args[0]).ndim == 4:
-                yield node
+                made = peel(node.args[1])
+                if not (op_name(made) == "getitem" and op_name(made.args[0]).startswith("gdnfuse.")):
+                    yield node
 
     def match(self, anchor):
         state, last = anchor.args[0], peel(anchor.args[1])

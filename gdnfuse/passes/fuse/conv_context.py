@@ -1,0 +1,65 @@
+"""causal_conv(cat([state, x]))[…, −T:], state.copy_(last columns of the cat)  →  causal_conv(x, context=state), and the copy without it"""
+
+from __future__ import annotations
+
+import torch
+
+from gdnfuse.dialect import causal_conv
+from gdnfuse.report import Refused
+from gdnfuse.rewrite.driver import call
+from gdnfuse.rewrite.graph import op_name, peel, real_users, same_shape, value
+from gdnfuse.rewrite.pattern import Mismatch
+from gdnfuse.rewrite.proof import hint
+from gdnfuse.rewrite.rule import Match, Rule
+
+CHANNELS = 8  # prove as much as any number
+
+
+class FuseConvContext(Rule):
+    name, stage = "conv_context", "fuse"
+    equation = "causal_conv([state | x])[−T:] = causal_conv(x, context=state)"
+
+    def anchors(self, graph):
+        """Convs of two tensors side by side."""
+        for node in graph.nodes:
+            if op_name(node) == "gdnfuse.causal_conv" and op_name(peel(node.args[0])) == "cat":
+                yield node
+
+    def match(self, anchor):
+        conv = causal_conv.op.bind(anchor.args, anchor.kwargs)
+        window = peel(conv["x"])
+        if len(window.args[0]) != 2 or conv["context"] is not None:
+            raise Mismatch(window, "a cat of the conv state and the new tokens", f"a cat of {len(window.args[0])}")
+        state, x = window.args[0]
+        cut = [u for u in anchor.users if op_name(u) == "getitem"]
+        if len(cut) != 1 or len(anchor.users) != 1 or not same_shape(value(cut[0]).shape, value(x).shape):
+            found = ", ".join(map(op_name, anchor.users))
+            raise Mismatch(anchor, "its last columns, as many as new tokens, as the one reader", found)
+        kept = [u for u in window.users if op_name(u) == "getitem"]
+        copies = [u for k in kept for u in real_users(k) if op_name(u) == "copy_" and u.args[0] is state]
+        if len(copies) != 1:
+            raise Refused(f"The new window must be copied once into the state, found {len(copies)} copies.", at=window)
+        inputs = {"x": x, "state": state, "weight": conv["weight"], "bias": conv["bias"]}
+        inputs = {k: n for k, n in inputs.items() if n is not None}
+        return Match(
+            inputs,
+            cut,
+            writes={"state": copies[0]},
+            data={"activation": conv["activation"], "width": value(state).shape[-1]},
+            shapes={k: _narrow(n, 1 if k in ("x", "state") else 0) for k, n in inputs.items()},
+        )
+
+    def rewrite(self, m, t):
+        S = m.data["width"]
+        out = call(causal_conv.op.overload, t.x, t.weight, getattr(t, "bias", None), m.data["activation"], t.state)
+        t.state.copy_(torch.cat([t.state, t.x[..., -S:]], -1)[..., -S:])
+        return out
+
+
+def _narrow(node, channels):
+    shape = [hint(s) for s in value(node).shape]
+    shape[channels] = min(shape[channels], CHANNELS)
+    return tuple(shape)
+
+
+RULE = FuseConvContext()

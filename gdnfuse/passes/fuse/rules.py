@@ -1,0 +1,72 @@
+"""What fusions around a rule share: a rule op, in place or not, as a match, and the call that takes its place."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from torch.fx import Node
+
+from gdnfuse.dialect import DialectOp, op_of
+from gdnfuse.rewrite.driver import call
+from gdnfuse.rewrite.graph import op_name, real_users, value
+from gdnfuse.rewrite.proof import hint
+from gdnfuse.rewrite.rule import Match, Operand
+
+# Sizes that prove as much as any, axis by axis: two sequences, two chunks, narrow heads of K and V columns.
+B, T, K, V, ALL = 2, 70, 8, 6, 1 << 30
+LIMITS = {"q": (B, T, ALL, K), "k": (B, T, ALL, K), "v": (B, T, ALL, V), "state": (B, ALL, K, V), "a": (B, T)}
+
+
+def rule_match(rule: Node, new: DialectOp, operands: dict[str, Any]) -> Match:
+    """A match that replaces a rule by a call of `new`.
+
+    Args:
+        rule: a call of a rule op. One that writes its state returns the output alone; the others return output and state.
+        new: of the same kind. Its arguments have their names in `operands`, or else in the rule's call.
+        operands: nodes, Operands and numbers.
+    """
+    old = op_of(rule.target)
+    bound = old.bind(rule.args, rule.kwargs)
+    arguments = {name: operands[name] if name in operands else bound[name] for name in new.arg_names}
+    inputs = {name: x.node if isinstance(x, Operand) else x for name, x in arguments.items() if isinstance(x, Operand | Node)}
+    data = {"op": new, "arguments": arguments}
+    if old.mutates:
+        return Match(inputs, [rule], writes=dict.fromkeys(old.mutates, rule), data=data)
+    taken = {u.args[1]: u for u in rule.users if op_name(u) == "getitem"}
+    writes, state = {}, arguments["state"]
+    if isinstance(state, Node) and 1 in taken:
+        # A state that goes back to where it came from: the copy belongs to the motif, and nobody else may write it.
+        readers = list(real_users(taken[1]))
+        copies = [u for u in readers if op_name(u) == "copy_" and u.args[0] is state]
+        writes = {"state": copies[0]} if copies else {}
+        if copies and readers == copies[:1]:
+            del taken[1]
+    data["taken"] = sorted(taken)
+    return Match(inputs, [taken[i] for i in sorted(taken)], writes=writes, data=data, shapes=_small(arguments))
+
+
+def rule_call(m: Match, t: SimpleNamespace) -> Any:
+    """The call that takes the rule's place, one result per output of the match."""
+    op, arguments = m.data["op"], []
+    for name, x in m.data["arguments"].items():
+        given = getattr(t, name) if name in m.inputs else x
+        arguments.append(x.how(given) if isinstance(x, Operand) else given)
+    results = call(op.overload, *arguments)
+    if op.mutates:
+        return results
+    if "state" in m.writes:
+        t.state.copy_(results[1])
+    return tuple(results[i] for i in m.data["taken"])
+
+
+def _small(arguments: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shapes for the proof: what fusions replace treats sequences, tokens and the columns of heads alike, however many."""
+    shapes = {}
+    for name, x in arguments.items():
+        node = x.node if isinstance(x, Operand) else x
+        if isinstance(node, Node) and value(node).ndim > 2:
+            shape = [hint(s) for s in value(node).shape]
+            limits = LIMITS.get(name, LIMITS["a"])
+            shapes[name] = tuple(map(min, shape, [*limits, *shape[len(limits) :]]))
+    return shapes
