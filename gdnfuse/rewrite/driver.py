@@ -97,11 +97,16 @@ def cut(graph: Graph, m: Match, memory: Memory) -> Region:
         m: the match.
         memory: of the whole graph.
 
+    Where the match says so, memory made inside the region may be written inside it: up to the last output, its writers belong to
+    the region too.
+
     Raises:
         Refused: it depends on something that is not an input, or something outside reads or writes a state in between.
     """
     boundary = set(m.inputs.values())
+    given = {storage(n) for n in boundary}
     roots = [*m.outputs, *m.writes.values()]
+    end, local = max(roots), set()
     seen: set[Node] = set()
     symbols: list[Node] = []
     todo = list(roots)
@@ -117,8 +122,12 @@ def cut(graph: Graph, m: Match, memory: Memory) -> Region:
             raise Refused(f"The result must depend on {', '.join(m.inputs)} alone, found that it reads {n.name} too.", at=n)
         seen.add(n)
         todo.extend(n.all_input_nodes)
+        if m.local_writes and storage(n) not in given | local:
+            local.add(storage(n))
+            todo.extend(w for w in memory.writers.get(storage(n), ()) if not w._erased and w < end)
     nodes = sorted(seen)
     _check_states(m, nodes, memory)
+    _check_local_writes(m, nodes, given, memory)
     # As early as the operands allow: nobody else reads or writes the states and nobody writes the operands, so any later place
     # would give the same, but could come after a reader of an output.
     point = max([*boundary, *symbols, *_last_placeholder(graph)])
@@ -130,6 +139,7 @@ def cut(graph: Graph, m: Match, memory: Memory) -> Region:
     inputs = [*m.inputs.items(), *((s.name, s) for s in symbols)]
     for name, n in inputs:
         env[n] = new.placeholder(name)
+        env[n].meta["example_value"] = value(n)
     for n in nodes:
         env[n] = new.node_copy(n, lambda x: env[x])
     new.output(tuple(env[o] for o in m.outputs))
@@ -158,11 +168,30 @@ def _check_states(m: Match, nodes: list[Node], memory: Memory) -> None:
                         f"{n.name}.",
                         at=strangers[0],
                     )
-    allowed = set(m.writes.values())
+    given = {storage(n) for n in m.inputs.values()}
     for n in [*m.inputs.values(), *nodes]:
+        allowed = seen if m.local_writes and storage(n) not in given else set(m.writes.values())
         for writer in memory.writers.get(storage(n), ()):
             if writer not in allowed and not writer._erased:
                 raise Refused(f"{n.name} must not be written in place, found that {writer.name} writes it.", at=writer)
+
+
+def _check_local_writes(m: Match, nodes: list[Node], given: set[int | None], memory: Memory) -> None:
+    """Writes inside the region vanish with it: nobody outside may read what they made, but by an output after the last."""
+    seen, last, derived = set(nodes), {}, set()
+    for n in nodes:
+        last |= {s: n for s in writes(n) if s not in given}
+    for n in nodes:
+        if storage(n) not in last and not any(i in derived for i in n.all_input_nodes):
+            continue
+        derived.add(n)
+        for user in n.users:
+            if user in seen:
+                continue
+            if n not in m.outputs:
+                raise Refused(f"{n.name} must be read in the motif, which writes it, found that {user.name} reads it.", at=user)
+            if storage(n) in last and user < last[storage(n)]:
+                raise Refused(f"{n.name} must not be read before it is complete, found that {user.name} reads it.", at=user)
 
 
 def _trace(rule: Rule, m: Match, region: Region) -> Graph:

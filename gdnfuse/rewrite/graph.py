@@ -34,6 +34,7 @@ _CASTS = {"to", "float", "half", "bfloat16", "double", "type", "type_as"}
 _PURE = _VIEWS | _CASTS | {
     "add", "sub", "mul", "div", "neg", "exp", "rsqrt", "sqrt", "pow", "square", "sum", "mean", "softplus", "sigmoid", "silu",
     "cat", "split", "chunk", "conv1d", "linear", "zeros_like", "zeros", "empty", "empty_like", "repeat_interleave", "log",
+    "matmul",
 }  # fmt: skip
 
 

@@ -20,12 +20,14 @@ from torch.fx.node import map_aggregate
 from torch.overrides import TorchFunctionMode
 
 from gdnfuse.report import Refused
-from gdnfuse.rewrite.graph import value
+from gdnfuse.rewrite.graph import is_tensor, storage, value, writes
 from gdnfuse.rewrite.rule import Match, shown
 
 TOLERANCE = 1e-9
 # The second sample: rows in turn so small that every eps shows and so large that every threshold does.
 EXTREMES = (1e-3, 6.0)
+# Elements of all inputs up to which a proof is run on one thread.
+SMALL = 2**20
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _FLOAT_METHODS = ("float", "half", "bfloat16")
 
@@ -40,12 +42,20 @@ class Proof:
 
 
 def in_float64(graph: Graph) -> Graph:
-    """A copy of a graph of functions and methods with every floating dtype constant replaced by float64."""
+    """A copy of a graph of functions and methods: every floating dtype constant becomes float64, every device the CPU."""
     new, env = Graph(), {}
+
+    def swap(a: Any) -> Any:
+        if isinstance(a, torch.device):
+            return torch.device("cpu")
+        return torch.float64 if isinstance(a, torch.dtype) and a in _FLOATS else a
+
     for n in graph.nodes:
         copy = new.node_copy(n, lambda x: env[x])
-        swap = lambda a: torch.float64 if isinstance(a, torch.dtype) and a in _FLOATS else a  # noqa: E731
         copy.args, copy.kwargs = map_aggregate(copy.args, swap), map_aggregate(copy.kwargs, swap)
+        made = n.op == "call_function" and is_tensor(n) and not any(map(is_tensor, n.all_input_nodes))
+        if made and value(n).is_floating_point():
+            copy.kwargs = {**copy.kwargs, "dtype": torch.float64}
         if copy.op == "call_method" and copy.target in _FLOAT_METHODS:
             copy.target = "double"
         env[n] = copy
@@ -62,9 +72,10 @@ class Float64(TorchFunctionMode):
         return func(*map(swap, args), **{k: swap(v) for k, v in (kwargs or {}).items()})
 
 
-def evaluate(graph: Graph, inputs: list[Any]) -> Any:
-    """Run a graph of placeholders, functions and methods."""
-    env: dict[Node, Any] = {}
+def evaluate(graph: Graph, inputs: list[Any], env: dict[Node, Any] | None = None) -> Any:
+    """Run a graph of placeholders, functions and methods; `env`, if given, keeps the value of every node."""
+    last = {i: n for n in graph.nodes for i in n.all_input_nodes} if env is None else {}
+    env = {} if env is None else env
     remaining = iter(inputs)
     load = lambda a: env[a] if isinstance(a, Node) else a  # noqa: E731
     for n in graph.nodes:
@@ -74,6 +85,9 @@ def evaluate(graph: Graph, inputs: list[Any]) -> Any:
         if n.op == "output":
             return _map(n.args[0], load)
         env[n] = evaluate_node(n, load)
+        for i in n.all_input_nodes:
+            if last.get(i) is n:
+                del env[i]
     return None
 
 
@@ -153,7 +167,7 @@ def _structure(region: Graph, replacement: Graph, inputs: list[tuple[str, Node]]
     parts: list[Any] = [
         (name, _fact(value(n)), m.shapes.get(name), str(m.samplers.get(name)), str(m.extremes.get(name))) for name, n in inputs
     ]
-    parts.append(sorted(m.writes))
+    parts += [sorted(m.writes), _local_memory(region)]
     for graph in (region, replacement):
         parts += _listing(graph)
     return hashlib.sha256(repr(parts).encode()).hexdigest()
@@ -169,6 +183,27 @@ def _listing(graph: Graph) -> list[Any]:
         arguments = _map((n.args, n.kwargs), lambda a: number[a] if isinstance(a, Node) else a)
         lines.append((n.op, "" if n.op == "placeholder" else target, arguments))
     return lines
+
+
+def _local_memory(region: Graph) -> list[tuple[int, int]]:
+    """The nodes that live in memory the region writes and makes itself: their numbers, and which memory each lives in."""
+    given = {storage(n) for n in region.find_nodes(op="placeholder")}
+    local = list(dict.fromkeys(s for n in region.nodes for s in sorted(writes(n) - given)))
+    return [(i, local.index(s)) for i, n in enumerate(region.nodes) if (s := storage(n)) in local]
+
+
+def _same_memory(region: Graph, values: dict[Node, Any]) -> None:
+    """Demand that what lives in memory the region writes is what does so in the model.
+
+    In float64 a cast may copy nothing, and other strides may make a view of what was a copy: a write would reach other tensors.
+    """
+    lives = dict(_local_memory(region))
+    memory = {i: x.untyped_storage()._cdata for i, x in enumerate(values.values()) if isinstance(x, torch.Tensor)}
+    home = {where: memory[i] for i, where in lives.items()}
+    for i, cdata in memory.items():
+        if {where for where, c in home.items() if c == cdata} != ({lives[i]} if i in lives else set()):
+            found = f"{list(values)[i]} shares other memory in the float64 proof"
+            raise Refused(f"Memory written inside the motif must be shared as in the model, found that {found}.")
 
 
 def _fact(v: Any) -> Any:
@@ -210,18 +245,23 @@ def _run(
     extremes: bool,
 ) -> float:
     worst = 0.0
-    with torch.no_grad(), torch.device("cpu"), one_thread():
+    with torch.no_grad(), torch.device("cpu"):
         for extreme in (False, True) if extremes else (False,):
             generator = torch.Generator().manual_seed(0)
             tensors = [_draw(name, node, extreme, m, shapes, generator) for name, node in inputs]
             copies = [t.clone() if isinstance(t, torch.Tensor) else t for t in tensors]
+            small = sum(t.numel() for t in tensors if isinstance(t, torch.Tensor)) < SMALL
+            values: dict[Node, Any] | None = {} if _local_memory(region) else None
             try:
-                wanted = list(evaluate(region, tensors))
-                got = list(evaluate(replacement, copies))
+                with one_thread() if small else contextlib.nullcontext():
+                    wanted = list(evaluate(region, tensors, values))
+                    got = list(evaluate(replacement, copies))
             except Refused:
                 raise
             except Exception as e:
                 raise _NotRun(f"The proof could not be run: {type(e).__name__}: {str(e).splitlines()[0]}.") from e
+            if values is not None:
+                _same_memory(region, values)
             names = [f"output {i}" for i in range(len(wanted))]
             for (name, _), t, c in zip(inputs, tensors, copies, strict=True):
                 if isinstance(t, torch.Tensor):

@@ -27,6 +27,7 @@ class Match:
         data: static facts for `check` and `rewrite`.
         samplers: how to draw an input for the proof; standard normal where not given.
         extremes: how to draw it for the proof's second sample, where `samplers` does not serve.
+        local_writes: the region may write in place to memory it makes itself, such as a buffer filled slice by slice.
         shapes: smaller shapes for the proof where the region's maths does not depend on the size.
     """
 
@@ -37,6 +38,7 @@ class Match:
     samplers: dict[str, Sampler] = field(default_factory=dict)
     extremes: dict[str, Sampler] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    local_writes: bool = False
 
 
 class Rule:

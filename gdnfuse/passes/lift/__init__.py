@@ -1,6 +1,23 @@
 """lift: recognise the motifs of GDN and raise each to one dialect op. A motif is a file here and a line in RULES."""
 
-from gdnfuse.passes.lift import causal_conv_update, delta_rule, gated_rms_norm, gating, l2norm, packed_linear
+from gdnfuse.passes.lift import (
+    causal_conv_update,
+    chunk_delta_rule,
+    delta_rule,
+    gated_rms_norm,
+    gating,
+    l2norm,
+    packed_linear,
+)
 
-# l2norm stands before the rule that reads it; siblings come last so that their slices are what the others read.
-RULES = [l2norm.RULE, gating.RULE, causal_conv_update.RULE, delta_rule.RULE, gated_rms_norm.RULE, packed_linear.RULE]
+# l2norm stands before the rules that read it, and the chunked rule before the other, whose anchor is any copy into a state;
+# siblings come last so that their slices are what the others read.
+RULES = [
+    l2norm.RULE,
+    gating.RULE,
+    causal_conv_update.RULE,
+    chunk_delta_rule.RULE,
+    delta_rule.RULE,
+    gated_rms_norm.RULE,
+    packed_linear.RULE,
+]
