@@ -3,7 +3,7 @@
 Traced as it stands, the chunk rule unrolls one loop iteration per 64 tokens, with a graph per length, and a kernel library in its
 place breaks the graph. `torch.compiler.substitute_in_graph` puts a function of ours in its place, in traces only; eager calls see
 nothing. The substitution is process-wide, so it stands aside wherever the function's own behaviour is what was asked for: under
-torch's own backends, under export, autocast, functorch or gradients, with `capture=False`, and for arguments that our ops do not mean.
+torch's own backends, export, autocast, functorch or gradients, with `capture=False`, and for arguments that our ops do not mean.
 
 Propose, then prove holds here too: a function is captured after its torch implementation and our op have agreed in float64.
 """
@@ -34,7 +34,7 @@ ACTIVATIONS = {None: "none", "silu": "silu", "swish": "silu"}
 L2NORM_EPS = 1e-6  # written into transformers' rules; the proof would show another
 
 
-# What stands in for each function: `accepts` says whether our op means these arguments, and the other calls it. Dynamo traces both.
+# What stands in for each function: `accepts` says whether our op means these arguments, the other calls it. Dynamo traces both.
 
 
 def _chunk(
@@ -105,7 +105,8 @@ def _rule_calls() -> Iterator[tuple[list[Any], dict[str, Any]]]:
         q, k = draw(B, T, H, K), draw(B, T, H, K) * 0.3
         q[:, ::2] *= 1e-3
         k[:, 1::2] *= 1e-3
-        g, beta = -draw(B, T, HV).abs(), draw(B, T, HV).sigmoid()
+        # Decays so mild that a chunk does not forget the one before it.
+        g, beta = -draw(B, T, HV).abs() / 16, draw(B, T, HV).sigmoid()
         state = draw(B, HV, K, V) if stateful else None
         kwargs = {"initial_state": state, "output_final_state": True, "use_qk_l2norm_in_kernel": normed}
         yield [q, k, draw(B, T, HV, V)], {"g": g, "beta": beta, **kwargs}
@@ -184,12 +185,14 @@ def install() -> None:
     """Look for functions to capture at the start of every compilation, so that modules loaded later are seen too."""
     if _on_compile_start not in callback_handler.start_callbacks:
         callback_handler.register_start_callback(_on_compile_start)
+        callback_handler.clear = _clear_others
 
 
 def uninstall() -> None:
     """Undo every substitution. Graphs compiled before stay as they are; `torch._dynamo.reset()` drops them."""
     if _on_compile_start in callback_handler.start_callbacks:
         callback_handler.remove_start_callback(_on_compile_start)
+        del callback_handler.clear
     for function, capture in _seen.values():
         if capture.captured:
             _restore(function)
@@ -219,6 +222,12 @@ def _on_compile_start(_: Any) -> None:
         scan()
     except Exception:  # whatever is compiled here need not be ours, and must not fail because of us
         log.exception("gdnfuse could not look for functions to capture")
+
+
+def _clear_others() -> None:
+    """`torch._dynamo.reset()` drops every callback; this one outlives it, as the substitutions do."""
+    type(callback_handler).clear(callback_handler)
+    callback_handler.register_start_callback(_on_compile_start)
 
 
 def _try(function: Any, name: str, capturable: Capturable) -> Capture:
@@ -325,8 +334,8 @@ def _plain(args, kwargs, foreign):
 def _wanted() -> bool:
     """Whether the compilation under way is one to capture in. Dynamo runs this for real while it traces.
 
-    torch hands a backend its options only with the finished graph, so they are read off the tracer; where that cannot be done, the
-    answer is yes: the ops are right under every backend.
+    torch hands a backend its options only with the finished graph, so they are read off the tracer. Where that cannot be done, as
+    under a backend that somebody wrote around ours, the answer is yes: the ops are right under every backend.
     """
     if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
         return False

@@ -29,21 +29,22 @@ def compile(
     mode: str | None = None,
     fullgraph: bool = False,
     dynamic: bool | None = None,
-    prefill: bool = False,
+    prefill: bool | None = None,
     **options: Any,
 ) -> torch.nn.Module:
-    """Compile the decode steps of a model in place, for `generate()` and for direct calls alike.
+    """Compile a model in place, for `generate()` and for direct calls alike: decode steps one way, prompts another.
 
     `torch.compile(model).generate()` never reaches any backend, because `generate` stays bound to the inner model. Here the
-    model's own call is compiled, and so is the call that `generate(cache_implementation="static")` compiles for itself.
+    model's own call is compiled, and so is the call that `generate(cache_implementation="static")` compiles for itself. Prompts
+    are compiled without CUDA graphs whatever the mode: there would be one for each length, and a prompt keeps a GPU busy without.
 
     Args:
         model: a causal language model of transformers.
         mode: one of Inductor's. None means "reduce-overhead" (CUDA graphs) where `generate` uses a static cache, and "default"
             elsewhere.
         fullgraph, dynamic: as in `torch.compile`.
-        prefill: also compile calls that are no decode step. They run eagerly otherwise: a prompt would be unrolled into one graph
-            per length, and a static cache has to be created outside a graph for CUDA graphs to write it.
+        prefill: compile calls that are no decode step too, or leave them eager. None means True, but False with `capture=False`:
+            the rule would be unrolled into one graph for each length.
         options: see `gdnfuse.options.Options`.
 
     Returns:
@@ -57,9 +58,14 @@ def compile(
     generate_mode = "reduce-overhead" if mode is None and parsed.inner == "inductor" else mode
     shared = {"backend": "gdnfuse", "fullgraph": fullgraph, "dynamic": dynamic}
 
-    model.compile(**shared, **_mode_or_options(mode, options))
-    if not prefill:
-        model._compiled_call_impl = _decode_only(model._compiled_call_impl, model._call_impl)
+    plain = model._call_impl
+    decode, first = torch.compile(plain, **shared, **_mode_or_options(mode, options)), plain
+    if prefill or prefill is None and parsed.capture:
+        first = _marking_caches(torch.compile(_apart(plain), **shared, **_no_cuda_graphs(mode, options)))
+        if not fullgraph:
+            # Where generate compiles this call itself (for prefill_chunk_size), a prompt still gets its own compilation.
+            first = torch._dynamo.disable(_apart(first), recursive=False)
+    model._compiled_call_impl = _by_phase(decode, first)
     if getattr(model, "generation_config", None) is not None:
         from transformers import CompileConfig
 
@@ -86,15 +92,58 @@ def _mode_or_options(mode: str | None, options: dict[str, Any]) -> dict[str, Any
     return {"mode": None, "options": dict(options)}
 
 
-def _decode_only(compiled: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+def _apart(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The same with code of its own: Dynamo notes by code what it skips and how often it compiled; prompts and steps must not mix."""
+
+    def apart(*args: Any, **kwargs: Any) -> Any:
+        return fn(*args, **kwargs)
+
+    apart.__code__ = apart.__code__.replace()
+    return apart
+
+
+def _no_cuda_graphs(mode: str | None, options: dict[str, Any]) -> dict[str, Any]:
+    settings = {**(torch._inductor.list_mode_options(mode) if mode else {}), **options.get("inductor", {})}
+    if not settings.get("triton.cudagraphs"):
+        return _mode_or_options(mode, options)
+    return {"mode": None, "options": {**options, "inductor": {**settings, "triton.cudagraphs": False}}}
+
+
+def _by_phase(decode: Callable[..., Any], first: Callable[..., Any]) -> Callable[..., Any]:
+    """Calls of one token on a filled cache go to `decode`, all others to `first`."""
+
     def call(*args: Any, **kwargs: Any) -> Any:
         tokens = args[0] if args else kwargs.get("input_ids")
         tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
         cache = kwargs.get("past_key_values")
         step = tokens is not None and tokens.shape[1] == 1 and cache is not None and cache.is_initialized
-        return (compiled if step else plain)(*args, **kwargs)
+        return (decode if step else first)(*args, **kwargs)
 
     return call
+
+
+def _marking_caches(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Let CUDA graphs of later steps write to the cache that a compiled prompt made, as transformers does outside of graphs."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        cache = kwargs.get("past_key_values")
+        filled = cache is not None and cache.is_initialized
+        out = fn(*args, **kwargs)
+        if not filled and not torch.compiler.is_compiling():
+            _mark_static(getattr(out, "past_key_values", None))
+        return out
+
+    return call
+
+
+def _mark_static(cache: Any) -> None:
+    for layer in getattr(cache, "layers", []):
+        states = [*getattr(layer, "conv_states", {}).values(), *getattr(layer, "recurrent_states", {}).values()]
+        if layer.is_compileable:
+            states += [getattr(layer, name, None) for name in ("keys", "values", "cumulative_length")]
+        for tensor in states:
+            if isinstance(tensor, torch.Tensor):
+                torch._dynamo.mark_static_address(tensor)
 
 
 def presets() -> list[str]:

@@ -19,7 +19,7 @@ class Options:
     Attributes:
         inner: what compiles the rewritten graph: "inductor", "aot_eager" or "eager".
         inductor: options handed to Inductor as they are, e.g. {"max_autotune": True}.
-        strict: raise when a GDN layer of a decode graph, or with `capture` of a prefill graph, stays unfused, instead of reporting it.
+        strict: raise when a GDN layer of a decode graph, or with `capture` of a prefill graph, stays unfused.
         capture: while Dynamo traces for this backend, let transformers' rule and conv functions become dialect ops.
         stop_after: stop after "normalize", "lift", "fuse" or "lower"; the graph of that stage runs and is in the report.
         target: device type the lowering assumes, e.g. "cuda"; None takes it from the tensors. For reports without a GPU.

@@ -52,7 +52,7 @@ def test_generate_reaches_the_backend_once_and_agrees(model, cache):
     assert torch.equal(generate(model, cache_implementation=cache), expected)
     assert all(r.fused_layers == 3 for r in decode_reports())
     if cache == "static":
-        assert len(gdnfuse.reports()) == 1  # the prefill is left alone, and all steps share a graph
+        assert [r.phase for r in gdnfuse.reports()] == ["prefill", "decode"]  # all steps share a graph
     else:
         assert decode_reports()  # a growing cache may be compiled again with a symbolic length
 
@@ -69,17 +69,43 @@ def test_direct_calls_reach_the_backend(model):
     cache = StaticCache(config=model.config, max_cache_len=16)
     with torch.no_grad():
         model(PROMPT, past_key_values=cache, use_cache=True)
-        assert gdnfuse.reports() == []
         for t in range(3):
             model(input_ids=PROMPT[:, t : t + 1], past_key_values=cache, use_cache=True)
-    assert [r.phase for r in gdnfuse.reports()] == ["decode"]
+    assert [r.phase for r in gdnfuse.reports()] == ["prefill", "decode"]
 
 
-def test_prefill_on_request(model):
-    gdnfuse.compile(model, prefill=True, **EAGER)
+@pytest.mark.parametrize(
+    ("options", "compiled"),
+    [({}, True), ({"prefill": False}, False), ({"capture": False}, False), ({"capture": False, "prefill": True}, True)],
+)
+def test_prefill_is_compiled_where_it_is_captured_or_on_request(model, options, compiled):
+    gdnfuse.compile(model, **options, **EAGER)
     with torch.no_grad():
         model(PROMPT, past_key_values=StaticCache(config=model.config, max_cache_len=16), use_cache=True)
-    assert [r.phase for r in gdnfuse.reports()] == ["prefill"]
+    assert [r.phase for r in gdnfuse.reports()] == ["prefill"] * compiled
+
+
+def test_a_prompt_is_compiled_without_cuda_graphs_in_every_mode():
+    for mode, options in (("reduce-overhead", {}), ("max-autotune", {}), (None, {"inductor": {"triton.cudagraphs": True}})):
+        settings = huggingface._no_cuda_graphs(mode, options)
+        assert settings["mode"] is None and settings["options"]["inductor"]["triton.cudagraphs"] is False
+    assert huggingface._no_cuda_graphs("max-autotune", {})["options"]["inductor"]["max_autotune"] is True
+    assert huggingface._no_cuda_graphs(None, {}) == {"mode": None, "options": None}
+
+
+def test_a_cache_made_by_a_compiled_prompt_has_the_marks_of_one_made_outside(model):
+    def marks(cache):
+        names = ("keys", "values", "cumulative_length", "conv_states", "recurrent_states")
+        states = [getattr(layer, n, None) for layer in cache.layers for n in names]
+        flat = [t for s in states for t in (s.values() if isinstance(s, dict) else [s])]
+        return [getattr(t, "_dynamo_static_input_type", None) for t in flat]
+
+    with torch.no_grad():
+        wanted, found = (StaticCache(config=model.config, max_cache_len=16) for _ in range(2))
+        model(PROMPT, past_key_values=wanted, use_cache=True)
+        gdnfuse.compile(model, **EAGER)
+        model(PROMPT, past_key_values=found, use_cache=True)
+    assert gdnfuse.reports() and "unguarded" in marks(wanted) and marks(found) == marks(wanted)
 
 
 def test_torch_compile_of_the_model_does_not_reach_generate(model):

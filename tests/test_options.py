@@ -12,6 +12,7 @@ from gdnfuse.options import INNER, STAGES, Options, parse
 BAD = {
     "inner": ["Inductor", None, 3, ["eager"]],
     "strict": [1, "yes", None],
+    "capture": [1, "no", None],
     "stop_after": ["lifting", 3, True],
     "target": [0, torch.device("cpu")],
     "inductor": [None, ["max_autotune"], {1: 2}],
@@ -25,7 +26,7 @@ def compile_with(**kwargs):
 
 def test_defaults():
     assert parse(None) == parse({}) == Options()
-    assert Options() == Options(inner="inductor", inductor={}, strict=False, stop_after=None, target=None)
+    assert Options() == Options(inner="inductor", inductor={}, strict=False, capture=True, stop_after=None, target=None)
 
 
 def test_every_option_has_bad_values_here():

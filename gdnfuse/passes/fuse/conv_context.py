@@ -1,4 +1,4 @@
-"""causal_conv(cat([state, x]))[…, −T:], state.copy_(last columns of the cat)  →  causal_conv(x, context=state), and the copy without it"""
+"""causal_conv(cat([state, x]))[…, −T:], state.copy_(last columns of the cat)  →  causal_conv(x, context=state), the same copy"""
 
 from __future__ import annotations
 
