@@ -21,10 +21,21 @@ def implementations() -> dict[str, Implementation]:
     """
     if importlib.util.find_spec("triton") is None:
         raise Refused("Triton is required for GPU kernels; it is not installed.")
-    from gdnfuse.kernels import causal_conv_update, delta_rule, gated_rms_norm, mixer_decode, skinny_linear
+    from gdnfuse.kernels import (
+        causal_conv,
+        causal_conv_update,
+        chunk_delta_rule,
+        delta_rule,
+        gated_rms_norm,
+        mixer_decode,
+        skinny_linear,
+    )
 
     found = (
+        causal_conv.implementation,
         causal_conv_update.implementation,
+        chunk_delta_rule.chunk_delta_rule,
+        chunk_delta_rule.fused_gating_chunk_delta_rule,
         delta_rule.fused_gating_delta_rule,
         delta_rule.packed_decode,
         gated_rms_norm.implementation,

@@ -47,15 +47,15 @@ def _l2norm(x, eps):
 
 
 @triton.jit
-def _decay(a, A_log, dt_bias):
-    """exp(−exp(A_log)·softplus(a + dt_bias)); float32 scalars."""
+def log_decay(a, A_log, dt_bias):
+    """g = −exp(A_log)·softplus(a + dt_bias); float32."""
     x = a + dt_bias
     # log1p(e) = log(u)·e/(u − 1) with u = 1 + e rounded: exact to rounding also where 1 + e loses e's low bits.
     e = tl.exp(tl.where(x > 20.0, 0.0, x))
     u = 1.0 + e
     lost = u == 1.0
     log1p = tl.where(lost, e, tl.log(u) * (e / tl.where(lost, 1.0, u - 1.0)))
-    return tl.exp(-tl.exp(A_log) * tl.where(x > 20.0, x, log1p))
+    return -tl.exp(A_log) * tl.where(x > 20.0, x, log1p)
 
 
 @triton.jit
@@ -107,7 +107,7 @@ def delta_rule_kernel(
         t = tl.cast(i, tl.int64)
         q, k = _load_qk(q_ptrs + t * stride_qt, k_ptrs + t * stride_kt, live_k, scale, l2norm_eps, L2NORM)
         v = tl.load(v_ptrs + t * stride_vt, mask=live_v, other=0.0).to(tl.float32)  # [BV]
-        decay = _decay(tl.load(a_ptr + t * stride_at).to(tl.float32), A_log, dt_bias)
+        decay = tl.exp(log_decay(tl.load(a_ptr + t * stride_at).to(tl.float32), A_log, dt_bias))
         beta = tl.sigmoid(tl.load(b_ptr + t * stride_bt).to(tl.float32))
         s, o = _step(s, q, k, v, decay, beta)
         tl.store(out_ptr + ((batch * T + t) * HV + hv) * V + i_v, o, mask=live_v)
@@ -135,7 +135,7 @@ def delta_rule_gated_kernel(
 
     q, k = _load_qk(q_ptrs, k_ptrs, live_k, scale, l2norm_eps, True)
     a = tl.load(a_ptr + batch * stride_ab + hv * stride_ah).to(tl.float32)
-    decay = _decay(a, tl.load(A_log_ptr + hv).to(tl.float32), tl.load(dt_bias_ptr + hv).to(tl.float32))
+    decay = tl.exp(log_decay(a, tl.load(A_log_ptr + hv).to(tl.float32), tl.load(dt_bias_ptr + hv).to(tl.float32)))
     beta = tl.sigmoid(tl.load(b_ptr + batch * stride_bb + hv * stride_bh).to(tl.float32))
 
     outs = ()

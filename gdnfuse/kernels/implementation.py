@@ -14,6 +14,7 @@ from gdnfuse.dialect import OPS
 from gdnfuse.report import Refused
 
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+INDEX_POINTERS = {torch.int32: "*i32", torch.int64: "*i64"}
 MAX_HEAD_DIM = 256
 
 
@@ -120,15 +121,16 @@ class _Recorder:
         signature, constexprs, attrs = {}, {}, {}
         for i, param in enumerate(self.kernel.params):
             value = values[param.name]
-            if param.is_constexpr or value is None or (type(value) is int and value == 1):
+            if param.is_constexpr or value is None or (type(value) is int and value == 1 and not param.do_not_specialize):
                 signature[param.name], constexprs[param.name] = "constexpr", value
             elif isinstance(value, torch.Tensor):
-                signature[param.name], attrs[(i,)] = POINTERS[value.dtype], [["tt.divisibility", 16]]
+                pointers = POINTERS | INDEX_POINTERS
+                signature[param.name], attrs[(i,)] = pointers[value.dtype], [["tt.divisibility", 16]]
             elif isinstance(value, float):
                 signature[param.name] = "fp32"
             else:
                 signature[param.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-                if value % 16 == 0:
+                if value % 16 == 0 and not param.do_not_specialize:
                     attrs[(i,)] = [["tt.divisibility", 16]]
         _recorded.append(CompileSpec(self.kernel, signature, constexprs, attrs, options))
 

@@ -1,0 +1,372 @@
+"""The gated delta rule over many tokens, in chunks of C = 64 (Yang et al. 2024, arXiv:2412.06464, section 3.3).
+
+Inside a chunk, with γ the running sum of g and D[i, j] = e^(γᵢ − γⱼ) for i ≥ j:
+
+    A = (I + tril(β·KKᵀ ⊙ D, −1))⁻¹·diag(β),  P = tril(scale·QKᵀ ⊙ D)                 (chunk_prepare_kernel, all chunks at once)
+    U = A·(V − e^γ·KS),  O = scale·e^γ·QS + P·U,  S ← e^γ_C·S + (e^(γ_C − γ)·K)ᵀU      (chunk_scan_kernel, chunk by chunk)
+
+Two launches whatever T. Only A and P, 64 columns a token, go through memory, and never a state per chunk, so nothing grows as
+T·K·V: the output is computed where the state is. The l2norm of q and k is a factor per row, and rows of K and Q are only ever
+multiplied from the right, so the factors are applied to 64-vectors and products; k and q are read as the model wrote them.
+
+The triangular inverse grows by block elimination from 2×2 blocks of the diagonal to 64×64, all blocks of a size in one product.
+It is stable where the powers of the doubling method would overflow (equal keys, β = 1). Where q and k are l2-normalised its
+entries are at most 1 in size and it is computed from float16 operands, which are as precise as tf32 in that range.
+
+Layout: q, k [B, T, H, K], v [B, T, HV, V], gates [B, T, HV], any strides but innermost 1 for q, k, v; value head hv uses key head
+hv // (HV // H); state [N, HV, K, V], any strides. Accumulation and state are float32. Operands of products are bfloat16 for
+bfloat16 inputs; for float16, whose range the state may leave, and float32 they are float32, in three tf32 products on NVIDIA.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from gdnfuse.dialect.chunk_delta_rule import CHUNK
+from gdnfuse.kernels.delta_rule import log_decay
+from gdnfuse.kernels.implementation import kernel_of, register, require_dtypes, require_head_dims, require_static
+from gdnfuse.report import Refused
+
+# AMD's matrix units take float32 as it is.
+EXACT = "tf32x3" if torch.version.hip is None else "ieee"
+# dtype of q, k, v: (dtype of the operands of products, precision of products of float32 operands).
+OPERANDS = {
+    torch.bfloat16: (torch.bfloat16, EXACT),
+    torch.float16: (torch.float32, EXACT),
+    torch.float32: (torch.float32, EXACT),
+}
+
+
+# H200, 32 heads, T = 8192, µs: 4 warps 138, 8 warps 260.
+PREPARE_WARPS = 4
+
+
+@triton.jit
+def _inverse(L, HALF: tl.constexpr, PRECISION: tl.constexpr):
+    """(I + L)⁻¹ of a strictly lower triangular L [64, 64], from the inverses of blocks of 2 on the diagonal to that of all 64."""
+    i, j = tl.arange(0, 64)[:, None], tl.arange(0, 64)[None, :]
+    x = tl.where(i == j, 1.0, tl.where(i >> 1 == j >> 1, -L, 0.0))
+    for shift in range(1, 6):
+        # Two blocks X, Y of the diagonal with C below X become [[X, 0], [−Y·C·X, Y]].
+        below = tl.where((i >> shift != j >> shift) & (i >> (shift + 1) == j >> (shift + 1)), L, 0.0)
+        if HALF:
+            factor = x.to(tl.float16)
+            x -= tl.dot(factor, tl.dot(below.to(tl.float16), factor).to(tl.float16))
+        else:
+            x -= tl.dot(x, tl.dot(below, x, input_precision=PRECISION), input_precision=PRECISION)
+    return x
+
+
+@triton.jit
+def _bounds(cu_seqlens_ptr, n, T, VARLEN: tl.constexpr):
+    """Row of the batch, first token and length of sequence n."""
+    if VARLEN:
+        start = tl.load(cu_seqlens_ptr + n).to(tl.int64)
+        return n * 0, start, (tl.load(cu_seqlens_ptr + n + 1).to(tl.int64) - start).to(tl.int32)
+    else:
+        return n, n * 0, T
+
+
+@triton.jit(do_not_specialize=["T", "TOKENS", "plane"])
+def chunk_prepare_kernel(
+    q_ptr, k_ptr, a_ptr, b_ptr, A_log_ptr, dt_bias_ptr, cu_seqlens_ptr, inverse_ptr, attention_ptr, factors_ptr,
+    scale, l2norm_eps, T, TOKENS, plane,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
+    stride_ab, stride_at, stride_ah, stride_bb, stride_bt, stride_bh,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
+    L2NORM: tl.constexpr, GATED: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    chunk = tl.program_id(0)
+    n, hv = (tl.program_id(1) // HV).to(tl.int64), (tl.program_id(1) % HV).to(tl.int64)
+    h = hv // (HV // H)
+    batch, start, T = _bounds(cu_seqlens_ptr, n, T, VARLEN)
+    if chunk * 64 >= T:
+        return
+    r = tl.arange(0, 64)
+    i_k = tl.arange(0, BK)
+    live = chunk * 64 + r < T  # [64]
+    mask = live[:, None] & (i_k < K)[None, :]  # [64, BK]
+    t = start + chunk * 64  # the chunk's first token
+    dtype = inverse_ptr.dtype.element_ty
+    q_ptr += batch * stride_qb + h * stride_qh + t * stride_qt
+    k_ptr += batch * stride_kb + h * stride_kh + t * stride_kt
+    a_ptr += batch * stride_ab + hv * stride_ah + t * stride_at
+    b_ptr += batch * stride_bb + hv * stride_bh + t * stride_bt
+    q = tl.load(q_ptr + (r[:, None] * stride_qt + i_k[None, :]), mask=mask, other=0.0).to(dtype)  # [64, BK]
+    k = tl.load(k_ptr + (r[:, None] * stride_kt + i_k[None, :]), mask=mask, other=0.0).to(dtype)
+    a = tl.load(a_ptr + r * stride_at, mask=live, other=0.0).to(tl.float32)  # [64]
+    beta = tl.load(b_ptr + r * stride_bt, mask=live, other=0.0).to(tl.float32)
+    if GATED:
+        a = log_decay(a, tl.load(A_log_ptr + hv).to(tl.float32), tl.load(dt_bias_ptr + hv).to(tl.float32))
+        beta = tl.sigmoid(beta)
+    beta = tl.where(live, beta, 0.0)
+    g = tl.cumsum(tl.where(live, a, 0.0), 0)  # [64]
+    last = tl.sum(tl.where(r == 63, g, 0.0), 0)
+    kk = tl.dot(k, tl.trans(k), input_precision=PRECISION)  # [64, 64]
+    norm_q, norm_k = tl.where(live, tl.cast(scale, tl.float32), 0.0), tl.where(live, 1.0, 0.0)  # [64]
+    if L2NORM:
+        eps = tl.cast(l2norm_eps, tl.float32)
+        diagonal = r[:, None] == r[None, :]
+        norm_k = tl.where(live, tl.rsqrt(tl.sum(tl.where(diagonal, kk, 0.0), 1) + eps), 0.0)
+        qq = tl.dot(q, tl.trans(q), input_precision=PRECISION)
+        norm_q = tl.where(live, norm_q * tl.rsqrt(tl.sum(tl.where(diagonal, qq, 0.0), 1) + eps), 0.0)
+
+    # Factors of rows: of KS, of QS, of K where it enters the state; and the decay up to the token.
+    row = (batch * HV + hv) * TOKENS + t
+    factors_ptr += row
+    grown = tl.exp(g)
+    tl.store(factors_ptr + r, grown * norm_k, mask=live)
+    tl.store(factors_ptr + plane + r, grown * norm_q, mask=live)
+    tl.store(factors_ptr + 2 * plane + r, tl.exp(last - g) * norm_k, mask=live)
+    tl.store(factors_ptr + 3 * plane + r, grown, mask=live)
+
+    tile = r[:, None] * 64 + r[None, :]  # [64, 64]
+    decay = tl.exp(tl.where(r[:, None] >= r[None, :], g[:, None] - g[None, :], -float("inf"))) * norm_k[None, :]
+    attention = tl.dot(q, tl.trans(k), input_precision=PRECISION) * decay * norm_q[:, None]
+    tl.store(attention_ptr + row * 64 + tile, attention.to(dtype), mask=live[:, None])
+    system = kk * decay * (norm_k * beta)[:, None]
+    system = tl.where(r[:, None] > r[None, :], system, 0.0)
+    x = _inverse(system, L2NORM and dtype == tl.bfloat16, PRECISION) * beta[None, :]
+    tl.store(inverse_ptr + row * 64 + tile, x.to(dtype), mask=live[:, None])
+
+
+@triton.jit(do_not_specialize=["T", "TOKENS", "plane", "checkpoint_every", "checkpoints"])
+def chunk_scan_kernel(
+    q_ptr, k_ptr, v_ptr, inverse_ptr, attention_ptr, factors_ptr, state_ptr, cu_seqlens_ptr, out_ptr, last_ptr, checkpoint_ptr,
+    T, TOKENS, plane, checkpoint_every, checkpoints,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+    stride_sb, stride_sh, stride_sk, stride_sv,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    VARLEN: tl.constexpr, CHECKPOINT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    n, hv = (tl.program_id(1) // HV).to(tl.int64), (tl.program_id(1) % HV).to(tl.int64)
+    h = hv // (HV // H)
+    batch, start, T = _bounds(cu_seqlens_ptr, n, T, VARLEN)
+    r = tl.arange(0, 64)
+    i_k = tl.arange(0, BK)
+    i_v = tl.program_id(0) * BV + tl.arange(0, BV)
+    live_k, live_v = i_k < K, i_v < V
+    dtype = inverse_ptr.dtype.element_ty
+    # A scalar start moves and 32-bit offsets inside a chunk stay, which takes fewer registers than 64-bit pointers that move.
+    q_ptr += batch * stride_qb + h * stride_qh + start * stride_qt
+    k_ptr += batch * stride_kb + h * stride_kh + start * stride_kt
+    v_ptr += batch * stride_vb + hv * stride_vh + start * stride_vt
+    row = (batch * HV + hv) * TOKENS + start
+    inverse_ptr += row * 64
+    attention_ptr += row * 64
+    factors_ptr += row
+    out_ptr += ((batch * TOKENS + start) * HV + hv) * V
+    tile = r[:, None] * 64 + r[None, :]  # [64, 64]
+    live_state = live_k[:, None] & live_v[None, :]  # [BK, BV]
+
+    s = tl.zeros((BK, BV), dtype=tl.float32)
+    if state_ptr is not None:
+        state_ptrs = state_ptr + n * stride_sb + hv * stride_sh + i_k[:, None] * stride_sk + i_v[None, :] * stride_sv
+        s += tl.load(state_ptrs, mask=live_state, other=0.0).to(tl.float32)
+
+    for chunk in tl.range(0, tl.cdiv(T, 64), num_stages=STAGES):
+        live = chunk * 64 + r < T  # [64]
+        mask = live[:, None] & live_k[None, :]  # [64, BK]
+        mask_v = live[:, None] & live_v[None, :]  # [64, BV]
+        k = tl.load(k_ptr + (r[:, None] * stride_kt + i_k[None, :]), mask=mask, other=0.0).to(dtype)
+        q = tl.load(q_ptr + (r[:, None] * stride_qt + i_k[None, :]), mask=mask, other=0.0).to(dtype)
+        v = tl.load(v_ptr + (r[:, None] * stride_vt + i_v[None, :]), mask=mask_v, other=0.0).to(tl.float32)
+        inverse = tl.load(inverse_ptr + tile, mask=live[:, None], other=0.0)  # [64, 64]
+        attention = tl.load(attention_ptr + tile, mask=live[:, None], other=0.0)
+        of_ks = tl.load(factors_ptr + r, mask=live, other=0.0)  # [64]
+        of_qs = tl.load(factors_ptr + plane + r, mask=live, other=0.0)
+        of_k = tl.load(factors_ptr + 2 * plane + r, mask=live, other=0.0)
+        decay = tl.load(factors_ptr + 3 * plane + (tl.minimum(T - chunk * 64, 64) - 1))
+
+        operand = s.to(dtype)
+        x = v - tl.dot(k, operand, input_precision=PRECISION) * of_ks[:, None]
+        u = tl.dot(inverse, x.to(dtype), input_precision=PRECISION)  # [64, BV]
+        o = tl.dot(q, operand, input_precision=PRECISION) * of_qs[:, None]
+        o = tl.dot(attention, u.to(dtype), acc=o, input_precision=PRECISION)
+        s = tl.dot(tl.trans(k), (u * of_k[:, None]).to(dtype), acc=s * decay, input_precision=PRECISION)
+        tl.store(out_ptr + (r[:, None] * (HV * V) + i_v[None, :]), o.to(out_ptr.dtype.element_ty), mask=mask_v)
+        if CHECKPOINT:
+            if (chunk + 1) % checkpoint_every == 0 and (chunk + 1) * 64 <= T:
+                index = (n * checkpoints + (chunk + 1) // checkpoint_every - 1) * HV + hv
+                tl.store(checkpoint_ptr + index * K * V + (i_k[:, None] * V + i_v[None, :]), s, mask=live_state)
+        k_ptr += 64 * stride_kt
+        q_ptr += 64 * stride_qt
+        v_ptr += 64 * stride_vt
+        inverse_ptr += 64 * 64
+        attention_ptr += 64 * 64
+        factors_ptr += 64
+        out_ptr += 64 * HV * V
+    tl.store(last_ptr + (n * HV + hv) * K * V + (i_k[:, None] * V + i_v[None, :]), s, mask=live_state)
+
+
+def launch(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    state: torch.Tensor | None,
+    scale: float,
+    l2norm_eps: float | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    checkpoint_every: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The dialect's chunk_delta_rule.
+
+    Args:
+        q, k: [B, T, H, K], T ≥ 1.
+        v: [B, T, HV, V].
+        g, beta: [B, T, HV], log decay and learning rate.
+        state: [N, HV, K, V] or None for zero; not written.
+        scale: factor on q.
+        l2norm_eps: if given, q and k are l2-normalised with it first.
+        cu_seqlens: [N + 1] int32 or int64, bounds of sequences packed into one row, or None.
+        checkpoint_every: if n > 0, return the states after every n·64 tokens too.
+
+    Returns:
+        o [B, T, HV, V] in v's dtype; the last states [N, HV, K, V] and the checkpoints [B, T // (64·n), HV, K, V] in float32.
+
+    Raises:
+        ValueError: no tokens.
+    """
+    return launch_with(q, k, v, g, beta, None, None, state, scale, l2norm_eps, cu_seqlens, checkpoint_every)
+
+
+def launch_gated(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    A_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    state: torch.Tensor | None,
+    scale: float,
+    l2norm_eps: float | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    checkpoint_every: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The dialect's fused_gating_chunk_delta_rule: `launch` with the gates computed inside.
+
+    Args:
+        a, b: [B, T, HV], before the nonlinearities.
+        A_log, dt_bias: [HV].
+        q, k, v, state, scale, l2norm_eps, cu_seqlens, checkpoint_every: as for `launch`.
+
+    Returns:
+        As `launch`.
+
+    Raises:
+        ValueError: no tokens.
+    """
+    return launch_with(q, k, v, a, b, A_log, dt_bias, state, scale, l2norm_eps, cu_seqlens, checkpoint_every)
+
+
+def launch_with(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    A_log: torch.Tensor | None,
+    dt_bias: torch.Tensor | None,
+    state: torch.Tensor | None,
+    scale: float,
+    l2norm_eps: float | None,
+    cu_seqlens: torch.Tensor | None,
+    checkpoint_every: int,
+    config: tuple[int, int, int] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Both kernels; gates are g and β where A_log is None. `config`: value columns per program, warps, stages."""
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    B, T, HV, V = v.shape
+    H, K = q.shape[2:]
+    if T == 0:
+        raise ValueError("chunk_delta_rule needs at least one token, got T = 0.")
+    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    operands, precision = OPERANDS[v.dtype]
+    new = {"device": v.device, "dtype": torch.float32}
+    inverse = torch.empty((B, HV, T, CHUNK), device=v.device, dtype=operands)
+    attention, factors = torch.empty_like(inverse), torch.empty((4, B, HV, T), **new)
+    out, last = torch.empty((B, T, HV, V), device=v.device, dtype=v.dtype), torch.empty((N, HV, K, V), **new)
+    checkpoints = T // (CHUNK * checkpoint_every) if checkpoint_every else 0
+    kept = torch.empty((B, checkpoints, HV, K, V), **new)
+    BK = max(16, triton.next_power_of_2(K))
+    shared = {"H": H, "HV": HV, "K": K, "BK": BK, "VARLEN": cu_seqlens is not None, "PRECISION": precision}
+    kernel_of(chunk_prepare_kernel)[(-(-T // CHUNK), N * HV)](
+        q, k, a, b, None if A_log is None else A_log.contiguous(), None if dt_bias is None else dt_bias.contiguous(),
+        cu_seqlens, inverse, attention, factors,
+        scale, 0.0 if l2norm_eps is None else l2norm_eps, T, T, B * HV * T,
+        *q.stride()[:3], *k.stride()[:3], *a.stride(), *b.stride(),
+        L2NORM=l2norm_eps is not None, GATED=A_log is not None, num_warps=PREPARE_WARPS, **shared,
+    )  # fmt: skip
+    columns, num_warps, stages = _config(v.dtype, N * HV, V) if config is None else config
+    BV = min(columns, max(16, triton.next_power_of_2(V)))
+    kernel_of(chunk_scan_kernel)[(-(-V // BV), N * HV)](
+        q, k, v, inverse, attention, factors, state, cu_seqlens, out, last, kept,
+        T, T, B * HV * T, checkpoint_every, checkpoints,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *((0,) * 4 if state is None else state.stride()),
+        V=V, BV=BV, CHECKPOINT=checkpoint_every > 0, STAGES=stages, num_warps=num_warps, **shared,
+    )  # fmt: skip
+    return out, last, kept
+
+
+# Heads N·HV up to, value columns per program, warps, stages. H200, K = V = 128, T = 8192, µs for 32 | 128 heads: (32, 4, 3)
+# 203 | 804, (32, 4, 2) 278 | 658, (64, 4, 2) 337 | 714; 8 warps and 128 columns were slower.
+SCAN_CONFIGS = ((64, 32, 4, 3), (float("inf"), 32, 4, 2))
+
+
+def _config(dtype: torch.dtype, heads: int, V: int) -> tuple[int, int, int]:
+    if dtype != torch.bfloat16:
+        return 16, 4, 1
+    return next(config[1:] for config in SCAN_CONFIGS if heads <= config[0])
+
+
+def supports(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    state: torch.Tensor | None,
+    scale: float,
+    l2norm_eps: float | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    checkpoint_every: int = 0,
+) -> None:
+    """Raises Refused unless dtypes are float32, bfloat16 or float16, the same for q, k and v, heads static, K, V ≤ 256, HV a
+    multiple of H and cu_seqlens int32 or int64."""
+    require_dtypes(q=q, k=k, v=v, g=g, beta=beta, state=state)
+    H, HV = q.shape[2], v.shape[2]
+    require_static(H=H, HV=HV)
+    require_head_dims(K=q.shape[-1], V=v.shape[-1])
+    if HV % H:
+        raise Refused(f"HV must be a multiple of H, got HV = {HV} and H = {H}.")
+    if not q.dtype == k.dtype == v.dtype:
+        raise Refused(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}.")
+    if cu_seqlens is not None and cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise Refused(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}.")
+
+
+def supports_gated(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    A_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    *rest: Any,
+    **options: Any,
+) -> None:
+    """Raises Refused for whatever `supports` refuses, and for A_log and dt_bias of other dtypes."""
+    require_dtypes(A_log=A_log, dt_bias=dt_bias)
+    supports(q, k, v, a, b, *rest, **options)
+
+
+chunk_delta_rule = register("chunk_delta_rule", launch, supports)
+fused_gating_chunk_delta_rule = register("fused_gating_chunk_delta_rule", launch_gated, supports_gated)
