@@ -53,7 +53,8 @@ def in_float64(graph: Graph) -> Graph:
     for n in graph.nodes:
         copy = new.node_copy(n, lambda x: env[x])
         copy.args, copy.kwargs = map_aggregate(copy.args, swap), map_aggregate(copy.kwargs, swap)
-        made = n.op == "call_function" and is_tensor(n) and not any(map(is_tensor, n.all_input_nodes))
+        numbers = all(isinstance(value(i), int | torch.SymInt) for i in n.all_input_nodes)  # not the tuple of an op's results
+        made = n.op == "call_function" and is_tensor(n) and numbers
         if made and value(n).is_floating_point():
             copy.kwargs = {**copy.kwargs, "dtype": torch.float64}
         if copy.op == "call_method" and copy.target in _FLOAT_METHODS:
