@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 from transformers.models.qwen3_5 import modeling_qwen3_5 as modeling
 
+import gdnfuse
 from gdnfuse import Status
 from gdnfuse.dialect import chunk_delta_rule as dialect
 from gdnfuse.passes.lift import chunk_delta_rule, delta_rule, l2norm
 from gdnfuse.rewrite.graph import op_name
+from tests.models import zoo
 from tests.rewrite.captured import Captured
 
 SOURCE = textwrap.dedent(inspect.getsource(modeling.torch_chunk_gated_delta_rule))
@@ -354,3 +356,46 @@ def test_records_say_what_was_expected():
 
     record = declines(decays, (torch.randn(2, 3, 4, 5),))
     assert record.status is Status.UNMATCHED and record.expected and record.got
+
+
+# Whole models, with the rule traced into the graph.
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [(None, torch.float32), ("dynamic", torch.float32), ("static", torch.bfloat16)])
+@torch.no_grad()
+def test_every_layer_of_a_prompt_is_lifted_without_capture(kind, dtype):
+    """Without a cache, into a new one, and into one that holds a prompt already."""
+    model = zoo.causal_lm().to(dtype)
+    options = {"inner": "eager", "capture": False}
+    run = torch.compile(model, backend="gdnfuse", fullgraph=True, dynamic=False, options=options)
+    caches = [zoo.new_cache(model, kind, 256) if kind else None for _ in range(2)]
+    close = 1e-5 if dtype == torch.float32 else 5e-2
+    for length in (70, 66) if kind else (70,):
+        ids, _ = zoo.prompt(2, length, seed=length)
+        calls = zip((run, model), caches, strict=True)
+        logits = [f(input_ids=ids, past_key_values=c, use_cache=bool(kind)).logits for f, c in calls]
+        assert zoo.relative(*logits) < close
+    if kind:
+        assert zoo.relative(*(zoo.flat_states(c, "recurrent") for c in caches)) < close
+    assert len(gdnfuse.reports()) == (2 if kind else 1)
+    for report in gdnfuse.reports():
+        assert report.rewritten and report.phase == "prefill" and len(report.layers) == zoo.GDN_LAYERS
+        for layer in report.layers:
+            (record,) = [r for r in layer.records if r.stage == "lift" and r.rule == "chunk_delta_rule"]
+            assert record.status is Status.FIRED, record
+            assert not {"matmul", "cumsum", "linalg_solve_triangular"} & {*layer.ops_after}
+            assert not [r for r in layer.records if r.rule == "delta_rule"]
+
+
+@torch.no_grad()
+def test_a_mistake_in_a_model_is_reported_and_keeps_its_result(monkeypatch):
+    wrong = edited(("chunk_decay = cum_decay[..., -1].exp()", "chunk_decay = (0.9 * cum_decay[..., -1].exp())"))
+    monkeypatch.setattr(modeling, "torch_chunk_gated_delta_rule", wrong)
+    model = zoo.causal_lm()
+    ids, _ = zoo.prompt(2, 130)
+    run = torch.compile(model, backend="gdnfuse", fullgraph=True, dynamic=False, options={"inner": "eager", "capture": False})
+    assert zoo.relative(run(input_ids=ids, use_cache=False).logits, model(input_ids=ids, use_cache=False).logits) < 1e-5
+    (report,) = gdnfuse.reports()
+    for layer in report.layers:
+        (record,) = [r for r in layer.records if r.rule == "chunk_delta_rule" and r.stage == "lift"]
+        assert record.status is Status.REFUSED and "float64 proof failed" in record.reason and record.reason in layer.why_not
