@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 
@@ -50,7 +52,7 @@ def reference(
         return _rows(q, k, v, g, beta, state, scale, l2norm_eps, checkpoint_every)
     outs, states = v.new_empty(v.shape), []
     bounds = cu_seqlens.tolist()
-    for n, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for n, (start, end) in enumerate(pairwise(bounds)):
         s = None if state is None else state[n : n + 1]
         part = (x[:, start:end] for x in (q, k, v, g, beta))
         outs[:, start:end], last, none = _rows(*part, s, scale, l2norm_eps, 0)

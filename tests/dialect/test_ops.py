@@ -1,5 +1,7 @@
 """Every dialect op: a well-formed custom op, float64 all the way for float64 inputs, references that agree with each other."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +10,9 @@ from hypothesis import strategies as st
 
 from gdnfuse.dialect import (
     OPS,
+    causal_conv,
     causal_conv_update,
+    chunk_delta_rule,
     delta_rule,
     fused_gating_delta_rule,
     gated_rms_norm,
@@ -104,6 +108,81 @@ def test_delta_rule_is_the_equation():
     o, last = delta_rule.reference(q[None], k[None], v[None], g[None], beta[None], state[None], 0.5)
     close(o[0, :, 0], torch.stack(wanted))
     close(last[0, 0], S)
+
+
+def chunk_inputs(B, T, H, HV, K, V, hard=1.0):
+    q, k, v, a, b, _, _, state = rule_inputs(B, T, H, HV, K, V)
+    return q, k, v, -F.softplus(a * hard), (b * hard).sigmoid(), state
+
+
+@pytest.mark.parametrize("T", range(1, 301))
+def test_chunked_rule_is_the_rule_for_every_length(T):
+    args = chunk_inputs(1, T, 1, 2, 4, 3)
+    o, last, none = chunk_delta_rule.reference(*args, 0.3, 1e-6)
+    wanted, state = delta_rule.reference(*args, 0.3, 1e-6)
+    close(o, wanted, 1e-10)
+    close(last, state, 1e-10)
+    assert none.shape == (1, 0, 2, 4, 3)
+
+
+@quick
+@given(batches, st.integers(2, 200), st.data(), heads, dims, st.sampled_from([1.0, 40.0]))
+def test_chunked_rule_may_be_cut_anywhere(B, T, data, heads, dims, hard):
+    """Segments with the state handed on are the whole; gates saturate where they are hard: no decay, all gone, β of 0 and 1."""
+    *tensors, state = chunk_inputs(B, T, *heads, *dims, hard)
+    cut = data.draw(st.integers(1, T - 1))
+    o, last, _ = chunk_delta_rule.reference(*tensors, state, 0.3, 1e-6)
+    o1, s, _ = chunk_delta_rule.reference(*(x[:, :cut] for x in tensors), state, 0.3, 1e-6)
+    o2, s, _ = chunk_delta_rule.reference(*(x[:, cut:] for x in tensors), s, 0.3, 1e-6)
+    close(o, torch.cat([o1, o2], 1), 1e-9)
+    close(last, s, 1e-9)
+
+
+@quick
+@given(st.integers(64, 300), st.integers(1, 3))
+def test_checkpoints_are_the_states_on_the_way(T, every):
+    *tensors, state = chunk_inputs(2, T, 1, 2, 4, 3)
+    *_, kept = chunk_delta_rule.reference(*tensors, state, 0.3, 1e-6, checkpoint_every=every)
+    assert kept.shape[1] == T // (64 * every)
+    for i in range(kept.shape[1]):
+        end = 64 * every * (i + 1)
+        close(kept[:, i], chunk_delta_rule.reference(*(x[:, :end] for x in tensors), state, 0.3, 1e-6)[1], 1e-9)
+
+
+@quick
+@given(st.lists(st.integers(1, 90), min_size=1, max_size=4))
+def test_packed_sequences_are_kept_apart(lengths):
+    *tensors, _ = chunk_inputs(1, sum(lengths), 1, 2, 4, 3)
+    states = torch.randn(len(lengths), 2, 4, 3, dtype=torch.float64)
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    o, last, _ = chunk_delta_rule.reference(*tensors, states, 0.3, 1e-6, bounds)
+    for n, (start, end) in enumerate(pairwise(bounds)):
+        alone, state, _ = chunk_delta_rule.reference(*(x[:, start:end] for x in tensors), states[n : n + 1], 0.3, 1e-6)
+        close(o[:, start:end], alone)
+        close(last[n], state[0])
+
+
+def test_chunked_rule_says_what_it_does_not_take():
+    args = chunk_inputs(1, 5, 1, 1, 2, 2)
+    empty = (*(x[:, :0] for x in args[:5]), args[5], 0.3)
+    with pytest.raises(ValueError, match="at least one token, got T = 0"):
+        chunk_delta_rule.reference(*empty)
+    with pytest.raises(ValueError, match="must not be negative, got -1"):
+        chunk_delta_rule.reference(*args, 0.3, checkpoint_every=-1)
+    with pytest.raises(ValueError, match="With cu_seqlens B must be 1 and checkpoint_every 0, got B = 1 and 2"):
+        chunk_delta_rule.reference(*args, 0.3, cu_seqlens=torch.tensor([0, 5]), checkpoint_every=2)
+
+
+@quick
+@given(batches, st.integers(1, 6), st.integers(1, 5), st.integers(0, 6), st.booleans())
+def test_prompt_conv_is_conv1d_with_its_context(B, T, W, S, biased):
+    x, context = torch.randn(B, 3, T, dtype=torch.float64), torch.randn(B, 3, S, dtype=torch.float64)
+    weight, bias = torch.randn(3, W, dtype=torch.float64), torch.randn(3, dtype=torch.float64) if biased else None
+    window = F.pad(torch.cat([context, x], -1), (W - 1, 0))
+    wanted = F.silu(F.conv1d(window, weight[:, None], bias, groups=3)[..., -T:])
+    close(causal_conv.reference(x, weight, bias, "silu", context), wanted)
+    if not S:
+        close(causal_conv.reference(x, weight, bias, "silu"), wanted)
 
 
 @quick

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 
 from gdnfuse import dialect
 from gdnfuse.dialect import delta_rule, mixer_decode, packed_decode
@@ -16,10 +17,14 @@ from gdnfuse.dialect import delta_rule, mixer_decode, packed_decode
 # Largest error relative to the largest value: a few roundings of float32 maths, and one more where the result is stored narrower.
 MATHS = 2e-6
 TOLERANCE = {torch.float32: MATHS, torch.bfloat16: 2.0**-8 + MATHS, torch.float16: 2.0**-11 + MATHS}
+# The chunked rule multiplies bfloat16 operands, four products deep, or takes three tf32 products for one of float32; and the
+# running sum of the log decay, to −1000 where gates are hard, has float32's error, in eager too.
+CHUNKED = {torch.float32: 3e-5, torch.bfloat16: 1.5e-2, torch.float16: 2.0**-10}
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 # Arguments that have the batch in front.
-BATCHED = {"x", "conv_state", "q", "k", "v", "a", "b", "recurrent_state", "mixed_qkv", "o", "z", "row"}
+STATES = {"context", "state", "conv_state", "recurrent_state"}
+BATCHED = STATES | {"x", "q", "k", "v", "g", "beta", "a", "b", "mixed_qkv", "o", "z", "row"}
 
 
 @dataclass(frozen=True)
@@ -62,8 +67,16 @@ def conv(B, D, S, W, dtype=F32, state_dtype=None, bias=False, act="silu", wrap=l
     return make
 
 
+def prompt_conv(B, D, T, W, dtype=F32, S=0, bias=False, act="silu", wrap=lambda x: x):
+    def make():
+        x, context = wrap(torch.randn(B, D, T).to(dtype)), torch.randn(B, D, S).to(dtype) if S else None
+        return (x, torch.randn(D, W).to(dtype), torch.randn(D).to(dtype) if bias else None, act, context), {}
+
+    return make
+
+
 def row_slice(x):
-    """x [B, D, 1] as columns of a packed row [B, 1, D + 9]."""
+    """x [B, D, T] as columns of packed rows [B, T, D + 9]."""
     return strided(x.transpose(1, 2), pad=9).transpose(1, 2)
 
 
@@ -73,6 +86,22 @@ def rule(B, T, H, HV, K, V, dtype=F32, state_dtype=F32, eps=1e-6, gate_scale=1.0
         q, k = (q, k) if eps is not None else (q / K**0.5, k / K**0.5)
         q, k, v, a, b = (wrap(x) for x in (q, k, v, a * gate_scale, b * gate_scale))
         return (q, k, v, a, b, A_log, dt_bias, wrap_state(s)), {"scale": K**-0.5, "l2norm_eps": eps}
+
+    return make
+
+
+def chunked(B, T, H, HV, K, V, dtype=F32, eps=1e-6, state=True, every=0, lengths=None, gated=False, wrap=lambda x: x, hard=1.0):
+    """A call of chunk_delta_rule, or of the one with its gates inside; `hard` scales the gates before their nonlinearities."""
+
+    def make():
+        q, k, v, a, b, A_log, dt_bias, s = delta_rule.example_tensors(B, T, H, HV, K, V, dtype)
+        q, k = (q, k) if eps is not None else (q / K**0.5, k / K**0.5)
+        q, k, v, a, b = (wrap(x) for x in (q, k, v, a * hard, b * hard))
+        gates = (a, b, A_log, dt_bias) if gated else (-F.softplus(a.float()), b.float().sigmoid().to(dtype))
+        bounds = None if lengths is None else torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        s = s if lengths is None else torch.randn(len(lengths), HV, K, V)
+        options = {"scale": K**-0.5, "l2norm_eps": eps, "cu_seqlens": bounds, "checkpoint_every": every}
+        return (q, k, v, *gates, s if state else None), options
 
     return make
 
@@ -129,6 +158,25 @@ CASES = [
     Case("causal_conv_update", "row-slice", conv(3, 200, 4, 4, BF16, F32, bias=True, wrap=row_slice)),
     Case("causal_conv_update", "strided-state", conv(2, 50, 4, 4, wrap_state=lambda s: strided(s, 2))),
     Case("causal_conv_update", "channel-last-state", conv(2, 50, 4, 4, wrap_state=v_major)),
+    Case("causal_conv", "fp32", prompt_conv(2, 12, 37, 4)),
+    Case("causal_conv", "bf16-rows", prompt_conv(2, 300, 19, 4, BF16, wrap=row_slice)),
+    Case("causal_conv", "context", prompt_conv(2, 40, 33, 4, F16, S=4, bias=True, act="none")),
+    Case("causal_conv", "shorter-than-the-window", prompt_conv(1, 5, 2, 4, bias=True)),
+    Case("causal_conv", "short-context", prompt_conv(3, 5, 1, 4, S=2)),
+    *(Case("chunk_delta_rule", f"{name(d)}-{T}", chunked(2, T, 1, 2, 16, 16, d)) for d in (F32, BF16, F16) for T in (1, 63, 130)),
+    Case("chunk_delta_rule", "no-state", chunked(1, 65, 2, 2, 16, 24, state=False)),
+    Case("chunk_delta_rule", "no-l2norm", chunked(1, 70, 2, 4, 24, 16, BF16, eps=None)),
+    Case("chunk_delta_rule", "checkpoints", chunked(2, 200, 1, 2, 16, 16, every=1)),
+    Case("chunk_delta_rule", "every-second", chunked(1, 260, 1, 1, 16, 16, BF16, every=2)),
+    Case("chunk_delta_rule", "sequences", chunked(1, 150, 1, 3, 16, 16, lengths=(1, 70, 64, 15))),
+    Case("chunk_delta_rule", "sequences-bf16", chunked(1, 150, 2, 2, 16, 16, BF16, lengths=(149, 1))),
+    Case("chunk_delta_rule", "strided", chunked(2, 70, 1, 2, 16, 16, BF16, wrap=lambda x: strided(x, 2))),
+    Case("chunk_delta_rule", "rows", chunked(2, 70, 1, 2, 16, 16, wrap=padded)),
+    Case("chunk_delta_rule", "hard-gates", chunked(1, 130, 1, 4, 16, 16, hard=30.0)),
+    Case("chunk_delta_rule", "odd-head-dims", chunked(1, 66, 1, 3, 24, 40, BF16)),
+    Case("fused_gating_chunk_delta_rule", "fp32", chunked(2, 70, 1, 2, 16, 16, gated=True)),
+    Case("fused_gating_chunk_delta_rule", "bf16", chunked(1, 130, 2, 4, 16, 16, BF16, gated=True)),
+    Case("fused_gating_chunk_delta_rule", "hard-gates", chunked(1, 70, 1, 4, 16, 16, gated=True, hard=30.0)),
     *(Case("fused_gating_delta_rule", f"{name(d)}-T{T}", rule(2, T, 2, 4, 16, 16, d)) for d in (F32, BF16, F16) for T in (1, 3)),
     Case("fused_gating_delta_rule", "odd-head-dims", rule(3, 2, 1, 3, 24, 40)),
     Case("fused_gating_delta_rule", "no-l2norm", rule(1, 3, 2, 2, 40, 24, BF16, eps=None)),
@@ -211,8 +259,19 @@ def relative_error(got, want):
     return ((got - want).nan_to_num().abs().max() / want.nan_to_num().abs().max()).item()
 
 
+def tensors(results):
+    return results if isinstance(results, tuple) else (results,)
+
+
+def bound_of(op, args, got, tolerance):
+    """The error allowed to a result: that of its dtype, or of the chunked rule's operands."""
+    if "chunk" not in op:
+        return tolerance[got.dtype]
+    return CHUNKED[args[2].dtype]
+
+
 def check(case, function, device="cpu", tolerance=TOLERANCE, poison=poisoned_empty):
-    """Compare `function`'s output and what it writes, its arguments' surroundings included, with the reference in float64."""
+    """Compare `function`'s outputs and what it writes, its arguments' surroundings included, with the reference in float64."""
     op = meaning(case.op)
     args, kwargs = case.call()
     exact = [rebuilt(v, "cpu", torch.float64 if isinstance(v, torch.Tensor) else None) for v in args]
@@ -220,12 +279,14 @@ def check(case, function, device="cpu", tolerance=TOLERANCE, poison=poisoned_emp
     ours = [rebuilt(v, device) for v in args]
     before = {n: whole(v).clone() for n, v in zip(op.arg_names, ours, strict=False) if isinstance(v, torch.Tensor)}
     with poison():
-        got = function(*ours, **kwargs)
+        got = function(*ours, **{n: rebuilt(v, device) for n, v in kwargs.items()})
 
-    fake = op.overload(*(v.to("meta") if isinstance(v, torch.Tensor) else v for v in args), **kwargs)
-    assert (got.shape, got.dtype) == (fake.shape, fake.dtype)
-    error = relative_error(got, expected)
-    assert error <= tolerance[got.dtype], f"output is off by {error:.2e}"
+    meta = lambda v: v.to("meta") if isinstance(v, torch.Tensor) else v  # noqa: E731
+    fakes = op.overload(*map(meta, args), **{n: meta(v) for n, v in kwargs.items()})
+    for i, (mine, fake, want) in enumerate(zip(tensors(got), tensors(fakes), tensors(expected), strict=True)):
+        assert (mine.shape, mine.dtype, mine.stride()) == (fake.shape, fake.dtype, fake.stride())
+        error = relative_error(mine, want) if mine.numel() else 0.0
+        assert error <= bound_of(case.op, args, mine, tolerance), f"output {i} is off by {error:.2e}"
     for n, mine, reference in zip(op.arg_names, ours, exact, strict=False):
         if n in op.mutates:
             error = relative_error(whole(mine), whole(reference))

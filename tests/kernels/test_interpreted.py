@@ -12,7 +12,16 @@ from pathlib import Path
 import pytest
 
 FILE = Path(__file__).with_name("interpreted.py")
-OPS = ["causal_conv_update", "fused_gating_delta_rule", "packed_decode", "gated_rms_norm", "mixer_decode", "linear"]
+OPS = [
+    "causal_conv-",
+    "causal_conv_update",
+    "chunk_delta_rule",
+    "fused_gating_delta_rule",
+    "packed_decode",
+    "gated_rms_norm",
+    "mixer_decode",
+    "linear",
+]
 
 
 @pytest.mark.parametrize("op", OPS)

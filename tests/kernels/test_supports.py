@@ -22,6 +22,15 @@ def test_every_case_is_supported(case):
 
 F64 = torch.float64
 REFUSED = [
+    ("causal_conv", kernel_cases.prompt_conv(1, 4, 4, 4, F64), "x must be float32, bfloat16 or float16, got float64."),
+    ("causal_conv", kernel_cases.prompt_conv(1, 4, 4, 4, act="gelu"), "activation must be one of silu, none, got gelu."),
+    ("chunk_delta_rule", kernel_cases.chunked(1, 3, 1, 1, 257, 8), "K must be at most 256, got 257."),
+    ("chunk_delta_rule", kernel_cases.chunked(1, 3, 2, 3, 8, 8), "HV must be a multiple of H, got HV = 3 and H = 2."),
+    (
+        "fused_gating_chunk_delta_rule",
+        lambda: ((lambda a: ((a[0][0].half(), *a[0][1:]), a[1]))(kernel_cases.chunked(1, 3, 1, 1, 8, 8, gated=True)())),
+        "q, k and v must have one dtype, got torch.float16, torch.float32 and torch.float32.",
+    ),
     ("causal_conv_update", kernel_cases.conv(1, 4, 4, 4, F64), "x must be float32, bfloat16 or float16, got float64."),
     ("causal_conv_update", kernel_cases.conv(1, 4, 4, 4, act="gelu"), "activation must be one of silu, none, got gelu."),
     ("causal_conv_update", kernel_cases.conv(1, 4, 2, 4), "conv_state must keep at least W - 1 = 3 columns"),
