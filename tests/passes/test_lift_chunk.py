@@ -104,7 +104,7 @@ def declines(f, args):
     return record
 
 
-CASES = [(T, SOLVE, use) for T in (1, 64, 130) for use in USES]
+CASES = [(T, SOLVE, use) for T in (64, 130) for use in USES] + [(1, SOLVE, unused), (1, SOLVE, cached)]
 CASES += [(5, SOLVE, cached), (65, SOLVE, fresh)]
 CASES += [(5, LOOP, cached), (64, LOOP, unused), (130, LOOP, first), (65, LOOP, continued)]
 
@@ -281,7 +281,7 @@ MISTAKES = {
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_refused(mistake):
-    declines(continued(edited(MISTAKES[mistake])), inputs(130, B=3, HV=3, K=6, V=6))
+    declines(continued(edited(MISTAKES[mistake])), inputs(70, B=3, HV=3, K=6, V=6))
 
 
 @pytest.mark.parametrize(
