@@ -65,8 +65,10 @@ def _recurrent(
     return o.to(query.dtype), state if output_final_state else None
 
 
-def _rule_accepts(query, key, value, g, beta, **others):
-    return query.ndim == 4 and key.ndim == 4 and value.ndim == 4 and g.ndim == 3 and beta.ndim == 3
+def _rule_accepts(query, key, value, g, beta, initial_state=None, cu_seqlens=None, **others):
+    # Comparing sizes also tells Dynamo that they are one where it has two symbols for them, as the function's own code would.
+    own = initial_state is None or cu_seqlens is not None or initial_state.shape[0] == query.shape[0]
+    return own and query.ndim == 4 and key.ndim == 4 and value.ndim == 4 and g.ndim == 3 and beta.ndim == 3
 
 
 def _conv(hidden_states, weight, bias=None, activation=None, **ignored):
@@ -86,7 +88,8 @@ def _update(hidden_states, conv_state, weight, bias=None, activation=None, **ign
 
 def _update_accepts(hidden_states, conv_state, weight, bias=None, activation=None, **others):
     shapes = hidden_states.ndim == 3 and conv_state.ndim == 3 and weight.ndim == 2
-    return shapes and conv_state.shape[-1] >= weight.shape[-1] - 1 and activation in ACTIVATIONS
+    shapes = shapes and conv_state.shape[0] == hidden_states.shape[0] and conv_state.shape[-1] >= weight.shape[-1] - 1
+    return shapes and activation in ACTIVATIONS
 
 
 # What is drawn for the proofs: calls (args, kwargs) in float64.

@@ -93,7 +93,7 @@ def _mode_or_options(mode: str | None, options: dict[str, Any]) -> dict[str, Any
 
 
 def _apart(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """The same with code of its own: Dynamo notes by code what it skips and how often it compiled; prompts and steps must not mix."""
+    """The same with code of its own: Dynamo notes by code what it skips and how often it compiled, and must not mix the two."""
 
     def apart(*args: Any, **kwargs: Any) -> Any:
         return fn(*args, **kwargs)

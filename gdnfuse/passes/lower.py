@@ -1,4 +1,4 @@
-"""lower: each dialect op becomes its Triton kernel, or its reference, inlined for Inductor to fuse if it can; linears are packed."""
+"""lower: each dialect op becomes its Triton kernel, or its reference, inlined if a compiler may see it; linears are packed."""
 
 from __future__ import annotations
 

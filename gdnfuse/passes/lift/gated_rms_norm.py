@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from gdnfuse.dialect import gated_rms_norm
 from gdnfuse.rewrite.driver import call
-from gdnfuse.rewrite.graph import op_name, peel, real_users, value
+from gdnfuse.rewrite.graph import chain, op_name, peel, real_users, same, same_shape, value
 from gdnfuse.rewrite.pattern import Alt, Const, Mismatch, Op, Var
+from gdnfuse.rewrite.proof import hint
 from gdnfuse.rewrite.rule import Match, Rule, bring
 
 o, w = Var("o"), Var("weight")
@@ -36,21 +37,52 @@ class LiftGatedRMSNorm(Rule):
                 raise
             root, env = outer, PATTERN.match(outer)
         shape = value(root).shape
-        operands = {
-            "o": bring(env["o"], shape, "o"),
-            "z": bring(env["z"], shape, "z"),
-            "weight": bring(env["weight"], shape[-1:], "weight"),
-        }
+        o, z = _before_views(env["o"], env["z"], shape)
+        operands = {"o": bring(o, value(o).shape, "o"), "z": bring(z, value(o).shape, "z")}
+        root = _rounded(root, value(operands["z"].node).dtype)
+        operands["weight"] = bring(env["weight"], shape[-1:], "weight")
+        inputs = {k: x.node for k, x in operands.items()}
         return Match(
-            {k: x.node for k, x in operands.items()},
+            inputs,
             [root],
-            data={"how": operands, "eps": env["eps"], "dtype": value(root).dtype},
+            data={
+                "how": operands,
+                "eps": env["eps"],
+                "dtype": value(root).dtype,
+                "shape": None if same_shape(value(o).shape, shape) else shape,
+            },
+            shapes={k: _few_rows(value(inputs[k]).shape) for k in ("o", "z")},
         )
 
     def rewrite(self, m, t):
         how = m.data["how"]
         y = call(gated_rms_norm.op.overload, *(how[k].how(getattr(t, k)) for k in ("o", "z", "weight")), m.data["eps"])
+        if m.data["shape"] is not None:
+            y = y.reshape(-1, *m.data["shape"][1:])
         return y.to(m.data["dtype"])
+
+
+def _rounded(root, dtype):
+    """The cast to the gate's dtype where it is all that reads the product: the op rounds by itself."""
+    users = list(root.users)
+    alone = len(users) == 1 and op_name(users[0]) == "to" and value(users[0]).dtype == dtype
+    return users[0] if alone else root
+
+
+def _before_views(o, z, shape):
+    """o and z as they are before both are flattened into rows: of a part of a packed row, flattening makes a copy."""
+    if all(isinstance(s, int) for s in shape[1:]):
+        for n in reversed(chain(o)):
+            for other in reversed(chain(z)):
+                if same(value(n).shape[-1], shape[-1]) and same_shape(value(n).shape, value(other).shape):
+                    return n, other
+    return o, z
+
+
+def _few_rows(shape):
+    """Rows are normalised one by one: a few prove as much."""
+    axes = len(shape) - 1
+    return (*(min(hint(s), 64 if axes == 1 else 4) for s in shape[:-1]), hint(shape[-1]))
 
 
 def _normalised(node) -> bool:

@@ -1,0 +1,213 @@
+"""Prompts: two graphs for all lengths, every GDN layer one conv, one rule and one norm, and the results are eager's."""
+
+import copy
+import random
+
+import pytest
+import torch
+
+import gdnfuse
+from tests.models import zoo
+
+LENGTHS = [5, 63, 64, 65, 70, 130, 515, 1030, 4096]
+# Views, the cache's own tensors, numbers; before the conv also the mask of padded prompts and the padding of very short ones.
+VIEWS = {"narrow", "transpose", "reshape", "getitem", "split", "squeeze", "unsqueeze", "zeros", "zeros_like", "copy_", "neg"}
+BEFORE = {"linear", "mul", "pad", "sub"}
+
+
+def compiled(model, **options):
+    return torch.compile(model, backend="gdnfuse", fullgraph=True, options={"inner": "eager", "strict": True, **options})
+
+
+def reports(phase):
+    return [r for r in gdnfuse.reports() if r.phase == phase]
+
+
+def continued(layer):
+    return any(r.rule == "conv_context" and r.status == "fired" for r in layer.records)
+
+
+def assert_fused(layers=zoo.GDN_LAYERS):
+    for report in gdnfuse.reports():
+        assert len(report.layers) == layers and report.note == ""
+        for layer in report.layers:
+            assert layer.fused, layer.why_not
+            stages = [r.rule for r in layer.records if r.stage == "capture"]
+            if report.phase == "decode":
+                assert stages == ["causal_conv_update", "delta_rule"]
+                assert layer.ops_after == ["linear", "mixer_decode", "linear"]
+            else:
+                assert stages == ["causal_conv", "chunk_delta_rule"]
+                made = [op for op in layer.ops_after if op not in VIEWS]
+                conv = made.index("causal_conv")
+                assert set(made[:conv]) <= BEFORE
+                # In a continuation the cat is of the conv's window and its last columns, not of the prompt.
+                rest = [op for op in made[conv:] if op != "cat" or not continued(layer)]
+                assert rest == ["causal_conv", "fused_gating_chunk_delta_rule", "gated_rms_norm", "linear"]
+
+
+@torch.no_grad()
+def forward(call, cache, ids, mask=None):
+    return call(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True).logits.clone()
+
+
+def assert_close(a, b, tolerance=1e-5):
+    (found, cache), (wanted, other) = a, b
+    assert zoo.relative(found, wanted) < tolerance
+    for kind in ("recurrent", "conv"):
+        assert zoo.relative(zoo.flat_states(cache, kind), zoo.flat_states(other, kind)) < tolerance
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+def test_two_graphs_for_every_length_and_decode_goes_on_from_each(kind):
+    model = zoo.causal_lm()
+    ours = copy.deepcopy(model)
+    run = compiled(ours)
+    lengths = list(LENGTHS)
+    random.Random(kind).shuffle(lengths)
+    for length in lengths:
+        ids, _ = zoo.prompt(1, length, seed=length)
+        a, e = zoo.new_cache(model, kind, 4100), zoo.new_cache(model, kind, 4100)
+        assert_close((forward(run, a, ids), a), (forward(model, e, ids), e))
+        tokens = zoo.tokens_for(1, 3)
+        assert_close((zoo.decode(run, a, None, tokens), a), (zoo.decode(model, e, None, tokens), e))
+    # The first length as it is, then one for any length.
+    assert len(reports("prefill")) <= 2
+    assert len(reports("decode")) <= 2 and len(gdnfuse.reports()) <= 4
+    assert_fused()
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("static", torch.bfloat16), ("dynamic", torch.float16)])
+def test_no_less_accurate_than_eager(kind, dtype):
+    model = zoo.causal_lm().to(dtype)
+    wide, oracle = zoo.in_float64(model)
+    ours = copy.deepcopy(model)
+    logits, caches = {}, {}
+    # Many sequences in one figure: the error of a single one of a toy is a draw.
+    for name, owner, call in (("ours", ours, compiled(ours)), ("eager", model, model), ("oracle", wide, oracle)):
+        logits[name], caches[name] = [], []
+        for seed, length in enumerate((5, 63, 64, 65, 70, 130, 200, 130, 70, 65)):
+            cache = zoo.new_cache(owner, kind, 256)
+            ids, _ = zoo.prompt(3, length, seed=seed)
+            logits[name].append(forward(call, cache, ids).flatten().double())
+            caches[name].append(cache)
+    assert len(reports("prefill")) == len(gdnfuse.reports()) == 2
+    assert_fused()
+    a, e, o = (torch.cat(logits[n]) for n in ("ours", "eager", "oracle"))
+    assert zoo.relative(a, o) <= 1.1 * zoo.relative(e, o)
+    for state in ("recurrent", "conv"):
+        a, e, o = (torch.cat([zoo.flat_states(c, state) for c in caches[n]]) for n in ("ours", "eager", "oracle"))
+        assert zoo.relative(a, o) <= 1.1 * zoo.relative(e, o)
+    for x, y in zip(zoo.states(caches["ours"][0])["recurrent"], zoo.states(caches["eager"][0])["recurrent"], strict=True):
+        assert x.dtype == y.dtype and x.shape == y.shape
+
+
+@pytest.mark.parametrize("family", zoo.FAMILIES)
+def test_families_left_padding_and_eight_sequences(family):
+    model = zoo.FAMILIES[family]()
+    ours = copy.deepcopy(model)
+    run = compiled(ours)
+    for batch, length in ((2, 70), (8, 41)):
+        ids, mask = zoo.prompt(batch, length, padded=True)
+        a, e = zoo.new_cache(model, "static", 96), zoo.new_cache(model, "static", 96)
+        found, wanted = forward(run, a, ids, mask), forward(model, e, ids, mask)
+        assert_close((found[mask.bool()], a), (wanted[mask.bool()], e))
+        tokens = zoo.tokens_for(batch, 3)
+        assert_close((zoo.decode(run, a, mask, tokens), a), (zoo.decode(model, e, mask, tokens), e))
+    assert_fused()
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+def test_a_filled_cache_is_continued(kind):
+    model = zoo.causal_lm()
+    ours = copy.deepcopy(model)
+    run = compiled(ours)
+    a, e = zoo.new_cache(model, kind, 256), zoo.new_cache(model, kind, 256)
+    for seed, length in enumerate((70, 3, 64, 2, 20)):
+        ids, _ = zoo.prompt(2, length, seed=seed)
+        assert_close((forward(run, a, ids), a), (forward(model, e, ids), e))
+    tokens = zoo.tokens_for(2, 2)
+    assert_close((zoo.decode(run, a, None, tokens), a), (zoo.decode(model, e, None, tokens), e))
+    assert_fused()
+    first, *others = reports("prefill")
+    assert not any(continued(layer) for layer in first.layers)
+    assert others and all(continued(layer) for r in others for layer in r.layers)
+
+
+def test_no_cache_at_all():
+    model = zoo.causal_lm()
+    run = compiled(copy.deepcopy(model))
+    ids, _ = zoo.prompt(2, 70)
+    with torch.no_grad():
+        assert zoo.relative(run(input_ids=ids, use_cache=False).logits, model(input_ids=ids, use_cache=False).logits) < 1e-5
+    assert_fused()
+
+
+def test_a_prompt_of_one_token_and_of_fewer_than_the_conv_is_wide():
+    model = zoo.causal_lm()
+    ours = copy.deepcopy(model)
+    run = compiled(ours)
+    for length in (1, 2, 3):
+        ids, _ = zoo.prompt(2, length)
+        a, e = zoo.new_cache(model, "static"), zoo.new_cache(model, "static")
+        assert_close((forward(run, a, ids), a), (forward(model, e, ids), e))
+        tokens = zoo.tokens_for(2, 2)
+        assert_close((zoo.decode(run, a, None, tokens), a), (zoo.decode(model, e, None, tokens), e))
+    assert_fused()
+
+
+def test_grouped_heads_reach_the_rule_unrepeated():
+    model = zoo.causal_lm(linear_num_key_heads=2, linear_num_value_heads=6, linear_key_head_dim=24, linear_value_head_dim=40)
+    ours = copy.deepcopy(model)
+    ids, _ = zoo.prompt(2, 70)
+    a, e = zoo.new_cache(model, "static", 80), zoo.new_cache(model, "static", 80)
+    assert_close((forward(compiled(ours), a, ids), a), (forward(model, e, ids), e))
+    assert_fused()
+
+
+def test_without_capture_the_report_says_what_is_missing():
+    model = zoo.causal_lm()
+    ids, _ = zoo.prompt(1, 5)
+    run = compiled(model, capture=False)
+    cache, other = zoo.new_cache(model, "static"), zoo.new_cache(model, "static")
+    assert_close((forward(run, cache, ids), cache), (forward(model, other, ids), other))
+    (report,) = gdnfuse.reports()
+    for layer in report.layers:
+        assert not layer.fused and "no causal conv" in layer.why_not
+        assert not any(r.stage == "capture" for r in layer.records)
+
+
+def test_aot_eager_with_a_symbolic_length():
+    model = zoo.causal_lm()
+    ours = copy.deepcopy(model)
+    run = compiled(ours, inner="aot_eager")
+    for length in (70, 5, 64):
+        ids, _ = zoo.prompt(2, length)
+        a, e = zoo.new_cache(model, "static", 80), zoo.new_cache(model, "static", 80)
+        assert_close((forward(run, a, ids), a), (forward(model, e, ids), e))
+    assert len(gdnfuse.reports()) == 2
+    assert_fused()
+    for layer in gdnfuse.reports()[1].layers:
+        chosen = {r.rule: r.chosen for r in layer.records if r.stage == "lower"}
+        assert chosen["causal_conv"] == "reference inlined"
+        assert chosen["fused_gating_chunk_delta_rule"] == "reference called"
+
+
+STRATEGIES = {
+    "static": {"cache_implementation": "static"},
+    "chunked": {"cache_implementation": "static", "prefill_chunk_size": 16},
+    "chunked, dynamic": {"cache_implementation": "dynamic", "prefill_chunk_size": 16},
+    "beams": {"cache_implementation": "static", "num_beams": 3},
+    "beams, dynamic": {"num_beams": 3},
+}
+
+
+@pytest.mark.parametrize(("strategy", "fullgraph"), [*((s, False) for s in STRATEGIES), ("chunked", True)])
+def test_generate(strategy, fullgraph):
+    model = zoo.causal_lm()
+    ours = gdnfuse.compile(copy.deepcopy(model), inner="eager", fullgraph=fullgraph, strict=True)
+    ids, mask = zoo.prompt(2, 37, padded=True)
+    kwargs = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, **STRATEGIES[strategy]}
+    assert torch.equal(ours.generate(ids, **kwargs), model.generate(ids, **kwargs))
+    assert reports("prefill") and reports("decode")
+    assert all(r.fused_layers == zoo.GDN_LAYERS for r in reports("prefill") + reports("decode"))
