@@ -1,0 +1,156 @@
+"""The whole prefill: milliseconds per prompt of eager, eager with flash-linear-attention, Inductor and gdnfuse.
+
+    python benchmarks/prefill.py --models 4b --lengths 4096,16384 --json prefill.json
+    python benchmarks/prefill.py --models tiny --lengths 70,300 --dtype float32 --device cpu --sides eager,gdnfuse
+
+Weights are random, of the published shapes. Each side runs in a process of its own, because transformers chooses
+flash-linear-attention when it is imported: only the side `fla` may see it. A prompt goes through the model into a new dynamic
+cache, the logits of its last token are kept. Compiled sides are called with two short prompts first, which gives one graph for a
+fixed and one for any length; their first calls, Inductor's cache being empty, are the cold figures. Times are medians over PROMPTS
+prompts, each waited for. No speed is reported for a side whose logits on CHECKED tokens are off float32's by more than SLACK times
+eager's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from tqdm import tqdm
+
+SIDES = ("eager", "fla", "inductor", "gdnfuse")
+SLACK, FLOOR = 1.5, 1e-5
+CHECKED = 300
+PROMPTS = 7
+SHORT = (200, 333)  # the prompts that compile
+
+
+def worker(side: str, name: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    if side != "fla":
+        sys.modules["fla"] = None  # type: ignore[assignment]  # so that importing it fails
+    import transformers
+    from decode import build, machine
+    from torch._inductor.utils import fresh_cache
+
+    import gdnfuse
+
+    transformers.utils.logging.set_verbosity_error()
+    model = build(name, getattr(torch, args.dtype), args.device)
+    generator = torch.Generator(args.device).manual_seed(1)
+    longest = max(*args.lengths, *SHORT, CHECKED)
+    tokens = torch.randint(0, model.config.vocab_size, (args.batch, longest), device=args.device, generator=generator)
+
+    def run(call: Callable[..., Any], length: int, keep: int = 1) -> torch.Tensor:
+        cache = transformers.DynamicCache(config=model.config)
+        return call(tokens[:, :length], past_key_values=cache, use_cache=True, logits_to_keep=keep).logits
+
+    if side == "reference":
+        torch.save(
+            {"eager": run(model, CHECKED, CHECKED), "exact": run(copy.deepcopy(model).float(), CHECKED, CHECKED)}, folder / name
+        )
+        return machine()
+    call = model if side in ("eager", "fla") else torch.compile(model, backend=side, fullgraph=side == "gdnfuse")
+    row: dict[str, Any] = {"side": side}
+    with fresh_cache():
+        row["first_calls_seconds"] = [seconds(lambda n=n: run(call, n), args.device) for n in SHORT]
+        saved = torch.load(folder / name)
+        exact = saved["exact"].double()
+        relative = lambda x: float((x.double() - exact).norm() / exact.norm())  # noqa: E731
+        row["error"], row["eager_error"] = relative(run(call, CHECKED, CHECKED)), relative(saved["eager"])
+        row["graphs"] = [report.summary() for report in gdnfuse.reports()]
+        if row["error"] <= SLACK * row["eager_error"] + FLOOR:
+            row["ms"] = {}
+            for length in args.lengths:
+                run(call, length)
+                row["ms"][str(length)] = statistics.median(
+                    1e3 * seconds(lambda n=length: run(call, n), args.device) for _ in range(PROMPTS)
+                )
+    if args.device == "cuda":
+        row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    return row
+
+
+def seconds(call: Callable[[], Any], device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def spawn(side: str, name: str, argv: Sequence[str], folder: str) -> Any:
+    command = [sys.executable, __file__, *argv, "--worker", side, name, folder]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    if run.returncode:
+        return {"side": side, "failed": run.stderr.strip().rsplit("\n", 1)[-1]}
+    return json.loads(run.stdout.strip().rsplit("\n", 1)[-1])
+
+
+def table(name: str, rows: Sequence[dict[str, Any]], lengths: Sequence[int]) -> str:
+    lines = []
+    for row in rows:
+        times = (
+            [f"{row['ms'][str(n)]:.1f}" for n in lengths]
+            if "ms" in row
+            else [row.get("failed", "logits are wrong")] * len(lengths)
+        )
+        cold = " + ".join(f"{s:.1f}" for s in row.get("first_calls_seconds", ()))
+        error = f"{row['error']:.1e} / {row['eager_error']:.1e}" if "error" in row else ""
+        lines.append([row["side"], *times, cold, f"{row.get('peak_gib', 0):.1f}", error])
+    headers = ["side", *(f"{n} tokens (ms)" for n in lengths), "first calls (s)", "peak GiB", "error / eager's"]
+    return f"{name}\n{tabulate(lines, headers, disable_numparse=True)}"
+
+
+@torch.no_grad()
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default="4b", help="presets, config files or `tiny`, by comma")
+    parser.add_argument("--sides", default="eager,fla,inductor,gdnfuse", help=f"of {', '.join(SIDES)}")
+    parser.add_argument("--lengths", default="4096,16384", help="tokens per prompt, by comma")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", metavar="FILE", help="write the figures, the machine and the versions here")
+    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    sides, args.lengths = args.sides.split(","), [int(n) for n in args.lengths.split(",")]
+    if unknown := set(sides) - set(SIDES):
+        parser.error(f"unknown sides {', '.join(sorted(unknown))}; the valid ones are {', '.join(SIDES)}")
+    if args.worker:
+        side, name, folder = args.worker
+        print(json.dumps(worker(side, name, args, Path(folder))))
+        return 0
+
+    data: dict[str, Any] = {
+        "command": shlex.join(["python", "benchmarks/prefill.py", *argv]),
+        "arguments": vars(args),
+        "results": [],
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        for name in args.models.split(","):
+            data["machine"] = spawn("reference", name, argv, folder)
+            rows = [spawn(side, name, argv, folder) for side in tqdm(sides, desc=name, disable=None, leave=False, delay=1)]
+            data["results"].append({"model": name, "batch": args.batch, "sides": rows})
+            print(table(name, rows, args.lengths), end="\n\n", flush=True)
+            if args.json:
+                Path(args.json).write_text(json.dumps(data, indent=1))
+    return 0 if all("ms" in row for result in data["results"] for row in result["sides"]) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
