@@ -15,7 +15,7 @@ from torch._dynamo.testing import EagerAndRecordGraphs
 from transformers.models.qwen3_5 import modeling_qwen3_5 as modeling
 
 import gdnfuse
-import gdnfuse.backend  # noqa: F401  installs the capture
+import gdnfuse.backend
 from gdnfuse import Refused, capture
 
 ROOT = Path(__file__).parent.parent

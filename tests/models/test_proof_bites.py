@@ -1,4 +1,7 @@
-"""Edited copies of the model's own code: each keeps its own result, and is refused with a sentence."""
+"""Edited copies of the model's own code: each keeps its own result, and is refused with a sentence.
+
+These are about matching, so nothing is captured; what capture makes of edited functions is in tests/test_capture.py.
+"""
 
 import inspect
 import textwrap
@@ -106,7 +109,7 @@ def test_edited_code_is_refused_and_keeps_its_own_result(name, monkeypatch):
     monkeypatch.setattr(*edited(where, old, new))
     model = zoo.causal_lm()
     tokens = zoo.tokens_for(2, 3)
-    run = torch.compile(model, backend="gdnfuse", fullgraph=True, options={"inner": "eager"})
+    run = torch.compile(model, backend="gdnfuse", fullgraph=True, options={"inner": "eager", "capture": False})
     a, mask = zoo.prefill(model, 2, "static")
     e, _ = zoo.prefill(model, 2, "static")
     wanted = zoo.decode(model, e, mask, tokens)
@@ -124,10 +127,12 @@ def test_edited_code_is_refused_and_keeps_its_own_result(name, monkeypatch):
         assert rule in layer.why_not
 
 
-def test_the_unedited_code_is_fused():
+@pytest.mark.parametrize("capture", [False, True])
+def test_the_unedited_code_is_fused(capture):
     """The control: the same drive without an edit fires, so the refusals above are the edits' doing."""
     model = zoo.causal_lm()
-    run = torch.compile(model, backend="gdnfuse", fullgraph=True, options={"inner": "eager", "strict": True})
+    options = {"inner": "eager", "strict": True, "capture": capture}
+    run = torch.compile(model, backend="gdnfuse", fullgraph=True, options=options)
     a, mask = zoo.prefill(model, 2, "static")
     zoo.decode(run, a, mask, zoo.tokens_for(2, 2))
     assert gdnfuse.reports()[0].fused_layers == zoo.GDN_LAYERS

@@ -19,12 +19,16 @@ def eager():
     return model, tokens, zoo.decode(model, cache, mask, tokens), zoo.states(cache)
 
 
-@pytest.mark.parametrize(("stage", "inner"), [*((s, "eager") for s in STAGES), ("lift", "aot_eager"), ("fuse", "aot_eager")])
-def test_the_graph_after_every_stage_runs(eager, stage, inner):
+CASES = [*((s, "eager") for s in STAGES), ("lift", "aot_eager"), ("fuse", "aot_eager")]
+
+
+@pytest.mark.parametrize("capture", [False, True])
+@pytest.mark.parametrize(("stage", "inner"), CASES)
+def test_the_graph_after_every_stage_runs(eager, stage, inner, capture):
     model, tokens, wanted, states = eager
     ours = copy.deepcopy(model)
     cache, mask = zoo.prefill(ours, 2, "static")
-    run = torch.compile(ours, backend="gdnfuse", fullgraph=True, options={"inner": inner, "stop_after": stage})
+    run = torch.compile(ours, backend="gdnfuse", fullgraph=True, options={"inner": inner, "stop_after": stage, "capture": capture})
     assert zoo.relative(zoo.decode(run, cache, mask, tokens), wanted) < 1e-5
     for kind in ("recurrent", "conv"):
         for x, y in zip(zoo.states(cache)[kind], states[kind], strict=True):
@@ -32,8 +36,9 @@ def test_the_graph_after_every_stage_runs(eager, stage, inner):
     (report,) = gdnfuse.reports()
     assert report.rewritten and report.stage_code
     assert ("gdnfuse.mixer_decode" in report.stage_code) == (stage == "fuse")
-    assert ("gdnfuse.delta_rule" in report.stage_code) == (stage == "lift")
-    assert {r.stage for r in report.all_records} == set(STAGES[1 : STAGES.index(stage) + 1])
+    assert ("gdnfuse.delta_rule" in report.stage_code) == (stage == "lift" or capture and stage == "normalize")
+    assert {r.stage for r in report.all_records} - {"capture"} == set(STAGES[1 : STAGES.index(stage) + 1])
+    assert any(r.stage == "capture" for r in report.all_records) == capture
     assert report.fused_layers == (1 if stage in ("fuse", "lower") else 0)
 
 
