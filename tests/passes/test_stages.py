@@ -28,7 +28,8 @@ def test_the_graph_after_every_stage_runs(eager, stage, inner, capture):
     model, tokens, wanted, states = eager
     ours = copy.deepcopy(model)
     cache, mask = zoo.prefill(ours, 2, "static")
-    run = torch.compile(ours, backend="gdnfuse", fullgraph=True, options={"inner": inner, "stop_after": stage, "capture": capture})
+    options = {"inner": inner, "stop_after": stage, "capture": capture}
+    run = torch.compile(ours, backend="gdnfuse", fullgraph=True, options=options)
     assert zoo.relative(zoo.decode(run, cache, mask, tokens), wanted) < 1e-5
     for kind in ("recurrent", "conv"):
         for x, y in zip(zoo.states(cache)[kind], states[kind], strict=True):
