@@ -180,6 +180,10 @@ class Capture:
     seconds: float = 0.0
 
 
+# A copy of each captured function that is not substituted, by the function's id. In a global, so that Dynamo knows where it comes from
+# and heeds what marks it and what it calls, such as a kernel that must not be traced.
+_originals: dict[int, types.FunctionType] = {}
+
 # Every function looked at, by its id, beside what became of it; kept alive here so that no other object gets the id.
 _seen: dict[int, tuple[Any, Capture]] = {}
 
@@ -291,6 +295,7 @@ def _substitute(function: types.FunctionType, capturable: Capturable) -> None:
         function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
     )
     original.__kwdefaults__ = function.__kwdefaults__
+    key = id(function)
     call, accepts, positional = capturable.call, capturable.accepts, capturable.positional
     # With a kernel library installed the wrapper holds its function's parameters; those we do not know may change the result.
     held = inspect.getclosurevars(function).nonlocals.get("applicable_params", ())
@@ -299,9 +304,10 @@ def _substitute(function: types.FunctionType, capturable: Capturable) -> None:
     def captured(*args, **kwargs):
         if _wanted() and len(args) <= positional and _plain(args, kwargs, foreign) and accepts(*args, **kwargs):
             return call(*args, **kwargs)
-        return original(*args, **kwargs)
+        return _originals[key](*args, **kwargs)
 
     torch.compiler.substitute_in_graph(function, skip_signature_check=True)(captured)
+    _originals[key] = original
 
 
 def _restore(function: types.FunctionType) -> None:
@@ -319,6 +325,7 @@ def _restore(function: types.FunctionType) -> None:
             get_torch_obj_rule_map().pop(known, None)
     for known in (handlers.get(function), function):
         handlers.pop(known, None)
+    _originals.pop(id(function), None)
 
 
 def _plain(args, kwargs, foreign):

@@ -64,7 +64,7 @@ def compile(
         first = _marking_caches(torch.compile(_apart(plain), **shared, **_no_cuda_graphs(mode, options)))
         if not fullgraph:
             # Where generate compiles this call itself (for prefill_chunk_size), a prompt still gets its own compilation.
-            first = torch._dynamo.disable(_apart(first), recursive=False)
+            first = torch._dynamo.disable(first, recursive=False)
     model._compiled_call_impl = _by_phase(decode, first)
     if getattr(model, "generation_config", None) is not None:
         from transformers import CompileConfig
@@ -93,7 +93,7 @@ def _mode_or_options(mode: str | None, options: dict[str, Any]) -> dict[str, Any
 
 
 def _apart(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """The same with code of its own: Dynamo notes by code what it skips and how often it compiled, and must not mix the two."""
+    """The same with code of its own: Dynamo counts by code how often it compiled, and prompts and decode steps must not add up."""
 
     def apart(*args: Any, **kwargs: Any) -> Any:
         return fn(*args, **kwargs)

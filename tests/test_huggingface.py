@@ -93,6 +93,25 @@ def test_a_prompt_is_compiled_without_cuda_graphs_in_every_mode():
     assert huggingface._no_cuda_graphs(None, {}) == {"mode": None, "options": None}
 
 
+def test_where_generate_compiles_prompts_itself_they_keep_their_own_compilation(model):
+    """Its compilation is that of decode steps, with CUDA graphs."""
+    graphs = []
+
+    def generates(gm, example_inputs):
+        graphs.append(gm)
+        return gm.forward
+
+    kwargs = {"cache_implementation": "static", "prefill_chunk_size": 4}
+    wanted = generate(model, **kwargs)
+    gdnfuse.compile(model, **EAGER)
+    config = CompileConfig(backend=generates, mode=None, fullgraph=False)
+    config._compile_all_devices = True
+    assert torch.equal(generate(model, compile_config=config, **kwargs), wanted)
+    assert {r.phase for r in gdnfuse.reports()} == {"prefill"}
+    inputs = [n for gm in graphs for n in gm.graph.find_nodes(op="placeholder") if "input_ids" in n.name]
+    assert inputs and all(n.meta["example_value"].shape[1] == 1 for n in inputs)
+
+
 def test_a_cache_made_by_a_compiled_prompt_has_the_marks_of_one_made_outside(model):
     def marks(cache):
         names = ("keys", "values", "cumulative_length", "conv_states", "recurrent_states")
