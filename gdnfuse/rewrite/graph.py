@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -128,7 +129,9 @@ def writes(node: Node) -> set[int]:
     if node.kwargs.get("out") is not None:
         out = node.kwargs["out"]
         return _storages(out if isinstance(out, list | tuple) else [out])
-    if name == "setitem" or (name.endswith("_") and not name.endswith("__")):
+    # operator.and_ and or_ have their underscore from the keywords of Python.
+    in_place = name.endswith("_") and not name.endswith("__") and target not in (operator.and_, operator.or_, operator.not_)
+    if name == "setitem" or in_place:
         return _storages(node.args[:1])
     if name in _VIEWS | _PARTS | _CASTS:
         return set()

@@ -115,9 +115,23 @@ def _map(a: Any, f: Any) -> Any:
     return f(a)
 
 
-def hint(size: Any) -> int:
-    """The number a symbolic size stands for at compile time."""
-    return int(size) if isinstance(size, int) else int(size.node.hint)
+def hint(size: Any, bound: dict[Any, int] | None = None) -> int:
+    """The number a symbolic size stands for at compile time, or what it is when its symbols are `bound` to other numbers."""
+    if isinstance(size, int):
+        return int(size)
+    return int(size.node.expr.subs(bound)) if bound else int(size.node.hint)
+
+
+def _bound(inputs: list[tuple[str, Node]], small: int | None) -> dict[Any, int]:
+    """A number of its own, `small` and upwards, for every symbol in the sizes of the inputs."""
+    symbols: dict[Any, int] = {}
+    for _, node in inputs:
+        v = value(node)
+        for size in v.shape if isinstance(v, torch.Tensor) else (v,):
+            if small is not None and not isinstance(size, int):
+                for symbol in sorted(size.node.expr.free_symbols, key=str):
+                    symbols.setdefault(symbol, small + len(symbols))
+    return symbols
 
 
 def prove(region: Graph, replacement: Graph, inputs: list[tuple[str, Node]], m: Match, extremes: bool = True) -> Proof:
@@ -126,7 +140,7 @@ def prove(region: Graph, replacement: Graph, inputs: list[tuple[str, Node]], m: 
     Args:
         region: placeholders in the order of `inputs`; outputs a tuple.
         replacement: likewise.
-        inputs: name and main-graph node of every placeholder; SymInt inputs are bound to their hints.
+        inputs: name and main-graph node of every placeholder; SymInt inputs are bound to their hints, or as `m.small` says.
         m: for samplers, shapes and writes.
         extremes: also draw the second sample; needed where one side is code that is not ours.
 
@@ -165,8 +179,9 @@ def forget() -> None:
 
 
 def _structure(region: Graph, replacement: Graph, inputs: list[tuple[str, Node]], m: Match) -> str:
+    bound = _bound(inputs, m.small)
     parts: list[Any] = [
-        (name, _fact(value(n)), m.shapes.get(name), str(m.samplers.get(name)), str(m.extremes.get(name))) for name, n in inputs
+        (name, _fact(value(n), bound), m.shapes.get(name), str(m.samplers.get(name)), str(m.extremes.get(name))) for name, n in inputs
     ]
     parts += [sorted(m.writes), _local_memory(region)]
     for graph in (region, replacement):
@@ -207,19 +222,25 @@ def _same_memory(region: Graph, values: dict[Node, Any]) -> None:
             raise Refused(f"Memory written inside the motif must be shared as in the model, found that {found}.")
 
 
-def _fact(v: Any) -> Any:
+def _fact(v: Any, bound: dict[Any, int]) -> Any:
     if isinstance(v, torch.Tensor):
-        return tuple(hint(s) for s in v.shape), str(v.dtype)
-    return hint(v)
+        return tuple(hint(s, bound) for s in v.shape), str(v.dtype)
+    return hint(v, bound)
 
 
 def _draw(
-    name: str, node: Node, extreme: bool, m: Match, shapes: dict[str, tuple[int, ...]], generator: torch.Generator
+    name: str,
+    node: Node,
+    extreme: bool,
+    m: Match,
+    shapes: dict[str, tuple[int, ...]],
+    bound: dict[Any, int],
+    generator: torch.Generator,
 ) -> Any:
     v = value(node)
     if not isinstance(v, torch.Tensor):
-        return hint(v)
-    shape = shapes.get(name) or tuple(hint(s) for s in v.shape)
+        return hint(v, bound)
+    shape = shapes.get(name) or tuple(hint(s, bound) for s in v.shape)
     if not v.is_floating_point():
         raise Refused(f"{name} must be a floating tensor, found {v.dtype}.", at=node)
     sampler = m.extremes.get(name) if extreme and name in m.extremes else m.samplers.get(name)
@@ -245,11 +266,11 @@ def _run(
     shapes: dict[str, tuple[int, ...]],
     extremes: bool,
 ) -> float:
-    worst = 0.0
+    worst, bound = 0.0, _bound(inputs, m.small)
     with torch.no_grad(), torch.device("cpu"):
         for extreme in (False, True) if extremes else (False,):
             generator = torch.Generator().manual_seed(0)
-            tensors = [_draw(name, node, extreme, m, shapes, generator) for name, node in inputs]
+            tensors = [_draw(name, node, extreme, m, shapes, bound, generator) for name, node in inputs]
             copies = [t.clone() if isinstance(t, torch.Tensor) else t for t in tensors]
             small = sum(t.numel() for t in tensors if isinstance(t, torch.Tensor)) < SMALL
             values: dict[Node, Any] | None = {} if _local_memory(region) else None

@@ -29,6 +29,7 @@ class Match:
         extremes: how to draw it for the proof's second sample, where `samplers` does not serve.
         local_writes: the region may write in place to memory it makes itself, such as a buffer filled slice by slice.
         shapes: smaller shapes for the proof where the region's maths does not depend on the size.
+        small: if given, symbolic sizes are bound to about this number in the proof, instead of to their hints.
     """
 
     inputs: dict[str, Node]
@@ -39,6 +40,7 @@ class Match:
     extremes: dict[str, Sampler] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     local_writes: bool = False
+    small: int | None = None
 
 
 class Rule:

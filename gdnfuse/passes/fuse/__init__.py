@@ -1,6 +1,7 @@
 """fuse: tiny patterns over dialect ops. A fusion is a file here and a line in RULES, before those that build on it."""
 
 from gdnfuse.passes.fuse import (
+    causal_attention,
     conv_context,
     gating_chunk_delta_rule,
     gating_delta_rule,
@@ -18,4 +19,5 @@ RULES = [
     conv_context.RULE,
     packed_decode.RULE,
     mixer_decode.RULE,
+    causal_attention.RULE,
 ]

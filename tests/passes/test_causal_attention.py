@@ -1,0 +1,90 @@
+"""Attention under a causal mask that the graph makes is told so; any other mask stays, with a sentence."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gdnfuse.passes.fuse.causal_attention import RULE
+from gdnfuse.report import Status
+from tests.rewrite.captured import Captured
+
+MASKS = {
+    "le": lambda i, j: j <= i,
+    "ge": lambda i, j: i >= j,
+    "not later": lambda i, j: ~(j > i),
+}
+OTHERS = {
+    "strict": lambda i, j: j <= i - 1 + (i == 0),
+    "later": lambda i, j: j >= i,
+    "window": lambda i, j: (j <= i) & (j > i - 8),
+    "far window": lambda i, j: (j <= i) & (j > i - 33),
+    "offset": lambda i, j: j <= i + 1,
+    "all": lambda i, j: j >= 0 * i,
+}
+
+
+def attention(make, **options):
+    def function(q, k, v):
+        i, j = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])[None, :]
+        mask = make(i, j)[None, None].expand(q.shape[0], -1, q.shape[2], k.shape[2])
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options) * 1.0
+
+    return function
+
+
+def inputs(T=40, heads=4, keys=4):
+    return torch.randn(2, heads, T, 8), torch.randn(2, keys, T, 8), torch.randn(2, keys, T, 8)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("name", MASKS)
+def test_causal_masks_become_a_flag(name, dynamic):
+    options = {} if dynamic else {"scale": 0.3}  # with dynamic=True Dynamo takes numbers for symbols too
+    g = Captured(attention(MASKS[name], **options), *inputs(), dynamic=dynamic).normalize().apply(RULE)
+    assert g.record.status is Status.FIRED, g.record.reason
+    g.close()
+    (call,) = [n for n in g.gm.graph.nodes if "scaled_dot" in str(n.target)]
+    assert call.kwargs["is_causal"] is True and options.items() <= call.kwargs.items() and "attn_mask" not in call.kwargs
+    assert not [n for n in g.gm.graph.nodes if "arange" in str(n.target)]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_masks_stay(name, dynamic):
+    g = Captured(attention(OTHERS[name]), *inputs(), dynamic=dynamic).normalize().apply(RULE)
+    assert g.record.status is Status.REFUSED and "The float64 proof failed" in g.record.reason
+    g.equal()
+
+
+def test_grouped_queries_keep_their_option():
+    g = Captured(attention(MASKS["le"], enable_gqa=True), *inputs(keys=2)).normalize().apply(RULE)
+    assert g.record.status is Status.FIRED, g.record.reason
+    g.close()
+
+
+def test_a_mask_that_is_given_is_not_guessed_at():
+    def function(q, k, v, mask):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask * 1.0 > 0)
+
+    g = Captured(function, *inputs(), torch.ones(40, 40).tril()).normalize().apply(RULE)
+    assert g.record.status is Status.REFUSED
+    assert "must depend on q, k, v alone, found that it reads" in g.record.reason
+    g.equal()
+
+
+def test_dropout_and_long_fixed_masks_are_refused():
+    g = Captured(attention(MASKS["le"], dropout_p=0.5), *inputs()).normalize().apply(RULE)
+    assert "must have no dropout" in g.record.reason
+    g = Captured(attention(MASKS["le"]), *inputs(T=1100, heads=1, keys=1), dynamic=False).normalize().apply(RULE)
+    assert "at most 1024 columns to be proved, found 1100" in g.record.reason
+    g.equal()
+
+
+def test_one_query_needs_no_record():
+    def function(q, k, v):
+        mask = torch.arange(k.shape[2])[None, None, None] <= 7
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    q, k, v = inputs()
+    g = Captured(function, q[:, :, :1], k, v).normalize().apply(RULE)
+    assert g.outcome.records == []
