@@ -4,8 +4,8 @@
     python benchmarks/chunk.py --shapes 1x8192 --sides gdnfuse
 
 Both take the same q, k (16 heads), v (32 heads), g, β and initial state, l2-normalise q and k inside, and return the output and
-the last state. A CUDA graph runs the op over enough input sets that together exceed the L2 four times; the figure is the median of
-REPLAYS replays, in microseconds per call. The limit streams q, k, v, o and the states once at 4.3 TB/s. Peak memory is what a
+the last state. A CUDA graph runs the op over enough input sets that together exceed the L2 four times; the figure is the median
+of REPLAYS replays, in microseconds per call. The limit streams q, k, v, o and the states once at 4.3 TB/s. Peak memory is what a
 call allocates beyond its inputs. No speed is reported for a side whose output or state is off float64's on the first SEGMENT
 tokens. Cold figures: seconds and machine codes of the first calls over all shapes with an empty Triton cache.
 """

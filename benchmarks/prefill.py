@@ -5,10 +5,10 @@
 
 Weights are random, of the published shapes. Each side runs in a process of its own, because transformers chooses
 flash-linear-attention when it is imported: only the side `fla` may see it. A prompt goes through the model into a new dynamic
-cache, the logits of its last token are kept. Compiled sides are called with two short prompts first, which gives one graph for a
-fixed and one for any length; their first calls, Inductor's cache being empty, are the cold figures. Times are medians over PROMPTS
-prompts, each waited for. No speed is reported for a side whose logits on CHECKED tokens are off float32's by more than SLACK times
-eager's.
+cache, the logits of its last token are kept. Compiled sides are called with two short prompts first, which gives one graph for
+a fixed and one for any length; their first calls, Inductor's cache being empty, are the cold figures. Times are medians over
+PROMPTS prompts, each waited for. No speed is reported for a side whose logits on CHECKED tokens are off float32's by more than
+SLACK times eager's.
 """
 
 from __future__ import annotations

@@ -33,12 +33,10 @@ from gdnfuse.report import Refused
 
 # AMD's matrix units take float32 as it is.
 EXACT = "tf32x3" if torch.version.hip is None else "ieee"
-# dtype of q, k, v: (dtype of the operands of products, precision of products of float32 operands).
-OPERANDS = {
-    torch.bfloat16: (torch.bfloat16, EXACT),
-    torch.float16: (torch.float32, EXACT),
-    torch.float32: (torch.float32, EXACT),
-}
+# dtype of q, k, v: (dtype of the operands of products, precision of products of float32 operands). Bfloat16 operands need a K
+# that fills its tile: Triton 3.6 gives wrong results on sm_90 where loads of bfloat16 wgmma operands in a loop are not pipelined.
+OPERANDS = {torch.bfloat16: (torch.bfloat16, EXACT)}
+WIDE, MAX_WIDE = (torch.float32, EXACT), 128
 
 
 # H200, 32 heads, T = 8192, µs: 4 warps 138, 8 warps 260.
@@ -105,7 +103,8 @@ def chunk_prepare_kernel(
         beta = tl.sigmoid(beta)
     beta = tl.where(live, beta, 0.0)
     g = tl.cumsum(tl.where(live, a, 0.0), 0)  # [64]
-    last = tl.sum(tl.where(r == 63, g, 0.0), 0)
+    # Of the last token there is: behind it the sum stays the same but for its rounding.
+    last = tl.sum(tl.where(r == tl.minimum(T - chunk * 64, 64) - 1, g, 0.0), 0)
     kk = tl.dot(k, tl.trans(k), input_precision=PRECISION)  # [64, 64]
     norm_q, norm_k = tl.where(live, tl.cast(scale, tl.float32), 0.0), tl.where(live, 1.0, 0.0)  # [64]
     if L2NORM:
@@ -282,20 +281,20 @@ def launch_with(
     config: tuple[int, int, int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Both kernels; gates are g and β where A_log is None. `config`: value columns per program, warps, stages."""
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = (x if _aligned(x) else x.contiguous() for x in (q, k, v))
     B, T, HV, V = v.shape
     H, K = q.shape[2:]
     if T == 0:
         raise ValueError("chunk_delta_rule needs at least one token, got T = 0.")
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    operands, precision = OPERANDS[v.dtype]
+    BK = max(16, triton.next_power_of_2(K))
+    operands, precision = OPERANDS.get(v.dtype, WIDE) if K == BK else WIDE
     new = {"device": v.device, "dtype": torch.float32}
     inverse = torch.empty((B, HV, T, CHUNK), device=v.device, dtype=operands)
     attention, factors = torch.empty_like(inverse), torch.empty((4, B, HV, T), **new)
     out, last = torch.empty((B, T, HV, V), device=v.device, dtype=v.dtype), torch.empty((N, HV, K, V), **new)
     checkpoints = T // (CHUNK * checkpoint_every) if checkpoint_every else 0
     kept = torch.empty((B, checkpoints, HV, K, V), **new)
-    BK = max(16, triton.next_power_of_2(K))
     shared = {"H": H, "HV": HV, "K": K, "BK": BK, "VARLEN": cu_seqlens is not None, "PRECISION": precision}
     kernel_of(chunk_prepare_kernel)[(-(-T // CHUNK), N * HV)](
         q, k, a, b, None if A_log is None else A_log.contiguous(), None if dt_bias is None else dt_bias.contiguous(),
@@ -304,7 +303,7 @@ def launch_with(
         *q.stride()[:3], *k.stride()[:3], *a.stride(), *b.stride(),
         L2NORM=l2norm_eps is not None, GATED=A_log is not None, num_warps=PREPARE_WARPS, **shared,
     )  # fmt: skip
-    columns, num_warps, stages = _config(v.dtype, N * HV, V) if config is None else config
+    columns, num_warps, stages = _config(operands, N * HV, K) if config is None else config
     BV = min(columns, max(16, triton.next_power_of_2(V)))
     kernel_of(chunk_scan_kernel)[(-(-V // BV), N * HV)](
         q, k, v, inverse, attention, factors, state, cu_seqlens, out, last, kept,
@@ -320,10 +319,17 @@ def launch_with(
 SCAN_CONFIGS = ((64, 32, 4, 3), (float("inf"), 32, 4, 2))
 
 
-def _config(dtype: torch.dtype, heads: int, V: int) -> tuple[int, int, int]:
-    if dtype != torch.bfloat16:
+def _config(operands: torch.dtype, heads: int, K: int) -> tuple[int, int, int]:
+    if operands == torch.float32:
         return 16, 4, 1
-    return next(config[1:] for config in SCAN_CONFIGS if heads <= config[0])
+    return (32, 4, 2) if K > 128 else next(config[1:] for config in SCAN_CONFIGS if heads <= config[0])
+
+
+def _aligned(x: torch.Tensor) -> bool:
+    """Rows that can be read 16 bytes at a time."""
+    step = 16 // x.element_size()
+    strides = [stride for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1]
+    return x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(stride % step == 0 for stride in strides)
 
 
 def supports(
@@ -338,8 +344,8 @@ def supports(
     cu_seqlens: torch.Tensor | None = None,
     checkpoint_every: int = 0,
 ) -> None:
-    """Raises Refused unless dtypes are float32, bfloat16 or float16, the same for q, k and v, heads static, K, V ≤ 256, HV a
-    multiple of H and cu_seqlens int32 or int64."""
+    """Raises Refused unless dtypes are float32, bfloat16 or float16, the same for q, k and v, heads static, K, V ≤ 256, K ≤ 128
+    where operands are float32, HV a multiple of H and cu_seqlens int32 or int64."""
     require_dtypes(q=q, k=k, v=v, g=g, beta=beta, state=state)
     H, HV = q.shape[2], v.shape[2]
     require_static(H=H, HV=HV)
@@ -348,6 +354,9 @@ def supports(
         raise Refused(f"HV must be a multiple of H, got HV = {HV} and H = {H}.")
     if not q.dtype == k.dtype == v.dtype:
         raise Refused(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}.")
+    K = k.shape[-1]
+    if K > MAX_WIDE and (q.dtype not in OPERANDS or K != triton.next_power_of_2(K)):
+        raise Refused(f"K above {MAX_WIDE} must be 256, and q, k and v bfloat16; got K = {K} and {q.dtype}.")
     if cu_seqlens is not None and cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise Refused(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}.")
 

@@ -13,8 +13,8 @@ import triton.language as tl
 from gdnfuse.kernels.implementation import kernel_of, register, require_dtypes, require_head_dims, require_static
 from gdnfuse.report import Refused
 
-# Not yet measured: a warp per row of 128 reads 16 bytes of float32 per lane.
-ROWS, NUM_WARPS = 4, 4
+# H200, 131072 rows of 128 bfloat16, µs: (4, 4) 44.7, (8, 4) 31.3, (8, 2) 28.8, (16, 4) 28.8, (64, 4) 42.4.
+ROWS, NUM_WARPS = 8, 2
 
 
 @triton.jit

@@ -181,7 +181,8 @@ def forget() -> None:
 def _structure(region: Graph, replacement: Graph, inputs: list[tuple[str, Node]], m: Match) -> str:
     bound = _bound(inputs, m.small)
     parts: list[Any] = [
-        (name, _fact(value(n), bound), m.shapes.get(name), str(m.samplers.get(name)), str(m.extremes.get(name))) for name, n in inputs
+        (name, _fact(value(n), bound), m.shapes.get(name), str(m.samplers.get(name)), str(m.extremes.get(name)))
+        for name, n in inputs
     ]
     parts += [sorted(m.writes), _local_memory(region)]
     for graph in (region, replacement):

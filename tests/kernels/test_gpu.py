@@ -40,6 +40,11 @@ CHUNKED = [
     *(Case("chunk_delta_rule", f"T{T}", kernel_cases.chunked(1, T, 1, 2, 32, 32, BF16)) for T in range(1, 301)),
     *(Case("chunk_delta_rule", f"fp32-T{T}", kernel_cases.chunked(2, T, 1, 2, 32, 64)) for T in (1, 64, 65, 300)),
     Case("chunk_delta_rule", "fp16", kernel_cases.chunked(2, 150, 2, 4, 128, 128, torch.float16)),
+    *(
+        Case("chunk_delta_rule", f"{kernel_cases.name(dtype)}-{K}x{V}", kernel_cases.chunked(1, 150, 1, 2, K, V, dtype, eps=eps))
+        for K, V in ((16, 16), (24, 16), (48, 200), (64, 32), (100, 100), (128, 256))
+        for dtype, eps in ((BF16, 1e-6), (BF16, None), (torch.float32, None))
+    ),
     Case("chunk_delta_rule", "large-heads", kernel_cases.chunked(1, 150, 1, 2, 256, 256, BF16)),
     Case("chunk_delta_rule", "hard-gates", kernel_cases.chunked(1, 700, 2, 4, 128, 128, BF16, hard=30.0)),
     Case("chunk_delta_rule", "sequences", kernel_cases.chunked(1, 700, 2, 4, 128, 128, BF16, lengths=(1, 63, 64, 65, 500, 7))),
@@ -66,7 +71,8 @@ def compiled(name, dynamic=False):
     op = implementations()[name].op
 
     def function(first, *rest, **kwargs):
-        return op(first * 1.0, *rest, **kwargs) * 1.0
+        results = op(first * 1.0, *rest, **kwargs)
+        return tuple(r * 1.0 for r in results) if isinstance(results, tuple) else results * 1.0
 
     torch._dynamo.reset()  # all these functions share one code object, whose recompilations are limited
     fast = torch.compile(function, fullgraph=True)

@@ -25,6 +25,7 @@ REFUSED = [
     ("causal_conv", kernel_cases.prompt_conv(1, 4, 4, 4, F64), "x must be float32, bfloat16 or float16, got float64."),
     ("causal_conv", kernel_cases.prompt_conv(1, 4, 4, 4, act="gelu"), "activation must be one of silu, none, got gelu."),
     ("chunk_delta_rule", kernel_cases.chunked(1, 3, 1, 1, 257, 8), "K must be at most 256, got 257."),
+    ("chunk_delta_rule", kernel_cases.chunked(1, 3, 1, 1, 256, 8), "K above 128 must be 256, and q, k and v bfloat16;"),
     ("chunk_delta_rule", kernel_cases.chunked(1, 3, 2, 3, 8, 8), "HV must be a multiple of H, got HV = 3 and H = 2."),
     (
         "fused_gating_chunk_delta_rule",
