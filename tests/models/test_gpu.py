@@ -62,3 +62,31 @@ def test_runs_are_bit_identical():
     assert torch.equal(first, second)
     for kind in ("recurrent", "conv"):
         assert all(torch.equal(a, b) for a, b in zip(first_states[kind], second_states[kind], strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("batch", [1, 4])
+@torch.no_grad()
+def test_prefill_is_no_less_accurate_than_eager(dtype, batch):
+    """Prompts of many lengths through two graphs; logits and states of all of them are one figure each."""
+    model = zoo.causal_lm(hidden_size=256, **HEADS).to(dtype).cuda()
+    ours = copy.deepcopy(model)
+    wide, oracle = zoo.in_float64(model)
+    compiled = torch.compile(ours, backend="gdnfuse", fullgraph=True)
+    logits, states = {}, {}
+    for name, owner, call in (("ours", ours, compiled), ("eager", model, model), ("oracle", wide, oracle)):
+        logits[name], states[name] = [], {"recurrent": [], "conv": []}
+        for length in (70, 5, 515, 64, 130, 63, 300, 1030):
+            cache = zoo.new_cache(owner, "dynamic")
+            ids, _ = zoo.prompt(batch, length, seed=length)
+            logits[name].append(call(input_ids=ids.cuda(), past_key_values=cache, use_cache=True).logits.flatten().double())
+            for kind in states[name]:
+                states[name][kind].append(zoo.flat_states(cache, kind))
+    assert [report.phase for report in gdnfuse.reports()] == ["prefill", "prefill"]
+    chosen = {r.chosen for r in gdnfuse.reports()[-1].layers[0].records if "chunk_delta_rule" in r.rule and r.stage == "lower"}
+    assert chosen == {"triton"}
+    floor = 2e-6 if dtype == torch.float32 else 0.0
+    for kind, found in (("logits", logits), *((k, {n: states[n][k] for n in states}) for k in ("recurrent", "conv"))):
+        ours_all, eager_all, wanted = (torch.cat(found[name]) for name in ("ours", "eager", "oracle"))
+        error, eager_error = zoo.relative(ours_all, wanted), zoo.relative(eager_all, wanted)
+        assert error <= 1.1 * eager_error + floor, f"{kind}: {error:.2e} against eager's {eager_error:.2e}"
