@@ -13,6 +13,8 @@ from gdnfuse.report import GdnfuseError, GraphReport, LayerReport, Record, Refus
 if TYPE_CHECKING:
     import torch
 
+    from gdnfuse.huggingface import Warmup
+
 __all__ = [
     "GdnfuseError",
     "GraphReport",
@@ -24,6 +26,7 @@ __all__ = [
     "clear_reports",
     "compile",
     "reports",
+    "warmup",
 ]
 
 
@@ -38,3 +41,10 @@ def compile(model: torch.nn.Module, *, mode: str | None = None, **options: Any) 
     from gdnfuse import huggingface
 
     return huggingface.compile(model, mode=mode, **options)
+
+
+def warmup(model: torch.nn.Module, **options: Any) -> Warmup:
+    """Compile all that `model.generate` will need. See `gdnfuse.huggingface.warmup`."""
+    from gdnfuse import huggingface
+
+    return huggingface.warmup(model, **options)

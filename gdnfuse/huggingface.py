@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import json
 import re
+import time
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gdnfuse import kernels
 from gdnfuse import options as gdnfuse_options
 from gdnfuse.report import GdnfuseError, GraphReport, reports
 
@@ -93,7 +97,7 @@ def _mode_or_options(mode: str | None, options: dict[str, Any]) -> dict[str, Any
 
 
 def _apart(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """The same with code of its own: Dynamo counts by code how often it compiled, and prompts and decode steps must not add up."""
+    """The same with code of its own: Dynamo counts compilations by code, and prompts and decode steps must not add up."""
 
     def apart(*args: Any, **kwargs: Any) -> Any:
         return fn(*args, **kwargs)
@@ -144,6 +148,51 @@ def _mark_static(cache: Any) -> None:
         for tensor in states:
             if isinstance(tensor, torch.Tensor):
                 torch._dynamo.mark_static_address(tensor)
+
+
+# Two lengths: Dynamo makes one graph for the first and one for any length at the second.
+WARM_PROMPTS = (70, 83)
+
+
+@dataclass(frozen=True)
+class Warmup:
+    """What a warm-up compiled: seconds it took, graphs by phase, and machine codes of each Triton kernel that are loaded."""
+
+    seconds: float
+    graphs: dict[str, int]
+    kernels: dict[str, int]
+
+
+def warmup(model: torch.nn.Module, *, batch: int = 1, new_tokens: int = 4, **generate: Any) -> Warmup:
+    """Compile all that `model.generate` will need, by generating a few tokens from two short random prompts.
+
+    Chunks are of 64 tokens whatever the prompt's length and nothing is tuned at run time, so later prompts compile nothing more.
+
+    Args:
+        model: after `gdnfuse.compile`.
+        batch: rows per prompt, as later.
+        new_tokens: generated from each.
+        generate: arguments of `model.generate` that change what is compiled, such as `cache_implementation` or `num_beams`.
+
+    Returns:
+        What it compiled.
+
+    Raises:
+        GdnfuseError: the model has no `generate`.
+    """
+    if not hasattr(model, "generate"):
+        raise GdnfuseError(f"warmup needs a model with generate, found {type(model).__name__}.")
+    known, start = len(reports()), time.perf_counter()
+    device = next(model.parameters()).device
+    vocabulary = model.config.get_text_config().vocab_size
+    for length in WARM_PROMPTS:
+        ids = torch.randint(0, vocabulary, (batch, length), device=device)
+        options = {"attention_mask": torch.ones_like(ids), "min_new_tokens": new_tokens, "max_new_tokens": new_tokens, **generate}
+        model.generate(ids, **options)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    graphs = Counter(report.phase for report in reports()[known:])
+    return Warmup(time.perf_counter() - start, dict(graphs), kernels.loaded())
 
 
 def presets() -> list[str]:

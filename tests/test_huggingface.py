@@ -11,6 +11,7 @@ from transformers import CompileConfig, Qwen3_5Config, Qwen3_5ForCausalLM, Qwen3
 
 import gdnfuse
 from gdnfuse import huggingface
+from tests.models import zoo
 
 SIZES = {
     "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 2,
@@ -229,3 +230,19 @@ def test_every_preset_is_fused_in_every_layer(name):
     (report,) = huggingface.trace(model, target="cuda")
     linear = model.config.layer_types.count("linear_attention")
     assert (report.fused_layers, len(report.layers)) == (linear, linear)
+
+
+def test_warmup_compiles_all_that_generate_needs():
+    model = gdnfuse.compile(zoo.causal_lm(), inner="eager")
+    warm = gdnfuse.warmup(model, batch=2)
+    assert warm.graphs["prefill"] == 2 and 1 <= warm.graphs["decode"] <= 2 and warm.seconds > 0 and warm.kernels == {}
+    known = len(gdnfuse.reports())
+    for length in (5, 64, 130):
+        ids = zoo.prompt(2, length)[0]
+        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, min_new_tokens=3)
+    assert len(gdnfuse.reports()) == known
+
+
+def test_warmup_needs_a_model_that_generates():
+    with pytest.raises(gdnfuse.GdnfuseError, match="a model with generate, found Linear"):
+        gdnfuse.warmup(torch.nn.Linear(2, 2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from typing import TYPE_CHECKING
 
 from gdnfuse.report import Refused
@@ -42,3 +43,14 @@ def implementations() -> dict[str, Implementation]:
         mixer_decode.implementation,
     )
     return {kernel.name: kernel for kernel in found} | {"linear": skinny_linear.implementation}
+
+
+def loaded() -> dict[str, int]:
+    """How many machine codes of each of our kernels this process has compiled or loaded, by kernel; empty before any launch."""
+    counts: dict[str, int] = {}
+    for module in [m for name, m in sys.modules.items() if name.startswith("gdnfuse.kernels.")]:
+        for name, kernel in vars(module).items():
+            caches = getattr(kernel, "device_caches", None)
+            if caches and getattr(kernel, "__module__", module.__name__) == module.__name__:
+                counts[name] = sum(len(cache[0]) for cache in caches.values())
+    return {name: count for name, count in counts.items() if count}

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import gdnfuse
+from gdnfuse import kernels
 from tests.models import zoo
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -90,3 +91,15 @@ def test_prefill_is_no_less_accurate_than_eager(dtype, batch):
         ours_all, eager_all, wanted = (torch.cat(found[name]) for name in ("ours", "eager", "oracle"))
         error, eager_error = zoo.relative(ours_all, wanted), zoo.relative(eager_all, wanted)
         assert error <= 1.1 * eager_error + floor, f"{kind}: {error:.2e} against eager's {eager_error:.2e}"
+
+
+@torch.no_grad()
+def test_no_kernel_is_compiled_after_the_warmup():
+    """Prompts of any length, and the decode steps behind them, find every machine code there."""
+    model = gdnfuse.compile(zoo.causal_lm(hidden_size=256, **HEADS).bfloat16().cuda(), mode="default")
+    warm = gdnfuse.warmup(model, batch=2)
+    assert warm.kernels["chunk_prepare_kernel"] >= 1 and sum(warm.kernels.values()) <= 12, warm.kernels
+    for length in (5, 16, 63, 64, 65, 128, 515):
+        ids = zoo.prompt(2, length)[0].cuda()
+        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, min_new_tokens=3)
+    assert kernels.loaded() == warm.kernels
