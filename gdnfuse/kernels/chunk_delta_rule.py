@@ -280,7 +280,11 @@ def launch_with(
     checkpoint_every: int,
     config: tuple[int, int, int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Both kernels; gates are g and β where A_log is None. `config`: value columns per program, warps, stages."""
+    """Both kernels; gates are g and β where A_log is None.
+
+    `config`, value columns per program, warps and stages, makes it the scan that runs everywhere; None is a choice by shape, and the
+    scan of chunk_scan_hopper.py where that applies.
+    """
     q, k, v = (x if _aligned(x) else x.contiguous() for x in (q, k, v))
     B, T, HV, V = v.shape
     H, K = q.shape[2:]
@@ -290,8 +294,11 @@ def launch_with(
     BK = max(16, triton.next_power_of_2(K))
     operands, precision = OPERANDS.get(v.dtype, WIDE) if K == BK else WIDE
     new = {"device": v.device, "dtype": torch.float32}
-    inverse = torch.empty((B, HV, T, CHUNK), device=v.device, dtype=operands)
-    attention, factors = torch.empty_like(inverse), torch.empty((4, B, HV, T), **new)
+    hopper = _hopper()
+    on_hopper = hopper is not None and hopper.supports_here(q, k, v, checkpoint_every)
+    tokens = hopper.padded(T) if on_hopper else T
+    inverse = torch.empty((B, HV, tokens, CHUNK), device=v.device, dtype=operands)
+    attention, factors = torch.empty_like(inverse), torch.empty((4, B, HV, tokens), **new)
     out, last = torch.empty((B, T, HV, V), device=v.device, dtype=v.dtype), torch.empty((N, HV, K, V), **new)
     checkpoints = T // (CHUNK * checkpoint_every) if checkpoint_every else 0
     kept = torch.empty((B, checkpoints, HV, K, V), **new)
@@ -299,19 +306,31 @@ def launch_with(
     kernel_of(chunk_prepare_kernel)[(-(-T // CHUNK), N * HV)](
         q, k, a, b, None if A_log is None else A_log.contiguous(), None if dt_bias is None else dt_bias.contiguous(),
         cu_seqlens, inverse, attention, factors,
-        scale, 0.0 if l2norm_eps is None else l2norm_eps, T, T, B * HV * T,
+        scale, 0.0 if l2norm_eps is None else l2norm_eps, T, tokens, B * HV * tokens,
         *q.stride()[:3], *k.stride()[:3], *a.stride(), *b.stride(),
         L2NORM=l2norm_eps is not None, GATED=A_log is not None, num_warps=PREPARE_WARPS, **shared,
     )  # fmt: skip
+    if on_hopper and config is None:
+        hopper.launch_scan(q, k, v, inverse, attention, factors, state, cu_seqlens, out, last)
+        return out, last, kept
     columns, num_warps, stages = _config(operands, N * HV, K) if config is None else config
     BV = min(columns, max(16, triton.next_power_of_2(V)))
     kernel_of(chunk_scan_kernel)[(-(-V // BV), N * HV)](
         q, k, v, inverse, attention, factors, state, cu_seqlens, out, last, kept,
-        T, T, B * HV * T, checkpoint_every, checkpoints,
+        T, tokens, B * HV * tokens, checkpoint_every, checkpoints,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *((0,) * 4 if state is None else state.stride()),
         V=V, BV=BV, CHECKPOINT=checkpoint_every > 0, STAGES=stages, num_warps=num_warps, **shared,
     )  # fmt: skip
     return out, last, kept
+
+
+def _hopper() -> Any:
+    """The scan written for Hopper, where Triton has Gluon."""
+    try:
+        from gdnfuse.kernels import chunk_scan_hopper
+    except ImportError:
+        return None
+    return chunk_scan_hopper
 
 
 # Heads N·HV up to, value columns per program, warps, stages. H200, K = V = 128, T = 8192, µs for 32 | 128 heads: (32, 4, 3)
