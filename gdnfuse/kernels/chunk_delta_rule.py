@@ -282,8 +282,8 @@ def launch_with(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Both kernels; gates are g and β where A_log is None.
 
-    `config`, value columns per program, warps and stages, makes it the scan that runs everywhere; None is a choice by shape, and the
-    scan of chunk_scan_hopper.py where that applies.
+    `config`, value columns per program, warps and stages, makes it the scan that runs everywhere; None is a choice by shape, and
+    the scan of chunk_scan_hopper.py where that applies.
     """
     q, k, v = (x if _aligned(x) else x.contiguous() for x in (q, k, v))
     B, T, HV, V = v.shape
