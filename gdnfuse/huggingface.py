@@ -65,7 +65,7 @@ def compile(
     plain = model._call_impl
     decode, first = torch.compile(plain, **shared, **_mode_or_options(mode, options)), plain
     if prefill or prefill is None and parsed.capture:
-        first = _marking_caches(torch.compile(_apart(plain), **shared, **_no_cuda_graphs(mode, options)))
+        first = _marking_caches(torch.compile(_apart(plain), **shared, **_no_cuda_graphs(mode, options)), fullgraph)
         if not fullgraph:
             # Where generate compiles this call itself (for prefill_chunk_size), a prompt still gets its own compilation.
             first = torch._dynamo.disable(first, recursive=False)
@@ -126,20 +126,19 @@ def _by_phase(decode: Callable[..., Any], first: Callable[..., Any]) -> Callable
     return call
 
 
-def _marking_caches(fn: Callable[..., Any]) -> Callable[..., Any]:
+def _marking_caches(fn: Callable[..., Any], fullgraph: bool) -> Callable[..., Any]:
     """Let CUDA graphs of later steps write to the cache that a compiled prompt made, as transformers does outside of graphs."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        cache = kwargs.get("past_key_values")
-        filled = cache is not None and cache.is_initialized
         out = fn(*args, **kwargs)
-        if not filled and not torch.compiler.is_compiling():
+        if not (fullgraph and torch.compiler.is_compiling()):
             _mark_static(getattr(out, "past_key_values", None))
         return out
 
     return call
 
 
+@torch.compiler.disable  # a mark cannot be set in a graph
 def _mark_static(cache: Any) -> None:
     for layer in getattr(cache, "layers", []):
         states = [*getattr(layer, "conv_states", {}).values(), *getattr(layer, "recurrent_states", {}).values()]

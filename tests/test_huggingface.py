@@ -113,13 +113,25 @@ def test_where_generate_compiles_prompts_itself_they_keep_their_own_compilation(
     assert inputs and all(n.meta["example_value"].shape[1] == 1 for n in inputs)
 
 
-def test_a_cache_made_by_a_compiled_prompt_has_the_marks_of_one_made_outside(model):
-    def marks(cache):
-        names = ("keys", "values", "cumulative_length", "conv_states", "recurrent_states")
-        states = [getattr(layer, n, None) for layer in cache.layers for n in names]
-        flat = [t for s in states for t in (s.values() if isinstance(s, dict) else [s])]
-        return [getattr(t, "_dynamo_static_input_type", None) for t in flat]
+def marks(cache):
+    names = ("keys", "values", "cumulative_length", "conv_states", "recurrent_states")
+    states = [getattr(layer, n, None) for layer in cache.layers for n in names]
+    flat = [t for s in states for t in (s.values() if isinstance(s, dict) else [s])]
+    return [getattr(t, "_dynamo_static_input_type", None) for t in flat]
 
+
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_a_cache_that_generate_made_has_the_marks_of_one_made_outside(model, chunk):
+    kwargs = {"cache_implementation": "static", "return_dict_in_generate": True, "prefill_chunk_size": chunk}
+    with torch.no_grad():
+        wanted = StaticCache(config=model.config, max_cache_len=16)
+        model(PROMPT, past_key_values=wanted, use_cache=True)
+    gdnfuse.compile(model, **EAGER)
+    found = generate(model, **kwargs).past_key_values
+    assert gdnfuse.reports() and "unguarded" in marks(wanted) and marks(found) == marks(wanted)
+
+
+def test_a_cache_made_by_a_compiled_prompt_has_the_marks_of_one_made_outside(model):
     with torch.no_grad():
         wanted, found = (StaticCache(config=model.config, max_cache_len=16) for _ in range(2))
         model(PROMPT, past_key_values=wanted, use_cache=True)
