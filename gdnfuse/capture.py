@@ -180,8 +180,8 @@ class Capture:
     seconds: float = 0.0
 
 
-# A copy of each captured function that is not substituted, by the function's id. In a global, so that Dynamo knows where it comes
-# from, as it would for the function itself.
+# A copy of each captured function that is not substituted, by the function's id. In a global, so that Dynamo knows where it
+# comes from, as it would for the function itself.
 _originals: dict[int, types.FunctionType] = {}
 
 # Every function looked at, by its id, beside what became of it; kept alive here so that no other object gets the id.
