@@ -71,8 +71,9 @@ def _rule_accepts(query, key, value, g, beta, initial_state=None, cu_seqlens=Non
     return own and query.ndim == 4 and key.ndim == 4 and value.ndim == 4 and g.ndim == 3 and beta.ndim == 3
 
 
-def _conv(hidden_states, weight, bias=None, activation=None, **ignored):
-    return torch.ops.gdnfuse.causal_conv.default(hidden_states, weight, bias, ACTIVATIONS[activation])
+def _conv(hidden_states, weight, bias=None, activation=None, cu_seq_lens_q=None, **ignored):
+    # Transformers hands the bounds of packed sequences to the rule alone and mixes them here; these are the same bounds.
+    return torch.ops.gdnfuse.causal_conv.default(hidden_states, weight, bias, ACTIVATIONS[activation], None, cu_seq_lens_q)
 
 
 def _conv_accepts(hidden_states, weight, bias=None, activation=None, **others):

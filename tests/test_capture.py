@@ -305,6 +305,14 @@ def test_packed_sequences_are_kept_apart():
         close([o[:, piece], state[n : n + 1]], function(*(a[:, piece] for a in args), **alone))
 
 
+def test_the_conv_keeps_the_same_packed_sequences_apart():
+    function, (x, *rest), kwargs = call(CONV)
+    bounds = torch.tensor([0, 2, x.shape[-1]])
+    out = torch.compile(lambda: function(x, *rest, cu_seq_lens_q=bounds, **kwargs), backend=Recorder(), fullgraph=True)()
+    close(out, torch.cat([function(x[..., :2], *rest, **kwargs), function(x[..., 2:], *rest, **kwargs)], -1))
+    assert not torch.allclose(out, function(x, *rest, **kwargs))
+
+
 EDITS = {
     "another eps": (CHUNK, "query = l2norm(query, dim=-1, eps=1e-6)", "query = l2norm(query, dim=-1, eps=1e-5)"),
     "no scale": (CHUNK, "scaling = query.shape[-1] ** -0.5", "scaling = 1.0"),

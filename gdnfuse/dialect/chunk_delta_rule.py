@@ -45,9 +45,9 @@ def reference(
         n = 0), in float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: no tokens; a batch or checkpoints beside cu_seqlens.
+        ValueError: no tokens; a batch or checkpoints beside cu_seqlens; a state that has not one row per sequence.
     """
-    _check(v, cu_seqlens, checkpoint_every)
+    check(v, state, cu_seqlens, checkpoint_every)
     if cu_seqlens is None:
         return _rows(q, k, v, g, beta, state, scale, l2norm_eps, checkpoint_every)
     outs, states = v.new_empty(v.shape), []
@@ -60,13 +60,17 @@ def reference(
     return outs, torch.cat(states), none
 
 
-def _check(v, cu_seqlens, checkpoint_every):
+def check(v: torch.Tensor, state: torch.Tensor | None, cu_seqlens: torch.Tensor | None, checkpoint_every: int) -> None:
+    """Raises ValueError as `reference` says."""
     if v.shape[1] == 0:
         raise ValueError("chunk_delta_rule needs at least one token, got T = 0.")
     if checkpoint_every < 0:
         raise ValueError(f"checkpoint_every must not be negative, got {checkpoint_every}.")
     if cu_seqlens is not None and (v.shape[0] != 1 or checkpoint_every):
         raise ValueError(f"With cu_seqlens B must be 1 and checkpoint_every 0, got B = {v.shape[0]} and {checkpoint_every}.")
+    rows = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    if state is not None and state.shape[0] != rows:
+        raise ValueError(f"The state must have a row for each of the {rows} sequences, got {state.shape[0]}.")
 
 
 def _rows(q, k, v, g, beta, state, scale, l2norm_eps, checkpoint_every):
@@ -107,7 +111,7 @@ def _rows(q, k, v, g, beta, state, scale, l2norm_eps, checkpoint_every):
 
 
 def fake(q, k, v, g, beta, state, scale, l2norm_eps=None, cu_seqlens=None, checkpoint_every=0):
-    _check(v, cu_seqlens, checkpoint_every)
+    check(v, state, cu_seqlens, checkpoint_every)
     acc = acc_dtype(q, k, v, g, beta) if state is None else acc_dtype(q, k, v, g, beta, state)
     B, T, HV, V = v.shape
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1

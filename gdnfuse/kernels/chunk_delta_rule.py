@@ -26,9 +26,16 @@ import torch
 import triton
 import triton.language as tl
 
-from gdnfuse.dialect.chunk_delta_rule import CHUNK
+from gdnfuse.dialect.chunk_delta_rule import CHUNK, check
 from gdnfuse.kernels.delta_rule import log_decay
-from gdnfuse.kernels.implementation import kernel_of, register, require_dtypes, require_head_dims, require_static
+from gdnfuse.kernels.implementation import (
+    INDEX_POINTERS,
+    kernel_of,
+    register,
+    require_dtypes,
+    require_head_dims,
+    require_static,
+)
 from gdnfuse.report import Refused
 
 # AMD's matrix units take float32 as it is.
@@ -230,7 +237,7 @@ def launch(
         o [B, T, HV, V] in v's dtype; the last states [N, HV, K, V] and the checkpoints [B, T // (64·n), HV, K, V] in float32.
 
     Raises:
-        ValueError: no tokens.
+        ValueError: as the dialect's op.
     """
     return launch_with(q, k, v, g, beta, None, None, state, scale, l2norm_eps, cu_seqlens, checkpoint_every)
 
@@ -288,14 +295,13 @@ def launch_with(
     q, k, v = (x if _aligned(x) else x.contiguous() for x in (q, k, v))
     B, T, HV, V = v.shape
     H, K = q.shape[2:]
-    if T == 0:
-        raise ValueError("chunk_delta_rule needs at least one token, got T = 0.")
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    check(v, state, cu_seqlens, checkpoint_every)
     BK = max(16, triton.next_power_of_2(K))
     operands, precision = OPERANDS.get(v.dtype, WIDE) if K == BK else WIDE
     new = {"device": v.device, "dtype": torch.float32}
     hopper = _hopper()
-    on_hopper = hopper is not None and hopper.supports_here(q, k, v, checkpoint_every)
+    on_hopper = config is None and hopper is not None and hopper.supports_here(q, k, v, checkpoint_every)
     tokens = hopper.padded(T) if on_hopper else T
     inverse = torch.empty((B, HV, tokens, CHUNK), device=v.device, dtype=operands)
     attention, factors = torch.empty_like(inverse), torch.empty((4, B, HV, tokens), **new)
@@ -310,7 +316,7 @@ def launch_with(
         *q.stride()[:3], *k.stride()[:3], *a.stride(), *b.stride(),
         L2NORM=l2norm_eps is not None, GATED=A_log is not None, num_warps=PREPARE_WARPS, **shared,
     )  # fmt: skip
-    if on_hopper and config is None:
+    if on_hopper:
         hopper.launch_scan(q, k, v, inverse, attention, factors, state, cu_seqlens, out, last)
         return out, last, kept
     columns, num_warps, stages = _config(operands, N * HV, K) if config is None else config
@@ -376,7 +382,7 @@ def supports(
     K = k.shape[-1]
     if K > MAX_WIDE and (q.dtype not in OPERANDS or K != triton.next_power_of_2(K)):
         raise Refused(f"K above {MAX_WIDE} must be 256, and q, k and v bfloat16; got K = {K} and {q.dtype}.")
-    if cu_seqlens is not None and cu_seqlens.dtype not in (torch.int32, torch.int64):
+    if cu_seqlens is not None and cu_seqlens.dtype not in INDEX_POINTERS:
         raise Refused(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}.")
 
 

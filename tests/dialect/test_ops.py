@@ -169,8 +169,23 @@ def test_chunked_rule_says_what_it_does_not_take():
         chunk_delta_rule.reference(*empty)
     with pytest.raises(ValueError, match="must not be negative, got -1"):
         chunk_delta_rule.reference(*args, 0.3, checkpoint_every=-1)
+    with pytest.raises(ValueError, match="a row for each of the 2 sequences, got 1"):
+        chunk_delta_rule.reference(*args, 0.3, cu_seqlens=torch.tensor([0, 2, 5]))
     with pytest.raises(ValueError, match="With cu_seqlens B must be 1 and checkpoint_every 0, got B = 1 and 2"):
         chunk_delta_rule.reference(*args, 0.3, cu_seqlens=torch.tensor([0, 5]), checkpoint_every=2)
+
+
+@quick
+@given(st.lists(st.integers(1, 7), min_size=1, max_size=5), st.integers(1, 5), st.integers(0, 5))
+def test_prompt_conv_keeps_packed_sequences_apart(lengths, W, S):
+    """Each as if alone; what lies before the first, context or columns of x, belongs to it."""
+    T = sum(lengths)
+    x, context = torch.randn(1, 3, T + S, dtype=torch.float64), torch.randn(1, 3, 4, dtype=torch.float64)
+    weight, bounds = torch.randn(3, W, dtype=torch.float64), torch.tensor([0, *lengths]).cumsum(0)
+    found = causal_conv.reference(x, weight, None, "silu", context, bounds)
+    pieces = x.split([lengths[0] + S, *lengths[1:]], -1)
+    alone = [causal_conv.reference(p, weight, None, "silu", None if i else context) for i, p in enumerate(pieces)]
+    close(found, torch.cat(alone, -1))
 
 
 @quick

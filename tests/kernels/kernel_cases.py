@@ -67,10 +67,10 @@ def conv(B, D, S, W, dtype=F32, state_dtype=None, bias=False, act="silu", wrap=l
     return make
 
 
-def prompt_conv(B, D, T, W, dtype=F32, S=0, bias=False, act="silu", wrap=lambda x: x):
+def prompt_conv(B, D, T, W, dtype=F32, S=0, bias=False, act="silu", wrap=lambda x: x, bounds=None):
     def make():
         x, context = wrap(torch.randn(B, D, T).to(dtype)), torch.randn(B, D, S).to(dtype) if S else None
-        return (x, torch.randn(D, W).to(dtype), torch.randn(D).to(dtype) if bias else None, act, context), {}
+        return (x, torch.randn(D, W).to(dtype), torch.randn(D).to(dtype) if bias else None, act, context, bounds), {}
 
     return make
 
@@ -162,6 +162,8 @@ CASES = [
     Case("causal_conv", "bf16-rows", prompt_conv(2, 300, 19, 4, BF16, wrap=row_slice)),
     Case("causal_conv", "context", prompt_conv(2, 40, 33, 4, F16, S=4, bias=True, act="none")),
     Case("causal_conv", "shorter-than-the-window", prompt_conv(1, 5, 2, 4, bias=True)),
+    Case("causal_conv", "sequences", prompt_conv(1, 40, 37, 4, S=4, bounds=torch.tensor([0, 1, 3, 20, 21, 37]))),
+    Case("causal_conv", "sequences-at-end", prompt_conv(2, 40, 9, 4, BF16, bounds=torch.tensor([0, 2, 5], dtype=torch.int32))),
     Case("causal_conv", "short-context", prompt_conv(3, 5, 1, 4, S=2)),
     *(Case("chunk_delta_rule", f"{name(d)}-{T}", chunked(2, T, 1, 2, 16, 16, d)) for d in (F32, BF16, F16) for T in (1, 63, 130)),
     Case("chunk_delta_rule", "no-state", chunked(1, 65, 2, 2, 16, 24, state=False)),
@@ -243,6 +245,10 @@ def rebuilt(value, device, dtype=None):
     )
 
 
+def wide(value):
+    return torch.float64 if isinstance(value, torch.Tensor) and value.is_floating_point() else None
+
+
 @contextmanager
 def poisoned_empty():
     """torch.empty gives NaN, so that an element nobody wrote shows."""
@@ -274,7 +280,7 @@ def check(case, function, device="cpu", tolerance=TOLERANCE, poison=poisoned_emp
     """Compare `function`'s outputs and what it writes, its arguments' surroundings included, with the reference in float64."""
     op = meaning(case.op)
     args, kwargs = case.call()
-    exact = [rebuilt(v, "cpu", torch.float64 if isinstance(v, torch.Tensor) else None) for v in args]
+    exact = [rebuilt(v, "cpu", wide(v)) for v in args]
     expected = op.reference(*exact, **kwargs)
     ours = [rebuilt(v, device) for v in args]
     before = {n: whole(v).clone() for n, v in zip(op.arg_names, ours, strict=False) if isinstance(v, torch.Tensor)}

@@ -28,6 +28,8 @@ class FuseConvContext(Rule):
     def match(self, anchor):
         conv = causal_conv.op.bind(anchor.args, anchor.kwargs)
         window = peel(conv["x"])
+        if conv["cu_seqlens"] is not None:
+            raise Refused("The conv must be of one sequence per row, found bounds of packed ones.", at=anchor)
         if len(window.args[0]) != 2 or conv["context"] is not None:
             raise Mismatch(window, "a cat of the conv state and the new tokens", f"a cat of {len(window.args[0])}")
         state, x = window.args[0]
