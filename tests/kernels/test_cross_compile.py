@@ -10,8 +10,9 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
-from gdnfuse.kernels import implementations
+from gdnfuse.kernels import chunk_scan_hopper, implementations
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -103,6 +104,31 @@ def test_the_chunked_rule_compiles_for_wider_operands(dtype, target):
     every = {"cu_seqlens": torch.empty(3, dtype=torch.int32, device="meta")}
     specs = implementations()["chunk_delta_rule"].jit_kernels(q, q, v, gate, gate, None, 0.1, None, **every)
     assert [compile_for(target, spec).metadata.name for spec in specs] == ["chunk_prepare_kernel", "chunk_scan_kernel"]
+
+
+@pytest.mark.parametrize(("columns", "slots", "varlen"), [(64, 3, False), (64, 3, True), (128, 2, False)])
+def test_the_hopper_scan_does_not_spill(columns, slots, varlen, tmp_path, record_property):
+    """The configurations that are chosen, for the heads of a 4B model."""
+    kernel = chunk_scan_hopper.chunk_scan_hopper_kernel
+    tile, factors = chunk_scan_hopper.TILE_4D.value, chunk_scan_hopper.FACTORS_4D.value
+    constexprs = {"H": H, "HV": 32, "BV": columns, "STAGES": slots, "VARLEN": varlen, "num_warps": columns // 16}
+    constexprs["stride_sv"] = 1
+    if not varlen:
+        constexprs["cu_seqlens_ptr"] = None
+    signature = {name: "i32" for name in kernel.arg_names}
+    pointers = {"out_ptr": "*bf16", "factors_ptr": "*fp32", "state_ptr": "*fp32", "last_ptr": "*fp32", "cu_seqlens_ptr": "*i64"}
+    squares = ("q_desc", "k_desc", "inverse_desc", "attention_desc")
+    signature |= pointers | dict.fromkeys(squares, f"tensordesc<bf16[1, 1, 64, 64],{tile!r}>")
+    signature |= dict.fromkeys(("v_desc", "out_desc"), f"tensordesc<bf16[1, 1, 64, {columns}],{tile!r}>")
+    signature["factors_desc"] = f"tensordesc<fp32[1, 1, 4, 64],{factors!r}>"
+    signature |= dict.fromkeys(constexprs, "constexpr")
+    aligned = (*pointers, "stride_sb", "stride_sh", "stride_sk")
+    attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name in aligned}
+    source = GluonASTSource(kernel, signature, constexprs, attrs)
+    compiled = triton.compile(source, target=TARGETS["sm_90"], options={"num_warps": columns // 16})
+    usage = resources(compiled.asm["cubin"], tmp_path)
+    record_property("resources", str(usage))
+    assert (usage["STACK"], usage["LOCAL"]) == (0, 0), f"{usage}"
 
 
 # The linears of a decode step: a 4B model's and some of others, N_out × N_in.
