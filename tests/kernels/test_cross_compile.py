@@ -115,7 +115,7 @@ def test_the_hopper_scan_does_not_spill(columns, slots, varlen, tmp_path, record
     constexprs["stride_sv"] = 1
     if not varlen:
         constexprs["cu_seqlens_ptr"] = None
-    signature = {name: "i32" for name in kernel.arg_names}
+    signature = dict.fromkeys(kernel.arg_names, "i32")
     pointers = {"out_ptr": "*bf16", "factors_ptr": "*fp32", "state_ptr": "*fp32", "last_ptr": "*fp32", "cu_seqlens_ptr": "*i64"}
     squares = ("q_desc", "k_desc", "inverse_desc", "attention_desc")
     signature |= pointers | dict.fromkeys(squares, f"tensordesc<bf16[1, 1, 64, 64],{tile!r}>")
