@@ -27,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> list[gdnfuse.GraphReport]:
         for layer in report.layers:
             print(f"  {layer.path}: {' → '.join(layer.ops_after) if layer.fused else layer.why_not}")
             for record in layer.records:
-                outcome = record.reason or record.chosen or f"proved to {record.proof_error:.0e}"
+                proof = "traced as one op" if record.proof_error is None else f"proved to {record.proof_error:.0e}"
+                outcome = record.reason or record.chosen or proof
                 print(f"    {record.stage:5} {record.rule:20} {record.status}: {outcome}")
     return gdnfuse.reports()
 
