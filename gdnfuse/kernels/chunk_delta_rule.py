@@ -20,6 +20,8 @@ bfloat16 inputs; for float16, whose range the state may leave, and float32 they 
 
 from __future__ import annotations
 
+import functools
+import logging
 from typing import Any
 
 import torch
@@ -37,6 +39,8 @@ from gdnfuse.kernels.implementation import (
     require_static,
 )
 from gdnfuse.report import Refused
+
+log = logging.getLogger(__name__)
 
 # AMD's matrix units take float32 as it is.
 EXACT = "tf32x3" if torch.version.hip is None else "ieee"
@@ -330,11 +334,13 @@ def launch_with(
     return out, last, kept
 
 
+@functools.cache
 def _hopper() -> Any:
     """The scan written for Hopper, where Triton has Gluon."""
     try:
         from gdnfuse.kernels import chunk_scan_hopper
-    except ImportError:
+    except ImportError as e:
+        log.warning("The scan for Hopper needs Gluon of Triton 3.6 or newer, found %s: the general one is taken.", e)
         return None
     return chunk_scan_hopper
 

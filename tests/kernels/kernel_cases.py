@@ -17,9 +17,9 @@ from gdnfuse.dialect import delta_rule, mixer_decode, packed_decode
 # Largest error relative to the largest value: a few roundings of float32 maths, and one more where the result is stored narrower.
 MATHS = 2e-6
 TOLERANCE = {torch.float32: MATHS, torch.bfloat16: 2.0**-8 + MATHS, torch.float16: 2.0**-11 + MATHS}
-# The chunked rule multiplies bfloat16 operands, four products deep, or takes three tf32 products for one of float32; and the
-# running sum of the log decay, to −1000 where gates are hard, has float32's error, in eager too.
-CHUNKED = {torch.float32: 3e-5, torch.bfloat16: 1.5e-2, torch.float16: 2.0**-10}
+# The chunked rule multiplies bfloat16 operands, four products deep, or takes three tf32 products for one of float32. Where gates
+# are hard the running sum of the log decay, to −1000, has float32's error of that size, in eager too.
+CHUNKED = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2, torch.float16: 2.0**-10}
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 # Arguments that have the batch in front.
@@ -269,11 +269,11 @@ def tensors(results):
     return results if isinstance(results, tuple) else (results,)
 
 
-def bound_of(op, args, got, tolerance):
-    """The error allowed to a result: that of its dtype, or of the chunked rule's operands."""
-    if "chunk" not in op:
+def bound_of(case, args, got, tolerance):
+    """The error allowed to a result: that of its dtype, or of the chunked rule's operands and decays."""
+    if "chunk" not in case.op:
         return tolerance[got.dtype]
-    return CHUNKED[args[2].dtype]
+    return CHUNKED[args[2].dtype] + (2e-5 if case.label.startswith("hard") else 0.0)
 
 
 def check(case, function, device="cpu", tolerance=TOLERANCE, poison=poisoned_empty):
@@ -292,7 +292,7 @@ def check(case, function, device="cpu", tolerance=TOLERANCE, poison=poisoned_emp
     for i, (mine, fake, want) in enumerate(zip(tensors(got), tensors(fakes), tensors(expected), strict=True)):
         assert (mine.shape, mine.dtype, mine.stride()) == (fake.shape, fake.dtype, fake.stride())
         error = relative_error(mine, want) if mine.numel() else 0.0
-        assert error <= bound_of(case.op, args, mine, tolerance), f"output {i} is off by {error:.2e}"
+        assert error <= bound_of(case, args, mine, tolerance), f"output {i} is off by {error:.2e}"
     for n, mine, reference in zip(op.arg_names, ours, exact, strict=False):
         if n in op.mutates:
             error = relative_error(whole(mine), whole(reference))

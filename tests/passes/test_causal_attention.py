@@ -25,6 +25,7 @@ OTHERS = {
 
 def attention(make, **options):
     def function(q, k, v):
+        assert q.shape[2] == k.shape[2] == v.shape[2]  # one symbol for the three
         i, j = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])[None, :]
         mask = make(i, j)[None, None].expand(q.shape[0], -1, q.shape[2], k.shape[2])
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options) * 1.0
@@ -32,15 +33,18 @@ def attention(make, **options):
     return function
 
 
-def inputs(T=40, heads=4, keys=4):
-    return torch.randn(2, heads, T, 8), torch.randn(2, keys, T, 8), torch.randn(2, keys, T, 8)
+def inputs(T=40, heads=4, keys=4, dynamic=False):
+    tensors = torch.randn(2, heads, T, 8), torch.randn(2, keys, T, 8), torch.randn(2, keys, T, 8)
+    for t in tensors if dynamic else ():
+        torch._dynamo.mark_dynamic(t, 2)
+    return tensors
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("name", MASKS)
 def test_causal_masks_become_a_flag(name, dynamic):
-    options = {} if dynamic else {"scale": 0.3}  # with dynamic=True Dynamo takes numbers for symbols too
-    g = Captured(attention(MASKS[name], **options), *inputs(), dynamic=dynamic).normalize().apply(RULE)
+    options = {"scale": 0.3}
+    g = Captured(attention(MASKS[name], **options), *inputs(dynamic=dynamic)).normalize().apply(RULE)
     assert g.record.status is Status.FIRED, g.record.reason
     g.close()
     (call,) = [n for n in g.gm.graph.nodes if "scaled_dot" in str(n.target)]
@@ -51,8 +55,29 @@ def test_causal_masks_become_a_flag(name, dynamic):
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_masks_stay(name, dynamic):
-    g = Captured(attention(OTHERS[name]), *inputs(), dynamic=dynamic).normalize().apply(RULE)
+    g = Captured(attention(OTHERS[name]), *inputs(dynamic=dynamic)).normalize().apply(RULE)
     assert g.record.status is Status.REFUSED and "The float64 proof failed" in g.record.reason
+    g.equal()
+
+
+WINDOWS = {
+    "The float64 proof failed": lambda i, j: (j <= i) & (j > i - 60),
+    "no number above 509 in it to be proved, found 4096": lambda i, j: (j <= i) & (j > i - 4096),
+}
+
+
+@pytest.mark.parametrize("reason", WINDOWS)
+def test_a_window_wider_than_the_traced_prompt_stays(reason):
+    """All of its mask is causal at the traced length, and not at a later one."""
+    g = Captured(attention(WINDOWS[reason]), *inputs(dynamic=True)).normalize().apply(RULE)
+    assert g.record.status is Status.REFUSED and reason in g.record.reason, g.record.reason
+    g.equal()
+
+
+def test_a_width_that_is_a_symbol_is_refused():
+    width = 60
+    g = Captured(attention(lambda i, j: (j <= i) & (j > i - width)), *inputs(), dynamic=True).normalize().apply(RULE)
+    assert g.record.status is Status.REFUSED and "found that it reads the number" in g.record.reason, g.record.reason
     g.equal()
 
 

@@ -6,12 +6,18 @@ is masked: at 16384 tokens of a 4B model on an H200 attention then takes 161 of 
 
 from __future__ import annotations
 
+import math
+
+import torch
+from torch.fx.node import map_aggregate
+
 from gdnfuse.report import Refused
 from gdnfuse.rewrite.driver import call
 from gdnfuse.rewrite.graph import is_tensor, op_name, value
 from gdnfuse.rewrite.rule import Match, Rule
 
-# The proof compares T × T attention in float64: symbolic lengths are bound to a small one, a fixed one must be small.
+# The proof compares T × T attention in float64: symbolic lengths are bound to a small one, a fixed one must be small. The small
+# one is above every number in the mask, because a window of 4096 shows in no mask of 37.
 PROVED, MAX_FIXED = 37, 1024
 MASK = 3
 
@@ -29,18 +35,52 @@ class FuseCausalAttention(Rule):
     def match(self, anchor):
         q, k, v = anchor.args[:3]
         kept = {name: a for name, a in anchor.kwargs.items() if name not in ("attn_mask", "is_causal")}
-        return Match({"q": q, "k": k, "v": v}, [anchor], data={"target": anchor.target, "kept": kept}, small=PROVED)
+        number, symbols = _numbers(_mask(anchor))
+        lengths = [*value(q).shape, *value(k).shape]
+        data = {"target": anchor.target, "kept": kept, "number": number, "other": symbols - _symbols(lengths)}
+        fixed = not _symbols(lengths)
+        return Match({"q": q, "k": k, "v": v}, [anchor], data=data, small=None if fixed else max(PROVED, 2 * number + 5))
 
     def check(self, m):
         anchor = m.outputs[0]
         if len(anchor.args) > MASK + 1 or m.data["kept"].get("dropout_p", 0.0) != 0.0:
             raise Refused("Attention must have no dropout and its options by name, found otherwise.", at=anchor)
+        if m.data["other"]:
+            found = ", ".join(sorted(map(str, m.data["other"])))
+            raise Refused(f"A mask must depend on the sizes of q and k alone, found that it reads the number {found}.", at=anchor)
+        if m.small is not None and m.small > MAX_FIXED:
+            most, found = (MAX_FIXED - 5) // 2, m.data["number"]
+            raise Refused(f"A mask must have no number above {most} in it to be proved, found {found}.", at=anchor)
         longest = max((s for s in value(_mask(anchor)).shape[-2:] if isinstance(s, int)), default=0)
         if longest > MAX_FIXED:
             raise Refused(f"A mask of fixed size must have at most {MAX_FIXED} columns to be proved, found {longest}.", at=anchor)
 
     def rewrite(self, m, t):
         return call(m.data["target"], t.q, t.k, t.v, is_causal=True, **m.data["kept"])
+
+
+def _numbers(mask):
+    """The largest constant, in size, of all that the mask is computed with, and the symbols in it."""
+    largest, symbols, todo, seen = 0, set(), [mask], set()
+
+    def look(a):
+        nonlocal largest
+        if isinstance(a, int | float) and not isinstance(a, bool) and math.isfinite(a):
+            largest = max(largest, math.ceil(abs(a)))
+        return a
+
+    while todo:
+        node = todo.pop()
+        if node not in seen:
+            seen.add(node)
+            map_aggregate((node.args, node.kwargs), look)
+            todo.extend(node.all_input_nodes)
+            symbols |= _symbols([value(node)])
+    return largest, symbols
+
+
+def _symbols(sizes):
+    return {s for size in sizes if isinstance(size, torch.SymInt) for s in size.node.expr.free_symbols}
 
 
 def _mask(node):
