@@ -43,9 +43,7 @@ def _chunk(
 ):  # fmt: skip
     eps = L2NORM_EPS if use_qk_l2norm_in_kernel else None
     scale = key.shape[-1] ** -0.5
-    o, state, _ = torch.ops.gdnfuse.chunk_delta_rule.default(
-        query, key, value, g, beta, initial_state, scale, eps, cu_seqlens
-    )
+    o, state, _ = torch.ops.gdnfuse.chunk_delta_rule.default(query, key, value, g, beta, initial_state, scale, eps, cu_seqlens)
     return o.to(query.dtype), state if output_final_state else None
 
 

@@ -63,10 +63,8 @@ def _stages(gm, real, options, report, outcome, packed):
     run_rules(gm, fuse.RULES, outcome)
     normalize.normalize(gm)
     yield "fuse"
-    outcome.records += lower.lower(gm, options.target)
     packed += lower.pack_weights(gm, real)
-    if report.phase == "decode":
-        outcome.records += lower.lower_linears(gm, options.target)
+    outcome.records += lower.lower(gm, options.target, linears=report.phase == "decode")
     lower.check(gm)
     yield "lower"
 

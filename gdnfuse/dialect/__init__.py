@@ -11,12 +11,15 @@ from gdnfuse.dialect import (
     delta_rule,
     fused_gating_chunk_delta_rule,
     fused_gating_delta_rule,
+    fused_linear,
     gated_rms_norm,
     gating,
+    in_proj_conv,
     l2norm,
     mixer_decode,
     packed_decode,
     packed_linear,
+    rms_norm,
 )
 from gdnfuse.dialect.op import OPS, DialectOp, op_of
 
@@ -29,11 +32,14 @@ __all__ = [
     "delta_rule",
     "fused_gating_chunk_delta_rule",
     "fused_gating_delta_rule",
+    "fused_linear",
     "gated_rms_norm",
     "gating",
+    "in_proj_conv",
     "l2norm",
     "mixer_decode",
     "op_of",
     "packed_decode",
     "packed_linear",
+    "rms_norm",
 ]

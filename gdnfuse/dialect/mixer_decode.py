@@ -48,9 +48,7 @@ def reference(
     """
     B, HV, _, V = recurrent_state.shape
     D = conv_state.shape[1]
-    mixed_qkv = causal_conv_update(
-        row.narrow(-1, qkv_offset, D).reshape(B, D, 1), conv_state, conv_weight, conv_bias, activation
-    )
+    mixed_qkv = causal_conv_update(row.narrow(-1, qkv_offset, D).reshape(B, D, 1), conv_state, conv_weight, conv_bias, activation)
     z, b, a = row.narrow(-1, z_offset, HV * V), row.narrow(-1, b_offset, HV), row.narrow(-1, a_offset, HV)
     o = packed_decode(mixed_qkv.reshape(B, 1, D), a, b, A_log, dt_bias, recurrent_state, scale, l2norm_eps)
     return gated_rms_norm(o, z.reshape(B, 1, HV, V), norm_weight, norm_eps).reshape(B, 1, HV * V)

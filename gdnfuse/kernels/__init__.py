@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def implementations() -> dict[str, Implementation]:
-    """The kernel behind each dialect op that has one, by the op's name, and "linear" for a linear of one row.
+    """The kernel behind each dialect op that has one, by the op's name.
 
     Registers ``torch.ops.gdnfuse_triton`` on first use.
 
@@ -41,8 +41,10 @@ def implementations() -> dict[str, Implementation]:
         delta_rule.packed_decode,
         gated_rms_norm.implementation,
         mixer_decode.implementation,
+        skinny_linear.fused_linear,
+        skinny_linear.in_proj_conv,
     )
-    return {kernel.name: kernel for kernel in found} | {"linear": skinny_linear.implementation}
+    return {kernel.name: kernel for kernel in found}
 
 
 def loaded() -> dict[str, int]:

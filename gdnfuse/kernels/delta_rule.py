@@ -18,10 +18,12 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from gdnfuse.kernels.gated_rms_norm import gated
 from gdnfuse.kernels.implementation import (
     kernel_of,
+    overlap_options,
     register,
     require_dtypes,
     require_head_dims,
@@ -84,7 +86,10 @@ def delta_rule_kernel(
     stride_vb, stride_vt, stride_vh, stride_vv, stride_ab, stride_at, stride_ah, stride_bb, stride_bt, stride_bh,
     stride_sb, stride_sh, stride_sk, stride_sv,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, L2NORM: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    if OVERLAP:
+        gdc_launch_dependents()
     pid = tl.program_id(0).to(tl.int64)
     head = pid // tl.cdiv(V, BV)
     batch, hv = head // HV, head % HV
@@ -103,6 +108,8 @@ def delta_rule_kernel(
     A_log, dt_bias = tl.load(A_log_ptr + hv).to(tl.float32), tl.load(dt_bias_ptr + hv).to(tl.float32)
 
     s = tl.load(state_ptrs, mask=live, other=0.0).to(tl.float32)  # [BK, BV]
+    if OVERLAP:
+        gdc_wait()
     for i in range(T):
         t = tl.cast(i, tl.int64)
         q, k = _load_qk(q_ptrs + t * stride_qt, k_ptrs + t * stride_kt, live_k, scale, l2norm_eps, L2NORM)
@@ -170,6 +177,8 @@ def launch(
     recurrent_state: torch.Tensor,
     scale: float,
     l2norm_eps: float | None = None,
+    *,
+    overlap: bool = False,
 ) -> torch.Tensor:
     """The dialect's fused_gating_delta_rule, any T ≥ 1.
 
@@ -181,6 +190,7 @@ def launch(
         recurrent_state: [B, HV, K, V], any strides, written in place.
         scale: factor on q.
         l2norm_eps: if given, q and k are l2-normalised with it first.
+        overlap: whether A_log, dt_bias and the state may be read while kernels before this one run.
 
     Returns:
         o [B, T, HV, V] in float32.
@@ -193,11 +203,13 @@ def launch(
     columns, num_warps = next(config[1:] for config in RULE_CONFIGS if size <= config[0])
     BV = min(columns, triton.next_power_of_2(V))
     out = torch.empty((B, T, HV, V), dtype=torch.float32, device=v.device)
+    options = overlap_options(v, A_log, dt_bias) if overlap else {}
     kernel_of(delta_rule_kernel)[(heads * -(-V // BV),)](
         q, k, v, a, b, A_log.contiguous(), dt_bias.contiguous(), recurrent_state, out,
         scale, 0.0 if l2norm_eps is None else l2norm_eps, T,
         *q.stride(), *k.stride(), *v.stride(), *a.stride(), *b.stride(), *recurrent_state.stride(),
-        H=H, HV=HV, K=K, V=V, BK=triton.next_power_of_2(K), BV=BV, L2NORM=l2norm_eps is not None, num_warps=num_warps,
+        H=H, HV=HV, K=K, V=V, BK=triton.next_power_of_2(K), BV=BV, L2NORM=l2norm_eps is not None,
+        OVERLAP=bool(options), num_warps=num_warps, **options,
     )  # fmt: skip
     return out
 
@@ -222,6 +234,8 @@ def launch_packed_decode(
     recurrent_state: torch.Tensor,
     scale: float,
     l2norm_eps: float,
+    *,
+    overlap: bool = False,
 ) -> torch.Tensor:
     """The dialect's packed_decode: q, k, v are read in place.
 
@@ -232,12 +246,13 @@ def launch_packed_decode(
         recurrent_state: [B, HV, K, V], any strides, written in place.
         scale: factor on q.
         l2norm_eps: eps of the l2norm of q and k.
+        overlap: as for `launch`.
 
     Returns:
         o [B, 1, HV, V] in float32.
     """
     q, k, v = _split(mixed_qkv, recurrent_state)
-    return launch(q, k, v, a, b, A_log, dt_bias, recurrent_state, scale, l2norm_eps)
+    return launch(q, k, v, a, b, A_log, dt_bias, recurrent_state, scale, l2norm_eps, overlap=overlap)
 
 
 def launch_gated(

@@ -53,6 +53,10 @@ class Implementation:
     launch: Callable[..., Any] = field(repr=False)
     supports: Callable[..., None] = field(repr=False)
 
+    @property
+    def arg_names(self) -> tuple[str, ...]:
+        return tuple(a.name for a in self.op._schema.arguments)
+
     def jit_kernels(self, *args: Any, **kwargs: Any) -> list[CompileSpec]:
         """The specialisations that a call with these arguments launches, in order; tensors on device "meta" will do."""
         with _recording() as specs:
@@ -72,12 +76,17 @@ def register(
 ) -> Implementation:
     """Register ``gdnfuse_triton::<name>``, opaque to compilers, with `launch` for CUDA and `fake`, by default the dialect's.
 
+    A launch may take one more argument than the op it stands for, by name: `overlap`, see `overlap_options`.
+
     Opaque, because a compiler that sees into a launch analyses the kernel anew for every call in a graph (about 30 ms each, three
     times per compilation: several seconds for a 32-layer model), and has nothing to fuse into it.
     """
     _library.define(name + torch.library.infer_schema(launch, mutates_args=mutates), tags=torch.Tag.needs_fixed_stride_order)
     _library.impl(name, _on_its_device(launch), "CUDA")
-    torch.library.register_fake(f"gdnfuse_triton::{name}", OPS[name].fake if fake is None else fake, lib=_library)
+    meaning = OPS[name].fake if fake is None else fake
+    torch.library.register_fake(
+        f"gdnfuse_triton::{name}", lambda *args, overlap=False, **kwargs: meaning(*args, **kwargs), lib=_library
+    )
     return Implementation(name, getattr(torch.ops.gdnfuse_triton, name).default, launch, supports)
 
 
@@ -90,6 +99,18 @@ def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
             return launch(first, *args, **kwargs)
 
     return launched
+
+
+def overlap_options(tensor: torch.Tensor, *early: torch.Tensor | None) -> dict[str, Any]:
+    """Launch options of a kernel that may start while the one before it still runs; none where that cannot be.
+
+    Args:
+        tensor: on the device that must be able to.
+        early: tensors that the kernel reads before it waits, contiguous: a copy would only just have been launched.
+    """
+    if tensor.device.type != "cuda" or torch.version.cuda is None or torch.cuda.get_device_capability(tensor.device)[0] < 9:
+        return {}
+    return {"launch_pdl": True} if all(t is None or t.is_contiguous() for t in early) else {}
 
 
 _recorded: list[CompileSpec] | None = None

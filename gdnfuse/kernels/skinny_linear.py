@@ -1,121 +1,329 @@
-"""One row times a weight: y = x·Wᵀ, the linears of a decode step at batch 1, which only stream their weights.
+"""One row times a weight, with what stands around the linears of a decode step: these only stream their weights.
 
-Meaning: ``torch.nn.functional.linear`` without a bias. Each program owns up to four whole rows of the weight, so that no sum is
-split over programs and results are deterministic. Products and sums are float32; one rounding, to x's dtype.
+Meaning: the dialect's fused_linear and in_proj_conv for one row. y = f(x)·Wᵀ, where f is nothing, an RMSNorm (its factor is put
+on y, so the row need not be known before the weights are) or the gated RMSNorm of the gated delta rule (Yang et al. 2024,
+arXiv:2412.06464); behind it SwiGLU (Shazeer 2020, arXiv:2002.05202), a residual, or the conv update of the channels, each owned
+by the one program that computes it.
 
-Layout: x [..., N_in] with one row, weight [N_out, N_in] with contiguous rows any distance apart; output [..., N_out] contiguous.
+A program takes whole rows of the weight, so that no sum is split over programs and results are deterministic; it goes on to
+further rows where that pays. On Hopper it may start, and load its first weights, while the kernel before it still runs
+(programmatic dependent launch): only x, gate and residual are waited for, all that this kernel reads of a step's results.
+
+Layout: x [..., N] with one row, weight [M, N] with contiguous rows any distance apart; output contiguous. Products and sums are
+float32; one rounding, to the weight's dtype, none for in_proj_conv.
 """
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from gdnfuse.kernels.implementation import kernel_of, register, require_dtypes, require_static
+from gdnfuse.kernels.causal_conv_update import ACTIVATIONS
+from gdnfuse.kernels.gated_rms_norm import gated
+from gdnfuse.kernels.implementation import kernel_of, overlap_options, register, require_dtypes, require_static
 from gdnfuse.report import Refused
 
-# N_in up to: rows per program, columns per step, warps. The first line that fits is taken. By benchmarks/gemm.py on an H200,
-# bfloat16, cold weights (benchmarks/results/gemm.json): within 2 % of the best of its sweep on all of 0.8B, 4B and 9B.
+MAX_N = 2**15  # the loop over columns is unrolled
+MAX_PROGRAMS = 132  # per unit of programs_per_sm where there is no device to ask, an H200's multiprocessors
+
+# N up to: rows per tile (of gate and of up each with SwiGLU), columns per step, warps, programs per multiprocessor (0: one per
+# tile). The first line that fits is taken. By benchmarks/gemm.py on an H200, bfloat16, cold weights, one linear after another.
 CONFIGS = (
-    (1024, (2, 1024, 4)),
-    (2048, (2, 1024, 8)),
-    (2560, (4, 2048, 4)),
-    (4096, (1, 2048, 8)),
-    (float("inf"), (1, 2048, 4)),
+    (1024, (8, 256, 4, 4)),
+    (2560, (8, 512, 4, 2)),
+    (4096, (4, 1024, 4, 3)),
+    (float("inf"), (2, 1024, 4, 2)),
+)
+SWIGLU_CONFIGS = (
+    (1024, (4, 1024, 8, 3)),
+    (float("inf"), (4, 1024, 2, 0)),
 )
 
-MAX_N_IN = 2**15  # the loop over columns is unrolled
+Config = tuple[int, int, int, int]
 
 
-def config(n_in: int) -> tuple[int, int, int]:
-    """Rows per program, columns per step and warps for a weight of n_in columns."""
-    rows, block, num_warps = next(c for width, c in CONFIGS if n_in <= width)
-    return rows, min(block, triton.next_power_of_2(n_in)), num_warps
+def config(n: int, swiglu: bool = False) -> Config:
+    """Rows per tile, columns per step, warps and programs per multiprocessor for a weight of n columns."""
+    rows, block, num_warps, per_sm = next(c for width, c in (SWIGLU_CONFIGS if swiglu else CONFIGS) if n <= width)
+    return rows, min(block, triton.next_power_of_2(n)), num_warps, per_sm
+
+
+@triton.jit
+def _load_rows(weight_ptr, row, live, stride_wm, N: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr):
+    """The rows of the weight in steps of BN columns: a tuple of [R, BN]."""
+    column = tl.arange(0, BN)  # [BN]
+    w_ptrs = weight_ptr + row.to(tl.int64)[:, None] * stride_wm + column[None, :]  # [R, BN]
+    steps = ()
+    for start in tl.static_range(0, N, BN):
+        if EVEN and start + BN <= N:
+            steps = steps + (tl.load(w_ptrs + start),)
+        else:
+            steps = steps + (tl.load(w_ptrs + start, mask=live[:, None] & (column < N - start)[None, :], other=0.0),)
+    return steps
+
+
+@triton.jit
+def _load_row(ptr, N: tl.constexpr, BN: tl.constexpr):
+    """A row in steps of BN columns: a tuple of [BN]."""
+    column = tl.arange(0, BN)  # [BN]
+    steps = ()
+    for start in tl.static_range(0, N, BN):
+        if start + BN <= N:
+            steps = steps + (tl.load(ptr + start + column),)
+        else:
+            steps = steps + (tl.load(ptr + start + column, mask=column < N - start, other=0.0),)
+    return steps
+
+
+@triton.jit
+def _dot(w, x, R: tl.constexpr, BN: tl.constexpr):
+    """Σ over steps and columns of w·x: [R], float32."""
+    acc = tl.zeros((R, BN), tl.float32)
+    for i in tl.static_range(len(x)):
+        acc += w[i].to(tl.float32) * x[i][None, :]
+    return tl.sum(acc, 1)
 
 
 @triton.jit
 def skinny_linear_kernel(
-    x_ptr, weight_ptr, out_ptr,
-    n_out, stride_wn,
-    N: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, EVEN_ROWS: tl.constexpr,
+    x_ptr, weight_ptr, norm_weight_ptr, gate_ptr, residual_ptr, conv_state_ptr, conv_weight_ptr, conv_bias_ptr, out_ptr,
+    norm_eps, norm_offset, M, tiles, programs, conv_offset, D,
+    stride_wm, stride_sd, stride_ss, stride_cd, stride_cw,
+    N: tl.constexpr, V: tl.constexpr, S: tl.constexpr, W: tl.constexpr, SILU: tl.constexpr, SWIGLU: tl.constexpr,
+    R: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr, LOOP: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * R + tl.arange(0, R)  # [R]
-    live = row < n_out
-    column = tl.arange(0, BLOCK)  # [BLOCK]
-    w_ptrs = weight_ptr + row.to(tl.int64)[:, None] * stride_wn + column[None, :]  # [R, BLOCK]
-    # Every row reads x for itself, from L1: loaded once, it would have to pass through shared memory to the rows' threads.
-    x_ptrs = x_ptr + tl.broadcast_to(column[None, :], (R, BLOCK))
+    if OVERLAP:
+        gdc_launch_dependents()
+    first = tl.program_id(0)
+    up_ptr = weight_ptr + tl.cast(M, tl.int64) * stride_wm
+    row = first * R + tl.arange(0, R)  # [R]
+    w = _load_rows(weight_ptr, row, row < M, stride_wm, N, BN, EVEN)
+    if SWIGLU:
+        w_up = _load_rows(up_ptr, row, row < M, stride_wm, N, BN, EVEN)
+    if norm_weight_ptr is not None and gate_ptr is None:
+        norm_weight = _load_row(norm_weight_ptr, N, BN)
+    if OVERLAP:
+        gdc_wait()
 
-    acc = tl.zeros((R, BLOCK), tl.float32)
-    for start in tl.static_range(0, N, BLOCK):
-        if EVEN_ROWS and start + BLOCK <= N:
-            w = tl.load(w_ptrs + start)  # [R, BLOCK]
-            x = tl.load(x_ptrs + start)  # [R, BLOCK]
-        else:
-            inside = (column < N - start)[None, :] & live[:, None]  # [R, BLOCK]
-            w = tl.load(w_ptrs + start, mask=inside, other=0.0)  # [R, BLOCK]
-            x = tl.load(x_ptrs + start, mask=inside, other=0.0)  # [R, BLOCK]
-        acc += w.to(tl.float32) * x.to(tl.float32)
-    y = tl.sum(acc, 1).to(out_ptr.dtype.element_ty)  # [R]
-    if EVEN_ROWS:
-        tl.store(out_ptr + row, y)
+    loaded = _load_row(x_ptr, N, BN)
+    x = ()
+    factor = 1.0
+    if gate_ptr is not None:
+        gates = _load_row(gate_ptr, N, BN)
+        weight = tl.load(norm_weight_ptr + tl.arange(0, BN) % V).to(tl.float32)  # [BN]
+        for i in tl.static_range(len(loaded)):
+            o = loaded[i].to(tl.float32)  # [BN]
+            squares = tl.sum(tl.reshape(o * o, (BN // V, V)), 1) / V  # [BN / V]
+            mean_square = tl.reshape(tl.broadcast_to(squares[:, None], (BN // V, V)), (BN,))  # [BN]
+            x = x + (gated(o, mean_square, gates[i].to(tl.float32), weight, tl.cast(norm_eps, tl.float32)),)
     else:
-        tl.store(out_ptr + row, y, mask=live)
+        square = tl.zeros((BN,), tl.float32)
+        for i in tl.static_range(len(loaded)):
+            step = loaded[i].to(tl.float32)  # [BN]
+            if norm_weight_ptr is not None:
+                square += step * step
+                step = step * (tl.cast(norm_offset, tl.float32) + norm_weight[i].to(tl.float32))
+            x = x + (step,)
+        if norm_weight_ptr is not None:
+            factor = tl.rsqrt(tl.sum(square, 0) / N + tl.cast(norm_eps, tl.float32))
+
+    for tile in range(first, tiles, programs):
+        row = tile * R + tl.arange(0, R)  # [R]
+        live = row < M
+        channel = (row - conv_offset).to(tl.int64)  # [R]
+        convolved = live & (channel >= 0) & (channel < D)
+        if residual_ptr is not None:
+            residual = tl.load(residual_ptr + row, mask=live, other=0.0).to(tl.float32)  # [R]
+        columns = ()
+        acc = tl.zeros((R,), tl.float32)
+        if conv_state_ptr is not None:
+            for j in tl.static_range(S):
+                column = tl.load(conv_state_ptr + channel * stride_sd + j * stride_ss, mask=convolved, other=0.0)  # [R]
+                columns = columns + (column,)
+                if j >= S + 1 - W:
+                    tap = tl.load(
+                        conv_weight_ptr + channel * stride_cd + (j - (S + 1 - W)) * stride_cw, mask=convolved, other=0.0
+                    )  # [R]
+                    acc += column.to(tl.float32) * tap.to(tl.float32)
+            tap = tl.load(conv_weight_ptr + channel * stride_cd + (W - 1) * stride_cw, mask=convolved, other=0.0)  # [R]
+            if conv_bias_ptr is not None:
+                acc += tl.load(conv_bias_ptr + channel, mask=convolved, other=0.0).to(tl.float32)
+
+        y = _dot(w, x, R, BN) * factor  # [R]
+        if SWIGLU:
+            y = y * tl.sigmoid(y) * (_dot(w_up, x, R, BN) * factor)
+        if LOOP:
+            ahead = row + programs * R
+            w = _load_rows(weight_ptr, ahead, ahead < M, stride_wm, N, BN, False)
+            if SWIGLU:
+                w_up = _load_rows(up_ptr, ahead, ahead < M, stride_wm, N, BN, False)
+        if residual_ptr is not None:
+            y += residual
+        if conv_state_ptr is not None:
+            acc += y * tap.to(tl.float32)
+            if SILU:
+                acc = acc * tl.sigmoid(acc)
+            # Threads that hold the same channels must have read them all before one of them writes.
+            tl.debug_barrier()
+            for j in tl.static_range(S - 1):
+                tl.store(conv_state_ptr + channel * stride_sd + j * stride_ss, columns[j + 1], mask=convolved)
+            newest = conv_state_ptr + channel * stride_sd + (S - 1) * stride_ss  # [R]
+            tl.store(newest, y.to(conv_state_ptr.dtype.element_ty), mask=convolved)
+            y = tl.where(convolved, acc, y)
+        tl.store(out_ptr + row, y.to(out_ptr.dtype.element_ty), mask=live)
 
 
-def launch_with(x: torch.Tensor, weight: torch.Tensor, config: tuple[int, int, int]) -> torch.Tensor:
-    """`launch` with a config of its own: rows per program and columns per step, powers of two, and warps."""
-    n_out, n_in = weight.shape
-    rows, block, num_warps = config
-    out = torch.empty((*x.shape[:-1], n_out), dtype=x.dtype, device=x.device)
-    kernel_of(skinny_linear_kernel)[(-(-n_out // rows),)](
-        x, weight, out, n_out, weight.stride(0),
-        N=n_in, R=rows, BLOCK=block, EVEN_ROWS=n_out % rows == 0, num_warps=num_warps,
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else MAX_PROGRAMS
+
+
+def launch_with(
+    chosen: Config, x, weight, norm_weight=None, norm_eps=0.0, norm_offset=0.0, gate=None, swiglu=False, residual=None,
+    conv=None, overlap=False,
+) -> torch.Tensor:  # fmt: skip
+    """The launches below with a config of their own; `conv` is (conv_state, conv_weight, conv_bias, conv_offset, activation)."""
+    R, BN, num_warps, per_sm = chosen
+    N = weight.shape[1]
+    M = weight.shape[0] // (2 if swiglu else 1)
+    tiles = -(-M // R)
+    programs = min(tiles, per_sm * _multiprocessors(x.device)) if per_sm else tiles
+    state, taps, bias, conv_offset, activation = (None, None, None, 0, "none") if conv is None else conv
+    out = torch.empty((*x.shape[:-1], M), dtype=weight.dtype if conv is None else torch.float32, device=x.device)
+    options = overlap_options(x, norm_weight, bias) if overlap else {}
+    kernel_of(skinny_linear_kernel)[(programs,)](
+        x, weight, None if norm_weight is None else norm_weight.contiguous(), gate, residual, state, taps,
+        None if bias is None else bias.contiguous(), out,
+        norm_eps, norm_offset, M, tiles, programs, conv_offset, 0 if state is None else state.shape[1],
+        weight.stride(0), *((0, 0, 0, 0) if conv is None else (*state.stride()[1:], taps.stride(0), taps.stride(2))),
+        N=N, V=1 if gate is None else norm_weight.shape[0], S=1 if state is None else state.shape[2],
+        W=1 if taps is None else taps.shape[2], SILU=activation == "silu", SWIGLU=swiglu,
+        R=R, BN=BN, EVEN=M % R == 0, LOOP=programs < tiles, OVERLAP=bool(options), num_warps=num_warps, **options,
     )  # fmt: skip
     return out
 
 
-def launch(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x·weightᵀ for one row.
+def launch(
+    x: torch.Tensor,
+    weights: list[torch.Tensor],
+    norm_weight: torch.Tensor | None = None,
+    norm_eps: float = 0.0,
+    norm_offset: float = 0.0,
+    gate: torch.Tensor | None = None,
+    swiglu: bool = False,
+    residual: torch.Tensor | None = None,
+    *,
+    overlap: bool = False,
+) -> torch.Tensor:
+    """The dialect's fused_linear for one row and one weight.
 
     Args:
-        x: [..., N_in] with N_in elements, the last axis contiguous.
-        weight: [N_out, N_in] in x's dtype, rows contiguous and any distance apart.
+        x, weights, norm_weight, norm_eps, norm_offset, gate, swiglu, residual: as there.
+        overlap: whether weights may be read while kernels before this one run: what came before the step must have ended.
 
     Returns:
-        [..., N_out] in x's dtype, contiguous.
+        [..., M], or half of it with `swiglu`, in the weight's dtype, contiguous.
     """
-    return launch_with(x, weight, config(weight.shape[1]))
+    (weight,) = weights
+    chosen = config(weight.shape[1], swiglu)
+    return launch_with(chosen, x, weight, norm_weight, norm_eps, norm_offset, gate, swiglu, residual, overlap=overlap)
 
 
-def fake(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Shape, dtype and device of `launch`'s result."""
-    return torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device=x.device)
+def launch_in_proj_conv(
+    x: torch.Tensor,
+    weights: list[torch.Tensor],
+    norm_weight: torch.Tensor | None,
+    norm_eps: float,
+    norm_offset: float,
+    conv_state: torch.Tensor,
+    conv_weight: torch.Tensor,
+    conv_bias: torch.Tensor | None,
+    conv_offset: int,
+    activation: str,
+    *,
+    overlap: bool = False,
+) -> torch.Tensor:
+    """The dialect's in_proj_conv for one row and one weight.
 
+    Args:
+        x, weights, norm_weight, norm_eps, norm_offset: as there.
+        conv_state: [1, D, S], any strides; written in place.
+        conv_weight: [D, 1, W], any strides.
+        conv_bias, conv_offset, activation: as there.
+        overlap: as for `launch`.
 
-def supports(x: torch.Tensor, weight: torch.Tensor) -> None:
-    """Raises Refused unless x is one row, sizes are static with 1 ≤ N_in ≤ MAX_N_IN, both have one dtype of float32, bfloat16 or
-    float16, and rows are contiguous.
+    Returns:
+        [1, 1, M] in float32, contiguous.
     """
-    require_dtypes(x=x, weight=weight)
-    if x.dtype != weight.dtype:
+    (weight,) = weights
+    conv = (conv_state, conv_weight, conv_bias, conv_offset, activation)
+    return launch_with(config(weight.shape[1]), x, weight, norm_weight, norm_eps, norm_offset, conv=conv, overlap=overlap)
+
+
+def supports(
+    x: torch.Tensor,
+    weights: list[torch.Tensor],
+    norm_weight: torch.Tensor | None = None,
+    norm_eps: float = 0.0,
+    norm_offset: float = 0.0,
+    gate: torch.Tensor | None = None,
+    swiglu: bool = False,
+    residual: torch.Tensor | None = None,
+) -> None:
+    """Raises Refused unless x is one row, sizes are static with 1 ≤ N ≤ MAX_N, dtypes are float32, bfloat16 or float16, rows are
+    contiguous, there is one weight, of x's dtype but behind a gated norm, and heads under a gate fill the steps over columns.
+    """
+    if len(weights) != 1:
+        raise Refused(f"There must be one weight, packed if there are several, got {len(weights)}.")
+    (weight,) = weights
+    require_dtypes(x=x, weight=weight, norm_weight=norm_weight, gate=gate, residual=residual)
+    if gate is None and x.dtype != weight.dtype:
         both = " and ".join(str(t.dtype).removeprefix("torch.") for t in (x, weight))
         raise Refused(f"x and weight must have one dtype, got {both}.")
     if x.dim() < 1 or weight.dim() != 2:
         raise Refused(f"x must have at least one dimension and weight two, got {x.dim()} and {weight.dim()}.")
-    require_static(N_out=weight.shape[0], N_in=weight.shape[1])
+    require_static(M=weight.shape[0], N=weight.shape[1])
     require_static(**{"x's last size": x.shape[-1]})
     if x.shape[-1] != weight.shape[1]:
-        raise Refused(f"x and weight must agree on N_in, got {x.shape[-1]} and {weight.shape[1]}.")
+        raise Refused(f"x and weight must agree on N, got {x.shape[-1]} and {weight.shape[1]}.")
     for size in x.shape[:-1]:
         if not isinstance(size, int) or size != 1:
             raise Refused(f"x must be one row, got the sizes {list(x.shape)}.")
-    if weight.numel() == 0 or weight.shape[1] > MAX_N_IN:
-        raise Refused(f"weight must not be empty nor wider than {MAX_N_IN}, got the sizes {list(weight.shape)}.")
-    for name, t in (("x", x), ("weight", weight)):
-        if not isinstance(t.stride(-1), int) or t.stride(-1) != 1:
+    if weight.numel() == 0 or weight.shape[1] > MAX_N:
+        raise Refused(f"weight must not be empty nor wider than {MAX_N}, got the sizes {list(weight.shape)}.")
+    for name, t in (("x", x), ("weight", weight), ("gate", gate), ("residual", residual)):
+        if t is not None and t.shape[-1] > 1 and (not isinstance(t.stride(-1), int) or t.stride(-1) != 1):
             raise Refused(f"{name} must have contiguous rows, got the strides {list(t.stride())}.")
+    if gate is not None:
+        V, N = norm_weight.shape[0], weight.shape[1]
+        step = config(N)[1]
+        if N % step or step % V:
+            raise Refused(f"Heads must fill steps of {step} columns, and these the row, got {N} columns in heads of {V}.")
 
 
-implementation = register("skinny_linear", launch, supports, fake=fake)
+def supports_in_proj_conv(
+    x: torch.Tensor,
+    weights: list[torch.Tensor],
+    norm_weight: torch.Tensor | None,
+    norm_eps: float,
+    norm_offset: float,
+    conv_state: torch.Tensor,
+    conv_weight: torch.Tensor,
+    conv_bias: torch.Tensor | None,
+    conv_offset: int,
+    activation: str,
+) -> None:
+    """Raises Refused where `supports` does, and unless conv sizes are static and the activation is known."""
+    supports(x, weights, norm_weight, norm_eps, norm_offset)
+    require_dtypes(conv_state=conv_state, conv_weight=conv_weight, conv_bias=conv_bias)
+    require_static(D=conv_state.shape[1], S=conv_state.shape[2], W=conv_weight.shape[2])
+    if activation not in ACTIVATIONS:
+        raise Refused(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation}.")
+
+
+fused_linear = register("fused_linear", launch, supports)
+in_proj_conv = register("in_proj_conv", launch_in_proj_conv, supports_in_proj_conv, mutates=("conv_state",))

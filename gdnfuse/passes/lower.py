@@ -11,33 +11,53 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatefulSymbolicContext
 
 from gdnfuse import kernels
-from gdnfuse.dialect import op_of
+from gdnfuse.dialect import op_of, packed_linear
 from gdnfuse.packing import PackedWeight, pack
 from gdnfuse.report import Record, Refused, Status
 from gdnfuse.rewrite.graph import module_stack, op_name, value
 
 
-def lower(gm: GraphModule, target: str | None) -> list[Record]:
-    """Choose an implementation for every dialect op but packed_linear. One record per op says which, and why not the other.
+def lower(gm: GraphModule, target: str | None, linears: bool = False) -> list[Record]:
+    """Choose an implementation for every dialect op. One record per op says which, and why not the other.
 
     Args:
-        gm: rewritten in place.
+        gm: rewritten in place, after `pack_weights`.
         target: device type to assume; None takes it from each op's tensors.
+        linears: whether the linears that are torch's become a kernel too, on a GPU, where it takes them: those of a decode step,
+            whose weights it streams faster than cuBLAS does.
     """
     records = []
+    behind: set[Node] = set()  # what depends on a kernel of ours
     for node in gm.graph.nodes:
+        if not behind.isdisjoint(node.all_input_nodes):
+            behind.add(node)
         op = op_of(node.target) if node.op == "call_function" else None
-        if op is None or op.name == "packed_linear":
+        if op is not None:
+            name, call = op.name, op.bind(node.args, node.kwargs)
+        elif linears and op_name(node) == "linear":
+            name, call = "fused_linear", dict(zip(("x", "weights", "bias"), (*node.args, *node.kwargs.values()), strict=False))
+            call["weights"], bias = [call["weights"]], call.pop("bias", None)
+        else:
             continue
-        record = Record(op.name, "lower", Status.FIRED, node.name, modules=module_stack(node))
-        arguments = {k: value(v) for k, v in op.bind(node.args, node.kwargs).items()}
-        device = target or next(v.device.type for v in arguments.values() if isinstance(v, torch.Tensor))
+        record = Record(op.name if op else "linear", "lower", Status.FIRED, node.name, modules=module_stack(node))
+        values = {k: [value(x) for x in v] if isinstance(v, list | tuple) else value(v) for k, v in call.items()}
+        device = target or next(v.device.type for v in values.values() if isinstance(v, torch.Tensor))
+        if op is None and device != "cuda":
+            continue
         try:
-            node.target = _kernel(op.name, device, arguments)
+            if op is None and bias is not None:
+                raise Refused("The kernel takes no bias, found one.")
+            kernel = _kernel(name, device, values)
+            # What came before the graph has ended when its first kernel starts, so the others may start before that one ends.
+            early = {"overlap": True} if node in behind and "overlap" in kernel.arg_names else {}
+            node.target, node.args, node.kwargs = kernel.op, (), {**call, **early}
             record.chosen = "triton"
+            behind.add(node)
         except Refused as e:
             record.reason = e.reason
-            if op.inline:
+            if op is None:
+                record.chosen = "library"
+            elif op.inline:
                 node.target, record.chosen = op.reference, "reference inlined"
             else:
                 record.chosen = "reference called"
@@ -52,37 +72,11 @@ def _kernel(name: str, device: str, arguments: dict[str, Any]) -> Any:
     if kernel is None:
         raise Refused(f"There is no Triton kernel for {name} alone.")
     kernel.supports(**arguments)
-    return kernel.op
-
-
-def lower_linears(gm: GraphModule, target: str | None) -> list[Record]:
-    """On a GPU, linears of one row become the skinny kernel, which streams their weights faster than cuBLAS does.
-
-    Args:
-        gm: rewritten in place, after `pack_weights`.
-        target: as in `lower`.
-    """
-    records = []
-    for node in gm.graph.nodes:
-        if op_name(node) != "linear" or (target or value(node).device.type) != "cuda":
-            continue
-        record = Record("linear", "lower", Status.FIRED, node.name, modules=module_stack(node))
-        x, weight, *bias = [*node.args, *node.kwargs.values()]
-        try:
-            if any(b is not None for b in bias):
-                raise Refused("The skinny kernel takes no bias, found one.")
-            kernel = kernels.implementations()["linear"]
-            kernel.supports(value(x), value(weight))
-            node.target, node.args, node.kwargs = kernel.op, (x, weight), {}
-            record.chosen = "triton"
-        except Refused as e:
-            record.chosen, record.reason = "library", e.reason
-        records.append(record)
-    return records
+    return kernel
 
 
 def pack_weights(gm: GraphModule, real: dict[Node, Any]) -> list[PackedWeight]:
-    """Replace every packed_linear by one linear on a packed weight, which becomes an input behind all others.
+    """Give every op on several weights one packed weight, an input behind all others; packed_linear becomes torch's linear.
 
     Args:
         gm: rewritten in place; placeholders that nobody reads any more stay.
@@ -94,22 +88,19 @@ def pack_weights(gm: GraphModule, real: dict[Node, Any]) -> list[PackedWeight]:
     placeholders = gm.graph.find_nodes(op="placeholder")
     packed = []
     for node in list(gm.graph.nodes):
-        if op_name(node) != "gdnfuse.packed_linear":
+        op = op_of(node.target) if node.op == "call_function" else None
+        if op is None or "weights" not in op.arg_names:
             continue
-        weights = [real[n] if n.op == "placeholder" else _get(gm, n.target) for n in node.args[1]]
-        packed.append(
-            PackedWeight(
-                tuple(
-                    placeholders.index(n) if n.op == "placeholder" else w for n, w in zip(node.args[1], weights, strict=True)
-                )
-            )
-        )
-        weight = _input(gm, f"packed_weight_{len(packed) - 1}", pack(weights), value(node))
-        with gm.graph.inserting_before(node):
-            linear = gm.graph.call_function(torch.nn.functional.linear, (node.args[0], weight))
-        linear.meta.update(node.meta)
-        node.replace_all_uses_with(linear)
-        gm.graph.erase_node(node)
+        call = op.bind(node.args, node.kwargs)
+        if len(call["weights"]) > 1:
+            weights = [real[n] if n.op == "placeholder" else _get(gm, n.target) for n in call["weights"]]
+            where = zip(call["weights"], weights, strict=True)
+            packed.append(PackedWeight(tuple(placeholders.index(n) if n.op == "placeholder" else w for n, w in where)))
+            call["weights"] = [_input(gm, f"packed_weight_{len(packed) - 1}", pack(weights), value(node))]
+        if op is packed_linear.op:
+            node.target, node.args, node.kwargs = torch.nn.functional.linear, (call["x"], *call["weights"]), {}
+        else:
+            node.args, node.kwargs = (), call
     return packed
 
 

@@ -214,9 +214,7 @@ def call(target: Any, *args: Any, **kwargs: Any) -> Any:
     return target(*args, **kwargs)
 
 
-def _replace(
-    gm: GraphModule, m: Match, region: Region, replacement: Graph, anchor: Node, memory: Memory
-) -> None:
+def _replace(gm: GraphModule, m: Match, region: Region, replacement: Graph, anchor: Node, memory: Memory) -> None:
     env: dict[Node, Node] = {}
     placeholders = iter(region.inputs)
     results: tuple[Node, ...] = ()

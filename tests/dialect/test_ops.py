@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils._pytree as pytree
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -51,7 +52,7 @@ def test_opcheck(name, i):
 def test_float64_in_float64_out_and_states_alike(name, i):
     op = OPS[name]
     args, kwargs = op.examples()[i]
-    bound = op.bind([double(a) for a in args], kwargs)
+    bound = op.bind([double(a) for a in args], {k: double(v) for k, v in kwargs.items()})
     before = {k: v.clone() for k, v in bound.items() if isinstance(v, torch.Tensor)}
     results = op.overload(**bound)
     for r in results if isinstance(results, tuple) else (results,):
@@ -66,7 +67,7 @@ def test_the_op_is_its_reference_and_its_fake_knows_the_result(name):
     op = OPS[name]
     assert op_of(op.overload) is op and op.equation
     args, kwargs = op.examples()[0]
-    copies = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
+    copies = pytree.tree_map_only(torch.Tensor, torch.Tensor.clone, args)
     found, wanted, faked = op.overload(*args, **kwargs), op.reference(*copies, **kwargs), op.fake(*copies, **kwargs)
     torch.testing.assert_close(found, wanted, rtol=0, atol=0)
     for x, f in zip(*(r if isinstance(r, tuple) else (r,) for r in (wanted, faked)), strict=True):

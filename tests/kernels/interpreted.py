@@ -18,9 +18,13 @@ def test_launch(case):
     kernel_cases.check(case, implementations()[case.op].launch, tolerance=TOLERANCE)
 
 
-@pytest.mark.parametrize("n_in", [16, 100, 128])
-@pytest.mark.parametrize("n_out", [1, 7, 8])
-@pytest.mark.parametrize("rows", [1, 2, 4])
-def test_linear_configs(rows, n_out, n_in):
-    case = kernel_cases.Case("linear", "config", kernel_cases.linear(n_out, n_in, torch.bfloat16))
-    kernel_cases.check(case, lambda x, w: skinny_linear.launch_with(x, w, (rows, 64, 4)), tolerance=TOLERANCE)
+@pytest.mark.parametrize("n", [16, 100, 128])
+@pytest.mark.parametrize("m", [1, 7, 8])
+@pytest.mark.parametrize("config", [(1, 64, 4, 0), (2, 32, 4, 0), (4, 64, 4, 1)], ids=str)
+def test_linear_configs(config, m, n, monkeypatch):
+    """One tile per program, and a few programs that take several each."""
+    monkeypatch.setattr(skinny_linear, "MAX_PROGRAMS", 2)
+    skinny_linear._multiprocessors.cache_clear()
+    case = kernel_cases.Case("fused_linear", "config", kernel_cases.linear(m, n, torch.bfloat16, norm=True, swiglu=True))
+    kernel_cases.check(case, lambda x, w, *rest: skinny_linear.launch_with(config, x, *w, *rest), tolerance=TOLERANCE)
+    skinny_linear._multiprocessors.cache_clear()

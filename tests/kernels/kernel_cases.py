@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import SimpleNamespace
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
+import torch.utils._pytree as pytree
 
 from gdnfuse import dialect
-from gdnfuse.dialect import delta_rule, mixer_decode, packed_decode
+from gdnfuse.dialect import delta_rule, fused_linear, in_proj_conv, mixer_decode, packed_decode
 
 # Largest error relative to the largest value: a few roundings of float32 maths, and one more where the result is stored narrower.
 MATHS = 2e-6
@@ -130,10 +130,19 @@ def mixer(*sizes, wrap_state=lambda s: s, **options):
     return make
 
 
-def linear(n_out, n_in, dtype=F32, lead=(1, 1), wrap=lambda x: x, wrap_weight=lambda w: w):
+def linear(n_out, n_in, dtype=F32, lead=(1, 1), wrap=lambda x: x, wrap_weight=lambda w: w, **extras):
     def make():
-        x, weight = torch.randn(*lead, n_in).to(dtype), (torch.randn(n_out, n_in) * n_in**-0.5).to(dtype)
-        return (wrap(x), wrap_weight(weight)), {}
+        (x, (weight,)), options = fused_linear.example_call(n_out, n_in, dtype, lead, **extras)
+        more = [options[k] for k in ("norm_weight", "norm_eps", "norm_offset", "gate", "swiglu", "residual")]
+        return (wrap(x), [wrap_weight(weight)], *more), {}
+
+    return make
+
+
+def in_proj(*sizes, wrap_state=lambda s: s, **options):
+    def make():
+        args, kwargs = in_proj_conv.example_call(*sizes, **options)
+        return (*args[:5], wrap_state(args[5]), *args[6:]), kwargs
 
     return make
 
@@ -207,28 +216,31 @@ CASES = [
     Case("mixer_decode", "bf16-state", mixer(2, 1, 2, 16, 16, dtype=BF16, state_dtype=BF16)),
     Case("mixer_decode", "strided-state", mixer(2, 1, 2, 24, 16, dtype=BF16, wrap_state=strided)),
     Case("mixer_decode", "tiles", mixer(1, 1, 2, 160, 72, dtype=BF16)),
-    *(Case("linear", f"{n_out}x{n_in}", linear(n_out, n_in)) for n_out in (1, 7, 33) for n_in in (24, 100, 4096)),
-    *(Case("linear", f"{name(d)}-{n_in}", linear(33, n_in, d)) for d in (BF16, F16) for n_in in (1, 100, 2560)),
-    Case("linear", "vector", linear(7, 100, BF16, lead=())),
-    Case("linear", "many-axes", linear(7, 100, BF16, lead=(1, 1, 1))),
-    Case("linear", "row-slice", linear(7, 100, BF16, wrap=strided)),
-    Case("linear", "strided-weight", linear(7, 2560, BF16, wrap_weight=strided)),
-    Case("linear", "aligned-strided", linear(8, 48, wrap=padded, wrap_weight=padded)),
-    Case("linear", "large", linear(301, 28000, F16)),
+    *(Case("fused_linear", f"{n_out}x{n_in}", linear(n_out, n_in)) for n_out in (1, 7, 33) for n_in in (24, 100, 4096)),
+    *(Case("fused_linear", f"{name(d)}-{n_in}", linear(33, n_in, d)) for d in (BF16, F16) for n_in in (1, 100, 2560)),
+    Case("fused_linear", "vector", linear(7, 100, BF16, lead=())),
+    Case("fused_linear", "many-axes", linear(7, 100, BF16, lead=(1, 1, 1))),
+    Case("fused_linear", "row-slice", linear(7, 100, BF16, wrap=strided)),
+    Case("fused_linear", "strided-weight", linear(7, 2560, BF16, wrap_weight=strided)),
+    Case("fused_linear", "aligned-strided", linear(8, 48, wrap=padded, wrap_weight=padded)),
+    Case("fused_linear", "large", linear(301, 28000, F16)),
+    *(Case("fused_linear", f"norm-{name(d)}", linear(33, 100, d, norm=True)) for d in (F32, BF16, F16)),
+    Case("fused_linear", "swiglu", linear(33, 600, BF16, swiglu=True)),
+    Case("fused_linear", "norm-swiglu-residual", linear(33, 600, BF16, norm=True, swiglu=True, residual=True)),
+    Case("fused_linear", "residual", linear(33, 1100, residual=True)),
+    *(Case("fused_linear", f"gated-{name(d)}", linear(17, 512, d, head=16, residual=True)) for d in (F32, BF16)),
+    Case("fused_linear", "gated-heads-of-128", linear(17, 3072, BF16, head=128)),
+    Case("in_proj_conv", "fp32", in_proj(70, 100, 40, offset=9)),
+    Case("in_proj_conv", "bf16-all", in_proj(64, 128, 64, BF16, bias=True)),
+    Case("in_proj_conv", "no-norm-windows", in_proj(33, 24, 20, norm=False, S=5, W=3, offset=13)),
+    Case("in_proj_conv", "short-window", in_proj(33, 24, 20, F16, S=3, W=4, state_dtype=F32)),
+    Case("in_proj_conv", "strided-state", in_proj(33, 24, 20, wrap_state=v_major)),
 ]  # fmt: skip
-
-
-# The kernels that have no dialect op, with what they mean.
-OTHERS = {
-    "linear": SimpleNamespace(
-        reference=torch.nn.functional.linear, overload=torch.nn.functional.linear, mutates=(), arg_names=("x", "weight")
-    )
-}
 
 
 def meaning(op):
     """Reference, overload, mutates and arg_names of what a kernel implements."""
-    return OTHERS.get(op) or dialect.OPS[op]
+    return dialect.OPS[op]
 
 
 def whole(t):
@@ -238,6 +250,8 @@ def whole(t):
 
 def rebuilt(value, device, dtype=None):
     """A copy with the same strides and the same values around it, on another device or in another dtype."""
+    if isinstance(value, list):
+        return [rebuilt(v, device, dtype) for v in value]
     if not isinstance(value, torch.Tensor):
         return value
     return (
@@ -246,6 +260,8 @@ def rebuilt(value, device, dtype=None):
 
 
 def wide(value):
+    if isinstance(value, list):
+        return wide(value[0])
     return torch.float64 if isinstance(value, torch.Tensor) and value.is_floating_point() else None
 
 
@@ -287,7 +303,7 @@ def check(case, function, device="cpu", tolerance=TOLERANCE, poison=poisoned_emp
     with poison():
         got = function(*ours, **{n: rebuilt(v, device) for n, v in kwargs.items()})
 
-    meta = lambda v: v.to("meta") if isinstance(v, torch.Tensor) else v  # noqa: E731
+    meta = lambda v: pytree.tree_map_only(torch.Tensor, lambda t: t.to("meta"), v)  # noqa: E731
     fakes = op.overload(*map(meta, args), **{n: meta(v) for n, v in kwargs.items()})
     for i, (mine, fake, want) in enumerate(zip(tensors(got), tensors(fakes), tensors(expected), strict=True)):
         assert (mine.shape, mine.dtype, mine.stride()) == (fake.shape, fake.dtype, fake.stride())

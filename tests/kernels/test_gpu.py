@@ -5,6 +5,7 @@ from contextlib import nullcontext
 import kernel_cases
 import pytest
 import torch
+import torch.utils._pytree as pytree
 from kernel_cases import BF16, Case
 
 from gdnfuse import dialect
@@ -51,8 +52,15 @@ CHUNKED = [
     Case("fused_gating_chunk_delta_rule", "hard", kernel_cases.chunked(1, 700, 2, 4, 128, 128, BF16, gated=True, hard=30.0)),
 ]
 LINEARS = [
-    Case("linear", f"real-{n_out}x{n_in}", kernel_cases.linear(n_out, n_in, BF16))
+    Case("fused_linear", f"real-{n_out}x{n_in}", kernel_cases.linear(n_out, n_in, BF16))
     for n_out, n_in in ((12352, 2560), (2560, 4096), (18432, 2560), (2560, 9216), (4096, 12288), (1024, 3584), (248320, 1024))
+]
+LINEARS += [
+    Case("fused_linear", "real-gate-up", kernel_cases.linear(9216, 2560, BF16, norm=True, swiglu=True)),
+    Case("fused_linear", "real-down", kernel_cases.linear(2560, 9216, BF16, residual=True)),
+    Case("fused_linear", "real-out", kernel_cases.linear(2560, 4096, BF16, head=128, residual=True)),
+    Case("in_proj_conv", "real", kernel_cases.in_proj(12352, 2560, 8192, BF16)),
+    Case("in_proj_conv", "real-0.8B", kernel_cases.in_proj(8224, 1024, 6144, BF16)),
 ]
 
 
@@ -61,7 +69,7 @@ def test_launch(case):
     kernel_cases.check(case, implementations()[case.op].launch, "cuda")
 
 
-@pytest.mark.parametrize("case", [c for c in REAL if c.label == "real-B2"] + LINEARS[:1], ids=str)
+@pytest.mark.parametrize("case", [c for c in REAL if c.label == "real-B2"] + LINEARS[:1] + LINEARS[-5:], ids=str)
 def test_op(case):
     kernel_cases.check(case, implementations()[case.op].op, "cuda")
 
@@ -87,7 +95,7 @@ def compiled(name, dynamic=False):
     return call
 
 
-@pytest.mark.parametrize("case", [c for c in REAL if c.label.startswith("real-B")] + LINEARS[:2], ids=str)
+@pytest.mark.parametrize("case", [c for c in REAL if c.label.startswith("real-B")] + LINEARS[:2] + LINEARS[-5:], ids=str)
 def test_compiled(case):
     kernel_cases.check(case, compiled(case.op), "cuda", poison=nullcontext)
 
@@ -135,17 +143,45 @@ def test_chunked_rule_is_deterministic(op):
 
 
 def test_linear_is_deterministic():
-    x, weight = (v.cuda() for v in kernel_cases.linear(12352, 2560)()[0])
-    op = implementations()["linear"].op
-    assert torch.equal(op(x, weight), op(x, weight))
+    (x, weights, *rest), _ = kernel_cases.linear(12352, 2560, norm=True)()
+    op = implementations()["fused_linear"].op
+    x, weights, rest = pytree.tree_map_only(torch.Tensor, torch.Tensor.cuda, (x, weights, rest))
+    assert torch.equal(op(x, weights, *rest), op(x, weights, *rest))
 
 
-@pytest.mark.parametrize("rows", [1, 2, 4])
-@pytest.mark.parametrize(("block", "num_warps"), [(512, 4), (1024, 8), (2048, 8)])
-def test_linear_configs(rows, block, num_warps):
-    for n_out, n_in in ((1001, 2560), (1024, 1000), (7, 4096)):
-        case = Case("linear", "config", kernel_cases.linear(n_out, n_in, BF16))
-        kernel_cases.check(case, lambda x, w: skinny_linear.launch_with(x, w, (rows, block, num_warps)), "cuda")
+@pytest.mark.parametrize("config", [(1, 512, 4, 0), (2, 1024, 8, 1), (4, 512, 4, 3), (8, 256, 8, 2)], ids=str)
+def test_linear_configs(config):
+    for m, n in ((1001, 2560), (1024, 1000), (7, 4096)):
+        case = Case("fused_linear", "config", kernel_cases.linear(m, n, BF16, norm=True, swiglu=True))
+        kernel_cases.check(case, lambda x, w, *rest: skinny_linear.launch_with(config, x, *w, *rest), "cuda")
+
+
+def test_overlapping_kernels_wait_for_each_other():
+    """Chains of kernels that start before the one they read has ended give, to the last bit, what they give one by one."""
+    of, width = implementations(), 512
+    torch.manual_seed(0)
+    norm, taps = torch.randn(width, device="cuda"), torch.randn(width, 1, 4, device="cuda")
+    layers = [torch.randn(width, width, device="cuda") / width**0.5 for _ in range(40)]
+    states = [torch.randn(1, width, 4, device="cuda") for _ in layers]
+
+    def chain(x, states, overlap):
+        for w, state in zip(layers, states, strict=True):
+            row = of["in_proj_conv"].op(x, [w], norm, 1e-6, 0.0, state, taps, None, 0, "silu", overlap=overlap)
+            x = of["fused_linear"].op(row, [w], residual=x, overlap=overlap)
+        return x
+
+    x, ours = torch.randn(1, 1, width, device="cuda"), [s.clone() for s in states]
+    graph = torch.cuda.CUDAGraph()
+    chain(x, ours, True)
+    with torch.cuda.graph(graph):
+        got = chain(x, ours, True)
+    for _ in range(20):
+        for s, original in zip(ours, states, strict=True):
+            s.copy_(original)
+        graph.replay()
+        theirs = [s.clone() for s in states]
+        assert torch.equal(got, chain(x, theirs, False))
+        assert all(map(torch.equal, ours, theirs))
 
 
 def test_state_is_written_in_place_by_compiled_code():

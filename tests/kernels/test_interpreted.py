@@ -20,7 +20,8 @@ OPS = [
     "packed_decode",
     "gated_rms_norm",
     "mixer_decode",
-    "linear",
+    "fused_linear",
+    "in_proj_conv",
 ]
 
 

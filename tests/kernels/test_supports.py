@@ -29,7 +29,7 @@ REFUSED = [
     ("chunk_delta_rule", kernel_cases.chunked(1, 3, 2, 3, 8, 8), "HV must be a multiple of H, got HV = 3 and H = 2."),
     (
         "fused_gating_chunk_delta_rule",
-        lambda: ((lambda a: ((a[0][0].half(), *a[0][1:]), a[1]))(kernel_cases.chunked(1, 3, 1, 1, 8, 8, gated=True)())),
+        lambda: (lambda a: ((a[0][0].half(), *a[0][1:]), a[1]))(kernel_cases.chunked(1, 3, 1, 1, 8, 8, gated=True)()),
         "q, k and v must have one dtype, got torch.float16, torch.float32 and torch.float32.",
     ),
     ("causal_conv_update", kernel_cases.conv(1, 4, 4, 4, F64), "x must be float32, bfloat16 or float16, got float64."),
@@ -46,28 +46,31 @@ REFUSED = [
     ("mixer_decode", kernel_cases.mixer(1, 1, 1, 8, 8, dtype=F64), "row must be float32"),
     ("mixer_decode", kernel_cases.mixer(1, 1, 1, 8, 260), "V must be at most 256, got 260."),
     ("mixer_decode", kernel_cases.mixer(1, 1, 1, 8, 8, state_dtype=F64), "recurrent_state must be float32"),
-    ("linear", kernel_cases.linear(4, 8, F64), "x must be float32, bfloat16 or float16, got float64."),
-    ("linear", kernel_cases.linear(4, 8, wrap=lambda x: x.half()), "x and weight must have one dtype, got float16 and float32."),
-    ("linear", kernel_cases.linear(4, 8, lead=(2, 1)), "x must be one row, got the sizes [2, 1, 8]."),
-    ("linear", kernel_cases.linear(4, 8, lead=(1, 0)), "x must be one row, got the sizes [1, 0, 8]."),
+    ("fused_linear", kernel_cases.linear(4, 8, F64), "x must be float32, bfloat16 or float16, got float64."),
+    ("fused_linear", kernel_cases.linear(4, 8, wrap=lambda x: x.half()), "x and weight must have one dtype, got float16"),
+    ("fused_linear", kernel_cases.linear(4, 8, lead=(2, 1)), "x must be one row, got the sizes [2, 1, 8]."),
+    ("fused_linear", kernel_cases.linear(4, 8, lead=(1, 0)), "x must be one row, got the sizes [1, 0, 8]."),
     (
-        "linear",
+        "fused_linear",
         kernel_cases.linear(4, 8, wrap_weight=lambda w: w[0]),
         "x must have at least one dimension and weight two, got 3 and 1.",
     ),
-    ("linear", kernel_cases.linear(4, 8, wrap_weight=lambda w: w[:, :4]), "x and weight must agree on N_in, got 8 and 4."),
-    ("linear", kernel_cases.linear(0, 8), "weight must not be empty nor wider than 32768, got the sizes [0, 8]."),
-    ("linear", kernel_cases.linear(1, 32769), "weight must not be empty nor wider than 32768, got the sizes [1, 32769]."),
+    ("fused_linear", kernel_cases.linear(4, 8, wrap_weight=lambda w: w[:, :4]), "x and weight must agree on N, got 8 and 4."),
+    ("fused_linear", kernel_cases.linear(0, 8), "weight must not be empty nor wider than 32768, got the sizes [0, 8]."),
+    ("fused_linear", kernel_cases.linear(1, 32769), "weight must not be empty nor wider than 32768, got the sizes [1, 32769]."),
     (
-        "linear",
+        "fused_linear",
         kernel_cases.linear(4, 8, wrap=lambda x: kernel_cases.strided(x, 2)),
         "x must have contiguous rows, got the strides",
     ),
     (
-        "linear",
+        "fused_linear",
         kernel_cases.linear(4, 8, wrap_weight=kernel_cases.v_major),
         "weight must have contiguous rows, got the strides [1, 4].",
     ),
+    ("fused_linear", kernel_cases.linear(4, 8, head=3, lead=(1, 1)), "Heads must fill steps of 8 columns"),
+    ("in_proj_conv", kernel_cases.in_proj(9, 8, 4, B=2), "x must be one row, got the sizes [2, 1, 8]."),
+    ("in_proj_conv", kernel_cases.in_proj(9, 8, 4, state_dtype=F64), "conv_state must be float32"),
 ]
 
 
@@ -93,8 +96,8 @@ def test_symbolic_sizes_other_than_the_batch_are_refused():
     [
         ({"x": 0}, r"x must be one row, got the sizes \[s"),
         ({"x": 2}, "x's last size must be static"),
-        ({"weight": 0}, "N_out must be static"),
-        ({"weight": 1}, "N_in must be static"),
+        ({"weight": 0}, "M must be static"),
+        ({"weight": 1}, "N must be static"),
     ],
     ids=str,
 )
@@ -107,7 +110,7 @@ def test_symbolic_linears_are_refused(symbolic, sentence):
         return mode.from_tensor(t, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))
 
     with mode, pytest.raises(Refused, match=sentence):
-        implementations()["linear"].supports(*map(fake, ("x", "weight"), args))
+        implementations()["fused_linear"].supports(fake("x", args[0]), [fake("weight", args[1][0])])
     assert not mode.shape_env.guards
 
 

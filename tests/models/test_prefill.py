@@ -35,7 +35,7 @@ def assert_fused(layers=zoo.GDN_LAYERS):
             stages = [r.rule for r in layer.records if r.stage == "capture"]
             if report.phase == "decode":
                 assert stages == ["causal_conv_update", "delta_rule"]
-                assert layer.ops_after == ["linear", "mixer_decode", "linear"]
+                assert zoo.ops_without_views(layer) in (zoo.ONE_ROW, zoo.MANY_ROWS)
             else:
                 assert stages == ["causal_conv", "chunk_delta_rule"]
                 made = [op for op in layer.ops_after if op not in VIEWS]

@@ -173,3 +173,13 @@ def relative(found, wanted):
     """‖found − wanted‖ / ‖wanted‖ in float64."""
     found, wanted = found.double(), wanted.double()
     return float((found - wanted).norm() / wanted.norm())
+
+
+# What is left of a GDN layer's decode step, views apart: for one sequence its parts go into the linears around it, of
+# which out_proj ends in the residual and so belongs to the decoder layer.
+MANY_ROWS = ["linear", "mixer_decode", "linear"]
+ONE_ROW = ["in_proj_conv", "packed_decode"]
+
+
+def ops_without_views(layer):
+    return [op for op in layer.ops_after if op not in ("narrow", "reshape")]

@@ -7,8 +7,12 @@ from gdnfuse.passes.fuse import (
     gating_delta_rule,
     l2norm_delta_rule,
     mixer_decode,
+    mixer_linears,
+    norm_linear,
     packed_decode,
     repeat_delta_rule,
+    residual_linear,
+    swiglu_linear,
 )
 
 RULES = [
@@ -19,5 +23,9 @@ RULES = [
     conv_context.RULE,
     packed_decode.RULE,
     mixer_decode.RULE,
+    norm_linear.RULE,
+    mixer_linears.RULE,
+    swiglu_linear.RULE,
+    residual_linear.RULE,
     causal_attention.RULE,
 ]

@@ -8,6 +8,7 @@ from gdnfuse.passes.lift import (
     gating,
     l2norm,
     packed_linear,
+    rms_norm,
 )
 
 # l2norm stands before the rules that read it, and the chunked rule before the other, whose anchor is any copy into a state;
@@ -19,5 +20,6 @@ RULES = [
     chunk_delta_rule.RULE,
     delta_rule.RULE,
     gated_rms_norm.RULE,
+    rms_norm.RULE,
     packed_linear.RULE,
 ]

@@ -1,0 +1,84 @@
+"""fused_linear: a bias-free linear with what stands before and behind it in a decode step: norm, SwiGLU, residual."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from gdnfuse.dialect.gated_rms_norm import reference as gated_rms_norm
+from gdnfuse.dialect.op import register
+from gdnfuse.dialect.rms_norm import reference as rms_norm
+
+
+def reference(
+    x: torch.Tensor,
+    weights: list[torch.Tensor],
+    norm_weight: torch.Tensor | None = None,
+    norm_eps: float = 0.0,
+    norm_offset: float = 0.0,
+    gate: torch.Tensor | None = None,
+    swiglu: bool = False,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """y = [norm(x)·W₀ᵀ | norm(x)·W₁ᵀ | …], of which silu(first half)·second half if `swiglu`, + residual.
+
+    Args:
+        x: [..., N].
+        weights: each [Mᵢ, N].
+        norm_weight: [N] for an RMSNorm of x, or with a gate [V] for a gated RMSNorm of each V columns; None for neither.
+        norm_eps: added to the mean square.
+        norm_offset: added to norm_weight where there is no gate: 1 in Qwen3.5, whose weights are around zero.
+        gate: [..., N], z of the gated RMSNorm, or None.
+        swiglu: whether the two halves of the row are gate and up.
+        residual: [..., ΣMᵢ], or half of it with `swiglu`; or None.
+
+    Returns:
+        [..., ΣMᵢ], or half of it with `swiglu`, in the weights' dtype.
+    """
+    if gate is not None:
+        heads = (*x.shape[:-1], -1, norm_weight.shape[0])
+        x = gated_rms_norm(x.reshape(heads), gate.reshape(heads), norm_weight, norm_eps).reshape(x.shape)
+    elif norm_weight is not None:
+        x = rms_norm(x, norm_weight, norm_eps, norm_offset)
+    y = (
+        torch.cat([F.linear(x.to(w.dtype), w) for w in weights], -1)
+        if len(weights) > 1
+        else F.linear(x.to(weights[0].dtype), weights[0])
+    )
+    if swiglu:
+        first, second = y.chunk(2, -1)
+        y = F.silu(first) * second
+    return y if residual is None else residual + y
+
+
+def fake(x, weights, norm_weight=None, norm_eps=0.0, norm_offset=0.0, gate=None, swiglu=False, residual=None):
+    columns = sum(w.shape[0] for w in weights) // (2 if swiglu else 1)
+    return torch.empty((*x.shape[:-1], columns), dtype=weights[0].dtype, device=x.device)
+
+
+def example_call(M, N, dtype=torch.float32, lead=(1, 1), *, norm=False, head=None, swiglu=False, residual=False, parts=1):
+    """A call with random inputs: `parts` weights of M rows in all, M per half with `swiglu`; `head` is V of a gated norm."""
+    rows = 2 * M if swiglu else M
+    sizes = [rows // parts] * (parts - 1) + [rows - rows // parts * (parts - 1)]
+    options = {
+        "norm_weight": torch.randn(head or N).to(dtype) if norm or head else None,
+        "norm_eps": 1e-6,
+        "norm_offset": 0.0 if head else 1.0,
+        "gate": torch.randn(*lead, N).to(dtype) if head else None,
+        "swiglu": swiglu,
+        "residual": torch.randn(*lead, M).to(dtype) if residual else None,
+    }
+    x = torch.randn(*lead, N)
+    return (x if head else x.to(dtype), [(torch.randn(m, N) * N**-0.5).to(dtype) for m in sizes]), options
+
+
+def examples():
+    return [
+        example_call(5, 8, lead=(2, 1), norm=True, parts=2),
+        example_call(6, 8, swiglu=True, norm=True, parts=2),
+        example_call(6, 16, head=4, residual=True),
+        example_call(6, 16, torch.bfloat16, head=4, residual=True),
+    ]
+
+
+op = register("fused_linear", reference, fake, examples, equation="[silu(·)·](norm(x)·Wᵀ) [+ residual]")

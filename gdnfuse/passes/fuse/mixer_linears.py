@@ -1,0 +1,82 @@
+"""linear(mixer_decode(linear(x)))  →  in_proj_conv, packed_decode, and the gated norm in fused_linear, for few rows
+
+Both linears stream their weights anyway: the first has an owner for every channel of the conv, and with the norm in the second
+the rule may be split over as many programs as a device has room for.
+"""
+
+from __future__ import annotations
+
+from gdnfuse.dialect import fused_linear, in_proj_conv, mixer_decode, packed_decode
+from gdnfuse.passes.fuse.linears import alone, arguments_match, arguments_of, bind, fused_call, is_linear
+from gdnfuse.report import Refused
+from gdnfuse.rewrite.driver import call
+from gdnfuse.rewrite.graph import few_rows, op_name, peel, real_users, value
+from gdnfuse.rewrite.pattern import Mismatch
+from gdnfuse.rewrite.rule import Operand, Rule, bring
+
+RULE_ARGUMENTS = ("A_log", "dt_bias", "recurrent_state", "scale", "l2norm_eps")
+
+
+class FuseMixerLinears(Rule):
+    name, stage = "mixer_linears", "fuse"
+    equation = "out_proj(mixer_decode(in_proj(x))) = fused_linear(packed_decode(in_proj_conv(x)), gated norm)"
+
+    def anchors(self, graph):
+        """A mixer of few rows."""
+        return [n for n in graph.nodes if op_name(n) == "gdnfuse.mixer_decode" and few_rows(n)]
+
+    def match(self, anchor):
+        mixer = mixer_decode.op.bind(anchor.args, anchor.kwargs)
+        first = peel(mixer["row"])
+        if not is_linear(first):
+            raise Mismatch(first, "a linear without bias as the mixer's row", op_name(first))
+        alone(first, anchor)
+        readers = list(real_users(anchor))
+        if len(readers) != 1 or not is_linear(readers[0]):
+            raise Mismatch(anchor, "a linear without bias as the one reader of the mixer", ", ".join(map(op_name, readers)))
+        (last,) = readers
+        before, behind = bind(first), bind(last)
+        if before["swiglu"] or before["residual"] is not None or before["gate"] is not None:
+            raise Refused("in_proj must have nothing fused behind it, found that it has.", at=first)
+        if behind["norm_weight"] is not None or len(behind["weights"]) != 1:
+            raise Refused("out_proj must be one linear without a norm, found otherwise.", at=last)
+        B, HV, _, V = value(mixer["recurrent_state"]).shape
+        D = value(mixer["conv_state"]).shape[1]
+        projection = {k: before[k] for k in ("weights", "norm_weight", "norm_eps", "norm_offset")} | {
+            "x": bring(before["x"], (B, 1, value(before["x"]).shape[-1]), "x"),
+            "conv_state": mixer["conv_state"],
+            "conv_weight": mixer["conv_weight"],
+            "conv_bias": mixer["conv_bias"],
+            "conv_offset": mixer["qkv_offset"],
+            "activation": mixer["activation"],
+        }
+        rule = {k: mixer[k] for k in RULE_ARGUMENTS}
+        out = {k: behind[k] for k in ("weights", "swiglu", "residual")} | {
+            "norm_weight": mixer["norm_weight"], "norm_eps": mixer["norm_eps"]
+        }  # fmt: skip
+        m = arguments_match(
+            [last],
+            {"row": (in_proj_conv.op, projection), "rule": (packed_decode.op, rule), "y": (fused_linear.op, out)},
+            writes={"row_conv_state_0": anchor, "rule_recurrent_state_0": anchor},
+        )
+        # The columns of out_proj are the heads; of its rows a few prove as much.
+        names = m.data["names"]
+        for node, shape in ((behind["weights"][0], (8, HV * V)), (behind["residual"], (B, 1, 8))):
+            if node is not None:
+                m.shapes[names[node.node if isinstance(node, Operand) else node]] = shape
+        m.data["parts"] = {"mixed_qkv": (mixer["qkv_offset"], D), "gate": (mixer["z_offset"], HV * V)}
+        m.data["parts"] |= {k: (mixer[f"{k}_offset"], HV) for k in ("a", "b")}
+        m.data["shape"] = None if value(last).ndim == 3 else (*value(last).shape[:-1], -1)
+        m.data["heads"] = HV * V
+        return m
+
+    def rewrite(self, m, t):
+        row = fused_call(m, t, "row")
+        parts = {k: row.narrow(-1, *where) for k, where in m.data["parts"].items()}
+        gate = parts.pop("gate")
+        o = call(packed_decode.op.overload, **parts, **arguments_of(m, t, "rule"))
+        y = fused_call(m, t, "y", x=o.reshape(-1, 1, m.data["heads"]), gate=gate)
+        return y if m.data["shape"] is None else y.reshape(m.data["shape"])
+
+
+RULE = FuseMixerLinears()

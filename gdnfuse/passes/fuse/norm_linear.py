@@ -1,0 +1,31 @@
+"""linear(rms_norm(x))  →  fused_linear(x, norm)"""
+
+from __future__ import annotations
+
+from gdnfuse.dialect import fused_linear, rms_norm
+from gdnfuse.passes.fuse.linears import alone, arguments_match, bind, few_outputs, fused_call, is_linear
+from gdnfuse.rewrite.graph import op_name, peel, value
+from gdnfuse.rewrite.rule import Rule, bring
+
+
+class FuseNormLinear(Rule):
+    name, stage, equation = "norm_linear", "fuse", "linear(rms_norm(x), W) = fused_linear(x, W, norm)"
+
+    def anchors(self, graph):
+        """A linear of few rows behind a norm."""
+        return [n for n in graph.nodes if is_linear(n) and op_name(peel(n.args[0])) == "gdnfuse.rms_norm"]
+
+    def match(self, anchor):
+        bound = bind(anchor)
+        norm = peel(bound["x"])
+        alone(norm, anchor)
+        inner = rms_norm.op.bind(norm.args, norm.kwargs)
+        x = bring(inner["x"], value(bound["x"]).shape, "x")
+        more = {"x": x, "norm_weight": inner["weight"], "norm_eps": inner["eps"], "norm_offset": inner["offset"]}
+        return few_outputs(arguments_match([anchor], {"y": (fused_linear.op, bound | more)}), bound)
+
+    def rewrite(self, m, t):
+        return fused_call(m, t)
+
+
+RULE = FuseNormLinear()

@@ -1,0 +1,45 @@
+"""residual + linear(x)  →  fused_linear(x, residual)"""
+
+from __future__ import annotations
+
+from gdnfuse.dialect import fused_linear
+from gdnfuse.passes.fuse.linears import alone, arguments_match, bind, few_outputs, fused_call, is_linear
+from gdnfuse.rewrite.graph import is_tensor, op_name, peel, same_shape, value
+from gdnfuse.rewrite.pattern import Mismatch
+from gdnfuse.rewrite.rule import Rule, bring
+
+
+class FuseResidualLinear(Rule):
+    name, stage, equation = "residual_linear", "fuse", "residual + linear(x, W) = fused_linear(x, W, residual)"
+
+    def anchors(self, graph):
+        """A sum with a linear of few rows."""
+        return [n for n in graph.nodes if op_name(n) == "add" and len(n.args) == 2 and not n.kwargs and _linear(n) is not None]
+
+    def match(self, anchor):
+        linear = _linear(anchor)
+        alone(linear, anchor)
+        residual = next((a for a in anchor.args if not is_tensor(a) or peel(a) is not linear), None)
+        shape = value(linear).shape
+        if not is_tensor(residual) or value(residual).numel() != value(linear).numel():
+            raise Mismatch(anchor, f"a residual of the linear's shape, {list(shape)}", str(residual))
+        if value(residual).dtype != value(linear).dtype or value(anchor).dtype != value(linear).dtype:
+            raise Mismatch(anchor, f"a residual of {value(linear).dtype}", str(value(residual).dtype))
+        bound = bind(linear) | {"residual": bring(residual, shape, "residual")}
+        m = arguments_match([anchor], {"y": (fused_linear.op, bound)})
+        m.data["shape"] = None if same_shape(value(anchor).shape, shape) else tuple(value(anchor).shape)
+        return few_outputs(m, bound)
+
+    def rewrite(self, m, t):
+        y = fused_call(m, t)
+        return y if m.data["shape"] is None else y.reshape(m.data["shape"])
+
+
+def _linear(node):
+    """The operand that is a linear with room for a residual; of two the later, which sees the other's result."""
+    found = [peel(a) for a in node.args if is_tensor(a)]
+    found = [n for n in found if is_linear(n) and bind(n)["residual"] is None]
+    return max(found, default=None)
+
+
+RULE = FuseResidualLinear()

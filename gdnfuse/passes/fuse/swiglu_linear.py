@@ -1,0 +1,57 @@
+"""silu(first half of a linear's row) · second half  →  fused_linear(…, swiglu)"""
+
+from __future__ import annotations
+
+from gdnfuse.dialect import fused_linear
+from gdnfuse.passes.fuse.linears import arguments_match, bind, fused_call, is_linear
+from gdnfuse.report import Refused
+from gdnfuse.rewrite.graph import op_name, peel, real_users, same, value
+from gdnfuse.rewrite.pattern import Mismatch
+from gdnfuse.rewrite.rule import Rule
+
+
+class FuseSwiGLULinear(Rule):
+    name, stage, equation = "swiglu_linear", "fuse", "silu(x·W₀ᵀ) · (x·W₁ᵀ) = fused_linear(x, [W₀, W₁], swiglu)"
+
+    def anchors(self, graph):
+        """SiLU of a part of a linear's row."""
+        return [n for n in graph.nodes if op_name(n) == "silu" and _row(n.args[0]) is not None]
+
+    def match(self, anchor):
+        row = _row(anchor.args[0])
+        root = next((u for u in real_users(anchor) if op_name(u) == "mul"), None)
+        if root is None:
+            raise Mismatch(anchor, "a product with the other half", "none")
+        other = next((x for x in root.all_input_nodes if peel(x) is not anchor), root)
+        halves = [peel(anchor.args[0]), peel(other)]
+        if _row(other) is not row:
+            raise Mismatch(other, f"the other part of {row}", op_name(peel(other)))
+        width = value(row).shape[-1] // 2
+        found = [n.args[1:] for n in halves]
+        if found != [(-1, 0, width), (-1, width, width)]:
+            raise Mismatch(row, f"halves of {width} columns", str(found))
+        others = [u for u in row.users if u not in halves]
+        if others:
+            raise Refused(f"{row.name} must be read by its halves alone, found that {others[0].name} reads it too.", at=others[0])
+        if not same(value(root).numel(), width) or value(root).dtype != value(row).dtype:
+            raise Mismatch(root, f"{width} elements of {value(row).dtype}", f"{list(value(root).shape)} of {value(root).dtype}")
+        bound = bind(row)
+        if bound["residual"] is not None or bound["swiglu"]:
+            raise Refused("The row must be a linear's alone, found something fused behind it.", at=row)
+        m = arguments_match([root], {"y": (fused_linear.op, bound | {"swiglu": True})})
+        m.data["shape"] = None if value(root).ndim == value(row).ndim else tuple(value(root).shape)
+        return m
+
+    def rewrite(self, m, t):
+        y = fused_call(m, t)
+        return y if m.data["shape"] is None else y.reshape(m.data["shape"])
+
+
+def _row(node):
+    """The linear whose row this is a part of, or None."""
+    piece = peel(node)
+    row = piece.args[0] if op_name(piece) == "narrow" else None
+    return row if is_linear(row) else None
+
+
+RULE = FuseSwiGLULinear()

@@ -1,0 +1,56 @@
+"""x · rsqrt(mean(x²) + eps) · (offset + w)  →  gdnfuse.rms_norm(x, w, eps, offset), where a decode step has few rows of it"""
+
+from __future__ import annotations
+
+from gdnfuse.dialect import rms_norm
+from gdnfuse.report import Refused
+from gdnfuse.rewrite.driver import call
+from gdnfuse.rewrite.graph import few_rows, op_name, peel, real_users, same, value
+from gdnfuse.rewrite.pattern import Alt, Const, Mismatch, Op, Var
+from gdnfuse.rewrite.rule import Match, Rule, bring
+
+x, w = Var("x"), Var("weight")
+normed = Op("mul", x, Op("rsqrt", Op("add", Op("mean", Op("mul", x, x)), Const("eps"))))
+PATTERN = Alt(Op("mul", normed, Op("add", w, Const("offset"))), Op("mul", normed, w))
+
+
+class LiftRMSNorm(Rule):
+    name, stage, equation = "rms_norm", "lift", rms_norm.op.equation
+
+    def anchors(self, graph):
+        """The inverse square root of a mean, of few rows: a prompt's norms fuse with nothing and are the compiler's."""
+        for node in graph.nodes:
+            if op_name(node) == "rsqrt" and op_name(add := peel(node.args[0])) == "add" and op_name(peel(add.args[0])) == "mean":
+                if few_rows(node):
+                    yield node
+
+    def match(self, anchor):
+        product = next((u for u in real_users(anchor) if op_name(u) == "mul"), None)
+        root = product and next((u for u in real_users(product) if op_name(u) == "mul"), None)
+        if root is None:
+            raise Mismatch(anchor, "a product with x, and one with a weight", "none")
+        env = PATTERN.match(root)
+        shapes = {"x": value(root).shape, "weight": value(root).shape[-1:]}
+        operands = {name: bring(env[name], shape, name) for name, shape in shapes.items()}
+        dtype = value(operands["x"].node).dtype
+        users = list(root.users)
+        if len(users) == 1 and op_name(users[0]) == "to" and value(users[0]).dtype == dtype:
+            root = users[0]
+        if value(root).dtype != dtype:
+            raise Refused(f"The norm must be rounded to the dtype of its input, {dtype}, found {value(root).dtype}.", at=root)
+        return Match(
+            {k: o.node for k, o in operands.items()},
+            [root],
+            data={"how": {k: o.how for k, o in operands.items()}, "eps": env["eps"], "offset": env.get("offset", 0.0)},
+        )
+
+    def check(self, m):
+        if not same(value(m.outputs[0]).shape[-1], value(m.inputs["weight"]).numel()):
+            raise Refused("The weight must have one element per column.", at=m.inputs["weight"])
+
+    def rewrite(self, m, t):
+        how = m.data["how"]
+        return call(rms_norm.op.overload, how["x"](t.x), how["weight"](t.weight), m.data["eps"], m.data["offset"])
+
+
+RULE = LiftRMSNorm()
