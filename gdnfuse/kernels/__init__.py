@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import logging
+import os
 import sys
-from typing import TYPE_CHECKING
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from gdnfuse.report import Refused
 
 if TYPE_CHECKING:
     from gdnfuse.kernels.implementation import Implementation
+
+log = logging.getLogger(__name__)
 
 
 def implementations() -> dict[str, Implementation]:
@@ -23,6 +31,7 @@ def implementations() -> dict[str, Implementation]:
     if importlib.util.find_spec("triton") is None:
         raise Refused("Triton is required for GPU kernels; it is not installed.")
     from gdnfuse.kernels import (
+        attention_decode,
         causal_conv,
         causal_conv_update,
         chunk_delta_rule,
@@ -33,6 +42,7 @@ def implementations() -> dict[str, Implementation]:
     )
 
     found = (
+        attention_decode.implementation,
         causal_conv.implementation,
         causal_conv_update.implementation,
         chunk_delta_rule.chunk_delta_rule,
@@ -45,6 +55,28 @@ def implementations() -> dict[str, Implementation]:
         skinny_linear.in_proj_conv,
     )
     return {kernel.name: kernel for kernel in found}
+
+
+def compile_ahead(calls: list[tuple[Implementation, dict[str, Any]]]) -> None:
+    """Start to compile what calls with these arguments, fake tensors, will launch: each kernel once, beside each other."""
+    if torch.cuda.is_available():
+        for implementation, arguments in calls:
+            _pending.extend(implementation.compile_ahead(arguments, _pool()))
+
+
+def wait() -> None:
+    """Wait until what `compile_ahead` started is compiled. An error in it comes again, and to the caller, at the launch."""
+    while _pending:
+        if error := _pending.pop().exception():
+            log.debug("compiling ahead failed: %s", error)
+
+
+_pending: list[Future[Any]] = []
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="gdnfuse")
 
 
 def loaded() -> dict[str, int]:

@@ -80,7 +80,7 @@ def _bounds(cu_seqlens_ptr, n, T, VARLEN: tl.constexpr):
         return n, n * 0, T
 
 
-@triton.jit(do_not_specialize=["T", "TOKENS", "plane"])
+@triton.jit(do_not_specialize=["T", "TOKENS", "plane", "stride_ab", "stride_bb"])
 def chunk_prepare_kernel(
     q_ptr, k_ptr, a_ptr, b_ptr, A_log_ptr, dt_bias_ptr, cu_seqlens_ptr, inverse_ptr, attention_ptr, factors_ptr,
     scale, l2norm_eps, T, TOKENS, plane,

@@ -23,7 +23,7 @@ def gated(x, mean_square, z, weight, eps):
     return weight * (x * tl.rsqrt(mean_square + eps)) * (z * tl.sigmoid(z))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "N1"])
 def gated_rms_norm_kernel(
     o_ptr, z_ptr, weight_ptr, out_ptr,
     eps, rows, N1, N2,

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
+from torch._subclasses.fake_tensor import FakeTensor
 
 from gdnfuse.dialect import OPS
 from gdnfuse.report import Refused
 
+log = logging.getLogger(__name__)
+
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
-INDEX_POINTERS = {torch.int32: "*i32", torch.int64: "*i64"}
+INDEX_POINTERS = {torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*i1"}
 MAX_HEAD_DIM = 256
 
 
@@ -59,9 +66,26 @@ class Implementation:
 
     def jit_kernels(self, *args: Any, **kwargs: Any) -> list[CompileSpec]:
         """The specialisations that a call with these arguments launches, in order; tensors on device "meta" will do."""
-        with _recording() as specs:
+        specs: list[CompileSpec] = []
+        with _standing_in(lambda kernel: _Recorder(kernel, specs)):
             self.launch(*args, **kwargs)
         return specs
+
+    def compile_ahead(self, arguments: dict[str, Any], pool: Executor) -> list[Future[Any]]:
+        """Have the kernels that a call with these fake tensors launches compiled by threads of `pool`, one each.
+
+        Not those that want real tensors, as descriptors do: they are compiled when they are launched.
+        """
+        pending: list[Future[Any]] = []
+        tensors = [t for t in pytree.tree_leaves(arguments) if isinstance(t, torch.Tensor)]
+        numbers = [n for t in tensors for n in (*t.shape, *t.stride())]
+        if all(isinstance(n, int) for n in numbers) and isinstance(tensors[0], FakeTensor) and tensors[0].device.type == "cuda":
+            with _standing_in(lambda kernel: _Ahead(kernel, tensors[0].device, pool, pending)), tensors[0].fake_mode:
+                try:
+                    self.launch(**arguments)
+                except Exception as e:
+                    log.debug("%s is not compiled ahead: %s", self.name, e)
+        return pending
 
 
 _library = torch.library.Library("gdnfuse_triton", "DEF")
@@ -113,24 +137,24 @@ def overlap_options(tensor: torch.Tensor, *early: torch.Tensor | None) -> dict[s
     return {"launch_pdl": True} if all(t is None or t.is_contiguous() for t in early) else {}
 
 
-_recorded: list[CompileSpec] | None = None
+# What stands in for kernels in this thread: it takes a kernel and gives what is launched in its place.
+_stand_in: ContextVar[Callable[[Any], Any] | None] = ContextVar("stand_in", default=None)
 
 
 @contextmanager
-def _recording() -> Iterator[list[CompileSpec]]:
-    global _recorded
-    before, _recorded = _recorded, []
+def _standing_in(make: Callable[[Any], Any]) -> Iterator[None]:
+    token = _stand_in.set(make)
     try:
-        yield _recorded
+        yield
     finally:
-        _recorded = before
+        _stand_in.reset(token)
 
 
 class _Recorder:
     """Stands in for a kernel and notes how it is called."""
 
-    def __init__(self, kernel: Any):
-        self.kernel = kernel
+    def __init__(self, kernel: Any, specs: list[CompileSpec]):
+        self.kernel, self.specs = kernel, specs
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
         return self.record
@@ -153,12 +177,33 @@ class _Recorder:
                 signature[param.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
                 if value % 16 == 0 and not param.do_not_specialize:
                     attrs[(i,)] = [["tt.divisibility", 16]]
-        _recorded.append(CompileSpec(self.kernel, signature, constexprs, attrs, options))
+        self.specs.append(CompileSpec(self.kernel, signature, constexprs, attrs, options))
+
+
+@dataclass(frozen=True)
+class _Ahead:
+    """Stands in for a kernel and has a thread compile it."""
+
+    kernel: Any
+    device: torch.device
+    pool: Executor
+    pending: list[Future[Any]]
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return self.submit
+
+    def submit(self, *args: Any, **kwargs: Any) -> None:
+        self.pending.append(self.pool.submit(self._warmup, [a.dtype if isinstance(a, torch.Tensor) else a for a in args], kwargs))
+
+    def _warmup(self, args: list[Any], kwargs: dict[str, Any]) -> None:
+        with torch.cuda.device(self.device):
+            self.kernel.warmup(*args, grid=(1,), **kwargs)
 
 
 def kernel_of(kernel: Any) -> Any:
-    """The kernel to launch: itself, or what notes the launch while `Implementation.jit_kernels` records."""
-    return kernel if _recorded is None else _Recorder(kernel)
+    """The kernel to launch: itself, or what stands in for it in this thread."""
+    make = _stand_in.get()
+    return kernel if make is None else make(kernel)
 
 
 def require_dtypes(**tensors: torch.Tensor | None) -> None:

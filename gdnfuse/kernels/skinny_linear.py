@@ -16,6 +16,7 @@ float32; one rounding, to the weight's dtype, none for in_proj_conv.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import triton
@@ -30,25 +31,28 @@ from gdnfuse.report import Refused
 MAX_N = 2**15  # the loop over columns is unrolled
 MAX_PROGRAMS = 132  # per unit of programs_per_sm where there is no device to ask, an H200's multiprocessors
 
-# N up to: rows per tile (of gate and of up each with SwiGLU), columns per step, warps, programs per multiprocessor (0: one per
-# tile). The first line that fits is taken. By benchmarks/gemm.py on an H200, bfloat16, cold weights, one linear after another.
-CONFIGS = (
-    (1024, (8, 256, 4, 4)),
-    (2560, (8, 512, 4, 2)),
-    (4096, (4, 1024, 4, 3)),
-    (float("inf"), (2, 1024, 4, 2)),
-)
-SWIGLU_CONFIGS = (
-    (1024, (4, 1024, 8, 3)),
-    (float("inf"), (4, 1024, 2, 0)),
-)
+# By what is fused around a linear: N up to; rows per tile (of gate and of up each with SwiGLU), columns per step, warps, programs
+# per multiprocessor (0: one per tile). The first line that fits is taken. Tuned inside whole decode steps on an H200, bfloat16.
+CONFIGS = {
+    "conv": ((1024, (8, 256, 4, 4)), (2560, (8, 256, 4, 2)), (float("inf"), (4, 1024, 4, 0))),
+    "norm": ((1024, (8, 256, 4, 4)), (2560, (2, 512, 2, 0)), (float("inf"), (4, 1024, 4, 0))),
+    "gate": ((2048, (4, 512, 8, 2)), (float("inf"), (4, 512, 4, 2))),
+    "swiglu": ((1024, (4, 256, 2, 0)), (2560, (2, 512, 2, 0)), (float("inf"), (2, 4096, 8, 0))),
+    "plain": ((2048, (2, 1024, 2, 0)), (3584, (4, 512, 8, 0)), (4096, (2, 512, 2, 4)), (float("inf"), (2, 1024, 4, 2))),
+}
 
 Config = tuple[int, int, int, int]
 
 
-def config(n: int, swiglu: bool = False) -> Config:
+def kind(norm_weight: Any = None, gate: Any = None, swiglu: bool = False, conv: Any = None) -> str:
+    """What is fused around a linear, as CONFIGS names it."""
+    given = {"conv": conv is not None, "gate": gate is not None, "swiglu": swiglu, "norm": norm_weight is not None, "plain": True}
+    return next(name for name, is_given in given.items() if is_given)
+
+
+def config(kind: str, n: int) -> Config:
     """Rows per tile, columns per step, warps and programs per multiprocessor for a weight of n columns."""
-    rows, block, num_warps, per_sm = next(c for width, c in (SWIGLU_CONFIGS if swiglu else CONFIGS) if n <= width)
+    rows, block, num_warps, per_sm = next(c for width, c in CONFIGS[kind] if n <= width)
     return rows, min(block, triton.next_power_of_2(n)), num_warps, per_sm
 
 
@@ -229,7 +233,7 @@ def launch(
         [..., M], or half of it with `swiglu`, in the weight's dtype, contiguous.
     """
     (weight,) = weights
-    chosen = config(weight.shape[1], swiglu)
+    chosen = config(kind(norm_weight, gate, swiglu), weight.shape[1])
     return launch_with(chosen, x, weight, norm_weight, norm_eps, norm_offset, gate, swiglu, residual, overlap=overlap)
 
 
@@ -261,7 +265,7 @@ def launch_in_proj_conv(
     """
     (weight,) = weights
     conv = (conv_state, conv_weight, conv_bias, conv_offset, activation)
-    return launch_with(config(weight.shape[1]), x, weight, norm_weight, norm_eps, norm_offset, conv=conv, overlap=overlap)
+    return launch_with(config("conv", weight.shape[1]), x, weight, norm_weight, norm_eps, norm_offset, conv=conv, overlap=overlap)
 
 
 def supports(
@@ -300,7 +304,7 @@ def supports(
             raise Refused(f"{name} must have contiguous rows, got the strides {list(t.stride())}.")
     if gate is not None:
         V, N = norm_weight.shape[0], weight.shape[1]
-        step = config(N)[1]
+        step = config("gate", N)[1]
         if N % step or step % V:
             raise Refused(f"Heads must fill steps of {step} columns, and these the row, got {N} columns in heads of {V}.")
 

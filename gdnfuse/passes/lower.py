@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch._dynamo.source import ConstantSource
 from torch._guards import TracingContext
 from torch.fx import GraphModule, Node
@@ -28,6 +29,7 @@ def lower(gm: GraphModule, target: str | None, linears: bool = False) -> list[Re
     """
     records = []
     behind: set[Node] = set()  # what depends on a kernel of ours
+    launched: dict[str, tuple[Any, dict[str, Any]]] = {}
     for node in gm.graph.nodes:
         if not behind.isdisjoint(node.all_input_nodes):
             behind.add(node)
@@ -53,6 +55,9 @@ def lower(gm: GraphModule, target: str | None, linears: bool = False) -> list[Re
             node.target, node.args, node.kwargs = kernel.op, (), {**call, **early}
             record.chosen = "triton"
             behind.add(node)
+            launched.setdefault(
+                f"{name} {pytree.tree_map_only(torch.Tensor, _layout, {**values, **early})}", (kernel, values | early)
+            )
         except Refused as e:
             record.reason = e.reason
             if op is None:
@@ -62,7 +67,12 @@ def lower(gm: GraphModule, target: str | None, linears: bool = False) -> list[Re
             else:
                 record.chosen = "reference called"
         records.append(record)
+    kernels.compile_ahead(list(launched.values()))
     return records
+
+
+def _layout(t: torch.Tensor) -> tuple[Any, ...]:
+    return (*t.shape, t.stride(), t.dtype)
 
 
 def _kernel(name: str, device: str, arguments: dict[str, Any]) -> Any:

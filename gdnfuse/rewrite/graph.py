@@ -75,14 +75,14 @@ def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
 FEW_ROWS = 1
 
 
-def few_rows(node: Any) -> bool:
-    """Whether a tensor has at most FEW_ROWS rows of its last axis, whatever the inputs."""
+def few_rows(node: Any, most: int = FEW_ROWS) -> bool:
+    """Whether a tensor has at most `most` rows of its last axis, whatever the inputs."""
     if not is_tensor(node) or value(node).ndim == 0:
         return False
     rows = 1
     for size in value(node).shape[:-1]:
-        rows = rows * size if isinstance(size, int) else FEW_ROWS + 1
-    return 0 < rows <= FEW_ROWS
+        rows = rows * size if isinstance(size, int) else most + 1
+    return 0 < rows <= most
 
 
 def source(node: Any) -> Node | None:

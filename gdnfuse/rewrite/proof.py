@@ -242,9 +242,9 @@ def _draw(
     if not isinstance(v, torch.Tensor):
         return hint(v, bound)
     shape = shapes.get(name) or tuple(hint(s, bound) for s in v.shape)
-    if not v.is_floating_point():
-        raise Refused(f"{name} must be a floating tensor, found {v.dtype}.", at=node)
     sampler = m.extremes.get(name) if extreme and name in m.extremes else m.samplers.get(name)
+    if not v.is_floating_point() and sampler is None:
+        raise Refused(f"{name} must be a floating tensor, found {v.dtype}.", at=node)
     if sampler is not None:
         return sampler(shape, generator)
     drawn = torch.randn(shape, dtype=torch.float64, generator=generator)
@@ -315,6 +315,7 @@ def compare(name: str, wanted: torch.Tensor, got: torch.Tensor) -> float:
         raise Refused(f"The float64 proof failed: {name} is not finite.")
     if wanted.numel() == 0:
         return 0.0
+    wanted, got = wanted.double(), got.double()
     difference = (wanted - got).abs().flatten()
     error = float(difference.max() / wanted.abs().max().clamp_min(1e-300))
     if error > TOLERANCE:

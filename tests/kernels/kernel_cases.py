@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import torch.utils._pytree as pytree
 
 from gdnfuse import dialect
-from gdnfuse.dialect import delta_rule, fused_linear, in_proj_conv, mixer_decode, packed_decode
+from gdnfuse.dialect import attention_decode, delta_rule, fused_linear, in_proj_conv, mixer_decode, packed_decode
 
 # Largest error relative to the largest value: a few roundings of float32 maths, and one more where the result is stored narrower.
 MATHS = 2e-6
@@ -23,8 +23,8 @@ CHUNKED = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2, torch.float16: 2.0**-10}
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 # Arguments that have the batch in front.
-STATES = {"context", "state", "conv_state", "recurrent_state"}
-BATCHED = STATES | {"x", "q", "k", "v", "g", "beta", "a", "b", "mixed_qkv", "o", "z", "row"}
+STATES = {"context", "state", "conv_state", "recurrent_state", "keys", "values"}
+BATCHED = STATES | {"x", "q", "k", "v", "g", "beta", "a", "b", "mixed_qkv", "o", "z", "row", "gate"}
 
 
 @dataclass(frozen=True)
@@ -147,6 +147,10 @@ def in_proj(*sizes, wrap_state=lambda s: s, **options):
     return make
 
 
+def attention(*sizes, **options):
+    return lambda: attention_decode.example_call(*sizes, **options)
+
+
 def v_major(s):
     """The same state with K innermost in memory."""
     return s.transpose(-1, -2).contiguous().transpose(-1, -2)
@@ -230,6 +234,12 @@ CASES = [
     Case("fused_linear", "residual", linear(33, 1100, residual=True)),
     *(Case("fused_linear", f"gated-{name(d)}", linear(17, 512, d, head=16, residual=True)) for d in (F32, BF16)),
     Case("fused_linear", "gated-heads-of-128", linear(17, 3072, BF16, head=128)),
+    Case("attention_decode", "fp32", attention(2, 4, 2, 16, 70, R=8, filled=33, padded=3)),
+    Case("attention_decode", "bf16", attention(1, 8, 2, 32, 200, BF16, filled=200)),
+    Case("attention_decode", "fp16-no-gate", attention(3, 3, 3, 24, 40, F16, R=24, gate=False, filled=9, padded=2)),
+    Case("attention_decode", "no-norm-no-mask", attention(1, 6, 2, 20, 65, R=6, norm=False, mask=False)),
+    Case("attention_decode", "first-token", attention(2, 2, 1, 16, 1100, filled=1)),
+    Case("attention_decode", "far-blocks", attention(1, 4, 1, 16, 3000, filled=2990, padded=2800)),
     Case("in_proj_conv", "fp32", in_proj(70, 100, 40, offset=9)),
     Case("in_proj_conv", "bf16-all", in_proj(64, 128, 64, BF16, bias=True)),
     Case("in_proj_conv", "no-norm-windows", in_proj(33, 24, 20, norm=False, S=5, W=3, offset=13)),
@@ -286,8 +296,8 @@ def tensors(results):
 
 
 def bound_of(case, args, got, tolerance):
-    """The error allowed to a result: that of its dtype, or of the chunked rule's operands and decays."""
-    if "chunk" not in case.op:
+    """The error allowed to a result: that of its dtype, or where products of tensor cores follow each other of their operands."""
+    if "chunk" not in case.op and case.op != "attention_decode":
         return tolerance[got.dtype]
     return CHUNKED[args[2].dtype] + (2e-5 if case.label.startswith("hard") else 0.0)
 

@@ -1,5 +1,6 @@
 """Kernels against the references on a GPU, called directly, through their ops, and inside a graph that Inductor compiled."""
 
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
 import kernel_cases
@@ -7,9 +8,10 @@ import pytest
 import torch
 import torch.utils._pytree as pytree
 from kernel_cases import BF16, Case
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gdnfuse import dialect
-from gdnfuse.kernels import implementations, skinny_linear
+from gdnfuse.kernels import implementations, loaded, skinny_linear
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -154,6 +156,21 @@ def test_linear_configs(config):
     for m, n in ((1001, 2560), (1024, 1000), (7, 4096)):
         case = Case("fused_linear", "config", kernel_cases.linear(m, n, BF16, norm=True, swiglu=True))
         kernel_cases.check(case, lambda x, w, *rest: skinny_linear.launch_with(config, x, *w, *rest), "cuda")
+
+
+@pytest.mark.parametrize("case", LINEARS[-5:] + [c for c in kernel_cases.CASES if str(c) == "attention_decode-bf16"], ids=str)
+def test_what_is_compiled_ahead_is_what_is_launched(case):
+    implementation, (args, _) = implementations()[case.op], case.call()
+    args = pytree.tree_map_only(torch.Tensor, torch.Tensor.cuda, list(args))
+    bound = dict(zip(kernel_cases.meaning(case.op).arg_names, args, strict=False)) | {"overlap": True}
+    mode = FakeTensorMode()
+    fakes = pytree.tree_map_only(torch.Tensor, mode.from_tensor, bound)
+    with ThreadPoolExecutor() as pool:
+        pending = implementation.compile_ahead(fakes, pool)
+        assert pending and all(future.exception() is None for future in pending)
+    before = loaded()
+    implementation.op(**bound)
+    assert loaded() == before
 
 
 def test_overlapping_kernels_wait_for_each_other():

@@ -13,6 +13,7 @@ import pytest
 
 FILE = Path(__file__).with_name("interpreted.py")
 OPS = [
+    "attention_decode",
     "causal_conv-",
     "causal_conv_update",
     "chunk_delta_rule",

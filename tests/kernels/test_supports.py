@@ -69,6 +69,10 @@ REFUSED = [
         "weight must have contiguous rows, got the strides [1, 4].",
     ),
     ("fused_linear", kernel_cases.linear(4, 8, head=3, lead=(1, 1)), "Heads must fill steps of 8 columns"),
+    ("attention_decode", kernel_cases.attention(1, 3, 2, 8, 4), "H must be a multiple of HKV, got H = 3 and HKV = 2."),
+    ("attention_decode", kernel_cases.attention(1, 2, 2, 300, 4), "D must be at most 256, got 300."),
+    ("attention_decode", kernel_cases.attention(1, 2, 2, 8, 4, R=3), "R must be even, got 3."),
+    ("attention_decode", kernel_cases.attention(1, 2, 2, 8, 4, F64), "q must be float32, bfloat16 or float16, got float64."),
     ("in_proj_conv", kernel_cases.in_proj(9, 8, 4, B=2), "x must be one row, got the sizes [2, 1, 8]."),
     ("in_proj_conv", kernel_cases.in_proj(9, 8, 4, state_dtype=F64), "conv_state must be float32"),
 ]

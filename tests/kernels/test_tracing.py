@@ -14,6 +14,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from gdnfuse.kernels import implementations
 
 CALLS = {
+    "attention_decode": kernel_cases.attention(6, 4, 2, 16, 40, filled=20),
     "causal_conv": kernel_cases.prompt_conv(6, 12, 7, 4, bias=True),
     "chunk_delta_rule": kernel_cases.chunked(6, 70, 2, 4, 24, 16),
     "fused_gating_chunk_delta_rule": kernel_cases.chunked(6, 70, 2, 4, 24, 16, gated=True),

@@ -1,6 +1,7 @@
 """lift: recognise the motifs of GDN and raise each to one dialect op. A motif is a file here and a line in RULES."""
 
 from gdnfuse.passes.lift import (
+    attention_decode,
     causal_conv_update,
     chunk_delta_rule,
     delta_rule,
@@ -21,5 +22,6 @@ RULES = [
     delta_rule.RULE,
     gated_rms_norm.RULE,
     rms_norm.RULE,
+    attention_decode.RULE,
     packed_linear.RULE,
 ]

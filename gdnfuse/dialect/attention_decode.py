@@ -1,0 +1,118 @@
+"""attention_decode: everything of a full-attention layer between qkv and o_proj, for one token on a static cache, in one op."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from gdnfuse.dialect.op import register
+from gdnfuse.dialect.rms_norm import reference as rms_norm
+
+
+def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary position embedding of the first R of D columns (Su et al., arXiv:2104.09864), in halves as transformers has it.
+
+    Args:
+        x: [B, H, T, D].
+        cos, sin: [B or 1, 1, T, R].
+
+    Returns:
+        [B, H, T, D] in x's dtype.
+    """
+    R = cos.shape[-1]
+    rotated, rest = x[..., :R], x[..., R:]
+    turned = torch.cat([-rotated[..., R // 2 :], rotated[..., : R // 2]], -1)
+    return torch.cat([rotated * cos + turned * sin, rest], -1).to(x.dtype)
+
+
+def reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    gate: torch.Tensor | None,
+    q_norm_weight: torch.Tensor | None,
+    k_norm_weight: torch.Tensor | None,
+    norm_eps: float,
+    norm_offset: float,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    position: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
+    """RMSNorm and rotary embedding of q and k, k and v into the cache at `position`, attention, and its output times σ(gate).
+
+    Args:
+        q: [B, 1, H, D].
+        k, v: [B, 1, HKV, D].
+        gate: [B, 1, H, D], before the sigmoid, or None.
+        q_norm_weight, k_norm_weight: [D], or both None for no norm.
+        norm_eps, norm_offset: as for rms_norm.
+        cos, sin: [B or 1, 1, R], R ≤ D.
+        keys, values: [B, HKV, L, D], written in place.
+        position: [1] of int64, where in the cache this token goes.
+        mask: [B or 1, 1, 1, L] of bool, what may be attended to, or None for all.
+        scale: factor on the scores.
+
+    Returns:
+        [B, 1, H·D] in q's dtype.
+    """
+    B, _, H, D = q.shape
+    if q_norm_weight is not None:
+        q, k = rms_norm(q, q_norm_weight, norm_eps, norm_offset), rms_norm(k, k_norm_weight, norm_eps, norm_offset)
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    q, k = rope(q.transpose(1, 2), cos, sin), rope(k.transpose(1, 2), cos, sin)
+    keys.index_copy_(2, position, k.to(keys.dtype))
+    values.index_copy_(2, position, v.transpose(1, 2).to(values.dtype))
+    groups = H // keys.shape[1]
+    every = [t.repeat_interleave(groups, 1).to(q.dtype) for t in (keys, values)]
+    o = F.scaled_dot_product_attention(q, *every, attn_mask=mask, scale=scale).transpose(1, 2).reshape(B, 1, H * D)
+    return o if gate is None else o * torch.sigmoid(gate.reshape(B, 1, H * D))
+
+
+def fake(
+    q, k, v, gate, q_norm_weight, k_norm_weight, norm_eps, norm_offset, cos, sin, keys, values, position, mask, scale
+):  # fmt: skip
+    B, _, H, D = q.shape
+    return torch.empty((B, 1, H * D), dtype=q.dtype, device=q.device)
+
+
+def example_call(B, H, HKV, D, L, dtype=torch.float32, *, R=None, gate=True, norm=True, filled=None, mask=True, padded=0):
+    """A call with random inputs: `filled` positions hold tokens, this one included, of which the first `padded` are hidden."""
+    filled = L if filled is None else filled
+    angles = torch.rand(1, 1, R or D) * 6
+    at = torch.arange(L)
+    seen = ((at < filled) & (at >= padded)).expand(B, 1, 1, L).clone()
+    return (
+        torch.randn(B, 1, H, D).to(dtype),
+        torch.randn(B, 1, HKV, D).to(dtype),
+        torch.randn(B, 1, HKV, D).to(dtype),
+        torch.randn(B, 1, H, D).to(dtype) if gate else None,
+        torch.randn(D).to(dtype) if norm else None,
+        torch.randn(D).to(dtype) if norm else None,
+        1e-6,
+        1.0,
+        angles.cos().to(dtype),
+        angles.sin().to(dtype),
+        torch.randn(B, HKV, L, D).to(dtype),
+        torch.randn(B, HKV, L, D).to(dtype),
+        torch.tensor([filled - 1]),
+        seen if mask else None,
+        D**-0.5,
+    ), {}
+
+
+def examples():
+    return [example_call(2, 4, 2, 8, 5, R=4, filled=3, padded=1), example_call(1, 2, 2, 8, 3, gate=False, norm=False, mask=False)]
+
+
+op = register(
+    "attention_decode",
+    reference,
+    fake,
+    examples,
+    equation="attention(rope(norm(q)), keys ← rope(norm(k)), values ← v, mask) · σ(gate)",
+    mutates=("keys", "values"),
+)

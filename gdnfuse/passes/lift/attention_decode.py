@@ -1,0 +1,172 @@
+"""norm, rotary embedding, cache write, attention and output gate of one token  →  gdnfuse.attention_decode"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from gdnfuse.dialect import attention_decode, rms_norm
+from gdnfuse.report import Refused
+from gdnfuse.rewrite.driver import call
+from gdnfuse.rewrite.graph import is_tensor, op_name, peel, real_users, same, same_shape, value
+from gdnfuse.rewrite.pattern import Mismatch, Op, Var
+from gdnfuse.rewrite.rule import Match, Operand, Rule, bring
+
+MASK = 3
+PROVED = 2**24  # elements of a cache that a proof computes attention over
+TURN = Op("add", Op("mul", Var("x"), Var("cos")), Op("mul", Op("cat"), Var("sin")))
+
+
+class LiftAttentionDecode(Rule):
+    name, stage, equation = "attention_decode", "lift", attention_decode.op.equation
+
+    def anchors(self, graph):
+        """Attention with one query."""
+        for node in graph.nodes:
+            if op_name(node) == "scaled_dot_product_attention" and len(node.args) >= 3 and same(value(node.args[0]).shape[-2], 1):
+                yield node
+
+    def match(self, anchor):
+        B, H, _, D = value(anchor.args[0]).shape
+        keys, values = (_cache(anchor.args[i], name) for i, name in ((1, "keys"), (2, "values")))
+        wrote_k, wrote_v = (_write(cache, name) for cache, name in ((keys, "keys"), (values, "values")))
+        HKV = value(keys).shape[1]
+        k, cos, sin = _rope(wrote_k.args[3], "k")
+        q, q_cos, q_sin = _rope(anchor.args[0], "q")
+        for name, mine, other in (("cos", q_cos, cos), ("sin", q_sin, sin)):
+            if peel(mine) is not peel(other):
+                raise Mismatch(mine, f"the {name} that k is turned with, {other}", str(mine))
+        if wrote_v.args[2] is not wrote_k.args[2]:
+            raise Mismatch(wrote_v, f"values written at {wrote_k.args[2]}, as keys are", str(wrote_v.args[2]))
+        norms = {}
+        for name, x in (("q", q), ("k", k)):
+            if op_name(node := peel(x)) == "gdnfuse.rms_norm":
+                norms[name] = rms_norm.op.bind(node.args, node.kwargs)
+        if len(norms) == 1 or norms and any(norms["q"][key] != norms["k"][key] for key in ("eps", "offset")):
+            raise Mismatch(anchor, "the same norm of q and k", str({n: (x["eps"], x["offset"]) for n, x in norms.items()}))
+        out, gate = _gated(anchor)
+        R = value(cos).shape[-1]
+        operands = {
+            "q": bring(norms["q"]["x"] if norms else q, (B, 1, H, D), "q"),
+            "k": bring(norms["k"]["x"] if norms else k, (B, 1, HKV, D), "k"),
+            "v": bring(wrote_v.args[3], (B, 1, HKV, D), "v"),
+            "cos": bring(cos, (value(cos).shape[0], 1, R), "cos"),
+            "sin": bring(sin, (value(sin).shape[0], 1, R), "sin"),
+        }
+        if gate is not None:
+            operands["gate"] = bring(gate, (B, 1, H, D), "gate")
+        if norms:
+            operands |= {f"{n}_norm_weight": Operand(norms[n]["weight"], lambda x: x) for n in ("q", "k")}
+        mask = anchor.args[MASK] if len(anchor.args) > MASK else anchor.kwargs.get("attn_mask")
+        if is_tensor(mask):
+            operands["mask"] = Operand(mask, lambda x: x)
+        operands |= {"keys": Operand(keys, lambda x: x), "values": Operand(values, lambda x: x)}
+        operands["position"] = Operand(wrote_k.args[2], lambda x: x)
+        L = value(keys).shape[2]
+        return Match(
+            {name: o.node for name, o in operands.items()},
+            [out],
+            writes={"keys": wrote_k, "values": wrote_v},
+            data={
+                "how": {name: o.how for name, o in operands.items()},
+                "eps": norms["q"]["eps"] if norms else 0.0,
+                "offset": norms["q"]["offset"] if norms else 0.0,
+                "scale": anchor.kwargs.get("scale") or D**-0.5,
+                "shape": None if value(out).ndim == 3 else (B, 1, H, D),
+                "heads_first": value(out).ndim == 4 and not same(value(out).shape[1], 1),
+                "sdpa": anchor,
+            },
+            samplers={"mask": _some, "position": functools.partial(_anywhere, L)},
+        )
+
+    def check(self, m):
+        anchor = m.data["sdpa"]
+        wanted = {"attn_mask", "dropout_p", "scale", "is_causal", "enable_gqa"}
+        dropped = anchor.kwargs.get("dropout_p", 0.0) != 0.0 or anchor.kwargs.get("is_causal", False)
+        if len(anchor.args) > MASK + 1 or not anchor.kwargs.keys() <= wanted or dropped:
+            raise Refused("Attention must have a mask alone, no dropout and no is_causal, found otherwise.", at=anchor)
+        if "mask" in m.inputs:
+            mask, L = value(m.inputs["mask"]), value(m.inputs["keys"]).shape[2]
+            if mask.dtype != torch.bool or mask.ndim != 4 or not same_shape(mask.shape[1:], (1, 1, L)):
+                raise Refused(f"The mask must be [B, 1, 1, {L}] of bool, found {list(mask.shape)} of {mask.dtype}.", at=anchor)
+        if value(m.inputs["position"]).shape != (1,):
+            raise Refused(f"One token must be written, found {list(value(m.inputs['position']).shape)}.", at=anchor)
+        if not isinstance(size := value(m.inputs["keys"]).numel(), int) or size > PROVED:
+            raise Refused(f"The keys must have at most {PROVED} elements to be proved, found {size}.", at=anchor)
+        for name in ("k", "v", "keys", "values"):
+            if value(m.inputs[name]).dtype != value(m.inputs["q"]).dtype:
+                raise Refused(f"{name} must have the dtype of q, found {value(m.inputs[name]).dtype}.", at=anchor)
+
+    def rewrite(self, m, t):
+        how = m.data["how"]
+        given = {name: how[name](getattr(t, name)) if name in how else None for name in TENSORS}
+        given |= {"norm_eps": m.data["eps"], "norm_offset": m.data["offset"], "scale": m.data["scale"]}
+        y = call(attention_decode.op.overload, **given)
+        if m.data["shape"] is not None:
+            y = y.reshape(m.data["shape"])
+        return y.transpose(1, 2) if m.data["heads_first"] else y
+
+
+TENSORS = (
+    "q", "k", "v", "gate", "q_norm_weight", "k_norm_weight", "cos", "sin", "keys", "values", "position", "mask",
+)  # fmt: skip
+
+
+def _some(shape, generator):
+    """A mask that hides about half, and never all."""
+    mask = torch.rand(shape, generator=generator) < 0.5
+    mask[..., 0] = True
+    return mask
+
+
+def _anywhere(length, shape, generator):
+    """Positions in a cache."""
+    return torch.randint(0, length, shape, generator=generator)
+
+
+def _cache(node, name):
+    """The cache under the copies of its heads that groups of queries share."""
+    piece = peel(node)
+    if op_name(piece) == "expand":
+        piece = peel(piece.args[0])
+    if piece.op != "placeholder" or value(piece).ndim != 4:
+        raise Mismatch(piece, f"{name} in a cache of fixed size", op_name(piece))
+    return piece
+
+
+def _write(cache, name):
+    found = [u for u in cache.users if op_name(u) == "index_copy_"]
+    if len(found) != 1 or len(found[0].args) != 4 or found[0].args[1] not in (2, -2):
+        raise Mismatch(cache, f"one index_copy_ into the {name} along their tokens", f"{len(found)} such")
+    return found[0]
+
+
+def _rope(node, name):
+    """What is turned, and the cosine and sine it is turned with."""
+    piece = peel(node)
+    whole = None
+    if op_name(piece) == "cat" and op_name(peel(piece.args[0][0])) == "add":
+        whole, piece = piece.args[0][-1], peel(piece.args[0][0])
+    if op_name(piece) != "add":
+        raise Mismatch(piece, f"a rotary embedding of {name}", op_name(piece))
+    env = TURN.match(piece)
+    x = env["x"]
+    if whole is not None:
+        if op_name(whole) != "getitem" or op_name(x) != "getitem" or whole.args[0] is not x.args[0]:
+            raise Mismatch(whole, f"the rest of what is turned of {name}", op_name(whole))
+        x = x.args[0]
+    return x, env["cos"], env["sin"]
+
+
+def _gated(anchor):
+    """The end of the layer's attention: times the sigmoid of a gate if it is, else the last view of the heads side by side."""
+    readers = list(real_users(anchor))
+    if len(readers) == 1 and op_name(readers[0]) == "mul":
+        other = next((x for x in readers[0].all_input_nodes if peel(x) is not anchor), None)
+        if other is not None and op_name(peel(other)) == "sigmoid" and same(value(other).numel(), value(anchor).numel()):
+            return readers[0], peel(other).args[0]
+    return anchor, None
+
+
+RULE = LiftAttentionDecode()

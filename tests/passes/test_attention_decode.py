@@ -1,0 +1,91 @@
+"""Full-attention layers of a decode step on a static cache become one op each; what is not that is left alone with a sentence."""
+
+import copy
+
+import pytest
+import torch
+
+import gdnfuse
+from gdnfuse.report import Status
+from gdnfuse.rewrite import proof
+from tests.models import zoo
+
+
+def records(report, rule="attention_decode"):
+    return [r for r in report.all_records if r.rule == rule and r.stage == "lift"]
+
+
+def compiled(model, **options):
+    return torch.compile(model, backend="gdnfuse", fullgraph=True, options={"inner": "eager", **options})
+
+
+@pytest.mark.parametrize(("batch", "padded"), [(1, False), (1, True), (3, True)])
+@torch.no_grad()
+def test_fires_and_writes_the_cache_as_eager_does(batch, padded):
+    model = zoo.causal_lm()
+    cache, mask = zoo.prefill(model, batch, "static", padded)
+    other = copy.deepcopy(cache)
+    tokens = zoo.tokens_for(batch, 6)
+    found, wanted = zoo.decode(compiled(model), cache, mask, tokens), zoo.decode(model, other, mask, tokens)
+    assert zoo.relative(found, wanted) < 1e-5
+    for mine, theirs in zip(cache.layers, other.layers, strict=True):
+        if hasattr(mine, "keys") and isinstance(mine.keys, torch.Tensor):
+            assert zoo.relative(mine.keys, theirs.keys) < 1e-5 and zoo.relative(mine.values, theirs.values) < 1e-5
+    (report,) = gdnfuse.reports()
+    attention = [layer for layer in model.config.layer_types if layer == "full_attention"]
+    assert [r.status for r in records(report)] == [Status.FIRED] * len(attention) and attention
+    assert "scaled_dot_product_attention" not in report_code(model, batch, padded)
+
+
+def report_code(model, batch, padded):
+    gdnfuse.clear_reports()
+    torch._dynamo.reset()
+    cache, mask = zoo.prefill(model, batch, "static", padded)
+    zoo.decode(compiled(model, stop_after="lift"), cache, mask, zoo.tokens_for(batch, 1))
+    return gdnfuse.reports()[0].stage_code
+
+
+@torch.no_grad()
+def test_a_cache_that_grows_is_left_alone():
+    model = zoo.causal_lm()
+    cache, mask = zoo.prefill(model, 1, "dynamic")
+    zoo.decode(compiled(model), cache, mask, zoo.tokens_for(1, 1))
+    found = records(gdnfuse.reports()[0])
+    assert found and all(r.status is Status.UNMATCHED and "in a cache of fixed size" in r.reason for r in found)
+
+
+@torch.no_grad()
+def test_several_tokens_are_left_alone():
+    model = zoo.causal_lm()
+    cache, _ = zoo.prefill(model, 1, "static")
+    compiled(model)(input_ids=torch.tensor([[1, 2]]), past_key_values=cache, use_cache=True)
+    assert records(gdnfuse.reports()[0]) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("the scale", {"scale": 1.0}),
+        ("the eps of the norm", {"norm_eps": 1e-2}),
+        ("no gate", {"gate": None}),
+        ("cosine and sine exchanged", lambda given: {"cos": given["sin"], "sin": given["cos"]}),
+        ("keys and values exchanged", lambda given: {"k": given["v"], "v": given["k"]}),
+    ],
+)
+@torch.no_grad()
+def test_the_proof_bites(name, wrong, monkeypatch):
+    from gdnfuse.passes.lift import attention_decode
+
+    proof.forget()
+    right = attention_decode.call
+
+    def changed(target, **given):
+        return right(target, **{**given, **(wrong(given) if callable(wrong) else wrong)})
+
+    monkeypatch.setattr(attention_decode, "call", changed)
+    model = zoo.causal_lm()
+    cache, mask = zoo.prefill(model, 1, "static")
+    zoo.decode(compiled(model), cache, mask, zoo.tokens_for(1, 1))
+    proof.forget()
+    found = records(gdnfuse.reports()[0])
+    assert found and all(r.status is Status.REFUSED and "proof" in r.reason for r in found), name
