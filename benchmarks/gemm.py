@@ -1,26 +1,40 @@
-"""Linears of one row with cold weights: cuBLAS, the skinny kernel's configs, and the one its table chooses.
+"""Linears of one row with cold weights: cuBLAS, the skinny kernel's configs, and the one its tables choose.
 
     python benchmarks/gemm.py --json gemm.json
-    python benchmarks/gemm.py --shapes 12352x2560,1024x3584
+    python benchmarks/gemm.py --models 4b --roles conv,swiglu
 
-Weights are rotated so that none is in the L2 when its turn comes: a CUDA graph runs over copies that together exceed COLD_BYTES,
-again and again up to LAUNCHES linears. The figure is the median of REPLAYS replays, in microseconds per linear, with its share of
-what streaming the weight once at 4.3 TB/s would take. Configs are rows per program × columns per step × warps. Each config's
-output is compared with float64's first, and no speed is reported for one that is wrong.
+Each linear is measured as a decode step has it, with what is fused around it, by its role:
+
+    conv     in_proj of a GDN layer: norm before, conv update of its q, k, v behind
+    norm     attention's qkv, and the head: norm before
+    gate     out_proj: gated norm of heads of 128 before, residual behind
+    swiglu   gate and up: norm before, SwiGLU behind; M is half the rows of the weight
+    plain    down: residual behind
+
+cuBLAS's time is that of the bare linear. Weights, and the conv states and norm weights that belong to them, are rotated so that
+none is in the L2 when its turn comes: a CUDA graph runs one linear after another on one stream, each allowed to start while the
+one before it runs (programmatic dependent launch), over copies that together exceed COLD_BYTES, again and again up to LAUNCHES
+linears. The figure is the median of REPLAYS replays, in microseconds per linear, with its share of what streaming the weight once
+at 4.3 TB/s would take. Configs are rows per tile × columns per step × warps × programs per multiprocessor (0: one per tile). Each
+config's outputs are compared with float64's first, and no speed is reported for one that is wrong.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
@@ -29,62 +43,156 @@ from tabulate import tabulate
 from torch.nn.functional import linear
 from tqdm import tqdm
 
+from gdnfuse.dialect import fused_linear, in_proj_conv
 from gdnfuse.kernels import skinny_linear
 
-# N_out × N_in, with whose decode steps have them.
-SHAPES = {
-    "8224x1024": "0.8B GDN in_proj",
-    "1024x2048": "0.8B out_proj",
-    "7168x1024": "0.8B gate and up",
-    "1024x3584": "0.8B down",
-    "248320x1024": "0.8B head",
-    "12352x2560": "4B GDN in_proj",
-    "10240x2560": "4B attention qkv",
-    "2560x4096": "4B out_proj",
-    "18432x2560": "4B gate and up",
-    "2560x9216": "4B down",
-    "248320x2560": "4B head",
-    "12352x4096": "9B GDN in_proj",
-    "24576x4096": "9B gate and up",
-    "4096x12288": "9B down",
-    "248320x4096": "9B head",
-}
-CONFIGS = [(rows, block, warps) for rows in (1, 2, 4) for block in (512, 1024, 2048) for warps in (4, 8)]
-MAX_STEPS = 16
+ROLES = ("conv", "norm", "gate", "swiglu", "plain")
+MODELS = ("0.8b", "4b", "9b")
+HEAD = 128  # columns of a head of a gated norm
+WINDOW = 4  # columns of a conv state, and taps of the conv
+EPS = 1e-6
+DEVICE = "cuda"
+
+
+@dataclass(frozen=True)
+class Linear:
+    """role: of ROLES. rows, columns: of the weight. channels: of the conv behind it. models: whose decode steps have it."""
+
+    role: str
+    whose: str
+    rows: int
+    columns: int
+    channels: int = 0
+    models: tuple[str, ...] = ()
+
+    @property
+    def outputs(self) -> int:
+        return self.rows // (2 if self.role == "swiglu" else 1)
+
+    def __str__(self) -> str:
+        return f"{self.rows}×{self.columns}"
+
+
+LINEARS = [
+    Linear("conv", "0.8B GDN in_proj", 8224, 1024, 6144, ("0.8b",)),
+    Linear("conv", "4B GDN in_proj", 12352, 2560, 8192, ("4b",)),
+    Linear("conv", "9B GDN in_proj", 12352, 4096, 8192, ("9b",)),
+    Linear("norm", "4B attention qkv", 10240, 2560, 0, ("4b",)),
+    Linear("norm", "0.8B head", 248320, 1024, 0, ("0.8b",)),
+    Linear("norm", "4B head", 248320, 2560, 0, ("4b",)),
+    Linear("norm", "9B head", 248320, 4096, 0, ("9b",)),
+    Linear("gate", "0.8B out_proj", 1024, 2048, 0, ("0.8b",)),
+    Linear("gate", "4B out_proj", 2560, 4096, 0, ("4b",)),
+    Linear("gate", "9B out_proj", 4096, 4096, 0, ("9b",)),
+    Linear("swiglu", "0.8B gate and up", 7168, 1024, 0, ("0.8b",)),
+    Linear("swiglu", "4B gate and up", 18432, 2560, 0, ("4b",)),
+    Linear("swiglu", "9B gate and up", 24576, 4096, 0, ("9b",)),
+    Linear("plain", "0.8B down", 1024, 3584, 0, ("0.8b",)),
+    Linear("plain", "4B down", 2560, 9216, 0, ("4b",)),
+    Linear("plain", "9B down", 4096, 12288, 0, ("9b",)),
+]
+
+ROWS, BLOCKS, WARPS, PER_SM = (1, 2, 4, 8), (256, 512, 1024, 2048, 4096), (2, 4, 8), (0, 1, 2, 3, 4)
+LOAD = 16  # bytes per thread and load
+TILE = 64  # bytes of weight per thread at least: fewer leave the memory idle
+# Bytes of weight and of the row in float32 per thread at most, for one tile per program and for several: with more, most of them
+# spill on sm_90.
+REGISTERS, LOOPED_REGISTERS = 768, 512
+PADDING = 1.25  # columns loaded per column there is, at most
+SM = 132  # to tell apart configs that launch alike
 COLD_BYTES = 4 * 60e6  # four times an H200's L2
 LAUNCHES = 48
 REPLAYS = 9
 MEMORY = 0.8  # of what is free, at most
-TOLERANCE = 2.0**-7  # of bfloat16 outputs, relative to the largest
+TOLERANCE = {torch.bfloat16: 2.0**-7, torch.float32: 1e-4}  # of outputs and conv states, relative to the largest
+
+Config = skinny_linear.Config
 
 
-def configs(n_in: int) -> list[tuple[int, int, int]]:
-    """The configs worth compiling: 16 bytes of bfloat16 per thread and load, columns there are, not too many unrolled steps."""
-    return [c for c in CONFIGS if c[0] * c[1] >= 256 * c[2] and c[1] <= triton.next_power_of_2(n_in) and n_in <= MAX_STEPS * c[1]]
+def configs(of: Linear) -> Iterator[Config]:
+    """The configs worth measuring, the chosen one first: whole loads, no spills, little padding, one tile per program or more."""
+    yield (chosen := skinny_linear.config(of.role, of.columns))
+    for rows, block, warps, per_sm in itertools.product(ROWS, BLOCKS, WARPS, PER_SM):
+        padded, threads = -(-of.columns // block) * block, 32 * warps
+        tile = 2 * rows * padded * (2 if of.role == "swiglu" else 1) / threads
+        most = LOOPED_REGISTERS if per_sm else REGISTERS
+        if padded > PADDING * of.columns or of.role == "gate" and (of.columns % block or block % HEAD):
+            continue
+        if 2 * rows * block < LOAD * threads or tile < TILE or tile + 4 * padded / threads > most:
+            continue
+        if per_sm * SM < -(-of.outputs // rows) and (rows, block, warps, per_sm) != chosen:
+            yield rows, block, warps, per_sm
 
 
-def compile_all(shapes: Sequence[tuple[int, int]]) -> None:
-    """Compile every kernel of the sweep ahead, side by side, launching none; shapes of equal N_in mostly share theirs."""
-    pointer = torch.empty(16, dtype=torch.bfloat16, device="cuda")
-    with ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool):
-        for n_out, n_in in shapes:
-            for rows, block, num_warps in {*configs(n_in), skinny_linear.config(n_in)}:
-                skinny_linear.skinny_linear_kernel.warmup(
-                    pointer, pointer, pointer, n_out, n_in,
-                    N=n_in, R=rows, BLOCK=block, EVEN_ROWS=n_out % rows == 0, num_warps=num_warps, grid=(1,),
-                )  # fmt: skip
+def operands(of: Linear, copies: int) -> tuple[torch.Tensor, list[dict[str, Any]]]:
+    """The row, and for each copy of the weight the other arguments of `launch_with`, uninitialised."""
+    make = partial(torch.empty, device=DEVICE)
+    bf16 = {"dtype": torch.bfloat16}
+    x = make(1, 1, of.columns, dtype=torch.float32 if of.role == "gate" else torch.bfloat16)
+    weights = make(copies, of.rows, of.columns, **bf16)
+    sets: list[dict[str, Any]] = [{"weight": w} for w in weights]
+    more: dict[str, Any] = {}
+    if of.role == "gate":
+        more["gate"] = make(1, 1, of.columns)
+    if of.role in ("gate", "plain"):
+        more["residual"] = make(1, 1, of.outputs, **bf16)
+    if of.role == "swiglu":
+        more["swiglu"] = True
+    for each in sets:
+        each |= more
+        if of.role != "plain":
+            norm_weight = make(HEAD if of.role == "gate" else of.columns, **bf16)
+            each |= {"norm_weight": norm_weight, "norm_eps": EPS, "norm_offset": 0.0 if of.role == "gate" else 1.0}
+        if of.role == "conv":
+            state, taps = make(1, of.channels, WINDOW, **bf16), make(of.channels, 1, WINDOW, **bf16)
+            each["conv"] = (state, taps, None, 0, "silu")
+    return x, sets
 
 
-def microseconds(function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], x: torch.Tensor, weights: torch.Tensor) -> float:
-    """Median time of function(x, w) over the rotated weights."""
-    passes = math.ceil(LAUNCHES / len(weights))
-    function(x, weights[0])
+def fill(x: torch.Tensor, sets: Sequence[dict[str, Any]]) -> None:
+    """Standard normal numbers, but weights that keep the size of what they multiply."""
+    x.normal_()
+    for each in sets:
+        for name, value in each.items():
+            for tensor in value if name == "conv" else (value,):
+                if isinstance(tensor, torch.Tensor):
+                    tensor.normal_(std=x.shape[-1] ** -0.5 if name == "weight" else 0.5)
+
+
+def run_with(config: Config, x: torch.Tensor, each: dict[str, Any]) -> torch.Tensor:
+    """The kernel as a decode step launches it."""
+    return skinny_linear.launch_with(config, x, overlap=True, **each)
+
+
+class Ahead:
+    """Stands in for the kernel and compiles what is launched, for the very arguments, launching nothing."""
+
+    def __init__(self, kernel: Any):
+        self.kernel = kernel
+
+    def __getitem__(self, grid: Any) -> Callable[..., Any]:
+        return partial(self.kernel.warmup, grid=grid)
+
+
+def compile_all(linears: Sequence[Linear]) -> None:
+    """Compile every kernel of the sweep ahead, side by side; linears of equal role and width mostly share theirs."""
+    with ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool), mock.patch.object(skinny_linear, "kernel_of", Ahead):
+        for of in linears:
+            x, sets = operands(of, 1)
+            for config in configs(of):
+                run_with(config, x, sets[0])
+
+
+def microseconds(function: Callable[[Any, Any], Any], x: Any, sets: Sequence[Any]) -> float:
+    """Median time of function(x, each) over the rotated sets, such as weights."""
+    passes = math.ceil(LAUNCHES / len(sets))
+    function(x, sets[0])
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(passes):
-            for w in weights:
-                function(x, w)
+            for each in sets:
+                function(x, each)
     graph.replay()
     times = []
     for _ in range(REPLAYS):
@@ -93,46 +201,83 @@ def microseconds(function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
         graph.replay()
         end.record()
         end.synchronize()
-        times.append(1e3 * start.elapsed_time(end) / (passes * len(weights)))
+        times.append(1e3 * start.elapsed_time(end) / (passes * len(sets)))
     return statistics.median(times)
+
+
+def conv_of(each: dict[str, Any]) -> torch.Tensor | None:
+    return each["conv"][0] if "conv" in each else None
+
+
+def copied(each: dict[str, Any]) -> dict[str, Any]:
+    """The same arguments with a conv state of their own."""
+    if "conv" not in each:
+        return each
+    state, *rest = each["conv"]
+    return {**each, "conv": (state.clone(), *rest)}
+
+
+def exact(x: torch.Tensor, each: dict[str, Any]) -> list[torch.Tensor]:
+    """Float64's output, and conv state if there is one, by the dialect's reference."""
+
+    def wide(value: Any) -> Any:
+        return value.double() if isinstance(value, torch.Tensor) else value
+
+    given = {name: wide(value) for name, value in each.items() if name not in ("weight", "conv")}
+    weights = [each["weight"].double()]
+    if "conv" not in each:
+        return [fused_linear.reference(x.double(), weights, **given)]
+    state, *rest = map(wide, each["conv"])
+    return [in_proj_conv.reference(x.double(), weights, *given.values(), state, *rest), state]
+
+
+def wrong(config: Config, x: torch.Tensor, each: dict[str, Any], expected: Sequence[torch.Tensor]) -> bool:
+    """Whether an output or a conv state is too far from float64's."""
+    ours = copied(each)
+    found = [run_with(config, x, ours), *(s for s in [conv_of(ours)] if s is not None)]
+    for tensor, want in zip(found, expected, strict=True):
+        error = (tensor.flatten().double() - want.flatten()).abs().max() / want.abs().max()
+        if not error <= TOLERANCE[tensor.dtype]:
+            return True
+    return False
 
 
 def label(config: Sequence[int]) -> str:
     return "×".join(map(str, config))
 
 
-def run(n_out: int, n_in: int) -> dict[str, Any]:
-    size = 2 * n_out * n_in
+def run(of: Linear) -> dict[str, Any]:
+    size = 2 * of.rows * of.columns
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
-    copies = max(1, min(math.ceil(COLD_BYTES / size) + 1, int(MEMORY * free / size)))
-    x = torch.randn(1, 1, n_in, device="cuda").bfloat16()
-    weights = torch.empty(copies, n_out, n_in, dtype=torch.bfloat16, device="cuda").normal_(std=n_in**-0.5)
-    expected = torch.cat([w.double() @ x.flatten().double() for w in weights[0].split(16384)])  # in parts, to save memory
+    copies = max(1, min(math.ceil(COLD_BYTES / size) + 1, int(MEMORY * free / size) - 4))  # float64 takes four weights
+    x, sets = operands(of, copies)
+    fill(x, sets)
+    first = copied(sets[0])  # its conv state stays as it is, while those of the sets are written
+    expected = exact(x, first)
 
-    chosen, wrong, times = skinny_linear.config(n_in), [], {}
-    for config in dict.fromkeys([*configs(n_in), chosen]):
-
-        def kernel(x: torch.Tensor, w: torch.Tensor, config: tuple[int, int, int] = config) -> torch.Tensor:
-            return skinny_linear.launch_with(x, w, config)
-
-        error = (kernel(x, weights[0]).flatten().double() - expected).abs().max() / expected.abs().max()
-        if not error <= TOLERANCE:
-            wrong.append(label(config))
-            continue
-        times[config] = microseconds(kernel, x, weights)
+    off, times = [], {}
+    chosen = skinny_linear.config(of.role, of.columns)
+    for config in configs(of):
+        if wrong(config, x, first, expected):
+            off.append(label(config))
+        else:
+            times[config] = microseconds(partial(run_with, config), x, sets)
     ordered = sorted(times, key=times.get)
+    row = x.to(torch.bfloat16)
     return {
-        "shape": [n_out, n_in],
+        "role": of.role,
+        "whose": of.whose,
+        "shape": [of.rows, of.columns],
         "copies": copies,
         "limit_us": 1e6 * size / BYTES_PER_SECOND,
-        "cublas_us": microseconds(linear, x, weights),
+        "cublas_us": microseconds(linear, row, [each["weight"] for each in sets]),
         "best": ordered[0] if ordered else None,
         "best_us": times[ordered[0]] if ordered else None,
         "chosen": chosen,
         "chosen_us": times.get(chosen),
         "configs_us": {label(c): times[c] for c in ordered},
-        "wrong": wrong,
+        "wrong": off,
     }
 
 
@@ -144,46 +289,54 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
     rows = []
     for r in results:
-        limit, shape = r["limit_us"], label(r["shape"])
+        limit = r["limit_us"]
         times = [cell(r["cublas_us"], limit), cell(r["best_us"], limit, r["best"]), cell(r["chosen_us"], limit, r["chosen"])]
-        rows.append([shape, SHAPES.get(shape.replace("×", "x"), ""), *times])
-    head = "Linears of one row, bfloat16, cold weights: µs (share of 4.3 TB/s)"
-    return f"{head}\n{tabulate(rows, ['N_out×N_in', 'whose', 'cuBLAS', 'best', 'chosen'], disable_numparse=True)}"
+        rows.append([r["role"], label(r["shape"]), r["whose"], *times])
+    head = "Linears of one row, bfloat16, cold weights: µs (share of 4.3 TB/s); cuBLAS's without what is fused around them"
+    return f"{head}\n{tabulate(rows, ['role', 'rows×columns', 'whose', 'cuBLAS', 'best', 'chosen'], disable_numparse=True)}"
+
+
+def chosen_of(parser: argparse.ArgumentParser, option: str, given: str, valid: Sequence[str]) -> list[str]:
+    """The words of a list by comma, all of them valid."""
+    words = given.split(",")
+    if unknown := [w for w in words if w not in valid]:
+        parser.error(f"{option} must be of {', '.join(valid)}, got {', '.join(unknown)}")
+    return words
 
 
 @torch.no_grad()
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", default=",".join(SHAPES), help="N_out×N_in with an x between, by comma")
+    parser.add_argument("--roles", default=",".join(ROLES), help=f"of {', '.join(ROLES)}, by comma")
+    parser.add_argument("--models", default=",".join(MODELS), help=f"of {', '.join(MODELS)}, by comma")
     parser.add_argument("--json", metavar="FILE", help="write the figures, the machine and the versions here")
     args = parser.parse_args(argv)
+    roles = chosen_of(parser, "--roles", args.roles, ROLES)
+    models = chosen_of(parser, "--models", args.models, MODELS)
     if not torch.cuda.is_available():
         parser.error("a CUDA device is needed")
-    try:
-        shapes = [tuple(int(n) for n in shape.split("x")) for shape in args.shapes.split(",")]
-    except ValueError:
-        shapes = []
-    if not all(len(shape) == 2 and min(shape) > 0 and shape[1] <= skinny_linear.MAX_N_IN for shape in shapes) or not shapes:
-        parser.error(f"--shapes must be like 12352x2560, with at most {skinny_linear.MAX_N_IN} columns, got {args.shapes}")
+    linears = [of for of in LINEARS if of.role in roles and {*of.models} & {*models}]
+    if not linears:
+        parser.error(f"no linear of the roles {args.roles} is measured for the models {args.models}")
 
     torch.manual_seed(0)
     start = time.perf_counter()
-    compile_all(shapes)
+    compile_all(linears)
     compile_seconds = time.perf_counter() - start
     command = shlex.join(["python", "benchmarks/gemm.py", *(sys.argv[1:] if argv is None else argv)])
     data = {"command": command, "machine": machine(), "dtype": "bfloat16", "compile_seconds": compile_seconds, "results": []}
-    for shape in tqdm(shapes, disable=None, leave=False):
-        data["results"].append(run(*shape))
+    for of in tqdm(linears, disable=None, leave=False):
+        data["results"].append(run(of))
     data["seconds"] = time.perf_counter() - start
     print(table(data["results"]))
     print(f"{data['seconds']:.0f} s, of which {compile_seconds:.0f} s compiling.")
     if args.json:
         with open(args.json, "w") as f:
             json.dump(data, f, indent=1)
-    wrong = [f"{label(r['shape'])}: {', '.join(r['wrong'])}" for r in data["results"] if r["wrong"]]
-    if wrong:
-        print(f"No speed reported, outputs are wrong: {'; '.join(wrong)}.", file=sys.stderr)
-    return 1 if wrong else 0
+    off = [f"{r['role']} {label(r['shape'])}: {', '.join(r['wrong'])}" for r in data["results"] if r["wrong"]]
+    if off:
+        print(f"No speed reported, outputs are wrong: {'; '.join(off)}.", file=sys.stderr)
+    return 1 if off else 0
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -104,3 +105,74 @@ def test_unknown_side_is_refused(capsys):
     with pytest.raises(SystemExit):
         main_of("decode")(["--sides", "eager,jax"])
     assert "jax" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["chunk", "gemm", "mixer", "packing"])
+def test_benchmarks_of_kernels_need_a_device(name, monkeypatch, capsys):
+    main = main_of(name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        main([])
+    assert "a CUDA device is needed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["gemm --roles", "gemm --models", "mixer --sides", "mixer --batches"])
+def test_benchmarks_of_kernels_name_a_bad_argument(command, capsys):
+    name, option = command.split()
+    with pytest.raises(SystemExit):
+        main_of(name)([option, "jax"])
+    assert "jax" in capsys.readouterr().err
+
+
+def test_gemm_benchmark_sweeps_configs_that_the_kernel_takes():
+    gemm = importlib.import_module("gemm")
+    for of in gemm.LINEARS:
+        configs = list(gemm.configs(of))
+        assert configs[0] == gemm.skinny_linear.config(of.role, of.columns)
+        assert len(configs) == len({*configs}) > 10, of
+        assert all(n == 1 << n.bit_length() - 1 for config in configs for n in config[:3]), of
+        assert any(per_sm for *_, per_sm in configs) and not all(per_sm for *_, per_sm in configs), of
+        if of.role == "gate":
+            assert all(of.columns % block == 0 and block % gemm.HEAD == 0 for _, block, *_ in configs)
+
+
+@pytest.mark.parametrize("role", ["conv", "norm", "gate", "swiglu", "plain"])
+def test_gemm_benchmark_reports_no_speed_of_a_wrong_config(role, monkeypatch):
+    gemm = importlib.import_module("gemm")
+    of = gemm.Linear(role, "nobody", 48, 256, 16)
+
+    def kernel(config, x, each):
+        """The reference, of which the first config has another output, and the second does not write the conv state."""
+        y, *states = gemm.exact(x, each)
+        if states and config != configs[1]:
+            each["conv"][0].copy_(states[0])
+        return (1.1 * y if config == configs[0] else y).to(torch.float32 if role == "conv" else torch.bfloat16)
+
+    configs = [(8, 256, 4, 4), (4, 256, 4, 0), (2, 256, 2, 0)]
+    for name, stub in {
+        "DEVICE": "cpu", "COLD_BYTES": 1e5, "run_with": kernel, "configs": lambda of: iter(configs),
+        "microseconds": lambda function, x, sets: float(len([function(x, each) for each in sets])),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(gemm, name, stub)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**30, 2**30))
+    torch.manual_seed(0)
+    result = gemm.run(of)
+    wrong = 2 if role == "conv" else 1
+    assert result["wrong"] == [gemm.label(c) for c in configs[:wrong]]
+    assert result["configs_us"] == {gemm.label(c): float(result["copies"]) for c in configs[wrong:]} and result["copies"] > 1
+    assert f"{result['copies']:.2f}" in gemm.table([result])
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.1])
+def test_mixer_benchmark_reports_no_speed_of_a_wrong_side(factor, monkeypatch):
+    mixer = importlib.import_module("mixer")
+    op = SimpleNamespace(op=lambda *args: factor * mixer.mixer_decode.reference(*args))
+    for name, stub in {
+        "DEVICE": "cpu", "COLD_BYTES": 1.0, "implementations": lambda: {"mixer_decode": op},
+        "microseconds": lambda call, sets: [float(len(sets))],
+    }.items():  # fmt: skip
+        monkeypatch.setattr(mixer, name, stub)
+    result = mixer.run_batch(1, ["mixer_decode"])
+    (row,) = result["sides"]
+    assert ("us" in row) == (factor == 1.0) and (row["error"] > 0.05) == (factor != 1.0)
+    assert ("refused: wrong" in mixer.table([result])) == (factor != 1.0)

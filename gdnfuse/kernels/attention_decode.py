@@ -10,7 +10,7 @@ and looks at the mask first: blocks that no query may see are not read, so the t
 
 Layout: q, k, v, gate [B, 1, heads, D], keys and values [B, HKV, L, D], mask [B or 1, 1, 1, L], all of any strides. Scores, sums
 and the rotation are float32; q and the new key are rounded once, to their dtype, as the cache stores them. Where nothing may be
-seen the output is zero.
+seen the output is zero; where `position` is outside the cache nothing is written and the output is NaN.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ MAX_LENGTH = 2**19  # the mask of a program's blocks is read at once
 @triton.jit
 def attention_prepare_kernel(
     q_ptr, k_ptr, v_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, keys_ptr, values_ptr, position_ptr, out_ptr,
-    norm_eps, norm_offset,
+    norm_eps, norm_offset, L,
     stride_qb, stride_qh, stride_qd, stride_kb, stride_kh, stride_kd, stride_vb, stride_vh, stride_vd,
     stride_cb, stride_cd, stride_sb, stride_sd,
     stride_yb, stride_yh, stride_yl, stride_yd, stride_ub, stride_uh, stride_ul, stride_ud,
@@ -80,16 +80,19 @@ def attention_prepare_kernel(
         x = x * factor * (offset + tl.load(norm_ptr + d, mask=live, other=0.0).to(tl.float32))
         y = y * factor * (offset + tl.load(norm_ptr + other, mask=turned, other=0.0).to(tl.float32))
     x = x * cos + sign * y * sin
+    position = tl.load(position_ptr).to(tl.int64)
+    inside = (position >= 0) & (position < L)
     if is_q:
+        # A token behind the end of the cache has no place: torch stops the device there, this makes the step's output NaN.
+        x = tl.where(inside, x, float("nan"))
         tl.store(out_ptr + (batch * H + head) * D + d, x.to(out_ptr.dtype.element_ty), mask=live)
     else:
         h = (head - H).to(tl.int64)
-        position = tl.load(position_ptr).to(tl.int64)
         v = tl.load(v_ptr + batch * stride_vb + h * stride_vh + d * stride_vd, mask=live, other=0.0)
         key_ptrs = keys_ptr + batch * stride_yb + h * stride_yh + position * stride_yl + d * stride_yd
         value_ptrs = values_ptr + batch * stride_ub + h * stride_uh + position * stride_ul + d * stride_ud
-        tl.store(key_ptrs, x.to(keys_ptr.dtype.element_ty), mask=live)
-        tl.store(value_ptrs, v.to(values_ptr.dtype.element_ty), mask=live)
+        tl.store(key_ptrs, x.to(keys_ptr.dtype.element_ty), mask=live & inside)
+        tl.store(value_ptrs, v.to(values_ptr.dtype.element_ty), mask=live & inside)
 
 
 @triton.jit
@@ -220,7 +223,7 @@ def launch(
     strides = lambda t, axes: [t.stride(i) for i in axes]  # noqa: E731
     at_batch = [0 if t is None or t.shape[0] == 1 else t.stride(0) for t in (cos, sin, mask)]
     kernel_of(attention_prepare_kernel)[(B * (H + HKV),)](
-        q, k, v, *norms, cos, sin, keys, values, position, turned, norm_eps, norm_offset,
+        q, k, v, *norms, cos, sin, keys, values, position, turned, norm_eps, norm_offset, L,
         *(s for t in (q, k, v) for s in strides(t, (0, 2, 3))),
         at_batch[0], cos.stride(2), at_batch[1], sin.stride(2), *keys.stride(), *values.stride(),
         H=H, HKV=HKV, D=D, R=R, BD=BD, num_warps=1, **early,

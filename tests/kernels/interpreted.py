@@ -29,3 +29,12 @@ def test_linear_configs(config, m, n, monkeypatch):
     case = kernel_cases.Case("fused_linear", "config", kernel_cases.linear(m, n, torch.bfloat16, norm=True, swiglu=True))
     kernel_cases.check(case, lambda x, w, *rest: skinny_linear.launch_with(config, x, *w, *rest), tolerance=TOLERANCE)
     skinny_linear._multiprocessors.cache_clear()
+
+
+@pytest.mark.parametrize("position", [-1, 40, 2**40])
+def test_attention_behind_the_end_of_the_cache_writes_nothing_and_shows(position):
+    args, _ = kernel_cases.attention(2, 4, 2, 16, 40)()
+    args = (*args[:12], torch.tensor([position]), *args[13:])
+    keys, values = args[10].clone(), args[11].clone()
+    assert implementations()["attention_decode"].launch(*args).isnan().all()
+    assert torch.equal(args[10], keys) and torch.equal(args[11], values)

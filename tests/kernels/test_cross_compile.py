@@ -162,13 +162,13 @@ def test_the_hopper_scan_does_not_spill(columns, slots, varlen, tmp_path, record
     assert (usage["STACK"], usage["LOCAL"]) == (0, 0), f"{usage}"
 
 
-# The linears of a decode step of the 0.8B, 4B and 9B models, kind × M × N.
+# The linears of a decode step of the 0.8B, 4B, 9B and 27B models, and the widest, kind × M × N.
 LINEARS = [
-    *(("conv", *size) for size in ((8224, 1024), (12352, 2560), (12352, 4096))),
+    *(("conv", *size) for size in ((8224, 1024), (12352, 2560), (12352, 4096), (16480, 5120))),
     *(("norm", *size) for size in ((10240, 2560), (248320, 1024), (248320, 2560), (248320, 4096))),
-    *(("gate", *size) for size in ((1024, 2048), (2560, 4096), (4096, 4096))),
-    *(("swiglu", *size) for size in ((7168, 1024), (18432, 2560), (24576, 4096))),
-    *(("plain", *size) for size in ((1024, 3584), (2560, 9216), (4096, 12288))),
+    *(("gate", *size) for size in ((1024, 2048), (2560, 4096), (4096, 4096), (5120, 6144))),
+    *(("swiglu", *size) for size in ((7168, 1024), (18432, 2560), (24576, 4096), (34816, 5120))),
+    *(("plain", *size) for size in ((1024, 3584), (2560, 9216), (4096, 12288), (5120, 17408), (64, 32768))),
 ]
 
 

@@ -13,7 +13,7 @@ class FuseNormLinear(Rule):
 
     def anchors(self, graph):
         """A linear of few rows behind a norm."""
-        return [n for n in graph.nodes if is_linear(n) and op_name(peel(n.args[0])) == "gdnfuse.rms_norm"]
+        return [n for n in graph.nodes if is_linear(n) and op_name(peel(bind(n)["x"])) == "gdnfuse.rms_norm"]
 
     def match(self, anchor):
         bound = bind(anchor)

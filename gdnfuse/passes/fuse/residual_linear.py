@@ -6,7 +6,7 @@ from gdnfuse.dialect import fused_linear
 from gdnfuse.passes.fuse.linears import alone, arguments_match, bind, few_outputs, fused_call, is_linear
 from gdnfuse.rewrite.graph import is_tensor, op_name, peel, same_shape, value
 from gdnfuse.rewrite.pattern import Mismatch
-from gdnfuse.rewrite.rule import Rule, bring
+from gdnfuse.rewrite.rule import Operand, Rule
 
 
 class FuseResidualLinear(Rule):
@@ -25,7 +25,10 @@ class FuseResidualLinear(Rule):
             raise Mismatch(anchor, f"a residual of the linear's shape, {list(shape)}", str(residual))
         if value(residual).dtype != value(linear).dtype or value(anchor).dtype != value(linear).dtype:
             raise Mismatch(anchor, f"a residual of {value(linear).dtype}", str(value(residual).dtype))
-        bound = bind(linear) | {"residual": bring(residual, shape, "residual")}
+        # As it is read here, casts and all: its dtype is the sum's.
+        there = same_shape(value(residual).shape, shape)
+        operand = Operand(residual, (lambda x: x) if there else (lambda x: x.reshape(shape)))
+        bound = bind(linear) | {"residual": operand}
         m = arguments_match([anchor], {"y": (fused_linear.op, bound)})
         m.data["shape"] = None if same_shape(value(anchor).shape, shape) else tuple(value(anchor).shape)
         return few_outputs(m, bound)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gdnfuse.dialect import fused_linear
-from gdnfuse.passes.fuse.linears import arguments_match, bind, fused_call, is_linear
+from gdnfuse.passes.fuse.linears import alone, arguments_match, bind, fused_call, is_linear
 from gdnfuse.report import Refused
 from gdnfuse.rewrite.graph import op_name, peel, real_users, same, value
 from gdnfuse.rewrite.pattern import Mismatch
@@ -30,6 +30,8 @@ class FuseSwiGLULinear(Rule):
         found = [n.args[1:] for n in halves]
         if found != [(-1, 0, width), (-1, width, width)]:
             raise Mismatch(row, f"halves of {width} columns", str(found))
+        for node, reader in ((anchor, root), (halves[0], anchor), (halves[1], root)):
+            alone(node, reader)
         others = [u for u in row.users if u not in halves]
         if others:
             raise Refused(f"{row.name} must be read by its halves alone, found that {others[0].name} reads it too.", at=others[0])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from gdnfuse.dialect import rms_norm
 from gdnfuse.report import Refused
 from gdnfuse.rewrite.driver import call
-from gdnfuse.rewrite.graph import is_tensor, op_name, peel, real_users, same, value
+from gdnfuse.rewrite.graph import few_rows, is_tensor, op_name, peel, real_users, same, value
 from gdnfuse.rewrite.pattern import Alt, Const, Mismatch, Op, Var
 from gdnfuse.rewrite.proof import hint
 from gdnfuse.rewrite.rule import Match, Rule, bring
@@ -22,7 +22,7 @@ class LiftRMSNorm(Rule):
         """The inverse square root of a mean, of one token: a prompt's norms fuse with nothing and are the compiler's."""
         for node in graph.nodes:
             if op_name(node) == "rsqrt" and op_name(add := peel(node.args[0])) == "add" and op_name(peel(add.args[0])) == "mean":
-                if is_tensor(node) and value(node).ndim > 1 and same(value(node).shape[1], 1):
+                if few_rows(node) or is_tensor(node) and value(node).ndim > 2 and same(value(node).shape[1], 1):
                     yield node
 
     def match(self, anchor):

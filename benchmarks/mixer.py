@@ -1,0 +1,269 @@
+"""The mixer of a GDN layer for one token, op against op: all between in_proj and out_proj, bfloat16 rows, float32 states.
+
+    python benchmarks/mixer.py --json mixer.json
+    python benchmarks/mixer.py --batches 1,64 --sides mixer_decode,packed_decode
+
+Sides, at the sizes of a 4B model (16 key heads, 32 value heads, K = V = 128, a conv of four taps):
+
+    mixer_decode   gdnfuse: conv update, gated delta rule, gated norm
+    packed_decode  gdnfuse's rule alone, on a row that is float32 as in_proj_conv leaves it, and without overlap
+    fla            flash-linear-attention: causal_conv1d_update, fused_recurrent_gated_delta_rule with gates and l2norm inside and
+                   the state as its own layer keeps it, and rms_norm_gated; left out where the package is not installed
+
+A CUDA graph runs the side over state sets that together exceed the L2 four times, so that every state is cold; fla's returns the
+last state in memory of its own, which each call gets. The figure is the median of REPLAYS replays, in microseconds per call. The
+limit reads and writes the state once at 4.3 TB/s; the marks are what the kernels are to reach. No speed is reported for a side
+whose output or states are off float64's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import math
+import shlex
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from decode import BYTES_PER_SECOND, machine
+from tabulate import tabulate
+from tqdm import tqdm
+
+from gdnfuse.dialect import mixer_decode, packed_decode
+from gdnfuse.kernels import implementations
+
+H, HV, K, V, W = 16, 32, 128, 128, 4
+KEYS, VALUES = H * K, HV * V
+D = 2 * KEYS + VALUES
+OFFSETS = {"qkv": 0, "z": D, "b": D + VALUES, "a": D + VALUES + HV}
+SCALE, EPS = K**-0.5, 1e-6
+SIDES = ("fla", "mixer_decode", "packed_decode")
+MARKS_US = {1: 4, 16: 20, 64: 68, 256: 265}
+COLD_BYTES = 4 * 60e6
+LAUNCHES = 24
+REPLAYS = 15
+TOLERANCE = 2e-2  # ‖found − wanted‖ / ‖wanted‖ against float64, for bfloat16 rows
+DEVICE = "cuda"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """conv [D, 1, W], A_log and dt_bias [HV], norm [V]."""
+
+    conv: torch.Tensor
+    A_log: torch.Tensor
+    dt_bias: torch.Tensor
+    norm: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Step:
+    """row [B, 1, D + HV·V + 2·HV] with the parts qkv, z, b, a; conv_state [B, D, W]; state [B, HV, K, V]."""
+
+    row: torch.Tensor
+    conv_state: torch.Tensor
+    state: torch.Tensor
+
+    def copy(self) -> Step:
+        return Step(self.row, self.conv_state.clone(), self.state.clone())
+
+
+@dataclass(frozen=True)
+class Side:
+    """prepare: a side's own arguments of a step. call: the step. results: output and states by name, of arguments and result.
+    reference: the same in float64, of a step.
+    """
+
+    prepare: Callable[[Step], Any]
+    call: Callable[[Any], Any]
+    results: Callable[[Any, Any], dict[str, torch.Tensor]]
+    reference: Callable[[Step], dict[str, torch.Tensor]]
+
+
+def weights() -> Weights:
+    of = lambda *shape: torch.randn(shape, device=DEVICE).bfloat16()  # noqa: E731
+    return Weights(of(D, 1, W) / 2, torch.rand(HV, device=DEVICE).add(0.1).log(), torch.randn(HV, device=DEVICE), of(V))
+
+
+def step(B: int, seed: int = 0) -> Step:
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    of = lambda *shape: torch.randn(shape, device=DEVICE, generator=generator)  # noqa: E731
+    return Step(of(B, 1, OFFSETS["a"] + HV).bfloat16(), of(B, D, W).bfloat16(), of(B, HV, K, V))
+
+
+def part(row: torch.Tensor, name: str, width: int) -> torch.Tensor:
+    return row.narrow(-1, OFFSETS[name], width)
+
+
+def mixer_arguments(s: Step, w: Weights) -> tuple[Any, ...]:
+    offsets = [OFFSETS[name] for name in ("qkv", "z", "b", "a")]
+    return s.row, s.conv_state, w.conv, None, w.A_log, w.dt_bias, s.state, w.norm, *offsets, "silu", SCALE, EPS, EPS
+
+
+def rule_arguments(row: torch.Tensor, state: torch.Tensor, w: Weights) -> tuple[Any, ...]:
+    return part(row, "qkv", D), part(row, "a", HV), part(row, "b", HV), w.A_log, w.dt_bias, state, SCALE, EPS
+
+
+def wide(arguments: Sequence[Any]) -> list[Any]:
+    return [x.double() if isinstance(x, torch.Tensor) else x for x in arguments]
+
+
+def mixer_reference(s: Step, w: Weights) -> dict[str, torch.Tensor]:
+    arguments = wide(mixer_arguments(s, w))
+    return {"output": mixer_decode.reference(*arguments), "conv_state": arguments[1], "state": arguments[6]}
+
+
+def rule_reference(s: Step, w: Weights) -> dict[str, torch.Tensor]:
+    arguments = wide(rule_arguments(s.row, s.state, w))
+    return {"output": packed_decode.reference(*arguments), "state": arguments[5]}
+
+
+def side_of(name: str, w: Weights) -> Side:
+    if name == "fla":
+        return fla_side(w)
+    op = implementations()[name].op
+    if name == "mixer_decode":
+        return Side(
+            prepare=lambda s: s,
+            call=lambda s: op(*mixer_arguments(s, w)),
+            results=lambda s, y: {"output": y, "conv_state": s.conv_state, "state": s.state},
+            reference=lambda s: mixer_reference(s, w),
+        )
+    return Side(
+        prepare=lambda s: (s.row.float(), s.state),
+        call=lambda given: op(*rule_arguments(*given, w)),
+        results=lambda given, o: {"output": o, "state": given[1]},
+        reference=lambda s: rule_reference(s, w),
+    )
+
+
+def fla_side(w: Weights) -> Side:
+    from fla.modules.convolution import causal_conv1d_update
+    from fla.modules.fused_norm_gate import rms_norm_gated
+    from fla.ops.gated_delta_rule import fused_recurrent_gated_delta_rule
+
+    taps = w.conv.squeeze(1)
+    inside = {"use_qk_l2norm_in_kernel": True, "use_gate_in_kernel": True, "use_beta_sigmoid_in_kernel": True}
+
+    def call(s: Step) -> tuple[torch.Tensor, torch.Tensor]:
+        mixed, _ = causal_conv1d_update(part(s.row, "qkv", D), s.conv_state, weight=taps, activation="silu")
+        q, k, v = mixed.split([KEYS, KEYS, VALUES], -1)
+        o, last = fused_recurrent_gated_delta_rule(
+            q.unflatten(-1, (H, K)), k.unflatten(-1, (H, K)), v.unflatten(-1, (HV, V)),
+            g=part(s.row, "a", HV), beta=part(s.row, "b", HV), A_log=w.A_log, dt_bias=w.dt_bias, scale=SCALE,
+            initial_state=s.state, output_final_state=True, state_v_first=True, **inside,
+        )  # fmt: skip
+        z = part(s.row, "z", VALUES).unflatten(-1, (HV, V))
+        return rms_norm_gated(o, z, w.norm, None, activation="swish", eps=EPS).flatten(-2), last
+
+    return Side(
+        prepare=lambda s: Step(s.row, s.conv_state, s.state.mT.contiguous()),
+        call=call,
+        results=lambda s, found: {"output": found[0], "conv_state": s.conv_state, "state": found[1].mT},
+        reference=lambda s: mixer_reference(s, w),
+    )
+
+
+def error(side: Side, s: Step) -> float:
+    """The largest of the errors of output and states; the call before the one that is compared may tune itself."""
+    side.call(side.prepare(s.copy()))
+    own = side.prepare(s.copy())
+    found, wanted = side.results(own, side.call(own)), side.reference(s)
+    return max(float((found[name].double() - wanted[name]).norm() / wanted[name].norm()) for name in wanted)
+
+
+def microseconds(call: Callable[[Any], Any], sets: Sequence[Any]) -> list[float]:
+    passes = math.ceil(LAUNCHES / len(sets))
+    call(sets[0])
+    torch.cuda.synchronize()
+    graph, kept = torch.cuda.CUDAGraph(), []
+    with torch.cuda.graph(graph):
+        for _ in range(passes):
+            kept += [call(each) for each in sets]
+    graph.replay()
+    times = []
+    for _ in range(REPLAYS):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(1e3 * start.elapsed_time(end) / (passes * len(sets)))
+    return times
+
+
+def run_batch(B: int, sides: Sequence[str]) -> dict[str, Any]:
+    state = 4 * B * HV * K * V
+    count = max(2, math.ceil(COLD_BYTES / state))
+    limit = 1e6 * 2 * state / BYTES_PER_SECOND
+    result: dict[str, Any] = {"batch": B, "sets": count, "limit_us": limit, "mark_us": MARKS_US.get(B), "sides": []}
+    shared = weights()
+    for name in sides:
+        torch.cuda.empty_cache()
+        side = side_of(name, shared)
+        row: dict[str, Any] = {"side": name, "error": error(side, step(B))}
+        if row["error"] <= TOLERANCE:
+            times = microseconds(side.call, [side.prepare(step(B, seed)) for seed in range(count)])
+            row |= {"us": statistics.median(times), "us_min": min(times), "us_max": max(times)}
+        result["sides"].append(row)
+    return result
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    rows = []
+    for result in results:
+        first = result["sides"][0].get("us")
+        for row in result["sides"]:
+            us, limit, mark = row.get("us"), result["limit_us"], result["mark_us"]
+            figures = ["refused: wrong", "", ""]
+            if us:
+                figures = [f"{us:.2f}", f"{first / us:.2f} ×" if first else "", f"{100 * limit / us:.0f} %"]
+            rows.append([result["batch"], row["side"], *figures, f"{limit:.2f}", mark or "", f"{row['error']:.1e}"])
+    headers = ["B", "side", "µs", "of the first", "of the limit", "limit µs", "mark µs", "error"]
+    return tabulate(rows, headers, disable_numparse=True)
+
+
+@torch.no_grad()
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batches", default="1,4,16,64,256", help="numbers of sequences, by comma")
+    parser.add_argument("--sides", default=",".join(SIDES), help=f"of {', '.join(SIDES)}")
+    parser.add_argument("--json", metavar="FILE", help="write the figures, the machine and the versions here")
+    args = parser.parse_args(argv)
+    sides = args.sides.split(",")
+    if unknown := set(sides) - set(SIDES):
+        parser.error(f"unknown sides {', '.join(sorted(unknown))}; the valid ones are {', '.join(SIDES)}")
+    try:
+        batches = [int(batch) for batch in args.batches.split(",")]
+    except ValueError:
+        batches = []
+    if not batches or min(batches) < 1:
+        parser.error(f"--batches must be like 1,16, got {args.batches}")
+    if not torch.cuda.is_available():
+        parser.error("a CUDA device is needed")
+
+    torch.manual_seed(0)
+    command = shlex.join(["python", "benchmarks/mixer.py", *(sys.argv[1:] if argv is None else argv)])
+    data: dict[str, Any] = {"command": command, "machine": machine(), "arguments": vars(args)}
+    if "fla" in sides and importlib.util.find_spec("fla") is None:
+        print("flash-linear-attention is not installed, so the side fla is left out.", file=sys.stderr)
+        sides.remove("fla")
+    elif "fla" in sides:
+        import fla
+
+        data["machine"]["fla"] = fla.__version__
+    data["results"] = [run_batch(B, sides) for B in tqdm(batches, disable=None, leave=False, delay=1)]
+    print(table(data["results"]))
+    if args.json:
+        with open(args.json, "w") as f:
+            json.dump(data, f, indent=1)
+    return 0 if all("us" in row for result in data["results"] for row in result["sides"]) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
