@@ -48,7 +48,11 @@ def test_json_is_all_of_stdout(config_file, capsys):
     assert all(layer["fused"] for layer in graph["layers"])
 
 
-OPS_AFTER = {"normalize": set(), "lift": {"delta_rule", "gating", "packed_linear"}, "fuse": {"mixer_decode", "packed_linear"}}
+OPS_AFTER = {
+    "normalize": set(),
+    "lift": {"delta_rule", "gating", "packed_linear"},
+    "fuse": {"in_proj_conv", "packed_decode", "fused_linear"},
+}
 
 
 @pytest.mark.parametrize("stage", OPS_AFTER)
