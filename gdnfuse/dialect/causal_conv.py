@@ -24,7 +24,6 @@ def reference(
         bias: [D] or None.
         activation: "silu" or "none".
         context: [B, D, S], the columns before x, oldest first, of which the last W − 1 are read; zero where there are fewer.
-
         cu_seqlens: [N + 1] integers, bounds of sequences packed into each row of x, the last of which ends with x: nothing before
             an inner bound is seen behind it.
 

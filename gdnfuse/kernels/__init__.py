@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -66,9 +67,10 @@ def compile_ahead(calls: list[tuple[Implementation, dict[str, Any]]]) -> None:
 
 def wait() -> None:
     """Wait until what `compile_ahead` started is compiled. An error in it comes again, and to the caller, at the launch."""
-    while _pending:
-        if error := _pending.pop().exception():
-            log.debug("compiling ahead failed: %s", error)
+    with suppress(IndexError):  # empty, which another thread may make it at any time
+        while _pending:
+            if error := _pending.pop().exception():
+                log.debug("compiling ahead failed: %s", error)
 
 
 _pending: list[Future[Any]] = []

@@ -30,9 +30,8 @@ from gdnfuse.kernels.implementation import (
 )
 from gdnfuse.report import Refused
 
-# Positions of the cache up to: programs per key head. Positions per block, warps. Inside the decode step of a 0.8B model on an
-# H200, ms with 200 | 3000 positions filled: 4 programs 0.692 | 0.988, 8 0.680 | 0.829, 16 0.679 | 0.754, 32 0.686 | 0.720; with
-# 16 programs blocks of 32 positions 0.728 | 0.774, of 64 0.732 | 0.756, and with 4 warps 0.728 | 0.800.
+# Positions of the cache up to: programs per key head. Positions per block, warps. Chosen on an H200 in the decode step of a 0.8B
+# model with 200 and 3000 positions filled; no committed benchmark sweeps them.
 SPLITS = ((2048, 16), (float("inf"), 32))
 BLOCK, NUM_WARPS = 16, 8
 OPERANDS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}  # of products, by the dtype of q; otherwise float32
@@ -243,22 +242,8 @@ def launch(
 
 
 def supports(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    gate: torch.Tensor | None,
-    q_norm_weight: torch.Tensor | None,
-    k_norm_weight: torch.Tensor | None,
-    norm_eps: float,
-    norm_offset: float,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    position: torch.Tensor,
-    mask: torch.Tensor | None,
-    scale: float,
-) -> None:
+    q, k, v, gate, q_norm_weight, k_norm_weight, norm_eps, norm_offset, cos, sin, keys, values, position, mask, scale
+) -> None:  # fmt: skip
     """Raises Refused unless dtypes are float32, bfloat16 or float16, heads and the cache's length static, D ≤ 256 and R even."""
     require_dtypes(q=q, k=k, v=v, gate=gate, q_norm_weight=q_norm_weight, cos=cos, sin=sin, keys=keys, values=values)
     H, HKV, L = q.shape[2], keys.shape[1], keys.shape[2]

@@ -50,7 +50,7 @@ OPERANDS = {torch.bfloat16: (torch.bfloat16, EXACT)}
 WIDE, MAX_WIDE = (torch.float32, EXACT), 128
 
 
-# H200, 32 heads, T = 8192, µs: 4 warps 138, 8 warps 260.
+# Chosen on an H200, 32 heads, T = 8192: 8 warps are slower. No committed benchmark sweeps them.
 PREPARE_WARPS = 4
 
 
@@ -345,8 +345,8 @@ def _hopper() -> Any:
     return chunk_scan_hopper
 
 
-# Heads N·HV up to, value columns per program, warps, stages. H200, K = V = 128, T = 8192, µs for 32 | 128 heads: (32, 4, 3)
-# 203 | 804, (32, 4, 2) 278 | 658, (64, 4, 2) 337 | 714; 8 warps and 128 columns were slower.
+# Heads N·HV up to, value columns per program, warps, stages. Chosen on an H200, K = V = 128, T = 8192, for 32 and 128
+# heads; 64 or 128 columns and 8 warps are slower. No committed benchmark sweeps them.
 SCAN_CONFIGS = ((64, 32, 4, 3), (float("inf"), 32, 4, 2))
 
 

@@ -12,9 +12,9 @@ Products are asynchronous, in the order U, second half of QS, S, P·U, next KS, 
 chain there is one of the output, and under it runs the chain's elementwise work. ptxas would wait for every single product if one
 were in flight where the loop closes (C7514), so the loop closes after X of the next chunk, when none is.
 
-H200, 32 heads, µs, beside chunk_scan_kernel's: T = 2048 35, 55; 8192 125, 203; 32768 484, 795; four sequences of 8192 291, 642,
-and packed 4 × 2048 89, 218. The results are the same bit for bit. Without any loads the 125 stay: a scheduler has one warp, which
-waits for itself. Slower: a second warpgroup for the output, fed through shared memory (147), and a warp for its copies (128).
+The results are chunk_scan_kernel's bit for bit; benchmarks/chunk.py measures the op that has it. Without any loads it takes as
+long: a scheduler has one warp, which waits for itself. Slower: a second warpgroup for the output, fed through shared memory, and a
+warp for its copies.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def _consumer(
     a1 = gl.convert_layout(s1.to(gl.bfloat16), operand)
 
     if not VARLEN:
-        # From memory, a chunk ahead: 125 µs. With the read from shared memory, 154: registers are allotted so that the warp that
+        # From memory, a chunk ahead. The read from shared memory is slower: registers are allotted so that the warp that
         # issues the copy of the output waits for it (about 400 cycles), and the others for that warp.
         decay_ptr = factors_ptr + (plane.to(gl.int64) * 3 + (n * HV + hv).to(gl.int64) * (plane // gl.num_programs(1)))
         decay = gl.load(decay_ptr + gl.minimum(T, 64) - 1)
@@ -141,7 +141,7 @@ def _consumer(
         wraps = following == STAGES
         following = gl.where(wraps, 0, following)
         phase = gl.where(wraps, phase ^ 1, phase)
-        # With three slots an early wait is the faster one: 125 µs against 152.
+        # With three slots an early wait is the faster one.
         if STAGES > 2:
             mbarrier.wait(full.index(following), phase, pred=chunk + 1 < chunks)
         if VARLEN:
@@ -302,7 +302,7 @@ def _descriptor(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
 def _config(heads: int, varlen: bool, device: torch.device) -> tuple[int, int]:
     """Value columns per program (64 per warpgroup) and slots of the ring; of either there is one program to an SM."""
     sms = torch.cuda.get_device_properties(device).multi_processor_count
-    # One sequence of 8192, 32 heads: 125 µs, and 225 with twice the columns, which with cu_seqlens spill registers.
+    # Twice the columns are slower where all programs run at once, and with cu_seqlens spill registers.
     return (64, 3) if varlen or -(-2 * heads // sms) < 2 * -(-heads // sms) else (128, 2)
 
 

@@ -32,7 +32,8 @@ MAX_N = 2**15  # the loop over columns is unrolled
 MAX_PROGRAMS = 132  # per unit of programs_per_sm where there is no device to ask, an H200's multiprocessors
 
 # By what is fused around a linear: N up to; rows per tile (of gate and of up each with SwiGLU), columns per step, warps, programs
-# per multiprocessor (0: one per tile). The first line that fits is taken. Tuned inside whole decode steps on an H200, bfloat16.
+# per multiprocessor (0: one per tile). The first line that fits is taken. Chosen on an H200 for bfloat16; benchmarks/gemm.py
+# sweeps them.
 CONFIGS = {
     "conv": ((1024, (8, 256, 4, 4)), (2560, (8, 256, 4, 2)), (float("inf"), (4, 1024, 4, 0))),
     "norm": ((1024, (8, 256, 4, 4)), (2560, (2, 512, 2, 0)), (float("inf"), (4, 1024, 4, 0))),
@@ -56,9 +57,12 @@ def kind(norm_weight: Any = None, gate: Any = None, swiglu: bool = False, conv: 
     return next(name for name, is_given in given.items() if is_given)
 
 
-def config(kind: str, n: int) -> Config:
+def config(kind: str, n: int, dtype: torch.dtype = torch.bfloat16) -> Config:
     """Rows per tile, columns per step, warps and programs per multiprocessor for a weight of n columns."""
     rows, block, num_warps, per_sm = next(c for width, c in CONFIGS[kind] if n <= width)
+    # In other dtypes as many rows may spill registers; a thread's load is 16 bytes still.
+    if dtype != torch.bfloat16 and rows > 1 and rows // 2 * block * dtype.itemsize >= 16 * 32 * num_warps:
+        rows //= 2
     return rows, min(block, triton.next_power_of_2(n)), num_warps, per_sm
 
 
@@ -239,7 +243,7 @@ def launch(
         [..., M], or half of it with `swiglu`, in the weight's dtype, contiguous.
     """
     (weight,) = weights
-    chosen = config(kind(norm_weight, gate, swiglu), weight.shape[1])
+    chosen = config(kind(norm_weight, gate, swiglu), weight.shape[1], weight.dtype)
     return launch_with(chosen, x, weight, norm_weight, norm_eps, norm_offset, gate, swiglu, residual, overlap=overlap)
 
 
@@ -271,19 +275,14 @@ def launch_in_proj_conv(
     """
     (weight,) = weights
     conv = (conv_state, conv_weight, conv_bias, conv_offset, activation)
-    return launch_with(config("conv", weight.shape[1]), x, weight, norm_weight, norm_eps, norm_offset, conv=conv, overlap=overlap)
+    return launch_with(
+        config("conv", weight.shape[1], weight.dtype), x, weight, norm_weight, norm_eps, norm_offset, conv=conv, overlap=overlap
+    )
 
 
 def supports(
-    x: torch.Tensor,
-    weights: list[torch.Tensor],
-    norm_weight: torch.Tensor | None = None,
-    norm_eps: float = 0.0,
-    norm_offset: float = 0.0,
-    gate: torch.Tensor | None = None,
-    swiglu: bool = False,
-    residual: torch.Tensor | None = None,
-) -> None:
+    x, weights, norm_weight=None, norm_eps=0.0, norm_offset=0.0, gate=None, swiglu=False, residual=None
+) -> None:  # fmt: skip
     """Raises Refused unless x is one row, sizes are static with 1 ≤ N ≤ MAX_N, dtypes are float32, bfloat16 or float16, rows are
     contiguous, there is one weight, of x's dtype but behind a gated norm, and heads under a gate fill the steps over columns.
     """
@@ -316,17 +315,8 @@ def supports(
 
 
 def supports_in_proj_conv(
-    x: torch.Tensor,
-    weights: list[torch.Tensor],
-    norm_weight: torch.Tensor | None,
-    norm_eps: float,
-    norm_offset: float,
-    conv_state: torch.Tensor,
-    conv_weight: torch.Tensor,
-    conv_bias: torch.Tensor | None,
-    conv_offset: int,
-    activation: str,
-) -> None:
+    x, weights, norm_weight, norm_eps, norm_offset, conv_state, conv_weight, conv_bias, conv_offset, activation
+) -> None:  # fmt: skip
     """Raises Refused where `supports` does, and unless conv sizes are static and the activation is known."""
     supports(x, weights, norm_weight, norm_eps, norm_offset)
     require_dtypes(conv_state=conv_state, conv_weight=conv_weight, conv_bias=conv_bias)

@@ -71,20 +71,6 @@ def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
     return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
 
 
-# Decode steps have one row per sequence; the kernels around linears take this many.
-FEW_ROWS = 1
-
-
-def few_rows(node: Any, most: int = FEW_ROWS) -> bool:
-    """Whether a tensor has at most `most` rows of its last axis, whatever the inputs."""
-    if not is_tensor(node) or value(node).ndim == 0:
-        return False
-    rows = 1
-    for size in value(node).shape[:-1]:
-        rows = rows * size if isinstance(size, int) else most + 1
-    return 0 < rows <= most
-
-
 def source(node: Any) -> Node | None:
     """The node whose elements, all of them and no others, this one holds up to order, shape and dtype; None if there is none."""
     if not is_tensor(node):

@@ -1,7 +1,7 @@
 """scaled_dot_product_attention(q, k, v, a causal mask made in the graph)  →  the same with is_causal=True and no mask
 
 transformers 5.17 makes the mask of a compiled prompt as a tensor [B, 1, T, T], with which no attention kernel skips the half that
-is masked: at 16384 tokens of a 4B model on an H200 attention then takes 161 of 359 ms.
+is masked.
 """
 
 from __future__ import annotations

@@ -8,9 +8,10 @@ from typing import Any
 from torch.fx import Node
 
 from gdnfuse.dialect import DialectOp, fused_linear, packed_linear
+from gdnfuse.passes.rows import few_rows
 from gdnfuse.report import Refused
 from gdnfuse.rewrite.driver import call
-from gdnfuse.rewrite.graph import few_rows, op_name, real_users, value
+from gdnfuse.rewrite.graph import op_name, real_users, value
 from gdnfuse.rewrite.rule import Match, Operand
 
 LINEARS = ("linear", "gdnfuse.packed_linear", "gdnfuse.fused_linear")

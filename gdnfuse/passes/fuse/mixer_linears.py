@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from gdnfuse.dialect import fused_linear, in_proj_conv, mixer_decode, packed_decode
 from gdnfuse.passes.fuse.linears import alone, arguments_match, arguments_of, bind, fused_call, is_linear
+from gdnfuse.passes.rows import few_rows
 from gdnfuse.report import Refused
 from gdnfuse.rewrite.driver import call
-from gdnfuse.rewrite.graph import few_rows, op_name, peel, real_users, value
+from gdnfuse.rewrite.graph import op_name, peel, real_users, value
 from gdnfuse.rewrite.pattern import Mismatch
 from gdnfuse.rewrite.rule import Operand, Rule, bring
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from gdnfuse.dialect import rms_norm
+from gdnfuse.passes.rows import few_rows
 from gdnfuse.report import Refused
 from gdnfuse.rewrite.driver import call
-from gdnfuse.rewrite.graph import few_rows, is_tensor, op_name, peel, real_users, same, value
+from gdnfuse.rewrite.graph import is_tensor, op_name, peel, real_users, same, value
 from gdnfuse.rewrite.pattern import Alt, Const, Mismatch, Op, Var
 from gdnfuse.rewrite.proof import hint
 from gdnfuse.rewrite.rule import Match, Rule, bring
