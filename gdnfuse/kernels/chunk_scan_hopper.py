@@ -13,8 +13,8 @@ chain there is one of the output, and under it runs the chain's elementwise work
 were in flight where the loop closes (C7514), so the loop closes after X of the next chunk, when none is.
 
 The results are chunk_scan_kernel's bit for bit; benchmarks/chunk.py measures the op that has it. Without any loads it takes as
-long: a scheduler has one warp, which waits for itself. Slower: a second warpgroup for the output, fed through shared memory, and a
-warp for its copies.
+long: a scheduler has one warp, which waits for itself. Slower: a second warpgroup for the output, fed through shared memory, and
+a warp for its copies.
 """
 
 from __future__ import annotations
