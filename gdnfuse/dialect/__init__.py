@@ -21,6 +21,7 @@ from gdnfuse.dialect import (
     packed_decode,
     packed_linear,
     rms_norm,
+    split_linear,
 )
 from gdnfuse.dialect.op import OPS, DialectOp, op_of
 
@@ -44,4 +45,5 @@ __all__ = [
     "packed_decode",
     "packed_linear",
     "rms_norm",
+    "split_linear",
 ]

@@ -37,9 +37,9 @@ def implementations() -> dict[str, Implementation]:
         causal_conv_update,
         chunk_delta_rule,
         delta_rule,
+        fused_linear,
         gated_rms_norm,
         mixer_decode,
-        skinny_linear,
     )
 
     found = (
@@ -50,10 +50,11 @@ def implementations() -> dict[str, Implementation]:
         chunk_delta_rule.fused_gating_chunk_delta_rule,
         delta_rule.fused_gating_delta_rule,
         delta_rule.packed_decode,
+        fused_linear.fused_linear,
+        fused_linear.in_proj_conv,
+        fused_linear.split_linear,
         gated_rms_norm.implementation,
         mixer_decode.implementation,
-        skinny_linear.fused_linear,
-        skinny_linear.in_proj_conv,
     )
     return {kernel.name: kernel for kernel in found}
 

@@ -12,8 +12,16 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from gdnfuse.kernels.implementation import kernel_of, register, require_dtypes, require_one_token, require_static
+from gdnfuse.kernels.implementation import (
+    kernel_of,
+    overlap_options,
+    register,
+    require_dtypes,
+    require_one_token,
+    require_static,
+)
 from gdnfuse.report import Refused
 
 ACTIVATIONS = ("silu", "none")
@@ -26,17 +34,18 @@ BLOCK_D, NUM_WARPS = 128, 4
 def causal_conv_update_kernel(
     x_ptr, state_ptr, weight_ptr, bias_ptr, out_ptr,
     stride_xb, stride_xd, stride_sb, stride_sd, stride_ss, stride_wd, stride_ww,
-    D: tl.constexpr, S: tl.constexpr, W: tl.constexpr, SILU: tl.constexpr, BD: tl.constexpr,
+    D: tl.constexpr, S: tl.constexpr, W: tl.constexpr, SILU: tl.constexpr, BD: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    if OVERLAP:
+        gdc_launch_dependents()
     pid = tl.program_id(0).to(tl.int64)
     batch = pid // tl.cdiv(D, BD)
     d = pid % tl.cdiv(D, BD) * BD + tl.arange(0, BD)  # [BD]
     live = d < D
     state_ptrs = state_ptr + batch * stride_sb + d * stride_sd  # [BD]
     weight_ptrs = weight_ptr + d * stride_wd  # [BD]
-    x = tl.load(x_ptr + batch * stride_xb + d * stride_xd, mask=live, other=0.0)  # [BD]
-
-    acc = x.to(tl.float32) * tl.load(weight_ptrs + (W - 1) * stride_ww, mask=live, other=0.0).to(tl.float32)  # [BD]
+    last = tl.load(weight_ptrs + (W - 1) * stride_ww, mask=live, other=0.0).to(tl.float32)  # [BD]
+    acc = tl.zeros((BD,), tl.float32)
     columns = ()
     for j in tl.static_range(S):
         column = tl.load(state_ptrs + j * stride_ss, mask=live, other=0.0)  # [BD]
@@ -46,6 +55,10 @@ def causal_conv_update_kernel(
             acc += column.to(tl.float32) * tap.to(tl.float32)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + d, mask=live, other=0.0).to(tl.float32)
+    if OVERLAP:
+        gdc_wait()
+    x = tl.load(x_ptr + batch * stride_xb + d * stride_xd, mask=live, other=0.0)  # [BD]
+    acc += x.to(tl.float32) * last
     if SILU:
         acc = acc * tl.sigmoid(acc)
     tl.store(out_ptr + batch * D + d, acc, mask=live)
@@ -64,6 +77,8 @@ def launch(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     activation: str,
+    *,
+    overlap: bool = False,
 ) -> torch.Tensor:
     """The dialect's causal_conv_update at T = 1.
 
@@ -73,16 +88,19 @@ def launch(
         weight: [D, 1, W].
         bias: [D] or None.
         activation: "silu" or "none".
+        overlap: whether conv_state, weight and bias may be read while kernels before this one run.
 
     Returns:
         [B, D, 1] in float32.
     """
     B, D, S = conv_state.shape
+    options = overlap_options(x, bias) if overlap else {}
     out = torch.empty((B, D, 1), dtype=torch.float32, device=x.device)
     kernel_of(causal_conv_update_kernel)[(B * -(-D // BLOCK_D),)](
         x, conv_state, weight, None if bias is None else bias.contiguous(), out,
         x.stride(0), x.stride(1), *conv_state.stride(), weight.stride(0), weight.stride(2),
-        D=D, S=S, W=weight.shape[-1], SILU=activation == "silu", BD=BLOCK_D, num_warps=NUM_WARPS,
+        D=D, S=S, W=weight.shape[-1], SILU=activation == "silu", BD=BLOCK_D, OVERLAP=bool(options),
+        num_warps=NUM_WARPS, **options,
     )  # fmt: skip
     return out
 
@@ -108,4 +126,4 @@ def supports(
         raise Refused(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation}.")
 
 
-implementation = register("causal_conv_update", launch, supports, mutates=("conv_state",))
+implementation = register("causal_conv_update", launch, supports, mutates=("conv_state",), early=("conv_state", "weight", "bias"))

@@ -10,10 +10,13 @@ hv // (HV // H). The state is read once and written once, in place, whatever T. 
 rounded below it.
 
 Two kernels share the rule. `delta_rule_kernel` splits V over programs. `delta_rule_gated_kernel` (T = 1) ends in the gated
-RMSNorm, which needs all V columns of a head, so it takes one program per head.
+RMSNorm, which needs all V columns of a head, so it takes one program per head, tile by tile. On Hopper both may start, and load
+the state, while the kernel before them still runs (programmatic dependent launch).
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -32,15 +35,19 @@ from gdnfuse.kernels.implementation import (
 )
 from gdnfuse.report import Refused
 
-# Rule alone: value columns per program, warps. Chosen on an H200 in the decode step of a 4B model (32 heads), where 8 columns and
-# 64 or more were slower; no committed benchmark sweeps them.
-RULE_CONFIG = (32, 2)
+# By the number of heads in all, up to: value columns per program (of 128 keys) and warps for the rule alone; for the rule with
+# its norm the same per tile, and whether the next tile is loaded before the one before it is done. A state is not needed again
+# before the whole model's has gone by, so where it fits the L2 it is the first to leave it; where it does not, that only costs.
+# benchmarks/mixer.py sweeps them.
+RULE_CONFIGS = ((512, (32, 1)), (float("inf"), (64, 2)))
+GATED_CONFIGS = ((128, (128, 4, False)), (512, (64, 4, True)), (float("inf"), (64, 2, False)))
+LEAVE_FIRST = 512  # heads of 128×128 states in float32, 32 MiB
 
-# Rule and gated norm: K up to, value columns per tile, warps. One 128×128 tile of 4 warps per head took 6.3 / 8.9 / 23.4 / 83.0 /
-# 310.7 µs at B = 1 / 4 / 16 / 64 / 256 (HV = 32, H200, states cold); 8 and 16 warps were slower. Such a tile takes about 254
-# registers a thread on sm_90, and one of as many elements spills where K is above 128, so there the tiles are narrower. The other
-# rows are not yet measured.
-GATED_CONFIGS = ((64, 256, 4), (128, 128, 4), (256, 32, 4))
+
+def _columns(columns: int, K: int, V: int) -> int:
+    """Value columns of a tile that holds as many elements with K keys as `columns` do with 128, or half as many above."""
+    BK = triton.next_power_of_2(K)
+    return min(max(columns * 128 // BK // (2 if BK > 128 else 1), 1), triton.next_power_of_2(V))
 
 
 @triton.jit
@@ -86,7 +93,7 @@ def delta_rule_kernel(
     stride_vb, stride_vt, stride_vh, stride_vv, stride_ab, stride_at, stride_ah, stride_bb, stride_bt, stride_bh,
     stride_sb, stride_sh, stride_sk, stride_sv,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, L2NORM: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    EVICT: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
         gdc_launch_dependents()
@@ -107,7 +114,7 @@ def delta_rule_kernel(
     state_ptrs = state_ptr + batch * stride_sb + hv * stride_sh + i_k[:, None] * stride_sk + i_v[None, :] * stride_sv
     A_log, dt_bias = tl.load(A_log_ptr + hv).to(tl.float32), tl.load(dt_bias_ptr + hv).to(tl.float32)
 
-    s = tl.load(state_ptrs, mask=live, other=0.0).to(tl.float32)  # [BK, BV]
+    s = tl.load(state_ptrs, mask=live, other=0.0, eviction_policy=EVICT).to(tl.float32)  # [BK, BV]
     if OVERLAP:
         gdc_wait()
     for i in range(T):
@@ -118,7 +125,15 @@ def delta_rule_kernel(
         beta = tl.sigmoid(tl.load(b_ptr + t * stride_bt).to(tl.float32))
         s, o = _step(s, q, k, v, decay, beta)
         tl.store(out_ptr + ((batch * T + t) * HV + hv) * V + i_v, o, mask=live_v)
-    tl.store(state_ptrs, s.to(state_ptr.dtype.element_ty), mask=live)
+    tl.store(state_ptrs, s.to(state_ptr.dtype.element_ty), mask=live, eviction_policy=EVICT)
+
+
+@triton.jit
+def _load_tile(state_rows, tile, live_k, stride_sv, V: tl.constexpr, BV: tl.constexpr, EVICT: tl.constexpr):
+    """Columns [tile, tile + BV) of a state: [BK, BV], float32."""
+    i_v = tile + tl.arange(0, BV).to(tl.int64)  # [BV]
+    live = live_k[:, None] & (i_v < V)[None, :]  # [BK, BV]
+    return tl.load(state_rows + i_v[None, :] * stride_sv, mask=live, other=0.0, eviction_policy=EVICT).to(tl.float32)
 
 
 @triton.jit
@@ -128,7 +143,10 @@ def delta_rule_gated_kernel(
     stride_qb, stride_qh, stride_qk, stride_kb, stride_kh, stride_kk, stride_vb, stride_vh, stride_vv,
     stride_zb, stride_zh, stride_zv, stride_ab, stride_ah, stride_bb, stride_bh, stride_sb, stride_sh, stride_sk, stride_sv,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    AHEAD: tl.constexpr, EVICT: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    if OVERLAP:
+        gdc_launch_dependents()
     head = tl.program_id(0).to(tl.int64)
     batch, hv = head // HV, head % HV
     h = hv // (HV // H)
@@ -140,21 +158,28 @@ def delta_rule_gated_kernel(
     z_ptr += batch * stride_zb + hv * stride_zh
     state_rows = state_ptr + batch * stride_sb + hv * stride_sh + i_k[:, None] * stride_sk  # [BK, 1]
 
+    A_log, dt_bias = tl.load(A_log_ptr + hv).to(tl.float32), tl.load(dt_bias_ptr + hv).to(tl.float32)
+    ahead = _load_tile(state_rows, 0, live_k, stride_sv, V, BV, EVICT)  # [BK, BV]
+    if OVERLAP:
+        gdc_wait()
+
     q, k = _load_qk(q_ptrs, k_ptrs, live_k, scale, l2norm_eps, True)
-    a = tl.load(a_ptr + batch * stride_ab + hv * stride_ah).to(tl.float32)
-    decay = tl.exp(log_decay(a, tl.load(A_log_ptr + hv).to(tl.float32), tl.load(dt_bias_ptr + hv).to(tl.float32)))
+    decay = tl.exp(log_decay(tl.load(a_ptr + batch * stride_ab + hv * stride_ah).to(tl.float32), A_log, dt_bias))
     beta = tl.sigmoid(tl.load(b_ptr + batch * stride_bb + hv * stride_bh).to(tl.float32))
 
     outs = ()
     square = 0.0
     for tile in tl.static_range(0, V, BV):
         i_v = tile + tl.arange(0, BV).to(tl.int64)  # [BV]
-        live = live_k[:, None] & (i_v < V)[None, :]  # [BK, BV]
-        state_ptrs = state_rows + i_v[None, :] * stride_sv  # [BK, BV]
-        s = tl.load(state_ptrs, mask=live, other=0.0).to(tl.float32)  # [BK, BV]
+        s = ahead
+        if AHEAD and tile + BV < V:
+            ahead = _load_tile(state_rows, tile + BV, live_k, stride_sv, V, BV, EVICT)
         v = tl.load(v_ptr + i_v * stride_vv, mask=i_v < V, other=0.0).to(tl.float32)  # [BV]
         s, o = _step(s, q, k, v, decay, beta)
-        tl.store(state_ptrs, s.to(state_ptr.dtype.element_ty), mask=live)
+        live = live_k[:, None] & (i_v < V)[None, :]  # [BK, BV]
+        tl.store(state_rows + i_v[None, :] * stride_sv, s.to(state_ptr.dtype.element_ty), mask=live, eviction_policy=EVICT)
+        if not AHEAD and tile + BV < V:
+            ahead = _load_tile(state_rows, tile + BV, live_k, stride_sv, V, BV, EVICT)
         square += tl.sum(o * o, 0)
         outs = outs + (o,)
 
@@ -197,8 +222,8 @@ def launch(
     """
     B, T, HV, V = v.shape
     H, K = q.shape[2:]
-    columns, num_warps = RULE_CONFIG
-    BV = min(columns, triton.next_power_of_2(V))
+    columns, num_warps = _config(RULE_CONFIGS, recurrent_state)
+    BV = _columns(columns, K, V)
     out = torch.empty((B, T, HV, V), dtype=torch.float32, device=v.device)
     options = overlap_options(v, A_log, dt_bias) if overlap else {}
     kernel_of(delta_rule_kernel)[(B * HV * -(-V // BV),)](
@@ -206,7 +231,7 @@ def launch(
         scale, 0.0 if l2norm_eps is None else l2norm_eps, T,
         *q.stride(), *k.stride(), *v.stride(), *a.stride(), *b.stride(), *recurrent_state.stride(),
         H=H, HV=HV, K=K, V=V, BK=triton.next_power_of_2(K), BV=BV, L2NORM=l2norm_eps is not None,
-        OVERLAP=bool(options), num_warps=num_warps, **options,
+        EVICT=_evict(recurrent_state), OVERLAP=bool(options), num_warps=num_warps, **options,
     )  # fmt: skip
     return out
 
@@ -231,6 +256,9 @@ def launch_packed_decode(
     recurrent_state: torch.Tensor,
     scale: float,
     l2norm_eps: float,
+    z: torch.Tensor | None = None,
+    norm_weight: torch.Tensor | None = None,
+    norm_eps: float = 0.0,
     *,
     overlap: bool = False,
 ) -> torch.Tensor:
@@ -243,52 +271,50 @@ def launch_packed_decode(
         recurrent_state: [B, HV, K, V], any strides, written in place.
         scale: factor on q.
         l2norm_eps: eps of the l2norm of q and k.
+        z: [B, 1, HV·V], the gate of a gated norm behind the rule, any strides; or None.
+        norm_weight: [V], and norm_eps: of that norm.
         overlap: as for `launch`.
 
     Returns:
-        o [B, 1, HV, V] in float32.
+        o [B, 1, HV, V] in float32, with z in norm_weight's dtype.
     """
-    q, k, v = _split(mixed_qkv, recurrent_state)
-    return launch(q, k, v, a, b, A_log, dt_bias, recurrent_state, scale, l2norm_eps, overlap=overlap)
+    if z is None:
+        q, k, v = _split(mixed_qkv, recurrent_state)
+        return launch(q, k, v, a, b, A_log, dt_bias, recurrent_state, scale, l2norm_eps, overlap=overlap)
+    return launch_gated(
+        mixed_qkv, a, b, A_log, dt_bias, recurrent_state, scale, l2norm_eps, z, norm_weight, norm_eps,
+        norm_weight.dtype, overlap=overlap,
+    )  # fmt: skip
 
 
 def launch_gated(
-    mixed_qkv: torch.Tensor,
-    z: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    A_log: torch.Tensor,
-    dt_bias: torch.Tensor,
-    recurrent_state: torch.Tensor,
-    norm_weight: torch.Tensor,
-    scale: float,
-    l2norm_eps: float,
-    norm_eps: float,
-) -> torch.Tensor:
-    """packed_decode and gated_rms_norm in one kernel.
-
-    Args:
-        mixed_qkv, a, b, A_log, dt_bias, recurrent_state, scale, l2norm_eps: as for `launch_packed_decode`.
-        z: [B, 1, HV·V], the gate, any strides.
-        norm_weight: [V].
-        norm_eps: eps of the norm.
-
-    Returns:
-        [B, 1, HV·V] in z's dtype.
-    """
+    mixed_qkv, a, b, A_log, dt_bias, recurrent_state, scale, l2norm_eps, z, norm_weight, norm_eps, dtype, overlap=False
+) -> torch.Tensor:  # fmt: skip
+    """launch_packed_decode with a z, its output in `dtype`."""
     B, HV, K, V = recurrent_state.shape
     q, k, v = (x.squeeze(1) for x in _split(mixed_qkv, recurrent_state))
-    z_heads, a, b = z.unflatten(-1, (HV, V)).squeeze(1), a.squeeze(1), b.squeeze(1)
-    columns, num_warps = next(config[1:] for config in GATED_CONFIGS if K <= config[0])
-    out = torch.empty((B, 1, HV * V), dtype=z.dtype, device=z.device)
+    a, b, z = a.squeeze(1), b.squeeze(1), z.unflatten(-1, (HV, V)).squeeze(1)
+    columns, num_warps, ahead = _config(GATED_CONFIGS, recurrent_state)
+    out = torch.empty((B, 1, HV, V), dtype=dtype, device=z.device)
+    options = overlap_options(z, A_log, dt_bias) if overlap else {}
     kernel_of(delta_rule_gated_kernel)[(B * HV,)](
-        q, k, v, z_heads, a, b, A_log.contiguous(), dt_bias.contiguous(), norm_weight.contiguous(), recurrent_state, out,
+        q, k, v, z, a, b, A_log.contiguous(), dt_bias.contiguous(), norm_weight.contiguous(), recurrent_state, out,
         scale, l2norm_eps, norm_eps,
-        *q.stride(), *k.stride(), *v.stride(), *z_heads.stride(), *a.stride(), *b.stride(), *recurrent_state.stride(),
-        H=q.shape[1], HV=HV, K=K, V=V, BK=triton.next_power_of_2(K), BV=min(columns, triton.next_power_of_2(V)),
-        num_warps=num_warps,
+        *q.stride(), *k.stride(), *v.stride(), *z.stride(), *a.stride(), *b.stride(), *recurrent_state.stride(),
+        H=q.shape[1], HV=HV, K=K, V=V, BK=triton.next_power_of_2(K), BV=_columns(columns, K, V), AHEAD=ahead,
+        EVICT=_evict(recurrent_state), OVERLAP=bool(options), num_warps=num_warps, **options,
     )  # fmt: skip
     return out
+
+
+def _config(table: tuple[Any, ...], recurrent_state: torch.Tensor) -> Any:
+    B, HV = recurrent_state.shape[:2]
+    return next(config for heads, config in table if B * HV <= heads)
+
+
+def _evict(recurrent_state: torch.Tensor) -> str:
+    B, HV = recurrent_state.shape[:2]
+    return "evict_first" if B * HV <= LEAVE_FIRST else ""
 
 
 def supports(
@@ -321,9 +347,13 @@ def supports_packed_decode(
     recurrent_state: torch.Tensor,
     scale: float,
     l2norm_eps: float,
+    z: torch.Tensor | None = None,
+    norm_weight: torch.Tensor | None = None,
+    norm_eps: float = 0.0,
 ) -> None:
     """Raises Refused unless T = 1, D = 2·H·K + HV·V is static, and for whatever `supports` refuses."""
     require_dtypes(mixed_qkv=mixed_qkv, a=a, b=b, A_log=A_log, dt_bias=dt_bias, recurrent_state=recurrent_state)
+    require_dtypes(z=z, norm_weight=norm_weight)
     _, T, D = mixed_qkv.shape
     _, HV, K, V = recurrent_state.shape
     require_one_token(T)
@@ -334,5 +364,6 @@ def supports_packed_decode(
         raise Refused(f"D must be 2·H·K + HV·V with HV a multiple of H, got D = {D}, HV = {HV}, K = {K} and V = {V}.")
 
 
-fused_gating_delta_rule = register("fused_gating_delta_rule", launch, supports, mutates=("recurrent_state",))
-packed_decode = register("packed_decode", launch_packed_decode, supports_packed_decode, mutates=("recurrent_state",))
+EARLY = ("A_log", "dt_bias", "recurrent_state")
+fused_gating_delta_rule = register("fused_gating_delta_rule", launch, supports, mutates=("recurrent_state",), early=EARLY)
+packed_decode = register("packed_decode", launch_packed_decode, supports_packed_decode, mutates=("recurrent_state",), early=EARLY)

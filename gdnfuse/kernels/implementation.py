@@ -53,12 +53,15 @@ class Implementation:
         op: its ``OpOverload``, with the arguments, outputs and mutations of what it replaces.
         launch: the function behind it.
         supports: takes the same arguments, real or fake; raises Refused with the reason if the kernel cannot take them.
+        early: names of the arguments it reads before it waits for the kernels before it, if it may overlap them: see
+            `overlap_options`. They must be as they are when the first kernel of a graph starts.
     """
 
     name: str
     op: Any
     launch: Callable[..., Any] = field(repr=False)
     supports: Callable[..., None] = field(repr=False)
+    early: tuple[str, ...] = ()
 
     @property
     def arg_names(self) -> tuple[str, ...]:
@@ -96,9 +99,9 @@ def register(
     launch: Callable[..., Any],
     supports: Callable[..., None],
     mutates: tuple[str, ...] = (),
-    fake: Callable[..., Any] | None = None,
+    early: tuple[str, ...] = (),
 ) -> Implementation:
-    """Register ``gdnfuse_triton::<name>``, opaque to compilers, with `launch` for CUDA and `fake`, by default the dialect's.
+    """Register ``gdnfuse_triton::<name>``, opaque to compilers, with `launch` for CUDA and the dialect's fake.
 
     A launch may take one more argument than the op it stands for, by name: `overlap`, see `overlap_options`.
 
@@ -107,11 +110,11 @@ def register(
     """
     _library.define(name + torch.library.infer_schema(launch, mutates_args=mutates), tags=torch.Tag.needs_fixed_stride_order)
     _library.impl(name, _on_its_device(launch), "CUDA")
-    meaning = OPS[name].fake if fake is None else fake
+    meaning = OPS[name].fake
     torch.library.register_fake(
         f"gdnfuse_triton::{name}", lambda *args, overlap=False, **kwargs: meaning(*args, **kwargs), lib=_library
     )
-    return Implementation(name, getattr(torch.ops.gdnfuse_triton, name).default, launch, supports)
+    return Implementation(name, getattr(torch.ops.gdnfuse_triton, name).default, launch, supports, early)
 
 
 def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:

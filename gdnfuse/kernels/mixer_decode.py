@@ -10,8 +10,7 @@ import torch
 
 from gdnfuse.kernels.causal_conv_update import launch as causal_conv_update
 from gdnfuse.kernels.causal_conv_update import supports as supports_conv
-from gdnfuse.kernels.delta_rule import launch_gated as delta_rule_gated
-from gdnfuse.kernels.delta_rule import supports_packed_decode
+from gdnfuse.kernels.delta_rule import launch_gated, supports_packed_decode
 from gdnfuse.kernels.implementation import register, require_dtypes
 
 
@@ -32,6 +31,8 @@ def launch(
     scale: float,
     l2norm_eps: float,
     norm_eps: float,
+    *,
+    overlap: bool = False,
 ) -> torch.Tensor:
     """The dialect's mixer_decode.
 
@@ -47,6 +48,7 @@ def launch(
         activation: of the conv, "silu" or "none".
         scale: factor on q.
         l2norm_eps, norm_eps: eps of the l2norm of q and k, and of the gated norm.
+        overlap: whether states and weights may be read while kernels before these run.
 
     Returns:
         [B, 1, HV·V] in row's dtype.
@@ -54,9 +56,12 @@ def launch(
     _, HV, _, V = recurrent_state.shape
     D = conv_state.shape[1]
     x = row.narrow(-1, qkv_offset, D).transpose(1, 2)
-    mixed_qkv = causal_conv_update(x, conv_state, conv_weight, conv_bias, activation).transpose(1, 2)
+    mixed_qkv = causal_conv_update(x, conv_state, conv_weight, conv_bias, activation, overlap=overlap).transpose(1, 2)
     z, b, a = row.narrow(-1, z_offset, HV * V), row.narrow(-1, b_offset, HV), row.narrow(-1, a_offset, HV)
-    return delta_rule_gated(mixed_qkv, z, a, b, A_log, dt_bias, recurrent_state, norm_weight, scale, l2norm_eps, norm_eps)
+    o = launch_gated(
+        mixed_qkv, a, b, A_log, dt_bias, recurrent_state, scale, l2norm_eps, z, norm_weight, norm_eps, row.dtype, overlap=overlap
+    )
+    return o.flatten(-2)
 
 
 def supports(
@@ -85,4 +90,10 @@ def supports(
     supports_packed_decode(mixed_qkv, row, row, A_log, dt_bias, recurrent_state, scale, l2norm_eps)
 
 
-implementation = register("mixer_decode", launch, supports, mutates=("conv_state", "recurrent_state"))
+implementation = register(
+    "mixer_decode",
+    launch,
+    supports,
+    mutates=("conv_state", "recurrent_state"),
+    early=("conv_state", "conv_weight", "conv_bias", "A_log", "dt_bias", "recurrent_state"),
+)

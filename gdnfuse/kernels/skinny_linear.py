@@ -23,10 +23,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from gdnfuse.kernels.causal_conv_update import ACTIVATIONS
 from gdnfuse.kernels.gated_rms_norm import gated
-from gdnfuse.kernels.implementation import kernel_of, overlap_options, register, require_dtypes, require_static
-from gdnfuse.report import Refused
+from gdnfuse.kernels.implementation import kernel_of, overlap_options
 
 MAX_N = 2**15  # the loop over columns is unrolled
 MAX_PROGRAMS = 132  # per unit of programs_per_sm where there is no device to ask, an H200's multiprocessors
@@ -200,7 +198,7 @@ def launch_with(
     chosen: Config, x, weight, norm_weight=None, norm_eps=0.0, norm_offset=0.0, gate=None, swiglu=False, residual=None,
     conv=None, overlap=False,
 ) -> torch.Tensor:  # fmt: skip
-    """The launches below with a config of their own; `conv` is (conv_state, conv_weight, conv_bias, conv_offset, activation)."""
+    """fused_linear or in_proj_conv of one row; `conv` is (conv_state, conv_weight, conv_bias, conv_offset, activation)."""
     R, BN, num_warps, per_sm = chosen
     N = weight.shape[1]
     M = weight.shape[0] // (2 if swiglu else 1)
@@ -219,111 +217,3 @@ def launch_with(
         R=R, BN=BN, EVEN=M % R == 0, LOOP=programs < tiles, OVERLAP=bool(options), num_warps=num_warps, **options,
     )  # fmt: skip
     return out
-
-
-def launch(
-    x: torch.Tensor,
-    weights: list[torch.Tensor],
-    norm_weight: torch.Tensor | None = None,
-    norm_eps: float = 0.0,
-    norm_offset: float = 0.0,
-    gate: torch.Tensor | None = None,
-    swiglu: bool = False,
-    residual: torch.Tensor | None = None,
-    *,
-    overlap: bool = False,
-) -> torch.Tensor:
-    """The dialect's fused_linear for one row and one weight.
-
-    Args:
-        x, weights, norm_weight, norm_eps, norm_offset, gate, swiglu, residual: as there.
-        overlap: whether weights may be read while kernels before this one run: what came before the step must have ended.
-
-    Returns:
-        [..., M], or half of it with `swiglu`, in the weight's dtype, contiguous.
-    """
-    (weight,) = weights
-    chosen = config(kind(norm_weight, gate, swiglu), weight.shape[1], weight.dtype)
-    return launch_with(chosen, x, weight, norm_weight, norm_eps, norm_offset, gate, swiglu, residual, overlap=overlap)
-
-
-def launch_in_proj_conv(
-    x: torch.Tensor,
-    weights: list[torch.Tensor],
-    norm_weight: torch.Tensor | None,
-    norm_eps: float,
-    norm_offset: float,
-    conv_state: torch.Tensor,
-    conv_weight: torch.Tensor,
-    conv_bias: torch.Tensor | None,
-    conv_offset: int,
-    activation: str,
-    *,
-    overlap: bool = False,
-) -> torch.Tensor:
-    """The dialect's in_proj_conv for one row and one weight.
-
-    Args:
-        x, weights, norm_weight, norm_eps, norm_offset: as there.
-        conv_state: [1, D, S], any strides; written in place.
-        conv_weight: [D, 1, W], any strides.
-        conv_bias, conv_offset, activation: as there.
-        overlap: as for `launch`.
-
-    Returns:
-        [1, 1, M] in float32, contiguous.
-    """
-    (weight,) = weights
-    conv = (conv_state, conv_weight, conv_bias, conv_offset, activation)
-    return launch_with(
-        config("conv", weight.shape[1], weight.dtype), x, weight, norm_weight, norm_eps, norm_offset, conv=conv, overlap=overlap
-    )
-
-
-def supports(
-    x, weights, norm_weight=None, norm_eps=0.0, norm_offset=0.0, gate=None, swiglu=False, residual=None
-) -> None:  # fmt: skip
-    """Raises Refused unless x is one row, sizes are static with 1 ≤ N ≤ MAX_N, dtypes are float32, bfloat16 or float16, rows are
-    contiguous, there is one weight, of x's dtype but behind a gated norm, and heads under a gate fill the steps over columns.
-    """
-    if len(weights) != 1:
-        raise Refused(f"There must be one weight, packed if there are several, got {len(weights)}.")
-    (weight,) = weights
-    require_dtypes(x=x, weight=weight, norm_weight=norm_weight, gate=gate, residual=residual)
-    if gate is None and x.dtype != weight.dtype:
-        both = " and ".join(str(t.dtype).removeprefix("torch.") for t in (x, weight))
-        raise Refused(f"x and weight must have one dtype, got {both}.")
-    if x.dim() < 1 or weight.dim() != 2:
-        raise Refused(f"x must have at least one dimension and weight two, got {x.dim()} and {weight.dim()}.")
-    require_static(M=weight.shape[0], N=weight.shape[1])
-    require_static(**{"x's last size": x.shape[-1]})
-    if x.shape[-1] != weight.shape[1]:
-        raise Refused(f"x and weight must agree on N, got {x.shape[-1]} and {weight.shape[1]}.")
-    for size in x.shape[:-1]:
-        if not isinstance(size, int) or size != 1:
-            raise Refused(f"x must be one row, got the sizes {list(x.shape)}.")
-    if weight.numel() == 0 or weight.shape[1] > MAX_N:
-        raise Refused(f"weight must not be empty nor wider than {MAX_N}, got the sizes {list(weight.shape)}.")
-    for name, t in (("x", x), ("weight", weight), ("gate", gate), ("residual", residual)):
-        if t is not None and t.shape[-1] > 1 and (not isinstance(t.stride(-1), int) or t.stride(-1) != 1):
-            raise Refused(f"{name} must have contiguous rows, got the strides {list(t.stride())}.")
-    if gate is not None:
-        V, N = norm_weight.shape[0], weight.shape[1]
-        step = config("gate", N)[1]
-        if N % step or step % V:
-            raise Refused(f"Heads must fill steps of {step} columns, and these the row, got {N} columns in heads of {V}.")
-
-
-def supports_in_proj_conv(
-    x, weights, norm_weight, norm_eps, norm_offset, conv_state, conv_weight, conv_bias, conv_offset, activation
-) -> None:  # fmt: skip
-    """Raises Refused where `supports` does, and unless conv sizes are static and the activation is known."""
-    supports(x, weights, norm_weight, norm_eps, norm_offset)
-    require_dtypes(conv_state=conv_state, conv_weight=conv_weight, conv_bias=conv_bias)
-    require_static(D=conv_state.shape[1], S=conv_state.shape[2], W=conv_weight.shape[2])
-    if activation not in ACTIVATIONS:
-        raise Refused(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation}.")
-
-
-fused_linear = register("fused_linear", launch, supports)
-in_proj_conv = register("in_proj_conv", launch_in_proj_conv, supports_in_proj_conv, mutates=("conv_state",))

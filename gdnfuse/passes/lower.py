@@ -8,14 +8,17 @@ import torch
 import torch.utils._pytree as pytree
 from torch._dynamo.source import ConstantSource
 from torch._guards import TracingContext
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatefulSymbolicContext
 
 from gdnfuse import kernels
 from gdnfuse.dialect import op_of, packed_linear
+from gdnfuse.kernels.linear_configs import split
 from gdnfuse.packing import PackedWeight, pack
 from gdnfuse.report import Record, Refused, Status
-from gdnfuse.rewrite.graph import module_stack, op_name, value
+from gdnfuse.rewrite.graph import is_tensor, module_stack, op_name, storage, value, writes
+
+MAX_SUM = 7  # terms: Inductor makes a loop of a longer sum, with a kernel of its own
 
 
 def lower(gm: GraphModule, target: str | None, linears: bool = False) -> list[Record]:
@@ -28,6 +31,7 @@ def lower(gm: GraphModule, target: str | None, linears: bool = False) -> list[Re
             whose weights it streams faster than cuBLAS does.
     """
     records = []
+    touched = _Touched(gm.graph)
     behind: set[Node] = set()  # what depends on a kernel of ours
     launched: dict[str, tuple[Any, dict[str, Any]]] = {}
     for node in gm.graph.nodes:
@@ -49,11 +53,16 @@ def lower(gm: GraphModule, target: str | None, linears: bool = False) -> list[Re
         try:
             if op is None and bias is not None:
                 raise Refused("The kernel takes no bias, found one.")
+            if name == "fused_linear" and device == "cuda" and (parts := _parts(call)) > 1:
+                name, call = "split_linear", {"x": call["x"], "weights": call["weights"], "parts": parts}
+                values = {k: values.get(k, v) for k, v in call.items()}
             kernel = _kernel(name, device, values)
             # What came before the graph has ended when its first kernel starts, so the others may start before that one ends.
-            early = {"overlap": True} if node in behind and "overlap" in kernel.arg_names else {}
+            early = {"overlap": True} if node in behind and touched.may_overlap(node, kernel, call) else {}
             node.target, node.args, node.kwargs = kernel.op, (), {**call, **early}
             record.chosen = "triton"
+            if name == "split_linear":
+                _add_up(node, call["parts"], values["weights"][0].dtype)
             behind.add(node)
             launched.setdefault(
                 f"{name} {pytree.tree_map_only(torch.Tensor, _layout, {**values, **early})}", (kernel, values | early)
@@ -69,6 +78,59 @@ def lower(gm: GraphModule, target: str | None, linears: bool = False) -> list[Re
         records.append(record)
     kernels.compile_ahead(list(launched.values()))
     return records
+
+
+def _parts(call: dict[str, Any]) -> int:
+    """Into how many parts a linear's columns go so that it has programs enough; 1 for one with something around it."""
+    if any(given for name, given in call.items() if name not in ("x", "weights")):
+        return 1
+    x, (weight,) = value(call["x"]), map(value, call["weights"])
+    sizes = (*x.shape, *weight.shape)
+    return split(*weight.shape, x.shape[:-1].numel()) if all(isinstance(n, int) for n in sizes) else 1
+
+
+def _add_up(node: Node, parts: int, dtype: torch.dtype) -> None:
+    """Let the readers of a linear that was split read its sum, in steps so short that Inductor takes them where they are read."""
+    readers, graph, total = list(node.users), node.graph, node
+    with graph.inserting_before(node.next):
+        steps = [("sum", 0), ("to", dtype)]
+        if parts > MAX_SUM:
+            steps = [("unflatten", 0, (2, parts // 2)), ("sum", 0), *steps]
+        for method, *args in steps:
+            total = graph.call_method(method, (total, *args))
+            total.meta["nn_module_stack"] = node.meta.get("nn_module_stack")
+    for reader in readers:
+        reader.replace_input_with(node, total)
+
+
+class _Touched:
+    """Who reads and who writes the memory of a graph's inputs."""
+
+    def __init__(self, graph: Graph):
+        self.inputs = {storage(n) for n in graph.nodes if n.op in ("placeholder", "get_attr")} - {None}
+        self.writers: dict[int, set[Node]] = {}
+        self.readers: dict[int, set[Node]] = {}
+        for node in graph.nodes:
+            for s in writes(node):
+                self.writers.setdefault(s, set()).add(node)
+            for n in node.all_input_nodes:
+                if (s := storage(n)) is not None and storage(node) != s:
+                    self.readers.setdefault(s, set()).add(node)
+
+    def may_overlap(self, node: Node, kernel: Any, call: dict[str, Any]) -> bool:
+        """Whether all that a kernel reads before it waits is the graph's input, and nothing in the graph but itself writes it.
+
+        Nor reads it, where the kernel writes it: whoever makes writes explicit may then give the kernel a copy.
+        """
+        if "overlap" not in kernel.arg_names:
+            return False
+        written = writes(node)
+        for name in kernel.early:
+            for s in {storage(n) for n in pytree.tree_leaves(call.get(name)) if is_tensor(n)}:
+                others = self.writers.get(s, set()) | (self.readers.get(s, set()) if s in written else set())
+                if s not in self.inputs or others - {node}:
+                    return False
+        return True
 
 
 def _layout(t: torch.Tensor) -> tuple[Any, ...]:

@@ -4,11 +4,12 @@ import kernel_cases
 import pytest
 import torch
 
-from gdnfuse.kernels import attention_decode, chunk_delta_rule, implementations, skinny_linear
+from gdnfuse.kernels import attention_decode, chunk_delta_rule, few_rows_linear, implementations, skinny_linear
 
 # The interpreter multiplies the bits of bfloat16 as integers, so products get float32 operands here.
 chunk_delta_rule.OPERANDS.clear()
 attention_decode.OPERANDS.clear()
+few_rows_linear.OPERANDS[torch.bfloat16] = few_rows_linear.OPERANDS[torch.float32]
 
 # The interpreter truncates where devices round to the nearest bfloat16.
 TOLERANCE = kernel_cases.TOLERANCE | {torch.bfloat16: 2.0**-7 + kernel_cases.MATHS}

@@ -23,6 +23,7 @@ OPS = [
     "mixer_decode",
     "fused_linear",
     "in_proj_conv",
+    "split_linear",
 ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from gdnfuse.dialect import fused_linear, rms_norm
 from gdnfuse.passes.fuse.linears import alone, arguments_match, bind, few_outputs, fused_call, is_linear
+from gdnfuse.passes.rows import one_row
 from gdnfuse.rewrite.graph import op_name, peel, value
 from gdnfuse.rewrite.rule import Rule, bring
 
@@ -12,8 +13,8 @@ class FuseNormLinear(Rule):
     name, stage, equation = "norm_linear", "fuse", "linear(rms_norm(x), W) = fused_linear(x, W, norm)"
 
     def anchors(self, graph):
-        """A linear of few rows behind a norm."""
-        return [n for n in graph.nodes if is_linear(n) and op_name(peel(bind(n)["x"])) == "gdnfuse.rms_norm"]
+        """A linear of one row behind a norm."""
+        return [n for n in graph.nodes if is_linear(n) and one_row(n) and op_name(peel(bind(n)["x"])) == "gdnfuse.rms_norm"]
 
     def match(self, anchor):
         bound = bind(anchor)

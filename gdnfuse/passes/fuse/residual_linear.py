@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from gdnfuse.dialect import fused_linear
 from gdnfuse.passes.fuse.linears import alone, arguments_match, bind, few_outputs, fused_call, is_linear
+from gdnfuse.passes.rows import one_row
 from gdnfuse.rewrite.graph import is_tensor, op_name, peel, same_shape, value
 from gdnfuse.rewrite.pattern import Mismatch
 from gdnfuse.rewrite.rule import Operand, Rule
@@ -13,7 +14,7 @@ class FuseResidualLinear(Rule):
     name, stage, equation = "residual_linear", "fuse", "residual + linear(x, W) = fused_linear(x, W, residual)"
 
     def anchors(self, graph):
-        """A sum with a linear of few rows."""
+        """A sum with a linear of one row."""
         return [n for n in graph.nodes if op_name(n) == "add" and len(n.args) == 2 and not n.kwargs and _linear(n) is not None]
 
     def match(self, anchor):
@@ -41,7 +42,7 @@ class FuseResidualLinear(Rule):
 def _linear(node):
     """The operand that is a linear with room for a residual; of two the later, which sees the other's result."""
     found = [peel(a) for a in node.args if is_tensor(a)]
-    found = [n for n in found if is_linear(n) and bind(n)["residual"] is None]
+    found = [n for n in found if is_linear(n) and one_row(n) and bind(n)["residual"] is None]
     return max(found, default=None)
 
 

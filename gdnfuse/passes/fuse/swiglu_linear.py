@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from gdnfuse.dialect import fused_linear
 from gdnfuse.passes.fuse.linears import alone, arguments_match, bind, fused_call, is_linear
 from gdnfuse.report import Refused
@@ -35,8 +37,10 @@ class FuseSwiGLULinear(Rule):
         others = [u for u in row.users if u not in halves]
         if others:
             raise Refused(f"{row.name} must be read by its halves alone, found that {others[0].name} reads it too.", at=others[0])
-        if not same(value(root).numel(), width) or value(root).dtype != value(row).dtype:
-            raise Mismatch(root, f"{width} elements of {value(row).dtype}", f"{list(value(root).shape)} of {value(root).dtype}")
+        shape = (*value(row).shape[:-1], width)
+        if not same(value(root).numel(), math.prod(shape)) or value(root).dtype != value(row).dtype:
+            expected = f"{list(shape)} of {value(row).dtype}"
+            raise Mismatch(root, expected, f"{list(value(root).shape)} of {value(root).dtype}")
         bound = bind(row)
         if bound["residual"] is not None or bound["swiglu"]:
             raise Refused("The row must be a linear's alone, found something fused behind it.", at=row)

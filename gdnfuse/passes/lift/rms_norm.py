@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gdnfuse.dialect import rms_norm
-from gdnfuse.passes.rows import few_rows
+from gdnfuse.passes.rows import one_row
 from gdnfuse.report import Refused
 from gdnfuse.rewrite.driver import call
 from gdnfuse.rewrite.graph import is_tensor, op_name, peel, real_users, same, value
@@ -23,7 +23,7 @@ class LiftRMSNorm(Rule):
         """The inverse square root of a mean, of one token: a prompt's norms fuse with nothing and are the compiler's."""
         for node in graph.nodes:
             if op_name(node) == "rsqrt" and op_name(add := peel(node.args[0])) == "add" and op_name(peel(add.args[0])) == "mean":
-                if few_rows(node) or is_tensor(node) and value(node).ndim > 2 and same(value(node).shape[1], 1):
+                if one_row(node) or is_tensor(node) and value(node).ndim > 2 and same(value(node).shape[1], 1):
                     yield node
 
     def match(self, anchor):

@@ -1,0 +1,40 @@
+"""split_linear: a bias-free linear as partial sums over parts of its columns, for whoever reads it to add up.
+
+A weight with few rows and many columns gives few programs whole rows to work on; parts of rows give enough, and the sum costs
+nothing where a pointwise kernel or a norm follows anyway (split-K).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from gdnfuse.dialect.op import acc_dtype, register
+
+
+def reference(x: torch.Tensor, weights: list[torch.Tensor], parts: int) -> torch.Tensor:
+    """[x[…, pᵢ]·W[:, pᵢ]ᵀ for the i-th of `parts` equal ranges pᵢ of columns]; their sum is x·Wᵀ.
+
+    Args:
+        x: [..., N].
+        weights: one [M, N].
+        parts: a divisor of N.
+
+    Returns:
+        [parts, ..., M] in float32 (float64 for float64 inputs).
+    """
+    (weight,) = weights
+    acc = acc_dtype(x, weight)
+    columns = zip(x.to(acc).chunk(parts, -1), weight.to(acc).chunk(parts, -1), strict=True)
+    return torch.stack([a @ w.T for a, w in columns])
+
+
+def fake(x, weights, parts):
+    (weight,) = weights
+    return torch.empty((parts, *x.shape[:-1], weight.shape[0]), dtype=acc_dtype(x, weight), device=x.device)
+
+
+def examples():
+    return [((torch.randn(3, 1, 12), [torch.randn(5, 12)], 4), {}), ((torch.randn(2, 8), [torch.randn(3, 8)], 2), {})]
+
+
+op = register("split_linear", reference, fake, examples, equation="(x[…, pᵢ]·W[:, pᵢ]ᵀ)ᵢ")
