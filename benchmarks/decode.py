@@ -1,19 +1,19 @@
-"""The whole decode step: milliseconds per step, cold compile time and peak memory of eager, Inductor and gdnfuse.
+"""The whole decode step: milliseconds per step, tokens per second, cold compile time and peak memory of each side.
 
-    python benchmarks/decode.py --models 0.8b,4b --sides inductor,gdnfuse --json decode.json
+    python benchmarks/decode.py --models 0.8b,4b --sides fla,inductor,gdnfuse --json decode.json
     python benchmarks/decode.py --models tiny --dtype float32 --steps 16       (any machine)
 
-Weights are random, of the published shapes, and built on the device. Every side decodes the same tokens from the same eager
-prefill into a static cache whose position advances. Times are medians over blocks of BLOCK steps, each block between two
-events with nothing waited for inside, as a decode loop runs. No speed is reported for a side whose logits are wrong: their
-relative error against the same weights run in float32 must stay within SLACK times eager's own.
+Sides: eager, fla (eager with flash-linear-attention), inductor, max-autotune and gdnfuse, each in a process of its own (see
+workers.py). Weights are random, of the published shapes, and built on the device from one seed. Every side decodes the same
+tokens from the same eager prefill into a static cache whose position advances. Times are medians over blocks of BLOCK steps, each
+block between two events with nothing waited for inside, as a decode loop runs. No speed is reported for a side whose logits are
+wrong: their relative error against the same weights run in float32 must stay within SLACK times eager's own.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import gc
+import itertools
 import json
 import platform
 import shlex
@@ -21,26 +21,28 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from tabulate import tabulate
 from torch._inductor.utils import fresh_cache
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, StaticCache
+from workers import answer, fla_version, run_sides, show_fla
 
 import gdnfuse
 from gdnfuse.huggingface import load_config
 
-SIDES = ("eager", "inductor", "max-autotune", "gdnfuse")
+SIDES = ("eager", "fla", "inductor", "max-autotune", "gdnfuse")
 BYTES_PER_SECOND = 4.3e12  # what an H200 streams, measured with a copy
 DTYPES = ("float32", "bfloat16", "float16")
 SLACK = 1.5
 FLOOR = 1e-5  # relative error allowed whatever eager's is: a float32 model is its own reference
 CHECKED = 8  # steps whose logits are compared
 BLOCK = 8
-EAGER_STEPS = 16
+EAGER_STEPS = 16  # timed of the sides that are not compiled
+SHARED = "reference.pt"  # tokens and logits that all sides of a model share
 
 
 def build(name: str, dtype: torch.dtype, device: str) -> torch.nn.Module:
@@ -57,10 +59,11 @@ def build(name: str, dtype: torch.dtype, device: str) -> torch.nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def weight_bytes(model: torch.nn.Module) -> int:
-    """Bytes of weights that one step must read. Of the embedding only a row is read, unless the head is tied to it.
+def weight_bytes(model: torch.nn.Module, batch: int = 1) -> int:
+    """Bytes of weights that one step must read. Of the embedding only rows are read, unless the head is tied to it.
 
-    A mixture of experts reads the experts that the step chooses, at most `num_experts_per_tok` per token and layer.
+    A mixture of experts reads the experts that the step chooses: `num_experts_per_tok` per token and layer, of which several
+    tokens, choosing by chance, have some in common.
     """
     config, total = model.config, 0
     seen: set[int] = set()
@@ -69,13 +72,13 @@ def weight_bytes(model: torch.nn.Module) -> int:
         if p.data_ptr() in seen or embedding:
             continue
         seen.add(p.data_ptr())
-        share = config.num_experts_per_tok / config.num_experts if ".experts." in name else 1
+        share = 1 - (1 - config.num_experts_per_tok / config.num_experts) ** batch if ".experts." in name else 1
         total += int(p.numel() * p.element_size() * share)
     return total
 
 
 def compiled(side: str, model: torch.nn.Module, mode: str | None) -> Callable[..., Any]:
-    if side == "eager":
+    if side in ("eager", "fla"):
         return model
     if side == "max-autotune":
         return torch.compile(model, options={**torch._inductor.list_mode_options("max-autotune")}, fullgraph=True)
@@ -121,69 +124,105 @@ def time_steps(decode: Callable[[torch.Tensor], torch.Tensor], tokens: torch.Ten
     return times
 
 
-def run_side(
-    side: str, model: torch.nn.Module, args: argparse.Namespace, expected: torch.Tensor, allowed: float, tokens: torch.Tensor
-) -> dict[str, Any]:
-    """Compile, check, time. `tokens` are [steps, B, 1]; `expected` the float32 logits of the first ones."""
-    torch.compiler.reset()
-    gc.collect()
-    gdnfuse.clear_reports()
-    device, prompt = args.device, tokens[: args.prompt].squeeze(-1).T.contiguous()
-    steps = EAGER_STEPS if side == "eager" else args.steps
+def logits(model: torch.nn.Module, args: argparse.Namespace, tokens: torch.Tensor) -> torch.Tensor:
+    """Eager logits of the steps that are compared."""
+    decode = Decoder(model, model, prompt_of(args, tokens), CHECKED)
+    return torch.stack([decode(t).float().cpu() for t in tokens[args.prompt : args.prompt + CHECKED]])
+
+
+def prompt_of(args: argparse.Namespace, tokens: torch.Tensor) -> torch.Tensor:
+    """[B, prompt] of tokens [steps, B, 1]."""
+    return tokens[: args.prompt].squeeze(-1).T.contiguous()
+
+
+def widen(model: torch.nn.Module) -> None:
+    """Turn a model to float32, but each decoder layer only while it runs: the largest fit the device in bfloat16 alone."""
+    layers = model.get_decoder().layers
+    everything, in_layers = weights_of(model), {id(w) for layer in layers for w in weights_of(layer)}
+    for w in everything:
+        if id(w) not in in_layers:
+            w.data = w.data.float()
+    for layer in layers:
+        narrow = [(w, w.data) for w in weights_of(layer)]
+
+        def before(*_: Any, narrow=narrow) -> None:
+            for w, data in narrow:
+                w.data = data.float()
+
+        def behind(*_: Any, narrow=narrow) -> None:
+            for w, data in narrow:
+                w.data = data
+
+        layer.register_forward_pre_hook(before)
+        layer.register_forward_hook(behind)
+
+
+def weights_of(module: torch.nn.Module) -> list[torch.Tensor]:
+    return [t for t in itertools.chain(module.parameters(), module.buffers()) if t.is_floating_point()]
+
+
+def difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """‖found − wanted‖ / ‖wanted‖."""
+    return float((found.double() - wanted).norm() / wanted.double().norm())
+
+
+def reference(name: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Make the tokens, and the logits in the model's dtype and in float32 of those that are compared, for all sides to read."""
+    show_fla("reference")
+    model = build(name, getattr(torch, args.dtype), args.device)
+    count = args.prompt + CHECKED + args.warmup + args.steps
+    generator = torch.Generator(args.device).manual_seed(1)
+    tokens = torch.randint(0, model.config.vocab_size, (count, args.batch, 1), device=args.device, generator=generator)
+    size = weight_bytes(model, args.batch)
+    eager = logits(model, args, tokens)
+    widen(model)
+    expected = logits(model, args, tokens)
+    eager_error = difference(eager, expected)
+    torch.save({"tokens": tokens, "expected": expected, "eager_error": eager_error}, folder / SHARED)
+    limit = 1e3 * size / BYTES_PER_SECOND if args.device == "cuda" else None
+    return {"machine": machine(), "facts": {"weight_bytes": size, "limit_ms": limit, "eager_error": eager_error}}
+
+
+def run_side(side: str, name: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Compile, check, time: the row of a side, without a speed if its logits are wrong."""
+    show_fla(side)
+    model, device = build(name, getattr(torch, args.dtype), args.device), args.device
+    row: dict[str, Any] = {"side": side}
+    if side == "fla":
+        row["fla"] = fla_version()
+    shared = torch.load(folder / SHARED, map_location="cpu")
+    tokens, expected = shared["tokens"].to(device), shared["expected"]
+    steps = EAGER_STEPS if side in ("eager", "fla") else args.steps
     if device == "cuda":
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     with fresh_cache():
-        decode = Decoder(model, compiled(side, model, args.mode), prompt, CHECKED + args.warmup + args.steps)
+        decode = Decoder(model, compiled(side, model, args.mode), prompt_of(args, tokens), CHECKED + args.warmup + args.steps)
         synchronize(device)
         start = time.perf_counter()
-        first = decode(tokens[args.prompt]).float().clone()
-        synchronize(device)
+        first = decode(tokens[args.prompt]).float().cpu()
         compile_seconds = time.perf_counter() - start
-        rest = [decode(t).float().clone() for t in tokens[args.prompt + 1 : args.prompt + CHECKED]]
+        rest = [decode(t).float().cpu() for t in tokens[args.prompt + 1 : args.prompt + CHECKED]]
         got = torch.stack([first, *rest])
-        finite = bool(torch.isfinite(got).all())
-        error = float((got - expected).norm() / expected.norm())
-        row = {
-            "side": side,
+        finite, error = bool(torch.isfinite(got).all()), difference(got, expected)
+        row |= {
             "first_call_seconds": compile_seconds,
             "error": error,
             "finite": finite,
             "summary": gdnfuse.reports()[-1].summary() if gdnfuse.reports() else "",
         }
-        if finite and error <= allowed:
+        if finite and error <= SLACK * shared["eager_error"] + FLOOR:
             at = args.prompt + CHECKED
             for t in tokens[at : at + args.warmup]:
                 decode(t)
             synchronize(device)
             times = time_steps(decode, tokens[at + args.warmup : at + args.warmup + steps], device)
             deciles = statistics.quantiles(times, n=10, method="inclusive")
-            row |= {"ms": statistics.median(times), "ms_p10": deciles[0], "ms_p90": deciles[-1], "steps": steps}
+            ms = statistics.median(times)
+            row |= {"ms": ms, "ms_p10": deciles[0], "ms_p90": deciles[-1], "steps": steps}
+            row["tokens_per_second"] = 1e3 * args.batch / ms
     if device == "cuda":
         row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     return row
-
-
-def logits(model: torch.nn.Module, args: argparse.Namespace, tokens: torch.Tensor) -> torch.Tensor:
-    """Eager logits of the steps that are compared."""
-    decode = Decoder(model, model, tokens[: args.prompt].squeeze(-1).T.contiguous(), CHECKED)
-    return torch.stack([decode(t).float() for t in tokens[args.prompt : args.prompt + CHECKED]])
-
-
-def run_model(name: str, args: argparse.Namespace, sides: Sequence[str]) -> dict[str, Any]:
-    model = build(name, getattr(torch, args.dtype), args.device)
-    count = args.prompt + CHECKED + args.warmup + args.steps
-    tokens = torch.randint(0, model.config.vocab_size, (count, args.batch, 1), device=args.device)
-    expected = logits(copy.deepcopy(model).float(), args, tokens)
-    eager = logits(model, args, tokens)
-    eager_error = float((eager - expected).norm() / expected.norm())
-    rows = []
-    for side in tqdm(sides, desc=name, disable=None, leave=False, delay=1):
-        rows.append(run_side(side, model, args, expected, SLACK * eager_error + FLOOR, tokens))
-    size = weight_bytes(model)
-    limit = 1e3 * size / BYTES_PER_SECOND if args.device == "cuda" else None
-    facts = {"model": name, "batch": args.batch, "weight_bytes": size, "limit_ms": limit, "eager_error": eager_error}
-    return {**facts, "sides": rows}
 
 
 def machine() -> dict[str, Any]:
@@ -210,26 +249,28 @@ def table(result: dict[str, Any]) -> str:
     rows = []
     for row in result["sides"]:
         ms = row.get("ms")
-        share = f"{100 * result['limit_ms'] / ms:.0f} %" if ms and result["limit_ms"] else ""
+        share = f"{100 * result['limit_ms'] / ms:.0f} %" if ms and result.get("limit_ms") else ""
         rows.append(
             [
                 row["side"],
-                f"{ms:.3f}" if ms else "refused: logits are wrong",
+                f"{ms:.3f}" if ms else row.get("failed", "refused: logits are wrong"),
+                f"{row['tokens_per_second']:.0f}" if ms else "",
                 share,
-                f"{row['first_call_seconds']:.1f}",
+                f"{row['first_call_seconds']:.1f}" if "error" in row else "",
                 f"{row['peak_gib']:.2f}" if "peak_gib" in row else "",
-                f"{row['error']:.1e} / {result['eager_error']:.1e}",
+                f"{row['error']:.1e} / {result['eager_error']:.1e}" if "error" in row else "",
             ]
         )
     head = f"{result['model']}, batch {result['batch']}"
-    if result["limit_ms"]:
+    if result.get("limit_ms"):
         head += f": {result['weight_bytes'] / 1e9:.2f} GB of weights a step, {result['limit_ms']:.2f} ms at 4.3 TB/s"
-    headers = ["side", "ms per step (median)", "of the limit", "cold first call (s)", "peak GiB", "error / eager's"]
+    headers = ["side", "ms per step (median)", "tokens/s", "of the limit", "cold first call (s)", "peak GiB", "error / eager's"]
     return f"{head}\n{tabulate(rows, headers, disable_numparse=True)}"
 
 
 @torch.no_grad()
 def main(argv: Sequence[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="0.8b,4b", help="presets, config files or `tiny`, by comma")
     parser.add_argument("--sides", default="eager,inductor,gdnfuse", help=f"of {', '.join(SIDES)}")
@@ -241,27 +282,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", metavar="FILE", help="write the figures, the machine and the versions here")
+    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    sides = args.sides.split(",")
+    sides, worker = args.sides.split(","), args.__dict__.pop("worker")
     if unknown := set(sides) - set(SIDES):
         parser.error(f"unknown sides {', '.join(sorted(unknown))}; the valid ones are {', '.join(SIDES)}")
     if args.steps < 2 * BLOCK:
         parser.error(f"--steps must be at least {2 * BLOCK}")
+    if min(args.batch, args.prompt) < 1 or args.warmup < 0:
+        parser.error("--batch and --prompt must be at least 1, and --warmup at least 0")
     transformers.utils.logging.set_verbosity_error()
+    if worker:
+        side, name, folder = worker
+        if side == "reference":
+            answer(lambda: reference(name, args, Path(folder)))
+        else:
+            answer(lambda: run_side(side, name, args, Path(folder)))
+        return 0
 
-    command = shlex.join(["python", "benchmarks/decode.py", *(sys.argv[1:] if argv is None else argv)])
-    data = {"command": command, "machine": machine(), "arguments": vars(args), "results": []}
+    command = shlex.join(["python", "benchmarks/decode.py", *argv])
+    data: dict[str, Any] = {"command": command, "machine": {}, "arguments": vars(args), "results": []}
     for name in args.models.split(","):
-        result = run_model(name, args, sides)
-        data["results"].append(result)
-        print(table(result), end="\n\n", flush=True)
+        first, rows = run_sides(__file__, name, sides, argv)
+        data["machine"] |= first["machine"]
+        data["results"].append({"model": name, "batch": args.batch, **first.get("facts", {}), "sides": rows})
+        print(table(data["results"][-1]), end="\n\n", flush=True)
         if args.json:
-            with open(args.json, "w") as f:
-                json.dump(data, f, indent=1)
-    wrong = [f"{r['model']}: {s['side']}" for r in data["results"] for s in r["sides"] if "ms" not in s]
-    if wrong:
-        print(f"No speed reported, logits are too far from float32's or not finite: {', '.join(wrong)}.", file=sys.stderr)
-    return 1 if wrong else 0
+            Path(args.json).write_text(json.dumps(data, indent=1))
+    silent = [(r["model"], row) for r in data["results"] for row in r["sides"] if "ms" not in row]
+    for model, row in silent:
+        reason = row.get("failed", "its logits are too far from float32's or not finite.")
+        print(f"No speed reported of {model}, {row['side']}: {reason}", file=sys.stderr)
+    return 1 if silent else 0
 
 
 if __name__ == "__main__":

@@ -3,32 +3,33 @@
     python benchmarks/prefill.py --models 4b --lengths 4096,16384 --json prefill.json
     python benchmarks/prefill.py --models tiny --lengths 70,300 --dtype float32 --device cpu --sides eager,gdnfuse
 
-Weights are random, of the published shapes. Each side runs in a process of its own, because transformers chooses
-flash-linear-attention when it is imported: only the side `fla` may see it. A prompt goes through the model into a new dynamic
-cache, the logits of its last token are kept. Compiled sides are called with two short prompts first, which gives one graph for
-a fixed and one for any length; their first calls, Inductor's cache being empty, are the cold figures. Times are medians over
-PROMPTS prompts, each waited for. No speed is reported for a side whose logits on CHECKED tokens are off float32's by more than
-SLACK times eager's.
+Weights are random, of the published shapes. Each side runs in a process of its own (see workers.py). A prompt goes through the
+model into a new dynamic cache, the logits of its last token are kept. Compiled sides are called with two short prompts first,
+which gives one graph for a fixed and one for any length; their first calls, Inductor's cache being empty, are the cold figures.
+Times are medians over PROMPTS prompts, each waited for. No speed is reported for a side whose logits on CHECKED tokens are off
+float32's by more than SLACK times eager's.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import shlex
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from decode import SHARED, build, difference, machine, widen
 from tabulate import tabulate
-from tqdm import tqdm
+from torch._inductor.utils import fresh_cache
+from workers import answer, fla_version, run_sides, show_fla
+
+import gdnfuse
 
 SIDES = ("eager", "fla", "inductor", "gdnfuse")
 SLACK, FLOOR = 1.5, 1e-5
@@ -38,14 +39,8 @@ SHORT = (200, 333)  # the prompts that compile
 
 
 def worker(side: str, name: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    if side != "fla":
-        sys.modules["fla"] = None  # type: ignore[assignment]  # so that importing it fails
-    import transformers
-    from decode import build, machine
-    from torch._inductor.utils import fresh_cache
-
-    import gdnfuse
-
+    """The row of a side. For "reference" the machine, and in `folder` the logits that sides are compared with."""
+    show_fla(side)
     transformers.utils.logging.set_verbosity_error()
     model = build(name, getattr(torch, args.dtype), args.device)
     generator = torch.Generator(args.device).manual_seed(1)
@@ -57,18 +52,19 @@ def worker(side: str, name: str, args: argparse.Namespace, folder: Path) -> dict
         return call(tokens[:, :length], past_key_values=cache, use_cache=True, logits_to_keep=keep).logits
 
     if side == "reference":
-        torch.save(
-            {"eager": run(model, CHECKED, CHECKED), "exact": run(copy.deepcopy(model).float(), CHECKED, CHECKED)}, folder / name
-        )
-        return machine()
+        eager = run(model, CHECKED, CHECKED)
+        widen(model)
+        exact = run(model, CHECKED, CHECKED)
+        torch.save({"exact": exact, "eager_error": difference(eager, exact)}, folder / SHARED)
+        return {"machine": machine()}
     call = model if side in ("eager", "fla") else torch.compile(model, backend=side, fullgraph=side == "gdnfuse")
     row: dict[str, Any] = {"side": side}
+    if side == "fla":
+        row["fla"] = fla_version()
     with fresh_cache():
         row["first_calls_seconds"] = [seconds(lambda n=n: run(call, n), args.device) for n in SHORT]
-        saved = torch.load(folder / name)
-        exact = saved["exact"].double()
-        relative = lambda x: float((x.double() - exact).norm() / exact.norm())  # noqa: E731
-        row["error"], row["eager_error"] = relative(run(call, CHECKED, CHECKED)), relative(saved["eager"])
+        saved = torch.load(folder / SHARED)
+        row["error"], row["eager_error"] = difference(run(call, CHECKED, CHECKED), saved["exact"]), saved["eager_error"]
         row["graphs"] = [report.summary() for report in gdnfuse.reports()]
         if row["error"] <= SLACK * row["eager_error"] + FLOOR:
             row["ms"] = {}
@@ -90,14 +86,6 @@ def seconds(call: Callable[[], Any], device: str) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start
-
-
-def spawn(side: str, name: str, argv: Sequence[str], folder: str) -> Any:
-    command = [sys.executable, __file__, *argv, "--worker", side, name, folder]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    if run.returncode:
-        return {"side": side, "failed": run.stderr.strip().rsplit("\n", 1)[-1]}
-    return json.loads(run.stdout.strip().rsplit("\n", 1)[-1])
 
 
 def table(name: str, rows: Sequence[dict[str, Any]], lengths: Sequence[int]) -> str:
@@ -133,22 +121,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unknown sides {', '.join(sorted(unknown))}; the valid ones are {', '.join(SIDES)}")
     if args.worker:
         side, name, folder = args.worker
-        print(json.dumps(worker(side, name, args, Path(folder))))
+        answer(lambda: worker(side, name, args, Path(folder)))
         return 0
 
     data: dict[str, Any] = {
         "command": shlex.join(["python", "benchmarks/prefill.py", *argv]),
-        "arguments": vars(args),
+        "arguments": {name: value for name, value in vars(args).items() if name != "worker"},
+        "machine": {},
         "results": [],
     }
-    with tempfile.TemporaryDirectory() as folder:
-        for name in args.models.split(","):
-            data["machine"] = spawn("reference", name, argv, folder)
-            rows = [spawn(side, name, argv, folder) for side in tqdm(sides, desc=name, disable=None, leave=False, delay=1)]
-            data["results"].append({"model": name, "batch": args.batch, "sides": rows})
-            print(table(name, rows, args.lengths), end="\n\n", flush=True)
-            if args.json:
-                Path(args.json).write_text(json.dumps(data, indent=1))
+    for name in args.models.split(","):
+        first, rows = run_sides(__file__, name, sides, argv)
+        data["machine"] |= first["machine"]
+        data["results"].append({"model": name, "batch": args.batch, "sides": rows})
+        print(table(name, rows, args.lengths), end="\n\n", flush=True)
+        if args.json:
+            Path(args.json).write_text(json.dumps(data, indent=1))
     return 0 if all("ms" in row for result in data["results"] for row in result["sides"]) else 1
 
 

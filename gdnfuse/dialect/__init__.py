@@ -5,6 +5,7 @@ models of any dtype up to float32, in float64 when every input is float64, which
 """
 
 from gdnfuse.dialect import (
+    add_rms_norm,
     attention_decode,
     causal_conv,
     causal_conv_update,
@@ -28,6 +29,7 @@ from gdnfuse.dialect.op import OPS, DialectOp, op_of
 __all__ = [
     "OPS",
     "DialectOp",
+    "add_rms_norm",
     "attention_decode",
     "causal_conv",
     "causal_conv_update",

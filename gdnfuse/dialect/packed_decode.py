@@ -1,14 +1,10 @@
-"""packed_decode: one token of the gated delta rule, q, k, v read in place from the packed row (vLLM's packed decode).
-
-With z the gated norm that follows the rule belongs to it, as in mixer_decode, from which only the conv is missing.
-"""
+"""packed_decode: one token of the gated delta rule, q, k, v read in place from the packed row (vLLM's packed decode)."""
 
 from __future__ import annotations
 
 import torch
 
 from gdnfuse.dialect.fused_gating_delta_rule import reference as fused_gating_delta_rule
-from gdnfuse.dialect.gated_rms_norm import reference as gated_rms_norm
 from gdnfuse.dialect.op import acc_dtype, register
 
 
@@ -27,11 +23,8 @@ def reference(
     recurrent_state: torch.Tensor,
     scale: float,
     l2norm_eps: float,
-    z: torch.Tensor | None = None,
-    norm_weight: torch.Tensor | None = None,
-    norm_eps: float = 0.0,
 ) -> torch.Tensor:
-    """fused_gating_delta_rule at T = 1 on the packed row [q | k | v], then gated_rms_norm if there is a z.
+    """fused_gating_delta_rule at T = 1 on the packed row [q | k | v].
 
     Args:
         mixed_qkv: [B, 1, D] with D = 2·H·K + HV·V, after the causal conv.
@@ -40,23 +33,20 @@ def reference(
         recurrent_state: [B, HV, K, V], written in place.
         scale: factor on q.
         l2norm_eps: eps of the l2norm of q and k.
-        z: [B, 1, HV·V], the gate of the norm, or None.
-        norm_weight: [V], and norm_eps: of the gated norm.
 
     Returns:
-        o [B, 1, HV, V] in float32 (float64 for float64 inputs); with z in norm_weight's dtype.
+        o [B, 1, HV, V] in float32 (float64 for float64 inputs).
     """
     B, HV, K, V = recurrent_state.shape
     H = key_heads(mixed_qkv.shape[-1], recurrent_state)
     q, k, v = mixed_qkv.split([H * K, H * K, HV * V], -1)
     q, k, v = q.reshape(B, 1, H, K), k.reshape(B, 1, H, K), v.reshape(B, 1, HV, V)
-    o = fused_gating_delta_rule(q, k, v, a, b, A_log, dt_bias, recurrent_state, scale, l2norm_eps)
-    return o if z is None else gated_rms_norm(o, z.reshape(o.shape), norm_weight, norm_eps).to(norm_weight.dtype)
+    return fused_gating_delta_rule(q, k, v, a, b, A_log, dt_bias, recurrent_state, scale, l2norm_eps)
 
 
-def fake(mixed_qkv, a, b, A_log, dt_bias, recurrent_state, scale, l2norm_eps, z=None, norm_weight=None, norm_eps=0.0):
+def fake(mixed_qkv, a, b, A_log, dt_bias, recurrent_state, scale, l2norm_eps):
     B, HV, _, V = recurrent_state.shape
-    acc = acc_dtype(mixed_qkv, a, b, A_log, dt_bias, recurrent_state) if z is None else norm_weight.dtype
+    acc = acc_dtype(mixed_qkv, a, b, A_log, dt_bias, recurrent_state)
     return torch.empty((B, 1, HV, V), dtype=acc, device=mixed_qkv.device)
 
 
@@ -75,10 +65,6 @@ def examples():
     return [
         (example_tensors(2, 2, 4, 8, 16), {"scale": 8**-0.5, "l2norm_eps": 1e-6}),
         (example_tensors(1, 1, 3, 16, 8), {"scale": 0.25, "l2norm_eps": 1e-6}),
-        (
-            example_tensors(2, 1, 2, 8, 16),
-            {"scale": 0.25, "l2norm_eps": 1e-6, "z": torch.randn(2, 1, 32), "norm_weight": torch.randn(16), "norm_eps": 1e-6},
-        ),
     ]
 
 
@@ -87,6 +73,6 @@ op = register(
     reference,
     fake,
     examples,
-    equation="[gated_rms_norm of] fused_gating_delta_rule at T = 1 on mixed_qkv = [q | k | v]",
+    equation="fused_gating_delta_rule at T = 1 on mixed_qkv = [q | k | v]",
     mutates=("recurrent_state",),
 )

@@ -32,6 +32,7 @@ def implementations() -> dict[str, Implementation]:
     if importlib.util.find_spec("triton") is None:
         raise Refused("Triton is required for GPU kernels; it is not installed.")
     from gdnfuse.kernels import (
+        add_rms_norm,
         attention_decode,
         causal_conv,
         causal_conv_update,
@@ -43,6 +44,7 @@ def implementations() -> dict[str, Implementation]:
     )
 
     found = (
+        add_rms_norm.implementation,
         attention_decode.implementation,
         causal_conv.implementation,
         causal_conv_update.implementation,

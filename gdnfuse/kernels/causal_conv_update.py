@@ -31,10 +31,61 @@ BLOCK_D, NUM_WARPS = 128, 4
 
 
 @triton.jit
+def load_window(ptrs, stride_ss, live, S: tl.constexpr, PACKED: tl.constexpr):
+    """The S columns of the windows that start at ptrs [...]: a tuple of [...]. PACKED: there are four, side by side."""
+    columns = ()
+    if PACKED:
+        axis: tl.constexpr = len(ptrs.shape)
+        four = tl.load(
+            tl.expand_dims(ptrs, axis) + tl.arange(0, 4),
+            mask=tl.broadcast_to(tl.expand_dims(live, axis), ptrs.shape + [4]),
+            other=0.0,
+        )  # [..., 4]
+        even, odd = tl.split(tl.reshape(four, ptrs.shape + [2, 2]))  # [..., 2]
+        first, third = tl.split(even)
+        second, fourth = tl.split(odd)
+        columns = (first, second, third, fourth)
+    else:
+        for j in tl.static_range(S):
+            columns = columns + (tl.load(ptrs + j * stride_ss, mask=live, other=0.0),)
+    return columns
+
+
+@triton.jit
+def store_window(ptrs, stride_ss, live, columns, newest, S: tl.constexpr, PACKED: tl.constexpr):
+    """The windows one column further: all but the first of `columns`, and `newest`."""
+    # Threads that hold the same elements must have read them all before one of them writes.
+    tl.debug_barrier()
+    if PACKED:
+        axis: tl.constexpr = len(ptrs.shape)
+        pairs = tl.join(tl.join(columns[1], columns[3]), tl.join(columns[2], newest))  # [..., 2, 2]
+        four = tl.reshape(pairs, ptrs.shape + [4])  # [..., 4]
+        mask = tl.broadcast_to(tl.expand_dims(live, axis), ptrs.shape + [4])
+        tl.store(tl.expand_dims(ptrs, axis) + tl.arange(0, 4), four, mask=mask)
+    else:
+        for j in tl.static_range(S - 1):
+            tl.store(ptrs + j * stride_ss, columns[j + 1], mask=live)
+        tl.store(ptrs + (S - 1) * stride_ss, newest, mask=live)
+
+
+@triton.jit
+def window_stride(stride, PACKED: tl.constexpr):
+    """The same number, known to be a multiple of four if it is: only then are four columns read at once."""
+    return stride // 4 * 4 if PACKED else stride
+
+
+def packed(conv_state: torch.Tensor) -> bool:
+    """Whether windows are four columns side by side, which a thread reads and writes at once."""
+    batch, channel, column = conv_state.stride()
+    return conv_state.shape[2] == 4 and column == 1 and batch % 4 == channel % 4 == conv_state.storage_offset() % 4 == 0
+
+
+@triton.jit
 def causal_conv_update_kernel(
     x_ptr, state_ptr, weight_ptr, bias_ptr, out_ptr,
     stride_xb, stride_xd, stride_sb, stride_sd, stride_ss, stride_wd, stride_ww,
-    D: tl.constexpr, S: tl.constexpr, W: tl.constexpr, SILU: tl.constexpr, BD: tl.constexpr, OVERLAP: tl.constexpr,
+    D: tl.constexpr, S: tl.constexpr, W: tl.constexpr, SILU: tl.constexpr, BD: tl.constexpr,
+    PACKED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
         gdc_launch_dependents()
@@ -42,17 +93,14 @@ def causal_conv_update_kernel(
     batch = pid // tl.cdiv(D, BD)
     d = pid % tl.cdiv(D, BD) * BD + tl.arange(0, BD)  # [BD]
     live = d < D
-    state_ptrs = state_ptr + batch * stride_sb + d * stride_sd  # [BD]
+    state_ptrs = state_ptr + batch * window_stride(stride_sb, PACKED) + d * window_stride(stride_sd, PACKED)  # [BD]
     weight_ptrs = weight_ptr + d * stride_wd  # [BD]
     last = tl.load(weight_ptrs + (W - 1) * stride_ww, mask=live, other=0.0).to(tl.float32)  # [BD]
     acc = tl.zeros((BD,), tl.float32)
-    columns = ()
-    for j in tl.static_range(S):
-        column = tl.load(state_ptrs + j * stride_ss, mask=live, other=0.0)  # [BD]
-        columns = columns + (column,)
-        if j >= S + 1 - W:
-            tap = tl.load(weight_ptrs + (j - (S + 1 - W)) * stride_ww, mask=live, other=0.0)  # [BD]
-            acc += column.to(tl.float32) * tap.to(tl.float32)
+    columns = load_window(state_ptrs, stride_ss, live, S, PACKED)  # of [BD]
+    for j in tl.static_range(S + 1 - W, S):
+        tap = tl.load(weight_ptrs + (j - (S + 1 - W)) * stride_ww, mask=live, other=0.0)  # [BD]
+        acc += columns[j].to(tl.float32) * tap.to(tl.float32)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + d, mask=live, other=0.0).to(tl.float32)
     if OVERLAP:
@@ -63,12 +111,7 @@ def causal_conv_update_kernel(
         acc = acc * tl.sigmoid(acc)
     tl.store(out_ptr + batch * D + d, acc, mask=live)
 
-    # This program alone owns its channels and has every column in registers; the barrier keeps that true should the compiler give
-    # loads and stores different owners among its threads.
-    tl.debug_barrier()
-    for j in tl.static_range(S - 1):
-        tl.store(state_ptrs + j * stride_ss, columns[j + 1], mask=live)
-    tl.store(state_ptrs + (S - 1) * stride_ss, x.to(state_ptr.dtype.element_ty), mask=live)
+    store_window(state_ptrs, stride_ss, live, columns, x.to(state_ptr.dtype.element_ty), S, PACKED)
 
 
 def launch(
@@ -99,8 +142,8 @@ def launch(
     kernel_of(causal_conv_update_kernel)[(B * -(-D // BLOCK_D),)](
         x, conv_state, weight, None if bias is None else bias.contiguous(), out,
         x.stride(0), x.stride(1), *conv_state.stride(), weight.stride(0), weight.stride(2),
-        D=D, S=S, W=weight.shape[-1], SILU=activation == "silu", BD=BLOCK_D, OVERLAP=bool(options),
-        num_warps=NUM_WARPS, **options,
+        D=D, S=S, W=weight.shape[-1], SILU=activation == "silu", BD=BLOCK_D,
+        PACKED=packed(conv_state), OVERLAP=bool(options),        num_warps=NUM_WARPS, **options,
     )  # fmt: skip
     return out
 

@@ -41,7 +41,7 @@ from gdnfuse.report import Refused
 # benchmarks/mixer.py sweeps them.
 RULE_CONFIGS = ((512, (32, 1)), (float("inf"), (64, 2)))
 GATED_CONFIGS = ((128, (128, 4, False)), (512, (64, 4, True)), (float("inf"), (64, 2, False)))
-LEAVE_FIRST = 512  # heads of 128×128 states in float32, 32 MiB
+SMALL = 512  # heads of 128×128 states in float32, 32 MiB
 
 
 def _columns(columns: int, K: int, V: int) -> int:
@@ -225,13 +225,13 @@ def launch(
     columns, num_warps = _config(RULE_CONFIGS, recurrent_state)
     BV = _columns(columns, K, V)
     out = torch.empty((B, T, HV, V), dtype=torch.float32, device=v.device)
-    options = overlap_options(v, A_log, dt_bias) if overlap else {}
+    options = overlap_options(v, A_log, dt_bias) if overlap and _fits(recurrent_state) else {}
     kernel_of(delta_rule_kernel)[(B * HV * -(-V // BV),)](
         q, k, v, a, b, A_log.contiguous(), dt_bias.contiguous(), recurrent_state, out,
         scale, 0.0 if l2norm_eps is None else l2norm_eps, T,
         *q.stride(), *k.stride(), *v.stride(), *a.stride(), *b.stride(), *recurrent_state.stride(),
         H=H, HV=HV, K=K, V=V, BK=triton.next_power_of_2(K), BV=BV, L2NORM=l2norm_eps is not None,
-        EVICT=_evict(recurrent_state), OVERLAP=bool(options), num_warps=num_warps, **options,
+        EVICT="evict_first" if _fits(recurrent_state) else "", OVERLAP=bool(options), num_warps=num_warps, **options,
     )  # fmt: skip
     return out
 
@@ -256,9 +256,6 @@ def launch_packed_decode(
     recurrent_state: torch.Tensor,
     scale: float,
     l2norm_eps: float,
-    z: torch.Tensor | None = None,
-    norm_weight: torch.Tensor | None = None,
-    norm_eps: float = 0.0,
     *,
     overlap: bool = False,
 ) -> torch.Tensor:
@@ -271,38 +268,52 @@ def launch_packed_decode(
         recurrent_state: [B, HV, K, V], any strides, written in place.
         scale: factor on q.
         l2norm_eps: eps of the l2norm of q and k.
-        z: [B, 1, HV·V], the gate of a gated norm behind the rule, any strides; or None.
-        norm_weight: [V], and norm_eps: of that norm.
         overlap: as for `launch`.
 
     Returns:
-        o [B, 1, HV, V] in float32, with z in norm_weight's dtype.
+        o [B, 1, HV, V] in float32.
     """
-    if z is None:
-        q, k, v = _split(mixed_qkv, recurrent_state)
-        return launch(q, k, v, a, b, A_log, dt_bias, recurrent_state, scale, l2norm_eps, overlap=overlap)
-    return launch_gated(
-        mixed_qkv, a, b, A_log, dt_bias, recurrent_state, scale, l2norm_eps, z, norm_weight, norm_eps,
-        norm_weight.dtype, overlap=overlap,
-    )  # fmt: skip
+    q, k, v = _split(mixed_qkv, recurrent_state)
+    return launch(q, k, v, a, b, A_log, dt_bias, recurrent_state, scale, l2norm_eps, overlap=overlap)
 
 
 def launch_gated(
-    mixed_qkv, a, b, A_log, dt_bias, recurrent_state, scale, l2norm_eps, z, norm_weight, norm_eps, dtype, overlap=False
-) -> torch.Tensor:  # fmt: skip
-    """launch_packed_decode with a z, its output in `dtype`."""
+    mixed_qkv: torch.Tensor,
+    z: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    A_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    recurrent_state: torch.Tensor,
+    norm_weight: torch.Tensor,
+    scale: float,
+    l2norm_eps: float,
+    norm_eps: float,
+    overlap: bool = False,
+) -> torch.Tensor:
+    """packed_decode and gated_rms_norm in one kernel.
+
+    Args:
+        mixed_qkv, a, b, A_log, dt_bias, recurrent_state, scale, l2norm_eps, overlap: as for `launch_packed_decode`.
+        z: [B, 1, HV·V], the gate, any strides.
+        norm_weight: [V].
+        norm_eps: eps of the norm.
+
+    Returns:
+        [B, 1, HV·V] in z's dtype.
+    """
     B, HV, K, V = recurrent_state.shape
     q, k, v = (x.squeeze(1) for x in _split(mixed_qkv, recurrent_state))
     a, b, z = a.squeeze(1), b.squeeze(1), z.unflatten(-1, (HV, V)).squeeze(1)
     columns, num_warps, ahead = _config(GATED_CONFIGS, recurrent_state)
-    out = torch.empty((B, 1, HV, V), dtype=dtype, device=z.device)
-    options = overlap_options(z, A_log, dt_bias) if overlap else {}
+    out = torch.empty((B, 1, HV * V), dtype=z.dtype, device=z.device)
+    options = overlap_options(z, A_log, dt_bias) if overlap and _fits(recurrent_state) else {}
     kernel_of(delta_rule_gated_kernel)[(B * HV,)](
         q, k, v, z, a, b, A_log.contiguous(), dt_bias.contiguous(), norm_weight.contiguous(), recurrent_state, out,
         scale, l2norm_eps, norm_eps,
         *q.stride(), *k.stride(), *v.stride(), *z.stride(), *a.stride(), *b.stride(), *recurrent_state.stride(),
         H=q.shape[1], HV=HV, K=K, V=V, BK=triton.next_power_of_2(K), BV=_columns(columns, K, V), AHEAD=ahead,
-        EVICT=_evict(recurrent_state), OVERLAP=bool(options), num_warps=num_warps, **options,
+        EVICT="evict_first" if _fits(recurrent_state) else "", OVERLAP=bool(options), num_warps=num_warps, **options,
     )  # fmt: skip
     return out
 
@@ -312,9 +323,10 @@ def _config(table: tuple[Any, ...], recurrent_state: torch.Tensor) -> Any:
     return next(config for heads, config in table if B * HV <= heads)
 
 
-def _evict(recurrent_state: torch.Tensor) -> str:
+def _fits(recurrent_state: torch.Tensor) -> bool:
+    """Whether the state is small beside the L2: more programs than that would only be in the way of the kernel they overlap."""
     B, HV = recurrent_state.shape[:2]
-    return "evict_first" if B * HV <= LEAVE_FIRST else ""
+    return B * HV <= SMALL
 
 
 def supports(
@@ -347,13 +359,9 @@ def supports_packed_decode(
     recurrent_state: torch.Tensor,
     scale: float,
     l2norm_eps: float,
-    z: torch.Tensor | None = None,
-    norm_weight: torch.Tensor | None = None,
-    norm_eps: float = 0.0,
 ) -> None:
     """Raises Refused unless T = 1, D = 2·H·K + HV·V is static, and for whatever `supports` refuses."""
     require_dtypes(mixed_qkv=mixed_qkv, a=a, b=b, A_log=A_log, dt_bias=dt_bias, recurrent_state=recurrent_state)
-    require_dtypes(z=z, norm_weight=norm_weight)
     _, T, D = mixed_qkv.shape
     _, HV, K, V = recurrent_state.shape
     require_one_token(T)

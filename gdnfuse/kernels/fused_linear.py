@@ -1,6 +1,6 @@
 """The linears of a decode step with what stands around them, for one row or a few: which kernel takes which.
 
-One row goes to `skinny_linear`, which fuses on both sides of the product; two to 32 go to `few_rows_linear`, on tensor cores.
+One row goes to `skinny_linear`, which fuses on both sides of the product; two to 16 go to `few_rows_linear`, on tensor cores.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def launch(
     *,
     overlap: bool = False,
 ) -> torch.Tensor:
-    """The dialect's fused_linear for at most 32 rows and one weight.
+    """The dialect's fused_linear for at most 16 rows and one weight.
 
     Args:
         x, weights, norm_weight, norm_eps, norm_offset, gate, swiglu, residual: as there.
@@ -58,28 +58,26 @@ def launch_in_proj_conv(
     *,
     overlap: bool = False,
 ) -> torch.Tensor:
-    """The dialect's in_proj_conv for at most 32 rows and one weight.
+    """The dialect's in_proj_conv for one row and one weight.
 
     Args:
         x, weights, norm_weight, norm_eps, norm_offset: as there.
-        conv_state: [B, D, S], any strides; written in place.
+        conv_state: [1, D, S], any strides; written in place.
         conv_weight: [D, 1, W], any strides.
         conv_bias, conv_offset, activation: as there.
-        overlap: as for `launch`, and for the conv state.
+        overlap: as for `launch`.
 
     Returns:
-        [B, 1, M] in float32, contiguous.
+        [1, 1, M] in float32, contiguous.
     """
     (weight,) = weights
     conv = (conv_state, conv_weight, conv_bias, conv_offset, activation)
-    if _rows(x) > 1:
-        return few_rows_linear.launch(x, weight, conv=conv, overlap=overlap)
     chosen = skinny_linear.config("conv", weight.shape[1], weight.dtype)
     return skinny_linear.launch_with(chosen, x, weight, norm_weight, norm_eps, norm_offset, conv=conv, overlap=overlap)
 
 
 def launch_split(x: torch.Tensor, weights: list[torch.Tensor], parts: int, *, overlap: bool = False) -> torch.Tensor:
-    """The dialect's split_linear for 2 to 32 rows and one weight.
+    """The dialect's split_linear for 2 to 16 rows and one weight.
 
     Args:
         x, weights, parts: as there.
@@ -97,9 +95,9 @@ def _rows(x: torch.Tensor) -> int:
 
 
 def supports(
-    x, weights, norm_weight=None, norm_eps=0.0, norm_offset=0.0, gate=None, swiglu=False, residual=None, conv=False, parts=1
+    x, weights, norm_weight=None, norm_eps=0.0, norm_offset=0.0, gate=None, swiglu=False, residual=None, parts=1
 ) -> None:  # fmt: skip
-    """Raises Refused unless there are at most 32 rows, sizes are static, dtypes are float32, bfloat16 or float16, rows are
+    """Raises Refused unless there are at most 16 rows, sizes are static, dtypes are float32, bfloat16 or float16, rows are
     contiguous and there is one weight, of x's dtype but behind a gated norm.
 
     One row must be at most MAX_N wide and heads under a gate fill the steps over columns; several rows must fill the steps over
@@ -129,8 +127,8 @@ def supports(
     if _rows(x) > 1:
         around = {"norm or gate before": norm_weight, "residual behind": residual}
         if given := [name for name, t in around.items() if t is not None]:
-            raise Refused(f"Several rows take SwiGLU or a conv behind their linear and nothing else, got a {given[0]} it.")
-        few_rows_config("swiglu" if swiglu else "conv" if conv else "plain", M, N, _rows(x), weight.dtype, parts)
+            raise Refused(f"Several rows take SwiGLU behind their linear and nothing else, got a {given[0]} it.")
+        few_rows_config(M, N, _rows(x), swiglu, parts, weight.dtype)
     elif N > skinny_linear.MAX_N:
         raise Refused(f"One row must be at most {skinny_linear.MAX_N} wide, got {N}.")
     if gate is not None:
@@ -142,8 +140,10 @@ def supports(
 def supports_in_proj_conv(
     x, weights, norm_weight, norm_eps, norm_offset, conv_state, conv_weight, conv_bias, conv_offset, activation
 ) -> None:  # fmt: skip
-    """Raises Refused where `supports` does, and unless conv sizes are static and the activation is known."""
-    supports(x, weights, norm_weight, norm_eps, norm_offset, conv=True)
+    """Raises Refused where `supports` does, and unless x is one row, conv sizes are static and the activation is known."""
+    supports(x, weights, norm_weight, norm_eps, norm_offset)
+    if _rows(x) > 1:
+        raise Refused(f"x must be one row, got the sizes {list(x.shape)}.")
     require_dtypes(conv_state=conv_state, conv_weight=conv_weight, conv_bias=conv_bias)
     require_static(D=conv_state.shape[1], S=conv_state.shape[2], W=conv_weight.shape[2])
     if activation not in ACTIVATIONS:
@@ -160,6 +160,6 @@ def supports_split(x, weights, parts) -> None:
 fused_linear = register("fused_linear", launch, supports, early=("weights", "norm_weight"))
 in_proj_conv = register(
     "in_proj_conv", launch_in_proj_conv, supports_in_proj_conv, mutates=("conv_state",),
-    early=("weights", "norm_weight", "conv_state"),
+    early=("weights", "norm_weight"),
 )  # fmt: skip
 split_linear = register("split_linear", launch_split, supports_split, early=("weights",))

@@ -11,7 +11,7 @@ import torch
 
 from gdnfuse.report import Refused
 
-MAX_ROWS = 32
+MAX_ROWS = 16  # beyond, cuBLAS streams weights as fast
 FILLED = 100  # tiles of rows from which on splitting the columns too is not worth the sum
 MOST = 330  # programs beyond which more parts are not worth the sum
 PARTS = (8, 7, 6, 5, 4, 3, 2)
@@ -28,11 +28,13 @@ class FewRowsConfig(NamedTuple):
     early: bool
 
 
-def few_rows_config(kind: str, M: int, N: int, rows: int, dtype: torch.dtype = torch.bfloat16, parts: int = 1) -> FewRowsConfig:
+def few_rows_config(
+    M: int, N: int, rows: int, swiglu: bool = False, parts: int = 1, dtype: torch.dtype = torch.bfloat16
+) -> FewRowsConfig:
     """The config for `rows` rows times a weight [M, N].
 
     Args:
-        kind: what is fused behind: "plain", "swiglu" or "conv".
+        swiglu: whether the weight is of gate and up.
         parts: of split_linear.
 
     Raises:
@@ -41,12 +43,10 @@ def few_rows_config(kind: str, M: int, N: int, rows: int, dtype: torch.dtype = t
     few = rows <= 8
     if parts > 1:
         config = FewRowsConfig(64, 256 if few else 128, 4, 3, parts, True)
-    elif kind == "plain":
-        config = FewRowsConfig(64, 256 if few else 128, 4, 4 if few else 3, 1, False)
-    elif kind == "swiglu":
+    elif swiglu:
         config = FewRowsConfig(32, 256, 4, 4, 1, False) if few else FewRowsConfig(64, 128, 4, 4, 1, False)
     else:
-        config = FewRowsConfig(32, 256, 4, 4, 1, False) if few else FewRowsConfig(64, 128, 4, 3, 1, False)
+        config = FewRowsConfig(64, 256 if few else 128, 4, 4 if few else 3, 1, False)
     block = config.BK * 2 // dtype.itemsize
     while block > 32 and N % (block * parts):
         block //= 2

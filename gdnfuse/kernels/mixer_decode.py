@@ -58,10 +58,9 @@ def launch(
     x = row.narrow(-1, qkv_offset, D).transpose(1, 2)
     mixed_qkv = causal_conv_update(x, conv_state, conv_weight, conv_bias, activation, overlap=overlap).transpose(1, 2)
     z, b, a = row.narrow(-1, z_offset, HV * V), row.narrow(-1, b_offset, HV), row.narrow(-1, a_offset, HV)
-    o = launch_gated(
-        mixed_qkv, a, b, A_log, dt_bias, recurrent_state, scale, l2norm_eps, z, norm_weight, norm_eps, row.dtype, overlap=overlap
+    return launch_gated(
+        mixed_qkv, z, a, b, A_log, dt_bias, recurrent_state, norm_weight, scale, l2norm_eps, norm_eps, overlap=overlap
     )
-    return o.flatten(-2)
 
 
 def supports(

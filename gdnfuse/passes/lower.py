@@ -12,10 +12,11 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatefulSymbolicContext
 
 from gdnfuse import kernels
-from gdnfuse.dialect import op_of, packed_linear
+from gdnfuse.dialect import add_rms_norm, op_of, packed_linear
 from gdnfuse.kernels.linear_configs import split
 from gdnfuse.packing import PackedWeight, pack
 from gdnfuse.report import Record, Refused, Status
+from gdnfuse.rewrite.driver import infer
 from gdnfuse.rewrite.graph import is_tensor, module_stack, op_name, storage, value, writes
 
 MAX_SUM = 7  # terms: Inductor makes a loop of a longer sum, with a kernel of its own
@@ -92,6 +93,9 @@ def _parts(call: dict[str, Any]) -> int:
 def _add_up(node: Node, parts: int, dtype: torch.dtype) -> None:
     """Let the readers of a linear that was split read its sum, in steps so short that Inductor takes them where they are read."""
     readers, graph, total = list(node.users), node.graph, node
+    node.meta["example_value"] = infer(node)
+    if [op_of(r.target) for r in readers] == [add_rms_norm.op] and readers[0].args[0] is node:
+        return  # which adds up itself
     with graph.inserting_before(node.next):
         steps = [("sum", 0), ("to", dtype)]
         if parts > MAX_SUM:

@@ -13,6 +13,7 @@ import pytest
 
 FILE = Path(__file__).with_name("interpreted.py")
 OPS = [
+    "add_rms_norm",
     "attention_decode",
     "causal_conv-",
     "causal_conv_update",

@@ -25,8 +25,10 @@ CALLS = {
     "mixer_decode": kernel_cases.mixer(6, 2, 4, 24, 16, dtype=torch.bfloat16),
     "fused_linear": kernel_cases.linear(7, 100, torch.bfloat16, norm=True, residual=True),
     "in_proj_conv": kernel_cases.in_proj(7, 100, 5, torch.bfloat16),
+    "split_linear": kernel_cases.split(7, 512, 2, torch.bfloat16, (3, 1)),
+    "add_rms_norm": kernel_cases.added(100, torch.bfloat16, parts=3),
 }
-BATCHED = [op for op in CALLS if op not in ("fused_linear", "in_proj_conv")]
+BATCHED = [op for op in CALLS if op not in ("fused_linear", "in_proj_conv", "split_linear", "add_rms_norm")]
 # The axis of time of what a prompt is made of, by the ops that take prompts of any length.
 TIME = dict.fromkeys(("q", "k", "v", "g", "beta", "a", "b"), 1)
 TIMES = {"causal_conv": {"x": 2}, "chunk_delta_rule": TIME, "fused_gating_chunk_delta_rule": TIME}

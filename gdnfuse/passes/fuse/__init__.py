@@ -1,11 +1,11 @@
 """fuse: tiny patterns over dialect ops. A fusion is a file here and a line in RULES, before those that build on it."""
 
 from gdnfuse.passes.fuse import (
+    add_rms_norm,
     causal_attention,
     conv_context,
     gating_chunk_delta_rule,
     gating_delta_rule,
-    in_proj_conv,
     l2norm_delta_rule,
     mixer_decode,
     mixer_linears,
@@ -26,8 +26,8 @@ RULES = [
     mixer_decode.RULE,
     norm_linear.RULE,
     mixer_linears.RULE,
-    in_proj_conv.RULE,
     swiglu_linear.RULE,
     residual_linear.RULE,
+    add_rms_norm.RULE,
     causal_attention.RULE,
 ]

@@ -1,0 +1,70 @@
+"""A side of a benchmark in a process of its own.
+
+transformers chooses flash-linear-attention when it imports a model, and for good: only the side `fla` may see it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+
+def show_fla(side: str) -> None:
+    """Hide flash-linear-attention from this process, but for the side `fla`, which needs it; before a model is imported."""
+    if side != "fla":
+        sys.modules["fla"] = None  # type: ignore[assignment]  # so that importing it fails
+    elif importlib.util.find_spec("fla") is None:
+        sys.exit("flash-linear-attention is not installed.")
+
+
+def fla_version() -> str:
+    """Of the flash-linear-attention that the imported model uses: transformers falls back to its own code silently."""
+    if "fla.ops.gated_delta_rule" not in sys.modules:
+        sys.exit("transformers does not use the flash-linear-attention that is installed.")
+    return getattr(sys.modules["fla"], "__version__", "unknown")
+
+
+def run_sides(script: str, model: str, sides: Sequence[str], argv: Sequence[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What a benchmark's worker `reference` answers, with "machine" in it, and the row of each side, one after another.
+
+    They share a folder, in which the reference leaves what sides are compared with: without it no side runs.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        first = spawn(script, "reference", model, argv, folder)
+        if "failed" in first:
+            return {"machine": {}}, [{**first, "side": side} for side in sides]
+        bar = tqdm(sides, desc=model, disable=None, leave=False, delay=1)
+        rows = [spawn(script, side, model, argv, folder) for side in bar]
+    for row in rows:
+        if "fla" in row:
+            first["machine"]["fla"] = row.pop("fla")
+    return first, rows
+
+
+def spawn(script: str, side: str, model: str, argv: Sequence[str], folder: str) -> dict[str, Any]:
+    """What a script, called with argv and `--worker side model folder`, answers; {"side", "failed": sentence} if it fails."""
+    command = [sys.executable, script, *argv, "--worker", side, model, folder]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    if run.returncode:
+        sys.stderr.write(run.stderr)
+        lines = run.stderr.strip().splitlines()
+        return {"side": side, "failed": lines[-1] if lines else f"The process ended with status {run.returncode}."}
+    return json.loads(run.stdout.strip().rsplit("\n", 1)[-1])
+
+
+def answer(work: Callable[[], dict[str, Any]]) -> None:
+    """Print what `work` gives, as the last line; an error ends the process with its own first line as the last."""
+    try:
+        result = work()
+    except Exception as e:
+        traceback.print_exc()
+        sys.exit(f"{type(e).__name__}: {str(e).strip().partition(chr(10))[0]}")
+    print(json.dumps(result))

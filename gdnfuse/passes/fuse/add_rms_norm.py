@@ -1,0 +1,59 @@
+"""rms_norm(residual + linear(x))  →  add_rms_norm, for a few rows
+
+One row has both in its linears. Several rows have them as one kernel between two linears, which adds up what the first left in
+parts and lets the second start early.
+"""
+
+from __future__ import annotations
+
+from gdnfuse.dialect import add_rms_norm, rms_norm
+from gdnfuse.passes.fuse.linears import alone, is_linear
+from gdnfuse.passes.rows import few_rows, one_row
+from gdnfuse.rewrite.driver import call
+from gdnfuse.rewrite.graph import is_tensor, op_name, same_shape, value
+from gdnfuse.rewrite.pattern import Mismatch
+from gdnfuse.rewrite.rule import Match, Rule
+
+
+class FuseAddRMSNorm(Rule):
+    name, stage, equation = "add_rms_norm", "fuse", add_rms_norm.op.equation
+
+    def anchors(self, graph):
+        """A norm of a few rows behind a sum."""
+        norms = [n for n in graph.nodes if op_name(n) == "gdnfuse.rms_norm" and few_rows(n) and not one_row(n)]
+        return [n for n in norms if op_name(_bound(n)["x"]) == "add"]
+
+    def match(self, anchor):
+        norm = _bound(anchor)
+        add = norm["x"]
+        linear = next((a for a in reversed(add.args) if is_linear(a)), None)
+        if linear is None or len(add.args) != 2 or add.kwargs:
+            raise Mismatch(add, "a sum with a linear without bias", ", ".join(map(op_name, add.args)))
+        alone(linear, add)
+        residual = add.args[0] if add.args[1] is linear else add.args[1]
+        for node in (residual, linear, anchor):
+            if (
+                not is_tensor(node)
+                or not same_shape(value(node).shape, value(add).shape)
+                or value(node).dtype != value(add).dtype
+            ):
+                raise Mismatch(add, f"{list(value(add).shape)} of {value(add).dtype} throughout", str(node))
+        # Rows are normalised one by one, whatever their width: a few narrow ones prove as much.
+        lead = [min(s, 2) for s in value(add).shape[:-1]]
+        return Match(
+            {"x": linear, "residual": residual, "weight": norm["weight"]},
+            [add, anchor],
+            data={"eps": norm["eps"], "offset": norm["offset"]},
+            shapes={"x": (*lead, 8), "residual": (*lead, 8), "weight": (8,)},
+        )
+
+    def rewrite(self, m, t):
+        results = call(add_rms_norm.op.overload, t.x, t.residual, t.weight, m.data["eps"], m.data["offset"])
+        return results[0], results[1]
+
+
+def _bound(norm):
+    return rms_norm.op.bind(norm.args, norm.kwargs)
+
+
+RULE = FuseAddRMSNorm()
