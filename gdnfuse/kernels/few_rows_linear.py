@@ -1,4 +1,4 @@
-"""A few rows times a weight, on tensor cores: the linears of a decode step of 2 to 16 sequences, which only stream their weights.
+"""A few rows times a weight, on tensor cores: the linears of a decode step of 2 to 32 sequences, which only stream their weights.
 
 Meaning: the dialect's fused_linear, with SwiGLU behind it (Shazeer 2020, arXiv:2002.05202) or nothing, and split_linear.
 

@@ -1,6 +1,6 @@
 """The linears of a decode step with what stands around them, for one row or a few: which kernel takes which.
 
-One row goes to `skinny_linear`, which fuses on both sides of the product; two to 16 go to `few_rows_linear`, on tensor cores.
+One row goes to `skinny_linear`, which fuses on both sides of the product; two to 32 go to `few_rows_linear`, on tensor cores.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def launch(
     *,
     overlap: bool = False,
 ) -> torch.Tensor:
-    """The dialect's fused_linear for at most 16 rows and one weight.
+    """The dialect's fused_linear for at most 32 rows and one weight.
 
     Args:
         x, weights, norm_weight, norm_eps, norm_offset, gate, swiglu, residual: as there.
@@ -77,7 +77,7 @@ def launch_in_proj_conv(
 
 
 def launch_split(x: torch.Tensor, weights: list[torch.Tensor], parts: int, *, overlap: bool = False) -> torch.Tensor:
-    """The dialect's split_linear for 2 to 16 rows and one weight.
+    """The dialect's split_linear for 2 to 32 rows and one weight.
 
     Args:
         x, weights, parts: as there.
@@ -97,7 +97,7 @@ def _rows(x: torch.Tensor) -> int:
 def supports(
     x, weights, norm_weight=None, norm_eps=0.0, norm_offset=0.0, gate=None, swiglu=False, residual=None, parts=1
 ) -> None:  # fmt: skip
-    """Raises Refused unless there are at most 16 rows, sizes are static, dtypes are float32, bfloat16 or float16, rows are
+    """Raises Refused unless there are at most 32 rows, sizes are static, dtypes are float32, bfloat16 or float16, rows are
     contiguous and there is one weight, of x's dtype but behind a gated norm.
 
     One row must be at most MAX_N wide and heads under a gate fill the steps over columns; several rows must fill the steps over

@@ -11,7 +11,7 @@ import torch
 
 from gdnfuse.report import Refused
 
-MAX_ROWS = 16  # beyond, cuBLAS streams weights as fast
+MAX_ROWS = 32
 FILLED = 100  # tiles of rows from which on splitting the columns too is not worth the sum
 MOST = 330  # programs beyond which more parts are not worth the sum
 PARTS = (8, 7, 6, 5, 4, 3, 2)
@@ -44,9 +44,9 @@ def few_rows_config(
     if parts > 1:
         config = FewRowsConfig(64, 256 if few else 128, 4, 3, parts, True)
     elif swiglu:
-        config = FewRowsConfig(32, 256, 4, 4, 1, False) if few else FewRowsConfig(64, 128, 4, 4, 1, False)
+        config = FewRowsConfig(32, 256, 4, 4 if few else 2, 1, True)
     else:
-        config = FewRowsConfig(64, 256 if few else 128, 4, 4 if few else 3, 1, False)
+        config = FewRowsConfig(64, 256 if few else 128, 4, 4 if few else 3, 1, few)
     block = config.BK * 2 // dtype.itemsize
     while block > 32 and N % (block * parts):
         block //= 2

@@ -6,7 +6,7 @@ from typing import Any
 
 from gdnfuse.rewrite.graph import is_tensor, value
 
-FEW_ROWS = 16
+FEW_ROWS = 32
 
 
 def few_rows(node: Any) -> bool:
