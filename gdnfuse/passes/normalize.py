@@ -74,6 +74,11 @@ def _view(node: Node) -> None:
     if node.target == "view" and node.op == "call_method" and not any(isinstance(a, torch.dtype) for a in node.args):
         if "dtype" not in node.kwargs:
             node.target = "reshape"
+    # The first size is left to be found: proofs then do with fewer sequences than the model was given.
+    if node.target in ("reshape", torch.reshape) and not node.kwargs and value(node).ndim > 1:
+        sizes = value(node).shape
+        if all(isinstance(size, int) and size > 0 for size in sizes):
+            node.args = (node.args[0], (-1, *map(int, sizes[1:])))
 
 
 def _cast(gm: GraphModule, node: Node) -> None:

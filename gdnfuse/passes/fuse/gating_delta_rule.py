@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from gdnfuse.dialect import delta_rule, fused_gating_delta_rule, gating
+from gdnfuse.passes.fuse.rules import two_sequences
 from gdnfuse.report import Refused
 from gdnfuse.rewrite.driver import call
 from gdnfuse.rewrite.graph import op_name, peel, real_users, value
@@ -28,6 +29,7 @@ class FuseGatingDeltaRule(Rule):
             [o],
             writes={"recurrent_state": write},
             data={"how": operands, "scale": bound["scale"], "eps": bound["l2norm_eps"]},
+            shapes=two_sequences(inputs, "q", "k", "v", "a", "b", "recurrent_state"),
         )
 
     def rewrite(self, m, t):

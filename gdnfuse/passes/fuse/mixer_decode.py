@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from gdnfuse.dialect import causal_conv_update, gated_rms_norm, mixer_decode, packed_decode
+from gdnfuse.passes.fuse.rules import two_sequences
 from gdnfuse.rewrite.driver import call
 from gdnfuse.rewrite.graph import is_tensor, op_name, peel, real_users, same, source, value
 from gdnfuse.rewrite.pattern import Mismatch
@@ -48,9 +49,11 @@ class FuseMixerDecode(Rule):
             "recurrent_state": rule["recurrent_state"],
             "norm_weight": norm["weight"],
         }
+        inputs = {k: n for k, n in inputs.items() if n is not None}
         return Match(
-            {k: n for k, n in inputs.items() if n is not None},
+            inputs,
             [out],
+            shapes=two_sequences(inputs, "row", "conv_state", "recurrent_state"),
             writes={"conv_state": conv_node, "recurrent_state": anchor},
             data={
                 "how": {k: x.how for k, x in operands.items()},

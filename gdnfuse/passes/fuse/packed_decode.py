@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from gdnfuse.dialect import fused_gating_delta_rule, packed_decode
+from gdnfuse.passes.fuse.rules import two_sequences
 from gdnfuse.report import Refused
 from gdnfuse.rewrite.driver import call
 from gdnfuse.rewrite.graph import op_name, peel, same, value
@@ -30,9 +31,11 @@ class FusePackedDecode(Rule):
         if not same(T, 1):
             raise Refused(f"One token must be processed (T = 1), found T = {T}.", at=anchor)
         operand = bring(row, (B, 1, 2 * H * K + HV * V), "mixed_qkv")
+        inputs = {"mixed_qkv": operand.node, **{k: bound[k] for k in GATES}}
         return Match(
-            {"mixed_qkv": operand.node, **{k: bound[k] for k in GATES}},
+            inputs,
             [anchor],
+            shapes=two_sequences(inputs, "mixed_qkv", "a", "b", "recurrent_state"),
             writes={"recurrent_state": anchor},
             data={"how": operand.how, "scale": bound["scale"], "eps": bound["l2norm_eps"]},
         )

@@ -18,6 +18,16 @@ B, T, K, V, ALL = 2, 70, 8, 6, 1 << 30
 LIMITS = {"q": (B, T, ALL, K), "k": (B, T, ALL, K), "v": (B, T, ALL, V), "state": (B, ALL, K, V), "a": (B, T)}
 
 
+def two_sequences(inputs: dict[str, Node], *batched: str) -> dict[str, tuple[int, ...]]:
+    """Shapes for the proof of a step whose inputs of these names have the batch in front: two sequences prove as much as any."""
+    shapes = {}
+    for name in batched:
+        size = value(inputs[name]).shape
+        if all(isinstance(n, int) for n in size) and size[0] > B:
+            shapes[name] = (B, *size[1:])
+    return shapes if len(shapes) == len(batched) else {}
+
+
 def rule_match(rule: Node, new: DialectOp, operands: dict[str, Any]) -> Match:
     """A match that replaces a rule by a call of `new`.
 
