@@ -1,7 +1,8 @@
-"""Linears of one row with cold weights: cuBLAS, the skinny kernel's configs, and the one its tables choose.
+"""Linears of one row or a few with cold weights: cuBLAS, our kernels' configs, and the one their tables choose.
 
     python benchmarks/gemm.py --json gemm.json
     python benchmarks/gemm.py --models 4b --roles conv,swiglu
+    python benchmarks/gemm.py --rows 2,8,16,32 --json gemm_rows.json
 
 Each linear is measured as a decode step has it, with what is fused around it, by its role:
 
@@ -11,12 +12,17 @@ Each linear is measured as a decode step has it, with what is fused around it, b
     swiglu   gate and up: norm before, SwiGLU behind; M is half the rows of the weight
     plain    down: residual behind
 
+Several rows, as many sequences decode at once, are another kernel's, which has SwiGLU behind gate and up and nothing around any
+other linear: these are plain then. They may come in parts of their columns, float32 sums that their reader adds up, which is not
+timed. Beyond MAX_ROWS in gdnfuse/kernels/linear_configs.py a decode step leaves them to cuBLAS.
+
 cuBLAS's time is that of the bare linear. Weights, and the conv states and norm weights that belong to them, are rotated so that
 none is in the L2 when its turn comes: a CUDA graph runs one linear after another on one stream, each allowed to start while the
 one before it runs (programmatic dependent launch), over copies that together exceed COLD_BYTES, again and again up to LAUNCHES
 linears. The figure is the median of REPLAYS replays, in microseconds per linear, with its share of what streaming the weight once
-at 4.3 TB/s would take. Configs are rows per tile × columns per step × warps × programs per multiprocessor (0: one per tile). Each
-config's outputs are compared with float64's first, and no speed is reported for one that is wrong.
+at 4.3 TB/s would take. Configs for one row are rows per tile × columns per step × warps × programs per multiprocessor (0: one per
+tile); for several rows of the weight per tile × columns per step × warps × stages × parts × whether the first step is loaded
+early. Each config's outputs are compared with float64's first, and no speed is reported for one that is wrong.
 """
 
 from __future__ import annotations
@@ -31,7 +37,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -44,19 +50,24 @@ from torch.nn.functional import linear
 from tqdm import tqdm
 
 from gdnfuse.dialect import fused_linear, in_proj_conv
-from gdnfuse.kernels import skinny_linear
+from gdnfuse.kernels import few_rows_linear, skinny_linear
+from gdnfuse.kernels.linear_configs import FewRowsConfig, few_rows_config, split
 
 ROLES = ("conv", "norm", "gate", "swiglu", "plain")
 MODELS = ("0.8b", "4b", "9b")
 HEAD = 128  # columns of a head of a gated norm
 WINDOW = 4  # columns of a conv state, and taps of the conv
 EPS = 1e-6
+MOST_ROWS = 32
 DEVICE = "cuda"
 
 
 @dataclass(frozen=True)
 class Linear:
-    """role: of ROLES. rows, columns: of the weight. channels: of the conv behind it. models: whose decode steps have it."""
+    """role: of ROLES. rows, columns: of the weight. channels: of the conv behind it. models: whose decode steps have it.
+
+    sequences: rows that the weight is multiplied with.
+    """
 
     role: str
     whose: str
@@ -64,10 +75,16 @@ class Linear:
     columns: int
     channels: int = 0
     models: tuple[str, ...] = ()
+    sequences: int = 1
 
     @property
     def outputs(self) -> int:
         return self.rows // (2 if self.role == "swiglu" else 1)
+
+    def of_rows(self, sequences: int) -> Linear:
+        """The same for so many rows."""
+        role = self.role if sequences == 1 or self.role == "swiglu" else "plain"
+        return replace(self, role=role, sequences=sequences)
 
     def __str__(self) -> str:
         return f"{self.rows}×{self.columns}"
@@ -106,12 +123,45 @@ REPLAYS = 9
 MEMORY = 0.8  # of what is free, at most
 TOLERANCE = {torch.bfloat16: 2.0**-7, torch.float32: 1e-4}  # of outputs and conv states, relative to the largest
 
-Config = skinny_linear.Config
+# For several rows: rows of the weight per tile and warps, columns per step, stages in flight, parts of the columns.
+TILES, STEPS, STAGES, PARTS = ((32, 4), (64, 4), (128, 8)), (64, 128, 256), (2, 3, 4, 6), range(1, 9)
+SHARED = range(30 * 1024, 150 * 1024 + 1)  # bytes of shared memory per program: less is idle, more does not fit beside another
+PROGRAMS = range(SM // 4, 4 * SM + 1)  # where the columns are split: fewer are idle, more are not worth the sum
+LEAST = 8  # columns of a product on tensor cores, so that fewer rows are as many
+
+Config = skinny_linear.Config | FewRowsConfig
+
+
+def chosen(of: Linear) -> Config:
+    """The config that a decode step takes."""
+    if of.sequences == 1:
+        return skinny_linear.config(of.role, of.columns)
+    size = of.rows, of.columns, of.sequences
+    return few_rows_config(*size, swiglu=True) if of.role == "swiglu" else few_rows_config(*size, parts=split(*size))
 
 
 def configs(of: Linear) -> Iterator[Config]:
-    """The configs worth measuring, the chosen one first: whole loads, no spills, little padding, one tile per program or more."""
-    yield (chosen := skinny_linear.config(of.role, of.columns))
+    """The configs worth measuring, the chosen one first."""
+    first = chosen(of)
+    yield first
+    others = one_row_configs(of) if of.sequences == 1 else few_rows_configs(of)
+    yield from (config for config in others if config != first)
+
+
+def few_rows_configs(of: Linear) -> Iterator[FewRowsConfig]:
+    """Whole steps, two or more of them, as much shared memory as it takes to stream, and a sensible number of programs."""
+    width = max(LEAST, triton.next_power_of_2(of.sequences))
+    for (tile, warps), step, stages, parts in itertools.product(TILES, STEPS, STAGES, PARTS if of.role == "plain" else (1,)):
+        if of.columns % (step * parts) or of.columns // parts < 2 * step:
+            continue
+        if 2 * (tile + width) * step * stages not in SHARED or parts > 1 and -(-of.rows // tile) * parts not in PROGRAMS:
+            continue
+        for early in (False, True):
+            yield FewRowsConfig(tile, step, warps, stages, parts, early)
+
+
+def one_row_configs(of: Linear) -> Iterator[skinny_linear.Config]:
+    """Whole loads, no spills, little padding, one tile per program or more."""
     for rows, block, warps, per_sm in itertools.product(ROWS, BLOCKS, WARPS, PER_SM):
         padded, threads = -(-of.columns // block) * block, 32 * warps
         tile = 2 * rows * padded * (2 if of.role == "swiglu" else 1) / threads
@@ -120,27 +170,28 @@ def configs(of: Linear) -> Iterator[Config]:
             continue
         if 2 * rows * block < LOAD * threads or tile < TILE or tile + 4 * padded / threads > most:
             continue
-        if per_sm * SM < -(-of.outputs // rows) and (rows, block, warps, per_sm) != chosen:
+        if per_sm * SM < -(-of.outputs // rows):
             yield rows, block, warps, per_sm
 
 
 def operands(of: Linear, copies: int) -> tuple[torch.Tensor, list[dict[str, Any]]]:
-    """The row, and for each copy of the weight the other arguments of `launch_with`, uninitialised."""
+    """The rows, and for each copy of the weight the other arguments of the kernel, uninitialised."""
     make = partial(torch.empty, device=DEVICE)
     bf16 = {"dtype": torch.bfloat16}
-    x = make(1, 1, of.columns, dtype=torch.float32 if of.role == "gate" else torch.bfloat16)
+    alone = of.sequences == 1
+    x = make(of.sequences, 1, of.columns, dtype=torch.float32 if of.role == "gate" else torch.bfloat16)
     weights = make(copies, of.rows, of.columns, **bf16)
     sets: list[dict[str, Any]] = [{"weight": w} for w in weights]
     more: dict[str, Any] = {}
     if of.role == "gate":
         more["gate"] = make(1, 1, of.columns)
-    if of.role in ("gate", "plain"):
+    if of.role in ("gate", "plain") and alone:
         more["residual"] = make(1, 1, of.outputs, **bf16)
     if of.role == "swiglu":
         more["swiglu"] = True
     for each in sets:
         each |= more
-        if of.role != "plain":
+        if of.role != "plain" and alone:
             norm_weight = make(HEAD if of.role == "gate" else of.columns, **bf16)
             each |= {"norm_weight": norm_weight, "norm_eps": EPS, "norm_offset": 0.0 if of.role == "gate" else 1.0}
         if of.role == "conv":
@@ -161,6 +212,8 @@ def fill(x: torch.Tensor, sets: Sequence[dict[str, Any]]) -> None:
 
 def run_with(config: Config, x: torch.Tensor, each: dict[str, Any]) -> torch.Tensor:
     """The kernel as a decode step launches it."""
+    if isinstance(config, FewRowsConfig):
+        return few_rows_linear.launch_with(config, x, overlap=True, **each)
     return skinny_linear.launch_with(config, x, overlap=True, **each)
 
 
@@ -176,7 +229,8 @@ class Ahead:
 
 def compile_all(linears: Sequence[Linear]) -> None:
     """Compile every kernel of the sweep ahead, side by side; linears of equal role and width mostly share theirs."""
-    with ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool), mock.patch.object(skinny_linear, "kernel_of", Ahead):
+    patches = [mock.patch.object(module, "kernel_of", Ahead) for module in (skinny_linear, few_rows_linear)]
+    with ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool), patches[0], patches[1]:
         for of in linears:
             x, sets = operands(of, 1)
             for config in configs(of):
@@ -234,7 +288,10 @@ def exact(x: torch.Tensor, each: dict[str, Any]) -> list[torch.Tensor]:
 def wrong(config: Config, x: torch.Tensor, each: dict[str, Any], expected: Sequence[torch.Tensor]) -> bool:
     """Whether an output or a conv state is too far from float64's."""
     ours = copied(each)
-    found = [run_with(config, x, ours), *(s for s in [conv_of(ours)] if s is not None)]
+    output = run_with(config, x, ours)
+    if isinstance(config, FewRowsConfig) and config.parts > 1:
+        output = output.sum(0)
+    found = [output, *(s for s in [conv_of(ours)] if s is not None)]
     for tensor, want in zip(found, expected, strict=True):
         error = (tensor.flatten().double() - want.flatten()).abs().max() / want.abs().max()
         if not error <= TOLERANCE[tensor.dtype]:
@@ -243,7 +300,7 @@ def wrong(config: Config, x: torch.Tensor, each: dict[str, Any], expected: Seque
 
 
 def label(config: Sequence[int]) -> str:
-    return "×".join(map(str, config))
+    return "×".join(str(int(n)) for n in config)
 
 
 def run(of: Linear) -> dict[str, Any]:
@@ -256,28 +313,32 @@ def run(of: Linear) -> dict[str, Any]:
     first = copied(sets[0])  # its conv state stays as it is, while those of the sets are written
     expected = exact(x, first)
 
-    off, times = [], {}
-    chosen = skinny_linear.config(of.role, of.columns)
+    off, too_large, times = [], [], {}
     for config in configs(of):
-        if wrong(config, x, first, expected):
-            off.append(label(config))
-        else:
-            times[config] = microseconds(partial(run_with, config), x, sets)
+        try:
+            if wrong(config, x, first, expected):
+                off.append(label(config))
+            else:
+                times[config] = microseconds(partial(run_with, config), x, sets)
+        except triton.OutOfResources:  # operands on their way to the tensor cores take shared memory too
+            too_large.append(label(config))
     ordered = sorted(times, key=times.get)
-    row = x.to(torch.bfloat16)
+    rows, taken = x.to(torch.bfloat16), chosen(of)
     return {
         "role": of.role,
         "whose": of.whose,
+        "rows": of.sequences,
         "shape": [of.rows, of.columns],
         "copies": copies,
         "limit_us": 1e6 * size / BYTES_PER_SECOND,
-        "cublas_us": microseconds(linear, row, [each["weight"] for each in sets]),
+        "cublas_us": microseconds(linear, rows, [each["weight"] for each in sets]),
         "best": ordered[0] if ordered else None,
         "best_us": times[ordered[0]] if ordered else None,
-        "chosen": chosen,
-        "chosen_us": times.get(chosen),
+        "chosen": taken,
+        "chosen_us": times.get(taken),
         "configs_us": {label(c): times[c] for c in ordered},
         "wrong": off,
+        "too_large": too_large,
     }
 
 
@@ -291,9 +352,10 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     for r in results:
         limit = r["limit_us"]
         times = [cell(r["cublas_us"], limit), cell(r["best_us"], limit, r["best"]), cell(r["chosen_us"], limit, r["chosen"])]
-        rows.append([r["role"], label(r["shape"]), r["whose"], *times])
-    head = "Linears of one row, bfloat16, cold weights: µs (share of 4.3 TB/s); cuBLAS's without what is fused around them"
-    return f"{head}\n{tabulate(rows, ['role', 'rows×columns', 'whose', 'cuBLAS', 'best', 'chosen'], disable_numparse=True)}"
+        rows.append([r["rows"], r["role"], label(r["shape"]), r["whose"], *times])
+    head = "Linears of a few rows, bfloat16, cold weights: µs (share of 4.3 TB/s); cuBLAS's without what is fused around them"
+    headers = ["rows", "role", "weight", "whose", "cuBLAS", "best", "chosen"]
+    return f"{head}\n{tabulate(rows, headers, disable_numparse=True)}"
 
 
 def chosen_of(parser: argparse.ArgumentParser, option: str, given: str, valid: Sequence[str]) -> list[str]:
@@ -307,15 +369,19 @@ def chosen_of(parser: argparse.ArgumentParser, option: str, given: str, valid: S
 @torch.no_grad()
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--roles", default=",".join(ROLES), help=f"of {', '.join(ROLES)}, by comma")
+    parser.add_argument("--roles", default=",".join(ROLES), help=f"at one row, of {', '.join(ROLES)}, by comma")
     parser.add_argument("--models", default=",".join(MODELS), help=f"of {', '.join(MODELS)}, by comma")
+    parser.add_argument("--rows", default="1", help=f"how many there are, 1 to {MOST_ROWS}, by comma")
     parser.add_argument("--json", metavar="FILE", help="write the figures, the machine and the versions here")
     args = parser.parse_args(argv)
     roles = chosen_of(parser, "--roles", args.roles, ROLES)
     models = chosen_of(parser, "--models", args.models, MODELS)
+    counts = [int(n) if n.isdecimal() else 0 for n in args.rows.split(",")]
+    if not all(1 <= n <= MOST_ROWS for n in counts):
+        parser.error(f"--rows must be numbers from 1 to {MOST_ROWS} by comma, got {args.rows}")
     if not torch.cuda.is_available():
         parser.error("a CUDA device is needed")
-    linears = [of for of in LINEARS if of.role in roles and {*of.models} & {*models}]
+    linears = [of.of_rows(n) for n in counts for of in LINEARS if of.role in roles and {*of.models} & {*models}]
     if not linears:
         parser.error(f"no linear of the roles {args.roles} is measured for the models {args.models}")
 
@@ -333,7 +399,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json:
         with open(args.json, "w") as f:
             json.dump(data, f, indent=1)
-    off = [f"{r['role']} {label(r['shape'])}: {', '.join(r['wrong'])}" for r in data["results"] if r["wrong"]]
+    off = [f"{r['role']} {label(r['shape'])}, rows {r['rows']}: {', '.join(r['wrong'])}" for r in data["results"] if r["wrong"]]
     if off:
         print(f"No speed reported, outputs are wrong: {'; '.join(off)}.", file=sys.stderr)
     return 1 if off else 0

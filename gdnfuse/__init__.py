@@ -26,6 +26,7 @@ __all__ = [
     "clear_reports",
     "compile",
     "reports",
+    "set_state_dtype",
     "warmup",
 ]
 
@@ -41,6 +42,13 @@ def compile(model: torch.nn.Module, *, mode: str | None = None, **options: Any) 
     from gdnfuse import huggingface
 
     return huggingface.compile(model, mode=mode, **options)
+
+
+def set_state_dtype(cache: Any, dtype: torch.dtype) -> None:
+    """Keep the recurrent states of a filled cache in another dtype. See `gdnfuse.huggingface.set_state_dtype`."""
+    from gdnfuse import huggingface
+
+    huggingface.set_state_dtype(cache, dtype)
 
 
 def warmup(model: torch.nn.Module, **options: Any) -> Warmup:

@@ -34,6 +34,7 @@ def compile(
     fullgraph: bool = False,
     dynamic: bool | None = None,
     prefill: bool | None = None,
+    state_dtype: torch.dtype | None = None,
     **options: Any,
 ) -> torch.nn.Module:
     """Compile a model in place, for `generate()` and for direct calls alike: decode steps one way, prompts another.
@@ -49,6 +50,7 @@ def compile(
         fullgraph, dynamic: as in `torch.compile`.
         prefill: compile calls that are no decode step too, or leave them eager. None means True, but False with `capture=False`:
             the rule would be unrolled into one graph for each length.
+        state_dtype: of the recurrent states from their prompt on, see `set_state_dtype`; None leaves them as they are.
         options: see `gdnfuse.options.Options`.
 
     Returns:
@@ -59,16 +61,21 @@ def compile(
     """
     parsed = gdnfuse_options.parse(options)
     _check_mode(mode, parsed)
+    if state_dtype is not None:
+        _check_state_dtype(state_dtype)
     generate_mode = "reduce-overhead" if mode is None and parsed.inner == "inductor" else mode
     shared = {"backend": "gdnfuse", "fullgraph": fullgraph, "dynamic": dynamic}
 
     plain = model._call_impl
     decode, first = torch.compile(plain, **shared, **_mode_or_options(mode, options)), plain
     if prefill or prefill is None and parsed.capture:
-        first = _marking_caches(torch.compile(_apart(plain), **shared, **_no_cuda_graphs(mode, options)), fullgraph)
+        first = torch.compile(_apart(plain), **shared, **_no_cuda_graphs(mode, options))
+        first = _preparing_caches(first, fullgraph, state_dtype)
         if not fullgraph:
             # Where generate compiles this call itself (for prefill_chunk_size), a prompt still gets its own compilation.
             first = torch._dynamo.disable(first, recursive=False)
+    elif state_dtype is not None:
+        first = _preparing_caches(plain, fullgraph, state_dtype)
     model._compiled_call_impl = _by_phase(decode, first)
     if getattr(model, "generation_config", None) is not None:
         from transformers import CompileConfig
@@ -126,20 +133,22 @@ def _by_phase(decode: Callable[..., Any], first: Callable[..., Any]) -> Callable
     return call
 
 
-def _marking_caches(fn: Callable[..., Any], fullgraph: bool) -> Callable[..., Any]:
-    """Let CUDA graphs of later steps write to the cache that a compiled prompt made, as transformers does outside of graphs."""
+def _preparing_caches(fn: Callable[..., Any], fullgraph: bool, state_dtype: torch.dtype | None) -> Callable[..., Any]:
+    """Have the states that a prompt left kept in their dtype, and written by the CUDA graphs of later steps where they are."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         out = fn(*args, **kwargs)
         if not (fullgraph and torch.compiler.is_compiling()):
-            _mark_static(getattr(out, "past_key_values", None))
+            _prepare(getattr(out, "past_key_values", None), state_dtype)
         return out
 
     return call
 
 
-@torch.compiler.disable  # a mark cannot be set in a graph
-def _mark_static(cache: Any) -> None:
+@torch.compiler.disable  # neither a mark nor another tensor in a cache can be set in a graph
+def _prepare(cache: Any, state_dtype: torch.dtype | None) -> None:
+    if state_dtype is not None and _recurrent_states(cache):
+        set_state_dtype(cache, state_dtype)
     for layer in getattr(cache, "layers", []):
         states = [*getattr(layer, "conv_states", {}).values(), *getattr(layer, "recurrent_states", {}).values()]
         if layer.is_compileable:
@@ -147,6 +156,44 @@ def _mark_static(cache: Any) -> None:
         for tensor in states:
             if isinstance(tensor, torch.Tensor):
                 torch._dynamo.mark_static_address(tensor)
+
+
+STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def set_state_dtype(cache: Any, dtype: torch.dtype) -> None:
+    """Keep the recurrent states of a filled cache in another dtype from here on.
+
+    A decode step reads and writes each state once, [B, HV, K, V] float32 as transformers makes it: for many sequences that is
+    most of what it moves, and bfloat16 halves it. Maths stays float32, but every step rounds the state; the README says how far
+    that drifts. The cache's own update keeps the dtype, compiled or not.
+
+    Args:
+        cache: of transformers, after its prompt.
+        dtype: float32, bfloat16 or float16.
+
+    Raises:
+        GdnfuseError: another dtype, or a cache without recurrent states. Nothing is changed then.
+    """
+    _check_state_dtype(dtype)
+    states = _recurrent_states(cache)
+    if not states:
+        raise GdnfuseError("The cache must hold recurrent states, found none: a prompt makes them.")
+    for held, i in states:
+        if held[i].dtype != dtype:
+            held[i] = held[i].to(dtype)
+            torch._dynamo.mark_static_address(held[i])
+
+
+def _check_state_dtype(dtype: Any) -> None:
+    if dtype not in STATE_DTYPES:
+        raise GdnfuseError(f"state_dtype must be one of {', '.join(map(str, STATE_DTYPES))}, found {dtype!r}.")
+
+
+def _recurrent_states(cache: Any) -> list[tuple[dict[int, torch.Tensor], int]]:
+    """Where a cache holds each recurrent state: a dict and a key of it."""
+    held = [layer.recurrent_states for layer in getattr(cache, "layers", []) if hasattr(layer, "recurrent_states")]
+    return [(states, i) for states in held for i, state in states.items() if isinstance(state, torch.Tensor)]
 
 
 # Two lengths: Dynamo makes one graph for the first and one for any length at the second.

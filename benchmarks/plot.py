@@ -1,0 +1,171 @@
+"""One plot for each of the benchmarks' JSON files: decode, prefill, chunk and mixer, with what they were measured on below.
+
+    python benchmarks/plot.py --out plots
+
+Takes every decode*.json, prefill*.json, chunk*.json and mixer*.json of --results, by default those that belong to this
+repository, and writes a PNG of the same name for each. Needs matplotlib (the extra `plot`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+COLOURS = {
+    "eager": "#9e9e9e",
+    "fla": "#e08214",
+    "inductor": "#4393c3",
+    "max-autotune": "#2166ac",
+    "gdnfuse": "#1a9850",
+    "mixer_decode": "#1a9850",
+    "packed_decode": "#a6d96a",
+    "packed_decode_gated": "#762a83",
+}
+WIDTH = 0.8  # that the bars of a group share
+VERSIONS = {"torch": "torch", "cuda": "CUDA", "triton": "Triton", "transformers": "transformers", "fla": "fla"}
+
+
+def grouped_bars(
+    axes: Any, groups: Sequence[str], rows: Sequence[dict[str, float | None]], limits: Sequence[float | None], digits: int
+) -> None:
+    """A group of bars for each of `rows`, of figures by side, and its limit as a line across them.
+
+    A side without a figure, because its results were wrong or it failed, says so in its place.
+    """
+    sides = list(dict.fromkeys(side for row in rows for side in row))
+    width = WIDTH / len(sides)
+    shown = [figure for row in rows for figure in row.values() if figure] + [limit for limit in limits if limit]
+    top = max(shown, default=1.0)
+    for i, side in enumerate(sides):
+        at = [group + (i - (len(sides) - 1) / 2) * width for group in range(len(rows))]
+        axes.bar(at, [row.get(side) or 0 for row in rows], width * 0.92, label=side, color=COLOURS.get(side))
+        for x, row, limit in zip(at, rows, limits, strict=True):
+            if side in row:
+                text, height, turn = (f"{row[side]:.{digits}f}", row[side], 0) if row[side] else ("no speed", limit or 0, 90)
+                axes.text(x, height + 0.01 * top, text, ha="center", va="bottom", fontsize=8, rotation=turn)
+    for group, limit in enumerate(limits):
+        if limit:
+            label = "limit" if limit == next(filter(None, limits)) else None
+            axes.hlines(limit, group - WIDTH / 2, group + WIDTH / 2, color="black", linestyle="--", linewidth=1.2, label=label)
+    axes.set_xticks(range(len(groups)), groups)
+    axes.set_ylim(0, 1.08 * top)
+
+
+def figures(rows: Iterable[dict[str, Any]], name: str) -> dict[str, float | None]:
+    return {row["side"]: row.get(name) for row in rows}
+
+
+def decode(axes: Any, data: dict[str, Any]) -> list[str]:
+    results = sorted(data["results"], key=lambda r: r.get("weight_bytes", 0))
+    rows = [figures(r["sides"], "ms") for r in results]
+    grouped_bars(axes, [r["model"] for r in results], rows, [r.get("limit_ms") for r in results], 2)
+    batch = data["arguments"]["batch"]
+    axes.set(title=f"Decode step, batch {batch}", ylabel="ms per step (lower is better)")
+    limit = "limit: every weight read once at 4.3 TB/s" if any(r.get("limit_ms") for r in results) else ""
+    return [data["arguments"]["dtype"], f"batch {batch}", limit, "median"]
+
+
+def prefill(axes: Any, data: dict[str, Any]) -> list[str]:
+    arguments = data["arguments"]
+    groups, rows = [], []
+    for result in data["results"]:
+        for n in arguments["lengths"]:
+            groups.append(f"{result['model']}\n{n} tokens")
+            rows.append({row["side"]: row.get("ms", {}).get(str(n)) for row in result["sides"]})
+    grouped_bars(axes, groups, rows, [None] * len(rows), 0)
+    axes.set(title=f"Prefill, batch {arguments['batch']}", ylabel="ms per prompt (lower is better)")
+    return [arguments["dtype"], f"batch {arguments['batch']}", "median"]
+
+
+def chunk(axes: Any, data: dict[str, Any]) -> list[str]:
+    results = data["results"]
+    rows = [figures(r["sides"], "us") for r in results]
+    groups = [f"{r['batch']} × {r['tokens']}" for r in results]
+    grouped_bars(axes, groups, rows, [r["limit_us"] for r in results], 0)
+    axes.set(title="Chunked gated delta rule, forward", xlabel="batch × tokens", ylabel="µs per call (lower is better)")
+    return ["bfloat16", "16 key and 32 value heads of 128", "limit: inputs, output and states once at 4.3 TB/s", "median"]
+
+
+def mixer(axes: Any, data: dict[str, Any]) -> list[str]:
+    results, arguments = data["results"], data["arguments"]
+    batches = [r["batch"] for r in results]
+    for side in dict.fromkeys(row["side"] for r in results for row in r["sides"]):
+        us = [figures(r["sides"], "us").get(side) for r in results]
+        measured = [(batch, figure) for batch, figure in zip(batches, us, strict=True) if figure]
+        if measured:
+            axes.plot(*zip(*measured, strict=True), marker="o", markersize=4, label=side, color=COLOURS.get(side))
+    axes.plot(batches, [r["limit_us"] for r in results], color="black", linestyle="--", linewidth=1.2, label="limit")
+    marks = [(r["batch"], r["mark_us"]) for r in results if r.get("mark_us")]
+    if marks:
+        axes.scatter(*zip(*marks, strict=True), marker="_", s=160, color="crimson", label="mark", zorder=3)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(batches, [str(batch) for batch in batches])
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set(title="Mixer of a GDN layer, one token", xlabel="sequences", ylabel="µs per call (lower is better)")
+    conditions = ["bfloat16 rows", f"{arguments.get('state', 'float32')} states, cold", "32 value heads of 128"]
+    overlap = "overlapping launches" if arguments.get("overlap") else ""
+    return [*conditions, overlap, "limit: the state read and written once at 4.3 TB/s", "median"]
+
+
+PLOTS: dict[str, Callable[[Any, dict[str, Any]], list[str]]] = {
+    "decode": decode,
+    "prefill": prefill,
+    "chunk": chunk,
+    "mixer": mixer,
+}
+
+
+def caption(data: dict[str, Any], conditions: Sequence[str]) -> str:
+    """What was measured on and how, and with which versions."""
+    machine = data["machine"]
+    where = machine.get("gpu") or f"{machine.get('cpu')}, {machine.get('cpu_threads')} threads"
+    versions = [f"{name} {machine[key]}" for key, name in VERSIONS.items() if machine.get(key)]
+    return "\n".join([*textwrap.wrap("; ".join([where, *filter(None, conditions)]), 140), ", ".join(versions)])
+
+
+def plot(name: str, source: Path, target: Path) -> None:
+    from matplotlib.figure import Figure
+
+    data = json.loads(source.read_text())
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    conditions = PLOTS[name](axes, data)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper center", ncols=6, frameon=False, fontsize=9)
+    figure.supxlabel(caption(data, conditions), fontsize=7, color="#555555")
+    figure.savefig(target, dpi=150)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", metavar="DIR", default="plots", help="folder for the plots")
+    parser.add_argument("--results", metavar="DIR", default=str(RESULTS), help="folder with the JSON files")
+    args = parser.parse_args(argv)
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        print("plot.py needs matplotlib, which is not installed: pip install 'gdnfuse[plot]'", file=sys.stderr)
+        return 1
+    results, out = Path(args.results), Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name in PLOTS:
+        sources = sorted(results.glob(f"{name}*.json"))
+        if not sources:
+            print(f"{results} has no {name}.json, so there is no plot of it.", file=sys.stderr)
+        for source in sources:
+            written.append(out / f"{source.stem}.png")
+            plot(name, source, written[-1])
+            print(written[-1])
+    return 0 if written else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
