@@ -7,6 +7,7 @@ import json
 import re
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -106,6 +107,8 @@ def render(report: GraphReport) -> str:
         parts.append(_table(_layer_rows(report.layers)))
     if rows := report.rows():
         parts.append(_table([{**row, "proof error": _number(row["proof error"])} for row in rows]))
+    if rows := _launch_rows(report):
+        parts.append(_table(rows))
     if report.stage_code:
         parts.append(report.stage_code.strip())
     return "\n\n".join(parts)
@@ -122,10 +125,12 @@ def _layer_rows(layers: Sequence[LayerReport]) -> list[dict[str, Any]]:
     """One row per kind of layer: those that differ in nothing but a number in their path share a row."""
     groups: dict[tuple[Any, ...], list[LayerReport]] = {}
     for layer in layers:
-        key = (_template(layer.path), layer.fused, _kernels(layer), layer.nodes_before, layer.nodes_after, layer.why_not)
+        nodes = f"{layer.nodes_before} → {layer.nodes_after}"
+        launches = f"{layer.launches_before} → {layer.launches_after}"
+        key = (_template(layer.path), layer.fused, _kernels(layer), nodes, launches, layer.why_not)
         groups.setdefault(key, []).append(layer)
     rows = []
-    for (template, fused, kernels, before, after, why_not), members in groups.items():
+    for (template, fused, kernels, nodes, launches, why_not), members in groups.items():
         errors = [r.proof_error for layer in members for r in layer.records if r.proof_error is not None]
         rows.append(
             {
@@ -133,12 +138,19 @@ def _layer_rows(layers: Sequence[LayerReport]) -> list[dict[str, Any]]:
                 "count": len(members),
                 "fused": "yes" if fused else "no",
                 "kernels": kernels,
-                "nodes": f"{before} → {after}",
+                "nodes": nodes,
+                "launches": launches,
                 "proof error": _number(max(errors, default=None)),
                 "why not": why_not,
             }
         )
     return rows
+
+
+def _launch_rows(report: GraphReport) -> list[dict[str, Any]]:
+    """One row per kernel and way of sharing out its work."""
+    counts = Counter((r.rule, line, r.measured) for r in report.all_records for line in r.launches)
+    return [{"op": rule, "launch": line, "count": n, "compared by": by} for (rule, line, by), n in counts.items()]
 
 
 def _kernels(layer: LayerReport) -> str:

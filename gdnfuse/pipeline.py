@@ -17,7 +17,7 @@ from gdnfuse.passes import fuse, lift, lower, normalize
 from gdnfuse.passes.lift import gating
 from gdnfuse.report import GraphReport, LayerReport, Record, Status
 from gdnfuse.rewrite.driver import Outcome, run_rules
-from gdnfuse.rewrite.graph import calls, is_tensor, module_stack, op_name, same, value
+from gdnfuse.rewrite.graph import calls, computes, is_tensor, module_stack, op_name, same, value
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ def rewrite(gm: GraphModule, real: dict[Node, Any], options: Options, report: Gr
     for node, tensor in real.items():
         node.meta["gdnfuse_real"] = tensor
     outcome, packed = Outcome(), []
-    report.nodes_before = len(calls(gm))
+    report.nodes_before, report.launches_before = len(calls(gm)), _launches(calls(gm))
     for stage in _stages(gm, real, options, report, outcome, packed):
         log.debug("after %s:\n%s", stage, gm.graph)
         if stage == options.stop_after:
@@ -74,7 +74,8 @@ def _find_layers(gm: GraphModule, report: GraphReport) -> None:
     anchors = list(gating.RULE.anchors(gm.graph))
     before = Counter(path for n in calls(gm) for path in set(module_stack(n)))
     for path in dict.fromkeys(module_stack(anchor)[-1] for anchor in anchors):
-        report.layers.append(LayerReport(path, nodes_before=before[path]))
+        inside = [n for n in calls(gm) if path in module_stack(n)]
+        report.layers.append(LayerReport(path, nodes_before=before[path], launches_before=_launches(inside)))
     if anchors:
         writes = [n for n in gm.graph.nodes if op_name(n) == "copy_" and is_tensor(n.args[0])]
         cached = any(w.args[0].op == "placeholder" and value(w.args[0]).ndim == 4 for w in writes)
@@ -105,6 +106,7 @@ def _finish(gm: GraphModule, report: GraphReport, outcome: Outcome) -> None:
     for n in calls(gm):
         for path in set(module_stack(n)) & paths.keys():
             paths[path].ops_after.append(_op(n))
+            paths[path].launches_after += _launches([n])
     for layer in report.layers:
         layer.nodes_after = len(layer.ops_after)
         if report.phase == "decode":
@@ -114,7 +116,12 @@ def _finish(gm: GraphModule, report: GraphReport, outcome: Outcome) -> None:
         else:
             layer.fused = True
     report.nodes_after = len(calls(gm)) if report.layers else report.nodes_before
+    report.launches_after = _launches(calls(gm)) if report.layers else report.launches_before
     report.proofs, report.proof_seconds = outcome.proofs, outcome.proof_seconds
+
+
+def _launches(nodes: list[Node]) -> int:
+    return sum(n.meta.get("gdnfuse_launches", int(computes(n))) for n in nodes)
 
 
 def _op(node: Node) -> str:

@@ -55,6 +55,9 @@ class Record:
         proof_error: worst relative error of the float64 proof, for FIRED (and for REFUSED by a failed proof).
         proof_cached: the proof was made for another region of equal structure.
         chosen: the implementation, for a lowering.
+        launches: one line per Triton kernel that a lowered op launches, with how it shares out the work; empty where that is
+            known at run time only.
+        measured: the benchmark that compares these configs, or empty.
     """
 
     rule: str
@@ -70,6 +73,8 @@ class Record:
     proof_error: float | None = None
     proof_cached: bool = False
     chosen: str | None = None
+    launches: list[str] = field(default_factory=list)
+    measured: str = ""
 
 
 @dataclass
@@ -83,6 +88,9 @@ class LayerReport:
         note: for an unfused layer, a sentence on what a fused one has and this one lacks, or empty.
         records: every rule's records for this layer, in the order they were made.
         nodes_before, nodes_after: call nodes that belong to the layer before normalize and after lower.
+        launches_before, launches_after: kernels the layer needs: one per op that computes, or those that its kernel launches.
+            Inductor may merge some of what is not ours, on both sides. What a fused layer has in the linears of the decoder
+            layer around it is not among them.
         ops_after: names of those that stay, in graph order.
     """
 
@@ -92,6 +100,8 @@ class LayerReport:
     records: list[Record] = field(default_factory=list)
     nodes_before: int = 0
     nodes_after: int = 0
+    launches_before: int = 0
+    launches_after: int = 0
     ops_after: list[str] = field(default_factory=list)
 
     @property
@@ -117,6 +127,7 @@ class GraphReport:
         note: a sentence, or empty.
         inner: the backend that compiled the rest.
         nodes_before, nodes_after: call nodes of the whole graph.
+        launches_before, launches_after: as of a layer, for the whole graph.
         proofs: proofs run (not taken from the cache); proof_seconds: their time in all.
         pass_seconds: time of every pass together, proofs included.
         stage_code: the graph after the stage that `stop_after` named, as text.
@@ -131,6 +142,8 @@ class GraphReport:
     inner: str = ""
     nodes_before: int = 0
     nodes_after: int = 0
+    launches_before: int = 0
+    launches_after: int = 0
     proofs: int = 0
     proof_seconds: float = 0.0
     pass_seconds: float = 0.0
@@ -152,7 +165,8 @@ class GraphReport:
             return f"graph {self.graph_id} ({self.phase}): no GDN layer found; compiled by {self.inner} as it came."
         line = (
             f"graph {self.graph_id} ({self.phase}): {self.fused_layers}/{len(self.layers)} GDN layers fused, "
-            f"{self.nodes_before} → {self.nodes_after} nodes, {self.proofs} proofs in {self.proof_seconds:.2f} s"
+            f"{self.nodes_before} → {self.nodes_after} nodes, {self.launches_before} → {self.launches_after} kernels, "
+            f"{self.proofs} proofs in {self.proof_seconds:.2f} s"
         )
         return f"{line}. {self.note}" if self.note else f"{line}."
 

@@ -38,7 +38,7 @@ from gdnfuse.report import Refused
 # By the number of heads in all, up to: value columns per program (of 128 keys) and warps for the rule alone; for the rule with
 # its norm the same per tile, and whether the next tile is loaded before the one before it is done. A state is not needed again
 # before the whole model's has gone by, so where it fits the L2 it is the first to leave it; where it does not, that only costs.
-# benchmarks/mixer.py sweeps them.
+# benchmarks/mixer.py --sweep compares them.
 RULE_CONFIGS = ((512, (32, 1)), (float("inf"), (64, 2)))
 GATED_CONFIGS = ((128, (128, 4, False)), (512, (64, 4, True)), (float("inf"), (64, 2, False)))
 SMALL = 512  # heads of 128×128 states in float32, 32 MiB
@@ -373,5 +373,6 @@ def supports_packed_decode(
 
 
 EARLY = ("A_log", "dt_bias", "recurrent_state")
-fused_gating_delta_rule = register("fused_gating_delta_rule", launch, supports, mutates=("recurrent_state",), early=EARLY)
-packed_decode = register("packed_decode", launch_packed_decode, supports_packed_decode, mutates=("recurrent_state",), early=EARLY)
+STATE, SWEEP = ("recurrent_state",), "benchmarks/mixer.py --sweep"
+fused_gating_delta_rule = register("fused_gating_delta_rule", launch, supports, STATE, EARLY, SWEEP)
+packed_decode = register("packed_decode", launch_packed_decode, supports_packed_decode, STATE, EARLY, SWEEP)

@@ -157,9 +157,10 @@ def supports_split(x, weights, parts) -> None:
         raise Refused(f"Parts of a linear need at least two rows and two parts, got {_rows(x)} and {parts}.")
 
 
-fused_linear = register("fused_linear", launch, supports, early=("weights", "norm_weight"))
+GEMM = "benchmarks/gemm.py"
+fused_linear = register("fused_linear", launch, supports, early=("weights", "norm_weight"), measured=GEMM)
 in_proj_conv = register(
-    "in_proj_conv", launch_in_proj_conv, supports_in_proj_conv, mutates=("conv_state",),
-    early=("weights", "norm_weight"),
+    "in_proj_conv", launch_in_proj_conv, supports_in_proj_conv, mutates=("conv_state",), early=("weights", "norm_weight"),
+    measured=GEMM,
 )  # fmt: skip
-split_linear = register("split_linear", launch_split, supports_split, early=("weights",))
+split_linear = register("split_linear", launch_split, supports_split, early=("weights",), measured=GEMM)

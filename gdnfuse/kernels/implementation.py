@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 INDEX_POINTERS = {torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*i1"}
 MAX_HEAD_DIM = 256
+# Constexprs by which a kernel shares out its work: tiles, steps, parts.
+SHARES = ("R", "BM", "BN", "BK", "BV", "BB", "BD", "BL", "SPLITS", "STAGES", "EARLY", "AHEAD", "LOOP")
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Implementation:
         supports: takes the same arguments, real or fake; raises Refused with the reason if the kernel cannot take them.
         early: names of the arguments it reads before it waits for the kernels before it, if it may overlap them: see
             `overlap_options`. They must be as they are when the first kernel of a graph starts.
+        measured: the benchmark that compares its configs, or empty.
     """
 
     name: str
@@ -62,6 +65,7 @@ class Implementation:
     launch: Callable[..., Any] = field(repr=False)
     supports: Callable[..., None] = field(repr=False)
     early: tuple[str, ...] = ()
+    measured: str = ""
 
     @property
     def arg_names(self) -> tuple[str, ...]:
@@ -73,6 +77,29 @@ class Implementation:
         with _standing_in(lambda kernel: _Recorder(kernel, specs)):
             self.launch(*args, **kwargs)
         return specs
+
+    def plan(self, arguments: dict[str, Any]) -> list[str]:
+        """One line per kernel that a call with these fake tensors launches: its name, how it shares out the work, its warps.
+
+        Empty where that depends on sizes known at run time only, or on a device that is not there.
+        """
+        specs: list[CompileSpec] = []
+        tensors = [t for t in pytree.tree_leaves(arguments) if isinstance(t, FakeTensor)]
+        if tensors and all(isinstance(n, int) for t in tensors for n in (*t.shape, *t.stride())):
+            with _standing_in(lambda kernel: _Recorder(kernel, specs)), tensors[0].fake_mode:
+                try:
+                    self.launch(**arguments)
+                except Exception as e:
+                    log.debug("%s has no plan: %s", self.name, e)
+                    return []
+        return [
+            ", ".join(
+                [spec.kernel.__name__.removesuffix("_kernel")]
+                + [f"{name} {spec.constexprs[name]}" for name in SHARES if name in spec.constexprs]
+                + [f"{spec.options['num_warps']} warps"]
+            )
+            for spec in specs
+        ]
 
     def compile_ahead(self, arguments: dict[str, Any], pool: Executor) -> list[Future[Any]]:
         """Have the kernels that a call with these fake tensors launches compiled by threads of `pool`, one each.
@@ -100,6 +127,7 @@ def register(
     supports: Callable[..., None],
     mutates: tuple[str, ...] = (),
     early: tuple[str, ...] = (),
+    measured: str = "",
 ) -> Implementation:
     """Register ``gdnfuse_triton::<name>``, opaque to compilers, with `launch` for CUDA and the dialect's fake.
 
@@ -114,7 +142,7 @@ def register(
     torch.library.register_fake(
         f"gdnfuse_triton::{name}", lambda *args, overlap=False, **kwargs: meaning(*args, **kwargs), lib=_library
     )
-    return Implementation(name, getattr(torch.ops.gdnfuse_triton, name).default, launch, supports, early)
+    return Implementation(name, getattr(torch.ops.gdnfuse_triton, name).default, launch, supports, early, measured)
 
 
 def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:

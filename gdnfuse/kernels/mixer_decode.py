@@ -95,4 +95,5 @@ implementation = register(
     supports,
     mutates=("conv_state", "recurrent_state"),
     early=("conv_state", "conv_weight", "conv_bias", "A_log", "dt_bias", "recurrent_state"),
+    measured="benchmarks/mixer.py --sweep",
 )

@@ -34,7 +34,7 @@ def lower(gm: GraphModule, target: str | None, linears: bool = False) -> list[Re
     records = []
     touched = _Touched(gm.graph)
     behind: set[Node] = set()  # what depends on a kernel of ours
-    launched: dict[str, tuple[Any, dict[str, Any]]] = {}
+    launched: dict[str, tuple[Any, dict[str, Any], list[str]]] = {}
     for node in gm.graph.nodes:
         if not behind.isdisjoint(node.all_input_nodes):
             behind.add(node)
@@ -65,9 +65,11 @@ def lower(gm: GraphModule, target: str | None, linears: bool = False) -> list[Re
             if name == "split_linear":
                 _add_up(node, call["parts"], values["weights"][0].dtype)
             behind.add(node)
-            launched.setdefault(
-                f"{name} {pytree.tree_map_only(torch.Tensor, _layout, {**values, **early})}", (kernel, values | early)
-            )
+            key = f"{name} {pytree.tree_map_only(torch.Tensor, _layout, {**values, **early})}"
+            if key not in launched:
+                launched[key] = kernel, values | early, kernel.plan(values | early)
+            record.launches, record.measured = launched[key][2], kernel.measured
+            node.meta["gdnfuse_launches"] = len(record.launches) or 1
         except Refused as e:
             record.reason = e.reason
             if op is None:
@@ -77,7 +79,7 @@ def lower(gm: GraphModule, target: str | None, linears: bool = False) -> list[Re
             else:
                 record.chosen = "reference called"
         records.append(record)
-    kernels.compile_ahead(list(launched.values()))
+    kernels.compile_ahead([(kernel, arguments) for kernel, arguments, _ in launched.values()])
     return records
 
 

@@ -161,6 +161,13 @@ def remove_dead(graph: Graph) -> None:
                 graph.erase_node(node)
 
 
+def computes(node: Node) -> bool:
+    """Whether a call makes elements: it is no view, no part of something and no number."""
+    name = op_name(node)
+    view = name in _VIEWS | _PARTS and name not in ("stack", "contiguous", "clone")
+    return node.op in ("call_function", "call_method") and is_tensor(node) and not view or name.endswith("copy_")
+
+
 def calls(gm: GraphModule) -> list[Node]:
     return [n for n in gm.graph.nodes if n.op in ("call_function", "call_method", "call_module")]
 
