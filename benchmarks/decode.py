@@ -28,6 +28,8 @@ import torch
 import transformers
 from tabulate import tabulate
 from torch._inductor.utils import fresh_cache
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, StaticCache
 from workers import answer, fla_version, run_sides, show_fla
 
@@ -41,6 +43,7 @@ SLACK = 1.5
 FLOOR = 1e-5  # relative error allowed whatever eager's is: a float32 model is its own reference
 CHECKED = 8  # steps whose logits are compared
 BLOCK = 8
+PROFILED = 2  # steps whose kernels are counted
 EAGER_STEPS = 16  # timed of the sides that are not compiled
 SHARED = "reference.pt"  # tokens and logits that all sides of a model share
 
@@ -196,7 +199,9 @@ def run_side(side: str, name: str, args: argparse.Namespace, folder: Path) -> di
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     with fresh_cache():
-        decode = Decoder(model, compiled(side, model, args.mode), prompt_of(args, tokens), CHECKED + args.warmup + args.steps)
+        decode = Decoder(
+            model, compiled(side, model, args.mode), prompt_of(args, tokens), CHECKED + args.warmup + args.steps + PROFILED
+        )
         synchronize(device)
         start = time.perf_counter()
         first = decode(tokens[args.prompt]).float().cpu()
@@ -220,9 +225,20 @@ def run_side(side: str, name: str, args: argparse.Namespace, folder: Path) -> di
             ms = statistics.median(times)
             row |= {"ms": ms, "ms_p10": deciles[0], "ms_p90": deciles[-1], "steps": steps}
             row["tokens_per_second"] = 1e3 * args.batch / ms
+            if device == "cuda":
+                row["kernels_per_step"] = kernels(decode, tokens[:PROFILED])
     if device == "cuda":
         row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     return row
+
+
+def kernels(decode: Callable[[torch.Tensor], torch.Tensor], tokens: torch.Tensor) -> float:
+    """Kernels and copies that the device runs per step, those of CUDA graphs included."""
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
+        for token in tokens:
+            decode(token)
+        torch.cuda.synchronize()
+    return sum(e.device_type == DeviceType.CUDA for e in profiler.events()) / len(tokens)
 
 
 def machine() -> dict[str, Any]:
@@ -256,6 +272,7 @@ def table(result: dict[str, Any]) -> str:
                 f"{ms:.3f}" if ms else row.get("failed", "refused: logits are wrong"),
                 f"{row['tokens_per_second']:.0f}" if ms else "",
                 share,
+                f"{row['kernels_per_step']:.0f}" if "kernels_per_step" in row else "",
                 f"{row['first_call_seconds']:.1f}" if "error" in row else "",
                 f"{row['peak_gib']:.2f}" if "peak_gib" in row else "",
                 f"{row['error']:.1e} / {result['eager_error']:.1e}" if "error" in row else "",
@@ -264,7 +281,16 @@ def table(result: dict[str, Any]) -> str:
     head = f"{result['model']}, batch {result['batch']}"
     if result.get("limit_ms"):
         head += f": {result['weight_bytes'] / 1e9:.2f} GB of weights a step, {result['limit_ms']:.2f} ms at 4.3 TB/s"
-    headers = ["side", "ms per step (median)", "tokens/s", "of the limit", "cold first call (s)", "peak GiB", "error / eager's"]
+    headers = [
+        "side",
+        "ms per step (median)",
+        "tokens/s",
+        "of the limit",
+        "kernels",
+        "cold first call (s)",
+        "peak GiB",
+        "error / eager's",
+    ]
     return f"{head}\n{tabulate(rows, headers, disable_numparse=True)}"
 
 

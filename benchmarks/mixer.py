@@ -3,6 +3,7 @@
     python benchmarks/mixer.py --json mixer.json
     python benchmarks/mixer.py --batches 1,64 --sides mixer_decode,packed_decode
     python benchmarks/mixer.py --state bfloat16 --overlap
+    python benchmarks/mixer.py --sweep --batches 1,4,16,32,64,256 --json mixer_sweep.json
 
 Sides, at the sizes of a 4B model (16 key heads, 32 value heads, K = V = 128, a conv of four taps):
 
@@ -35,6 +36,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from decode import BYTES_PER_SECOND, machine
@@ -58,6 +60,16 @@ REPLAYS = 15
 # ‖found − wanted‖ / ‖wanted‖ against float64 for bfloat16 rows, by the state's dtype: a narrower one is rounded when stored.
 TOLERANCE = {torch.float32: 2e-2, torch.bfloat16: 2e-2 + 2.0**-8}
 DEVICE = "cuda"
+
+
+# By side: the table in kernels/delta_rule.py and what may stand in it.
+SWEEP = {
+    "packed_decode": ("RULE_CONFIGS", [(16, 1), (16, 2), (32, 1), (32, 2), (32, 4), (64, 2), (64, 4), (128, 4)]),
+    "packed_decode_gated": (
+        "GATED_CONFIGS",
+        [(128, 4, False), (128, 8, False), (64, 2, False), (64, 4, False), (64, 4, True), (32, 2, False), (32, 2, True)],
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -248,6 +260,36 @@ def run_batch(B: int, sides: Sequence[str], state: torch.dtype = torch.float32, 
     return result
 
 
+def sweep_batch(B: int) -> dict[str, Any]:
+    """Microseconds of the rule alone, and of the rule with its norm, for every way in which its kernel may share out the work."""
+    from gdnfuse.kernels import delta_rule
+
+    count = max(2, math.ceil(COLD_BYTES / (4 * B * HV * K * V)))
+    shared, result = weights(), {"batch": B, "sets": count}
+    for name, (table_name, configs) in SWEEP.items():
+        side = side_of(name, shared, True)
+        sets = [side.prepare(step(B, torch.float32, seed)) for seed in range(count)]
+        times = {}
+        for config in configs:
+            with mock.patch.object(delta_rule, table_name, ((math.inf, config),)):
+                if error(side, step(B, torch.float32)) <= TOLERANCE[torch.float32]:
+                    times["×".join(map(str, config))] = statistics.median(microseconds(side.call, sets))
+        chosen = next(config for heads, config in getattr(delta_rule, table_name) if B * HV <= heads)
+        result[name] = {"chosen": "×".join(map(str, chosen)), "configs_us": times}
+        del sets
+        torch.cuda.empty_cache()
+    return result
+
+
+def sweep_table(results: Sequence[dict[str, Any]]) -> str:
+    rows = []
+    for result in results:
+        for name in SWEEP:
+            times = sorted(result[name]["configs_us"].items(), key=lambda item: item[1])
+            rows.append([result["batch"], name, result[name]["chosen"], "  ".join(f"{c}: {us:.2f}" for c, us in times)])
+    return tabulate(rows, ["B", "side", "chosen", "columns×warps[×ahead]: µs"], disable_numparse=True)
+
+
 def table(results: Sequence[dict[str, Any]]) -> str:
     rows = []
     for result in results:
@@ -269,6 +311,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--sides", default=",".join(SIDES), help=f"of {', '.join(SIDES)}")
     parser.add_argument("--state", default="float32", choices=STATES, help="dtype of the recurrent state")
     parser.add_argument("--overlap", action="store_true", help="let gdnfuse's kernels start while the one before them runs")
+    parser.add_argument("--sweep", action="store_true", help="instead: every config of the rule's kernels, with overlap")
     parser.add_argument("--json", metavar="FILE", help="write the figures, the machine and the versions here")
     args = parser.parse_args(argv)
     sides = args.sides.split(",")
@@ -286,6 +329,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.manual_seed(0)
     command = shlex.join(["python", "benchmarks/mixer.py", *(sys.argv[1:] if argv is None else argv)])
     data: dict[str, Any] = {"command": command, "machine": machine(), "arguments": vars(args)}
+    if args.sweep:
+        data["results"] = [sweep_batch(B) for B in tqdm(batches, disable=None, leave=False, delay=1)]
+        print(sweep_table(data["results"]))
+        if args.json:
+            with open(args.json, "w") as f:
+                json.dump(data, f, indent=1)
+        return 0
     if "fla" in sides and importlib.util.find_spec("fla") is None:
         print("flash-linear-attention is not installed, so the side fla is left out.", file=sys.stderr)
         sides.remove("fla")
