@@ -40,7 +40,7 @@ from gdnfuse.report import Refused
 # before the whole model's has gone by, so where it fits the L2 it is the first to leave it; where it does not, that only costs.
 # benchmarks/mixer.py --sweep compares them.
 RULE_CONFIGS = ((512, (32, 1)), (float("inf"), (64, 2)))
-GATED_CONFIGS = ((128, (128, 4, False)), (512, (64, 4, True)), (float("inf"), (64, 2, False)))
+GATED_CONFIGS = ((128, (128, 4, False)), (512, (64, 4, True)), (float("inf"), (64, 4, False)))
 SMALL = 512  # heads of 128×128 states in float32, 32 MiB
 
 
@@ -129,11 +129,31 @@ def delta_rule_kernel(
 
 
 @triton.jit
-def _load_tile(state_rows, tile, live_k, stride_sv, V: tl.constexpr, BV: tl.constexpr, EVICT: tl.constexpr):
-    """Columns [tile, tile + BV) of a state: [BK, BV], float32."""
-    i_v = tile + tl.arange(0, BV).to(tl.int64)  # [BV]
-    live = live_k[:, None] & (i_v < V)[None, :]  # [BK, BV]
-    return tl.load(state_rows + i_v[None, :] * stride_sv, mask=live, other=0.0, eviction_policy=EVICT).to(tl.float32)
+def _load_tile(
+    state_rows, tile, live_k, stride_sv,
+    V: tl.constexpr, BV: tl.constexpr, INDEX: tl.constexpr, EVEN: tl.constexpr, EVICT: tl.constexpr,
+):  # fmt: skip
+    """Columns [tile, tile + BV) of a state: [BK, BV]."""
+    i_v = (tile + tl.arange(0, BV)).to(INDEX)  # [BV]
+    ptrs = state_rows + i_v[None, :] * stride_sv  # [BK, BV]
+    if EVEN:
+        return tl.load(ptrs, eviction_policy=EVICT)
+    else:
+        return tl.load(ptrs, mask=live_k[:, None] & (i_v < V)[None, :], other=0.0, eviction_policy=EVICT)
+
+
+@triton.jit
+def _store_tile(
+    state_rows, tile, s, live_k, stride_sv,
+    V: tl.constexpr, BV: tl.constexpr, INDEX: tl.constexpr, EVEN: tl.constexpr, EVICT: tl.constexpr,
+):  # fmt: skip
+    i_v = (tile + tl.arange(0, BV)).to(INDEX)  # [BV]
+    ptrs = state_rows + i_v[None, :] * stride_sv  # [BK, BV]
+    if EVEN:
+        tl.store(ptrs, s.to(state_rows.dtype.element_ty), eviction_policy=EVICT)
+    else:
+        live = live_k[:, None] & (i_v < V)[None, :]  # [BK, BV]
+        tl.store(ptrs, s.to(state_rows.dtype.element_ty), mask=live, eviction_policy=EVICT)
 
 
 @triton.jit
@@ -143,14 +163,15 @@ def delta_rule_gated_kernel(
     stride_qb, stride_qh, stride_qk, stride_kb, stride_kh, stride_kk, stride_vb, stride_vh, stride_vv,
     stride_zb, stride_zh, stride_zv, stride_ab, stride_ah, stride_bb, stride_bh, stride_sb, stride_sh, stride_sk, stride_sv,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    AHEAD: tl.constexpr, EVICT: tl.constexpr, OVERLAP: tl.constexpr,
+    INDEX: tl.constexpr, AHEAD: tl.constexpr, EVICT: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
         gdc_launch_dependents()
+    EVEN: tl.constexpr = K == BK and V % BV == 0
     head = tl.program_id(0).to(tl.int64)
     batch, hv = head // HV, head % HV
     h = hv // (HV // H)
-    i_k = tl.arange(0, BK).to(tl.int64)  # [BK]
+    i_k = tl.arange(0, BK).to(INDEX)  # [BK]
     live_k = i_k < K
     q_ptrs = q_ptr + batch * stride_qb + h * stride_qh + i_k * stride_qk  # [BK]
     k_ptrs = k_ptr + batch * stride_kb + h * stride_kh + i_k * stride_kk  # [BK]
@@ -159,7 +180,7 @@ def delta_rule_gated_kernel(
     state_rows = state_ptr + batch * stride_sb + hv * stride_sh + i_k[:, None] * stride_sk  # [BK, 1]
 
     A_log, dt_bias = tl.load(A_log_ptr + hv).to(tl.float32), tl.load(dt_bias_ptr + hv).to(tl.float32)
-    ahead = _load_tile(state_rows, 0, live_k, stride_sv, V, BV, EVICT)  # [BK, BV]
+    ahead = _load_tile(state_rows, 0, live_k, stride_sv, V, BV, INDEX, EVEN, EVICT)  # [BK, BV]
     if OVERLAP:
         gdc_wait()
 
@@ -170,21 +191,20 @@ def delta_rule_gated_kernel(
     outs = ()
     square = 0.0
     for tile in tl.static_range(0, V, BV):
-        i_v = tile + tl.arange(0, BV).to(tl.int64)  # [BV]
-        s = ahead
+        i_v = (tile + tl.arange(0, BV)).to(INDEX)  # [BV]
+        s = ahead.to(tl.float32)
         if AHEAD and tile + BV < V:
-            ahead = _load_tile(state_rows, tile + BV, live_k, stride_sv, V, BV, EVICT)
+            ahead = _load_tile(state_rows, tile + BV, live_k, stride_sv, V, BV, INDEX, EVEN, EVICT)
         v = tl.load(v_ptr + i_v * stride_vv, mask=i_v < V, other=0.0).to(tl.float32)  # [BV]
         s, o = _step(s, q, k, v, decay, beta)
-        live = live_k[:, None] & (i_v < V)[None, :]  # [BK, BV]
-        tl.store(state_rows + i_v[None, :] * stride_sv, s.to(state_ptr.dtype.element_ty), mask=live, eviction_policy=EVICT)
+        _store_tile(state_rows, tile, s, live_k, stride_sv, V, BV, INDEX, EVEN, EVICT)
         if not AHEAD and tile + BV < V:
-            ahead = _load_tile(state_rows, tile + BV, live_k, stride_sv, V, BV, EVICT)
+            ahead = _load_tile(state_rows, tile + BV, live_k, stride_sv, V, BV, INDEX, EVEN, EVICT)
         square += tl.sum(o * o, 0)
         outs = outs + (o,)
 
     for tile in tl.static_range(0, V, BV):
-        i_v = tile + tl.arange(0, BV).to(tl.int64)  # [BV]
+        i_v = (tile + tl.arange(0, BV)).to(INDEX)  # [BV]
         z = tl.load(z_ptr + i_v * stride_zv, mask=i_v < V, other=0.0).to(tl.float32)  # [BV]
         weight = tl.load(norm_weight_ptr + i_v, mask=i_v < V, other=0.0).to(tl.float32)  # [BV]
         y = gated(outs[tile // BV], square / V, z, weight, tl.cast(norm_eps, tl.float32))  # [BV]
@@ -307,12 +327,15 @@ def launch_gated(
     a, b, z = a.squeeze(1), b.squeeze(1), z.unflatten(-1, (HV, V)).squeeze(1)
     columns, num_warps, ahead = _config(GATED_CONFIGS, recurrent_state)
     out = torch.empty((B, 1, HV * V), dtype=z.dtype, device=z.device)
+    # Within a head's state offsets of 32 bits do, but for strides that no cache has; they leave more registers to the tiles.
+    farthest = sum(n * max(t.stride(-1), 1) for t, n in ((q, K), (k, K), (v, V), (z, V))) + K * recurrent_state.stride(2)
+    index = tl.int32 if farthest + V * recurrent_state.stride(3) < 2**31 else tl.int64
     options = overlap_options(z, A_log, dt_bias) if overlap and _fits(recurrent_state) else {}
     kernel_of(delta_rule_gated_kernel)[(B * HV,)](
         q, k, v, z, a, b, A_log.contiguous(), dt_bias.contiguous(), norm_weight.contiguous(), recurrent_state, out,
         scale, l2norm_eps, norm_eps,
         *q.stride(), *k.stride(), *v.stride(), *z.stride(), *a.stride(), *b.stride(), *recurrent_state.stride(),
-        H=q.shape[1], HV=HV, K=K, V=V, BK=triton.next_power_of_2(K), BV=_columns(columns, K, V), AHEAD=ahead,
+        H=q.shape[1], HV=HV, K=K, V=V, BK=triton.next_power_of_2(K), BV=_columns(columns, K, V), INDEX=index, AHEAD=ahead,
         EVICT="evict_first" if _fits(recurrent_state) else "", OVERLAP=bool(options), num_warps=num_warps, **options,
     )  # fmt: skip
     return out

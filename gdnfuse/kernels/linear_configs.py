@@ -12,6 +12,7 @@ import torch
 from gdnfuse.report import Refused
 
 MAX_ROWS = 32
+MULTIPROCESSORS = 132  # of an H200
 FILLED = 100  # tiles of rows from which on splitting the columns too is not worth the sum
 MOST = 330  # programs beyond which more parts are not worth the sum
 PARTS = (8, 7, 6, 5, 4, 3, 2)
@@ -41,10 +42,14 @@ def few_rows_config(
         Refused: N, or a part of it, does not fill the steps over columns.
     """
     few = rows <= 8
-    if parts > 1:
-        config = FewRowsConfig(64, 256 if few else 128, 4, 3, parts, True)
-    elif swiglu:
+    if parts > 1 and few:
+        config = FewRowsConfig(64, 256, 4, 4, parts, True)
+    elif parts > 1:
+        config = FewRowsConfig(64, 128, 4, 2 if N <= 4 * 128 * parts else 3, parts, True)
+    elif swiglu and rows <= 16:
         config = FewRowsConfig(32, 256, 4, 4 if few else 2, 1, True)
+    elif swiglu:
+        config = FewRowsConfig(64, 128, 4, 4, 1, False)
     else:
         config = FewRowsConfig(64, 256 if few else 128, 4, 4 if few else 3, 1, few)
     block = config.BK * 2 // dtype.itemsize
@@ -56,9 +61,13 @@ def few_rows_config(
 
 
 def split(M: int, N: int, rows: int) -> int:
-    """Into how many parts the columns of a weight [M, N] go, so that there are programs enough to stream it."""
-    tiles = -(-M // 64)
+    """Into how many parts the columns of a weight [M, N] go, so that there are programs enough to stream it.
+
+    That number of them which leaves multiprocessors idle least while the last ones run; of equals the largest.
+    """
+    tiles, step = -(-M // 64), 256 if rows <= 8 else 128
     if not 1 < rows <= MAX_ROWS or tiles >= FILLED:
         return 1
-    step = 256 if rows <= 8 else 128
-    return next((n for n in PARTS if N % (step * n) == 0 and N // n >= 2 * step and tiles * n <= MOST), 1)
+    valid = [n for n in PARTS if N % (step * n) == 0 and N >= 2 * step * n and tiles * n <= MOST]
+    idle = {n: round(-(-tiles * n // MULTIPROCESSORS) * MULTIPROCESSORS / (tiles * n), 2) for n in valid}
+    return min(valid, key=lambda n: (idle[n], -n), default=1)
