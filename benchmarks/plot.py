@@ -157,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     written = []
     for name in PLOTS:
-        sources = sorted(results.glob(f"{name}*.json"))
+        sources = [s for s in sorted(results.glob(f"{name}*.json")) if not s.stem.endswith("_sweep")]
         if not sources:
             print(f"{results} has no {name}.json, so there is no plot of it.", file=sys.stderr)
         for source in sources:
