@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,8 +14,9 @@ from torch.fx import GraphModule
 from gdnfuse import capture, kernels
 from gdnfuse.options import Options, parse
 from gdnfuse.packing import PackedWeight
+from gdnfuse.passes import verify
 from gdnfuse.pipeline import original, rewrite
-from gdnfuse.report import GdnfuseError, GraphReport, new_report, publish
+from gdnfuse.report import Comparison, GdnfuseError, GraphReport, Refused, Status, new_report, publish
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +61,8 @@ def gdnfuse(
             log.exception("gdnfuse failed on this graph, which is compiled by %s as it came", opts.inner)
             report.rewritten, report.layers, report.records = False, [], []
             report.note = f"A pass failed: {type(e).__name__}: {e}."
+    if opts.verify and report.rewritten and report.all_records:
+        _verify(gm, rewritten, example_inputs, opts, report)
     publish(report)
     log.info(report.summary())
     if opts.strict:
@@ -66,6 +70,61 @@ def gdnfuse(
     if not report.rewritten or not report.all_records and not report.layers:
         return _inner(gm, example_inputs, opts, patches)
     return _finish(rewritten, example_inputs, packed, opts, patches)
+
+
+def _verify(gm: GraphModule, rewritten: GraphModule, example_inputs: Sequence[Any], opts: Options, report: GraphReport) -> None:
+    """Compare both graphs on these inputs; one that is worse is not used, and the report says what came first that made it so."""
+    try:
+        report.comparisons = _compared(gm, rewritten, example_inputs)
+    except Refused as e:
+        report.note = f"Not verified. {e.reason}"
+        log.warning(report.note)
+        return
+    worst = max((c for c in report.comparisons if not c.passed), key=lambda c: c.error, default=None)
+    if worst is None:
+        return
+    report.rewritten = False
+    found = f"errors of {worst.eager_error:.1e} there and {worst.error:.1e} here"
+    report.note = (
+        f"Not verified: {worst.name} must be about as near to higher precision as in the graph as it came, found {found}. "
+        f"{_blame(gm, example_inputs, opts)}"
+    )
+    for layer in report.layers:
+        layer.fused, layer.note = False, report.note
+    log.error(report.note)
+
+
+def _compared(gm: GraphModule, rewritten: GraphModule, example_inputs: Sequence[Any]) -> list[Comparison]:
+    more = rewritten.graph.find_nodes(op="placeholder")[len(example_inputs) :]
+    rewritten.recompile()
+    kernels.wait()
+    return verify.verify(gm, rewritten, example_inputs, [n.meta["gdnfuse_real"] for n in more])
+
+
+def _blame(gm: GraphModule, example_inputs: Sequence[Any], opts: Options) -> str:
+    """A sentence on the first rewrite with which the graphs differ, found by halving how many are made."""
+
+    def attempt(fuel: int | None) -> tuple[bool, GraphReport]:
+        trial, copy = GraphReport(-1), original(gm)
+        placeholders = [n for n in copy.graph.nodes if n.op == "placeholder"]
+        limited = dataclasses.replace(opts, fuel=fuel)
+        rewrite(copy, dict(zip(placeholders, example_inputs, strict=True)), limited, trial)
+        return all(c.passed for c in _compared(gm, copy, example_inputs)), trial
+
+    try:
+        fired = [r for r in attempt(opts.fuel)[1].all_records if r.stage in ("lift", "fuse") and r.status is Status.FIRED]
+        good, bad = -1, len(fired)
+        while bad - good > 1:
+            middle = (good + bad) // 2
+            good, bad = (middle, bad) if attempt(middle)[0] else (good, middle)
+        if bad == 0:
+            return "It does so without any rewrite too: look at the kernels of what was captured, and at packed weights."
+        made = {(r.rule, r.anchor) for r in attempt(bad - 1)[1].all_records if r.status is Status.FIRED}
+        last = [r for r in attempt(bad)[1].all_records if r.status is Status.FIRED and (r.rule, r.anchor) not in made]
+        last = [r for r in last if r.stage in ("lift", "fuse")]
+        return f"The first rewrite with which it does so is number {bad}, {last[0].rule} at {last[0].anchor}." if last else ""
+    except Refused as e:
+        return f"Which rewrite it comes from was not found. {e.reason}"
 
 
 def _why_untouched(gm: GraphModule, example_inputs: Sequence[Any]) -> str:

@@ -22,6 +22,9 @@ class Options:
         strict: raise when a GDN layer of a decode graph, or with `capture` of a prefill graph, stays unfused.
         capture: while Dynamo traces for this backend, let transformers' rule and conv functions become dialect ops.
         stop_after: stop after "normalize", "lift", "fuse" or "lower"; the graph of that stage runs and is in the report.
+        verify: run the rewritten graph and the graph as it came on copies of the first call's inputs, and compile the latter if
+            ours is less accurate.
+        fuel: rewrites that may be made, None for all of them; which one a difference comes from is found with it.
         target: device type the lowering assumes, e.g. "cuda"; None takes it from the tensors. For reports without a GPU.
     """
 
@@ -30,6 +33,8 @@ class Options:
     strict: bool = False
     capture: bool = True
     stop_after: str | None = None
+    verify: bool = False
+    fuel: int | None = None
     target: str | None = None
 
 
@@ -50,9 +55,11 @@ def parse(given: dict[str, Any] | None) -> Options:
     options = Options(**given)
     _one_of("inner", options.inner, INNER)
     _one_of("stop_after", options.stop_after, (None, *STAGES))
-    for name in ("strict", "capture"):
+    for name in ("strict", "capture", "verify"):
         if not isinstance(getattr(options, name), bool):
             raise GdnfuseError(f"Option {name} must be True or False, found {getattr(options, name)!r}.")
+    if options.fuel is not None and (type(options.fuel) is not int or options.fuel < 0):
+        raise GdnfuseError(f"Option fuel must be a number of rewrites or None, found {options.fuel!r}.")
     if options.target is not None and not isinstance(options.target, str):
         raise GdnfuseError(f"Option target must be a device type such as 'cuda', found {options.target!r}.")
     if not isinstance(options.inductor, dict) or not all(isinstance(k, str) for k in options.inductor):

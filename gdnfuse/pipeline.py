@@ -37,7 +37,7 @@ def rewrite(gm: GraphModule, real: dict[Node, Any], options: Options, report: Gr
     start = time.perf_counter()
     for node, tensor in real.items():
         node.meta["gdnfuse_real"] = tensor
-    outcome, packed = Outcome(), []
+    outcome, packed = Outcome(options.fuel), []
     report.nodes_before, report.launches_before = len(calls(gm)), _launches(calls(gm))
     for stage in _stages(gm, real, options, report, outcome, packed):
         log.debug("after %s:\n%s", stage, gm.graph)

@@ -77,6 +77,22 @@ class Record:
     measured: str = ""
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """One output, or one input that is written, of the rewritten graph and of the graph as it came.
+
+    Attributes:
+        name: "output 3", or the input's name in the graph.
+        error, eager_error: relative, in norm, of ours and of the graph as it came, against a run in higher precision.
+        passed: whether ours is near enough.
+    """
+
+    name: str
+    error: float
+    eager_error: float
+    passed: bool
+
+
 @dataclass
 class LayerReport:
     """One GDN layer of one graph.
@@ -130,6 +146,7 @@ class GraphReport:
         launches_before, launches_after: as of a layer, for the whole graph.
         proofs: proofs run (not taken from the cache); proof_seconds: their time in all.
         pass_seconds: time of every pass together, proofs included.
+        comparisons: with the option verify, how near the rewritten graph is to the graph as it came.
         stage_code: the graph after the stage that `stop_after` named, as text.
     """
 
@@ -147,6 +164,7 @@ class GraphReport:
     proofs: int = 0
     proof_seconds: float = 0.0
     pass_seconds: float = 0.0
+    comparisons: list[Comparison] = field(default_factory=list)
     stage_code: str = ""
 
     @property

@@ -24,9 +24,11 @@ METADATA = ("size", "stride", "dim", "numel")
 
 @dataclass
 class Outcome:
-    """What a run of rules did: records in order, and the cost of the proofs."""
+    """What a run of rules did: records in order, and the cost of the proofs. `fuel` is how many rewrites may be made."""
 
+    fuel: int | None = None
     records: list[Record] = field(default_factory=list)
+    rewrites: list[Record] = field(default_factory=list)
     proofs: int = 0
     proof_seconds: float = 0.0
 
@@ -42,6 +44,8 @@ def run_rules(gm: GraphModule, rules: list[Rule], outcome: Outcome) -> None:
                 record.status, record.reason = Status.SHADOWED, f"An earlier match of {rule.name} took {anchor.name} in."
                 continue
             try:
+                if len(outcome.rewrites) == outcome.fuel:
+                    raise Refused(f"The option fuel must leave a rewrite, found that all {outcome.fuel} are made.")
                 m = rule.match(anchor)
                 rule.check(m)
                 region = cut(gm.graph, m, memory)
@@ -49,6 +53,7 @@ def run_rules(gm: GraphModule, rules: list[Rule], outcome: Outcome) -> None:
                     replacement = _trace(rule, m, region)
                     proof = prove(region.graph, replacement, region.inputs, m, extremes=rule.stage == "lift")
                     _replace(gm, m, region, replacement, anchor, memory)
+                outcome.rewrites.append(record)
                 record.proof_error, record.proof_cached = proof.error, proof.cached
                 outcome.proofs += not proof.cached
                 outcome.proof_seconds += proof.seconds

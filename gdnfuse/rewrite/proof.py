@@ -43,12 +43,17 @@ class Proof:
 
 def in_float64(graph: Graph) -> Graph:
     """A copy of a graph of functions and methods: every floating dtype constant becomes float64, every device the CPU."""
+    return in_precision(graph, torch.float64)
+
+
+def in_precision(graph: Graph, dtype: torch.dtype, devices: bool = False) -> Graph:
+    """The same for another dtype; with `devices` every device stays."""
     new, env = Graph(), {}
 
     def swap(a: Any) -> Any:
-        if isinstance(a, torch.device):
+        if isinstance(a, torch.device) and not devices:
             return torch.device("cpu")
-        return torch.float64 if isinstance(a, torch.dtype) and a in _FLOATS else a
+        return dtype if isinstance(a, torch.dtype) and a in _FLOATS else a
 
     for n in graph.nodes:
         copy = new.node_copy(n, lambda x: env[x])
@@ -56,9 +61,9 @@ def in_float64(graph: Graph) -> Graph:
         numbers = all(isinstance(value(i), int | torch.SymInt) for i in n.all_input_nodes)  # not the tuple of an op's results
         made = n.op == "call_function" and is_tensor(n) and numbers
         if made and value(n).is_floating_point():
-            copy.kwargs = {**copy.kwargs, "dtype": torch.float64}
+            copy.kwargs = {**copy.kwargs, "dtype": dtype}
         if copy.op == "call_method" and copy.target in _FLOAT_METHODS:
-            copy.target = "double"
+            copy.target, copy.args = "to", (*copy.args, dtype)
         env[n] = copy
     return new
 

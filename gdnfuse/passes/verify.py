@@ -1,0 +1,115 @@
+"""verify: the rewritten graph against the graph as it came, on the inputs of a real call.
+
+A proof compares maths in float64, this what runs: kernels, roundings, packed weights. Both graphs and the first one in a higher
+precision run on copies of what they write, so that nothing of the caller's changes. Nobody can ask for equal bits, because fusing
+leaves roundings out; ours must be about as near to the higher precision as the graph as it came is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import GraphModule, Interpreter, Node
+
+from gdnfuse.report import Comparison, Refused
+from gdnfuse.rewrite.graph import storage, writes
+from gdnfuse.rewrite.proof import hint, in_precision
+
+# ours ≤ SLACK · theirs + FLOOR[dtype]: of one call errors are a draw, and each output was rounded once in any case.
+SLACK = 2.0
+FLOOR = {torch.float32: 2e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float64: 1e-12}
+WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
+
+
+def verify(before: GraphModule, after: GraphModule, inputs: Sequence[Any], more: Sequence[torch.Tensor]) -> list[Comparison]:
+    """Run both graphs and compare every output and every input that is written.
+
+    Args:
+        before: the graph as it came.
+        after: the rewritten one; its inputs are those and `more`.
+        inputs: real tensors and numbers. Not changed.
+        more: packed weights.
+
+    Returns:
+        One comparison for each output that is a tensor, and for each input that one of them writes.
+
+    Raises:
+        Refused: they cannot be run here: an input is fake or on the meta device, two written inputs share memory, a graph raised.
+    """
+    for x in (*inputs, *more):
+        if isinstance(x, FakeTensor) or isinstance(x, torch.Tensor) and x.is_meta:
+            raise Refused("Verifying needs the tensors of a real call, found one without data.")
+    placeholders = before.graph.find_nodes(op="placeholder")
+    written = _written(before, placeholders)
+    dtypes = [x.dtype for x in inputs if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    wider = max((WIDER.get(d, torch.float64) for d in dtypes), key=lambda d: d.itemsize, default=torch.float64)
+    if any(n.op == "get_attr" for n in before.graph.nodes):
+        raise Refused("Verifying needs every tensor as an input of the graph, found one that belongs to it.")
+    wide = GraphModule(before, in_precision(before.graph, wider, devices=True))
+
+    kept = {i: placeholders[i].name for i in written}
+    theirs = _run(before, _copies(inputs, written), kept)
+    exact = _run(wide, _copies(inputs, written, wider), kept)
+    ours = _run(after, [*_copies(inputs, written), *more], kept)
+    return [_compare(name, ours[name], theirs[name], exact[name]) for name in theirs]
+
+
+def _written(gm: GraphModule, placeholders: list[Node]) -> list[int]:
+    """Numbers of the inputs that a graph writes."""
+    memory = set().union(*(writes(n) for n in gm.graph.nodes))
+    written = [i for i, n in enumerate(placeholders) if storage(n) in memory]
+    if len({storage(placeholders[i]) for i in written}) < len(written):
+        raise Refused("Verifying needs written inputs that share no memory, found two that do.")
+    return written
+
+
+def _copies(inputs: Sequence[Any], written: Sequence[int], dtype: torch.dtype | None = None) -> list[Any]:
+    """The inputs, those that are written as copies; with a dtype all floating ones as copies in it."""
+    copies = []
+    for i, x in enumerate(inputs):
+        if isinstance(x, torch.Tensor):
+            x = x.detach()
+            if i in written or dtype is not None and x.is_floating_point():
+                copy = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x) if i in written else x
+                x = copy.to(dtype) if dtype is not None and x.is_floating_point() else copy
+        copies.append(hint(x) if isinstance(x, torch.SymInt) else x)
+    return copies
+
+
+def _run(gm: GraphModule, arguments: list[Any], kept: dict[int, str]) -> dict[str, torch.Tensor]:
+    """Outputs and written inputs by name. Grad mode and random state are as they were afterwards."""
+    devices = {x.device.index for x in arguments if isinstance(x, torch.Tensor) and x.device.type == "cuda"}
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[d for d in devices if d is not None]):
+            outputs = pytree.tree_leaves(Interpreter(gm).run(*arguments))
+    except Exception as e:
+        raise Refused(f"Verifying needs graphs that run by themselves, found {type(e).__name__}: {_first_line(e)}.") from e
+    found = {f"output {i}": x for i, x in enumerate(outputs) if isinstance(x, torch.Tensor)}
+    return found | {name: arguments[i] for i, name in kept.items()}
+
+
+def _compare(name: str, ours: torch.Tensor, theirs: torch.Tensor, exact: torch.Tensor) -> Comparison:
+    if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+        return Comparison(name, float("inf"), 0.0, False)
+    if not theirs.is_floating_point():
+        same = bool(torch.equal(ours, theirs))
+        return Comparison(name, 0.0 if same else float("inf"), 0.0, same)
+    error, eager = _error(ours, exact), _error(theirs, exact)
+    return Comparison(name, error, eager, error <= SLACK * eager + FLOOR[theirs.dtype])
+
+
+def _error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """‖found − exact‖ / ‖exact‖; infinite if what is not finite in one is so in the other."""
+    found, exact = found.double(), exact.double()
+    if not torch.equal(found.isfinite(), exact.isfinite()):
+        return float("inf")
+    found, exact = found.nan_to_num(posinf=0.0, neginf=0.0), exact.nan_to_num(posinf=0.0, neginf=0.0)
+    return float((found - exact).norm() / exact.norm().clamp_min(1e-30))
+
+
+def _first_line(e: Exception) -> str:
+    return (str(e).strip().splitlines() or ["no message"])[0].rstrip(".")
