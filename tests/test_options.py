@@ -14,6 +14,8 @@ BAD = {
     "strict": [1, "yes", None],
     "capture": [1, "no", None],
     "stop_after": ["lifting", 3, True],
+    "verify": [1, "yes", None],
+    "fuel": [-1, True, 1.5, "all"],
     "target": [0, torch.device("cpu")],
     "inductor": [None, ["max_autotune"], {1: 2}],
 }
@@ -26,7 +28,8 @@ def compile_with(**kwargs):
 
 def test_defaults():
     assert parse(None) == parse({}) == Options()
-    assert Options() == Options(inner="inductor", inductor={}, strict=False, capture=True, stop_after=None, target=None)
+    given = {"inner": "inductor", "inductor": {}, "strict": False, "capture": True, "stop_after": None, "target": None}
+    assert Options() == Options(**given, verify=False, fuel=None)
 
 
 def test_every_option_has_bad_values_here():

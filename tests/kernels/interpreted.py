@@ -1,10 +1,21 @@
-"""Every case under Triton's interpreter; test_interpreted runs this file in processes of its own, with TRITON_INTERPRET set."""
+"""Every case under Triton's interpreter; test_interpreted runs this file in processes of its own, with TRITON_INTERPRET set.
+
+One process takes the tests that have its op's name in theirs.
+"""
 
 import kernel_cases
 import pytest
 import torch
 
-from gdnfuse.kernels import attention_decode, chunk_delta_rule, few_rows_linear, implementations, skinny_linear
+from gdnfuse.kernels import (
+    attention_decode,
+    causal_conv_update,
+    chunk_delta_rule,
+    few_rows_linear,
+    implementations,
+    skinny_linear,
+)
+from gdnfuse.kernels.linear_configs import FewRowsConfig
 
 # The interpreter multiplies the bits of bfloat16 as integers, so products get float32 operands here.
 chunk_delta_rule.OPERANDS.clear()
@@ -23,7 +34,7 @@ def test_launch(case):
 @pytest.mark.parametrize("n", [16, 100, 128])
 @pytest.mark.parametrize("m", [1, 7, 8])
 @pytest.mark.parametrize("config", [(1, 64, 4, 0), (2, 32, 4, 0), (4, 64, 4, 1)], ids=str)
-def test_linear_configs(config, m, n, monkeypatch):
+def test_fused_linear_configs(config, m, n, monkeypatch):
     """One tile per program, and a few programs that take several each."""
     monkeypatch.setattr(skinny_linear, "MAX_PROGRAMS", 2)
     skinny_linear._multiprocessors.cache_clear()
@@ -32,8 +43,82 @@ def test_linear_configs(config, m, n, monkeypatch):
     skinny_linear._multiprocessors.cache_clear()
 
 
+def check_few_rows(case, config, swiglu=False):
+    kernel_cases.check(case, lambda x, w, *_: few_rows_linear.launch_with(config, x, *w, swiglu), tolerance=TOLERANCE)
+
+
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("block", [64, 128])
+@pytest.mark.parametrize("tile", [32, 64])
+@pytest.mark.parametrize(("swiglu", "rows"), [(False, 3), (False, 11), (True, 2), (True, 5), (True, 19)])
+def test_fused_linear_configs_of_a_few_rows(swiglu, rows, tile, block, early):
+    """Tiles that the weight does not fill, and one step, that none is left behind where it is loaded early, or three."""
+    for m, n in ((tile + 9, 3 * block), (tile // 2, block), (7, 2 * block)):
+        case = kernel_cases.Case("fused_linear", "config", kernel_cases.linear(m, n, torch.bfloat16, (rows, 1), swiglu=swiglu))
+        check_few_rows(case, FewRowsConfig(tile, block, 4, 3, 1, early), swiglu)
+
+
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("block", [64, 128])
+@pytest.mark.parametrize("tile", [32, 64])
+@pytest.mark.parametrize("rows", [2, 13])
+def test_split_linear_configs(rows, tile, block, early):
+    for m, parts, steps in ((tile + 9, 3, 1), (7, 3, 2), (tile, 2, 1)):
+        case = kernel_cases.Case(
+            "split_linear", "config", kernel_cases.split(m, steps * parts * block, parts, torch.bfloat16, (rows, 1))
+        )
+        check_few_rows(case, FewRowsConfig(tile, block, 4, 3, parts, early))
+
+
+@pytest.mark.parametrize("swiglu", [False, True])
+def test_fused_linear_rows_are_independent(swiglu):
+    """What a row gives is the same to the last bit whatever is in the rows beside it."""
+    (x, (weight,), *_), _ = kernel_cases.linear(41, 256, lead=(5, 1), swiglu=swiglu)()
+    config = FewRowsConfig(32, 64, 4, 3, 1, True)
+    beside = x.clone()
+    beside[3] = float("nan")
+    one, other = (few_rows_linear.launch_with(config, rows, weight, swiglu) for rows in (x, beside))
+    assert other[3].isnan().all() and one.isfinite().all()
+    assert torch.equal(one[[0, 1, 2, 4]], other[[0, 1, 2, 4]])
+
+
+# The same windows of four columns in memory that a thread can read at once and in memory that it cannot.
+WINDOWS = {
+    "every second element": lambda s: kernel_cases.strided(s, 2, 0),
+    "one element on": lambda s: kernel_cases.strided(s.flatten(), 1, 1).view(s.shape),
+    "rows of five": lambda s: kernel_cases.strided(s, 1, 1),
+    "columns first": kernel_cases.v_major,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=kernel_cases.name)
+@pytest.mark.parametrize("name", WINDOWS)
+@pytest.mark.parametrize("bias", [False, True])
+def test_causal_conv_update_windows_read_at_once_or_one_by_one(bias, name, dtype):
+    (x, state, *rest), _ = kernel_cases.conv(3, 200, 4, 4, dtype, bias=bias)()
+    other = WINDOWS[name](state)
+    assert causal_conv_update.packed(state) and not causal_conv_update.packed(other) and torch.equal(state, other)
+    at_once, one_by_one = (causal_conv_update.launch(x, s, *rest) for s in (state, other))
+    assert torch.equal(at_once, one_by_one) and torch.equal(state, other)
+    assert torch.equal(state[..., -1], x[..., 0])
+
+
+def test_causal_conv_update_windows_that_start_at_a_multiple_of_four():
+    """Rows of eight columns, of which the windows are the last four."""
+    (x, state, *rest), _ = kernel_cases.conv(2, 50, 4, 4)()
+    wide = kernel_cases.strided(state, 1, 4)
+    assert causal_conv_update.packed(wide) and wide.storage_offset() == 4
+    assert torch.equal(causal_conv_update.launch(x, state, *rest), causal_conv_update.launch(x, wide, *rest))
+    assert torch.equal(state, wide) and kernel_cases.whole(wide).view(2, 50, 8)[..., :4].isnan().all()
+
+
+def test_causal_conv_update_windows_of_another_length_are_read_one_by_one():
+    for length in (3, 5, 8):
+        assert not causal_conv_update.packed(torch.empty(2, 6, length))
+
+
 @pytest.mark.parametrize("position", [-1, 40, 2**40])
-def test_attention_behind_the_end_of_the_cache_writes_nothing_and_shows(position):
+def test_attention_decode_behind_the_end_of_the_cache_writes_nothing_and_shows(position):
     args, _ = kernel_cases.attention(2, 4, 2, 16, 40)()
     args = (*args[:12], torch.tensor([position]), *args[13:])
     keys, values = args[10].clone(), args[11].clone()

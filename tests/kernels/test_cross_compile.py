@@ -14,6 +14,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from gdnfuse.kernels import chunk_scan_hopper, implementations
+from gdnfuse.kernels.linear_configs import few_rows_config, split
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -27,7 +28,10 @@ BF16 = torch.bfloat16
 
 
 def calls(B, HV, K=128, V=128, state_dtype=torch.float32):
-    """Calls of every op at a model's decode shapes, as meta tensors: bf16 rows, parts in the order qkv, z, b, a."""
+    """Calls of every op at a model's decode shapes, as meta tensors: bf16 rows, parts in the order qkv, z, b, a.
+
+    What stands behind an op's name in a key tells its calls apart. Several rows are as many as there are sequences, or two.
+    """
 
     def of(*shape, dtype=BF16):
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -37,7 +41,7 @@ def calls(B, HV, K=128, V=128, state_dtype=torch.float32):
     a, b = row.narrow(-1, D + F + HV, HV), row.narrow(-1, D + F, HV)
     z = row.narrow(-1, D, F).unflatten(-1, (HV, V))
     conv, qkv = (of(B, D, W), of(D, 1, W), None), of(B, 1, D, dtype=torch.float32)
-    many = of(B, 1000, D + F + 2 * HV)
+    many, rows = of(B, 1000, D + F + 2 * HV), max(B, 2)
     q, k, v = many[..., : H * K], many[..., H * K : 2 * H * K], many[..., 2 * H * K : D]
     many_heads = (q.unflatten(-1, (H, K)), k.unflatten(-1, (H, K)), v.unflatten(-1, (HV, V)))
     many_gates = (many[..., D + F + HV :], many[..., D + F : D + F + HV])
@@ -81,6 +85,11 @@ def calls(B, HV, K=128, V=128, state_dtype=torch.float32):
             "silu",
         ),
         "mixer_decode": (row, *conv, *gates, state, of(V), 0, D, D + F, D + F + HV, "silu", K**-0.5, 1e-6, 1e-6),
+        "fused_linear of rows": (of(rows, 1, 2560), [of(12352, 2560)]),
+        "fused_linear of rows and swiglu": (of(rows, 1, 2560), [of(18432, 2560)], None, 0.0, 0.0, None, True),
+        "split_linear": (of(rows, 1, F), [of(2560, F)], split(2560, F, rows)),
+        "add_rms_norm": (of(rows, 1, 2560), of(rows, 1, 2560), of(2560), 1e-6, 1.0),
+        "add_rms_norm of parts": (of(7, rows, 1, 5120, dtype=torch.float32), of(rows, 1, 5120), of(5120), 1e-6, 1.0),
     }
 
 
@@ -98,7 +107,7 @@ def compile_for(target, spec):
 
 @cache
 def compiled(model, op, target):
-    specs = implementations()[op].jit_kernels(*calls(*MODELS[model])[op])
+    specs = implementations()[op.split()[0]].jit_kernels(*calls(*MODELS[model])[op])
     return [compile_for(target, spec) for spec in specs]
 
 
@@ -115,6 +124,8 @@ def resources(cubin, tmp_path):
 def test_compiles(model, op, target, tmp_path, record_property):
     kernels = compiled(model, op, target)
     assert len(kernels) == LAUNCHES.get(op, 2 if "chunk" in op else 1)
+    few_rows = [kernel.metadata.name == "few_rows_linear_kernel" for kernel in kernels]
+    assert any(few_rows) == (op == "split_linear" or op.startswith("fused_linear of rows"))
     for kernel in kernels:
         if target == "gfx942":
             assert kernel.asm["hsaco"]
@@ -162,6 +173,24 @@ def test_the_hopper_scan_does_not_spill(columns, slots, varlen, tmp_path, record
     assert (usage["STACK"], usage["LOCAL"]) == (0, 0), f"{usage}"
 
 
+def on_hopper(op, *args, **options):
+    """The kernels that a call launches, compiled as they are launched where they overlap those before them."""
+    specs = implementations()[op].jit_kernels(*args, **options)
+    for spec in specs:
+        spec.constexprs["OVERLAP"] = True
+    return [compile_for("sm_90", replace(spec, options={**spec.options, "launch_pdl": True})) for spec in specs]
+
+
+def before_the_wait(kernel):
+    """The PTX of a kernel up to its one wait for the kernel before it, that it starts with letting the next one start."""
+    ptx = kernel.asm["ptx"]
+    assert ptx.count("griddepcontrol.wait") == ptx.count("griddepcontrol.launch_dependents") == 1
+    before, _, behind = ptx.partition("griddepcontrol.wait")
+    assert "griddepcontrol.launch_dependents" in before
+    assert "st.global" not in before and "st.global" in behind
+    return before
+
+
 # The linears of a decode step of the 0.8B, 4B, 9B and 27B models, and the widest, kind × M × N.
 LINEARS = [
     *(("conv", *size) for size in ((8224, 1024), (12352, 2560), (12352, 4096), (16480, 5120))),
@@ -192,15 +221,61 @@ def test_linears_read_16_bytes_at_once_and_do_not_spill(kind, m, n, dtype, tmp_p
     op = "in_proj_conv" if kind == "conv" else "fused_linear"
     if kind == "gate":
         args[0].data = torch.empty_like(x, dtype=torch.float32)
-    (spec,) = implementations()[op].jit_kernels(*args, **options)
-    spec.constexprs["OVERLAP"] = True
-    kernel = compile_for("sm_90", replace(spec, options={**spec.options, "launch_pdl": True}))
+    (kernel,) = on_hopper(op, *args, **options)
     usage = resources(kernel.asm["cubin"], tmp_path)
     record_property("resources", str(usage))
     assert (usage["STACK"], usage["LOCAL"]) == (0, 0), f"{usage}"
-    before, _, _ = kernel.asm["ptx"].partition("griddepcontrol.wait")
-    loads = re.findall(r"ld\.global\S*", before)
+    loads = re.findall(r"ld\.global\S*", before_the_wait(kernel))
     assert loads[0] == "ld.global.v4.b32" and loads.count(loads[0]) >= len(loads) / 2
+
+
+# The same linears of a few rows: SwiGLU or not × M × N. What is around them is not fused.
+FEW_ROWS = [
+    *((False, *size) for size in ((8224, 1024), (12352, 2560), (16480, 5120), (1024, 2048), (2560, 4096), (5120, 6144))),
+    *((True, *size) for size in ((7168, 1024), (18432, 2560), (34816, 5120))),
+    *((False, *size) for size in ((1024, 3584), (2560, 9216), (4096, 12288), (5120, 17408), (64, 32768), (48, 32))),
+]
+
+
+@pytest.mark.parametrize("rows", [2, 9, 17])
+@pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
+@pytest.mark.parametrize(("swiglu", "m", "n"), FEW_ROWS)
+def test_linears_of_a_few_rows_do_not_spill(swiglu, m, n, dtype, rows, tmp_path, record_property):
+    """As they are launched on Hopper, in parts where they are split: if any weight is read before the wait, the first step is."""
+    of = lambda *shape: torch.empty(shape, dtype=dtype, device="meta")  # noqa: E731
+    parts = 1 if swiglu else split(m, n, rows)
+    x, weights = of(rows, 1, n), [of(m, n)]
+    if parts > 1:
+        (kernel,) = on_hopper("split_linear", x, weights, parts)
+    else:
+        (kernel,) = on_hopper("fused_linear", x, weights, swiglu=swiglu)
+    usage = resources(kernel.asm["cubin"], tmp_path)
+    record_property("resources", str(usage))
+    assert (usage["STACK"], usage["LOCAL"]) == (0, 0), f"{usage}"
+    assert usage["SHARED"] <= 227 * 1024
+    loads = re.findall(r"(?:ld\.global|cp\.async)\S*", before_the_wait(kernel))
+    early = few_rows_config(m, n, rows, swiglu, parts, dtype).early
+    assert bool(loads) == early and all("v4" in load or "cg" in load for load in loads)
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
+@pytest.mark.parametrize(("n", "parts"), [(1024, 1), (2560, 8), (5120, 7), (8192, 8)])
+def test_the_norm_of_a_sum_reads_its_weight_early_and_does_not_spill(n, parts, dtype, tmp_path):
+    of = lambda *shape, dtype=dtype: torch.empty(shape, dtype=dtype, device="meta")  # noqa: E731
+    x = of(2, 1, n) if parts == 1 else of(parts, 2, 1, n, dtype=torch.float32)
+    (kernel,) = on_hopper("add_rms_norm", x, of(2, 1, n), of(n), 1e-6, 1.0)
+    usage = resources(kernel.asm["cubin"], tmp_path)
+    assert (usage["STACK"], usage["LOCAL"]) == (0, 0), f"{usage}"
+    assert "ld.global" in before_the_wait(kernel)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("op", ["causal_conv_update", "fused_gating_delta_rule", "packed_decode", "mixer_decode"])
+def test_states_are_read_before_the_wait_and_written_behind(op, model):
+    """A window of four columns of bfloat16 is eight bytes, read at once; a thread's part of a state in float32 sixteen."""
+    for kernel in on_hopper(op, *calls(*MODELS[model])[op]):
+        width = "v2" if "conv" in kernel.metadata.name else "v4"
+        assert re.search(rf"ld\.global\S*\.{width}\.b32", before_the_wait(kernel)), kernel.metadata.name
 
 
 @pytest.mark.parametrize("op", ["fused_gating_delta_rule", "mixer_decode"])

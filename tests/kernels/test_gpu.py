@@ -64,14 +64,24 @@ LINEARS += [
     Case("in_proj_conv", "real", kernel_cases.in_proj(12352, 2560, 8192, BF16)),
     Case("in_proj_conv", "real-0.8B", kernel_cases.in_proj(8224, 1024, 6144, BF16)),
 ]
+FEW_ROWS = [
+    case
+    for rows in (2, 8, 9, 16, 17, 32)
+    for case in (
+        Case("fused_linear", f"real-{rows}-rows", kernel_cases.linear(12352, 2560, BF16, (rows, 1))),
+        Case("fused_linear", f"real-{rows}-rows-swiglu", kernel_cases.linear(9216, 2560, BF16, (rows, 1), swiglu=True)),
+        Case("split_linear", f"real-{rows}-rows", kernel_cases.split(2560, 9216, 6, BF16, (rows, 1))),
+        Case("add_rms_norm", f"real-{rows}-rows", kernel_cases.added(5120, dtype=BF16, lead=(rows, 1), parts=7)),
+    )
+]
 
 
-@pytest.mark.parametrize("case", kernel_cases.CASES + REAL + CHUNKED + LINEARS, ids=str)
+@pytest.mark.parametrize("case", kernel_cases.CASES + REAL + CHUNKED + LINEARS + FEW_ROWS, ids=str)
 def test_launch(case):
     kernel_cases.check(case, implementations()[case.op].launch, "cuda")
 
 
-@pytest.mark.parametrize("case", [c for c in REAL if c.label == "real-B2"] + LINEARS[:1] + LINEARS[-5:], ids=str)
+@pytest.mark.parametrize("case", [c for c in REAL if c.label == "real-B2"] + LINEARS[:1] + LINEARS[-5:] + FEW_ROWS[:4], ids=str)
 def test_op(case):
     kernel_cases.check(case, implementations()[case.op].op, "cuda")
 
@@ -97,7 +107,9 @@ def compiled(name, dynamic=False):
     return call
 
 
-@pytest.mark.parametrize("case", [c for c in REAL if c.label.startswith("real-B")] + LINEARS[:2] + LINEARS[-5:], ids=str)
+@pytest.mark.parametrize(
+    "case", [c for c in REAL if c.label.startswith("real-B")] + LINEARS[:2] + LINEARS[-5:] + FEW_ROWS[:4], ids=str
+)
 def test_compiled(case):
     kernel_cases.check(case, compiled(case.op), "cuda", poison=nullcontext)
 
@@ -158,7 +170,11 @@ def test_linear_configs(config):
         kernel_cases.check(case, lambda x, w, *rest: skinny_linear.launch_with(config, x, *w, *rest), "cuda")
 
 
-@pytest.mark.parametrize("case", LINEARS[-5:] + [c for c in kernel_cases.CASES if str(c) == "attention_decode-bf16"], ids=str)
+AHEAD = [c for c in kernel_cases.CASES if str(c) == "attention_decode-bf16"]
+AHEAD += [c for c in REAL if c.label == "real-B2" and c.op in ("causal_conv_update", "mixer_decode")]
+
+
+@pytest.mark.parametrize("case", LINEARS[-5:] + FEW_ROWS[4:8] + AHEAD, ids=str)
 def test_what_is_compiled_ahead_is_what_is_launched(case):
     implementation, (args, _) = implementations()[case.op], case.call()
     args = pytree.tree_map_only(torch.Tensor, torch.Tensor.cuda, list(args))
@@ -173,32 +189,113 @@ def test_what_is_compiled_ahead_is_what_is_launched(case):
     assert loaded() == before
 
 
-def test_overlapping_kernels_wait_for_each_other():
-    """Chains of kernels that start before the one they read has ended give, to the last bit, what they give one by one."""
-    of, width = implementations(), 512
-    torch.manual_seed(0)
-    norm, taps = torch.randn(width, device="cuda"), torch.randn(width, 1, 4, device="cuda")
-    layers = [torch.randn(width, width, device="cuda") / width**0.5 for _ in range(40)]
-    states = [torch.randn(1, width, 4, device="cuda") for _ in layers]
+def overlapped(name, *args, **options):
+    return implementations()[name].op(*args, **options, overlap=True)
 
-    def chain(x, states, overlap):
-        for w, state in zip(layers, states, strict=True):
-            row = of["in_proj_conv"].op(x, [w], norm, 1e-6, 0.0, state, taps, None, 0, "silu", overlap=overlap)
-            x = of["fused_linear"].op(row, [w], residual=x, overlap=overlap)
-        return x
 
-    x, ours = torch.randn(1, 1, width, device="cuda"), [s.clone() for s in states]
+def one_by_one(name, *args, **options):
+    return implementations()[name].op(*args, **options)
+
+
+def meant(name, *args, **options):
+    return dialect.OPS[name].reference(*args, **options)
+
+
+def check_overlap(chain, inputs, states, tolerance):
+    """Kernels that start before the one they read has ended give, to the last bit, what they give one by one, run after run.
+
+    Args:
+        chain: of calls of its first argument, one of the functions above, on inputs and states; returns a tensor.
+        inputs: tensors in lists and tuples.
+        states: tensors that are written in place.
+        tolerance: error relative to the references in float64, of the result and of all states together.
+    """
+    inputs, states = pytree.tree_map(torch.Tensor.cuda, (inputs, states))
+    ours, theirs = [s.clone() for s in states], [s.clone() for s in states]
+    want = chain(one_by_one, inputs, theirs)
+    chain(overlapped, inputs, ours)
     graph = torch.cuda.CUDAGraph()
-    chain(x, ours, True)
     with torch.cuda.graph(graph):
-        got = chain(x, ours, True)
+        got = chain(overlapped, inputs, ours)
     for _ in range(20):
         for s, original in zip(ours, states, strict=True):
             s.copy_(original)
         graph.replay()
-        theirs = [s.clone() for s in states]
-        assert torch.equal(got, chain(x, theirs, False))
+        assert torch.equal(got, want)
         assert all(map(torch.equal, ours, theirs))
+    inputs, states = pytree.tree_map(torch.Tensor.double, (inputs, states))
+    exact = chain(meant, inputs, states)
+    assert relative(got, exact) < tolerance
+    if states:
+        assert relative(*(torch.cat([s.flatten().double() for s in all_of]) for all_of in (ours, states))) < tolerance
+
+
+def relative(found, wanted):
+    return float((found.double() - wanted).norm() / wanted.norm())
+
+
+def weights(count, rows, columns, dtype=torch.float32):
+    return [(torch.randn(rows, columns) / columns**0.5).to(dtype) for _ in range(count)]
+
+
+def test_overlapping_kernels_wait_for_each_other():
+    width = 512
+    torch.manual_seed(0)
+    inputs = torch.randn(1, 1, width), torch.randn(width), torch.randn(width, 1, 4), weights(40, width, width)
+
+    def chain(call, inputs, states):
+        x, norm, taps, layers = inputs
+        for w, state in zip(layers, states, strict=True):
+            row = call("in_proj_conv", x, [w], norm, 1e-6, 0.0, state, taps, None, 0, "silu")
+            x = call("fused_linear", row, [w], residual=x)
+        return x
+
+    check_overlap(chain, inputs, [torch.randn(1, width, 4) for _ in range(40)], 1e-3)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (BF16, 5e-2)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("rows", [2, 8, 17, 32])
+def test_overlapping_kernels_of_a_few_rows_wait_for_each_other(rows, dtype, tolerance):
+    """MLPs with their norms, as in a decode step of several sequences."""
+    width, inner, count, parts = 1024, 2048, 20, 4
+    torch.manual_seed(0)
+    x, residual = torch.randn(2, rows, 1, width).to(dtype)
+    norms = [(torch.randn(width) / 10).to(dtype) for _ in range(count)]
+    inputs = x, residual, norms, weights(count, 2 * inner, width, dtype), weights(count, width, inner, dtype)
+
+    def chain(call, inputs, states):
+        x, residual, *layers = inputs
+        for norm, gate_up, down in zip(*layers, strict=True):
+            residual, y = call("add_rms_norm", x, residual, norm, 1e-6, 1.0)
+            y = call("fused_linear", y, [gate_up], swiglu=True)
+            x = call("split_linear", y, [down], parts)
+        return call("add_rms_norm", x, residual, norm, 1e-6, 1.0)[1]
+
+    check_overlap(chain, inputs, [], tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (BF16, 5e-2)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("B", [1, 2, 9])
+def test_overlapping_mixers_wait_for_each_other(B, dtype, tolerance):
+    """Each reads its states before the linear ahead of it has ended; at nine sequences their gated rule takes other tiles."""
+    count, heads = 12, 8
+    torch.manual_seed(0)
+    calls = [kernel_cases.mixer(B, heads, 2 * heads, K, V, dtype=dtype)()[0] for _ in range(count)]
+    constants = calls[0][8:]
+    # row, conv_state, conv_weight, no bias, A_log, dt_bias, recurrent_state, norm_weight
+    parameters = [(taps, A_log, dt_bias, norm) for _, _, taps, _, A_log, dt_bias, _, norm, *_ in calls]
+    states = [s for call in calls for s in (call[1], call[6])]
+    inner, columns = 2 * heads * V, calls[0][0].shape[-1]
+    inputs = torch.randn(B, 1, inner).to(dtype), weights(count, columns, inner, dtype), parameters
+
+    def chain(call, inputs, states):
+        x, in_proj, parameters = inputs
+        for i, (w, (taps, A_log, dt_bias, norm)) in enumerate(zip(in_proj, parameters, strict=True)):
+            row = call("fused_linear", x, [w])
+            x = call("mixer_decode", row, states[2 * i], taps, None, A_log, dt_bias, states[2 * i + 1], norm, *constants)
+        return x
+
+    check_overlap(chain, inputs, states, tolerance)
 
 
 def test_state_is_written_in_place_by_compiled_code():

@@ -36,3 +36,11 @@ def test_interpreted(op, pytestconfig):
     run = subprocess.run(command, env=env, cwd=pytestconfig.rootpath, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     assert " passed" in run.stdout
+
+
+def test_every_test_has_the_name_of_an_op():
+    """One that has none would not run."""
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", "-p", "no:xdist", str(FILE)]
+    run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=True)
+    tests = [line.rpartition("::")[2] for line in run.stdout.splitlines() if "::" in line]
+    assert len(tests) > len(OPS) and [name for name in tests if not any(op in name for op in OPS)] == []

@@ -1,5 +1,6 @@
 """What the kernels accept, and the sentence they refuse with."""
 
+import itertools
 import subprocess
 import sys
 
@@ -10,7 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from gdnfuse import dialect
-from gdnfuse.kernels import implementations
+from gdnfuse.kernels import implementations, linear_configs
+from gdnfuse.kernels.linear_configs import few_rows_config, split
 from gdnfuse.report import Refused
 
 
@@ -20,7 +22,10 @@ def test_every_case_is_supported(case):
     implementations()[case.op].supports(*args, **kwargs)
 
 
-F64 = torch.float64
+BF16, F64 = torch.bfloat16, torch.float64
+SEVERAL_ROWS = "Several rows take SwiGLU behind their linear and nothing else"
+STEPS = "The columns of a weight for several rows must be a multiple of"
+PARTS = "Parts of a linear need at least two rows and two parts"
 REFUSED = [
     ("causal_conv", kernel_cases.prompt_conv(1, 4, 4, 4, F64), "x must be float32, bfloat16 or float16, got float64."),
     ("causal_conv", kernel_cases.prompt_conv(1, 4, 4, 4, act="gelu"), "activation must be one of silu, none, got gelu."),
@@ -48,16 +53,22 @@ REFUSED = [
     ("mixer_decode", kernel_cases.mixer(1, 1, 1, 8, 8, state_dtype=F64), "recurrent_state must be float32"),
     ("fused_linear", kernel_cases.linear(4, 8, F64), "x must be float32, bfloat16 or float16, got float64."),
     ("fused_linear", kernel_cases.linear(4, 8, wrap=lambda x: x.half()), "x and weight must have one dtype, got float16"),
-    ("fused_linear", kernel_cases.linear(4, 8, lead=(2, 1)), "x must be one row, got the sizes [2, 1, 8]."),
-    ("fused_linear", kernel_cases.linear(4, 8, lead=(1, 0)), "x must be one row, got the sizes [1, 0, 8]."),
+    ("fused_linear", kernel_cases.linear(4, 256, lead=(33, 1)), "x must have at most 32 rows, got the sizes [33, 1, 256]."),
+    ("fused_linear", kernel_cases.linear(4, 256, lead=(3, 11)), "x must have at most 32 rows, got the sizes [3, 11, 256]."),
+    ("fused_linear", kernel_cases.linear(4, 8, lead=(1, 0)), "x must have at most 32 rows, got the sizes [1, 0, 8]."),
+    ("fused_linear", kernel_cases.linear(4, 256, lead=(2, 1), norm=True), f"{SEVERAL_ROWS}, got a norm or gate before it."),
+    ("fused_linear", kernel_cases.linear(4, 256, lead=(2, 1), head=16), f"{SEVERAL_ROWS}, got a norm or gate before it."),
+    ("fused_linear", kernel_cases.linear(4, 256, lead=(2, 1), residual=True), f"{SEVERAL_ROWS}, got a residual behind it."),
+    ("fused_linear", kernel_cases.linear(4, 40, BF16, lead=(2, 1)), f"{STEPS} 32, got 40."),
+    ("fused_linear", kernel_cases.linear(4, 40, lead=(32, 1), swiglu=True), f"{STEPS} 32, got 40."),
     (
         "fused_linear",
         kernel_cases.linear(4, 8, wrap_weight=lambda w: w[0]),
         "x must have at least one dimension and weight two, got 3 and 1.",
     ),
     ("fused_linear", kernel_cases.linear(4, 8, wrap_weight=lambda w: w[:, :4]), "x and weight must agree on N, got 8 and 4."),
-    ("fused_linear", kernel_cases.linear(0, 8), "weight must not be empty nor wider than 32768, got the sizes [0, 8]."),
-    ("fused_linear", kernel_cases.linear(1, 32769), "weight must not be empty nor wider than 32768, got the sizes [1, 32769]."),
+    ("fused_linear", kernel_cases.linear(0, 8), "weight must not be empty, got the sizes [0, 8]."),
+    ("fused_linear", kernel_cases.linear(1, 32769), "One row must be at most 32768 wide, got 32769."),
     (
         "fused_linear",
         kernel_cases.linear(4, 8, wrap=lambda x: kernel_cases.strided(x, 2)),
@@ -73,8 +84,16 @@ REFUSED = [
     ("attention_decode", kernel_cases.attention(1, 2, 2, 300, 4), "D must be at most 256, got 300."),
     ("attention_decode", kernel_cases.attention(1, 2, 2, 8, 4, R=3), "R must be even, got 3."),
     ("attention_decode", kernel_cases.attention(1, 2, 2, 8, 4, F64), "q must be float32, bfloat16 or float16, got float64."),
-    ("in_proj_conv", kernel_cases.in_proj(9, 8, 4, B=2), "x must be one row, got the sizes [2, 1, 8]."),
+    ("in_proj_conv", kernel_cases.in_proj(9, 256, 4, B=2), f"{SEVERAL_ROWS}, got a norm or gate before it."),
+    ("in_proj_conv", kernel_cases.in_proj(9, 256, 4, B=2, norm=False), "x must be one row, got the sizes [2, 1, 256]."),
     ("in_proj_conv", kernel_cases.in_proj(9, 8, 4, state_dtype=F64), "conv_state must be float32"),
+    ("split_linear", kernel_cases.split(4, 512, 2, BF16, (1, 1)), f"{PARTS}, got 1 and 2."),
+    ("split_linear", kernel_cases.split(4, 512, 1, BF16, (2, 1)), f"{PARTS}, got 2 and 1."),
+    ("split_linear", kernel_cases.split(4, 512, 2, BF16, (33, 1)), "x must have at most 32 rows, got the sizes [33, 1, 512]."),
+    ("split_linear", kernel_cases.split(4, 160, 3, BF16, (2, 1)), f"{STEPS} 96, got 160."),
+    ("split_linear", kernel_cases.split(4, 512, 2, F64, (2, 1)), "x must be float32, bfloat16 or float16, got float64."),
+    ("add_rms_norm", kernel_cases.added(2**14 + 1), "A row must be at most 16384 wide, got 16385."),
+    ("add_rms_norm", kernel_cases.added(8, F64), "x must be float32, bfloat16 or float16, got float64."),
 ]
 
 
@@ -98,7 +117,7 @@ def test_symbolic_sizes_other_than_the_batch_are_refused():
 @pytest.mark.parametrize(
     ("symbolic", "sentence"),
     [
-        ({"x": 0}, r"x must be one row, got the sizes \[s"),
+        ({"x": 0}, r"x must have at most 32 rows, got the sizes \[s"),
         ({"x": 2}, "x's last size must be static"),
         ({"weight": 0}, "M must be static"),
         ({"weight": 1}, "N must be static"),
@@ -116,6 +135,62 @@ def test_symbolic_linears_are_refused(symbolic, sentence):
     with mode, pytest.raises(Refused, match=sentence):
         implementations()["fused_linear"].supports(fake("x", args[0]), [fake("weight", args[1][0])])
     assert not mode.shape_env.guards
+
+
+def test_a_norm_of_symbolic_width_is_refused():
+    mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=False)
+    (x, residual, weight, *rest), _ = kernel_cases.added(300, BF16, parts=2)()
+    with mode, pytest.raises(Refused, match="N must be static, got the symbolic size"):
+        implementations()["add_rms_norm"].supports(*map(mode.from_tensor, (x, residual, weight)), *rest)
+    assert not mode.shape_env.guards
+
+
+# Rows, columns and sequences of the weights that decode steps meet, and of some that they do not.
+MS = (1, 64, 65, 1024, 2560, 4096, 5120, 6336, 6400, 12352, 248320)
+NS = (*range(32, 1025, 32), 1536, 2048, 2560, 3584, 4096, 5120, 6144, 9216, 12288, 17408)
+ROWS = (1, 2, 3, 8, 9, 16, 17, 32)
+DTYPES = (torch.float32, BF16, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=kernel_cases.name)
+@pytest.mark.parametrize("swiglu", [False, True])
+def test_steps_of_a_few_rows_fill_the_columns(swiglu, dtype):
+    """Whatever the config, and at most as wide as those of bfloat16 in bytes."""
+    for M, N, rows in itertools.product(MS, NS, ROWS[1:]):
+        config = few_rows_config(M, N, rows, swiglu, dtype=dtype)
+        assert N % config.BK == 0 and config.parts == 1 and 32 <= config.BK * dtype.itemsize // 2 <= 256
+        for n in (config.BM, config.BK, config.num_warps):
+            assert n & (n - 1) == 0
+
+
+@pytest.mark.parametrize("rows", ROWS[1:])
+def test_parts_fill_the_columns_and_the_device(rows):
+    split_at_all = set()
+    for M, N in itertools.product(MS, NS):
+        parts = split(M, N, rows)
+        assert parts >= 1 and N % parts == 0
+        if parts == 1:
+            continue
+        split_at_all.add(M)
+        assert parts in linear_configs.PARTS and -(-M // 64) * parts <= linear_configs.MOST
+        for dtype in DTYPES:
+            config = few_rows_config(M, N, rows, parts=parts, dtype=dtype)
+            assert config.parts == parts and N % (config.BK * parts) == 0 and N // parts >= 2 * config.BK
+    assert {1024, 2560} <= split_at_all and not {12352, 248320} & split_at_all
+
+
+def test_one_row_and_more_than_32_are_not_split():
+    assert {split(M, N, rows) for M in MS for N in NS for rows in (0, 1, 33, 64, 1000)} == {1}
+    assert split(1024, 4096, 2) > 1 and split(1024, 4096, 32) > 1
+
+
+def test_what_is_split_is_supported():
+    for M, N, rows in itertools.product((64, 2560, 6336), (1024, 3584, 9216), (2, 9, 32)):
+        parts = split(M, N, rows)
+        x, weight = (torch.empty(s, dtype=BF16, device="meta") for s in ((rows, 1, N), (M, N)))
+        if parts > 1:
+            implementations()["split_linear"].supports(x, [weight], parts)
+        implementations()["fused_linear"].supports(x, [weight])
 
 
 def test_missing_triton_is_a_refusal(monkeypatch):

@@ -1,8 +1,9 @@
-"""The rules around linears of one row, on code written by hand: what fires, what is declined, what a proof refuses."""
+"""The rules around linears of one row or a few, on code written by hand: what fires, what is declined, what a proof refuses."""
 
 import copy
 import dataclasses
 import operator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 
 import gdnfuse
 from gdnfuse.dialect import mixer_decode as mixer_op
-from gdnfuse.passes.fuse import mixer_linears, norm_linear, residual_linear, swiglu_linear
+from gdnfuse.passes.fuse import add_rms_norm, mixer_linears, norm_linear, residual_linear, swiglu_linear
 from gdnfuse.passes.lift import packed_linear, rms_norm
 from gdnfuse.report import Status
 from gdnfuse.rewrite import proof
@@ -24,7 +25,7 @@ EPS = 1e-6
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8}
 # In the pipeline's order.
 LIFTS = (rms_norm, packed_linear)
-FUSIONS = (norm_linear, mixer_linears, swiglu_linear, residual_linear)
+FUSIONS = (norm_linear, mixer_linears, swiglu_linear, residual_linear, add_rms_norm)
 
 
 def of(*shape, dtype=torch.float32):
@@ -210,9 +211,20 @@ def test_an_mlp_of_one_row_becomes_two_calls(dtype):
     assert fired == ["rms_norm", "packed_linear", "norm_linear", "swiglu_linear", "residual_linear"]
 
 
-@pytest.mark.parametrize("x", [(2, 1, N), (1, 2, N), (5, N), "symbolic"], ids=str)
+@DTYPES
+@pytest.mark.parametrize("lead", [(2, 1), (32, 1), (1, 2), (5,)], ids=str)
+def test_an_mlp_of_a_few_rows_keeps_its_norm_and_its_residual(lead, dtype):
+    """Its norm is one of ours only where there is one token."""
+    graph = fires(swiglu_linear, mlp, *mlp_inputs(of(*lead, N, dtype=dtype), dtype))
+    fired = [r.rule for r in graph.outcome.records]
+    assert fired == [*(["rms_norm"] if lead[-1] == 1 else []), "packed_linear", "swiglu_linear"]
+    assert graph.ops()[-3:] == ["gdnfuse.fused_linear", "linear", "add"]
+    assert call_in(graph)["norm_weight"] is None and call_in(graph)["residual"] is None
+
+
+@pytest.mark.parametrize("x", [(33, 1, N), (3, 11, N), (33, N), "symbolic"], ids=str)
 def test_the_linears_of_more_rows_are_left_alone(x):
-    """The control is the test above: the same code of one row."""
+    """The controls are the tests above: the same code of one row and of a few."""
     graph = right(rewritten(mlp, *mlp_inputs(symbolic(3, 1, N) if x == "symbolic" else of(*x))))
     assert not [r for r in graph.outcome.records if r.stage == "fuse"] and "gdnfuse.fused_linear" not in graph.ops()
 
@@ -302,7 +314,7 @@ def reshaped(x, gate, up):
 
 
 @DTYPES
-@pytest.mark.parametrize("lead", [(1, 1), (1,), ()], ids=str)
+@pytest.mark.parametrize("lead", [(1, 1), (1,), (), (2, 1), (8, 1), (4, 2), (32,)], ids=str)
 @pytest.mark.parametrize("f", [swiglu, commuted, reshaped, halves])
 def test_swiglu_linear(f, lead, dtype):
     weights = [(2 * M, N)] if f is halves else [(M, N), (M, N)]
@@ -337,9 +349,9 @@ def square(x, a, b):
         (lambda x, a, b: F.silu(F.linear(x, a)) * x[..., :M] + F.linear(x, b), "the other part"),
         (lambda x, a, b: F.silu(F.linear(x, a)) * F.linear(x, b).exp(), "the other part"),
         (square, "the other part"),
-        (lambda x, a, b: F.silu(F.linear(x, a))[..., None] * F.linear(x, b)[..., None, :], "6 elements of torch.float32"),
-        (lambda x, a, b: F.silu(F.linear(x, a)) * F.linear(x, b).transpose(-1, -2), "6 elements of torch.float32"),
-        (lambda x, a, b: F.silu(F.linear(x, a)) * F.linear(x, b).double(), "6 elements of torch.float32"),
+        (lambda x, a, b: F.silu(F.linear(x, a))[..., None] * F.linear(x, b)[..., None, :], "[1, 1, 6] of torch.float32"),
+        (lambda x, a, b: F.silu(F.linear(x, a)) * F.linear(x, b).transpose(-1, -2), "[1, 1, 6] of torch.float32"),
+        (lambda x, a, b: F.silu(F.linear(x, a)) * F.linear(x, b).double(), "[1, 1, 6] of torch.float32"),
     ],
     ids=["gate second", "sum", "other factor", "something between", "square", "outer", "column", "float64"],
 )
@@ -398,13 +410,17 @@ def test_swiglu_linear_declines_a_gate_that_is_written_in_place():
         lambda x, a, b, c: F.linear(x, a).sigmoid() * F.linear(x, b),
         lambda x, a, b, c: F.silu(F.linear(x, a)) * F.linear(x.exp(), b),
         lambda x, a, b, c: F.silu(F.linear(x, a, c)) * F.linear(x, b, c),
-        lambda x, a, b, c: swiglu(x.expand(2, 1, N), a, b),
+        lambda x, a, b, c: swiglu(x.expand(33, 1, N), a, b),
         lambda x, a, b, c: F.silu(F.linear(x, a)[..., :3]) * F.linear(x, a)[..., 3:],
     ],
     ids=["gelu", "sigmoid", "two inputs", "bias", "rows", "slices"],
 )
 def test_swiglu_linear_has_no_anchor(f):
     silent(swiglu_linear, f, of(1, 1, N), of(M, N), of(M, N), of(M))
+
+
+def test_swiglu_linear_has_no_anchor_at_any_number_of_rows():
+    silent(swiglu_linear, swiglu, symbolic(3, 1, N), of(M, N), of(M, N))
 
 
 RESIDUALS = {
@@ -528,6 +544,117 @@ def test_residual_linear_has_no_anchor_in_a_part_of_a_packed_row():
     silent(residual_linear, lambda x, w, v, r: (F.linear(x, w) + r, F.linear(x, v)), of(1, 1, N), of(M, N), of(3, N), of(1, 1, M))
 
 
+def added(norm):
+    """The norm of a sum, and the sum itself: the residual stream."""
+    return lambda x, w, r, n: (norm(h := r + F.linear(x, w), n), h)
+
+
+def sum_inputs(rows, dtype=torch.float32):
+    return [of(*s, dtype=dtype) for s in ((rows, 1, N), (M, N), (rows, 1, M), (M,))]
+
+
+@DTYPES
+@pytest.mark.parametrize("rows", [2, 32])
+@pytest.mark.parametrize(("norm", "offset"), [(qwen, 1.0), (llama, 0.0)])
+def test_add_rms_norm(norm, offset, rows, dtype):
+    graph = fires(add_rms_norm, added(norm), *sum_inputs(rows, dtype))
+    found = call_in(graph, "add_rms_norm")
+    assert graph.ops() == ["linear", "gdnfuse.add_rms_norm", "getitem", "getitem"]
+    assert op_name(found["x"]) == "linear" and found["residual"].op == found["weight"].op == "placeholder"
+    assert (found["eps"], found["offset"]) == (EPS, offset)
+
+
+SUMS = {
+    "left": lambda x, w, r, n: qwen(r + F.linear(x, w), n),
+    "right": lambda x, w, r, n: qwen(F.linear(x, w) + r, n),
+    "torch.add": lambda x, w, r, n: qwen(torch.add(F.linear(x, w), r), n),
+    "other eps": lambda x, w, r, n: qwen(F.linear(x, w) + r, n, 1e-3),
+    "computed later": lambda x, w, r, n: qwen(F.linear(x, w) + r.exp(), n),
+    "read later": lambda x, w, r, n: ((h := F.linear(x, w) + r) * 2, qwen(h, n), h.exp()),
+    "another linear": lambda x, w, r, n: qwen(F.linear(x, w) + F.linear(x.exp(), w), n),
+    "swiglu": lambda x, w, r, n: qwen(F.silu((y := F.linear(x, w)).narrow(-1, 0, 3)) * y.narrow(-1, 3, 3) + r[..., :3], n[:3]),
+}  # fmt: skip
+
+
+@DTYPES
+@pytest.mark.parametrize("name", SUMS)
+def test_add_rms_norm_of_every_sum(name, dtype):
+    graph = fires(add_rms_norm, SUMS[name], *sum_inputs(3, dtype))
+    found = call_in(graph, "add_rms_norm")
+    assert op_name(found["x"]) == ("gdnfuse.fused_linear" if name == "swiglu" else "linear") and "add" not in graph.ops()
+
+
+def test_add_rms_norm_takes_the_later_linear_and_leaves_the_earlier_one_as_residual():
+    found = call_in(fires(add_rms_norm, SUMS["another linear"], *sum_inputs(2)), "add_rms_norm")
+    assert op_name(found["x"].args[0]) == "exp" and found["residual"].args[0].op == "placeholder"
+
+
+@DTYPES
+def test_add_rms_norm_along_the_residual_stream(dtype):
+    def f(x, o, w, gate, up, down, v):
+        h = x + F.linear(x.sin(), o)
+        h = h + F.linear(swiglu(qwen(h, w), gate, up), down)
+        return llama(h, v)
+
+    shapes = ((2, 1, N), (N, N), (N,), (M, N), (M, N), (N, M), (N,))
+    graph = fires(add_rms_norm, f, *(of(*s, dtype=dtype) for s in shapes))
+    ops = ["sin", "linear", "gdnfuse.add_rms_norm", "gdnfuse.fused_linear", "linear", "gdnfuse.add_rms_norm"]
+    assert [op for op in graph.ops() if op != "getitem"] == ops
+    first, second = [n for n in graph.gm.graph.nodes if op_name(n) == "gdnfuse.add_rms_norm"]
+    assert second.args[1].args == (first, 0)
+
+
+@pytest.mark.parametrize(
+    ("f", "status", "found"),
+    [
+        (lambda x, w, r, n: qwen(x[..., :M] + r, n), "unmatched", "a sum with a linear without bias"),
+        (lambda x, w, r, n: qwen(F.linear(x, w, n) + r, n), "unmatched", "a sum with a linear without bias"),
+        (lambda x, w, r, n: qwen(F.linear(x, w).exp() + r, n), "unmatched", "a sum with a linear without bias"),
+        (lambda x, w, r, n: qwen(torch.add(r, F.linear(x, w), alpha=2), n), "unmatched", "a sum with a linear without bias"),
+        (lambda x, w, r, n: qwen(F.linear(x, w) + 2.0, n), "unmatched", "[2, 1, 6] of torch.float32 throughout"),
+        (lambda x, w, r, n: qwen(F.linear(x, w) + r[:1], n), "unmatched", "[2, 1, 6] of torch.float32 throughout"),
+        (lambda x, w, r, n: qwen(F.linear(x, w) + n, n), "unmatched", "[2, 1, 6] of torch.float32 throughout"),
+        (lambda x, w, r, n: qwen(F.linear(x[:1], w) + r, n), "unmatched", "[2, 1, 6] of torch.float32 throughout"),
+        (lambda x, w, r, n: qwen(F.linear(x, w) + r.double(), n), "unmatched", "[2, 1, 6] of torch.float64 throughout"),
+        (lambda x, w, r, n: qwen(F.linear(x, w) + r.bfloat16(), n), "unmatched", "[2, 1, 6] of torch.float32 throughout"),
+        (lambda x, w, r, n: qwen(F.linear(x.bfloat16(), w.bfloat16()) + r, n), "unmatched", "[2, 1, 6] of torch.float32"),
+        (lambda x, w, r, n: ((y := F.linear(x, w)).exp(), qwen(y + r, n)), "refused", "alone, found that exp"),
+        (lambda x, w, r, n: (qwen((y := F.linear(x, w)) + r, n), y), "refused", "alone, found that output"),
+        (lambda x, w, r, n: qwen((y := F.linear(x, w)) + y, n), "refused", "proof failed"),
+        (lambda x, w, r, n: (qwen(F.linear(x, w) + r, n), r.mul_(2)), "refused", "written in place"),
+    ],
+    ids=["no linear", "bias", "something between", "alpha", "number", "one row of residual", "vector", "one row of the linear",
+         "float64", "bf16", "bf16 linear", "read", "returned", "itself", "written residual"],
+)  # fmt: skip
+def test_add_rms_norm_declines(f, status, found):
+    record = declines(add_rms_norm, f, *sum_inputs(2))
+    assert record.status == status and found in record.reason
+
+
+@pytest.mark.parametrize("rows", [1, 33])
+def test_add_rms_norm_has_no_anchor_at_one_row_and_at_many(rows):
+    silent(add_rms_norm, added(qwen), *sum_inputs(rows))
+
+
+def test_add_rms_norm_has_no_anchor_at_any_number_of_rows():
+    _, w, _, n = sum_inputs(3)
+    silent(add_rms_norm, lambda x, w, n: qwen(F.linear(x, w) + F.linear(x.exp(), w), n), symbolic(3, 1, N), w, n)
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x, w, r, n: qwen(F.linear(x, w), n) + r,
+        lambda x, w, r, n: qwen(F.linear(x, w) - r, n),
+        lambda x, w, r, n: qwen((F.linear(x, w) + r) * 2, n),
+        lambda x, w, r, n: qwen((F.linear(x, w) + r).reshape(1, 2, M), n),
+    ],
+    ids=["norm before the sum", "difference", "something between", "two tokens"],
+)
+def test_add_rms_norm_has_no_anchor(f):
+    silent(add_rms_norm, f, *sum_inputs(2))
+
+
 def mixer(*, dtype=torch.float32, batch=1, order="qzba", bias=False, before=lambda x: x, first=F.linear, last=F.linear):
     """A mixer between two linears, and its arguments; `before`, `first` and `last` stand for what is around it."""
     H, HV, K, V = 1, 2, 4, 3
@@ -577,6 +704,7 @@ def test_mixer_linears_of_flat_rows():
 
 @pytest.mark.parametrize("batch", [2, 5])
 def test_mixer_linears_has_no_anchor_at_more_rows(batch):
+    """Nor has any other fusion."""
     graph = right(rewritten(*mixer(batch=batch, before=lambda x: qwen(x, W))))
     assert not [r for r in graph.outcome.records if r.stage == "fuse"]
 
@@ -659,11 +787,46 @@ def refused(rule, f, *args):
     return record
 
 
-@pytest.mark.parametrize("changes", [{"eps": 2e-6}, {"eps": 0.0}, {"offset": 0.0}, {"offset": 1.001}], ids=str)
+OTHER_NORMS = pytest.mark.parametrize("changes", [{"eps": 2e-6}, {"eps": 0.0}, {"offset": 0.0}, {"offset": 1.001}], ids=str)
+
+
+@OTHER_NORMS
 def test_the_proof_refuses_another_norm(changes, monkeypatch, no_cached_proofs):
     honest = rms_norm.RULE.rewrite
     monkeypatch.setattr(rms_norm.RULE, "rewrite", lambda m, t: honest(dataclasses.replace(m, data=m.data | changes), t))
     refused(rms_norm, qwen, of(1, 1, N), of(N))
+
+
+@OTHER_NORMS
+@pytest.mark.parametrize("rows", [2, 32])
+def test_the_proof_refuses_another_norm_of_a_sum(rows, changes, monkeypatch, no_cached_proofs):
+    honest = add_rms_norm.RULE.rewrite
+    monkeypatch.setattr(add_rms_norm.RULE, "rewrite", lambda m, t: honest(dataclasses.replace(m, data=m.data | changes), t))
+    refused(add_rms_norm, added(qwen), *sum_inputs(rows))
+
+
+OTHER_SUMS = {
+    "x twice": {"residual": "x"},
+    "residual twice": {"x": "residual"},
+    "weight as residual": {"residual": "weight"},
+}
+
+
+@pytest.mark.parametrize("name", OTHER_SUMS)
+def test_the_proof_refuses_the_norm_of_another_sum(name, monkeypatch, no_cached_proofs):
+    honest, swapped = add_rms_norm.RULE.rewrite, OTHER_SUMS[name]
+
+    def rewrite(m, t):
+        return honest(m, SimpleNamespace(**{n: getattr(t, swapped.get(n, n)) for n in ("x", "residual", "weight")}))
+
+    monkeypatch.setattr(add_rms_norm.RULE, "rewrite", rewrite)
+    refused(add_rms_norm, added(qwen), *sum_inputs(2))
+
+
+def test_the_proof_refuses_the_sum_in_the_place_of_its_norm(monkeypatch, no_cached_proofs):
+    honest = add_rms_norm.RULE.rewrite
+    monkeypatch.setattr(add_rms_norm.RULE, "rewrite", lambda m, t: honest(m, t)[::-1])
+    refused(add_rms_norm, added(qwen), *sum_inputs(2))
 
 
 WRONG = {
@@ -695,6 +858,13 @@ def test_the_proof_refuses_another_call(name, monkeypatch, no_cached_proofs):
     rule, changes = WRONG[name]
     spoiled(monkeypatch, rule, **changes)
     refused(rule, square_mlp, of(1, 1, N), of(N), *(of(N, N) for _ in range(3)))
+
+
+@pytest.mark.parametrize("name", ["halves swapped", "one half twice", "no swiglu"])
+def test_the_proof_refuses_another_call_of_a_few_rows(name, monkeypatch, no_cached_proofs):
+    rule, changes = WRONG[name]
+    spoiled(monkeypatch, rule, **changes)
+    refused(rule, square_mlp, of(8, 1, N), of(N), *(of(N, N) for _ in range(3)))
 
 
 def test_the_proof_refuses_a_residual_of_the_wrong_node(monkeypatch, no_cached_proofs):
@@ -758,7 +928,7 @@ def step(model, batch, **options):
 
 
 def statuses(report, rule):
-    return [r.status for r in report.all_records if r.rule == rule.RULE.name]
+    return [r.status for r in report.all_records if (r.rule, r.stage) == (rule.RULE.name, rule.RULE.stage)]
 
 
 @pytest.mark.parametrize("capture", [False, True])
@@ -768,18 +938,30 @@ def test_a_model_of_one_sequence(capture):
     assert max(errors) < 1e-5 and report.fused_layers == zoo.GDN_LAYERS
     counts = {"norm_linear": 3 + 3 + 1, "mixer_linears": zoo.GDN_LAYERS, "swiglu_linear": 3, "residual_linear": 3 + 3}
     for rule in FUSIONS:
-        assert statuses(report, rule) == [Status.FIRED] * counts[rule.RULE.name], rule.RULE.name
+        assert statuses(report, rule) == [Status.FIRED] * counts.get(rule.RULE.name, 0), rule.RULE.name
     for layer in report.layers:
         assert zoo.ops_without_views(layer) == zoo.ONE_ROW
         assert [r.rule for r in layer.records if r.status is Status.FIRED].count("mixer_linears") == 1
 
 
-def test_a_model_of_two_sequences():
-    report, errors = step(zoo.causal_lm(), 2)
+@pytest.mark.parametrize("batch", [2, 32, 33])
+def test_a_model_of_several_sequences(batch):
+    """Every residual sum is read by a norm. Beyond 32 sequences nothing is fused around linears."""
+    report, errors = step(zoo.causal_lm(), batch)
     assert max(errors) < 1e-5 and report.fused_layers == zoo.GDN_LAYERS
-    assert not [r for r in report.all_records if r.rule in {rule.RULE.name for rule in FUSIONS}]
+    counts = {"swiglu_linear": 3, "add_rms_norm": 3 + 3} if batch <= 32 else {}
+    for rule in FUSIONS:
+        assert statuses(report, rule) == [Status.FIRED] * counts.get(rule.RULE.name, 0), rule.RULE.name
     for layer in report.layers:
         assert zoo.ops_without_views(layer) == zoo.MANY_ROWS
+
+
+def test_a_model_whose_sums_are_refused_keeps_its_result(monkeypatch, no_cached_proofs):
+    honest = add_rms_norm.RULE.rewrite
+    monkeypatch.setattr(add_rms_norm.RULE, "rewrite", lambda m, t: honest(dataclasses.replace(m, data=m.data | {"eps": 1e-5}), t))
+    report, errors = step(zoo.causal_lm(), 2)
+    assert max(errors) < 1e-5 and report.fused_layers == zoo.GDN_LAYERS
+    assert statuses(report, add_rms_norm) == [Status.REFUSED] * 6
 
 
 def test_a_model_whose_mixers_are_refused_keeps_its_result(monkeypatch, no_cached_proofs):
