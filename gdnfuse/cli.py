@@ -1,4 +1,8 @@
-"""The command line: `gdnfuse report MODEL_OR_CONFIG` says what would be fused, without weights and without a GPU."""
+"""The command line.
+
+`gdnfuse report MODEL_OR_CONFIG` says what would be fused, without weights and without a GPU; `gdnfuse verify` runs a prompt and a
+decode step with random weights and compares the rewritten graphs with those that came.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from gdnfuse.options import STAGES
-from gdnfuse.report import GdnfuseError, GraphReport, LayerReport
+from gdnfuse.report import Comparison, GdnfuseError, GraphReport, LayerReport
 
 DTYPES = ("bfloat16", "float16", "float32")
 WIDTH = 60  # columns for a sentence in a table
@@ -27,10 +31,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 2 for bad input, 1 for an error of ours."""
+    """Run the command line; returns the exit code: 0, 2 for bad input, 1 for an error of ours or a graph that does not verify."""
     args = _parser().parse_args(argv)
     try:
-        args.run(args)
+        return args.run(args) or 0
     except Exception as e:
         if args.debug:
             traceback.print_exc()
@@ -40,22 +44,27 @@ def main(argv: Sequence[str] | None = None) -> int:
             sentence = f"internal error, {type(e).__name__}: {sentence[:200]} (--debug shows where)"
         print(f"gdnfuse: {sentence}", file=sys.stderr)
         return 2 if expected else 1
-    return 0
 
 
 def _parser() -> _Parser:
     parser = _Parser(prog="gdnfuse", description="Fuses the Gated DeltaNet layers of Hugging Face models under torch.compile.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     report = commands.add_parser("report", help="say what is fused in a model, and why not, without its weights")
-    report.add_argument("model", metavar="MODEL_OR_CONFIG", help="preset (4b), config.json, model folder or hub id (owner/name)")
+    verify = commands.add_parser("verify", help="compare the rewritten graphs of a model, random weights, with those that came")
+    for command in (report, verify):
+        command.add_argument(
+            "model", metavar="MODEL_OR_CONFIG", help="preset (4b), config.json, model folder or hub id (owner/name)"
+        )
+        command.add_argument("--batch", type=_positive, default=1, metavar="N", help="sequences (default 1)")
+        command.add_argument("--prompt", type=_positive, default=70, metavar="N", help="tokens to prefill (default 70)")
+        command.add_argument("--dtype", choices=DTYPES, default=DTYPES[0])
+        command.add_argument("--json", action="store_true", help="print the records as JSON")
+        command.add_argument("--debug", action="store_true", help="show tracebacks and the library's warnings")
+    verify.add_argument("--device", help="where to run (default: cuda if there is a GPU, else cpu)")
+    verify.set_defaults(run=_verify)
     report.add_argument("--phase", choices=("decode", "prefill"), default="decode")
-    report.add_argument("--batch", type=_positive, default=1, metavar="N", help="sequences (default 1)")
-    report.add_argument("--prompt", type=_positive, default=64, metavar="N", help="tokens to prefill (default 64)")
-    report.add_argument("--dtype", choices=DTYPES, default=DTYPES[0])
     report.add_argument("--target", choices=("cuda", "cpu"), default="cuda", help="device to choose kernels for (default cuda)")
     report.add_argument("--stop-after", choices=STAGES, help="stop after this stage and print the graph")
-    report.add_argument("--json", action="store_true", help="print the records as JSON")
-    report.add_argument("--debug", action="store_true", help="show tracebacks and the library's warnings")
     report.set_defaults(run=_report)
     return parser
 
@@ -86,6 +95,46 @@ def _report(args: argparse.Namespace) -> None:
         print(json.dumps([r.to_dict() for r in reports], indent=1))
     else:
         print("\n\n".join(render(r) for r in reports))
+
+
+def _verify(args: argparse.Namespace) -> int:
+    import torch
+
+    from gdnfuse import huggingface
+
+    if not args.debug:
+        _quiet()
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except Exception as e:  # no such device, or not in this build of torch
+        raise GdnfuseError(f"Cannot use the device {device!r}: {str(e).splitlines()[0]}") from e
+    bar = tqdm(total=3, desc="read config", disable=None, delay=1, leave=False, bar_format="{desc} ({n}/{total}, {elapsed})")
+    with bar:
+        config = huggingface.load_config(args.model)
+        _advance(bar, "build model")
+        model = huggingface.random_model(config, getattr(torch, args.dtype), device)
+        _advance(bar, "run a prompt and one step")
+        reports = huggingface.verify(model, batch=args.batch, prompt=args.prompt)
+    if args.json:
+        print(json.dumps([r.to_dict() for r in reports], indent=1))
+    else:
+        print("\n\n".join(f"{r.summary()}\n\n{_table(_comparison_rows(r))}" if r.comparisons else r.summary() for r in reports))
+    verified = [r.rewritten and bool(r.comparisons) for r in reports]
+    return 0 if verified and all(verified) else 1
+
+
+def _comparison_rows(report: GraphReport) -> list[dict[str, Any]]:
+    """Outputs, and inputs that are written, by what is compared: the worst of each kind."""
+    kinds: dict[str, list[Comparison]] = {}
+    for c in report.comparisons:
+        kinds.setdefault(re.sub(r"\d+", "*", c.name, count=1), []).append(c)
+    rows = []
+    for kind, members in kinds.items():
+        worst = max(members, key=lambda c: (not c.passed, c.error))
+        errors = {"error": f"{worst.error:.1e}", "as it came": f"{worst.eager_error:.1e}"}
+        rows.append({"compared": kind, "count": len(members), **errors, "passed": "yes" if worst.passed else "no"})
+    return rows
 
 
 def _advance(bar: tqdm, step: str) -> None:

@@ -309,14 +309,46 @@ def meta_model(config: PreTrainedConfig, dtype: torch.dtype = torch.bfloat16) ->
     Raises:
         GdnfuseError: the config has no causal language model in transformers.
     """
+    return random_model(config, dtype, "meta")
+
+
+def random_model(config: PreTrainedConfig, dtype: torch.dtype = torch.bfloat16, device: str = "cpu") -> torch.nn.Module:
+    """The same on another device, with random weights.
+
+    Raises:
+        GdnfuseError: the config has no causal language model in transformers, or the device no room for it.
+    """
     from transformers import AutoModelForCausalLM
 
     try:
-        with torch.device("meta"):
+        with torch.device(device):
             model = AutoModelForCausalLM.from_config(config.get_text_config(decoder=True), dtype=dtype)
     except Exception as e:  # an unknown architecture or sizes that do not fit together
         raise GdnfuseError(f"Cannot build a causal language model from this config: {_first_line(e)}") from e
     return model.eval().requires_grad_(False)
+
+
+def verify(model: torch.nn.Module, *, batch: int = 1, prompt: int = 70, **options: Any) -> list[GraphReport]:
+    """Run a random prompt and one decode step of a model with the option `verify`, and return the reports of their graphs.
+
+    Args:
+        model: with weights, on the device to verify on. Not changed, and not left compiled.
+        batch: sequences.
+        prompt: tokens of the prompt.
+        options: see `gdnfuse.options.Options`. Graphs are rewritten but not compiled further, unless `inner` says so.
+    """
+    from transformers import StaticCache
+
+    options = {"inner": "eager", **options, "verify": True}
+    gdnfuse_options.parse(options)
+    known = {r.graph_id for r in reports()}
+    cache = StaticCache(config=model.config, max_cache_len=prompt + 1)
+    tokens = torch.randint(0, model.config.vocab_size, (batch, prompt), device=model.device)
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=1000, accumulated_recompile_limit=1000):
+        step = torch.compile(model, backend="gdnfuse", options=options)
+        for ids in (tokens, tokens[:, :1]):
+            step(ids, past_key_values=cache, use_cache=True)
+    return [r for r in reports() if r.graph_id not in known]
 
 
 def trace(

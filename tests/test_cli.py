@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 import subprocess
 import sys
 
@@ -148,3 +150,34 @@ def test_works_on_cpu_where_triton_cannot_be_imported():
         "x = torch.ones(3); assert torch.equal(step(x), x.sin() + 1)\n"
         "assert gdnfuse.reports()[0].phase == 'other'"
     )
+
+
+def test_verify_compares_a_prompt_and_a_step(config_file, capsys):
+    assert main(["verify", str(config_file), "--batch", "2", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "(prefill): 3/3 GDN layers fused" in out and "(decode): 3/3 GDN layers fused" in out
+    assert re.search(r"recurrent_states_\S+ +3 +\d\.\de[+-]\d\d +\d\.\de[+-]\d\d +yes", out)
+
+
+def test_verify_as_json_has_every_comparison(config_file, capsys):
+    assert main(["verify", str(config_file), "--device", "cpu", "--dtype", "float32", "--json"]) == 0
+    graphs = json.loads(capsys.readouterr().out)
+    assert [g["phase"] for g in graphs] == ["prefill", "decode"]
+    assert all(c["passed"] and c["error"] < 1e-5 for g in graphs for c in g["comparisons"])
+
+
+def test_verify_fails_where_a_graph_does(config_file, capsys, monkeypatch):
+    op = OPS["packed_decode"]
+    wrong = dataclasses.replace(op, reference=lambda *args, **kwargs: 1.1 * op.reference(*args, **kwargs))
+    monkeypatch.setitem(OPS, "packed_decode", wrong)
+    assert main(["verify", str(config_file), "--device", "cpu"]) == 1
+    out = capsys.readouterr().out
+    assert "(decode): not rewritten. Not verified: " in out and re.search(r"mixer_linears at \w+", out)
+    assert re.search(r" no\b", out)
+
+
+@pytest.mark.parametrize("device", ["quantum", "cuda:99", "meta0"])
+def test_verify_on_no_such_device_is_one_line(config_file, capsys, device):
+    assert main(["verify", str(config_file), "--device", device]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(f"gdnfuse: Cannot use the device {device!r}: ")
