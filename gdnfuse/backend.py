@@ -12,7 +12,7 @@ from torch._dynamo.backends.registry import lookup_backend
 from torch.fx import GraphModule
 
 from gdnfuse import capture, kernels
-from gdnfuse.options import Options, parse
+from gdnfuse.options import DISABLE, Options, disabled, parse
 from gdnfuse.packing import PackedWeight
 from gdnfuse.passes import verify
 from gdnfuse.pipeline import original, rewrite
@@ -128,6 +128,8 @@ def _blame(gm: GraphModule, example_inputs: Sequence[Any], opts: Options) -> str
 
 
 def _why_untouched(gm: GraphModule, example_inputs: Sequence[Any]) -> str:
+    if disabled():
+        return f"The environment must not ask to leave graphs alone, found {DISABLE} set."
     if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
         return "Dtypes must be those of the tensors, found autocast enabled."
     if torch.is_grad_enabled():

@@ -24,6 +24,7 @@ import torch
 from torch._dynamo.callback import callback_handler
 
 from gdnfuse import dialect  # noqa: F401  registers torch.ops.gdnfuse
+from gdnfuse.options import disabled
 from gdnfuse.report import Refused
 from gdnfuse.rewrite.proof import Float64, compare, one_thread
 
@@ -346,7 +347,7 @@ def _wanted() -> bool:
     torch hands a backend its options only with the finished graph, so they are read off the tracer. Where that cannot be done, as
     under a backend that somebody wrote around ours, the answer is yes: the ops are right under every backend.
     """
-    if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
+    if disabled() or torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return False

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
 from gdnfuse.report import GdnfuseError
 
 STAGES = ("normalize", "lift", "fuse", "lower")
+DISABLE = "GDNFUSE_DISABLE"
 INNER = ("inductor", "aot_eager", "eager")
 
 
@@ -36,6 +38,11 @@ class Options:
     verify: bool = False
     fuel: int | None = None
     target: str | None = None
+
+
+def disabled() -> bool:
+    """Whether the environment asks to leave every graph as it came."""
+    return os.environ.get(DISABLE, "0") not in ("", "0")
 
 
 def parse(given: dict[str, Any] | None) -> Options:

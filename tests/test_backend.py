@@ -132,3 +132,20 @@ def test_a_failing_pass_leaves_the_graph_as_it_came(monkeypatch):
     f = lambda x: -A.exp() * F.softplus(x + b)  # noqa: E731
     assert torch.equal(compiled(f)(x), f(x))
     assert "broken on purpose" in gdnfuse.reports()[0].note and not gdnfuse.reports()[0].rewritten
+
+
+@pytest.mark.parametrize("setting", ["1", "true"])
+def test_the_environment_can_switch_all_of_it_off(small, setting, monkeypatch):
+    wanted = step(small, torch.compile(copy.deepcopy(small), backend="eager", fullgraph=True))
+    monkeypatch.setenv("GDNFUSE_DISABLE", setting)
+    assert torch.equal(step(small, compiled(copy.deepcopy(small))), wanted)
+    (report,) = gdnfuse.reports()
+    assert not report.rewritten and report.all_records == []
+    assert report.note == "The environment must not ask to leave graphs alone, found GDNFUSE_DISABLE set."
+
+
+@pytest.mark.parametrize("setting", ["", "0"])
+def test_the_environment_may_say_that_it_is_on(small, setting, monkeypatch):
+    monkeypatch.setenv("GDNFUSE_DISABLE", setting)
+    step(small, compiled(copy.deepcopy(small)))
+    assert gdnfuse.reports()[0].fused_layers == 1
