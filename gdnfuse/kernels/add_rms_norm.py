@@ -18,7 +18,7 @@ from gdnfuse.kernels.implementation import kernel_of, overlap_options, register,
 from gdnfuse.report import Refused
 
 MAX_N = 2**14  # a program holds its row
-NUM_WARPS = 8
+WIDE, NUM_WARPS, MORE_WARPS = 2**13, 8, 16  # a row wider than that takes more
 
 
 @triton.jit
@@ -66,7 +66,8 @@ def launch(
     options = overlap_options(x, weight) if overlap else {}
     kernel_of(add_rms_norm_kernel)[(residual.numel() // N,)](
         x, residual, weight.contiguous(), hidden, out, eps, offset, x.stride(0),
-        N=N, PARTS=parts, BN=triton.next_power_of_2(N), OVERLAP=bool(options), num_warps=NUM_WARPS, **options,
+        N=N, PARTS=parts, BN=triton.next_power_of_2(N), OVERLAP=bool(options),
+        num_warps=NUM_WARPS if N <= WIDE else MORE_WARPS, **options,
     )  # fmt: skip
     return hidden, out
 

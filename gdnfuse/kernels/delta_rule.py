@@ -41,6 +41,7 @@ from gdnfuse.report import Refused
 # benchmarks/mixer.py --sweep compares them.
 RULE_CONFIGS = ((512, (32, 1)), (float("inf"), (64, 2)))
 GATED_CONFIGS = ((128, (128, 4, False)), (512, (64, 4, True)), (float("inf"), (64, 4, False)))
+LOOP_CONFIG = (32, 2)  # of the rule over several tokens, where more columns a warp would spill
 SMALL = 512  # heads of 128×128 states in float32, 32 MiB
 
 
@@ -242,7 +243,7 @@ def launch(
     """
     B, T, HV, V = v.shape
     H, K = q.shape[2:]
-    columns, num_warps = _config(RULE_CONFIGS, recurrent_state)
+    columns, num_warps = _config(RULE_CONFIGS, recurrent_state) if T == 1 else LOOP_CONFIG
     BV = _columns(columns, K, V)
     out = torch.empty((B, T, HV, V), dtype=torch.float32, device=v.device)
     options = overlap_options(v, A_log, dt_bias) if overlap and _fits(recurrent_state) else {}

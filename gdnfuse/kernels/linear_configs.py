@@ -53,6 +53,8 @@ def few_rows_config(
     else:
         config = FewRowsConfig(64, 256 if few else 128, 4, 4 if few else 3, 1, few)
     block = config.BK * 2 // dtype.itemsize
+    if dtype.itemsize > 2:
+        config = config._replace(BM=32)  # more would spill
     while block > 32 and N % (block * parts):
         block //= 2
     if N % (block * parts):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from gdnfuse.kernels.linear_configs import split
 from gdnfuse.packing import PackedWeight, pack
 from gdnfuse.report import Record, Refused, Status
 from gdnfuse.rewrite.driver import infer
-from gdnfuse.rewrite.graph import is_tensor, module_stack, op_name, storage, value, writes
+from gdnfuse.rewrite.graph import module_stack, op_name, storage, value, writes
 
 MAX_SUM = 7  # terms: Inductor makes a loop of a longer sum, with a kernel of its own
 
@@ -96,15 +97,17 @@ def _add_up(node: Node, parts: int, dtype: torch.dtype) -> None:
     """Let the readers of a linear that was split read its sum, in steps so short that Inductor takes them where they are read."""
     readers, graph, total = list(node.users), node.graph, node
     node.meta["example_value"] = infer(node)
-    if [op_of(r.target) for r in readers] == [add_rms_norm.op] and readers[0].args[0] is node:
-        return  # which adds up itself
+    if [op_of(r.target) for r in readers] == [add_rms_norm.op]:
+        call = add_rms_norm.op.bind(readers[0].args, readers[0].kwargs)
+        if call["x"] is node and call["residual"] is not node:
+            return  # which adds up itself
     with graph.inserting_before(node.next):
         steps = [("sum", 0), ("to", dtype)]
         if parts > MAX_SUM:
             steps = [("unflatten", 0, (2, parts // 2)), ("sum", 0), *steps]
         for method, *args in steps:
             total = graph.call_method(method, (total, *args))
-            total.meta["nn_module_stack"] = node.meta.get("nn_module_stack")
+            total.meta |= {"nn_module_stack": node.meta.get("nn_module_stack"), "example_value": infer(total)}
     for reader in readers:
         reader.replace_input_with(node, total)
 
@@ -113,7 +116,8 @@ class _Touched:
     """Who reads and who writes the memory of a graph's inputs."""
 
     def __init__(self, graph: Graph):
-        self.inputs = {storage(n) for n in graph.nodes if n.op in ("placeholder", "get_attr")} - {None}
+        inputs = [storage(n) for n in graph.nodes if n.op in ("placeholder", "get_attr")]
+        self.inputs = Counter(s for s in inputs if s is not None)
         self.writers: dict[int, set[Node]] = {}
         self.readers: dict[int, set[Node]] = {}
         for node in graph.nodes:
@@ -126,15 +130,19 @@ class _Touched:
     def may_overlap(self, node: Node, kernel: Any, call: dict[str, Any]) -> bool:
         """Whether all that a kernel reads before it waits is the graph's input, and nothing in the graph but itself writes it.
 
-        Nor reads it, where the kernel writes it: whoever makes writes explicit may then give the kernel a copy.
+        Nor reads it, where the kernel writes it, nor shares its memory as another input: whoever makes writes explicit may then
+        give the kernel a copy.
         """
         if "overlap" not in kernel.arg_names:
             return False
         written = writes(node)
         for name in kernel.early:
-            for s in {storage(n) for n in pytree.tree_leaves(call.get(name)) if is_tensor(n)}:
+            for n in pytree.tree_leaves(call.get(name)):
+                if not isinstance(n, Node):
+                    continue
+                s = storage(n)
                 others = self.writers.get(s, set()) | (self.readers.get(s, set()) if s in written else set())
-                if s not in self.inputs or others - {node}:
+                if not self.inputs[s] or s in written and self.inputs[s] > 1 or others - {node}:
                     return False
         return True
 

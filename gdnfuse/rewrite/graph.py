@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils._pytree import tree_leaves
 
 SYNONYMS = {
     "truediv": "div",
@@ -126,6 +127,8 @@ def writes(node: Node) -> set[int]:
         found = [x for x, w in zip(node.args, marked, strict=False) if w]
         found += [node.kwargs[a.name] for a, w in zip(arguments, marked, strict=True) if w and a.name in node.kwargs]
         return _storages(found)
+    if name == "embedding" and (node.args[3] if len(node.args) > 3 else node.kwargs.get("max_norm")) is not None:
+        return _storages(node.all_input_nodes)  # it scales rows of its weight
     if node.kwargs.get("out") is not None:
         out = node.kwargs["out"]
         return _storages(out if isinstance(out, list | tuple) else [out])
@@ -142,7 +145,8 @@ def writes(node: Node) -> set[int]:
 
 
 def _storages(nodes: Sequence[Any]) -> set[int]:
-    return {s for n in nodes if (s := storage(n)) is not None}
+    """Of tensors, and of those in lists."""
+    return {s for n in tree_leaves(list(nodes)) if (s := storage(n)) is not None}
 
 
 def _known_module(target: Any) -> bool:
