@@ -1,18 +1,22 @@
 """The command line.
 
 `gdnfuse report MODEL_OR_CONFIG` says what would be fused, without weights and without a GPU; `gdnfuse verify` runs a prompt and a
-decode step with random weights and compares the rewritten graphs with those that came.
+decode step with random weights and compares the rewritten graphs with those that came; `gdnfuse rules` lists what is matched, and
+`gdnfuse doctor` what this machine has and what of ours it will use.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
+import importlib.util
 import json
+import platform
 import re
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 from tabulate import tabulate
@@ -66,6 +70,13 @@ def _parser() -> _Parser:
     report.add_argument("--target", choices=("cuda", "cpu"), default="cuda", help="device to choose kernels for (default cuda)")
     report.add_argument("--stop-after", choices=STAGES, help="stop after this stage and print the graph")
     report.set_defaults(run=_report)
+    rules = commands.add_parser("rules", help="list every rule with its equation")
+    rules.set_defaults(run=_rules)
+    doctor = commands.add_parser("doctor", help="say what this machine has, what will be used and why")
+    doctor.set_defaults(run=_doctor)
+    for command in (rules, doctor):
+        command.add_argument("--json", action="store_true", help="print the rows as JSON")
+        command.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
 
 
@@ -135,6 +146,76 @@ def _comparison_rows(report: GraphReport) -> list[dict[str, Any]]:
         errors = {"error": f"{worst.error:.1e}", "as it came": f"{worst.eager_error:.1e}"}
         rows.append({"compared": kind, "count": len(members), **errors, "passed": "yes" if worst.passed else "no"})
     return rows
+
+
+def _rules(args: argparse.Namespace) -> None:
+    from gdnfuse.passes import fuse, lift
+
+    rows = [{"stage": r.stage, "rule": r.name, "equation": r.equation} for r in (*lift.RULES, *fuse.RULES)]
+    print(json.dumps(rows, indent=1, ensure_ascii=False) if args.json else tabulate(rows, "keys", disable_numparse=True))
+
+
+def _doctor(args: argparse.Namespace) -> None:
+    rows = [{"what": what, "found": found, "so": so} for what, found, so in _findings()]
+    print(json.dumps(rows, indent=1, ensure_ascii=False) if args.json else tabulate(rows, "keys", maxcolwidths=[None, None, 90]))
+
+
+def _findings() -> Iterator[tuple[str, str, str]]:
+    """What there is to know of this machine, what of it is here, and what follows."""
+    import torch
+
+    from gdnfuse.options import DISABLE, disabled
+
+    yield "gdnfuse", _version("gdnfuse"), f"Every graph is left as it came: {DISABLE} is set." if disabled() else "In use."
+    yield "python", platform.python_version(), "In use."
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}" if torch.version.hip else "CPU"
+    yield "torch", f"{torch.__version__} ({build})", _tested("torch", (2, 11), (2, 13))
+    yield "transformers", _version("transformers"), _tested("transformers", (5, 17), (5, 23))
+    triton = importlib.util.find_spec("triton") is not None
+    yield "triton", _version("triton"), "In use on a GPU." if triton else "There are no GPU kernels without it."
+    if not torch.cuda.is_available():
+        yield "GPU", "none", "References are inlined, and Inductor compiles them for the CPU."
+    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        properties = torch.cuda.get_device_properties(i)
+        architecture = getattr(properties, "gcnArchName", "") if torch.version.hip else f"sm_{properties.major}{properties.minor}"
+        found = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, {architecture}"
+        yield f"GPU {i}", found, _kernels_for(0 if torch.version.hip else properties.major, triton)
+    for package, captured in (("fla", "rule"), ("causal_conv1d", "convolution")):
+        here = importlib.util.find_spec(package) is not None
+        so = (
+            f"Eager calls take its {captured}; compiled ones take ours."
+            if here
+            else f"Not needed: compiled calls take our {captured}."
+        )
+        yield package, _version({"fla": "flash-linear-attention"}.get(package, package)) if here else "none", so
+
+
+def _kernels_for(capability: int, triton: bool) -> str:
+    """`capability` is NVIDIA's major one, 0 elsewhere."""
+    if not triton:
+        return "References are inlined, and Inductor compiles them."
+    if capability == 9:
+        return "Triton kernels that overlap, and a chunk scan of its own in Gluon."
+    if capability >= 10:
+        return "Triton kernels that overlap; compiled for it in tests, not measured."
+    return "Triton kernels; compiled for sm_80 and gfx942 in tests, not measured."
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+def _tested(package: str, first: tuple[int, int], last: tuple[int, int]) -> str:
+    found = tuple(int(n) for n in re.findall(r"\d+", _version(package))[:2])
+    tested = f"tested with {first[0]}.{first[1]} to {last[0]}.{last[1]}"
+    if found < first:
+        return f"Too old: it is {tested}."
+    return (
+        f"In use, {tested}." if found <= last else f"In use, newer than what it is {tested}; `gdnfuse verify` compares results."
+    )
 
 
 def _advance(bar: tqdm, step: str) -> None:

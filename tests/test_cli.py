@@ -9,11 +9,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
+import transformers
 
-from gdnfuse import Record, Status
+from gdnfuse import Record, Status, cli
 from gdnfuse.cli import main, render
 from gdnfuse.dialect import OPS
 from gdnfuse.huggingface import presets
+from gdnfuse.passes import fuse, lift
 from gdnfuse.report import GraphReport, LayerReport
 
 
@@ -181,3 +184,39 @@ def test_verify_on_no_such_device_is_one_line(config_file, capsys, device):
     assert main(["verify", str(config_file), "--device", device]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith(f"gdnfuse: Cannot use the device {device!r}: ")
+
+
+def test_rules_lists_every_rule_once(capsys):
+    assert main(["rules", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["rule"] for row in rows] == [rule.name for rule in (*lift.RULES, *fuse.RULES)]
+    assert all(row["equation"] and row["stage"] in ("lift", "fuse") for row in rows)
+    assert main(["rules"]) == 0
+    out = capsys.readouterr().out
+    assert all(rule.equation in out for rule in (*lift.RULES, *fuse.RULES))
+
+
+def test_doctor_says_what_follows_from_what_is_here(capsys, monkeypatch):
+    assert main(["doctor", "--json"]) == 0
+    rows = {row["what"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["torch"]["found"].startswith(torch.__version__) and rows["transformers"]["found"] == transformers.__version__
+    assert all(row["so"].endswith(".") for row in rows.values())
+    if not torch.cuda.is_available():
+        assert rows["GPU"]["found"] == "none"
+    monkeypatch.setenv("GDNFUSE_DISABLE", "1")
+    assert main(["doctor"]) == 0
+    assert "Every graph is left as it came: GDNFUSE_DISABLE is set." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("version", "so"), [("5.16.2", "Too old: "), ("5.17.0", "In use, tested"), ("6.0", "In use, newer")])
+def test_doctor_knows_the_versions_it_was_tested_with(version, so, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "_version", lambda package: version)
+    assert main(["doctor", "--json"]) == 0
+    (row,) = [row for row in json.loads(capsys.readouterr().out) if row["what"] == "transformers"]
+    assert row["so"].startswith(so)
+
+
+@pytest.mark.parametrize("capability", [0, 8, 9, 10])
+def test_doctor_names_the_kernels_of_a_gpu(capability):
+    assert ("overlap" in cli._kernels_for(capability, True)) == (capability >= 9)
+    assert "Triton" not in cli._kernels_for(capability, False)
