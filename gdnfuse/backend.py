@@ -76,8 +76,8 @@ def _verify(gm: GraphModule, rewritten: GraphModule, example_inputs: Sequence[An
     """Compare both graphs on these inputs; one that is worse is not used, and the report says what came first that made it so."""
     try:
         report.comparisons = _compared(gm, rewritten, example_inputs)
-    except Refused as e:
-        report.note = f"Not verified. {e.reason}"
+    except Exception as e:  # out of memory, for one: what was asked for was a check, not to lose the model
+        report.note = f"Not verified. {e.reason if isinstance(e, Refused) else f'{type(e).__name__}: {e}.'}"
         log.warning(report.note)
         return
     worst = max((c for c in report.comparisons if not c.passed), key=lambda c: c.error, default=None)
@@ -123,8 +123,8 @@ def _blame(gm: GraphModule, example_inputs: Sequence[Any], opts: Options) -> str
         last = [r for r in attempt(bad)[1].all_records if r.status is Status.FIRED and (r.rule, r.anchor) not in made]
         last = [r for r in last if r.stage in ("lift", "fuse")]
         return f"The first rewrite with which it does so is number {bad}, {last[0].rule} at {last[0].anchor}." if last else ""
-    except Refused as e:
-        return f"Which rewrite it comes from was not found. {e.reason}"
+    except Exception as e:
+        return f"Which rewrite it comes from was not found. {e.reason if isinstance(e, Refused) else f'{type(e).__name__}: {e}.'}"
 
 
 def _why_untouched(gm: GraphModule, example_inputs: Sequence[Any]) -> str:

@@ -139,7 +139,7 @@ def _preparing_caches(fn: Callable[..., Any], fullgraph: bool, state_dtype: torc
     def call(*args: Any, **kwargs: Any) -> Any:
         out = fn(*args, **kwargs)
         if not (fullgraph and torch.compiler.is_compiling()):
-            _prepare(getattr(out, "past_key_values", None), state_dtype)
+            _prepare(getattr(out, "past_key_values", None) or kwargs.get("past_key_values"), state_dtype)
         return out
 
     return call
@@ -332,7 +332,7 @@ def verify(model: torch.nn.Module, *, batch: int = 1, prompt: int = 70, **option
     """Run a random prompt and one decode step of a model with the option `verify`, and return the reports of their graphs.
 
     Args:
-        model: with weights, on the device to verify on. Not changed, and not left compiled.
+        model: with weights, on the device to verify on. Keeps its values, and is not left compiled; sibling weights are packed.
         batch: sequences.
         prompt: tokens of the prompt.
         options: see `gdnfuse.options.Options`. Graphs are rewritten but not compiled further, unless `inner` says so.
@@ -343,7 +343,8 @@ def verify(model: torch.nn.Module, *, batch: int = 1, prompt: int = 70, **option
     gdnfuse_options.parse(options)
     known = {r.graph_id for r in reports()}
     cache = StaticCache(config=model.config, max_cache_len=prompt + 1)
-    tokens = torch.randint(0, model.config.vocab_size, (batch, prompt), device=model.device)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, model.config.vocab_size, (batch, prompt), generator=generator).to(model.device)
     with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=1000, accumulated_recompile_limit=1000):
         step = torch.compile(model, backend="gdnfuse", options=options)
         for ids in (tokens, tokens[:, :1]):

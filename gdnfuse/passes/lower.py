@@ -89,8 +89,8 @@ def _parts(call: dict[str, Any]) -> int:
     if any(given for name, given in call.items() if name not in ("x", "weights")):
         return 1
     x, (weight,) = value(call["x"]), map(value, call["weights"])
-    sizes = (*x.shape, *weight.shape)
-    return split(*weight.shape, x.shape[:-1].numel()) if all(isinstance(n, int) for n in sizes) else 1
+    known = weight.dim() == 2 and all(isinstance(n, int) for n in (*x.shape, *weight.shape))
+    return split(*weight.shape, x.shape[:-1].numel()) if known else 1
 
 
 def _add_up(node: Node, parts: int, dtype: torch.dtype) -> None:

@@ -163,6 +163,9 @@ def prove(region: Graph, replacement: Graph, inputs: list[tuple[str, Node]], m: 
         sides = in_float64(region), in_float64(replacement)
         try:
             error = _run(*sides, inputs, m, m.shapes, extremes)
+            # Views may pair sequences up, and two of them in their place are one pair: that shows with three.
+            if odd := _three_for_two(inputs, m):
+                error = max(error, _run(*sides, inputs, m, odd, False))
         except _NotRun:
             # A view of the region may have the full size in it.
             if not m.shapes:
@@ -173,6 +176,12 @@ def prove(region: Graph, replacement: Graph, inputs: list[tuple[str, Node]], m: 
         raise
     _proved[key] = error
     return Proof(error, time.perf_counter() - start, False)
+
+
+def _three_for_two(inputs: list[tuple[str, Node]], m: Match) -> dict[str, tuple[int, ...]]:
+    """The match's shapes with three in front where they have two instead of more; empty if they nowhere do."""
+    more = {n: (3, *m.shapes[n][1:]) for n, node in inputs if m.shapes.get(n, ())[:1] == (2,) and hint(value(node).shape[0]) > 2}
+    return {**m.shapes, **more} if more else {}
 
 
 _proved: dict[str, float | Refused] = {}

@@ -90,3 +90,13 @@ def test_another_dtype_is_an_error_and_changes_nothing(dtype):
 def test_a_cache_before_its_prompt_is_an_error(kind):
     with pytest.raises(gdnfuse.GdnfuseError, match=r"must hold recurrent states, found none: a prompt makes them\.$"):
         gdnfuse.set_state_dtype(zoo.new_cache(zoo.causal_lm(), kind), torch.bfloat16)
+
+
+def test_a_prompt_that_returns_a_tuple_leaves_its_states_in_the_dtype():
+    model = zoo.causal_lm()
+    ours = gdnfuse.compile(model, inner="eager", state_dtype=torch.bfloat16)
+    cache = zoo.new_cache(model, "static")
+    ids, _ = zoo.prompt(2)
+    with torch.no_grad():
+        ours(ids, past_key_values=cache, use_cache=True, return_dict=False)
+    assert all(s.dtype == torch.bfloat16 for s in zoo.states(cache)["recurrent"])

@@ -9,6 +9,7 @@ import torch
 import gdnfuse
 from gdnfuse import huggingface
 from gdnfuse.dialect import OPS
+from gdnfuse.passes import verify
 from gdnfuse.report import Status
 from tests.models import zoo
 
@@ -125,3 +126,49 @@ def test_fuel_is_how_many_rewrites_are_made(fuel):
     assert sum(r.status is Status.FIRED for r in records) == fuel
     refused = [r.reason for r in records if r.status is Status.REFUSED]
     assert f"The option fuel must leave a rewrite, found that all {fuel} are made." in refused
+
+
+def test_a_rewritten_graph_that_raises_is_not_used(monkeypatch):
+    def broken(*args, **kwargs):
+        raise ValueError("no such kernel")
+
+    model = zoo.causal_lm()
+    wanted, _ = decoded(model, model)
+    monkeypatch.setitem(OPS, "mixer_decode", dataclasses.replace(OPS["mixer_decode"], reference=broken))
+    found, _ = decoded(model, compiled(copy.deepcopy(model), verify=True))
+    assert zoo.relative(found, wanted) < 2e-6
+    (report,) = gdnfuse.reports()
+    assert not report.rewritten and "no such kernel" in report.note and ", mixer_decode at " in report.note
+
+
+def test_what_cannot_be_verified_for_want_of_memory_still_runs(monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(verify, "_copies", full)
+    model = zoo.causal_lm()
+    decoded(model, compiled(model, verify=True))
+    (report,) = gdnfuse.reports()
+    assert report.rewritten and report.note == "Not verified. OutOfMemoryError: out of memory."
+
+
+INF, NAN = float("inf"), float("nan")
+UNEVEN = {
+    "as eager": ([INF, 1.0, 2.0], True),
+    "finite where eager overflows": ([7.0, 1.0, 2.0], True),
+    "wrong beside it": ([INF, 1.5, 2.0], False),
+    "not finite beside it": ([INF, NAN, 2.0], False),
+}
+
+
+@pytest.mark.parametrize("name", UNEVEN)
+def test_one_overflow_of_eagers_hides_nothing_else(name):
+    ours, passed = UNEVEN[name]
+    theirs, exact = torch.tensor([INF, 1.0, 2.0]).half(), torch.tensor([7e4, 1.0, 2.0])
+    assert verify._compare("output 0", torch.tensor(ours).half(), theirs, exact).passed is passed
+
+
+def test_what_is_never_finite_must_not_become_so():
+    theirs, exact = torch.tensor([-INF, 1.0]), torch.tensor([-INF, 1.0]).double()
+    assert verify._compare("output 0", theirs.clone(), theirs, exact).passed
+    assert not verify._compare("output 0", torch.tensor([0.0, 1.0]), theirs, exact).passed
