@@ -124,6 +124,7 @@ def _verify(args: argparse.Namespace) -> int:
     with bar:
         config = huggingface.load_config(args.model)
         _advance(bar, "build model")
+        torch.manual_seed(0)
         model = huggingface.random_model(config, getattr(torch, args.dtype), device)
         _advance(bar, "run a prompt and one step")
         reports = huggingface.verify(model, batch=args.batch, prompt=args.prompt)
