@@ -148,6 +148,8 @@ def _why_untouched(gm: GraphModule, example_inputs: Sequence[Any]) -> str:
 def _demand_fused(report: GraphReport, opts: Options) -> None:
     if not report.rewritten:
         raise GdnfuseError(f"strict: the graph was not rewritten. {report.note}")
+    if opts.verify and report.all_records and not report.comparisons:
+        raise GdnfuseError(f"strict: the graph was not verified. {report.note}")
     # Without capture a prompt is traced as one motif per chunk; only a decode step can be expected to be recognised then.
     if report.phase == "decode" or opts.capture:
         for layer in report.layers:

@@ -150,6 +150,9 @@ def test_what_cannot_be_verified_for_want_of_memory_still_runs(monkeypatch):
     decoded(model, compiled(model, verify=True))
     (report,) = gdnfuse.reports()
     assert report.rewritten and report.note == "Not verified. OutOfMemoryError: out of memory."
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="strict: the graph was not verified. Not verified. OutOfMemoryError: out of memory."):
+        decoded(model, compiled(model, verify=True, strict=True))
 
 
 INF, NAN = float("inf"), float("nan")
