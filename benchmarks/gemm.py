@@ -138,7 +138,7 @@ def chosen(of: Linear) -> Config:
     if of.sequences == 1:
         return skinny_linear.config(of.role, of.columns)
     size = of.rows, of.columns, of.sequences
-    return few_rows_config(*size, swiglu=True) if of.role == "swiglu" else few_rows_config(*size, parts=split(*size))
+    return few_rows_config(*size[1:], swiglu=True) if of.role == "swiglu" else few_rows_config(*size[1:], parts=split(*size))
 
 
 def configs(of: Linear) -> Iterator[Config]:

@@ -99,5 +99,5 @@ def launch_with(
 
 def launch(x: torch.Tensor, weight: torch.Tensor, swiglu: bool = False, parts: int = 1, overlap: bool = False) -> torch.Tensor:
     """`launch_with` the config for the weight's shape and the number of rows."""
-    M, N = weight.shape
-    return launch_with(few_rows_config(M, N, x.numel() // N, swiglu, parts, weight.dtype), x, weight, swiglu, overlap)
+    N = weight.shape[1]
+    return launch_with(few_rows_config(N, x.numel() // N, swiglu, parts, weight.dtype), x, weight, swiglu, overlap)

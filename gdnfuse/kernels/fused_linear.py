@@ -128,7 +128,7 @@ def supports(
         around = {"norm or gate before": norm_weight, "residual behind": residual}
         if given := [name for name, t in around.items() if t is not None]:
             raise Refused(f"Several rows take SwiGLU behind their linear and nothing else, got a {given[0]} it.")
-        few_rows_config(M, N, _rows(x), swiglu, parts, weight.dtype)
+        few_rows_config(N, _rows(x), swiglu, parts, weight.dtype)
     elif N > skinny_linear.MAX_N:
         raise Refused(f"One row must be at most {skinny_linear.MAX_N} wide, got {N}.")
     if gate is not None:

@@ -1,6 +1,6 @@
 """How a few rows times a weight is shared out, by static facts alone; no triton, so that the lowering may ask before it launches.
 
-Chosen on an H200 for bfloat16; benchmarks/gemm.py sweeps them.
+Chosen on an H200 for bfloat16. benchmarks/gemm.py sweeps them; where whole decode steps said otherwise, it was they that decided.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class FewRowsConfig(NamedTuple):
 
 
 def few_rows_config(
-    M: int, N: int, rows: int, swiglu: bool = False, parts: int = 1, dtype: torch.dtype = torch.bfloat16
+    N: int, rows: int, swiglu: bool = False, parts: int = 1, dtype: torch.dtype = torch.bfloat16
 ) -> FewRowsConfig:
-    """The config for `rows` rows times a weight [M, N].
+    """The config for `rows` rows times a weight of N columns.
 
     Args:
         swiglu: whether the weight is of gate and up.
