@@ -16,9 +16,9 @@ from gdnfuse.kernels.causal_conv_update import ACTIVATIONS
 from gdnfuse.kernels.implementation import INDEX_POINTERS, kernel_of, register, require_dtypes, require_static
 from gdnfuse.report import Refused
 
-# Channels and tokens per program, warps. Chosen on an H200, 8192 channels of 4096 tokens, bfloat16; (1024, 4), (64, 64) and
-# (256, 32) are slower. No committed benchmark sweeps them.
-BLOCK_D, BLOCK_T, NUM_WARPS = 256, 16, 4
+# Channels and tokens per program, warps. Chosen on an H200, 8192 channels of 4096 and 16384 tokens, bfloat16, among (256 to 1024,
+# 8 to 32, 1 to 8); as fast is (512, 16, 4). No committed benchmark sweeps them.
+BLOCK_D, BLOCK_T, NUM_WARPS = 256, 16, 2
 
 
 @triton.jit(do_not_specialize=["T", "N"])
@@ -29,33 +29,45 @@ def causal_conv_kernel(
 ):  # fmt: skip
     batch = tl.program_id(2).to(tl.int64)
     d = tl.program_id(0).to(tl.int64) * BD + tl.arange(0, BD)  # [BD]
-    t = tl.program_id(1).to(tl.int64) * BT + tl.arange(0, BT)  # [BT]
+    first = tl.program_id(1).to(tl.int64) * BT
     live = d < D
-    acc = tl.zeros((BT, BD), dtype=tl.float32)
+    taps = ()
     for j in tl.static_range(W):
-        at = t + (j - (W - 1))  # [BT]
-        mask = (live[None, :] & (at >= 0)[:, None]) & (at < T)[:, None]
-        x_ptrs = x_ptr + batch * stride_xb + at[:, None] * stride_xt + d[None, :] * stride_xd  # [BT, BD]
-        x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
-        if context_ptr is not None:
-            c_ptrs = context_ptr + batch * stride_cb + (at + S)[:, None] * stride_cs + d[None, :] * stride_cd
-            before = live[None, :] & ((at < 0) & (at + S >= 0))[:, None]
-            x += tl.load(c_ptrs, mask=before, other=0.0).to(tl.float32)
-        if cu_seqlens_ptr is not None:
-            end = tl.load(cu_seqlens_ptr + N).to(tl.int64)
-            apart = tl.zeros((BT,), dtype=tl.int32)
-            for n in range(1, N):
-                first = tl.load(cu_seqlens_ptr + n).to(tl.int64) + T - end
-                apart += ((first <= t) & (first > at)).to(tl.int32)
-            x = tl.where((apart == 0)[:, None], x, 0.0)
-        tap = tl.load(weight_ptr + d * stride_wd + j * stride_ww, mask=live, other=0.0).to(tl.float32)  # [BD]
-        acc += x * tap[None, :]
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + d, mask=live, other=0.0).to(tl.float32)[None, :]
-    if SILU:
-        acc = acc * tl.sigmoid(acc)
-    mask = live[None, :] & (t < T)[:, None]
-    tl.store(out_ptr + (batch * T + t)[:, None] * D + d[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
+        taps += (tl.load(weight_ptr + d * stride_wd + j * stride_ww, mask=live, other=0.0).to(tl.float32),)  # [BD]
+    # Rows are loaded once, all before the first is used: W taps read each of them from registers.
+    rows = ()
+    for i in tl.static_range(W - 1 + BT):
+        at = first + (i - (W - 1))
+        there = at < T
+        if i < W - 1:
+            there = there & (at >= 0)
+        x = tl.load(x_ptr + batch * stride_xb + at * stride_xt + d * stride_xd, mask=live & there, other=0.0)  # [BD]
+        if i < W - 1 and context_ptr is not None:
+            before = (at < 0) & (at + S >= 0)
+            c_ptrs = context_ptr + batch * stride_cb + (at + S) * stride_cs + d * stride_cd
+            x = tl.where(before, tl.load(c_ptrs, mask=live & before, other=0.0).to(tl.float32), x.to(tl.float32))
+        rows += (x,)
+    t = first + tl.arange(0, BT)  # [BT]
+    starts = tl.zeros((BT,), dtype=tl.int64) - W  # of each token's sequence; the first goes on from the context
+    if cu_seqlens_ptr is not None:
+        end = tl.load(cu_seqlens_ptr + N).to(tl.int64)
+        for n in range(1, N):
+            start = tl.load(cu_seqlens_ptr + n).to(tl.int64) + T - end
+            starts = tl.where(start <= t, tl.maximum(starts, start), starts)
+    for i in tl.static_range(BT):
+        acc = tl.zeros((BD,), dtype=tl.float32)
+        if bias_ptr is not None:
+            acc += tl.load(bias_ptr + d, mask=live, other=0.0).to(tl.float32)
+        start = tl.sum(tl.where(t == first + i, starts, 0), 0)
+        for j in tl.static_range(W):
+            x = rows[i + j].to(tl.float32)
+            if cu_seqlens_ptr is not None:
+                x = tl.where(first + (i + j - (W - 1)) >= start, x, 0.0)
+            acc += x * taps[j]
+        if SILU:
+            acc = acc * tl.sigmoid(acc)
+        out_ptrs = out_ptr + (batch * T + first + i) * D + d  # [BD]
+        tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=live & (first + i < T))
 
 
 def launch(

@@ -67,9 +67,9 @@ def conv(B, D, S, W, dtype=F32, state_dtype=None, bias=False, act="silu", wrap=l
     return make
 
 
-def prompt_conv(B, D, T, W, dtype=F32, S=0, bias=False, act="silu", wrap=lambda x: x, bounds=None):
+def prompt_conv(B, D, T, W, dtype=F32, S=0, bias=False, act="silu", wrap=lambda x: x, bounds=None, context_dtype=None):
     def make():
-        x, context = wrap(torch.randn(B, D, T).to(dtype)), torch.randn(B, D, S).to(dtype) if S else None
+        x, context = wrap(torch.randn(B, D, T).to(dtype)), torch.randn(B, D, S).to(context_dtype or dtype) if S else None
         return (x, torch.randn(D, W).to(dtype), torch.randn(D).to(dtype) if bias else None, act, context, bounds), {}
 
     return make
@@ -189,6 +189,7 @@ CASES = [
     Case("causal_conv", "shorter-than-the-window", prompt_conv(1, 5, 2, 4, bias=True)),
     Case("causal_conv", "sequences", prompt_conv(1, 40, 37, 4, S=4, bounds=torch.tensor([0, 1, 3, 20, 21, 37]))),
     Case("causal_conv", "sequences-at-end", prompt_conv(2, 40, 9, 4, BF16, bounds=torch.tensor([0, 2, 5], dtype=torch.int32))),
+    Case("causal_conv", "wider-context", prompt_conv(1, 24, 5, 4, BF16, S=4, context_dtype=F32)),
     Case("causal_conv", "short-context", prompt_conv(3, 5, 1, 4, S=2)),
     *(Case("chunk_delta_rule", f"{name(d)}-{T}", chunked(2, T, 1, 2, 16, 16, d)) for d in (F32, BF16, F16) for T in (1, 63, 130)),
     Case("chunk_delta_rule", "no-state", chunked(1, 65, 2, 2, 16, 24, state=False)),
@@ -318,6 +319,10 @@ def tensors(results):
 
 def bound_of(case, args, got, tolerance):
     """The error allowed to a result: that of its dtype, or where products of tensor cores follow each other of their operands."""
+    if case.op == "add_rms_norm":
+        return 2 * tolerance[got.dtype]  # x is rounded, and then the sum with it
+    if case.op == "split_linear":
+        return 2 * tolerance[got.dtype]  # tensor cores cut the last bits of a sum off where float32 would round them
     if "chunk" not in case.op and case.op != "attention_decode":
         return tolerance[got.dtype]
     return CHUNKED[args[2].dtype] + (2e-5 if case.label.startswith("hard") else 0.0)
