@@ -2,6 +2,7 @@
 
     python benchmarks/gemm.py --json gemm.json
     python benchmarks/gemm.py --models 4b --roles conv,swiglu
+    python benchmarks/gemm.py --chosen --rows 1,8 --json gemm_chosen.json
     python benchmarks/gemm.py --rows 2,8,16,32 --json gemm_rows.json
 
 Each linear is measured as a decode step has it, with what is fused around it, by its role:
@@ -141,10 +142,12 @@ def chosen(of: Linear) -> Config:
     return few_rows_config(*size[1:], swiglu=True) if of.role == "swiglu" else few_rows_config(*size[1:], parts=split(*size))
 
 
-def configs(of: Linear) -> Iterator[Config]:
-    """The configs worth measuring, the chosen one first."""
+def configs(of: Linear, sweep: bool) -> Iterator[Config]:
+    """The chosen config, and with `sweep` all others worth measuring."""
     first = chosen(of)
     yield first
+    if not sweep:
+        return
     others = one_row_configs(of) if of.sequences == 1 else few_rows_configs(of)
     yield from (config for config in others if config != first)
 
@@ -228,13 +231,13 @@ class Ahead:
         return partial(self.kernel.warmup, grid=grid)
 
 
-def compile_all(linears: Sequence[Linear]) -> None:
+def compile_all(linears: Sequence[Linear], sweep: bool) -> None:
     """Compile every kernel of the sweep ahead, side by side; linears of equal role and width mostly share theirs."""
     patches = [mock.patch.object(module, "kernel_of", Ahead) for module in (skinny_linear, few_rows_linear)]
     with ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool), patches[0], patches[1]:
         for of in linears:
             x, sets = operands(of, 1)
-            for config in configs(of):
+            for config in configs(of, sweep):
                 run_with(config, x, sets[0])
 
 
@@ -304,7 +307,7 @@ def label(config: Sequence[int]) -> str:
     return "×".join(str(int(n)) for n in config)
 
 
-def run(of: Linear) -> dict[str, Any]:
+def run(of: Linear, sweep: bool) -> dict[str, Any]:
     size = 2 * of.rows * of.columns
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
@@ -315,7 +318,7 @@ def run(of: Linear) -> dict[str, Any]:
     expected = exact(x, first)
 
     off, too_large, times = [], [], {}
-    for config in configs(of):
+    for config in configs(of, sweep):
         try:
             if wrong(config, x, first, expected):
                 off.append(label(config))
@@ -373,6 +376,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--roles", default=",".join(ROLES), help=f"at one row, of {', '.join(ROLES)}, by comma")
     parser.add_argument("--models", default=",".join(MODELS), help=f"of {', '.join(MODELS)}, by comma")
     parser.add_argument("--rows", default="1", help=f"how many there are, 1 to {MOST_ROWS}, by comma")
+    parser.add_argument("--chosen", action="store_true", help="only the configs that a decode step takes, no sweep")
     parser.add_argument("--json", metavar="FILE", help="write the figures, the machine and the versions here")
     args = parser.parse_args(argv)
     roles = chosen_of(parser, "--roles", args.roles, ROLES)
@@ -388,12 +392,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     torch.manual_seed(0)
     start = time.perf_counter()
-    compile_all(linears)
+    compile_all(linears, not args.chosen)
     compile_seconds = time.perf_counter() - start
     command = shlex.join(["python", "benchmarks/gemm.py", *(sys.argv[1:] if argv is None else argv)])
     data = {"command": command, "machine": machine(), "dtype": "bfloat16", "compile_seconds": compile_seconds, "results": []}
     for of in tqdm(linears, disable=None, leave=False):
-        data["results"].append(run(of))
+        data["results"].append(run(of, not args.chosen))
     data["seconds"] = time.perf_counter() - start
     print(table(data["results"]))
     print(f"{data['seconds']:.0f} s, of which {compile_seconds:.0f} s compiling.")
