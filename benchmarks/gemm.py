@@ -142,7 +142,7 @@ def chosen(of: Linear) -> Config:
     return few_rows_config(*size[1:], swiglu=True) if of.role == "swiglu" else few_rows_config(*size[1:], parts=split(*size))
 
 
-def configs(of: Linear, sweep: bool) -> Iterator[Config]:
+def configs(of: Linear, sweep: bool = True) -> Iterator[Config]:
     """The chosen config, and with `sweep` all others worth measuring."""
     first = chosen(of)
     yield first
@@ -307,7 +307,7 @@ def label(config: Sequence[int]) -> str:
     return "×".join(str(int(n)) for n in config)
 
 
-def run(of: Linear, sweep: bool) -> dict[str, Any]:
+def run(of: Linear, sweep: bool = True) -> dict[str, Any]:
     size = 2 * of.rows * of.columns
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()

@@ -236,6 +236,7 @@ def test_gemm_benchmark_sweeps_configs_that_the_kernel_takes():
     for of in gemm.LINEARS:
         configs = list(gemm.configs(of))
         assert configs[0] == gemm.skinny_linear.config(of.role, of.columns)
+        assert list(gemm.configs(of, sweep=False)) == configs[:1]
         assert len(configs) == len({*configs}) > 10, of
         assert all(n == 1 << n.bit_length() - 1 for config in configs for n in config[:3]), of
         assert any(per_sm for *_, per_sm in configs) and not all(per_sm for *_, per_sm in configs), of
@@ -279,7 +280,7 @@ def test_gemm_benchmark_adds_up_the_parts_of_several_rows(role, monkeypatch):
 def _stub_sweep(gemm, monkeypatch, configs):
     """Let it run on the CPU, a figure being the number of calls."""
     for name, stub in {
-        "DEVICE": "cpu", "COLD_BYTES": 1e5, "configs": lambda of: iter(configs),
+        "DEVICE": "cpu", "COLD_BYTES": 1e5, "configs": lambda of, sweep: iter(configs),
         "microseconds": lambda function, x, sets: float(len([function(x, each) for each in sets])),
     }.items():  # fmt: skip
         monkeypatch.setattr(gemm, name, stub)
