@@ -1,4 +1,4 @@
-"""A decode loop of one's own: eager prefill into a StaticCache, then one compiled graph for every token."""
+"""A decode loop of one's own: eager prefill into a StaticCache, then one compiled graph for every token, on CUDA a CUDA graph."""
 
 from __future__ import annotations
 
@@ -22,12 +22,16 @@ def main(argv: Sequence[str] | None = None) -> torch.Tensor:
     model = small_model(device)
     prompt = torch.randint(0, model.config.vocab_size, (1, 16), device=device)
 
-    step = torch.compile(model, backend="gdnfuse", options={"inner": args.inner, "strict": True}, fullgraph=True)
+    # torch takes `mode` or options: with options, CUDA graphs are one of Inductor's.
+    inductor = {"triton.cudagraphs": True} if device == "cuda" else {}
+    options = {"inner": args.inner, "inductor": inductor, "strict": True}
+    step = torch.compile(model, backend="gdnfuse", options=options, fullgraph=True)
     cache = StaticCache(config=model.config, max_cache_len=prompt.shape[1] + args.tokens)
     # The prefill runs eagerly: it creates the cached states, which a CUDA graph can only write when they exist before it.
     token = model(prompt, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
     tokens = [token]
     for _ in range(args.tokens - 1):
+        torch.compiler.cudagraph_mark_step_begin()
         token = step(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
         tokens.append(token)
 

@@ -48,6 +48,23 @@ def test_read_report(capsys):
     assert "model.layers.0.linear_attn" in capsys.readouterr().out
 
 
+def test_lora():
+    tokens = main_of("lora")(["--tokens", "6", *QUICK])
+    assert torch.equal(tokens["active"], tokens["merged"]) and torch.equal(tokens["active"], tokens["unmerged"])
+    assert not torch.equal(tokens["active"], tokens["off"])
+
+
+def test_padded_batch(capsys):
+    together, alone = main_of("padded_batch")(["--tokens", "6", *QUICK])
+    assert [row.tolist() for row in together] == [single.tolist() for single in alone]
+    assert "3/3 GDN layers fused" in capsys.readouterr().out
+
+
+def test_report_from_config(capsys):
+    (report,) = main_of("report_from_config")(["--batch", "2"])
+    assert report.fused_layers == 18 and capsys.readouterr().out.count(": fused") == 18
+
+
 DEMO = ["--layers", "4", "--hidden", "64", "--tokens", "8", *QUICK]
 
 
