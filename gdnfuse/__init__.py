@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING, Any
 from gdnfuse.report import GdnfuseError, GraphReport, LayerReport, Record, Refused, Status, clear_reports, reports
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
+    from gdnfuse.explanation import Explanation
     from gdnfuse.huggingface import Warmup
 
 __all__ = [
@@ -25,6 +28,7 @@ __all__ = [
     "capture",
     "clear_reports",
     "compile",
+    "explain",
     "reports",
     "set_state_dtype",
     "warmup",
@@ -42,6 +46,13 @@ def compile(model: torch.nn.Module, *, mode: str | None = None, **options: Any) 
     from gdnfuse import huggingface
 
     return huggingface.compile(model, mode=mode, **options)
+
+
+def explain(call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanation:
+    """Make a real call of a model, its `generate` or a function and say what fuses in it. See `gdnfuse.explanation.explain`."""
+    from gdnfuse import explanation
+
+    return explanation.explain(call, *args, **kwargs)
 
 
 def set_state_dtype(cache: Any, dtype: torch.dtype) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch._dynamo.backends.registry import lookup_backend
+from torch._logging import trace_structured
 from torch.fx import GraphModule
 
 from gdnfuse import capture, kernels
@@ -47,29 +48,57 @@ def gdnfuse(
     patches = _inductor_patches(mode, opts)
     report = new_report()
     report.inner = opts.inner
-    report.note = _why_untouched(gm, example_inputs)
-    report.rewritten = not report.note
-    packed: list[PackedWeight] = []
-    rewritten = gm
-    if report.rewritten:
-        rewritten = original(gm)
-        placeholders = [n for n in rewritten.graph.nodes if n.op == "placeholder"]
-        try:
-            packed = rewrite(rewritten, dict(zip(placeholders, example_inputs, strict=True)), opts, report)
-        except Exception as e:
-            # A bug of ours must not cost the user the model: it runs as it came, and says so.
-            log.exception("gdnfuse failed on this graph, which is compiled by %s as it came", opts.inner)
-            report.rewritten, report.layers, report.records = False, [], []
-            report.note = f"A pass failed: {type(e).__name__}: {e}."
+    rewritten, packed = rewritten_copy(gm, example_inputs, opts, report)
     if opts.verify and report.rewritten and report.all_records:
         _verify(gm, rewritten, example_inputs, opts, report)
     publish(report)
     log.info(report.summary())
+    _to_trace(report)
     if opts.strict:
         _demand_fused(report, opts)
     if not report.rewritten or not report.all_records and not report.layers:
         return _inner(gm, example_inputs, opts, patches)
     return _finish(rewritten, example_inputs, packed, opts, patches)
+
+
+def rewritten_copy(
+    gm: GraphModule, example_inputs: Sequence[Any], opts: Options, report: GraphReport, plan: bool = False
+) -> tuple[GraphModule, list[PackedWeight]]:
+    """A copy of `gm` after all passes and its packed weights, or `gm` itself where it has to stay as it came.
+
+    Args:
+        gm: left as it is.
+        example_inputs: its inputs.
+        opts: of the backend.
+        report: filled in; `rewritten` and `note` say whether it was rewritten, and if not why.
+        plan: see `pipeline.rewrite`.
+    """
+    report.note = _why_untouched(gm, example_inputs)
+    report.rewritten = not report.note
+    if not report.rewritten:
+        return gm, []
+    copy = original(gm)
+    placeholders = [n for n in copy.graph.nodes if n.op == "placeholder"]
+    try:
+        return copy, rewrite(copy, dict(zip(placeholders, example_inputs, strict=True)), opts, report, plan)
+    except Exception as e:
+        # A bug of ours must not cost the user the model: it runs as it came, and says so.
+        log.exception("gdnfuse failed on this graph, which is compiled by %s as it came", opts.inner)
+        report.rewritten, report.layers, report.records = False, [], []
+        report.note = f"A pass failed: {type(e).__name__}: {e}."
+        return gm, []
+
+
+def _to_trace(report: GraphReport) -> None:
+    """Hand the report to torch's structured trace (TORCH_TRACE), so that tlparse lists it with the compilation it belongs to."""
+    artifacts = (("gdnfuse_report", "json", report.to_dict), ("gdnfuse_summary", "string", lambda: _as_text(report)))
+    for name, encoding, payload in artifacts:
+        trace_structured("artifact", metadata_fn=lambda n=name, e=encoding: {"name": n, "encoding": e}, payload_fn=payload)
+
+
+def _as_text(report: GraphReport) -> str:
+    layers = [f"{layer.path}: {'fused' if layer.fused else f'not fused. {layer.why_not}'}" for layer in report.layers]
+    return "\n".join([report.summary(), *layers])
 
 
 def _verify(gm: GraphModule, rewritten: GraphModule, example_inputs: Sequence[Any], opts: Options, report: GraphReport) -> None:

@@ -69,14 +69,14 @@ def compile(
     plain = model._call_impl
     decode, first = torch.compile(plain, **shared, **_mode_or_options(mode, options)), plain
     if prefill or prefill is None and parsed.capture:
-        first = torch.compile(_apart(plain), **shared, **_no_cuda_graphs(mode, options))
+        first = torch.compile(apart(plain), **shared, **_no_cuda_graphs(mode, options))
         first = _preparing_caches(first, fullgraph, state_dtype)
         if not fullgraph:
             # Where generate compiles this call itself (for prefill_chunk_size), a prompt still gets its own compilation.
             first = torch._dynamo.disable(first, recursive=False)
     elif state_dtype is not None:
         first = _preparing_caches(plain, fullgraph, state_dtype)
-    model._compiled_call_impl = _by_phase(decode, first)
+    model._compiled_call_impl = by_phase(decode, first)
     if getattr(model, "generation_config", None) is not None:
         from transformers import CompileConfig
 
@@ -103,14 +103,17 @@ def _mode_or_options(mode: str | None, options: dict[str, Any]) -> dict[str, Any
     return {"mode": None, "options": dict(options)}
 
 
-def _apart(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """The same with code of its own: Dynamo counts compilations by code, and prompts and decode steps must not add up."""
+def apart(fn: Callable[..., Any], name: str = "apart") -> Callable[..., Any]:
+    """The same with code of its own: Dynamo counts compilations by code, and prompts and decode steps must not add up.
 
-    def apart(*args: Any, **kwargs: Any) -> Any:
+    What Dynamo learns of sizes that change it keeps by the code's name, so another `name` starts afresh in that too.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
         return fn(*args, **kwargs)
 
-    apart.__code__ = apart.__code__.replace()
-    return apart
+    call.__code__ = call.__code__.replace(co_name=name)
+    return call
 
 
 def _no_cuda_graphs(mode: str | None, options: dict[str, Any]) -> dict[str, Any]:
@@ -120,7 +123,7 @@ def _no_cuda_graphs(mode: str | None, options: dict[str, Any]) -> dict[str, Any]
     return {"mode": None, "options": {**options, "inductor": {**settings, "triton.cudagraphs": False}}}
 
 
-def _by_phase(decode: Callable[..., Any], first: Callable[..., Any]) -> Callable[..., Any]:
+def by_phase(decode: Callable[..., Any], first: Callable[..., Any]) -> Callable[..., Any]:
     """Calls of one token on a filled cache go to `decode`, all others to `first`."""
 
     def call(*args: Any, **kwargs: Any) -> Any:

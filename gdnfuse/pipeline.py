@@ -22,7 +22,9 @@ from gdnfuse.rewrite.graph import calls, computes, is_tensor, module_stack, op_n
 log = logging.getLogger(__name__)
 
 
-def rewrite(gm: GraphModule, real: dict[Node, Any], options: Options, report: GraphReport) -> list[PackedWeight]:
+def rewrite(
+    gm: GraphModule, real: dict[Node, Any], options: Options, report: GraphReport, plan: bool = False
+) -> list[PackedWeight]:
     """Run the passes over `gm` in place and fill `report`.
 
     Args:
@@ -30,6 +32,7 @@ def rewrite(gm: GraphModule, real: dict[Node, Any], options: Options, report: Gr
         real: the example input of every placeholder.
         options: stop_after and target are read here.
         report: filled in.
+        plan: leave the model's weights where they are and compile no kernel: for the report alone, as `gm` cannot run then.
 
     Returns:
         The packed weights, inputs that stand behind all others in `gm`.
@@ -39,7 +42,7 @@ def rewrite(gm: GraphModule, real: dict[Node, Any], options: Options, report: Gr
         node.meta["gdnfuse_real"] = tensor
     outcome, packed = Outcome(options.fuel), []
     report.nodes_before, report.launches_before = len(calls(gm)), _launches(calls(gm))
-    for stage in _stages(gm, real, options, report, outcome, packed):
+    for stage in _stages(gm, real, options, report, outcome, packed, plan):
         log.debug("after %s:\n%s", stage, gm.graph)
         if stage == options.stop_after:
             report.stage_code = str(gm.graph)
@@ -49,7 +52,7 @@ def rewrite(gm: GraphModule, real: dict[Node, Any], options: Options, report: Gr
     return packed
 
 
-def _stages(gm, real, options, report, outcome, packed):
+def _stages(gm, real, options, report, outcome, packed, plan):
     normalize.normalize(gm)
     normalize.check(gm)
     _find_layers(gm, report)
@@ -63,8 +66,8 @@ def _stages(gm, real, options, report, outcome, packed):
     run_rules(gm, fuse.RULES, outcome)
     normalize.normalize(gm)
     yield "fuse"
-    packed += lower.pack_weights(gm, real)
-    outcome.records += lower.lower(gm, options.target, linears=report.phase == "decode")
+    packed += lower.pack_weights(gm, real, plan)
+    outcome.records += lower.lower(gm, options.target, linears=report.phase == "decode", ahead=not plan)
     lower.check(gm)
     yield "lower"
 

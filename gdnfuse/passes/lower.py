@@ -9,6 +9,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch._dynamo.source import ConstantSource
 from torch._guards import TracingContext
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatefulSymbolicContext
 
@@ -23,7 +24,7 @@ from gdnfuse.rewrite.graph import module_stack, op_name, storage, value, writes
 MAX_SUM = 7  # terms: Inductor makes a loop of a longer sum, with a kernel of its own
 
 
-def lower(gm: GraphModule, target: str | None, linears: bool = False) -> list[Record]:
+def lower(gm: GraphModule, target: str | None, linears: bool = False, ahead: bool = True) -> list[Record]:
     """Choose an implementation for every dialect op. One record per op says which, and why not the other.
 
     Args:
@@ -31,6 +32,7 @@ def lower(gm: GraphModule, target: str | None, linears: bool = False) -> list[Re
         target: device type to assume; None takes it from each op's tensors.
         linears: whether the linears that are torch's become a kernel too, on a GPU, where it takes them: those of a decode step,
             whose weights it streams faster than cuBLAS does.
+        ahead: start to compile the kernels that were chosen.
     """
     records = []
     touched = _Touched(gm.graph)
@@ -80,7 +82,8 @@ def lower(gm: GraphModule, target: str | None, linears: bool = False) -> list[Re
             else:
                 record.chosen = "reference called"
         records.append(record)
-    kernels.compile_ahead([(kernel, arguments) for kernel, arguments, _ in launched.values()])
+    if ahead:
+        kernels.compile_ahead([(kernel, arguments) for kernel, arguments, _ in launched.values()])
     return records
 
 
@@ -161,12 +164,13 @@ def _kernel(name: str, device: str, arguments: dict[str, Any]) -> Any:
     return kernel
 
 
-def pack_weights(gm: GraphModule, real: dict[Node, Any]) -> list[PackedWeight]:
+def pack_weights(gm: GraphModule, real: dict[Node, Any], plan: bool = False) -> list[PackedWeight]:
     """Give every op on several weights one packed weight, an input behind all others; packed_linear becomes torch's linear.
 
     Args:
         gm: rewritten in place; placeholders that nobody reads any more stay.
         real: the real tensor of every placeholder that is one.
+        plan: leave the weights where they are, with fake tensors for their buffers.
 
     Returns:
         How to find the packed weights at each call, in the order of the new inputs.
@@ -182,7 +186,8 @@ def pack_weights(gm: GraphModule, real: dict[Node, Any]) -> list[PackedWeight]:
             weights = [real[n] if n.op == "placeholder" else _get(gm, n.target) for n in call["weights"]]
             where = zip(call["weights"], weights, strict=True)
             packed.append(PackedWeight(tuple(placeholders.index(n) if n.op == "placeholder" else w for n, w in where)))
-            call["weights"] = [_input(gm, f"packed_weight_{len(packed) - 1}", pack(weights), value(node))]
+            buffer = _planned(weights, value(node)) if plan else pack(weights)
+            call["weights"] = [_input(gm, f"packed_weight_{len(packed) - 1}", buffer, value(node))]
         if op is packed_linear.op:
             node.target, node.args, node.kwargs = torch.nn.functional.linear, (call["x"], *call["weights"]), {}
         else:
@@ -190,12 +195,21 @@ def pack_weights(gm: GraphModule, real: dict[Node, Any]) -> list[PackedWeight]:
     return packed
 
 
+def _planned(weights: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+    """The shape, dtype and device of the buffer [ΣMᵢ, N] that weights [Mᵢ, N] would be packed into."""
+    first, mode = weights[0], getattr(like, "fake_mode", None)
+    with mode or torch.device("meta"):
+        return torch.empty(
+            (sum(w.shape[0] for w in weights), first.shape[1]), dtype=first.dtype, device=first.device if mode else "meta"
+        )
+
+
 def _input(gm: GraphModule, name: str, tensor: torch.Tensor, like: torch.Tensor) -> Node:
     """A new input behind all others, such as Dynamo makes for a parameter."""
     with gm.graph.inserting_after(gm.graph.find_nodes(op="placeholder")[-1]):
         node = gm.graph.placeholder(name)
     mode = getattr(like, "fake_mode", None)
-    fake = tensor if mode is None else mode.from_tensor(tensor, static_shapes=True)
+    fake = tensor if mode is None or isinstance(tensor, FakeTensor) else mode.from_tensor(tensor, static_shapes=True)
     # AOTAutograd asks for the source, for the mark by which CUDA graphs take the address as given, and how to treat the sizes.
     node._dynamo_source = ConstantSource(name)
     if context := TracingContext.try_get():

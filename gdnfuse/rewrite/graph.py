@@ -188,6 +188,8 @@ def clean_path(path: str) -> str:
     for old, new in (("['", "."), ("']", ""), ("[", "."), ("]", ""), ("._modules", ""), ("._parameters", ""), ("._buffers", "")):
         path = path.replace(old, new)
     parts = [p for p in path.split(".") if p]
-    while parts and parts[0] in ("L", "G", "self", "fn", "__self__", "args", "_orig_mod"):
+    if "__self__" in parts:  # a bound method: the module follows
+        parts = parts[parts.index("__self__") + 1 :]
+    while parts and parts[0] in ("L", "G", "self", "fn", "args", "_orig_mod"):
         parts.pop(0)
     return ".".join(parts) or "(root)"

@@ -137,6 +137,7 @@ def test_setitem_writes_and_pure_ops_do_not():
         ("L['self']._modules['model']._modules['layers']._modules['0']._modules['linear_attn']", "model.layers.0.linear_attn"),
         ("L['self'].model.layers[0].linear_attn", "model.layers.0.linear_attn"),
         ("L['fn'].__self__.model.norm", "model.norm"),
+        ("L['decode']._torchdynamo_inline.__self__.model.norm", "model.norm"),
         ("G['model'].layers[11]", "model.layers.11"),
         ("L['self']._orig_mod.a._parameters['weight']", "a.weight"),
         ("L['self']", "(root)"),
