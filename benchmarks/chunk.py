@@ -26,10 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from decode import BYTES_PER_SECOND, machine
+from decode import BYTES_PER_SECOND
 from tabulate import tabulate
 from tqdm import tqdm
 
+from gdnfuse.bench.measure import machine
 from gdnfuse.dialect import chunk_delta_rule
 from gdnfuse.kernels import implementations
 

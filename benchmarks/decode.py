@@ -4,18 +4,17 @@
     python benchmarks/decode.py --models tiny --dtype float32 --steps 16       (any machine)
 
 Sides: eager, fla (eager with flash-linear-attention), inductor, max-autotune and gdnfuse, each in a process of its own (see
-workers.py). Weights are random, of the published shapes, and built on the device from one seed. Every side decodes the same
-tokens from the same eager prefill into a static cache whose position advances. Times are medians over blocks of BLOCK steps, each
-block between two events with nothing waited for inside, as a decode loop runs. No speed is reported for a side whose logits are
-wrong: their relative error against the same weights run in float32 must stay within SLACK times eager's own.
+gdnfuse/bench/workers.py). Weights are random, of the published shapes, and built on the device from one seed. Every side decodes
+the same tokens from the same eager prefill into a static cache whose position advances. Times are medians over blocks of BLOCK
+steps, each block between two events with nothing waited for inside, as a decode loop runs. No speed is reported for a side whose
+logits are wrong: their relative error against the same weights run in float32 must stay within SLACK times eager's own (see
+gdnfuse/bench/measure.py).
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
-import platform
 import shlex
 import statistics
 import sys
@@ -30,19 +29,16 @@ from tabulate import tabulate
 from torch._inductor.utils import fresh_cache
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForCausalLM, StaticCache
-from workers import answer, fla_version, run_sides, show_fla
 
 import gdnfuse
-from gdnfuse.huggingface import load_config
+from gdnfuse.bench.measure import BLOCK, Decoder, difference, machine, right, synchronize, time_steps, weight_bytes, widen
+from gdnfuse.bench.workers import answer, fla_version, run_sides, show_fla
+from gdnfuse.huggingface import load_config, random_model
 
 SIDES = ("eager", "fla", "inductor", "max-autotune", "gdnfuse")
 BYTES_PER_SECOND = 4.3e12  # what an H200 streams, measured with a copy
 DTYPES = ("float32", "bfloat16", "float16")
-SLACK = 1.5
-FLOOR = 1e-5  # relative error allowed whatever eager's is: a float32 model is its own reference
 CHECKED = 8  # steps whose logits are compared
-BLOCK = 8
 PROFILED = 2  # steps whose kernels are counted
 EAGER_STEPS = 16  # timed of the sides that are not compiled
 SHARED = "reference.pt"  # tokens and logits that all sides of a model share
@@ -57,27 +53,7 @@ def build(name: str, dtype: torch.dtype, device: str) -> torch.nn.Module:
         for key, size in {**small, "num_attention_heads": 2, "num_key_value_heads": 1}.items():
             setattr(config, key, size)
         config.layer_types = config.layer_types[:4]
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config.get_text_config(decoder=True), dtype=dtype)
-    return model.eval().requires_grad_(False)
-
-
-def weight_bytes(model: torch.nn.Module, batch: int = 1) -> int:
-    """Bytes of weights that one step must read. Of the embedding only rows are read, unless the head is tied to it.
-
-    A mixture of experts reads the experts that the step chooses: `num_experts_per_tok` per token and layer, of which several
-    tokens, choosing by chance, have some in common.
-    """
-    config, total = model.config, 0
-    seen: set[int] = set()
-    for name, p in model.named_parameters():
-        embedding = name.endswith("embed_tokens.weight") and not config.tie_word_embeddings
-        if p.data_ptr() in seen or embedding:
-            continue
-        seen.add(p.data_ptr())
-        share = 1 - (1 - config.num_experts_per_tok / config.num_experts) ** batch if ".experts." in name else 1
-        total += int(p.numel() * p.element_size() * share)
-    return total
+    return random_model(config, dtype, device)
 
 
 def compiled(side: str, model: torch.nn.Module, mode: str | None) -> Callable[..., Any]:
@@ -86,45 +62,6 @@ def compiled(side: str, model: torch.nn.Module, mode: str | None) -> Callable[..
     if side == "max-autotune":
         return torch.compile(model, options={**torch._inductor.list_mode_options("max-autotune")}, fullgraph=True)
     return torch.compile(model, backend=side, mode=mode, fullgraph=True)
-
-
-class Decoder:
-    """One side's decode: a cache filled by an eager prefill, and steps over given tokens."""
-
-    def __init__(self, model: torch.nn.Module, step: Callable[..., Any], prompt: torch.Tensor, room: int):
-        self.step, self.prompt = step, prompt
-        self.cache = StaticCache(config=model.config, max_cache_len=prompt.shape[1] + room)
-        # Eager, so that the cached states exist, at static addresses, before a CUDA graph is recorded.
-        model(prompt, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-
-    def __call__(self, token: torch.Tensor) -> torch.Tensor:
-        torch.compiler.cudagraph_mark_step_begin()
-        return self.step(token, past_key_values=self.cache, use_cache=True).logits
-
-
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def time_steps(decode: Callable[[torch.Tensor], torch.Tensor], tokens: torch.Tensor, device: str) -> list[float]:
-    """Milliseconds per step of each block of steps, by CUDA events on a GPU."""
-    times = []
-    for block in tokens.split(BLOCK):
-        if device == "cuda":
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            for token in block:
-                decode(token)
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) / len(block))
-        else:
-            begin = time.perf_counter()
-            for token in block:
-                decode(token)
-            times.append(1e3 * (time.perf_counter() - begin) / len(block))
-    return times
 
 
 def logits(model: torch.nn.Module, args: argparse.Namespace, tokens: torch.Tensor) -> torch.Tensor:
@@ -136,37 +73,6 @@ def logits(model: torch.nn.Module, args: argparse.Namespace, tokens: torch.Tenso
 def prompt_of(args: argparse.Namespace, tokens: torch.Tensor) -> torch.Tensor:
     """[B, prompt] of tokens [steps, B, 1]."""
     return tokens[: args.prompt].squeeze(-1).T.contiguous()
-
-
-def widen(model: torch.nn.Module) -> None:
-    """Turn a model to float32, but each decoder layer only while it runs: the largest fit the device in bfloat16 alone."""
-    layers = model.get_decoder().layers
-    everything, in_layers = weights_of(model), {id(w) for layer in layers for w in weights_of(layer)}
-    for w in everything:
-        if id(w) not in in_layers:
-            w.data = w.data.float()
-    for layer in layers:
-        narrow = [(w, w.data) for w in weights_of(layer)]
-
-        def before(*_: Any, narrow=narrow) -> None:
-            for w, data in narrow:
-                w.data = data.float()
-
-        def behind(*_: Any, narrow=narrow) -> None:
-            for w, data in narrow:
-                w.data = data
-
-        layer.register_forward_pre_hook(before)
-        layer.register_forward_hook(behind)
-
-
-def weights_of(module: torch.nn.Module) -> list[torch.Tensor]:
-    return [t for t in itertools.chain(module.parameters(), module.buffers()) if t.is_floating_point()]
-
-
-def difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """‖found − wanted‖ / ‖wanted‖."""
-    return float((found.double() - wanted).norm() / wanted.double().norm())
 
 
 def reference(name: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -208,14 +114,14 @@ def run_side(side: str, name: str, args: argparse.Namespace, folder: Path) -> di
         compile_seconds = time.perf_counter() - start
         rest = [decode(t).float().cpu() for t in tokens[args.prompt + 1 : args.prompt + CHECKED]]
         got = torch.stack([first, *rest])
-        finite, error = bool(torch.isfinite(got).all()), difference(got, expected)
+        found = right(got, expected, shared["eager_error"])
         row |= {
             "first_call_seconds": compile_seconds,
-            "error": error,
-            "finite": finite,
+            "error": found["error"],
+            "finite": found["finite"],
             "summary": gdnfuse.reports()[-1].summary() if gdnfuse.reports() else "",
         }
-        if finite and error <= SLACK * shared["eager_error"] + FLOOR:
+        if found["right"]:
             at = args.prompt + CHECKED
             for t in tokens[at : at + args.warmup]:
                 decode(t)
@@ -239,26 +145,6 @@ def kernels(decode: Callable[[torch.Tensor], torch.Tensor], tokens: torch.Tensor
             decode(token)
         torch.cuda.synchronize()
     return sum(e.device_type == DeviceType.CUDA for e in profiler.events()) / len(tokens)
-
-
-def machine() -> dict[str, Any]:
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    try:
-        import triton
-
-        triton_version = triton.__version__
-    except ImportError:
-        triton_version = None
-    return {
-        "gpu": gpu,
-        "cpu": platform.processor() or platform.machine(),
-        "cpu_threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "triton": triton_version,
-        "transformers": transformers.__version__,
-    }
 
 
 def table(result: dict[str, Any]) -> str:
@@ -329,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = shlex.join(["python", "benchmarks/decode.py", *argv])
     data: dict[str, Any] = {"command": command, "machine": {}, "arguments": vars(args), "results": []}
     for name in args.models.split(","):
-        first, rows = run_sides(__file__, name, sides, argv)
+        first, rows = run_sides([__file__], name, sides, argv)
         data["machine"] |= first["machine"]
         data["results"].append({"model": name, "batch": args.batch, **first.get("facts", {}), "sides": rows})
         print(table(data["results"][-1]), end="\n\n", flush=True)

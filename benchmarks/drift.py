@@ -19,11 +19,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from decode import DTYPES, Decoder, build, machine
+from decode import DTYPES, build
 from tabulate import tabulate
 from tqdm import tqdm
 
 import gdnfuse
+from gdnfuse.bench.measure import Decoder, machine
 
 SIDES = ("eager", "float32", "bfloat16", "float16")
 POINTS = (8, 32, 128, 512, 2048)

@@ -45,11 +45,12 @@ from unittest import mock
 
 import torch
 import triton
-from decode import BYTES_PER_SECOND, machine
+from decode import BYTES_PER_SECOND
 from tabulate import tabulate
 from torch.nn.functional import linear
 from tqdm import tqdm
 
+from gdnfuse.bench.measure import machine
 from gdnfuse.dialect import fused_linear, in_proj_conv
 from gdnfuse.kernels import few_rows_linear, skinny_linear
 from gdnfuse.kernels.linear_configs import FewRowsConfig, few_rows_config, split

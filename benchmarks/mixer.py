@@ -39,10 +39,11 @@ from typing import Any
 from unittest import mock
 
 import torch
-from decode import BYTES_PER_SECOND, machine
+from decode import BYTES_PER_SECOND
 from tabulate import tabulate
 from tqdm import tqdm
 
+from gdnfuse.bench.measure import machine
 from gdnfuse.dialect import gated_rms_norm, mixer_decode, packed_decode
 from gdnfuse.kernels import implementations
 

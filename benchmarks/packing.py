@@ -17,10 +17,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from decode import machine
 from gemm import COLD_BYTES, microseconds
 from tabulate import tabulate
 from torch.nn.functional import linear
+
+from gdnfuse.bench.measure import machine
 
 # Widths of the parts, and columns: qkv, z, b, a of a GDN layer; gate and up.
 GROUPS = {

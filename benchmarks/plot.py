@@ -11,50 +11,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from gdnfuse.bench.plot import COLOURS, caption, grouped_bars, save
+
 RESULTS = Path(__file__).parent / "results"
-COLOURS = {
-    "eager": "#9e9e9e",
-    "fla": "#e08214",
-    "inductor": "#4393c3",
-    "max-autotune": "#2166ac",
-    "gdnfuse": "#1a9850",
-    "mixer_decode": "#1a9850",
-    "packed_decode": "#a6d96a",
-    "packed_decode_gated": "#762a83",
-}
-WIDTH = 0.8  # that the bars of a group share
-VERSIONS = {"torch": "torch", "cuda": "CUDA", "triton": "Triton", "transformers": "transformers", "fla": "fla"}
-
-
-def grouped_bars(
-    axes: Any, groups: Sequence[str], rows: Sequence[dict[str, float | None]], limits: Sequence[float | None], digits: int
-) -> None:
-    """A group of bars for each of `rows`, of figures by side, and its limit as a line across them.
-
-    A side without a figure, because its results were wrong or it failed, says so in its place.
-    """
-    sides = list(dict.fromkeys(side for row in rows for side in row))
-    width = WIDTH / len(sides)
-    shown = [figure for row in rows for figure in row.values() if figure] + [limit for limit in limits if limit]
-    top = max(shown, default=1.0)
-    for i, side in enumerate(sides):
-        at = [group + (i - (len(sides) - 1) / 2) * width for group in range(len(rows))]
-        axes.bar(at, [row.get(side) or 0 for row in rows], width * 0.92, label=side, color=COLOURS.get(side))
-        for x, row, limit in zip(at, rows, limits, strict=True):
-            if side in row:
-                text, height, turn = (f"{row[side]:.{digits}f}", row[side], 0) if row[side] else ("no speed", limit or 0, 90)
-                axes.text(x, height + 0.01 * top, text, ha="center", va="bottom", fontsize=8, rotation=turn)
-    for group, limit in enumerate(limits):
-        if limit:
-            label = "limit" if limit == next(filter(None, limits)) else None
-            axes.hlines(limit, group - WIDTH / 2, group + WIDTH / 2, color="black", linestyle="--", linewidth=1.2, label=label)
-    axes.set_xticks(range(len(groups)), groups)
-    axes.set_ylim(0, 1.08 * top)
 
 
 def figures(rows: Iterable[dict[str, Any]], name: str) -> dict[str, float | None]:
@@ -122,25 +85,13 @@ PLOTS: dict[str, Callable[[Any, dict[str, Any]], list[str]]] = {
 }
 
 
-def caption(data: dict[str, Any], conditions: Sequence[str]) -> str:
-    """What was measured on and how, and with which versions."""
-    machine = data["machine"]
-    where = machine.get("gpu") or f"{machine.get('cpu')}, {machine.get('cpu_threads')} threads"
-    versions = [f"{name} {machine[key]}" for key, name in VERSIONS.items() if machine.get(key)]
-    return "\n".join([*textwrap.wrap("; ".join([where, *filter(None, conditions)]), 140), ", ".join(versions)])
-
-
 def plot(name: str, source: Path, target: Path) -> None:
     from matplotlib.figure import Figure
 
     data = json.loads(source.read_text())
     figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    conditions = PLOTS[name](axes, data)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside upper center", ncols=6, frameon=False, fontsize=9)
-    figure.supxlabel(caption(data, conditions), fontsize=7, color="#555555")
-    figure.savefig(target, dpi=150)
+    conditions = PLOTS[name](figure.subplots(), data)
+    save(figure, caption(data, conditions), target)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,11 +3,11 @@
     python benchmarks/prefill.py --models 4b --lengths 4096,16384 --json prefill.json
     python benchmarks/prefill.py --models tiny --lengths 70,300 --dtype float32 --device cpu --sides eager,gdnfuse
 
-Weights are random, of the published shapes. Each side runs in a process of its own (see workers.py). A prompt goes through the
-model into a new dynamic cache, the logits of its last token are kept. Compiled sides are called with two short prompts first,
-which gives one graph for a fixed and one for any length; their first calls, Inductor's cache being empty, are the cold figures.
-Times are medians over PROMPTS prompts, each waited for. No speed is reported for a side whose logits on CHECKED tokens are off
-float32's by more than SLACK times eager's.
+Weights are random, of the published shapes. Each side runs in a process of its own (see gdnfuse/bench/workers.py). A prompt goes
+through the model into a new dynamic cache, the logits of its last token are kept. Compiled sides are called with two short
+prompts first, which gives one graph for a fixed and one for any length; their first calls, Inductor's cache being empty, are the
+cold figures. Times are medians over PROMPTS prompts, each waited for. No speed is reported for a side whose logits on CHECKED
+tokens are off float32's by more than SLACK times eager's (see gdnfuse/bench/measure.py).
 """
 
 from __future__ import annotations
@@ -17,22 +17,21 @@ import json
 import shlex
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from decode import SHARED, build, difference, machine, widen
+from decode import SHARED, build
 from tabulate import tabulate
 from torch._inductor.utils import fresh_cache
-from workers import answer, fla_version, run_sides, show_fla
 
 import gdnfuse
+from gdnfuse.bench.measure import difference, machine, right, seconds, widen
+from gdnfuse.bench.workers import answer, fla_version, run_sides, show_fla
 
 SIDES = ("eager", "fla", "inductor", "gdnfuse")
-SLACK, FLOOR = 1.5, 1e-5
 CHECKED = 300
 PROMPTS = 7
 SHORT = (200, 333)  # the prompts that compile
@@ -64,9 +63,10 @@ def worker(side: str, name: str, args: argparse.Namespace, folder: Path) -> dict
     with fresh_cache():
         row["first_calls_seconds"] = [seconds(lambda n=n: run(call, n), args.device) for n in SHORT]
         saved = torch.load(folder / SHARED)
-        row["error"], row["eager_error"] = difference(run(call, CHECKED, CHECKED), saved["exact"]), saved["eager_error"]
+        found = right(run(call, CHECKED, CHECKED), saved["exact"], saved["eager_error"])
+        row["error"], row["eager_error"] = found["error"], saved["eager_error"]
         row["graphs"] = [report.summary() for report in gdnfuse.reports()]
-        if row["error"] <= SLACK * row["eager_error"] + FLOOR:
+        if found["right"]:
             row["ms"] = {}
             for length in args.lengths:
                 run(call, length)
@@ -76,16 +76,6 @@ def worker(side: str, name: str, args: argparse.Namespace, folder: Path) -> dict
     if args.device == "cuda":
         row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     return row
-
-
-def seconds(call: Callable[[], Any], device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def table(name: str, rows: Sequence[dict[str, Any]], lengths: Sequence[int]) -> str:
@@ -131,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "results": [],
     }
     for name in args.models.split(","):
-        first, rows = run_sides(__file__, name, sides, argv)
+        first, rows = run_sides([__file__], name, sides, argv)
         data["machine"] |= first["machine"]
         data["results"].append({"model": name, "batch": args.batch, "sides": rows})
         print(table(name, rows, args.lengths), end="\n\n", flush=True)

@@ -1,8 +1,11 @@
 """The command line.
 
 `gdnfuse report MODEL_OR_CONFIG` says what would be fused, without weights and without a GPU; `gdnfuse verify` runs a prompt and a
-decode step with random weights and compares the rewritten graphs with those that came; `gdnfuse rules` lists what is matched, and
-`gdnfuse doctor` what this machine has and what of ours it will use.
+decode step with random weights and compares the rewritten graphs with those that came; `gdnfuse bench` times steps and prompts
+beside eager and Inductor; `gdnfuse rules` lists what is matched, and `gdnfuse doctor` what this machine has and what of ours it
+will use.
+
+Whatever goes wrong is one line on stderr and an exit code that is not 0; `--debug`, before or behind the command, shows where.
 """
 
 from __future__ import annotations
@@ -11,18 +14,20 @@ import argparse
 import importlib.metadata
 import importlib.util
 import json
+import os
 import platform
 import re
 import sys
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from tabulate import tabulate
 from tqdm import tqdm
 
-from gdnfuse.options import STAGES
+from gdnfuse.options import INNER, STAGES
 from gdnfuse.report import Comparison, GdnfuseError, GraphReport, LayerReport
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -35,37 +40,69 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 2 for bad input, 1 for an error of ours or a graph that does not verify."""
+    """Run the command line.
+
+    Returns:
+        The exit code: 0; 2 for bad input; 1 for an error of ours, too little memory, a graph that does not verify or a side
+        without a speed; 130 when interrupted.
+    """
     args = _parser().parse_args(argv)
     try:
-        return args.run(args) or 0
-    except Exception as e:
+        code = args.run(args) or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # who reads has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (Exception, KeyboardInterrupt) as e:
         if args.debug:
             traceback.print_exc()
-        expected = isinstance(e, GdnfuseError)
-        sentence = " ".join(str(e).split())
-        if not expected:
-            sentence = f"internal error, {type(e).__name__}: {sentence[:200]} (--debug shows where)"
+        code, sentence = _sentence(e)
         print(f"gdnfuse: {sentence}", file=sys.stderr)
-        return 2 if expected else 1
+        return code
+
+
+def _sentence(e: BaseException) -> tuple[int, str]:
+    """The exit code for an error and the line that says it."""
+    text = " ".join(str(e).split())
+    if isinstance(e, KeyboardInterrupt):
+        return 130, "interrupted"
+    if isinstance(e, GdnfuseError):
+        return 2, text
+    if isinstance(e, OSError) and e.errno is not None:
+        return 2, ": ".join(str(part) for part in (e.strerror, e.filename) if part)
+    if isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError":
+        return 1, f"Out of memory. {text[:200]}".strip()
+    return 1, f"internal error, {type(e).__name__}: {text[:200]} (--debug shows where)"
 
 
 def _parser() -> _Parser:
     parser = _Parser(prog="gdnfuse", description="Fuses the Gated DeltaNet layers of Hugging Face models under torch.compile.")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks and the library's warnings")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     report = commands.add_parser("report", help="say what is fused in a model, and why not, without its weights")
     verify = commands.add_parser("verify", help="compare the rewritten graphs of a model, random weights, with those that came")
-    for command in (report, verify):
+    bench = commands.add_parser("bench", help="time decode steps and prompts: eager, Inductor and gdnfuse")
+    for command in (report, verify, bench):
         command.add_argument(
             "model", metavar="MODEL_OR_CONFIG", help="preset (4b), config.json, model folder or hub id (owner/name)"
         )
+        command.add_argument("--dtype", choices=DTYPES, default=DTYPES[0])
+    for command in (report, verify):
         command.add_argument("--batch", type=_positive, default=1, metavar="N", help="sequences (default 1)")
         command.add_argument("--prompt", type=_positive, default=70, metavar="N", help="tokens to prefill (default 70)")
-        command.add_argument("--dtype", choices=DTYPES, default=DTYPES[0])
-        command.add_argument("--json", action="store_true", help="print the records as JSON")
-        command.add_argument("--debug", action="store_true", help="show tracebacks and the library's warnings")
-    verify.add_argument("--device", help="where to run (default: cuda if there is a GPU, else cpu)")
+    for command in (verify, bench):
+        command.add_argument("--device", help="where to run (default: cuda if there is a GPU, else cpu)")
     verify.set_defaults(run=_verify)
+    bench.add_argument("--batch", type=_numbers, default=[1], metavar="N,…", help="sequences, each measured (default 1)")
+    bench.add_argument("--prompt", type=_positive, default=512, metavar="N", help="tokens of a prompt (default 512)")
+    bench.add_argument("--new", type=_positive, default=128, metavar="N", help="decode steps that are timed (default 128)")
+    bench.add_argument("--sides", type=_words, metavar="SIDE,…", help="of eager, fla, inductor, gdnfuse (default: all there are)")
+    bench.add_argument("--phase", choices=("decode", "prefill"), help="only this one")
+    bench.add_argument("--layers", type=_positive, metavar="N", help="only the first layers of the model")
+    bench.add_argument("--inner", choices=INNER, default=INNER[0], help="what compiles the rewritten graphs")
+    bench.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the milliseconds")
+    bench.set_defaults(run=_bench)
     report.add_argument("--phase", choices=("decode", "prefill"), default="decode")
     report.add_argument("--target", choices=("cuda", "cpu"), default="cuda", help="device to choose kernels for (default cuda)")
     report.add_argument("--stop-after", choices=STAGES, help="stop after this stage and print the graph")
@@ -74,9 +111,9 @@ def _parser() -> _Parser:
     rules.set_defaults(run=_rules)
     doctor = commands.add_parser("doctor", help="say what this machine has, what will be used and why")
     doctor.set_defaults(run=_doctor)
-    for command in (rules, doctor):
-        command.add_argument("--json", action="store_true", help="print the rows as JSON")
-        command.add_argument("--debug", action="store_true", help="show tracebacks")
+    for command in (report, verify, bench, rules, doctor):
+        command.add_argument("--json", action="store_true", help="print the data as JSON")
+        command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return parser
 
 
@@ -85,6 +122,14 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be a positive number, found {text!r}")
     return number
+
+
+def _numbers(text: str) -> list[int]:
+    return [_positive(part) for part in text.split(",")]
+
+
+def _words(text: str) -> list[str]:
+    return text.split(",")
 
 
 def _report(args: argparse.Namespace) -> None:
@@ -115,11 +160,7 @@ def _verify(args: argparse.Namespace) -> int:
 
     if not args.debug:
         _quiet()
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except Exception as e:  # no such device, or not in this build of torch
-        raise GdnfuseError(f"Cannot use the device {device!r}: {str(e).splitlines()[0]}") from e
+    device = _device(args.device)
     bar = tqdm(total=3, desc="read config", disable=None, delay=1, leave=False, bar_format="{desc} ({n}/{total}, {elapsed})")
     with bar:
         config = huggingface.load_config(args.model)
@@ -134,6 +175,49 @@ def _verify(args: argparse.Namespace) -> int:
         print("\n\n".join(f"{r.summary()}\n\n{_table(_comparison_rows(r))}" if r.comparisons else r.summary() for r in reports))
     verified = [r.rewritten and bool(r.comparisons) for r in reports]
     return 0 if verified and all(verified) else 1
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from gdnfuse.bench import run
+
+    if not args.debug:
+        _quiet()
+    device = _device(args.device)
+    settings = run.Settings(
+        model=args.model,
+        sides=args.sides or run.default_sides(device),
+        phases=[args.phase] if args.phase else list(run.PHASES),
+        batch=args.batch,
+        prompt=args.prompt,
+        new=args.new,
+        layers=args.layers,
+        dtype=args.dtype,
+        device=device,
+        inner=args.inner,
+    )
+    run.check(settings)
+    if args.plot:
+        run.check_plot(args.plot)
+    data = run.run(settings, args.debug)
+    print(json.dumps(data, indent=1) if args.json else run.tables(data))
+    if args.plot:
+        run.plot(data, args.plot)
+    silent = run.silent(data)
+    for sentence in silent:
+        print(sentence, file=sys.stderr)
+    return 1 if silent else 0
+
+
+def _device(given: str | None) -> str:
+    """A device that tensors can be computed on, the GPU if there is one and none is given."""
+    import torch
+
+    device = given or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=device).item()
+    except Exception as e:  # no such device, or not in this build of torch
+        raise GdnfuseError(f"Cannot use the device {device!r}: {str(e).splitlines()[0]}") from e
+    return device
 
 
 def _comparison_rows(report: GraphReport) -> list[dict[str, Any]]:
@@ -310,3 +394,7 @@ def _label(template: str, paths: Sequence[str]) -> str:
 
 def _number(x: float | None) -> str:
     return "" if x is None else f"{x:.1e}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -97,11 +97,11 @@ PREFILL = ["--models", "tiny", "--dtype", "float32", "--lengths", "70", "--devic
 @pytest.fixture
 def workers(monkeypatch, capsys):
     """The workers of benchmarks, in this process: starting one takes as long as all that a test has it do."""
-    workers = importlib.import_module("workers")
+    workers = importlib.import_module("gdnfuse.bench.workers")
 
-    def spawn(script, side, model, argv, folder):
+    def spawn(program, side, model, argv, folder):
         try:
-            main_of(Path(script).stem)([*argv, "--worker", side, model, folder])
+            main_of(Path(program[0]).stem)([*argv, "--worker", side, model, folder])
         except SystemExit as e:
             return {"side": side, "failed": str(e)}
         return json.loads(capsys.readouterr().out.strip().rsplit("\n", 1)[-1])
@@ -153,7 +153,7 @@ def test_benchmarks_of_models_say_that_fla_is_missing(name, workers, tmp_path, c
 
 @pytest.mark.parametrize("name", ["decode", "prefill"])
 def test_benchmarks_of_models_report_that_the_reference_failed(name, workers, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(workers, "spawn", lambda script, side, *_: {"side": side, "failed": f"{side} ran out of memory."})
+    monkeypatch.setattr(workers, "spawn", lambda program, side, *_: {"side": side, "failed": f"{side} ran out of memory."})
     file = tmp_path / "figures.json"
     assert main_of(name)(["--models", "tiny", "--sides", "eager,gdnfuse", "--json", str(file)]) == 1
     (result,) = json.loads(file.read_text())["results"]
@@ -163,7 +163,7 @@ def test_benchmarks_of_models_report_that_the_reference_failed(name, workers, mo
 
 SCRIPT = """
 import sys
-from workers import answer, show_fla
+from gdnfuse.bench.workers import answer, show_fla
 
 def work():
     side, model, folder = sys.argv[-3:]
@@ -177,14 +177,14 @@ answer(work)
 """
 
 
-def test_worker_answers_from_a_process_of_its_own(tmp_path, monkeypatch, capfd):
-    workers, script = importlib.import_module("workers"), tmp_path / "script.py"
+def test_worker_answers_from_a_process_of_its_own(tmp_path, monkeypatch):
+    workers, script = importlib.import_module("gdnfuse.bench.workers"), tmp_path / "script.py"
     script.write_text(SCRIPT)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT / "benchmarks"))
-    run = lambda side: workers.spawn(str(script), side, "tiny", ["--batch", "2"], str(tmp_path))  # noqa: E731
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    run = lambda side: workers.spawn([str(script)], side, "tiny", ["--batch", "2"], str(tmp_path))  # noqa: E731
     assert run("eager") == {"side": "eager", "argv": ["--batch", "2"], "model": "tiny", "fla": True}
-    assert run("broken") == {"side": "broken", "failed": "ValueError: not so"}
-    assert "Traceback" in capfd.readouterr().err
+    broken = run("broken")
+    assert "Traceback" in broken.pop("stderr") and broken == {"side": "broken", "failed": "ValueError: not so"}
 
 
 def test_decode_benchmark_widens_one_layer_after_another():

@@ -32,31 +32,49 @@ def fla_version() -> str:
     return getattr(sys.modules["fla"], "__version__", "unknown")
 
 
-def run_sides(script: str, model: str, sides: Sequence[str], argv: Sequence[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def run_sides(
+    program: Sequence[str], model: str, sides: Sequence[str], argv: Sequence[str], quiet: bool = False
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What a benchmark's worker `reference` answers, with "machine" in it, and the row of each side, one after another.
 
     They share a folder, in which the reference leaves what sides are compared with: without it no side runs.
+
+    Args:
+        program: what Python is started with, a script or `-m module`.
+        model: one that the program knows.
+        sides: of the benchmark.
+        argv: arguments of all its workers.
+        quiet: say of a worker that failed no more than its row does.
     """
+    bar = tqdm(["reference", *sides], desc=model, disable=None, leave=False, delay=1)
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        first = spawn(script, "reference", model, argv, folder)
-        if "failed" in first:
-            return {"machine": {}}, [{**first, "side": side} for side in sides]
-        bar = tqdm(sides, desc=model, disable=None, leave=False, delay=1)
-        rows = [spawn(script, side, model, argv, folder) for side in bar]
+        for side in bar:
+            bar.set_postfix_str(side)
+            rows.append(spawn(program, side, model, argv, folder))
+            stderr = rows[-1].pop("stderr", "")
+            if not quiet:
+                sys.stderr.write(stderr)
+            if "failed" in rows[0]:
+                return {"machine": {}}, [{**rows[0], "side": side} for side in sides]
+    first, *rows = rows
     for row in rows:
         if "fla" in row:
             first["machine"]["fla"] = row.pop("fla")
     return first, rows
 
 
-def spawn(script: str, side: str, model: str, argv: Sequence[str], folder: str) -> dict[str, Any]:
-    """What a script, called with argv and `--worker side model folder`, answers; {"side", "failed": sentence} if it fails."""
-    command = [sys.executable, script, *argv, "--worker", side, model, folder]
+def spawn(program: Sequence[str], side: str, model: str, argv: Sequence[str], folder: str) -> dict[str, Any]:
+    """What a program, called with argv and `--worker side model folder`, answers.
+
+    If it fails, {"side", "failed": sentence, "stderr": all that it printed there}.
+    """
+    command = [sys.executable, *program, *argv, "--worker", side, model, folder]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     if run.returncode:
-        sys.stderr.write(run.stderr)
         lines = run.stderr.strip().splitlines()
-        return {"side": side, "failed": lines[-1] if lines else f"The process ended with status {run.returncode}."}
+        failed = lines[-1] if lines and run.returncode > 0 else f"The process ended with status {run.returncode}."
+        return {"side": side, "failed": failed, "stderr": run.stderr}
     return json.loads(run.stdout.strip().rsplit("\n", 1)[-1])
 
 

@@ -1,0 +1,172 @@
+"""What is measured and how: a decode step, a prompt, the logits that must be right first, and the bandwidth that limits a step.
+
+Times are medians. A decode step is timed in blocks of steps, each block between two events with nothing waited for inside, as a
+decode loop runs; a prompt is waited for.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import itertools
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import StaticCache
+
+SLACK = 1.5  # error allowed, in units of eager's own: of a few steps it is a draw
+FLOOR = 1e-5  # relative error allowed whatever eager's is: a float32 model is its own reference
+BLOCK = 8
+COPIED = {"cuda": 2**30, "cpu": 2**28}  # bytes, more than caches hold
+COPIES = 10
+
+
+class Decoder:
+    """One side's decode: a cache filled by an eager prefill, and steps over given tokens."""
+
+    def __init__(self, model: torch.nn.Module, step: Callable[..., Any], prompt: torch.Tensor, room: int):
+        self.step, self.prompt = step, prompt
+        self.cache = StaticCache(config=model.config, max_cache_len=prompt.shape[1] + room)
+        # Eager, so that the cached states exist, at static addresses, before a CUDA graph is recorded.
+        model(prompt, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+
+    def __call__(self, token: torch.Tensor) -> torch.Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
+        return self.step(token, past_key_values=self.cache, use_cache=True).logits
+
+
+def weight_bytes(model: torch.nn.Module, batch: int = 1) -> int:
+    """Bytes of weights that one step must read. Of the embedding only rows are read, unless the head is tied to it.
+
+    A mixture of experts reads the experts that the step chooses: `num_experts_per_tok` per token and layer, of which several
+    tokens, choosing by chance, have some in common.
+    """
+    config, total = model.config, 0
+    seen: set[int] = set()
+    for name, p in model.named_parameters():
+        embedding = name.endswith("embed_tokens.weight") and not config.tie_word_embeddings
+        if p.data_ptr() in seen or embedding:
+            continue
+        seen.add(p.data_ptr())
+        share = 1 - (1 - config.num_experts_per_tok / config.num_experts) ** batch if ".experts." in name else 1
+        total += int(p.numel() * p.element_size() * share)
+    return total
+
+
+def state_bytes(cache: Any, tokens: int) -> int:
+    """Bytes that a step reads and writes of a cache: its states both ways, and of keys and values those of `tokens` tokens."""
+    total = 0
+    for layer in cache.layers:
+        for held in ("conv_states", "recurrent_states"):
+            total += sum(2 * t.nbytes for t in getattr(layer, held, {}).values() if isinstance(t, torch.Tensor))
+        for t in (getattr(layer, "keys", None), getattr(layer, "values", None)):
+            if isinstance(t, torch.Tensor) and t.ndim == 4:
+                total += t.nbytes * min(tokens, t.shape[2]) // t.shape[2]
+    return total
+
+
+def bandwidth(device: str) -> float:
+    """Bytes per second that a copy of a large tensor reads and writes on a device."""
+    kind = torch.device(device).type
+    source = torch.ones(COPIED[kind], dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    times = [seconds(lambda: target.copy_(source), device) for _ in range(COPIES)]
+    return 2 * source.nbytes / statistics.median(times)
+
+
+def synchronize(device: str) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(call: Callable[[], Any], device: str) -> float:
+    """Of a call that is waited for."""
+    synchronize(device)
+    start = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def time_steps(
+    decode: Callable[[torch.Tensor], torch.Tensor], tokens: torch.Tensor, device: str, size: int = BLOCK
+) -> list[float]:
+    """Milliseconds per step of each block of `size` steps, by CUDA events on a GPU."""
+    times = []
+    for block in tokens.split(size):
+        if torch.device(device).type == "cuda":
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            for token in block:
+                decode(token)
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / len(block))
+        else:
+            begin = time.perf_counter()
+            for token in block:
+                decode(token)
+            times.append(1e3 * (time.perf_counter() - begin) / len(block))
+    return times
+
+
+def widen(model: torch.nn.Module) -> None:
+    """Turn a model to float32, but each decoder layer only while it runs: the largest fit the device in bfloat16 alone."""
+    layers = model.get_decoder().layers
+    everything, in_layers = weights_of(model), {id(w) for layer in layers for w in weights_of(layer)}
+    for w in everything:
+        if id(w) not in in_layers:
+            w.data = w.data.float()
+    for layer in layers:
+        narrow = [(w, w.data) for w in weights_of(layer)]
+
+        def before(*_: Any, narrow=narrow) -> None:
+            for w, data in narrow:
+                w.data = data.float()
+
+        def behind(*_: Any, narrow=narrow) -> None:
+            for w, data in narrow:
+                w.data = data
+
+        layer.register_forward_pre_hook(before)
+        layer.register_forward_hook(behind)
+
+
+def weights_of(module: torch.nn.Module) -> list[torch.Tensor]:
+    return [t for t in itertools.chain(module.parameters(), module.buffers()) if t.is_floating_point()]
+
+
+def difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """‖found − wanted‖ / ‖wanted‖."""
+    return float((found.double() - wanted).norm() / wanted.double().norm())
+
+
+def right(found: torch.Tensor, wanted: torch.Tensor, eager_error: float) -> dict[str, Any]:
+    """Whether logits are near enough to those in float32: {"error", "finite", "right"}."""
+    finite, error = bool(torch.isfinite(found).all()), difference(found, wanted)
+    return {"error": error, "finite": finite, "right": finite and error <= SLACK * eager_error + FLOOR}
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    return {
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cpu": platform.processor() or platform.machine(),
+        "cpu_threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": _version("triton"),
+        "transformers": _version("transformers"),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

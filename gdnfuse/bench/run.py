@@ -1,0 +1,403 @@
+"""gdnfuse bench MODEL: decode steps and prompts of each side, in tables, as data, and as a plot."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch._inductor.utils import fresh_cache
+from transformers import AutoModelForCausalLM, DynamicCache
+
+import gdnfuse
+from gdnfuse.bench.measure import (
+    BLOCK,
+    Decoder,
+    bandwidth,
+    difference,
+    machine,
+    right,
+    seconds,
+    state_bytes,
+    synchronize,
+    time_steps,
+    weight_bytes,
+    widen,
+)
+from gdnfuse.bench.workers import answer, fla_version, run_sides, show_fla
+from gdnfuse.huggingface import apart, load_config, random_model
+from gdnfuse.report import GdnfuseError
+
+SCHEMA = "gdnfuse.bench"
+VERSION = 1
+SIDES = ("eager", "fla", "inductor", "gdnfuse")
+COMPILED = ("inductor", "gdnfuse")
+PHASES = ("decode", "prefill")
+CHECKED = 8  # steps, and last tokens of a prompt, whose logits are compared
+WARMUP = 8  # steps
+EAGER_STEPS = 16  # timed of the sides that are not compiled
+PROMPTS = 5
+SHARED = "reference.pt"  # tokens and logits that all sides share
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured.
+
+    Attributes:
+        model: a preset, config.json, model folder or hub id.
+        sides: of SIDES.
+        phases: of PHASES.
+        batch: numbers of sequences, each measured by itself.
+        prompt: tokens of a prompt, and in the cache when decoding starts.
+        new: decode steps that are timed.
+        layers: only the model's first ones, or all.
+        dtype: "bfloat16", "float16" or "float32".
+        device: where to run.
+        inner: what compiles gdnfuse's graphs, see `gdnfuse.options.Options`.
+    """
+
+    model: str
+    sides: list[str]
+    phases: list[str] = field(default_factory=lambda: list(PHASES))
+    batch: list[int] = field(default_factory=lambda: [1])
+    prompt: int = 512
+    new: int = 128
+    layers: int | None = None
+    dtype: str = "bfloat16"
+    device: str = "cpu"
+    inner: str = "inductor"
+
+
+def default_sides(device: str) -> list[str]:
+    """All that can run here; flash-linear-attention only where it is installed and there is a GPU for it."""
+    fla = importlib.util.find_spec("fla") is not None and torch.device(device).type == "cuda"
+    return [side for side in SIDES if side != "fla" or fla]
+
+
+def check(settings: Settings) -> None:
+    """Whether all of it can be measured, before anything is.
+
+    Raises:
+        GdnfuseError: with a sentence.
+    """
+    for what, found, valid in (("side", settings.sides, SIDES), ("phase", settings.phases, PHASES)):
+        for name in found:
+            if name not in valid:
+                raise GdnfuseError(f"Unknown {what} {name!r}; the valid ones are {', '.join(valid)}.")
+    if "fla" in settings.sides and importlib.util.find_spec("fla") is None:
+        raise GdnfuseError("The side fla needs flash-linear-attention, which is not installed.")
+    config_of(settings)
+
+
+def config_of(settings: Settings) -> Any:
+    """The config of the text model, cut down to `layers`."""
+    config = load_config(settings.model).get_text_config(decoder=True)
+    if settings.layers is not None:
+        if settings.layers > config.num_hidden_layers:
+            raise GdnfuseError(f"The model must have {settings.layers} layers, found {config.num_hidden_layers}.")
+        config.num_hidden_layers = settings.layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[: settings.layers]
+    return config
+
+
+def has_weights(model: str) -> bool:
+    """Whether it is a folder with weights, which are loaded then; others are random."""
+    return any(Path(model).expanduser().glob("*.safetensors")) or any(Path(model).expanduser().glob("pytorch_model*.bin"))
+
+
+def build(settings: Settings) -> torch.nn.Module:
+    dtype = getattr(torch, settings.dtype)
+    if not has_weights(settings.model):
+        torch.manual_seed(0)
+        return random_model(config_of(settings), dtype, settings.device)
+    folder = str(Path(settings.model).expanduser())
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder, config=config_of(settings), dtype=dtype, local_files_only=True, output_loading_info=True
+        )
+    except Exception as e:  # whatever is wrong with a checkpoint
+        raise GdnfuseError(f"Cannot load {folder}: {type(e).__name__}: {str(e).strip().splitlines()[0]}") from e
+    if missing := sorted(found["missing_keys"]):
+        raise GdnfuseError(f"{folder} must hold all weights of the model, found no {missing[0]} and {len(missing) - 1} others.")
+    return model.to(settings.device).eval().requires_grad_(False)
+
+
+def compiled(side: str, phase: str, model: torch.nn.Module, settings: Settings) -> Callable[..., Any]:
+    """What a side calls. A step is compiled for CUDA graphs on a GPU, a prompt is not: it keeps a GPU busy without."""
+    if side not in COMPILED:
+        return model
+    graphs = phase == "decode" and torch.device(settings.device).type == "cuda"
+    how: dict[str, Any] = {"mode": "reduce-overhead" if graphs else None}
+    if side == "gdnfuse" and settings.inner != "inductor":
+        how = {"options": {"inner": settings.inner}}
+    return torch.compile(apart(model, f"{side}_{phase}"), backend=side, **how)
+
+
+class Work:
+    """What all workers of one batch do alike."""
+
+    def __init__(self, settings: Settings, batch: int, folder: str):
+        self.settings, self.batch, self.device = settings, batch, settings.device
+        self.shared = Path(folder) / SHARED
+        self.model = build(settings)
+        self.block = min(BLOCK, max(settings.new // 2, 1))
+        self.steps = CHECKED + WARMUP + settings.new
+        generator = torch.Generator(self.device).manual_seed(1)
+        shape = (settings.prompt + self.steps, batch, 1)
+        self.tokens = torch.randint(0, self.model.config.vocab_size, shape, device=self.device, generator=generator)
+
+    def decoder(self, step: Callable[..., Any]) -> Decoder:
+        return Decoder(self.model, step, self.prompt(), self.steps)
+
+    def prompt(self) -> torch.Tensor:
+        """[B, prompt] of the tokens."""
+        return self.tokens[: self.settings.prompt].squeeze(-1).T.contiguous()
+
+    def step_tokens(self, first: int, count: int) -> torch.Tensor:
+        """[count, B, 1], those behind the prompt from the step `first` on."""
+        return self.tokens[self.settings.prompt + first :][:count]
+
+    def fill(self, call: Callable[..., Any]) -> torch.Tensor:
+        """The logits of a prompt's last tokens."""
+        cache = DynamicCache(config=self.model.config)
+        return call(self.prompt(), past_key_values=cache, use_cache=True, logits_to_keep=CHECKED).logits
+
+    def logits(self, phase: str, call: Callable[..., Any]) -> torch.Tensor:
+        """Those that are compared, in float32 on the CPU."""
+        if phase == "prefill":
+            return self.fill(call).float().cpu()
+        decode = self.decoder(call)
+        return torch.stack([decode(t).float().cpu() for t in self.step_tokens(0, CHECKED)])
+
+    def reference(self) -> dict[str, Any]:
+        """Leave the logits in float32 for all sides to be compared with; answers the machine and what limits a step."""
+        settings, model = self.settings, self.model
+        facts: dict[str, Any] = {"weights": "the folder's" if has_weights(settings.model) else "random"}
+        facts["layers"] = model.config.num_hidden_layers
+        eager = {phase: self.logits(phase, model) for phase in settings.phases}
+        if "decode" in settings.phases:
+            facts["weight_bytes"] = weight_bytes(model, self.batch)
+            facts["experts"] = getattr(model.config, "num_experts", None)
+            facts["state_bytes"] = state_bytes(self.decoder(model).cache, settings.prompt + self.steps // 2)
+            facts["bytes_per_second"] = bandwidth(self.device)
+            facts["limit_ms"] = 1e3 * (facts["weight_bytes"] + facts["state_bytes"]) / facts["bytes_per_second"]
+        widen(model)
+        exact = {phase: self.logits(phase, model) for phase in settings.phases}
+        errors = {phase: difference(eager[phase], exact[phase]) for phase in settings.phases}
+        torch.save({"exact": exact, "errors": errors}, self.shared)
+        return {"machine": machine(), "facts": {**facts, "eager_error": errors}}
+
+    def side(self, side: str) -> dict[str, Any]:
+        """Compile, check and time each phase; one that fails or is wrong has no speed."""
+        row: dict[str, Any] = {"side": side}
+        if side == "fla":
+            row["fla"] = fla_version()
+        shared = torch.load(self.shared)
+        # Prompts first: CUDA graphs of the steps keep their memory.
+        for phase in sorted(self.settings.phases, reverse=True):
+            with fresh_cache():
+                row[phase] = self.measure(phase, side, shared["exact"][phase], shared["errors"][phase])
+        return row
+
+    def measure(self, phase: str, side: str, exact: torch.Tensor, eager_error: float) -> dict[str, Any]:
+        known = len(gdnfuse.reports())
+        call = compiled(side, phase, self.model, self.settings)
+        figures = (self.time_prefill if phase == "prefill" else self.time_decode)(side, call, exact, eager_error)
+        figures["graphs"] = [report.summary() for report in gdnfuse.reports()[known:]]
+        figures["peak_bytes"] = self.peak()
+        return figures
+
+    def time_prefill(self, side: str, call: Callable[..., Any], exact: torch.Tensor, eager_error: float) -> dict[str, Any]:
+        self.forget_peak()
+        got: list[torch.Tensor] = []
+        figures: dict[str, Any] = {"first_call_seconds": seconds(lambda: got.append(self.fill(call)), self.device)}
+        figures |= right(got.pop().float().cpu(), exact, eager_error)
+        if figures["right"]:
+            times = [1e3 * seconds(lambda: self.fill(call), self.device) for _ in range(PROMPTS)]
+            figures |= speed(times, self.batch * self.settings.prompt)
+        return figures
+
+    def time_decode(self, side: str, call: Callable[..., Any], exact: torch.Tensor, eager_error: float) -> dict[str, Any]:
+        decode = self.decoder(call)
+        self.forget_peak()
+        got: list[torch.Tensor] = []
+        first, *rest = self.step_tokens(0, CHECKED)
+        figures: dict[str, Any] = {"first_call_seconds": seconds(lambda: got.append(decode(first).float().cpu()), self.device)}
+        got += [decode(t).float().cpu() for t in rest]
+        figures |= right(torch.stack(got), exact, eager_error)
+        if figures["right"]:
+            for t in self.step_tokens(CHECKED, WARMUP):
+                decode(t)
+            synchronize(self.device)
+            count = self.settings.new if side in COMPILED else min(EAGER_STEPS, self.settings.new)
+            times = time_steps(decode, self.step_tokens(CHECKED + WARMUP, count), self.device, self.block)
+            figures |= speed(times, self.batch) | {"steps": count}
+        return figures
+
+    def forget_peak(self) -> None:
+        if torch.device(self.device).type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def peak(self) -> int | None:
+        """Most bytes of the device's memory that tensors took since `forget_peak`."""
+        return torch.cuda.max_memory_allocated(self.device) if torch.device(self.device).type == "cuda" else None
+
+
+def speed(times: list[float], tokens: int) -> dict[str, float]:
+    """Of calls of `tokens` tokens each that took these milliseconds."""
+    ms = statistics.median(times)
+    return {"ms": ms, "ms_min": min(times), "ms_max": max(times), "tokens_per_second": 1e3 * tokens / ms}
+
+
+def worker(argv: Sequence[str]) -> None:
+    """The program of a worker: settings and batch as JSON, `--worker`, side, model, folder."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    given, _, side, _, folder = argv
+    data = json.loads(given)
+    batch = data.pop("this_batch")
+    show_fla(side)
+
+    def work() -> dict[str, Any]:
+        with torch.no_grad():
+            task = Work(Settings(**data), batch, folder)
+            return task.reference() if side == "reference" else task.side(side)
+
+    answer(work)
+
+
+def run(settings: Settings, debug: bool = False) -> dict[str, Any]:
+    """Measure, one process after another.
+
+    Args:
+        settings: checked.
+        debug: show what processes that fail print.
+
+    Returns:
+        Plain data for JSON: "schema", "version", "machine", "arguments" and "results", one for each batch, with the facts of the
+        reference and a row for each side. A row has "decode" and "prefill", or "failed"; a phase without "ms" was wrong.
+
+    Raises:
+        GdnfuseError: the model itself does not run.
+    """
+    data: dict[str, Any] = {"schema": SCHEMA, "version": VERSION, "machine": {}, "arguments": dataclasses.asdict(settings)}
+    data["results"] = []
+    for batch in settings.batch:
+        argv = [json.dumps({**dataclasses.asdict(settings), "this_batch": batch})]
+        first, rows = run_sides(["-m", "gdnfuse.bench"], settings.model, settings.sides, argv, quiet=not debug)
+        if not first["machine"] and not data["results"]:
+            raise GdnfuseError(f"The model could not be run: {rows[0]['failed'].removeprefix('GdnfuseError: ')}")
+        data["machine"] |= first["machine"]
+        data["results"].append({"batch": batch, **first.get("facts", {}), "sides": rows})
+    return data
+
+
+def tables(data: dict[str, Any]) -> str:
+    """Machine, limit, and one table for each phase."""
+    arguments, parts = data["arguments"], []
+    where = data["machine"].get("gpu") if torch.device(arguments["device"]).type == "cuda" else None
+    where = where or f"CPU, {data['machine'].get('cpu_threads')} threads"
+    known = next((r for r in data["results"] if "weights" in r), None)
+    weights = f", {known['layers']} layers, {known['weights']} weights" if known else ""
+    parts.append(f"{arguments['model']}{weights}, {arguments['dtype']}, {where}")
+    for result in data["results"]:
+        if "limit_ms" in result:
+            gb, rate = [result[k] / 1e9 for k in ("weight_bytes", "state_bytes")], result["bytes_per_second"] / 1e9
+            chosen = ", of the experts those that it chooses," if result["experts"] else ""
+            parts[0] += (
+                f"\nbatch {result['batch']}: a step reads {gb[0]:.3g} GB of weights{chosen} and moves {gb[1]:.3g} GB of states, "
+                f"keys and values: {result['limit_ms']:.3g} ms at the {rate:.4g} GB/s of a copy here"
+            )
+    for phase in arguments["phases"]:
+        rows = [row for result in data["results"] for row in phase_rows(result, phase)]
+        title = f"Decode, {arguments['new']} steps" if phase == "decode" else f"Prefill, {arguments['prompt']} tokens"
+        used = [k for k in rows[0] if any(row[k] for row in rows)]
+        cells = [[row[k] for k in used] for row in rows]
+        parts.append(f"{title}\n{tabulate(cells, used, disable_numparse=True)}")
+    return "\n\n".join(parts)
+
+
+def phase_rows(result: dict[str, Any], phase: str) -> list[dict[str, str]]:
+    rows = []
+    for row in result["sides"]:
+        found = row.get(phase, {})
+        ms, peak, error = found.get("ms"), found.get("peak_bytes"), found.get("error")
+        limit = result.get("limit_ms") if phase == "decode" else None
+        rows.append(
+            {
+                "batch": str(result["batch"]),
+                "side": row["side"],
+                "ms per step" if phase == "decode" else "ms": f"{ms:.4g}" if ms else "failed" if "failed" in row else "wrong",
+                "tokens/s": f"{found['tokens_per_second']:.4g}" if ms else "",
+                "of the limit": f"{100 * limit / ms:.0f} %" if ms and limit else "",
+                "cold first call (s)": f"{found['first_call_seconds']:.1f}" if found and row["side"] in COMPILED else "",
+                "peak GiB": f"{peak / 2**30:.2f}" if peak else "",
+                "error / eager's": f"{error:.1e} / {result['eager_error'][phase]:.1e}" if error is not None else "",
+            }
+        )
+    return rows
+
+
+def silent(data: dict[str, Any]) -> list[str]:
+    """A sentence for each speed that there is not, and why."""
+    sentences = []
+    for result in data["results"]:
+        for row in result["sides"]:
+            at = f"{row['side']}, batch {result['batch']}"
+            if "failed" in row:
+                sentences.append(f"No speed of {at}: {row['failed']}")
+            for phase in data["arguments"]["phases"]:
+                found = row.get(phase, {})
+                if found and not found["right"]:
+                    error = f"their error is {found['error']:.1e}, eager's {result['eager_error'][phase]:.1e}"
+                    sentences.append(f"No speed of {at}, {phase}: its logits must be float32's, but {error}.")
+    return sentences
+
+
+def plot(data: dict[str, Any], target: Path) -> None:
+    """Milliseconds of each phase by side and batch, as what the file's suffix says."""
+    from matplotlib.figure import Figure
+
+    from gdnfuse.bench.plot import caption, grouped_bars, save
+
+    arguments, results = data["arguments"], data["results"]
+    figure = Figure(figsize=(6 * len(arguments["phases"]) + 2, 4.5), layout="constrained")
+    for axes, phase in zip(figure.subplots(1, len(arguments["phases"]), squeeze=False)[0], arguments["phases"], strict=True):
+        rows = [{row["side"]: row.get(phase, {}).get("ms") for row in r["sides"]} for r in results]
+        limits = [r.get("limit_ms") if phase == "decode" else None for r in results]
+        grouped_bars(axes, [f"batch {r['batch']}" for r in results], rows, limits, 2)
+        what = "Decode step" if phase == "decode" else f"Prompt of {arguments['prompt']} tokens"
+        axes.set(title=what, ylabel="ms (lower is better)")
+    rate = next((r["bytes_per_second"] for r in results if "bytes_per_second" in r), None)
+    limit = f"limit: weights, states, keys and values once at {rate / 1e9:.4g} GB/s, measured with a copy" if rate else ""
+    conditions = [arguments["model"], arguments["dtype"], f"{arguments['prompt']} tokens in the cache", limit, "median"]
+    save(figure, caption(data, conditions), target)
+
+
+def check_plot(target: Path) -> None:
+    """Whether a plot can be made and written there, before anything is measured.
+
+    Raises:
+        GdnfuseError: with a sentence.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise GdnfuseError("A plot needs matplotlib, which is not installed: pip install 'gdnfuse[plot]'.")
+    if target.suffix not in (".png", ".pdf", ".svg"):
+        raise GdnfuseError(f"A plot's file must end in .png, .pdf or .svg, found {str(target)!r}.")
+    try:
+        with target.open("ab"):
+            pass
+        if target.stat().st_size == 0:
+            target.unlink()
+    except OSError as e:
+        raise GdnfuseError(f"Cannot write {str(target)!r}: {e.strerror}.") from e

@@ -1,0 +1,149 @@
+"""gdnfuse bench, from the command to its figures, on a model so small that a process takes longer to start than to measure."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import StaticCache
+
+from gdnfuse.bench import measure, run, workers
+from gdnfuse.cli import main
+from gdnfuse.report import GdnfuseError
+from tests.models import zoo
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model with weights."""
+    path = tmp_path_factory.mktemp("model")
+    zoo.causal_lm().save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def here(monkeypatch, capsys):
+    """Workers in this process: starting one takes as long as all that a test has it do."""
+
+    def spawn(program, side, model, argv, shared):
+        assert program == ["-m", "gdnfuse.bench"]
+        try:
+            run.worker([*argv, "--worker", side, model, shared])
+        except SystemExit as e:
+            return {"side": side, "failed": str(e), "stderr": capsys.readouterr().err}
+        return json.loads(capsys.readouterr().out.strip().rsplit("\n", 1)[-1])
+
+    monkeypatch.setitem(sys.modules, "fla", None)  # as a worker sets it, and restored
+    monkeypatch.setitem(measure.COPIED, "cpu", 2**20)
+    monkeypatch.setattr(workers, "spawn", spawn)
+
+
+QUICK = ["--inner", "eager", "--dtype", "float32", "--device", "cpu", "--new", "16"]
+
+
+def test_figures(folder, here, capsys):
+    command = ["bench", str(folder / "config.json"), *QUICK, "--sides", "eager,gdnfuse", "--prompt", "20", "--batch", "1,2"]
+    assert main([*command, "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert (data["schema"], data["version"]) == ("gdnfuse.bench", 1) and data["machine"]["torch"] == torch.__version__
+    assert [r["batch"] for r in data["results"]] == [1, 2]
+    for result in data["results"]:
+        moved = result["weight_bytes"] + result["state_bytes"]
+        assert result["limit_ms"] == pytest.approx(1e3 * moved / result["bytes_per_second"])
+        assert result["weights"] == "random" and [row["side"] for row in result["sides"]] == ["eager", "gdnfuse"]
+        for row in result["sides"]:
+            assert row["decode"]["tokens_per_second"] == pytest.approx(1e3 * result["batch"] / row["decode"]["ms"])
+            assert row["prefill"]["tokens_per_second"] == pytest.approx(20e3 * result["batch"] / row["prefill"]["ms"])
+            for phase in ("decode", "prefill"):
+                fused = [f"({phase}): 2/2 GDN layers fused" in line for line in row[phase]["graphs"]]
+                assert fused == ([True] if row["side"] == "gdnfuse" else [])
+                assert row[phase]["error"] < 1e-5 and row[phase]["first_call_seconds"] > 0
+    print(run.tables(data))
+    out = capsys.readouterr().out
+    assert out.startswith(f"{folder / 'config.json'}, 3 layers, random weights, float32, CPU, ")
+    assert "ms per step" in out and "of the limit" in out and "Prefill, 20 tokens" in out and "wrong" not in out
+
+
+def doubled(side, phase, model, settings):
+    def call(*args, **kwargs):
+        output = model(*args, **kwargs)
+        output.logits = 2 * output.logits if side == "gdnfuse" else output.logits
+        return output
+
+    return call
+
+
+def test_no_speed_of_what_is_wrong(folder, here, monkeypatch, capsys):
+    monkeypatch.setattr(run, "compiled", doubled)
+    assert main(["bench", str(folder), *QUICK, "--sides", "eager,gdnfuse", "--prompt", "9"]) == 1
+    out, err = capsys.readouterr()
+    assert ", the folder's weights, " in out
+    rows = [line.split() for line in out.splitlines() if " gdnfuse " in line]
+    assert len(rows) == 2 and all(row[2] == "wrong" and row[-3] == "1.0e+00" for row in rows)  # of 2·x, the error is 1
+    lines = [line for line in err.splitlines() if line.startswith("No speed of gdnfuse, batch 1, ")]
+    assert len(lines) == 2 and all("its logits must be float32's" in line for line in lines)
+    assert "No speed of eager" not in err
+
+
+def test_the_side_that_fails_has_no_speed(folder, here, monkeypatch, capsys):
+    def broken(side, phase, model, settings):
+        if side == "gdnfuse":
+            raise ValueError("not compiled\nand more")
+        return model
+
+    monkeypatch.setattr(run, "compiled", broken)
+    command = ["bench", str(folder), *QUICK, "--sides", "eager,gdnfuse", "--prompt", "9", "--phase", "decode"]
+    assert main(command) == 1
+    out, err = capsys.readouterr()
+    assert "failed" in out and "Traceback" not in err
+    assert err.splitlines()[-1] == "No speed of gdnfuse, batch 1: ValueError: not compiled"
+
+
+def test_processes_of_its_own(folder, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    assert main(["bench", str(folder), *QUICK, "--sides", "gdnfuse", "--phase", "decode", "--prompt", "4"]) == 0
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if " gdnfuse " in line]
+    assert float(row.split()[2]) > 0
+
+
+def test_only_the_first_layers(folder):
+    settings = run.Settings(str(folder / "config.json"), ["eager"], layers=2, dtype="float32")
+    model = run.build(settings)
+    assert len(model.get_decoder().layers) == 2 and not run.has_weights(settings.model)
+    with pytest.raises(GdnfuseError, match="must have 4 layers, found 3"):
+        run.check(run.Settings(str(folder), ["eager"], layers=4))
+
+
+def test_weights_of_a_folder(folder, tmp_path):
+    model = run.build(run.Settings(str(folder), [], dtype="float32"))
+    expected = zoo.causal_lm().state_dict()
+    assert all(torch.equal(t, expected[name]) for name, t in model.state_dict().items())
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    weights.pop("model.norm.weight")
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    with pytest.raises(GdnfuseError, match=r"must hold all weights of the model, found no model\.norm\.weight"):
+        run.build(run.Settings(str(tmp_path), [], dtype="float32"))
+
+
+def test_state_bytes_are_those_of_a_step():
+    model = zoo.causal_lm()
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    model(torch.ones(2, 4, dtype=torch.long), past_key_values=cache, use_cache=True)
+    recurrent, conv = 2 * 4 * 16 * 16 * 4, 2 * (2 * 2 * 16 + 4 * 16) * 4 * 4
+    keys = 2 * 2 * 8 * 16 * 4  # of 8 tokens
+    assert measure.state_bytes(cache, 8) == 2 * zoo.GDN_LAYERS * (recurrent + conv) + 2 * keys
+
+
+def test_plot(here, folder, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    target = tmp_path / "figure.png"
+    assert main(["bench", str(folder), *QUICK, "--sides", "eager", "--prompt", "4", "--plot", str(target)]) == 0
+    assert target.read_bytes().startswith(b"\x89PNG")
