@@ -14,11 +14,13 @@ import argparse
 import importlib.metadata
 import importlib.util
 import json
+import logging
 import os
 import platform
 import re
 import sys
 import traceback
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -51,15 +53,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = args.run(args) or 0
         sys.stdout.flush()
         return code
-    except BrokenPipeError:  # who reads has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except (Exception, KeyboardInterrupt) as e:
         if args.debug:
             traceback.print_exc()
         code, sentence = _sentence(e)
-        print(f"gdnfuse: {sentence}", file=sys.stderr)
+        if not isinstance(e, BrokenPipeError):  # who reads has enough
+            print(f"gdnfuse: {sentence}", file=sys.stderr)
+        _give_up_output()
         return code
+
+
+def _give_up_output() -> None:
+    """What could not be written must not be tried again when Python ends: that would be a traceback."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _sentence(e: BaseException) -> tuple[int, str]:
@@ -70,7 +79,7 @@ def _sentence(e: BaseException) -> tuple[int, str]:
     if isinstance(e, GdnfuseError):
         return 2, text
     if isinstance(e, OSError) and e.errno is not None:
-        return 2, ": ".join(str(part) for part in (e.strerror, e.filename) if part)
+        return 2, ": ".join(str(part) for part in ("Cannot read or write", e.filename, e.strerror) if part)
     if isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError":
         return 1, f"Out of memory. {text[:200]}".strip()
     return 1, f"internal error, {type(e).__name__}: {text[:200]} (--debug shows where)"
@@ -309,10 +318,13 @@ def _advance(bar: tqdm, step: str) -> None:
 
 
 def _quiet() -> None:
-    """transformers advises to install kernels that a report has no use for."""
-    from transformers.utils import logging
+    """transformers advises to install kernels that a report has no use for, and Dynamo warns of what the report says."""
+    import transformers
 
-    logging.set_verbosity_error()
+    transformers.utils.logging.set_verbosity_error()
+    warnings.simplefilter("ignore")
+    if "TORCH_LOGS" not in os.environ:
+        logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
 
 
 def render(report: GraphReport) -> str:

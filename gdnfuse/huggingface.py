@@ -5,11 +5,12 @@ transformers is imported inside the functions, so that importing this module sta
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 PHASES = ("decode", "prefill")
+LONGEST = 300  # characters of somebody else's error in a sentence of ours
 
 
 def compile(
@@ -289,7 +291,7 @@ def _from_json(text: str, source: str) -> PreTrainedConfig:
     try:
         return AutoConfig.for_model(**data)
     except Exception as e:  # transformers raises whatever the field's check raises
-        raise GdnfuseError(f"{source} is not a config that transformers accepts: {_first_line(e)}") from e
+        raise GdnfuseError(f"{source} is not a config that transformers accepts: {one_line(e)}") from e
 
 
 def _from_hub(name: str) -> PreTrainedConfig:
@@ -298,12 +300,24 @@ def _from_hub(name: str) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(name)
     except Exception as e:  # OSError, ValueError or an error of the HTTP client, depending on what is wrong
-        raise GdnfuseError(f"Cannot get the config of {name!r} from the hub: {_first_line(e)}") from e
+        raise GdnfuseError(f"Cannot get the config of {name!r} from the hub: {one_line(e)}") from e
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+def one_line(error: Exception) -> str:
+    """Kind and message of an error of somebody else's."""
+    text = " ".join(str(error).split()) or "no message"
+    return f"{type(error).__name__}: {text if len(text) < LONGEST else text[:LONGEST] + '…'}"
+
+
+@contextlib.contextmanager
+def _running(tokens: int) -> Iterator[None]:
+    """What the model or torch raise is said in a sentence; memory that runs out is not of the model's making."""
+    try:
+        yield
+    except (GdnfuseError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as e:
+        raise GdnfuseError(f"The model does not run a prompt of {tokens} tokens and a step: {one_line(e)}") from e
 
 
 def meta_model(config: PreTrainedConfig, dtype: torch.dtype = torch.bfloat16) -> torch.nn.Module:
@@ -327,7 +341,7 @@ def random_model(config: PreTrainedConfig, dtype: torch.dtype = torch.bfloat16, 
         with torch.device(device):
             model = AutoModelForCausalLM.from_config(config.get_text_config(decoder=True), dtype=dtype)
     except Exception as e:  # an unknown architecture or sizes that do not fit together
-        raise GdnfuseError(f"Cannot build a causal language model from this config: {_first_line(e)}") from e
+        raise GdnfuseError(f"Cannot build a causal language model from this config: {one_line(e)}") from e
     return model.eval().requires_grad_(False)
 
 
@@ -348,7 +362,8 @@ def verify(model: torch.nn.Module, *, batch: int = 1, prompt: int = 70, **option
     cache = StaticCache(config=model.config, max_cache_len=prompt + 1)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, model.config.vocab_size, (batch, prompt), generator=generator).to(model.device)
-    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=1000, accumulated_recompile_limit=1000):
+    many = torch._dynamo.config.patch(recompile_limit=1000, accumulated_recompile_limit=1000)
+    with torch.no_grad(), many, _running(prompt):
         step = torch.compile(model, backend="gdnfuse", options=options)
         for ids in (tokens, tokens[:, :1]):
             step(ids, past_key_values=cache, use_cache=True)
@@ -381,7 +396,8 @@ def trace(
         cache = StaticCache(config=model.config, max_cache_len=prompt + 1)
     tokens = torch.zeros(batch, prompt, dtype=torch.long, device="meta")
     # Every model of a process shares transformers' code objects, so reports of several models add up to the limit.
-    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=1000, accumulated_recompile_limit=1000):
+    many = torch._dynamo.config.patch(recompile_limit=1000, accumulated_recompile_limit=1000)
+    with torch.no_grad(), many, _running(prompt):
         step = torch.compile(model, backend="gdnfuse", options=options or None)
         if phase == "decode":
             # Two tokens are enough for the cached states to exist, and keep the chunk rule to one chunk.

@@ -32,7 +32,7 @@ from gdnfuse.bench.measure import (
     widen,
 )
 from gdnfuse.bench.workers import answer, fla_version, run_sides, show_fla
-from gdnfuse.huggingface import apart, load_config, random_model
+from gdnfuse.huggingface import apart, load_config, one_line, random_model
 from gdnfuse.report import GdnfuseError
 
 SCHEMA = "gdnfuse.bench"
@@ -125,7 +125,7 @@ def build(settings: Settings) -> torch.nn.Module:
             folder, config=config_of(settings), dtype=dtype, local_files_only=True, output_loading_info=True
         )
     except Exception as e:  # whatever is wrong with a checkpoint
-        raise GdnfuseError(f"Cannot load {folder}: {type(e).__name__}: {str(e).strip().splitlines()[0]}") from e
+        raise GdnfuseError(f"Cannot load {folder}: {one_line(e)}") from e
     if missing := sorted(found["missing_keys"]):
         raise GdnfuseError(f"{folder} must hold all weights of the model, found no {missing[0]} and {len(missing) - 1} others.")
     return model.to(settings.device).eval().requires_grad_(False)
