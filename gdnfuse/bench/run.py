@@ -132,14 +132,17 @@ def build(settings: Settings) -> torch.nn.Module:
 
 
 def compiled(side: str, phase: str, model: torch.nn.Module, settings: Settings) -> Callable[..., Any]:
-    """What a side calls. A step is compiled for CUDA graphs on a GPU, a prompt is not: it keeps a GPU busy without."""
+    """What a side calls. A step is compiled for CUDA graphs on a GPU, a prompt is not: it keeps a GPU busy without.
+
+    Prompts have code of their own, so that no size of theirs makes one of the steps' dynamic.
+    """
     if side not in COMPILED:
         return model
     graphs = phase == "decode" and torch.device(settings.device).type == "cuda"
     how: dict[str, Any] = {"mode": "reduce-overhead" if graphs else None}
     if side == "gdnfuse" and settings.inner != "inductor":
         how = {"options": {"inner": settings.inner}}
-    return torch.compile(apart(model, f"{side}_{phase}"), backend=side, **how)
+    return torch.compile(apart(model) if phase == "prefill" else model, backend=side, **how)
 
 
 class Work:
