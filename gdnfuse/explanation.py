@@ -24,8 +24,7 @@ from gdnfuse.huggingface import apart, by_phase
 from gdnfuse.options import Options
 from gdnfuse.report import GdnfuseError, GraphReport
 
-SCHEMA = "gdnfuse.explanation"
-VERSION = 1
+SCHEMA = "gdnfuse.explanation/1"
 METRICS = 4096  # compilations of one call that torch is asked to remember; 64 otherwise
 
 # What is found in torch's words → what to do. The first that matches holds; torch's own hint otherwise.
@@ -138,9 +137,9 @@ class Explanation:
         return self.summary()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON: schema and version, graphs as `GraphReport.to_dict` has them, findings as their attributes."""
+        """Plain data for JSON: the schema with its version, graphs as of `GraphReport.to_dict`, findings as their attributes."""
         graphs, findings = [r.to_dict() for r in self.reports], [asdict(f) for f in self.findings]
-        return {"schema": SCHEMA, "version": VERSION, "graphs": graphs, "findings": findings}
+        return {"schema": SCHEMA, "graphs": graphs, "findings": findings}
 
 
 def explain(call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanation:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def test_figures(folder, here, capsys):
     command = ["bench", str(folder / "config.json"), *QUICK, "--sides", "eager,gdnfuse", "--prompt", "20", "--batch", "1,2"]
     assert main([*command, "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
-    assert (data["schema"], data["version"]) == ("gdnfuse.bench", 1) and data["machine"]["torch"] == torch.__version__
+    assert data["schema"] == "gdnfuse.bench/1" and data["machine"]["torch"] == torch.__version__
     assert [r["batch"] for r in data["results"]] == [1, 2]
     for result in data["results"]:
         moved = result["weight_bytes"] + result["state_bytes"]
@@ -67,6 +68,7 @@ def test_figures(folder, here, capsys):
     out = capsys.readouterr().out
     assert out.startswith(f"{folder / 'config.json'}, 3 layers, random weights, float32, CPU, ")
     assert "ms per step" in out and "of the limit" in out and "Prefill, 20 tokens" in out and "wrong" not in out
+    assert re.search(r"^batch 2, graph \d \(decode\): 2/2 GDN layers fused, ", out, re.MULTILINE)
 
 
 def doubled(side, phase, model, settings):
@@ -90,18 +92,24 @@ def test_no_speed_of_what_is_wrong(folder, here, monkeypatch, capsys):
     assert "No speed of eager" not in err
 
 
-def test_the_side_that_fails_has_no_speed(folder, here, monkeypatch, capsys):
+def test_a_phase_that_fails_has_no_speed(folder, here, monkeypatch, capsys):
     def broken(side, phase, model, settings):
-        if side == "gdnfuse":
+        if side == "gdnfuse" and phase == "decode":
             raise ValueError("not compiled\nand more")
         return model
 
     monkeypatch.setattr(run, "compiled", broken)
-    command = ["bench", str(folder), *QUICK, "--sides", "eager,gdnfuse", "--prompt", "9", "--phase", "decode"]
-    assert main(command) == 1
+    assert main(["bench", str(folder), *QUICK, "--sides", "eager,gdnfuse", "--prompt", "9"]) == 1
     out, err = capsys.readouterr()
-    assert "failed" in out and "Traceback" not in err
-    assert err.splitlines()[-1] == "No speed of gdnfuse, batch 1: ValueError: not compiled"
+    decode, prefill = [line.split() for line in out.splitlines() if " gdnfuse " in line]
+    assert decode[2] == "failed" and float(prefill[2]) > 0
+    assert err.splitlines()[-1] == "No speed of gdnfuse, batch 1, decode: ValueError: not compiled and more"
+
+
+def test_a_model_that_does_not_run_is_one_line(folder, here, monkeypatch, capsys):
+    monkeypatch.setattr(run, "build", lambda settings: 1 // 0)
+    assert main(["bench", str(folder), *QUICK, "--sides", "eager,gdnfuse"]) == 2
+    assert capsys.readouterr().err.startswith("gdnfuse: The model could not be run: ZeroDivisionError: ")
 
 
 def test_processes_of_its_own(folder, monkeypatch, capsys):

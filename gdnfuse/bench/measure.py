@@ -151,10 +151,11 @@ def right(found: torch.Tensor, wanted: torch.Tensor, eager_error: float) -> dict
     return {"error": error, "finite": finite, "right": finite and error <= SLACK * eager_error + FLOOR}
 
 
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+def machine(device: str | None = None) -> dict[str, Any]:
+    """What the figures were measured on; `device` says on which GPU, if it is not the first."""
+    gpu = device if device and torch.device(device).type == "cuda" else None
     return {
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": torch.cuda.get_device_name(gpu) if torch.cuda.is_available() else None,
         "cpu": platform.processor() or platform.machine(),
         "cpu_threads": torch.get_num_threads(),
         "python": platform.python_version(),

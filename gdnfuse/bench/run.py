@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import statistics
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,8 +36,7 @@ from gdnfuse.bench.workers import answer, fla_version, run_sides, show_fla
 from gdnfuse.huggingface import apart, load_config, one_line, random_model
 from gdnfuse.report import GdnfuseError
 
-SCHEMA = "gdnfuse.bench"
-VERSION = 1
+SCHEMA = "gdnfuse.bench/1"
 SIDES = ("eager", "fla", "inductor", "gdnfuse")
 COMPILED = ("inductor", "gdnfuse")
 PHASES = ("decode", "prefill")
@@ -197,7 +197,7 @@ class Work:
         exact = {phase: self.logits(phase, model) for phase in settings.phases}
         errors = {phase: difference(eager[phase], exact[phase]) for phase in settings.phases}
         torch.save({"exact": exact, "errors": errors}, self.shared)
-        return {"machine": machine(), "facts": {**facts, "eager_error": errors}}
+        return {"machine": machine(self.device), "facts": {**facts, "eager_error": errors}}
 
     def side(self, side: str) -> dict[str, Any]:
         """Compile, check and time each phase; one that fails or is wrong has no speed."""
@@ -208,7 +208,11 @@ class Work:
         # Prompts first: CUDA graphs of the steps keep their memory.
         for phase in sorted(self.settings.phases, reverse=True):
             with fresh_cache():
-                row[phase] = self.measure(phase, side, shared["exact"][phase], shared["errors"][phase])
+                try:
+                    row[phase] = self.measure(phase, side, shared["exact"][phase], shared["errors"][phase])
+                except Exception as e:  # the other phase may still be measured
+                    traceback.print_exc()
+                    row[phase] = {"failed": one_line(e)}
         return row
 
     def measure(self, phase: str, side: str, exact: torch.Tensor, eager_error: float) -> dict[str, Any]:
@@ -287,13 +291,14 @@ def run(settings: Settings, debug: bool = False) -> dict[str, Any]:
         debug: show what processes that fail print.
 
     Returns:
-        Plain data for JSON: "schema", "version", "machine", "arguments" and "results", one for each batch, with the facts of the
-        reference and a row for each side. A row has "decode" and "prefill", or "failed"; a phase without "ms" was wrong.
+        Plain data for JSON: "schema", "machine", "arguments" and "results", one for each batch, with the facts of the
+        reference and a row for each side. A row has "decode" and "prefill", or "failed"; so may a phase. One without either "ms"
+        or "failed" was wrong.
 
     Raises:
         GdnfuseError: the model itself does not run.
     """
-    data: dict[str, Any] = {"schema": SCHEMA, "version": VERSION, "machine": {}, "arguments": dataclasses.asdict(settings)}
+    data: dict[str, Any] = {"schema": SCHEMA, "machine": {}, "arguments": dataclasses.asdict(settings)}
     data["results"] = []
     for batch in settings.batch:
         argv = [json.dumps({**dataclasses.asdict(settings), "this_batch": batch})]
@@ -327,7 +332,9 @@ def tables(data: dict[str, Any]) -> str:
         used = [k for k in rows[0] if any(row[k] for row in rows)]
         cells = [[row[k] for k in used] for row in rows]
         parts.append(f"{title}\n{tabulate(cells, used, disable_numparse=True)}")
-    return "\n\n".join(parts)
+    ours = [(r["batch"], row.get(phase, {})) for r in data["results"] for row in r["sides"] for phase in arguments["phases"]]
+    parts.append("\n".join(f"batch {batch}, {line}" for batch, found in ours for line in found.get("graphs", ())))
+    return "\n\n".join(filter(None, parts))
 
 
 def phase_rows(result: dict[str, Any], phase: str) -> list[dict[str, str]]:
@@ -340,10 +347,12 @@ def phase_rows(result: dict[str, Any], phase: str) -> list[dict[str, str]]:
             {
                 "batch": str(result["batch"]),
                 "side": row["side"],
-                "ms per step" if phase == "decode" else "ms": f"{ms:.4g}" if ms else "failed" if "failed" in row else "wrong",
+                "ms per step" if phase == "decode" else "ms": f"{ms:.4g}" if ms else "failed" if error is None else "wrong",
                 "tokens/s": f"{found['tokens_per_second']:.4g}" if ms else "",
                 "of the limit": f"{100 * limit / ms:.0f} %" if ms and limit else "",
-                "cold first call (s)": f"{found['first_call_seconds']:.1f}" if found and row["side"] in COMPILED else "",
+                "cold first call (s)": f"{found['first_call_seconds']:.1f}"
+                if error is not None and row["side"] in COMPILED
+                else "",
                 "peak GiB": f"{peak / 2**30:.2f}" if peak else "",
                 "error / eager's": f"{error:.1e} / {result['eager_error'][phase]:.1e}" if error is not None else "",
             }
@@ -361,7 +370,9 @@ def silent(data: dict[str, Any]) -> list[str]:
                 sentences.append(f"No speed of {at}: {row['failed']}")
             for phase in data["arguments"]["phases"]:
                 found = row.get(phase, {})
-                if found and not found["right"]:
+                if "failed" in found:
+                    sentences.append(f"No speed of {at}, {phase}: {found['failed']}")
+                elif found and not found["right"]:
                     error = f"their error is {found['error']:.1e}, eager's {result['eager_error'][phase]:.1e}"
                     sentences.append(f"No speed of {at}, {phase}: its logits must be float32's, but {error}.")
     return sentences

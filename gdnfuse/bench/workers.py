@@ -67,7 +67,7 @@ def run_sides(
 def spawn(program: Sequence[str], side: str, model: str, argv: Sequence[str], folder: str) -> dict[str, Any]:
     """What a program, called with argv and `--worker side model folder`, answers.
 
-    If it fails, {"side", "failed": sentence, "stderr": all that it printed there}.
+    If it fails, {"side", "failed": sentence, "stderr": all that it printed there}; "stderr" also where it says that a part did.
     """
     command = [sys.executable, *program, *argv, "--worker", side, model, folder]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -75,7 +75,10 @@ def spawn(program: Sequence[str], side: str, model: str, argv: Sequence[str], fo
         lines = run.stderr.strip().splitlines()
         failed = lines[-1] if lines and run.returncode > 0 else f"The process ended with status {run.returncode}."
         return {"side": side, "failed": failed, "stderr": run.stderr}
-    return json.loads(run.stdout.strip().rsplit("\n", 1)[-1])
+    row = json.loads(run.stdout.strip().rsplit("\n", 1)[-1])
+    if any("failed" in part for part in row.values() if isinstance(part, dict)):
+        row["stderr"] = run.stderr
+    return row
 
 
 def answer(work: Callable[[], dict[str, Any]]) -> None:
