@@ -79,7 +79,7 @@ def _sentence(e: BaseException) -> tuple[int, str]:
     if isinstance(e, GdnfuseError):
         return 2, text
     if isinstance(e, OSError) and e.errno is not None:
-        return 2, ": ".join(str(part) for part in ("Cannot read or write", e.filename, e.strerror) if part)
+        return 2, f"Cannot {f'read or write {e.filename}' if e.filename else 'write the output'}: {e.strerror}."
     if isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError":
         return 1, f"Out of memory. {text[:200]}".strip()
     return 1, f"internal error, {type(e).__name__}: {text[:200]} (--debug shows where)"

@@ -211,4 +211,4 @@ def test_output_that_cannot_be_written():
     command = [sys.executable, "-m", "gdnfuse.cli", "doctor"]
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, timeout=300, check=False)
-    assert (done.returncode, done.stderr) == (2, "gdnfuse: Cannot read or write: No space left on device\n")
+    assert (done.returncode, done.stderr) == (2, "gdnfuse: Cannot write the output: No space left on device.\n")
