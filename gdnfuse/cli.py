@@ -15,14 +15,17 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
+import math
 import os
 import platform
 import re
 import sys
+import tempfile
+import threading
 import traceback
 import warnings
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,10 +33,11 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from gdnfuse.options import INNER, STAGES
-from gdnfuse.report import Comparison, GdnfuseError, GraphReport, LayerReport
+from gdnfuse.report import BANDWIDTH, Comparison, GdnfuseError, GraphReport, document, listening
+from gdnfuse.report_html import page
+from gdnfuse.report_text import Style, render, table
 
 DTYPES = ("bfloat16", "float16", "float32")
-WIDTH = 60  # columns for a sentence in a table
 
 
 class _Parser(argparse.ArgumentParser):
@@ -115,6 +119,10 @@ def _parser() -> _Parser:
     report.add_argument("--phase", choices=("decode", "prefill"), default="decode")
     report.add_argument("--target", choices=("cuda", "cpu"), default="cuda", help="device to choose kernels for (default cuda)")
     report.add_argument("--stop-after", choices=STAGES, help="stop after this stage and print the graph")
+    report.add_argument("--html", metavar="FILE", type=Path, help="write the report as one page that needs nothing else")
+    report.add_argument(
+        "--bandwidth", type=_rate, default=BANDWIDTH, metavar="TB/S", help="memory bandwidth for the limit (default 4.3, an H200)"
+    )
     report.set_defaults(run=_report)
     rules = commands.add_parser("rules", help="list every rule with its equation")
     rules.set_defaults(run=_rules)
@@ -141,25 +149,101 @@ def _words(text: str) -> list[str]:
     return text.split(",")
 
 
+def _rate(text: str) -> float:
+    """Terabytes a second as bytes a second."""
+    try:
+        rate = float(text) * 1e12
+    except ValueError:
+        rate = math.nan
+    if not 0 < rate < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a positive number of TB/s, found {text!r}")
+    return rate
+
+
 def _report(args: argparse.Namespace) -> None:
+    if args.html:
+        _check_writable(args.html)
     import torch
 
     from gdnfuse import huggingface
 
     if not args.debug:
         _quiet()
-    bar = tqdm(total=3, desc="read config", disable=None, delay=1, leave=False, bar_format="{desc} ({n}/{total}, {elapsed})")
-    with bar:
+    with _progress() as announce, listening(announce):
+        announce("read config")
         config = huggingface.load_config(args.model)
-        _advance(bar, "build model")
+        announce("build model")
         model = huggingface.meta_model(config, getattr(torch, args.dtype))
-        _advance(bar, "trace one step")
         options = {"target": args.target, "stop_after": args.stop_after}
         reports = huggingface.trace(model, phase=args.phase, batch=args.batch, prompt=args.prompt, **options)
+    asked = {name: getattr(args, name) for name in ("model", "phase", "batch", "prompt", "dtype", "target")}
+    about = asked | {package: _version(package) for package in ("gdnfuse", "torch", "transformers", "triton")}
+    if args.html:
+        _write(args.html, page(reports, about, args.bandwidth))
+        print(f"Wrote {args.html}.", file=sys.stderr)
     if args.json:
-        print(json.dumps([r.to_dict() for r in reports], indent=1))
+        _print(json.dumps(document(reports, about, args.bandwidth), indent=1))
     else:
-        print("\n\n".join(render(r) for r in reports))
+        color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        style = Style(color, sys.stdout.encoding or "ascii")
+        _print("\n\n".join(render(r, style, args.bandwidth) for r in reports))
+
+
+def _print(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as e:
+        raise GdnfuseError(f"Cannot write the output: {e.strerror}.") from e
+
+
+def _check_writable(file: Path) -> None:
+    """Raise before any work where the file cannot be written; nothing is changed."""
+    if file.is_dir():
+        raise GdnfuseError(f"Cannot write {file}: it is a folder.")
+    if not file.parent.is_dir():
+        raise GdnfuseError(f"Cannot write {file}: there is no folder {file.parent}.")
+    try:
+        tempfile.TemporaryFile(dir=file.parent).close()
+    except OSError as e:
+        raise GdnfuseError(f"Cannot write {file}: {e.strerror}.") from e
+
+
+def _write(file: Path, text: str) -> None:
+    """All of it or nothing: an older file stays as it is until the new one is complete."""
+    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(file)
+    except OSError as e:
+        raise GdnfuseError(f"Cannot write {file}: {e.strerror}.") from e
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """Show what is done, on a terminal, after a second; yields what to call with each step's name."""
+    bar = tqdm(bar_format="{desc} ({elapsed})", disable=bool(os.environ.get("TQDM_DISABLE")) or None, delay=1, leave=False)
+    done = threading.Event()
+
+    def tick() -> None:  # a step may take long, and time goes on meanwhile
+        wait = bar.delay
+        while not done.wait(wait):
+            bar.refresh()
+            wait = 0.5
+
+    ticker = threading.Thread(target=tick, daemon=True)
+    if not bar.disable:
+        ticker.start()
+    try:
+        yield lambda step: bar.set_description_str(step, refresh=False)
+    finally:
+        done.set()
+        if ticker.is_alive():
+            ticker.join()
+        bar.close()
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -181,7 +265,7 @@ def _verify(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps([r.to_dict() for r in reports], indent=1))
     else:
-        print("\n\n".join(f"{r.summary()}\n\n{_table(_comparison_rows(r))}" if r.comparisons else r.summary() for r in reports))
+        print("\n\n".join(f"{r.summary()}\n\n{table(_comparison_rows(r))}" if r.comparisons else r.summary() for r in reports))
     verified = [r.rewritten and bool(r.comparisons) for r in reports]
     return 0 if verified and all(verified) else 1
 
@@ -325,87 +409,6 @@ def _quiet() -> None:
     warnings.simplefilter("ignore")
     if "TORCH_LOGS" not in os.environ:
         logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
-
-
-def render(report: GraphReport) -> str:
-    """The report as text: the summary, a table of layers, a table of rules, and the graph if a stage was asked for."""
-    parts = [report.summary()]
-    if report.layers:
-        parts.append(_table(_layer_rows(report.layers)))
-    if rows := report.rows():
-        parts.append(_table([{**row, "proof error": _number(row["proof error"])} for row in rows]))
-    if rows := _launch_rows(report):
-        parts.append(_table(rows))
-    if report.stage_code:
-        parts.append(report.stage_code.strip())
-    return "\n\n".join(parts)
-
-
-def _table(rows: list[dict[str, Any]]) -> str:
-    used = [k for k in rows[0] if any(row[k] != "" for row in rows)]
-    widths = [WIDTH if k in ("reason", "why not", "layer") else None for k in used]
-    cells = [[row[k] for k in used] for row in rows]
-    return tabulate(cells, headers=used, maxcolwidths=widths, disable_numparse=True)
-
-
-def _layer_rows(layers: Sequence[LayerReport]) -> list[dict[str, Any]]:
-    """One row per kind of layer: those that differ in nothing but a number in their path share a row."""
-    groups: dict[tuple[Any, ...], list[LayerReport]] = {}
-    for layer in layers:
-        nodes = f"{layer.nodes_before} → {layer.nodes_after}"
-        launches = f"{layer.launches_before} → {layer.launches_after}"
-        key = (_template(layer.path), layer.fused, _kernels(layer), nodes, launches, layer.why_not)
-        groups.setdefault(key, []).append(layer)
-    rows = []
-    for (template, fused, kernels, nodes, launches, why_not), members in groups.items():
-        errors = [r.proof_error for layer in members for r in layer.records if r.proof_error is not None]
-        rows.append(
-            {
-                "layer": _label(template, [layer.path for layer in members]),
-                "count": len(members),
-                "fused": "yes" if fused else "no",
-                "kernels": kernels,
-                "nodes": nodes,
-                "launches": launches,
-                "proof error": _number(max(errors, default=None)),
-                "why not": why_not,
-            }
-        )
-    return rows
-
-
-def _launch_rows(report: GraphReport) -> list[dict[str, Any]]:
-    """One row per kernel and way of sharing out its work."""
-    counts = Counter((r.rule, line, r.measured) for r in report.all_records for line in r.launches)
-    return [{"op": rule, "launch": line, "count": n, "compared by": by} for (rule, line, by), n in counts.items()]
-
-
-def _kernels(layer: LayerReport) -> str:
-    return ", ".join(dict.fromkeys(f"{r.rule}: {r.chosen}" for r in layer.records if r.chosen))
-
-
-def _template(path: str) -> str:
-    return re.sub(r"\d+", "*", path, count=1)
-
-
-def _label(template: str, paths: Sequence[str]) -> str:
-    if len(paths) == 1:
-        return paths[0]
-    numbers = [int(re.search(r"\d+", path)[0]) for path in paths]
-    ranges: list[list[int]] = []
-    for n in numbers:
-        if ranges and n == ranges[-1][-1] + 1:
-            ranges[-1] = [ranges[-1][0], n]
-        else:
-            ranges.append([n])
-    words = ["–".join(map(str, r)) for r in ranges]
-    if len(words) > 6:
-        words = [*words[:3], "…", words[-1]]
-    return f"{template} ({', '.join(words)})"
-
-
-def _number(x: float | None) -> str:
-    return "" if x is None else f"{x:.1e}"
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import torch
 
 from gdnfuse import kernels
 from gdnfuse import options as gdnfuse_options
-from gdnfuse.report import GdnfuseError, GraphReport, reports
+from gdnfuse.report import GdnfuseError, GraphReport, announce, reports
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -398,10 +398,13 @@ def trace(
     # Every model of a process shares transformers' code objects, so reports of several models add up to the limit.
     many = torch._dynamo.config.patch(recompile_limit=1000, accumulated_recompile_limit=1000)
     with torch.no_grad(), many, _running(prompt):
-        step = torch.compile(model, backend="gdnfuse", options=options or None)
+        # Code of its own: Dynamo would take an equal model, traced before, for this one, and make no graph.
+        step = torch.compile(apart(model), backend="gdnfuse", options=options or None)
         if phase == "decode":
+            announce("run a prompt")
             # Two tokens are enough for the cached states to exist, and keep the chunk rule to one chunk.
             model(tokens[:, :2] if prompt > 1 else tokens, past_key_values=cache, use_cache=True)
             tokens = tokens[:, :1]
+        announce(f"trace the {phase}")
         step(tokens, past_key_values=cache, use_cache=True)
     return [r for r in reports() if r.graph_id not in known]

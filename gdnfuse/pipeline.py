@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from gdnfuse.dialect import op_of
+from gdnfuse.dialect import l2norm, op_of
 from gdnfuse.options import Options
 from gdnfuse.packing import PackedWeight
-from gdnfuse.passes import fuse, lift, lower, normalize
+from gdnfuse.passes import fuse, lift, lower, normalize, survey
 from gdnfuse.passes.lift import gating
-from gdnfuse.report import GraphReport, LayerReport, Record, Status
-from gdnfuse.rewrite.driver import Outcome, run_rules
-from gdnfuse.rewrite.graph import calls, computes, is_tensor, module_stack, op_name, same, value
+from gdnfuse.report import GraphReport, LayerReport, Record, Status, announce
+from gdnfuse.rewrite.driver import Outcome, recorded, run_rules
+from gdnfuse.rewrite.graph import calls, is_tensor, module_stack, op_name, same, value
 
 log = logging.getLogger(__name__)
 
@@ -38,18 +38,33 @@ def rewrite(
         The packed weights, inputs that stand behind all others in `gm`.
     """
     start = time.perf_counter()
+    announce("normalize")
     for node, tensor in real.items():
         node.meta["gdnfuse_real"] = tensor
     outcome, packed = Outcome(options.fuel), []
-    report.nodes_before, report.launches_before = len(calls(gm)), _launches(calls(gm))
+    report.nodes_before = len(calls(gm))
+    before = _survey(gm, mark=True)
     for stage in _stages(gm, real, options, report, outcome, packed, plan):
         log.debug("after %s:\n%s", stage, gm.graph)
         if stage == options.stop_after:
             report.stage_code = str(gm.graph)
             break
     _finish(gm, report, outcome)
+    if before is not None and (after := _survey(gm)) is not None:
+        survey.fill(report, before, after)
     report.pass_seconds = time.perf_counter() - start
     return packed
+
+
+def _survey(gm: GraphModule, mark: bool = False) -> survey.Survey | None:
+    """What the graph needs; None where it cannot be told, because a report must cost no fusion."""
+    try:
+        if mark:
+            survey.mark_blocks(gm)
+        return survey.take(gm)
+    except Exception:
+        log.exception("gdnfuse could not tell what a graph needs; its report lacks kernels, bytes and blocks")
+        return None
 
 
 def _stages(gm, real, options, report, outcome, packed, plan):
@@ -66,6 +81,7 @@ def _stages(gm, real, options, report, outcome, packed, plan):
     run_rules(gm, fuse.RULES, outcome)
     normalize.normalize(gm)
     yield "fuse"
+    announce("lower")
     packed += lower.pack_weights(gm, real, plan)
     outcome.records += lower.lower(gm, options.target, linears=report.phase == "decode", ahead=not plan)
     lower.check(gm)
@@ -78,7 +94,7 @@ def _find_layers(gm: GraphModule, report: GraphReport) -> None:
     before = Counter(path for n in calls(gm) for path in set(module_stack(n)))
     for path in dict.fromkeys(module_stack(anchor)[-1] for anchor in anchors):
         inside = [n for n in calls(gm) if path in module_stack(n)]
-        report.layers.append(LayerReport(path, nodes_before=before[path], launches_before=_launches(inside)))
+        report.layers.append(LayerReport(path, nodes_before=before[path], launches_before=sum(map(survey.launches, inside))))
     if anchors:
         writes = [n for n in gm.graph.nodes if op_name(n) == "copy_" and is_tensor(n.args[0])]
         cached = any(w.args[0].op == "placeholder" and value(w.args[0]).ndim == 4 for w in writes)
@@ -87,9 +103,14 @@ def _find_layers(gm: GraphModule, report: GraphReport) -> None:
 
 
 def _captured(gm: GraphModule) -> list[Record]:
-    """One record for each dialect op that the graph came with."""
-    ops = [(n, op_of(n.target)) for n in gm.graph.nodes if n.op == "call_function"]
-    return [Record(op.name, "capture", Status.FIRED, n.name, modules=module_stack(n)) for n, op in ops if op is not None]
+    """One record for each dialect op that the graph came with, and for a norm of q and k inside it."""
+    records = []
+    for n in gm.graph.nodes:
+        if n.op == "call_function" and (op := op_of(n.target)) is not None:
+            records.append(recorded(op.name, "capture", n, op.equation))
+            if op.bind(n.args, n.kwargs).get("l2norm_eps") is not None:
+                records.append(recorded(l2norm.op.name, "capture", n, l2norm.op.equation))
+    return records
 
 
 # A prefill layer is fused when each of these is one op.
@@ -108,8 +129,8 @@ def _finish(gm: GraphModule, report: GraphReport, outcome: Outcome) -> None:
         (paths[record.layer].records if record.layer else report.records).append(record)
     for n in calls(gm):
         for path in set(module_stack(n)) & paths.keys():
-            paths[path].ops_after.append(_op(n))
-            paths[path].launches_after += _launches([n])
+            paths[path].ops_after.append(survey.op_label(n))
+            paths[path].launches_after += survey.launches(n)
     for layer in report.layers:
         layer.nodes_after = len(layer.ops_after)
         if report.phase == "decode":
@@ -119,19 +140,7 @@ def _finish(gm: GraphModule, report: GraphReport, outcome: Outcome) -> None:
         else:
             layer.fused = True
     report.nodes_after = len(calls(gm)) if report.layers else report.nodes_before
-    report.launches_after = _launches(calls(gm)) if report.layers else report.launches_before
     report.proofs, report.proof_seconds = outcome.proofs, outcome.proof_seconds
-
-
-def _launches(nodes: list[Node]) -> int:
-    return sum(n.meta.get("gdnfuse_launches", int(computes(n))) for n in nodes)
-
-
-def _op(node: Node) -> str:
-    target = node.target
-    if getattr(target, "__module__", "").startswith("gdnfuse.dialect."):
-        return target.__module__.rsplit(".", 1)[1]
-    return op_name(node).removeprefix("gdnfuse_triton.").removeprefix("gdnfuse.")
 
 
 def original(gm: GraphModule) -> GraphModule:

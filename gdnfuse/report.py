@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import re
+import sys
 import threading
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,12 +22,13 @@ class Refused(Exception):
 
     Args:
         reason: the sentence.
-        at: name of the node it is about, if any.
+        at: the node it is about, or its name, if any.
     """
 
     def __init__(self, reason: str, at: Any = None):
         super().__init__(reason)
         self.reason = reason
+        self.node = at
         self.at = None if at is None else str(at)
 
 
@@ -31,11 +36,31 @@ class GdnfuseError(RuntimeError):
     """An error for the user: bad options, or `strict` and a layer left unfused."""
 
 
+STAGES = ("capture", "lift", "fuse", "lower")  # of records
+
+
 class Status(enum.StrEnum):
     FIRED = "fired"
     REFUSED = "refused"
     UNMATCHED = "unmatched"
     SHADOWED = "shadowed"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A line of the model's code: the file as Python names it, the line's number, the function around it, and its text."""
+
+    file: str
+    line: int
+    function: str
+    code: str
+
+    @property
+    def place(self) -> str:
+        """File and line, the file without the folder that it was imported from."""
+        roots = [p for p in sys.path if p and self.file.startswith(p.rstrip("/") + "/")]
+        name = self.file[len(max(roots, key=len).rstrip("/")) + 1 :] if roots else self.file.rsplit("/", 1)[-1]
+        return f"{name}:{self.line}"
 
 
 @dataclass
@@ -47,7 +72,10 @@ class Record:
         stage: "capture", "lift", "fuse" or "lower".
         status: see Status.
         anchor: name of the graph node the rule started from.
+        equation: the motif that the rule looks for, or what an operation computes.
         layer: path of the GDN layer the anchor belongs to, or None.
+        block: path of the block the anchor belongs to, as of a BlockReport; empty outside all layers.
+        source: the line of the model's code that `at`, or else the anchor, was traced from; None where it is not known.
         modules: paths of the modules the anchor was traced in, outermost first.
         reason: a sentence for everything but FIRED; for a lowering, why the other implementations were passed over.
         at: the deepest node reached, for UNMATCHED and REFUSED.
@@ -64,7 +92,10 @@ class Record:
     stage: str
     status: Status
     anchor: str
+    equation: str = ""
     layer: str | None = None
+    block: str = ""
+    source: Source | None = None
     modules: list[str] = field(default_factory=list)
     reason: str = ""
     at: str | None = None
@@ -91,6 +122,33 @@ class Comparison:
     error: float
     eager_error: float
     passed: bool
+
+
+@dataclass
+class Refusal:
+    """What one rule declined for one reason, wherever it did.
+
+    Attributes:
+        rule, stage, equation: the rule, when it runs, and the motif that it looks for.
+        status: REFUSED (the motif is there, but may not be rewritten) or UNMATCHED (what the anchor promised is not there).
+        sentence: what was required and what was found, at the first place.
+        at: there, the node it is about: for UNMATCHED the deepest one that was reached.
+        expected, got: of a Record.
+        source: of a Record.
+        count: how many times; blocks: in which.
+    """
+
+    rule: str
+    stage: str
+    status: Status
+    equation: str
+    sentence: str
+    at: str
+    expected: str | None = None
+    got: str | None = None
+    source: Source | None = None
+    count: int = 0
+    blocks: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -130,6 +188,91 @@ class LayerReport:
         return " ".join(dict.fromkeys(sentences)) or "No rule found its motif in this layer."
 
 
+@dataclass(frozen=True)
+class Operation:
+    """One call of a graph.
+
+    Attributes:
+        name: the node's name, in the first of the blocks that share this structure.
+        op: what it computes.
+        inputs: for each tensor it takes, which operation of the same block makes it, counted from 0, or in words where it comes
+            from: a weight or state with its dtype and shape, or "input 1" for what another block made.
+        result: dtype and shape, of each result if there are several.
+        kernels: Triton kernels it launches, 1 for another operation that computes, 0 for a view.
+        bytes: it moves, as of a BlockReport.
+        source: the line of the model's code that it was traced from, or None.
+    """
+
+    name: str
+    op: str
+    inputs: list[int | str]
+    result: str
+    kernels: int
+    bytes: int
+    source: Source | None = None
+
+
+OUTSIDE = "outside the layers"
+
+
+@dataclass
+class BlockReport:
+    """A part of a decoder layer that has linears of its own, with the norm before it and the sum behind it; or all else.
+
+    Attributes:
+        path: its module's path, e.g. "model.layers.0.mlp"; empty for what is in no layer.
+        layer: path of the layer around it, e.g. "model.layers.0"; empty if there is none.
+        index: the layer's number in its list, or None.
+        kind: "linear attention", "full attention", "MLP", "MoE", "other" or "outside the layers".
+        fused: "fused" where a rule fired and none declined, "partly", or "as it came".
+        marks: for each group of rules of COLUMNS, of which one looked at this block: "fired", "declined", or "both".
+        launches_before, launches_after: kernels it needs: one per op that computes, or those that its kernel launches.
+        bytes_before, bytes_after: read and written by them, where each reads its tensors once and writes its results once.
+        before, after: its operations before normalize and after lower, as indices into the graph's structures.
+    """
+
+    path: str
+    layer: str = ""
+    index: int | None = None
+    kind: str = OUTSIDE
+    fused: str = "as it came"
+    marks: dict[str, str] = field(default_factory=dict)
+    launches_before: int = 0
+    launches_after: int = 0
+    bytes_before: int = 0
+    bytes_after: int = 0
+    before: int = 0
+    after: int = 0
+
+
+# The columns of the table of blocks, and the rules whose outcomes they show. A rule that is in none has a column of its own.
+COLUMNS = {
+    "packed": ("packed_linear",),
+    "conv": ("causal_conv", "causal_conv_update", "conv_context"),
+    "gates": ("gating", "gating_delta_rule", "gating_chunk_delta_rule"),
+    "l2norm": ("l2norm", "l2norm_delta_rule"),
+    "rule": ("delta_rule", "chunk_delta_rule", "repeat_delta_rule", "packed_decode"),
+    "gated norm": ("gated_rms_norm",),
+    "mixer": ("mixer_decode", "mixer_linears"),
+    "attention": ("attention_decode", "causal_attention"),
+    "norm": ("rms_norm", "norm_linear", "add_rms_norm"),
+    "SwiGLU": ("swiglu_linear",),
+    "residual": ("residual_linear",),
+}
+_COLUMN = {rule: column for column, rules in COLUMNS.items() for rule in rules}
+
+
+def marks(records: Iterable[Record]) -> dict[str, str]:
+    """What came of each group of rules of COLUMNS: "fired", "declined", or "both"; groups that looked at nothing are left out."""
+    found: dict[str, set[str]] = {}
+    for r in records:
+        if r.stage != "lower" and r.status is not Status.SHADOWED:
+            outcome = "fired" if r.status is Status.FIRED else "declined"
+            found.setdefault(_COLUMN.get(r.rule, r.rule), set()).add(outcome)
+    order = [*COLUMNS, *found]
+    return {c: "both" if len(found[c]) > 1 else found[c].pop() for c in sorted(found, key=order.index)}
+
+
 @dataclass
 class GraphReport:
     """One compiled graph.
@@ -138,12 +281,16 @@ class GraphReport:
         graph_id: counts the graphs of this process from 0.
         phase: "decode" (cached states are read and one token is processed), "prefill" or "other" (no GDN layer).
         layers: the GDN layers.
+        blocks: the parts of all layers, and what is in none, in the order of the graph.
+        structures: lists of operations; blocks that are equal share one.
         records: records that belong to no GDN layer (siblings of the MLP, say).
         rewritten: False when the graph was handed on as it came; then `note` says why.
         note: a sentence, or empty.
         inner: the backend that compiled the rest.
         nodes_before, nodes_after: call nodes of the whole graph.
         launches_before, launches_after: as of a layer, for the whole graph.
+        bytes_before, bytes_after: as of a block, for the whole graph.
+        limit_bytes: of the weights, states and caches that the graph needs, each read once, and written once where it is written.
         proofs: proofs run (not taken from the cache); proof_seconds: their time in all.
         pass_seconds: time of every pass together, proofs included.
         comparisons: with the option verify, how near the rewritten graph is to the graph as it came.
@@ -153,6 +300,8 @@ class GraphReport:
     graph_id: int
     phase: str = "other"
     layers: list[LayerReport] = field(default_factory=list)
+    blocks: list[BlockReport] = field(default_factory=list)
+    structures: list[list[Operation]] = field(default_factory=list)
     records: list[Record] = field(default_factory=list)
     rewritten: bool = True
     note: str = ""
@@ -161,6 +310,9 @@ class GraphReport:
     nodes_after: int = 0
     launches_before: int = 0
     launches_after: int = 0
+    bytes_before: int = 0
+    bytes_after: int = 0
+    limit_bytes: int = 0
     proofs: int = 0
     proof_seconds: float = 0.0
     pass_seconds: float = 0.0
@@ -188,27 +340,64 @@ class GraphReport:
         )
         return f"{line}. {self.note}" if self.note else f"{line}."
 
+    @property
+    def refusals(self) -> list[Refusal]:
+        """What was refused or not matched; what differs in nothing but the numbers in its names is one refusal."""
+        found: dict[tuple[Any, ...], Refusal] = {}
+        for r in self.all_records:
+            if r.status in (Status.REFUSED, Status.UNMATCHED):
+                key = (r.rule, r.stage, r.status, re.sub(r"_\d+\b", "", r.reason), r.source)
+                at = r.at or r.anchor
+                new = Refusal(r.rule, r.stage, r.status, r.equation, r.reason, at, r.expected, r.got, r.source)
+                refusal = found.setdefault(key, new)
+                refusal.count += 1
+                if r.block not in refusal.blocks:
+                    refusal.blocks.append(r.block)
+        return list(found.values())
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; Status becomes its string."""
         data = dataclasses.asdict(self)
-        data["fused_layers"] = self.fused_layers
+        data |= {"summary": self.summary(), "fused_layers": self.fused_layers}
+        data["refusals"] = [dataclasses.asdict(r) for r in self.refusals]
         for layer, plain in zip(self.layers, data["layers"], strict=True):
             plain["why_not"] = layer.why_not
         return data
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row per distinct (layer set, rule, outcome), for tables."""
+        """One row per rule and outcome, for tables; with the reason for a lowering, because refusals have theirs elsewhere."""
         counts: Counter[tuple[str, ...]] = Counter()
         worst: dict[tuple[str, ...], float] = {}
         for r in self.all_records:
-            key = (r.stage, r.rule, str(r.status), r.chosen or "", r.reason)
+            key = (r.stage, r.rule, str(r.status), r.chosen or "", r.reason if r.stage == "lower" else "")
             counts[key] += 1
             if r.proof_error is not None:
                 worst[key] = max(worst.get(key, 0.0), r.proof_error)
         return [
             {"stage": k[0], "rule": k[1], "status": k[2], "count": n, "proof error": worst.get(k), "chosen": k[3], "reason": k[4]}
-            for k, n in counts.items()
+            for k, n in sorted(counts.items(), key=lambda item: STAGES.index(item[0][0]))
         ]
+
+
+SCHEMA = "gdnfuse.report/1"
+BANDWIDTH = 4.3e12  # bytes a second: the copy rate measured on an H200
+
+
+def limit_seconds(report: GraphReport, bandwidth: float) -> float | None:
+    """Estimate of the least a decode step takes: weights, states and caches once through memory. None for what computes more."""
+    return report.limit_bytes / bandwidth if report.phase == "decode" else None
+
+
+def document(reports: Iterable[GraphReport], about: dict[str, Any], bandwidth: float = BANDWIDTH) -> dict[str, Any]:
+    """Reports as one JSON document, described in docs/report.md.
+
+    Args:
+        reports: of graphs.
+        about: what was compiled and with what; plain data.
+        bandwidth: bytes a second, for the limit.
+    """
+    graphs = [report.to_dict() | {"limit_seconds": limit_seconds(report, bandwidth)} for report in reports]
+    return {"schema": SCHEMA, "about": about, "bandwidth": bandwidth, "graphs": graphs}
 
 
 _lock = threading.Lock()
@@ -234,6 +423,25 @@ def reports() -> list[GraphReport]:
     """Reports of every graph compiled in this process, oldest first."""
     with _lock:
         return list(_reports)
+
+
+_listeners: list[Callable[[str], None]] = []
+
+
+def announce(step: str) -> None:
+    """Say what is done next, to whoever waits for it."""
+    for listener in _listeners:
+        listener(step)
+
+
+@contextmanager
+def listening(listener: Callable[[str], None]) -> Iterator[None]:
+    """Have `listener` called with every step that is announced."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
 
 
 def clear_reports() -> None:

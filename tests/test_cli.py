@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import re
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
-from gdnfuse import Record, Status, cli
-from gdnfuse.cli import main, render
+import gdnfuse
+from gdnfuse import cli
+from gdnfuse.cli import main
 from gdnfuse.dialect import OPS
 from gdnfuse.huggingface import presets
 from gdnfuse.passes import fuse, lift
-from gdnfuse.report import GraphReport, LayerReport
 
 
 @pytest.fixture
@@ -36,18 +39,24 @@ def test_report_prints_summary_layers_and_rules(config_file, capsys):
     assert main(["report", str(config_file), "--target", "cpu"]) == 0
     out = capsys.readouterr().out
     assert "(decode): 3/3 GDN layers fused" in out
-    assert "model.layers.*.linear_attn (0–2)" in out
+    assert re.search(r"^0–2 +linear attention +✓", out, re.MULTILINE) and re.search(r"^0–3 +MLP +✓", out, re.MULTILINE)
+    assert "Estimated limit of the step: " in out
     assert "mixer_decode" in out
 
 
 def test_report_of_a_folder_is_that_of_its_config(config_file, capsys):
     assert main(["report", str(config_file.parent), "--json", "--target", "cpu", "--dtype", "float32", "--batch", "2"]) == 0
-    assert json.loads(capsys.readouterr().out)[0]["fused_layers"] == 3
+    assert json.loads(capsys.readouterr().out)["graphs"][0]["fused_layers"] == 3
 
 
 def test_json_is_all_of_stdout(config_file, capsys):
-    assert main(["report", str(config_file), "--json"]) == 0
-    (graph,) = json.loads(capsys.readouterr().out)
+    assert main(["report", str(config_file), "--json", "--bandwidth", "2"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    (graph,) = found["graphs"]
+    assert (found["schema"], found["bandwidth"], found["about"]["batch"]) == ("gdnfuse.report/1", 2e12, 1)
+    docs = (Path(__file__).parent.parent / "docs" / "report.md").read_text().split("### `document.about`")[1].split("###")[0]
+    assert list(found["about"]) == re.findall(r"^\| `(\w+)` \|", docs, re.MULTILINE)
+    assert graph["limit_seconds"] == graph["limit_bytes"] / 2e12 > 0
     assert graph["phase"] == "decode"
     assert [layer["path"] for layer in graph["layers"]] == [f"model.layers.{i}.linear_attn" for i in range(3)]
     assert all(layer["fused"] for layer in graph["layers"])
@@ -71,8 +80,8 @@ def test_stop_after_prints_the_graph(config_file, capsys, stage):
 
 def test_prefill_says_why_layers_are_left(config_file, capsys):
     assert main(["report", str(config_file), "--phase", "prefill", "--prompt", "8", "--json"]) == 0
-    (graph,) = json.loads(capsys.readouterr().out)
-    assert graph["phase"] == "prefill"
+    (graph,) = json.loads(capsys.readouterr().out)["graphs"]
+    assert graph["phase"] == "prefill" and graph["limit_seconds"] is None
     assert all(layer["fused"] or layer["why_not"] for layer in graph["layers"])
 
 
@@ -110,7 +119,16 @@ def test_debug_shows_the_traceback(capsys):
     assert "Traceback" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("argv", [["report", "4b", "--batch", "0"], ["report", "4b", "--phase", "sideways"], ["report"], []])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["report", "4b", "--batch", "0"],
+        ["report", "4b", "--phase", "sideways"],
+        ["report"],
+        [],
+        ["report", "4b", "--bandwidth", "0"],
+    ],
+)
 def test_bad_arguments_are_one_line_and_exit_code_2(argv, capsys):
     with pytest.raises(SystemExit) as e:
         main(argv)
@@ -122,18 +140,79 @@ def test_preset_names():
     assert presets() == [f"qwen3.5-{size}" for size in ("0.8b", "27b", "2b", "35b-a3b", "4b", "9b")]
 
 
-def test_render_groups_equal_layers_and_keeps_reasons():
-    refused = Record("causal_conv_update", "lift", Status.REFUSED, "copy_", reason="The window must be 4 wide, found 3.")
-    layers = [LayerReport(f"model.layers.{i}.linear_attn", fused=True, nodes_before=90, nodes_after=3) for i in (0, 1, 2, 4)]
-    layers.append(LayerReport("model.layers.5.linear_attn", records=[refused], nodes_before=90, nodes_after=80))
-    out = render(GraphReport(0, phase="decode", layers=layers, inner="eager"))
-    assert "model.layers.*.linear_attn (0–2, 4)" in out
-    assert "model.layers.5.linear_attn" in out
-    assert "The window must be 4 wide" in out
+def unwritable(tmp_path):
+    (tmp_path / "file").write_text("a file")
+    return {tmp_path: "folder", tmp_path / "absent" / "page.html": "no folder", tmp_path / "file" / "page.html": "no folder"}
 
 
-def test_render_of_a_graph_without_gdn():
-    assert "no GDN layer" in render(GraphReport(0, inner="eager"))
+def test_a_page_that_cannot_be_written_is_said_before_any_work(config_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("gdnfuse.huggingface.load_config", lambda name: pytest.fail("work was done"))
+    for file, expected in unwritable(tmp_path).items():
+        assert main(["report", str(config_file), "--html", str(file)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"gdnfuse: Cannot write {file}: ") and expected in line
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "file"]
+
+
+def test_a_page_that_fails_half_way_leaves_the_old_one(tmp_path, monkeypatch):
+    file = tmp_path / "page.html"
+    file.write_text("old")
+
+    def full(self, text, **options):
+        self.write_bytes(b"ne")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(gdnfuse.GdnfuseError, match="No space left on device"):
+        cli._write(file, "new")
+    assert file.read_bytes() == b"old" and list(tmp_path.iterdir()) == [file]
+
+
+class Full(io.StringIO):
+    def write(self, text):
+        raise OSError(28, "No space left on device")
+
+
+def test_output_that_cannot_be_written_is_one_line(config_file, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", Full())
+    assert main(["report", str(config_file)]) == 2
+    assert capsys.readouterr().err == "gdnfuse: Cannot write the output: No space left on device.\n"
+
+
+class Terminal(io.TextIOWrapper):
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_gets_colours_unless_it_wants_none(config_file, monkeypatch):
+    for no_color in ("", "1"):
+        monkeypatch.setenv("NO_COLOR", no_color)
+        monkeypatch.setattr(sys, "stdout", terminal := Terminal(io.BytesIO(), encoding="ascii"))
+        assert main(["report", str(config_file)]) == 0
+        monkeypatch.undo()
+        out = terminal.buffer.getvalue().decode("ascii")
+        assert ("\x1b[" in out) != bool(no_color)
+        assert "3/3 GDN layers fused" in out and "+ done, x refused" in out
+
+
+@pytest.mark.parametrize("off", [False, True])
+def test_progress_shows_each_step_of_what_takes_long(off, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal(io.BytesIO(), encoding="utf-8"))
+    monkeypatch.setenv("TQDM_DISABLE", "1" if off else "")
+    with cli._progress() as announce:
+        announce("short")
+        announce("long")
+        time.sleep(1.3)
+    terminal.flush()
+    shown = terminal.buffer.getvalue().decode()
+    assert ("long (00:01)" in shown) != off and "short" not in shown
+
+
+def test_progress_shows_nothing_without_a_terminal(capsys):
+    with cli._progress() as announce:
+        announce("long")
+        time.sleep(1.2)
+    assert capsys.readouterr().err == ""
 
 
 def fresh_process(code: str) -> None:

@@ -17,9 +17,9 @@ from gdnfuse import kernels
 from gdnfuse.dialect import add_rms_norm, op_of, packed_linear
 from gdnfuse.kernels.linear_configs import split
 from gdnfuse.packing import PackedWeight, pack
-from gdnfuse.report import Record, Refused, Status
-from gdnfuse.rewrite.driver import infer
-from gdnfuse.rewrite.graph import module_stack, op_name, storage, value, writes
+from gdnfuse.report import Record, Refused
+from gdnfuse.rewrite.driver import infer, recorded
+from gdnfuse.rewrite.graph import kept, op_name, storage, value, writes
 
 MAX_SUM = 7  # terms: Inductor makes a loop of a longer sum, with a kernel of its own
 
@@ -49,7 +49,7 @@ def lower(gm: GraphModule, target: str | None, linears: bool = False, ahead: boo
             call["weights"], bias = [call["weights"]], call.pop("bias", None)
         else:
             continue
-        record = Record(op.name if op else "linear", "lower", Status.FIRED, node.name, modules=module_stack(node))
+        record = recorded(op.name if op else "linear", "lower", node, op.equation if op else "x·Wᵀ")
         values = {k: [value(x) for x in v] if isinstance(v, list | tuple) else value(v) for k, v in call.items()}
         device = target or next(v.device.type for v in values.values() if isinstance(v, torch.Tensor))
         if op is None and device != "cuda":
@@ -110,7 +110,7 @@ def _add_up(node: Node, parts: int, dtype: torch.dtype) -> None:
             steps = [("unflatten", 0, (2, parts // 2)), ("sum", 0), *steps]
         for method, *args in steps:
             total = graph.call_method(method, (total, *args))
-            total.meta |= {"nn_module_stack": node.meta.get("nn_module_stack"), "example_value": infer(total)}
+            total.meta |= kept(node) | {"example_value": infer(total)}
     for reader in readers:
         reader.replace_input_with(node, total)
 

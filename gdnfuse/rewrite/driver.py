@@ -11,8 +11,8 @@ import torch
 from torch.fx import Graph, GraphModule, Node, Proxy
 from torch.fx.proxy import GraphAppendingTracer
 
-from gdnfuse.report import Record, Refused, Status
-from gdnfuse.rewrite.graph import is_tensor, module_stack, op_name, remove_dead, storage, value, writes
+from gdnfuse.report import Record, Refused, Source, Status, announce
+from gdnfuse.rewrite.graph import is_tensor, kept, module_stack, op_name, origin, remove_dead, storage, value, writes
 from gdnfuse.rewrite.pattern import Mismatch
 from gdnfuse.rewrite.proof import evaluate_node, prove
 from gdnfuse.rewrite.rule import Match, Rule
@@ -37,8 +37,9 @@ def run_rules(gm: GraphModule, rules: list[Rule], outcome: Outcome) -> None:
     """Apply each rule at each of its anchors, in order. The graph is valid after every single application."""
     memory = Memory(gm.graph)
     for rule in rules:
+        announce(f"{rule.stage} {rule.name}")
         for anchor in list(rule.anchors(gm.graph)):
-            record = Record(rule.name, rule.stage, Status.FIRED, anchor.name, modules=module_stack(anchor))
+            record = recorded(rule.name, rule.stage, anchor, rule.equation)
             outcome.records.append(record)
             if anchor._erased:
                 record.status, record.reason = Status.SHADOWED, f"An earlier match of {rule.name} took {anchor.name} in."
@@ -61,10 +62,22 @@ def run_rules(gm: GraphModule, rules: list[Rule], outcome: Outcome) -> None:
                 record.status = Status.UNMATCHED
                 record.at, record.expected, record.got = str(e.node), e.expected, e.got
                 record.reason = f"Expected {e.expected} at {e.node}, found {e.got}."
+                record.source = _where(e.node) or record.source
             except Refused as e:
                 record.status, record.reason, record.at = Status.REFUSED, e.reason, e.at or anchor.name
+                record.source = _where(e.node) or record.source
             log.debug("%s at %s: %s %s", record.rule, record.anchor, record.status, record.reason)
     remove_dead(gm.graph)
+
+
+def recorded(name: str, stage: str, node: Node, equation: str) -> Record:
+    """A record of what fires at a node, with what the report tells about the node's place."""
+    place = {"modules": module_stack(node), "block": node.meta.get("gdnfuse_block", ""), "source": origin(node)}
+    return Record(name, stage, Status.FIRED, node.name, equation, **place)
+
+
+def _where(node: Any) -> Source | None:
+    return origin(node) if isinstance(node, Node) else None
 
 
 class Memory:
@@ -223,7 +236,7 @@ def _replace(gm: GraphModule, m: Match, region: Region, replacement: Graph, anch
     env: dict[Node, Node] = {}
     placeholders = iter(region.inputs)
     results: tuple[Node, ...] = ()
-    meta = {k: anchor.meta[k] for k in ("nn_module_stack", "stack_trace") if k in anchor.meta}
+    meta = kept(anchor)
     with gm.graph.inserting_before(region.point.next):
         for n in replacement.nodes:
             if n.op == "placeholder":

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import operator
+import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,6 +14,11 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._pytree import tree_leaves
+
+from gdnfuse.report import Source
+
+# What a node that takes another's place keeps of it, for the report.
+KEPT = ("nn_module_stack", "stack_trace", "gdnfuse_block")
 
 SYNONYMS = {
     "truediv": "div",
@@ -166,10 +174,23 @@ def remove_dead(graph: Graph) -> None:
 
 
 def computes(node: Node) -> bool:
-    """Whether a call makes elements: it is no view, no part of something and no number."""
+    """Whether a call needs a kernel: it is no view and makes elements in memory that none of its inputs has, or writes to theirs.
+
+    A cast to the dtype that a tensor has needs none, nor does memory that is only reserved. Views are told by name, because a
+    node's example value may be older than a rewrite of what it is a view of; a reshape that has to copy counts as a view.
+    """
     name = op_name(node)
-    view = name in _VIEWS | _PARTS and name not in ("stack", "contiguous", "clone")
-    return node.op in ("call_function", "call_method") and is_tensor(node) and not view or name.endswith("copy_")
+    gather = name == "getitem" and any(map(is_tensor, node.all_input_nodes[1:]))
+    view = name in _VIEWS | _PARTS and name not in ("stack", "contiguous", "clone") and not gather
+    if node.op not in ("call_function", "call_method") or view or name in ("empty", "empty_like"):
+        return False
+    given = {s for n in node.all_input_nodes for s in _memory(n)}
+    return not _memory(node) <= given or bool(writes(node))
+
+
+def _memory(node: Node) -> set[int]:
+    """Storages of what a node gives: a tensor, or several."""
+    return {t.untyped_storage()._cdata for t in tree_leaves(value(node)) if isinstance(t, torch.Tensor)}
 
 
 def calls(gm: GraphModule) -> list[Node]:
@@ -193,3 +214,36 @@ def clean_path(path: str) -> str:
     while parts and parts[0] in ("L", "G", "self", "fn", "args", "_orig_mod"):
         parts.pop(0)
     return ".".join(parts) or "(root)"
+
+
+def kept(node: Node) -> dict[str, Any]:
+    return {k: node.meta[k] for k in KEPT if k in node.meta}
+
+
+_FRAME = re.compile(r'^  File "(.+)", line (\d+), in (.+)(?:\n {4}(.*))?', re.MULTILINE)
+
+
+def origin(node: Node) -> Source | None:
+    """The line of the model's code that a node was traced from; None where Dynamo recorded no stack.
+
+    That is the innermost frame in the file that most of the modules around the node are from, torch's own left out: not the line
+    of a cache, an attention function or an activation that the model's code called.
+    """
+    classes = [entry[1] for entry in (node.meta.get("nn_module_stack") or {}).values()]
+    files = Counter(filter(None, (_forward_file(c) for c in reversed(classes) if isinstance(c, type))))
+    return _innermost(node.meta.get("stack_trace") or "", tuple(file for file, _ in files.most_common()))
+
+
+@functools.cache
+def _forward_file(module: type) -> str:
+    code = getattr(inspect.unwrap(getattr(module, "forward", None)), "__code__", None)
+    return "" if code is None or module.__module__.split(".")[0] == "torch" else code.co_filename
+
+
+@functools.lru_cache(maxsize=4096)
+def _innermost(trace: str, files: tuple[str, ...]) -> Source | None:
+    frames = [Source(file, int(line), function, code.strip()) for file, line, function, code in _FRAME.findall(trace)]
+    for file in files:
+        if inside := [f for f in frames if f.file == file]:
+            return inside[-1]
+    return frames[-1] if frames else None

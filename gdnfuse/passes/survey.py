@@ -1,0 +1,283 @@
+"""survey: which block of the model each call of a graph belongs to, how many kernels it needs and how many bytes they move.
+
+Only for the report: nothing is decided here, and the graph keeps nothing of it but a mark on each call.
+
+The bytes of a graph follow one model, before and after: every operation that needs a kernel reads each of its tensors once and
+writes its results once, as if nothing stayed in a cache. Views are free; an expanded tensor counts what it holds, a lookup the
+rows that it takes, experts as many as can be chosen. What several kernels of one operation hand to each other is not counted, nor
+what Inductor will merge, on either side. Symbolic sizes count as the sizes of the first call.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.utils._pytree import tree_leaves
+
+from gdnfuse.dialect import OPS
+from gdnfuse.report import OUTSIDE, BlockReport, GraphReport, Operation, marks
+from gdnfuse.rewrite.graph import calls, clean_path, computes, is_tensor, module_stack, op_name, origin, value, writes
+
+LOOKUPS = ("embedding", "index_select", "gather", "getitem")  # read of their largest tensor what they return
+GROUPED = ("_grouped_mm", "grouped_mm")
+WRITTEN = {"copy_": 1, "index_copy_": 3, "setitem": 2}  # write as much as that argument holds
+SHORT = {"bfloat16": "bf16", "float16": "f16", "float32": "f32", "float64": "f64", "int64": "i64", "int32": "i32"}
+
+
+def op_label(node: Node) -> str:
+    """What a call computes, in a word: a dialect op's name whether it is the op, its kernel or its reference that is called."""
+    if getattr(node.target, "__module__", "").startswith("gdnfuse.dialect."):
+        return node.target.__module__.rsplit(".", 1)[1]
+    return op_name(node).removeprefix("gdnfuse_triton.").removeprefix("gdnfuse.")
+
+
+def launches(node: Node) -> int:
+    """Kernels a call needs: those that its Triton kernel launches, 1 for another op that computes."""
+    return node.meta.get("gdnfuse_launches", int(computes(node)))
+
+
+@dataclass
+class Call:
+    """A call as it stood when it was surveyed. Inputs are names of calls, or words."""
+
+    operation: Operation
+    block: str
+    modules: list[str]
+
+
+@dataclass
+class Survey:
+    """Every call of a graph, and how many bytes of its inputs it needs at least."""
+
+    calls: list[Call]
+    limit_bytes: int
+
+    @property
+    def launches(self) -> int:
+        return sum(c.operation.kernels for c in self.calls)
+
+    @property
+    def bytes(self) -> int:
+        return sum(c.operation.bytes for c in self.calls)
+
+
+def mark_blocks(gm: GraphModule) -> None:
+    """Note on every call, for all that is put in its place later, the path of its block; empty outside all layers.
+
+    A layer is an element of the outermost list of modules; its blocks are its children with linears in them. What stands before a
+    block (a norm) or is computed by the layer itself behind one (the residual sum) belongs to that block.
+    """
+    nodes = calls(gm)
+    place = {n: _place(module_stack(n)) for n in nodes}
+    blocks = {place[n][1] for n in nodes if op_name(n) == "linear"}
+    layers: dict[str, list[Node]] = {}
+    for n in nodes:
+        n.meta["gdnfuse_block"] = ""
+        layers.setdefault(place[n][0], []).append(n)
+    layers.pop("", None)
+    for layer, members in layers.items():
+        last, waiting = "", []
+        for n in members:
+            child = place[n][1]
+            if child and child in blocks:
+                last = child
+            elif child or not last:
+                waiting.append(n)
+                continue
+            for other in (*waiting, n):
+                other.meta["gdnfuse_block"] = last
+            waiting = []
+        for n in waiting:
+            n.meta["gdnfuse_block"] = last or layer
+
+
+def _place(stack: list[str]) -> tuple[str, str]:
+    """The path of the layer and of its child that a call was traced in; empty where there is none."""
+    for i, path in enumerate(stack):
+        if path.rpartition(".")[2].isdecimal():
+            return path, stack[i + 1] if i + 1 < len(stack) else ""
+    return "", ""
+
+
+def take(gm: GraphModule) -> Survey:
+    """All calls of a graph after `mark_blocks`, as they stand now."""
+    reads: dict[Node, int] = {}
+    stored: dict[Node, int] = {}
+    found = []
+    for node in calls(gm):
+        kernels = launches(node)
+        moved = 0
+        if kernels:
+            got = {n: _read(node, n) for n in node.all_input_nodes if is_tensor(n)}
+            put = _written(node)
+            moved = sum(got.values()) + sum(put.values())
+            for needed, edges in ((reads, got), (stored, put)):
+                for n, count in edges.items():
+                    base = _base(n)
+                    needed[base] = max(needed.get(base, 0), min(count, _nbytes(base)))
+        inputs = [n.name if n.op.startswith("call") else f"{_label(n)} {_shape(value(n))}" for n in _tensors(node)]
+        operation = Operation(node.name, op_label(node), inputs, _shape(value(node)), kernels, moved, origin(node))
+        found.append(Call(operation, node.meta.get("gdnfuse_block", ""), module_stack(node)))
+    limit = sum(count for needed in (reads, stored) for n, count in needed.items() if n.op in ("placeholder", "get_attr"))
+    return Survey(found, limit)
+
+
+def _tensors(node: Node) -> list[Node]:
+    return [n for n in node.all_input_nodes if _bytes_of(value(n)) is not None]
+
+
+def _bytes_of(v: Any) -> int | None:
+    """Bytes of the elements of a tensor, or of several; an expanded axis counts once. None for what is no tensor."""
+    tensors = [t for t in tree_leaves(v) if isinstance(t, torch.Tensor)]
+    if not tensors:
+        return None
+    return sum(
+        t.element_size() * math.prod(_size(n) for n, stride in zip(t.shape, t.stride(), strict=True) if not _zero(stride))
+        for t in tensors
+    )
+
+
+def _zero(stride: Any) -> bool:
+    return isinstance(stride, int) and stride == 0
+
+
+def _size(size: Any) -> int:
+    if isinstance(size, int):
+        return size
+    hint = size.node.hint  # None for a size that only a run will tell
+    return 1 if hint is None else int(hint)
+
+
+def _nbytes(node: Any) -> int:
+    return (_bytes_of(value(node)) or 0) if isinstance(node, Node) else 0
+
+
+def _read(node: Node, given: Node) -> int:
+    """Bytes that a call reads of one of its tensors."""
+    name, size = op_name(node), _nbytes(given)
+    if name in WRITTEN and given is node.args[0]:
+        return 0
+    if name in LOOKUPS and size == max(map(_nbytes, node.all_input_nodes)):
+        return min(size, _nbytes(node))
+    if name in GROUPED and value(given).ndim == 3:
+        experts, rows = _size(value(given).shape[0]), _size(value(node.args[0]).shape[-2])
+        return size * min(experts, rows) // max(experts, 1)
+    return size
+
+
+def _written(node: Node) -> dict[Node, int]:
+    """Bytes that a call writes, by the node that they can be read from: itself, or an input written in place."""
+    name, op = op_name(node), OPS.get(op_label(node))
+    if name in WRITTEN:
+        source = node.args[WRITTEN[name]]
+        return {node.args[0]: _nbytes(source) if is_tensor(source) else _nbytes(node.args[0])}
+    made = {node: _bytes_of(value(node)) or 0}
+    if op is None:
+        into = [n for n in node.all_input_nodes if n is node.args[0]] if writes(node) and name.endswith("_") else []
+        return {into[0]: _nbytes(into[0])} if into else made
+    call = op.bind(node.args, node.kwargs)
+    if op.name == "attention_decode":  # one token's row of each
+        return made | {call["keys"]: _nbytes(call["k"]), call["values"]: _nbytes(call["v"])}
+    return made | {call[name]: _nbytes(call[name]) for name in op.mutates if isinstance(call.get(name), Node)}
+
+
+def _base(node: Node) -> Node:
+    """What a node is a view of, through parts and views of parts, and through writes to it."""
+    while node.op.startswith("call") and node.all_input_nodes and (op_name(node) in WRITTEN or not computes(node)):
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _label(node: Node) -> str:
+    """What a graph input is called below its layer ("linear_attn.in_proj_z.weight", "conv_states"), the same in each layer."""
+    source = getattr(node, "_dynamo_source", None)
+    name = getattr(source, "name", None) or str(node.target)
+    path = clean_path(name() if callable(name) else name)
+    path = re.sub(r"^.*?\.\d+\.(?=[^\d])", "", path)
+    return re.sub(r"([._]\d+)+$", "", path)
+
+
+def _shape(v: Any) -> str:
+    if isinstance(v, torch.Tensor):
+        dtype = str(v.dtype).removeprefix("torch.")
+        return f"{SHORT.get(dtype, dtype)}[{', '.join(map(str, v.shape))}]"
+    return ", ".join(_shape(t) for t in tree_leaves(v) if isinstance(t, torch.Tensor))
+
+
+def fill(report: GraphReport, before: Survey, after: Survey) -> None:
+    """Write blocks, structures and sums into a report whose records and layers are complete."""
+    report.launches_before, report.launches_after = before.launches, after.launches
+    report.bytes_before, report.bytes_after, report.limit_bytes = before.bytes, after.bytes, before.limit_bytes
+    gdn = {layer.path: layer for layer in report.layers}
+    for record in report.all_records:
+        record.block = _home(record.block, record.modules, gdn)
+    sides = [_by_block(survey.calls, gdn) for survey in (before, after)]
+    known: dict[Any, int] = {}
+    for path in dict.fromkeys(path for side in sides for path in side):
+        old, new = (side.get(path, []) for side in sides)
+        index = re.search(r"(?:^|\.)(\d+)(?=\.|$)", path)
+        block = BlockReport(path, path[: index.end()] if index else "", int(index[1]) if index else None)
+        block.kind = _kind(path, old, gdn)
+        block.marks = marks(r for r in report.all_records if r.block == path)
+        outcomes = set(block.marks.values())
+        if "fired" in outcomes or "both" in outcomes:
+            unfused = any(not layer.fused for p, layer in gdn.items() if _inside(p, path))
+            block.fused = "partly" if unfused or outcomes != {"fired"} else "fused"
+        block.launches_before, block.launches_after = (sum(c.operation.kernels for c in side) for side in (old, new))
+        block.bytes_before, block.bytes_after = (sum(c.operation.bytes for c in side) for side in (old, new))
+        block.before, block.after = (_structure(side, known, report.structures) for side in (old, new))
+        report.blocks.append(block)
+
+
+def _by_block(found: list[Call], gdn: Iterable[str]) -> dict[str, list[Call]]:
+    blocks: dict[str, list[Call]] = {}
+    for c in found:
+        blocks.setdefault(_home(c.block, c.modules, gdn), []).append(c)
+    return blocks
+
+
+def _home(block: str, modules: list[str], gdn: Iterable[str]) -> str:
+    """The block of a call; a GDN layer is one block, also where it is a layer itself or stands in none."""
+    inside = next((p for p in modules if p in gdn), None)
+    return block if inside is None or (block and _inside(inside, block)) else inside
+
+
+def _inside(path: str, block: str) -> bool:
+    return path == block or path.startswith(f"{block}.")
+
+
+def _kind(path: str, found: list[Call], gdn: Iterable[str]) -> str:
+    ops = {c.operation.op for c in found}
+    if not path:
+        return OUTSIDE
+    if any(_inside(p, path) for p in gdn):
+        return "linear attention"
+    if "topk" in ops:
+        return "MoE"
+    if ops & {"scaled_dot_product_attention", "softmax"}:
+        return "full attention"
+    return "MLP" if "linear" in ops else "other"
+
+
+def _structure(found: list[Call], known: dict[Any, int], structures: list[list[Operation]]) -> int:
+    """The index of these operations among the structures, where they are added if none is equal but for names and lines."""
+    number = {c.operation.name: i for i, c in enumerate(found)}
+    outer: dict[str, str] = {}
+
+    def where(given: Any) -> int | str:
+        if given in number:
+            return number[given]
+        return given if " " in given else outer.setdefault(given, f"input {len(outer) + 1}")
+
+    operations = [replace(c.operation, inputs=[where(i) for i in c.operation.inputs]) for c in found]
+    key = tuple((o.op, *o.inputs, o.result, o.kernels, o.bytes) for o in operations)
+    if key not in known:
+        known[key] = len(structures)
+        structures.append(operations)
+    return known[key]

@@ -1,0 +1,189 @@
+"""The report as text for a terminal: a summary, tables, and each refusal with its line of the model's code."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tabulate import tabulate
+
+from gdnfuse.report import BANDWIDTH, COLUMNS, BlockReport, GraphReport, Refusal, limit_seconds
+
+WIDTH = 60  # columns for a sentence in a table
+MARKS = {"fired": "✓", "declined": "✗", "both": "✓✗", None: "–"}
+LEGEND = "✓ done, ✗ refused or not matched, ✓✗ some of each, – nothing to look at"
+ASCII = str.maketrans({"✓": "+", "✗": "x", "–": "-", "→": ">", "×": "x", "…": "~", "·": "."} | {"−": "-", "‖": "|"})
+COLORS = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33"}
+
+
+@dataclass(frozen=True)
+class Style:
+    """How to print: colours or not, and in which encoding what cannot be printed is replaced."""
+
+    color: bool = False
+    encoding: str = "utf-8"
+
+    def paint(self, text: str, color: str) -> str:
+        return f"\x1b[{COLORS[color]}m{text}\x1b[0m" if self.color and text else text
+
+    def encodable(self, text: str) -> str:
+        """The text with what the encoding lacks replaced, one character by one, so that tables stay straight."""
+        try:
+            text.encode(self.encoding)
+        except UnicodeEncodeError:
+            return text.translate(ASCII).encode(self.encoding, "replace").decode(self.encoding)
+        return text
+
+
+def render(report: GraphReport, style: Style | None = None, bandwidth: float = BANDWIDTH) -> str:
+    """A graph's report: the summary, the table of blocks, refusals, rules, kernels, and the graph if a stage was asked for."""
+    style = style or Style()
+    parts = [style.paint(report.summary(), "bold")]
+    if report.rewritten and report.blocks:
+        parts += [_moved(report, bandwidth), f"{_blocks(report, style)}\n{style.paint(LEGEND, 'dim')}"]
+    parts += _left(report)
+    if refusals := report.refusals:
+        count = sum(r.count for r in refusals)
+        parts.append(style.paint(f"Refused or not matched: {count}, of {len(refusals)} kinds", "bold"))
+        parts += [_refusal(report, r, i, style) for i, r in enumerate(refusals, 1)]
+    if rows := report.rows():
+        parts.append(table([{**row, "proof error": _number(row["proof error"])} for row in rows]))
+    if rows := launch_rows(report):
+        parts.append(table(rows))
+    if report.stage_code:
+        parts.append(report.stage_code.strip())
+    return style.encodable("\n\n".join(parts))
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows of equal keys; a column that is empty throughout is left out."""
+    used = [k for k in rows[0] if any(row[k] != "" for row in rows)]
+    widths = [WIDTH if k == "reason" else None for k in used]
+    cells = [[row[k] for k in used] for row in rows]
+    return tabulate(cells, headers=used, maxcolwidths=widths, disable_numparse=True)
+
+
+def size(count: float) -> str:
+    """Bytes in three digits."""
+    units = ["B", "kB", "MB", "GB", "TB"]
+    while count >= 999.5 and len(units) > 1:
+        count /= 1000
+        units.pop(0)
+    return f"{count:.3g} {units[0]}"
+
+
+def pair(before: float, after: float) -> str:
+    """Two numbers of bytes, the unit once where it is the same."""
+    old, new = size(before), size(after)
+    number, unit = old.split()
+    return f"{number} → {new}" if new.endswith(f" {unit}") else f"{old} → {new}"
+
+
+def _moved(report: GraphReport, bandwidth: float) -> str:
+    text = f"Moved: {pair(report.bytes_before, report.bytes_after)}, if each kernel reads and writes its tensors once."
+    seconds = limit_seconds(report, bandwidth)
+    if seconds is None:
+        return text
+    return (
+        f"{text}\nEstimated limit of the step: {seconds * 1e3:.3g} ms, for weights, states and caches of "
+        f"{size(report.limit_bytes)} once at {bandwidth / 1e12:.3g} TB/s."
+    )
+
+
+def _blocks(report: GraphReport, style: Style) -> str:
+    """One row per kind of block: those that differ in nothing but the layer's number share a row."""
+    groups: dict[tuple[Any, ...], list[BlockReport]] = {}
+    for b in sorted(report.blocks, key=lambda b: b.index is None):
+        moved = pair(b.bytes_before, b.bytes_after)
+        key = (b.kind, *b.marks.items(), f"{b.launches_before} → {b.launches_after}", moved)
+        groups.setdefault(key, []).append(b)
+    columns = [c for c in [*COLUMNS, *_more_columns(report)] if any(c in b.marks for b in report.blocks)]
+    rows = []
+    for key, members in groups.items():
+        marks = members[0].marks
+        cells = [_mark(marks.get(c), style) for c in columns]
+        rows.append([label(members), key[0], *cells, key[-2], key[-1]])
+    headers = ["layers", "kind", *(c.replace(" ", "\n") for c in columns), "kernels", "moved"]
+    align = ["left", "left", *["center"] * len(columns), "right", "right"]
+    widths = [24] + [None] * (len(headers) - 1)
+    # Headers as a row: as headers they are padded, and with so many columns the table would not fit a terminal.
+    return tabulate([headers, *rows], tablefmt="plain", colalign=align, maxcolwidths=widths, disable_numparse=True)
+
+
+def _more_columns(report: GraphReport) -> list[str]:
+    """Of rules that COLUMNS does not name."""
+    return sorted({c for b in report.blocks for c in b.marks} - COLUMNS.keys())
+
+
+def _mark(outcome: str | None, style: Style) -> str:
+    return style.paint(MARKS[outcome], {"fired": "green", "declined": "red", "both": "yellow"}.get(outcome, "dim"))
+
+
+def label(blocks: Sequence[BlockReport]) -> str:
+    """The numbers of their layers, as ranges; paths where there are none."""
+    if any(b.index is None for b in blocks):
+        return ", ".join(dict.fromkeys(b.path for b in blocks if b.path))
+    return ", ".join(ranges(b.index for b in blocks))
+
+
+def ranges(numbers: Iterable[int]) -> list[str]:
+    """0, 1, 2, 5 → "0–2", "5"."""
+    found: list[list[int]] = []
+    for n in sorted(set(numbers)):
+        if found and n == found[-1][-1] + 1:
+            found[-1] = [found[-1][0], n]
+        else:
+            found.append([n])
+    return ["–".join(map(str, r)) for r in found]
+
+
+def where(refusal: Refusal, report: GraphReport) -> str:
+    """The blocks of a refusal in words: "MLP 0–31"."""
+    kinds: dict[str, list[BlockReport]] = {}
+    for b in report.blocks:
+        if b.path in refusal.blocks:
+            kinds.setdefault(b.kind, []).append(b)
+    return "; ".join(f"{kind} {label(members)}".strip() for kind, members in kinds.items())
+
+
+def _left(report: GraphReport) -> list[str]:
+    """A line for the GDN layers that are not fused, by what a fused one has and they lack."""
+    notes: dict[str, list[str]] = {}
+    for layer in report.layers:
+        if not layer.fused:
+            notes.setdefault(layer.note or ("" if layer.records else layer.why_not), []).append(layer.path)
+    return [f"Not fused: {_paths(paths)}. {note}".strip() for note, paths in notes.items()]
+
+
+def _paths(paths: list[str]) -> str:
+    """Paths that differ in one number become one: "model.layers.*.linear_attn (0–2, 5)"."""
+    found: dict[str, list[int]] = {}
+    for path in paths:
+        numbers = re.findall(r"\d+", path)
+        found.setdefault(re.sub(r"\d+", "*", path, count=1), []).extend(map(int, numbers[:1]))
+    return ", ".join(f"{path} ({', '.join(ranges(n))})" if n else path for path, n in found.items())
+
+
+def _refusal(report: GraphReport, r: Refusal, number: int, style: Style) -> str:
+    times = f", {r.count} times" if r.count > 1 else ""
+    head = f"{number}. {style.paint(r.rule, 'bold')} {style.paint(r.status, 'red')}{times} ({where(r, report)})"
+    lines = [f"{head}: {r.sentence}"]
+    lines.append(f"   node {r.at}, traced from {r.source.place}" if r.source else f"   node {r.at}")
+    if r.source and r.source.code:
+        lines.append(style.paint(f"   | {r.source.code}", "dim"))
+    if r.equation:
+        lines.append(f"   looked for {r.equation}")
+    return "\n".join(lines)
+
+
+def launch_rows(report: GraphReport) -> list[dict[str, Any]]:
+    """One row per kernel and way of sharing out its work."""
+    counts = Counter((r.rule, line, r.measured) for r in report.all_records for line in r.launches)
+    return [{"op": rule, "launch": line, "count": n, "compared by": by} for (rule, line, by), n in counts.items()]
+
+
+def _number(x: float | None) -> str:
+    return "" if x is None else f"{x:.1e}"
