@@ -15,7 +15,7 @@ from transformers import StaticCache
 from transformers.utils import logging
 
 import gdnfuse
-from gdnfuse.cli import render
+from gdnfuse.report_text import render
 
 SIDES = ("eager", "Inductor", "gdnfuse")
 

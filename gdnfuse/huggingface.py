@@ -395,9 +395,9 @@ def trace(
     with torch.device("meta"):
         cache = StaticCache(config=model.config, max_cache_len=prompt + 1)
     tokens = torch.zeros(batch, prompt, dtype=torch.long, device="meta")
-    # Every model of a process shares transformers' code objects, so reports of several models add up to the limit.
-    many = torch._dynamo.config.patch(recompile_limit=1000, accumulated_recompile_limit=1000)
-    with torch.no_grad(), many, _running(prompt):
+    # Every model of a process shares code, so reports of several models add up to the limit, and would make sizes symbolic.
+    limits = {"recompile_limit": 1000, "accumulated_recompile_limit": 1000, "automatic_dynamic_shapes": False}
+    with torch.no_grad(), torch._dynamo.config.patch(limits), _running(prompt):
         # Code of its own: Dynamo would take an equal model, traced before, for this one, and make no graph.
         step = torch.compile(apart(model), backend="gdnfuse", options=options or None)
         if phase == "decode":

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from gdnfuse.dialect import l2norm, op_of
+from gdnfuse.dialect import op_of
 from gdnfuse.options import Options
 from gdnfuse.packing import PackedWeight
 from gdnfuse.passes import fuse, lift, lower, normalize, survey
@@ -103,14 +103,9 @@ def _find_layers(gm: GraphModule, report: GraphReport) -> None:
 
 
 def _captured(gm: GraphModule) -> list[Record]:
-    """One record for each dialect op that the graph came with, and for a norm of q and k inside it."""
-    records = []
-    for n in gm.graph.nodes:
-        if n.op == "call_function" and (op := op_of(n.target)) is not None:
-            records.append(recorded(op.name, "capture", n, op.equation))
-            if op.bind(n.args, n.kwargs).get("l2norm_eps") is not None:
-                records.append(recorded(l2norm.op.name, "capture", n, l2norm.op.equation))
-    return records
+    """One record for each dialect op that the graph came with."""
+    ops = [(n, op_of(n.target)) for n in gm.graph.nodes if n.op == "call_function"]
+    return [recorded(op.name, "capture", n, op.equation) for n, op in ops if op is not None]
 
 
 # A prefill layer is fused when each of these is one op.

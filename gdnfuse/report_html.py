@@ -21,7 +21,7 @@ from gdnfuse.report import (
     Status,
     limit_seconds,
 )
-from gdnfuse.report_text import LEGEND, MARKS, label, launch_rows, pair, ranges, size
+from gdnfuse.report_text import LEGEND, MARKS, duration, label, launch_rows, left, pair, ranges, size
 
 ROW, LANE, DOT = 22, 9, 4  # pixels: a line of a graph, between two edges, half a node
 LETTERS = {"linear attention": "L", "full attention": "A", "MLP": "M", "MoE": "E", "other": "O"}
@@ -76,7 +76,7 @@ def _asset(name: str) -> str:
 
 
 def _graph(report: GraphReport, bandwidth: float) -> str:
-    parts = [f'<p class="summary">{escape(report.summary())}</p>']
+    parts = [f'<p class="summary">{escape(line)}</p>' for line in (report.summary(), *left(report))]
     if report.rewritten and report.blocks:
         pairs = _pairs(report)
         parts += [_tiles(report, bandwidth), _filters(report), _map(report, pairs), _table(report, pairs)]
@@ -99,7 +99,7 @@ def _tiles(report: GraphReport, bandwidth: float) -> str:
     seconds = limit_seconds(report, bandwidth)
     if seconds is not None:
         note = f"estimate: {size(report.limit_bytes)} of weights, states and caches once at {bandwidth / 1e12:.3g} TB/s"
-        tiles.append(("Limit of the step", f"{seconds * 1e3:.3g} ms", note))
+        tiles.append(("Limit of the step", duration(seconds), note))
     found = "".join(f"<div><dt>{a}</dt><dd>{escape(b)}</dd><p>{escape(c)}</p></div>" for a, b, c in tiles)
     return f'<dl class="tiles">{found}</dl>'
 

@@ -10,12 +10,12 @@ from typing import Any
 
 from tabulate import tabulate
 
-from gdnfuse.report import BANDWIDTH, COLUMNS, BlockReport, GraphReport, Refusal, limit_seconds
+from gdnfuse.report import BANDWIDTH, COLUMNS, BlockReport, GraphReport, Refusal, Status, limit_seconds
 
 WIDTH = 60  # columns for a sentence in a table
 MARKS = {"fired": "✓", "declined": "✗", "both": "✓✗", None: "–"}
 LEGEND = "✓ done, ✗ refused or not matched, ✓✗ some of each, – nothing to look at"
-ASCII = str.maketrans({"✓": "+", "✗": "x", "–": "-", "→": ">", "×": "x", "…": "~", "·": "."} | {"−": "-", "‖": "|"})
+ASCII = str.maketrans({"✓": "+", "✗": "x", "–": "-", "→": ">", "×": "x", "…": "~", "·": "."} | {"−": "-", "µ": "u"})
 COLORS = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33"}
 
 
@@ -44,7 +44,7 @@ def render(report: GraphReport, style: Style | None = None, bandwidth: float = B
     parts = [style.paint(report.summary(), "bold")]
     if report.rewritten and report.blocks:
         parts += [_moved(report, bandwidth), f"{_blocks(report, style)}\n{style.paint(LEGEND, 'dim')}"]
-    parts += _left(report)
+    parts += left(report)
     if refusals := report.refusals:
         count = sum(r.count for r in refusals)
         parts.append(style.paint(f"Refused or not matched: {count}, of {len(refusals)} kinds", "bold"))
@@ -75,6 +75,11 @@ def size(count: float) -> str:
     return f"{count:.3g} {units[0]}"
 
 
+def duration(seconds: float) -> str:
+    """Milliseconds, or microseconds, in three digits."""
+    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-4 else f"{seconds * 1e6:.3g} µs"
+
+
 def pair(before: float, after: float) -> str:
     """Two numbers of bytes, the unit once where it is the same."""
     old, new = size(before), size(after)
@@ -88,7 +93,7 @@ def _moved(report: GraphReport, bandwidth: float) -> str:
     if seconds is None:
         return text
     return (
-        f"{text}\nEstimated limit of the step: {seconds * 1e3:.3g} ms, for weights, states and caches of "
+        f"{text}\nEstimated limit of the step: {duration(seconds)}, for weights, states and caches of "
         f"{size(report.limit_bytes)} once at {bandwidth / 1e12:.3g} TB/s."
     )
 
@@ -149,13 +154,15 @@ def where(refusal: Refusal, report: GraphReport) -> str:
     return "; ".join(f"{kind} {label(members)}".strip() for kind, members in kinds.items())
 
 
-def _left(report: GraphReport) -> list[str]:
+def left(report: GraphReport) -> list[str]:
     """A line for the GDN layers that are not fused, by what a fused one has and they lack."""
     notes: dict[str, list[str]] = {}
     for layer in report.layers:
         if not layer.fused:
-            notes.setdefault(layer.note or ("" if layer.records else layer.why_not), []).append(layer.path)
-    return [f"Not fused: {_paths(paths)}. {note}".strip() for note, paths in notes.items()]
+            declined = any(r.status in (Status.REFUSED, Status.UNMATCHED) for r in layer.records)
+            note = layer.note or ("What is refused or not matched says why." if declined else layer.why_not)
+            notes.setdefault(note, []).append(layer.path)
+    return [f"Not fused: {_paths(paths)}. {note}" for note, paths in notes.items()]
 
 
 def _paths(paths: list[str]) -> str:

@@ -134,7 +134,7 @@ def test_marks_say_what_was_done_in_each_block(decode_report):
     marked = {b.kind: set(b.marks) for b in decode_report.blocks}
     assert marked == {
         "outside the layers": {"norm"},
-        "linear attention": {"packed", "conv", "gates", "l2norm", "rule", "gated norm", "mixer", "norm", "residual"},
+        "linear attention": {"packed", "conv", "gates", "rule", "gated norm", "mixer", "norm", "residual"},
         "full attention": {"packed", "attention", "norm", "residual"},
         "MLP": {"packed", "norm", "SwiGLU", "residual"},
     }
@@ -259,10 +259,14 @@ def test_a_refusal_has_the_line_of_its_node():
     assert [first.source.line, second.source.line] == lines
 
 
-def test_equal_models_are_traced_each():
+def test_every_model_is_traced_with_its_own_sizes():
     config = zoo.causal_lm().config
-    first, second = (huggingface.trace(huggingface.meta_model(config), target="cpu") for _ in range(2))
-    assert [r.launches_after for r in first] == [r.launches_after for r in second] and len(first) == 1
+    (first,), (equal,), (wide,) = (
+        huggingface.trace(huggingface.meta_model(config), target="cpu", batch=batch) for batch in (1, 1, 2)
+    )
+    assert first.launches_after == equal.launches_after and wide.bytes_after > first.bytes_after
+    results = [o.result for structure in wide.structures for o in structure]
+    assert all(size.strip().isdecimal() for r in results for sizes in re.findall(r"\[(.+?)\]", r) for size in sizes.split(","))
 
 
 def test_text_falls_back_to_characters_that_can_be_printed(decode_report):
