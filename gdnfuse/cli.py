@@ -182,20 +182,11 @@ def _report(args: argparse.Namespace) -> None:
         _write(args.html, page(reports, about, args.bandwidth))
         print(f"Wrote {args.html}.", file=sys.stderr)
     if args.json:
-        _print(json.dumps(document(reports, about, args.bandwidth), indent=1))
+        print(json.dumps(document(reports, about, args.bandwidth), indent=1))
     else:
         color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         style = Style(color, sys.stdout.encoding or "ascii")
-        _print("\n\n".join(render(r, style, args.bandwidth) for r in reports))
-
-
-def _print(text: str) -> None:
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        raise
-    except OSError as e:
-        raise GdnfuseError(f"Cannot write the output: {e.strerror}.") from e
+        print("\n\n".join(render(r, style, args.bandwidth) for r in reports))
 
 
 def _check_writable(file: Path) -> None:
@@ -254,13 +245,13 @@ def _verify(args: argparse.Namespace) -> int:
     if not args.debug:
         _quiet()
     device = _device(args.device)
-    bar = tqdm(total=3, desc="read config", disable=None, delay=1, leave=False, bar_format="{desc} ({n}/{total}, {elapsed})")
-    with bar:
+    with _progress() as announce, listening(announce):
+        announce("read config")
         config = huggingface.load_config(args.model)
-        _advance(bar, "build model")
+        announce("build model")
         torch.manual_seed(0)
         model = huggingface.random_model(config, getattr(torch, args.dtype), device)
-        _advance(bar, "run a prompt and one step")
+        announce("run a prompt and one step")
         reports = huggingface.verify(model, batch=args.batch, prompt=args.prompt)
     if args.json:
         print(json.dumps([r.to_dict() for r in reports], indent=1))
@@ -394,11 +385,6 @@ def _tested(package: str, first: tuple[int, int], last: tuple[int, int]) -> str:
     return (
         f"In use, {tested}." if found <= last else f"In use, newer than what it is {tested}; `gdnfuse verify` compares results."
     )
-
-
-def _advance(bar: tqdm, step: str) -> None:
-    bar.set_description(step, refresh=False)
-    bar.update()
 
 
 def _quiet() -> None:

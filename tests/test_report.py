@@ -121,7 +121,7 @@ def test_blocks_add_up_to_the_graph_and_equal_ones_share_their_operations(decode
             assert sum(o.kernels for o in operations) == kernels
             assert all(given < i for i, o in enumerate(operations) for given in o.inputs if isinstance(given, int))
     linear = [b for b in decode_report.blocks if b.kind == "linear attention"]
-    assert len({(b.before, b.after) for b in linear}) == 1 and linear[0].launches_before == 30 and linear[0].launches_after == 3
+    assert len({(b.before, b.after) for b in linear}) == 1 and linear[0].launches_before >= 30 and linear[0].launches_after == 3
     assert len({(b.before, b.after) for b in decode_report.blocks if b.kind == "MLP"}) == 1
     assert [o.op for o in decode_report.structures[linear[0].after] if o.kernels] == [
         "in_proj_conv",
