@@ -177,10 +177,10 @@ def _written(node: Node) -> dict[Node, int]:
     if name in WRITTEN:
         source = node.args[WRITTEN[name]]
         return {node.args[0]: _nbytes(source) if is_tensor(source) else _nbytes(node.args[0])}
-    made = {node: _bytes_of(value(node)) or 0}
+    made = {node: _nbytes(node)}
     if op is None:
-        into = [n for n in node.all_input_nodes if n is node.args[0]] if writes(node) and name.endswith("_") else []
-        return {into[0]: _nbytes(into[0])} if into else made
+        in_place = name.endswith("_") and writes(node)
+        return {node.args[0]: _nbytes(node.args[0])} if in_place else made
     call = op.bind(node.args, node.kwargs)
     if op.name == "attention_decode":  # one token's row of each
         return made | {call["keys"]: _nbytes(call["k"]), call["values"]: _nbytes(call["v"])}
