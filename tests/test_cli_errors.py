@@ -57,6 +57,8 @@ OPTIONS = {
     "report tiny.json --phase sideways": "argument --phase: invalid choice: 'sideways'",
     "report tiny.json --target tpu": "argument --target: invalid choice: 'tpu'",
     "report tiny.json --stop-after lunch": "argument --stop-after: invalid choice: 'lunch'",
+    "report tiny.json --bandwidth fast": "argument --bandwidth: must be a positive number of TB/s, found 'fast'",
+    "report tiny.json --html no/such/page.html": "Cannot write no/such/page.html: there is no folder no/such.",
     "report tiny.json --colour": "unrecognized arguments: --colour",
     "report tiny.json 4b": "unrecognized arguments: 4b",
     "report encoder.json": "Cannot build a causal language model from this config",
