@@ -56,7 +56,7 @@ RECOMPILES = (
     ),
     (r"dtype|expected type|device", "Give every call inputs of the same kinds, dtypes and devices."),
     (
-        r"has_previous_state|is_initialized|___dict_contains|len\(|KeyError|_states|cumulative_length",
+        r"has_previous_state|is_initialized|_states|cumulative_length",
         "Let prompts and decode steps be compiled apart, as gdnfuse.compile does: a cache is another one once it is filled.",
     ),
     (r"layer_idx|___check_obj_id|___check_type_id|ID_MATCH", "Compile the model as a whole rather than its layers one by one."),
@@ -257,14 +257,14 @@ class _Found:
     """What Dynamo noted since this was made."""
 
     def __init__(self) -> None:
-        self.known = {id(r) for r in dynamo.graph_break_reasons}, {id(m) for m in dynamo.get_compilation_metrics()}
+        self._known = [*dynamo.graph_break_reasons, *dynamo.get_compilation_metrics()]
         self.reasons: list[Any] = []
         self.metrics: list[Any] = []
 
     def read(self) -> None:
-        reasons, metrics = self.known
-        self.reasons = [r for r in dynamo.graph_break_reasons if id(r) not in reasons]
-        self.metrics = [m for m in dynamo.get_compilation_metrics() if id(m) not in metrics]
+        known = {id(x) for x in self._known}
+        self.reasons = [r for r in dynamo.graph_break_reasons if id(r) not in known]
+        self.metrics = [m for m in dynamo.get_compilation_metrics() if id(m) not in known]
 
     def breaks(self) -> list[Finding]:
         """Each place once: what is behind a break in an inner function is traced again, and breaks again."""
@@ -308,13 +308,14 @@ class _Found:
 @contextlib.contextmanager
 def _metrics() -> Iterator[_Found]:
     """What Dynamo notes meanwhile, however much it is."""
+    limit = dynamo._compilation_metrics.maxlen
     dynamo.set_compilation_metrics_limit(METRICS)
     found = _Found()
     try:
         yield found
     finally:
         found.read()
-        dynamo.set_compilation_metrics_limit(dynamo.DEFAULT_COMPILATION_METRICS_LIMIT)
+        dynamo.set_compilation_metrics_limit(limit)
 
 
 def _left(reports: Sequence[GraphReport]) -> list[Finding]:

@@ -252,15 +252,19 @@ def presets() -> list[str]:
     return sorted(f.name.removesuffix(".json") for f in files if f.name.endswith(".json"))
 
 
+def preset(name: str) -> str | None:
+    """The full name of a preset ("4b" is "qwen3.5-4b"), or None where there is none of this name."""
+    return next((full for full in (name.lower(), f"qwen3.5-{name.lower()}") if full in presets()), None)
+
+
 def load_config(name_or_path: str) -> PreTrainedConfig:
     """The config of a preset ("qwen3.5-4b" or "4b"), a config.json, a local model folder or a hub id.
 
     Raises:
         GdnfuseError: with a sentence, if there is no such config or it cannot be read.
     """
-    for name in (name_or_path.lower(), f"qwen3.5-{name_or_path.lower()}"):
-        if name in presets():
-            return _from_json((resources.files("gdnfuse") / "presets" / f"{name}.json").read_text(), name)
+    if name := preset(name_or_path):
+        return _from_json((resources.files("gdnfuse") / "presets" / f"{name}.json").read_text(), name)
     path = Path(name_or_path).expanduser()
     file = path / "config.json" if path.is_dir() else path
     if file.is_file():

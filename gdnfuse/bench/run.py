@@ -33,11 +33,12 @@ from gdnfuse.bench.measure import (
     widen,
 )
 from gdnfuse.bench.workers import answer, fla_version, run_sides, show_fla
-from gdnfuse.huggingface import apart, load_config, one_line, random_model
+from gdnfuse.huggingface import apart, load_config, one_line, preset, random_model
 from gdnfuse.report import GdnfuseError
 
 SCHEMA = "gdnfuse.bench/1"
 SIDES = ("eager", "fla", "inductor", "gdnfuse")
+DEVICES = ("cpu", "cuda")
 COMPILED = ("inductor", "gdnfuse")
 PHASES = ("decode", "prefill")
 CHECKED = 8  # steps, and last tokens of a prompt, whose logits are compared
@@ -92,6 +93,8 @@ def check(settings: Settings) -> None:
         for name in found:
             if name not in valid:
                 raise GdnfuseError(f"Unknown {what} {name!r}; the valid ones are {', '.join(valid)}.")
+    if torch.device(settings.device).type not in DEVICES:
+        raise GdnfuseError(f"The device must be of {' or '.join(DEVICES)}, found {settings.device!r}.")
     if "fla" in settings.sides and importlib.util.find_spec("fla") is None:
         raise GdnfuseError("The side fla needs flash-linear-attention, which is not installed.")
     config_of(settings)
@@ -111,7 +114,8 @@ def config_of(settings: Settings) -> Any:
 
 def has_weights(model: str) -> bool:
     """Whether it is a folder with weights, which are loaded then; others are random."""
-    return any(Path(model).expanduser().glob("*.safetensors")) or any(Path(model).expanduser().glob("pytorch_model*.bin"))
+    folder = Path(model).expanduser()
+    return preset(model) is None and any(file for kind in ("*.safetensors", "pytorch_model*.bin") for file in folder.glob(kind))
 
 
 def build(settings: Settings) -> torch.nn.Module:
@@ -127,7 +131,8 @@ def build(settings: Settings) -> torch.nn.Module:
     except Exception as e:  # whatever is wrong with a checkpoint
         raise GdnfuseError(f"Cannot load {folder}: {one_line(e)}") from e
     if missing := sorted(found["missing_keys"]):
-        raise GdnfuseError(f"{folder} must hold all weights of the model, found no {missing[0]} and {len(missing) - 1} others.")
+        others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
+        raise GdnfuseError(f"{folder} must hold all weights of the model, found no {missing[0]}{others}.")
     return model.to(settings.device).eval().requires_grad_(False)
 
 
@@ -218,12 +223,16 @@ class Work:
     def measure(self, phase: str, side: str, exact: torch.Tensor, eager_error: float) -> dict[str, Any]:
         known = len(gdnfuse.reports())
         call = compiled(side, phase, self.model, self.settings)
-        figures = (self.time_prefill if phase == "prefill" else self.time_decode)(side, call, exact, eager_error)
+        if phase == "prefill":
+            figures = self.time_prefill(call, exact, eager_error)
+        else:
+            new = self.settings.new
+            figures = self.time_decode(call, exact, eager_error, new if side in COMPILED else min(EAGER_STEPS, new))
         figures["graphs"] = [report.summary() for report in gdnfuse.reports()[known:]]
         figures["peak_bytes"] = self.peak()
         return figures
 
-    def time_prefill(self, side: str, call: Callable[..., Any], exact: torch.Tensor, eager_error: float) -> dict[str, Any]:
+    def time_prefill(self, call: Callable[..., Any], exact: torch.Tensor, eager_error: float) -> dict[str, Any]:
         self.forget_peak()
         got: list[torch.Tensor] = []
         figures: dict[str, Any] = {"first_call_seconds": seconds(lambda: got.append(self.fill(call)), self.device)}
@@ -233,7 +242,7 @@ class Work:
             figures |= speed(times, self.batch * self.settings.prompt)
         return figures
 
-    def time_decode(self, side: str, call: Callable[..., Any], exact: torch.Tensor, eager_error: float) -> dict[str, Any]:
+    def time_decode(self, call: Callable[..., Any], exact: torch.Tensor, eager_error: float, steps: int) -> dict[str, Any]:
         decode = self.decoder(call)
         self.forget_peak()
         got: list[torch.Tensor] = []
@@ -245,9 +254,8 @@ class Work:
             for t in self.step_tokens(CHECKED, WARMUP):
                 decode(t)
             synchronize(self.device)
-            count = self.settings.new if side in COMPILED else min(EAGER_STEPS, self.settings.new)
-            times = time_steps(decode, self.step_tokens(CHECKED + WARMUP, count), self.device, self.block)
-            figures |= speed(times, self.batch) | {"steps": count}
+            times = time_steps(decode, self.step_tokens(CHECKED + WARMUP, steps), self.device, self.block)
+            figures |= speed(times, self.batch) | {"steps": steps}
         return figures
 
     def forget_peak(self) -> None:
