@@ -183,7 +183,8 @@ def explain(call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanati
         else:
             uncompiled = model._compiled_call_impl is None and "forward" not in vars(model)
             decode, first = (torch.compile(apart(model._call_impl, name), backend=backend) for name in names)
-            with _replaced(model, "_compiled_call_impl", by_phase(decode, first)):
+            with _attributes_of(model):
+                model._compiled_call_impl = by_phase(decode, first)
                 if call is not model:
                     # Where generate compiles the decode step for itself, it would not be with this backend.
                     kwargs = {"disable_compile": True, **kwargs}
@@ -233,17 +234,14 @@ def _copied(args: Any, kwargs: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """An attribute for a while; afterwards the instance has it as before, or not at all."""
-    had, before = name in vars(owner), vars(owner).get(name)
-    setattr(owner, name, value)
+def _attributes_of(model: torch.nn.Module) -> Iterator[None]:
+    """Whatever is set on the model meanwhile, by us or by generate, which remembers sizes of caches, is as before afterwards."""
+    before = dict(vars(model))
     try:
         yield
     finally:
-        if had:
-            setattr(owner, name, before)
-        else:
-            delattr(owner, name)
+        vars(model).clear()
+        vars(model).update(before)
 
 
 @contextlib.contextmanager
