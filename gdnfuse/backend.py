@@ -192,7 +192,9 @@ def _finish(
     """Drop inputs that only packing read, compile the rest, and hand it the packed weights at every call."""
     placeholders = gm.graph.find_nodes(op="placeholder")
     keep = [i for i, n in enumerate(placeholders[: len(example_inputs)]) if n.users]
-    inputs = [example_inputs[i] for i in keep] + [n.meta["gdnfuse_real"] for n in placeholders[len(example_inputs) :]]
+    # What the compiled graph keeps must not keep the weights alive.
+    real = [n.meta.pop("gdnfuse_real") for n in placeholders]
+    inputs = [example_inputs[i] for i in keep] + real[len(example_inputs) :]
     for n in placeholders:
         if not n.users:
             gm.graph.erase_node(n)

@@ -1,42 +1,60 @@
 """Packed weights: the weights of sibling linears as row ranges of one buffer.
 
-The original Parameters become views of the buffer, so memory does not double and `state_dict`, in-place updates and eager calls
-keep working. A buffer belongs to its Parameters, not to a compiled graph: Dynamo runs one graph for all modules of a class, so
-the graph takes the packed weight as an input, and before every call `PackedWeight.current` finds the buffer of the Parameters
-it is given. Dynamo guards a parameter's dtype and shape but not its storage; where data pointers are no longer those of the
-buffer (`param.data = …`, `load_state_dict(assign=True)`, a replaced Parameter), the weights are packed into a new one.
+The original Parameters become the buffer's row ranges, so memory does not double and `state_dict`, in-place updates and eager
+calls keep working. Each has a storage of its own, which is its range of the buffer's memory: whoever copies, saves or sends one
+Parameter takes its bytes and no others. A buffer belongs to its Parameters, not to a compiled graph: Dynamo runs one graph for
+all modules of a class, so the graph takes the packed weight as an input, and before every call `PackedWeight.current` finds the
+buffer of the Parameters it is given. Dynamo guards a parameter's dtype and shape but not its storage; where data pointers are no
+longer those of the buffer (`param.data = …`, `load_state_dict(assign=True)`, a replaced Parameter), the weights are packed into a
+new one.
 """
 
 from __future__ import annotations
 
+import logging
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from gdnfuse.report import Refused
 
-# The packed weight of each group, by its first Parameter: the buffer, and the data pointers of all its row ranges. Weak: the
-# buffer goes when the Parameters do.
-_buffers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+log = logging.getLogger(__name__)
+
+# The packed weight over row ranges at these places. An entry goes with the first of its ranges that a Parameter gives up: the
+# memory then lives as long as the other Parameters need it, and a model that is moved away or deleted leaves nothing behind.
+_buffers: dict[tuple[Any, ...], torch.Tensor] = {}
+_packing = threading.RLock()
 
 
 def check(weights: Sequence[torch.Tensor]) -> None:
-    """Whether these tensors may become views of one buffer.
+    """Whether these tensors may become row ranges of one buffer.
 
     Raises:
         Refused: with what was required and what was found.
     """
     for w in weights:
-        if isinstance(w, FakeTensor):
+        if isinstance(w, FakeTensor) or type(w) in (torch.Tensor, torch.nn.Parameter) and w.is_meta:
             continue
         if type(w) not in (torch.Tensor, torch.nn.Parameter):
             raise Refused(f"Packed weights must be plain tensors, found {type(w).__name__}.")
         if w.is_inference() and not torch.is_inference_mode_enabled():
             raise Refused("Packed weights must be ordinary tensors, found one created under torch.inference_mode.")
+        # Another tensor on the same memory, or another process, would no longer see what is written to the weight, nor the
+        # weight what they write.
+        if w.device.type == "cpu" and w.is_shared():
+            raise Refused("Packed weights must be this process's own, found one in shared memory.")
+        if (holders := _holders(w)) > 1:
+            raise Refused(f"The memory of a packed weight must be one tensor's, found that {holders} tensors share it.")
+
+
+def _holders(w: torch.Tensor) -> int:
+    """How many tensors have this one's storage."""
+    return torch._C._storage_Use_Count(w.untyped_storage()._cdata) - 1  # the storage asked is itself a holder
 
 
 @dataclass
@@ -50,16 +68,25 @@ class PackedWeight:
     where: tuple[int | torch.Tensor, ...]
     _last: Callable[[], torch.Tensor | None] = field(default=lambda: None, repr=False)
     _pointers: list[int] = field(default_factory=list, repr=False)
+    _warned: bool = field(default=False, repr=False)
 
     def current(self, args: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The buffer [ΣMᵢ, N] that the parts of this call are row ranges of; packs them if they are not."""
+        """The buffer [ΣMᵢ, N] that the parts of this call are row ranges of; packs them if they are not.
+
+        Parts that may not be packed any more, as `check` says, are copied, at this call and every other, with a warning.
+        """
         weights = [args[w] if isinstance(w, int) else w for w in self.where]
         pointers = [w.data_ptr() for w in weights]
-        # While the buffer lives, tensors at its addresses are its row ranges. It lives as long as its first Parameter does.
+        # While the buffer lives, tensors at its addresses are its row ranges.
         buffer = self._last()
         if buffer is None or pointers != self._pointers:
-            found, known = _buffers.get(weights[0], (None, None))
-            buffer = found if known == pointers else pack(weights)
+            try:
+                buffer = pack(weights)
+            except Refused as e:
+                if not self._warned:
+                    log.warning("Weights are copied at every call, which is slow. %s", e.reason)
+                    self._warned = True
+                return torch.cat([w.detach() for w in weights])
             self._last, self._pointers = weakref.ref(buffer), [w.data_ptr() for w in weights]
         return buffer
 
@@ -67,35 +94,55 @@ class PackedWeight:
 def pack(weights: Sequence[torch.Tensor]) -> torch.Tensor:
     """Make tensors [Mᵢ, N] the row ranges of one buffer [ΣMᵢ, N] and return it; one that they already share is used again.
 
-    Peak extra memory: the buffer, until the last of `weights` has become a view of it.
+    Peak extra memory: the buffer, until the last of `weights` has become a range of it. No other thread may compute with
+    `weights` meanwhile, as with any assignment to `.data`.
 
     Raises:
         Refused: as `check` does; nothing was changed then.
     """
-    check(weights)
     first, rows = weights[0], [w.shape[0] for w in weights]
     if any(isinstance(w, FakeTensor) or w.is_meta for w in weights):
+        check(weights)
         return torch.empty((sum(rows), first.shape[1]), dtype=first.dtype, device="meta")
-    with torch.no_grad():
-        buffer = _adjacent(weights, rows)
+    with _packing, torch.inference_mode(first.is_inference()), torch.no_grad():
+        if (buffer := _buffers.get(_places(weights))) is not None:
+            return buffer
+        buffer = _known(weights)
         if buffer is None:
-            # All is copied before the first Parameter changes: they may be views of each other's old buffers.
+            check(weights)
+            # All is copied before the first Parameter changes: they may be ranges of each other's old buffers.
             buffer = torch.cat([w.detach() for w in weights])
-            for w, view in zip(weights, buffer.split(rows), strict=True):
-                w.data = view
-    _buffers[first] = (buffer, [w.data_ptr() for w in weights])
+            for w, part in zip(weights, buffer.split(rows), strict=True):
+                w.data = _apart(part)
+        places = _places(weights)
+        _buffers[places] = buffer
+        for w in weights:
+            weakref.finalize(w.untyped_storage(), _buffers.pop, places, None).atexit = False
     return buffer
 
 
-def _adjacent(weights: Sequence[torch.Tensor], rows: Sequence[int]) -> torch.Tensor | None:
-    """The tensor whose row ranges the weights are, in order, if their storage is one; else None."""
-    first = weights[0]
-    storage, width = first.untyped_storage().data_ptr(), first.shape[1]
-    offset = first.storage_offset()
-    for w, r in zip(weights, rows, strict=True):
-        if w.untyped_storage().data_ptr() != storage or w.storage_offset() != offset or not w.is_contiguous():
+def _places(weights: Sequence[torch.Tensor]) -> tuple[Any, ...]:
+    return tuple((w.data_ptr(), w.shape, w.dtype, w.device) for w in weights)
+
+
+def _apart(part: torch.Tensor) -> torch.Tensor:
+    """The same contiguous part of a buffer with a storage of its own, which keeps the buffer's memory alive."""
+    start = part.storage_offset() * part.itemsize
+    storage = part.untyped_storage()[start : start + part.nbytes]
+    return part.new_empty(0).set_(storage, 0, part.shape, part.stride())
+
+
+def _known(weights: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """Rows of a buffer that the weights already are, one behind the other; else None."""
+    first, end = weights[0], weights[0].data_ptr()
+    for w in weights:
+        if w.data_ptr() != end or not w.is_contiguous():
             return None
-        offset += r * width
-    # No view of a Parameter: a compiler would take the Parameter's base into account.
-    whole = torch.empty(0, dtype=first.dtype, device=first.device)
-    return whole.set_(first.untyped_storage(), first.storage_offset(), (sum(rows), width), (width, 1))
+        end += w.nbytes
+    for buffer in _buffers.values():
+        start = first.data_ptr() - buffer.data_ptr()
+        alike = buffer.dtype == first.dtype and buffer.shape[1:] == first.shape[1:] and buffer.device == first.device
+        if alike and start >= 0 and end <= buffer.data_ptr() + buffer.nbytes:
+            size, offset = (sum(w.shape[0] for w in weights), first.shape[1]), buffer.storage_offset() + start // buffer.itemsize
+            return buffer.new_empty(0).set_(buffer.untyped_storage(), offset, size, buffer.stride())
+    return None

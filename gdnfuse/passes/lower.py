@@ -19,7 +19,7 @@ from gdnfuse.kernels.linear_configs import split
 from gdnfuse.packing import PackedWeight, pack
 from gdnfuse.report import Record, Refused
 from gdnfuse.rewrite.driver import infer, recorded
-from gdnfuse.rewrite.graph import kept, op_name, storage, value, writes
+from gdnfuse.rewrite.graph import is_plain, kept, op_name, storage, value, writes
 
 MAX_SUM = 7  # terms: Inductor makes a loop of a longer sum, with a kernel of its own
 
@@ -157,6 +157,9 @@ def _layout(t: torch.Tensor) -> tuple[Any, ...]:
 def _kernel(name: str, device: str, arguments: dict[str, Any]) -> Any:
     if device != "cuda":
         raise Refused(f"A Triton kernel needs a GPU, found tensors on {device}.")
+    for x in pytree.tree_leaves(arguments):
+        if isinstance(x, torch.Tensor) and not is_plain(x):
+            raise Refused(f"A Triton kernel needs plain tensors, found a {type(x).__name__}.")
     kernel = kernels.implementations().get(name)
     if kernel is None:
         raise Refused(f"There is no Triton kernel for {name} alone.")

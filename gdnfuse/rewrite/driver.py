@@ -12,7 +12,7 @@ from torch.fx import Graph, GraphModule, Node, Proxy
 from torch.fx.proxy import GraphAppendingTracer
 
 from gdnfuse.report import Record, Refused, Source, Status, announce
-from gdnfuse.rewrite.graph import is_tensor, kept, module_stack, op_name, origin, remove_dead, storage, value, writes
+from gdnfuse.rewrite.graph import is_plain, is_tensor, kept, module_stack, op_name, origin, remove_dead, storage, value, writes
 from gdnfuse.rewrite.pattern import Mismatch
 from gdnfuse.rewrite.proof import evaluate_node, prove
 from gdnfuse.rewrite.rule import Match, Rule
@@ -119,8 +119,12 @@ def cut(graph: Graph, m: Match, memory: Memory) -> Region:
     the region too.
 
     Raises:
-        Refused: it depends on something that is not an input, or something outside reads or writes a state in between.
+        Refused: an input is a tensor subclass, the region depends on something that is no input, or something outside reads or
+            writes a state in between.
     """
+    for name, n in m.inputs.items():
+        if is_tensor(n) and not is_plain(value(n)):
+            raise Refused(f"{name} must be a plain tensor, found {type(value(n)).__name__} in {n.name}.", at=n)
     boundary = set(m.inputs.values())
     given = {storage(n) for n in boundary}
     roots = [*m.outputs, *m.writes.values()]

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._pytree import tree_leaves
@@ -69,6 +70,11 @@ def value(node: Any) -> Any:
 
 def is_tensor(node: Any) -> bool:
     return isinstance(node, Node) and isinstance(value(node), torch.Tensor)
+
+
+def is_plain(tensor: Any) -> bool:
+    """Whether a tensor is its storage, no subclass that holds or means something else (quantized, distributed)."""
+    return type(tensor) in (torch.Tensor, torch.nn.Parameter, FakeTensor)
 
 
 def same(a: Any, b: Any) -> bool:

@@ -18,50 +18,31 @@ class LiftPackedLinear(Rule):
     name, stage, equation = "packed_linear", "lift", packed_linear.op.equation
 
     def anchors(self, graph):
-        """The first of several linears on one input."""
+        """Of several linears on one input each that must stay apart, and the first of the others."""
         seen = set()
         for node in graph.nodes:
             if op_name(node) == "linear" and node.args[0] not in seen:
                 seen.add(node.args[0])
-                if len(_siblings(node)) > 1:
-                    yield node
+                together, apart = _siblings(node)
+                if len(together) + len(apart) > 1:
+                    yield from apart
+                if len(together) > 1:
+                    yield together[0]
 
     def match(self, anchor):
-        linears = _siblings(anchor)
+        linears, apart = _siblings(anchor)
+        if anchor in apart:
+            raise apart[anchor]
         x = anchor.args[0]
-        for n in linears:
-            if not is_tensor(n.args[1]) or not all(isinstance(s, int) for s in value(n.args[1]).shape):
-                raise Refused(f"The weight of {n} must be a tensor of static shape, found {n.args[1]}.", at=n)
         widths = [value(n.args[1]).shape[0] for n in linears]
         weights = {f"weight_{i}": n.args[1] for i, n in enumerate(linears)}
         return Match(
             {"x": x, **weights},
-            list(linears),
-            data={"widths": widths, "linears": linears},
+            linears,
+            data={"widths": widths},
             # The width of the input appears in no constant: a narrow one proves as much.
             shapes={"x": (*_hints(value(x).shape[:-1]), 8), **{k: (w, 8) for k, w in zip(weights, widths, strict=True)}},
         )
-
-    def check(self, m):
-        x, linears = m.inputs["x"], m.data["linears"]
-        dtype, device = value(x).dtype, value(x).device
-        seen: dict = {}
-        for n in linears:
-            weight = n.args[1]
-            if len(n.args) > 2 and n.args[2] is not None or n.kwargs.get("bias") is not None:
-                raise Refused(f"Siblings must have no bias, found one on {n}.", at=n)
-            if weight.op not in ("placeholder", "get_attr"):
-                raise Refused(f"The weight of {n} must be a parameter, found the result of {op_name(weight)}.", at=n)
-            v = value(weight)
-            if v.dtype != dtype or v.device != device:
-                found = f"{v.dtype} on {v.device}"
-                raise Refused(f"The weight of {n} must be {dtype} on {device} as its input is, found {found}.", at=n)
-            if not dtype.is_floating_point or v.ndim != 2 or not v.is_contiguous():
-                raise Refused(f"The weight of {n} must be a contiguous floating matrix, found {dtype} {tuple(v.shape)}.", at=n)
-            if weight in seen:
-                raise Refused(f"Each sibling must have a weight of its own, found {weight} twice.", at=n)
-            seen[weight] = n
-        packing.check([w.meta.get("gdnfuse_real", value(w)) for w in seen])
 
     def rewrite(self, m, t):
         weights = [getattr(t, k) for k in m.inputs if k != "x"]
@@ -74,7 +55,36 @@ class LiftPackedLinear(Rule):
 
 
 def _siblings(node):
-    return sorted(n for n in node.args[0].users if op_name(n) == "linear" and n.args[0] is node.args[0])
+    """The linears on a linear's input: those that may share one weight, and why each of the others may not."""
+    together, apart, weights = [], {}, set()
+    for n in sorted(n for n in node.args[0].users if op_name(n) == "linear" and n.args[0] is node.args[0]):
+        try:
+            _check(n)
+            if n.args[1] in weights:
+                raise Refused(f"Each sibling must have a weight of its own, found {n.args[1]} twice.", at=n)
+        except Refused as e:
+            apart[n] = e
+        else:
+            together.append(n)
+            weights.add(n.args[1])
+    return together, apart
+
+
+def _check(linear):
+    x, weight = value(linear.args[0]), linear.args[1]
+    if len(linear.args) > 2 and linear.args[2] is not None or linear.kwargs.get("bias") is not None:
+        raise Refused(f"Siblings must have no bias, found one on {linear}.", at=linear)
+    if not is_tensor(weight) or weight.op not in ("placeholder", "get_attr"):
+        raise Refused(f"The weight of {linear} must be a parameter, found the result of {op_name(weight)}.", at=linear)
+    v = value(weight)
+    if v.dtype != x.dtype or v.device != x.device:
+        expected, found = f"{x.dtype} on {x.device}", f"{v.dtype} on {v.device}"
+        raise Refused(f"The weight of {linear} must be {expected} as its input is, found {found}.", at=linear)
+    static = all(isinstance(s, int) for s in v.shape)
+    if not static or not v.dtype.is_floating_point or v.ndim != 2 or not v.is_contiguous():
+        found = f"{v.dtype} {tuple(v.shape)}"
+        raise Refused(f"The weight of {linear} must be a contiguous floating matrix of static shape, found {found}.", at=linear)
+    packing.check([weight.meta.get("gdnfuse_real", v)])
 
 
 def _hints(shape):
