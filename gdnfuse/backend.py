@@ -168,6 +168,9 @@ def _why_untouched(gm: GraphModule, example_inputs: Sequence[Any]) -> str:
                     "Inference must run without gradients (torch.no_grad or requires_grad_(False)), "
                     "found grad mode on and an input or parameter that requires it."
                 )
+    devices = {str(x.device) for x in example_inputs if isinstance(x, torch.nn.Parameter)}
+    if len(devices) > 1:
+        return f"The parameters of a graph must be on one device, found {' and '.join(sorted(devices))}."
     for n in gm.graph.nodes:
         if n.op == "call_function" and getattr(n.target, "__name__", "") in MODE_CHANGES:
             return f"The graph must run in one mode from start to end, found {n.target.__name__} in it."

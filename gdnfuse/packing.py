@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 # The packed weight over row ranges at these places. An entry goes with the first of its ranges that a Parameter gives up: the
 # memory then lives as long as the other Parameters need it, and a model that is moved away or deleted leaves nothing behind.
 _buffers: dict[tuple[Any, ...], torch.Tensor] = {}
+_ranges: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()  # storages that are a range of a buffer, or were
 _packing = threading.RLock()
 
 
@@ -50,6 +51,8 @@ def check(weights: Sequence[torch.Tensor]) -> None:
             raise Refused("Packed weights must be this process's own, found one in shared memory.")
         if (holders := _holders(w)) > 1:
             raise Refused(f"The memory of a packed weight must be one tensor's, found that {holders} tensors share it.")
+    if len({id(w) for w in weights}) < len(weights):
+        raise Refused("Each part of a packed weight must be a weight of its own, found one twice.")
 
 
 def _holders(w: torch.Tensor) -> int:
@@ -86,6 +89,7 @@ class PackedWeight:
                 if not self._warned:
                     log.warning("Weights are copied at every call, which is slow. %s", e.reason)
                     self._warned = True
+                settle(weights)
                 return torch.cat([w.detach() for w in weights])
             self._last, self._pointers = weakref.ref(buffer), [w.data_ptr() for w in weights]
         return buffer
@@ -121,6 +125,23 @@ def pack(weights: Sequence[torch.Tensor]) -> torch.Tensor:
     return buffer
 
 
+def settle(tensors: Iterable[Any]) -> None:
+    """Give memory of its own to each range of a buffer that is one no more, because another of its Parameters has left it.
+
+    Otherwise the one would keep the memory of all.
+    """
+    with _packing, torch.no_grad():
+        for w in tensors:
+            if type(w) is not torch.nn.Parameter or w.is_meta:
+                continue
+            if w.untyped_storage() in _ranges and _holders(w) == 1 and not any(_covers(b, w) for b in _buffers.values()):
+                w.data = w.detach().clone()
+
+
+def _covers(buffer: torch.Tensor, w: torch.Tensor) -> bool:
+    return 0 <= w.data_ptr() - buffer.data_ptr() < buffer.nbytes
+
+
 def _places(weights: Sequence[torch.Tensor]) -> tuple[Any, ...]:
     return tuple((w.data_ptr(), w.shape, w.dtype, w.device) for w in weights)
 
@@ -129,6 +150,7 @@ def _apart(part: torch.Tensor) -> torch.Tensor:
     """The same contiguous part of a buffer with a storage of its own, which keeps the buffer's memory alive."""
     start = part.storage_offset() * part.itemsize
     storage = part.untyped_storage()[start : start + part.nbytes]
+    _ranges.add(storage)
     return part.new_empty(0).set_(storage, 0, part.shape, part.stride())
 
 
@@ -140,9 +162,9 @@ def _known(weights: Sequence[torch.Tensor]) -> torch.Tensor | None:
             return None
         end += w.nbytes
     for buffer in _buffers.values():
-        start = first.data_ptr() - buffer.data_ptr()
         alike = buffer.dtype == first.dtype and buffer.shape[1:] == first.shape[1:] and buffer.device == first.device
-        if alike and start >= 0 and end <= buffer.data_ptr() + buffer.nbytes:
-            size, offset = (sum(w.shape[0] for w in weights), first.shape[1]), buffer.storage_offset() + start // buffer.itemsize
+        if alike and _covers(buffer, first) and end <= buffer.data_ptr() + buffer.nbytes:
+            offset = buffer.storage_offset() + (first.data_ptr() - buffer.data_ptr()) // buffer.itemsize
+            size = (sum(w.shape[0] for w in weights), first.shape[1])
             return buffer.new_empty(0).set_(buffer.untyped_storage(), offset, size, buffer.stride())
     return None

@@ -16,7 +16,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, StatefulSymbolicCo
 from gdnfuse import kernels
 from gdnfuse.dialect import add_rms_norm, op_of, packed_linear
 from gdnfuse.kernels.linear_configs import split
-from gdnfuse.packing import PackedWeight, pack
+from gdnfuse.packing import PackedWeight, pack, settle
 from gdnfuse.report import Record, Refused
 from gdnfuse.rewrite.driver import infer, recorded
 from gdnfuse.rewrite.graph import is_plain, kept, op_name, storage, value, writes
@@ -195,6 +195,7 @@ def pack_weights(gm: GraphModule, real: dict[Node, Any], plan: bool = False) -> 
             node.target, node.args, node.kwargs = torch.nn.functional.linear, (call["x"], *call["weights"]), {}
         else:
             node.args, node.kwargs = (), call
+    settle(real.values())
     return packed
 
 
