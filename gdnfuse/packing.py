@@ -130,11 +130,11 @@ def settle(tensors: Iterable[Any]) -> None:
 
     Otherwise the one would keep the memory of all.
     """
-    with _packing, torch.no_grad():
-        for w in tensors:
-            if type(w) is not torch.nn.Parameter or w.is_meta:
-                continue
-            if w.untyped_storage() in _ranges and _holders(w) == 1 and not any(_covers(b, w) for b in _buffers.values()):
+    for w in tensors:
+        if type(w) is not torch.nn.Parameter or w.is_meta or w.untyped_storage() not in _ranges:
+            continue
+        with _packing, torch.inference_mode(w.is_inference()), torch.no_grad():
+            if _holders(w) == 1 and not any(_covers(buffer, w) for buffer in list(_buffers.values())):
                 w.data = w.detach().clone()
 
 
@@ -161,7 +161,7 @@ def _known(weights: Sequence[torch.Tensor]) -> torch.Tensor | None:
         if w.data_ptr() != end or not w.is_contiguous():
             return None
         end += w.nbytes
-    for buffer in _buffers.values():
+    for buffer in list(_buffers.values()):  # a finalizer may shorten it at any time
         alike = buffer.dtype == first.dtype and buffer.shape[1:] == first.shape[1:] and buffer.device == first.device
         if alike and _covers(buffer, first) and end <= buffer.data_ptr() + buffer.nbytes:
             offset = buffer.storage_offset() + (first.data_ptr() - buffer.data_ptr()) // buffer.itemsize
