@@ -57,7 +57,9 @@ def check(weights: Sequence[torch.Tensor]) -> None:
 
 def _holders(w: torch.Tensor) -> int:
     """How many tensors have this one's storage."""
-    return torch._C._storage_Use_Count(w.untyped_storage()._cdata) - 1  # the storage asked is itself a holder
+    new = torch.empty(1)  # what asking adds to the count, it adds here too
+    count, one = (torch._C._storage_Use_Count(t.untyped_storage()._cdata) for t in (w, new))
+    return count - one + 1
 
 
 @dataclass

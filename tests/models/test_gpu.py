@@ -54,16 +54,34 @@ def test_no_less_accurate_than_eager(dtype, batch, padded, mode):
         assert zoo.relative(ours_all, wanted_all) <= 1.1 * zoo.relative(eager_all, wanted_all) + floor
 
 
+def generated(model, ids, tokens):
+    """Logits of a prompt and of the steps behind it under gdnfuse.compile, and the states they leave."""
+    cache = zoo.new_cache(model, "static", 96)
+    prompt = model(input_ids=ids, past_key_values=cache, use_cache=True).logits.clone()
+
+    def step(**kwargs):
+        torch.compiler.cudagraph_mark_step_begin()
+        return model(**kwargs)
+
+    steps = zoo.decode(step, cache, None, tokens)
+    return [prompt, steps, *(s.clone() for kind in ("recurrent", "conv") for s in zoo.states(cache)[kind])]
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5, 33])
 @torch.no_grad()
-def test_runs_are_bit_identical():
+def test_runs_are_bit_identical(batch):
+    """The same call twice; and for a sequence, other ones beside it."""
     model = zoo.causal_lm(hidden_size=256, **HEADS).bfloat16().cuda()
-    tokens = zoo.tokens_for(2, 16).cuda()
-    compiled = torch.compile(model, backend="gdnfuse", mode="reduce-overhead", fullgraph=True)
-    first, first_states = run(model, compiled, 2, False, tokens)
-    second, second_states = run(model, compiled, 2, False, tokens)
-    assert torch.equal(first, second)
-    for kind in ("recurrent", "conv"):
-        assert all(torch.equal(a, b) for a, b in zip(first_states[kind], second_states[kind], strict=True))
+    gdnfuse.compile(model, mode="reduce-overhead")
+    ids, tokens = zoo.prompt(batch, 70)[0].cuda(), zoo.tokens_for(batch, 16).cuda()
+    first, again = generated(model, ids, tokens), generated(model, ids, tokens)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    if batch > 1:
+        other_ids, other_tokens = zoo.prompt(batch, 70, seed=3)[0].cuda(), zoo.tokens_for(batch, 16, seed=4).cuda()
+        other_ids[1], other_tokens[1] = ids[1], tokens[1]
+        beside = generated(model, other_ids, other_tokens)
+        assert all(torch.equal(a[1], b[1]) and not torch.equal(a[0], b[0]) for a, b in zip(first, beside, strict=True))
+    assert all(report.fused_layers == zoo.GDN_LAYERS for report in gdnfuse.reports())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
