@@ -1,6 +1,6 @@
 # Each target sets up what it needs: `make demo` and `make test` work in a fresh clone.
 .DEFAULT_GOAL := test
-.PHONY: demo test lint arch clean
+.PHONY: demo test test-matrix lint arch clean
 .DELETE_ON_ERROR:
 
 VENV ?= .venv
@@ -27,6 +27,23 @@ demo: $(VENV)/.stamp
 test: $(VENV)/.stamp
 	$(PY) -m pytest -n $(WORKERS) --dist worksteal
 
+# Every test file that reaches transformers, with other versions of it. Each has a virtual environment of its own that takes all
+# but transformers, and what that asks for, from $(VENV).
+VERSIONS ?= 5.17.0 5.19.0 5.21.1 5.23.0
+MATRIX_TESTS ?= $(shell grep -lE '\b(zoo|transformers|huggingface)\b' -r tests --include='test_*.py')
+
+.venv-%/.stamp: $(VENV)/.stamp
+	$(PY) -m venv --without-pip .venv-$*
+	$(PY) -c 'import site; print(site.getsitepackages()[0])' > "$$(.venv-$*/bin/python -c 'import site; print(site.getsitepackages()[0])')/all-else.pth"
+	$(PY) -m pip --python .venv-$*/bin/python install --quiet transformers==$*
+	@touch $@
+
+test-matrix: $(VERSIONS:%=.venv-%/.stamp)
+	@failed=; for v in $(VERSIONS); do \
+		echo "transformers $$v"; \
+		.venv-$$v/bin/python -m pytest -n $(WORKERS) --dist worksteal -q $(MATRIX_TESTS) || failed="$$failed $$v"; \
+	done; test -z "$$failed" || { echo "Failed with transformers$$failed" >&2; exit 1; }
+
 lint: $(VENV)/.stamp
 	$(PY) -m ruff check .
 
@@ -34,4 +51,4 @@ arch: $(VENV)/.stamp
 	$(VENV)/bin/lint-imports --no-logo
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) .venv-* build *.egg-info

@@ -12,7 +12,7 @@ from torch._dynamo.backends.registry import lookup_backend
 from torch._logging import trace_structured
 from torch.fx import GraphModule
 
-from gdnfuse import capture, kernels
+from gdnfuse import capture, kernels, versions
 from gdnfuse.options import DISABLE, Options, disabled, parse
 from gdnfuse.packing import PackedWeight
 from gdnfuse.passes import verify
@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 # Here, because the backend is loaded when it is named, before anything is traced for it.
 capture.install()
+for sentence in versions.too_old():
+    log.warning(sentence)
 
 MODE_CHANGES = ("_enter_autocast", "_exit_autocast", "_enter_inference_mode")
 

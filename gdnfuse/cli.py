@@ -11,7 +11,6 @@ Whatever goes wrong is one line on stderr and an exit code that is not 0; `--deb
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import importlib.util
 import json
 import logging
@@ -32,6 +31,7 @@ from typing import Any, NoReturn
 from tabulate import tabulate
 from tqdm import tqdm
 
+from gdnfuse import versions
 from gdnfuse.options import INNER, STAGES
 from gdnfuse.report import BANDWIDTH, Comparison, GdnfuseError, GraphReport, document, listening
 from gdnfuse.report_html import page
@@ -177,7 +177,7 @@ def _report(args: argparse.Namespace) -> None:
         options = {"target": args.target, "stop_after": args.stop_after}
         reports = huggingface.trace(model, phase=args.phase, batch=args.batch, prompt=args.prompt, **options)
     asked = {name: getattr(args, name) for name in ("model", "phase", "batch", "prompt", "dtype", "target")}
-    about = asked | {package: _version(package) for package in ("gdnfuse", "torch", "transformers", "triton")}
+    about = asked | {package: versions.version(package) for package in ("gdnfuse", "torch", "transformers", "triton")}
     if args.html:
         _write(args.html, page(reports, about, args.bandwidth))
         print(f"Wrote {args.html}.", file=sys.stderr)
@@ -335,13 +335,17 @@ def _findings() -> Iterator[tuple[str, str, str]]:
 
     from gdnfuse.options import DISABLE, disabled
 
-    yield "gdnfuse", _version("gdnfuse"), f"Every graph is left as it came: {DISABLE} is set." if disabled() else "In use."
+    yield (
+        "gdnfuse",
+        versions.version("gdnfuse"),
+        f"Every graph is left as it came: {DISABLE} is set." if disabled() else "In use.",
+    )
     yield "python", platform.python_version(), "In use."
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}" if torch.version.hip else "CPU"
-    yield "torch", f"{torch.__version__} ({build})", _tested("torch", (2, 11), (2, 13))
-    yield "transformers", _version("transformers"), _tested("transformers", (5, 17), (5, 23))
+    yield "torch", f"{torch.__version__} ({build})", versions.standing("torch")
+    yield "transformers", versions.version("transformers"), versions.standing("transformers")
     triton = importlib.util.find_spec("triton") is not None
-    yield "triton", _version("triton"), "In use on a GPU." if triton else "There are no GPU kernels without it."
+    yield "triton", versions.version("triton"), "In use on a GPU." if triton else "There are no GPU kernels without it."
     if not torch.cuda.is_available():
         yield "GPU", "none", "References are inlined, and Inductor compiles them for the CPU."
     for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
@@ -356,7 +360,7 @@ def _findings() -> Iterator[tuple[str, str, str]]:
             if here
             else f"Not needed: compiled calls take our {captured}."
         )
-        yield package, _version({"fla": "flash-linear-attention"}.get(package, package)) if here else "none", so
+        yield package, versions.version({"fla": "flash-linear-attention"}.get(package, package)) if here else "none", so
 
 
 def _kernels_for(capability: int, triton: bool) -> str:
@@ -368,23 +372,6 @@ def _kernels_for(capability: int, triton: bool) -> str:
     if capability >= 10:
         return "Triton kernels that overlap; compiled for it in tests, not measured."
     return "Triton kernels; compiled for sm_80 and gfx942 in tests, not measured."
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "none"
-
-
-def _tested(package: str, first: tuple[int, int], last: tuple[int, int]) -> str:
-    found = tuple(int(n) for n in re.findall(r"\d+", _version(package))[:2])
-    tested = f"tested with {first[0]}.{first[1]} to {last[0]}.{last[1]}"
-    if found < first:
-        return f"Too old: it is {tested}."
-    return (
-        f"In use, {tested}." if found <= last else f"In use, newer than what it is {tested}; `gdnfuse verify` compares results."
-    )
 
 
 def _quiet() -> None:

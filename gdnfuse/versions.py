@@ -1,0 +1,42 @@
+"""Which versions of what this builds on are tested (`make test-matrix` for transformers), and what to say of others."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+
+TESTED = {"torch": ((2, 11), (2, 13)), "transformers": ((5, 17), (5, 23))}  # the first and the last
+
+
+def version(package: str) -> str:
+    """Of the installed distribution, or "none"."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+def standing(package: str) -> str:
+    """A sentence on what the installed version is among those that are tested."""
+    first, last = TESTED[package]
+    tested = f"tested with {'.'.join(map(str, first))} to {'.'.join(map(str, last))}"
+    found = _parts(package)
+    if found < first:
+        return f"Too old: it is {tested}. Matches are proved all the same, but more may stay unfused."
+    if found > last:
+        return f"In use, newer than what it is {tested}; `gdnfuse verify` compares results."
+    return f"In use, {tested}."
+
+
+def too_old() -> list[str]:
+    """A sentence for each package that is older than the first tested version; one that is not there needs none."""
+    return [
+        f"{package} {'.'.join(map(str, first))} or newer is required, found {version(package)}. Matches are proved all the same, "
+        "but more may stay unfused."
+        for package, (first, _) in TESTED.items()
+        if version(package) != "none" and _parts(package) < first
+    ]
+
+
+def _parts(package: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in re.findall(r"\d+", version(package))[:2])
