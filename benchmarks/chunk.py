@@ -47,7 +47,7 @@ def call_of(side: str) -> Callable[..., Any]:
     """A function of (q, k, v, g, beta, state) → (o, last state)."""
     if side == "gdnfuse":
         op = implementations()["chunk_delta_rule"].op
-        return lambda q, k, v, g, beta, state: op(q, k, v, g, beta, state, K**-0.5, EPS)[:2]
+        return lambda q, k, v, g, beta, state: op(q, k, v, g, beta, state, K**-0.5, EPS, None, 0, 1.0)[:2]
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
     def fla(q, k, v, g, beta, state):

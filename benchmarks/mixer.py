@@ -123,8 +123,8 @@ def part(row: torch.Tensor, name: str, width: int) -> torch.Tensor:
 
 
 def mixer_arguments(s: Step, w: Weights) -> tuple[Any, ...]:
-    offsets = [OFFSETS[name] for name in ("qkv", "z", "b", "a")]
-    return s.row, s.conv_state, w.conv, None, w.A_log, w.dt_bias, s.state, w.norm, *offsets, "silu", SCALE, EPS, EPS
+    offsets, strides, _ = mixer_decode.layout("qkvzba", H, HV, K, V)
+    return s.row, s.conv_state, w.conv, None, w.A_log, w.dt_bias, s.state, w.norm, offsets, strides, "silu", SCALE, EPS, EPS
 
 
 def rule_arguments(row: torch.Tensor, state: torch.Tensor, w: Weights) -> tuple[Any, ...]:

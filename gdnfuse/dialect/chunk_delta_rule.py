@@ -25,6 +25,7 @@ def reference(
     l2norm_eps: float | None = None,
     cu_seqlens: torch.Tensor | None = None,
     checkpoint_every: int = 0,
+    beta_max: float = 2.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """delta_rule for T ≥ 1 tokens, of any number: a triangular system inside each chunk, one step of the state per chunk.
 
@@ -39,6 +40,7 @@ def reference(
         cu_seqlens: [N + 1] integers, 0 to T: B is 1 and tokens cu_seqlens[n] … cu_seqlens[n + 1] − 1 are sequence n. None: each
             row is a sequence.
         checkpoint_every: if n > 0, also return the states after every n·64 tokens.
+        beta_max: what β is at most. Above 1 the rule damps nothing, so that kernels must round less; the maths is the same.
 
     Returns:
         o [B, T, HV, V] in v's dtype; the last states [N, HV, K, V], and the checkpoints [B, T // (64·n), HV, K, V] (none for
@@ -110,7 +112,7 @@ def _rows(q, k, v, g, beta, state, scale, l2norm_eps, checkpoint_every):
     return o, s, torch.stack(checkpoints, 1) if checkpoints else s.new_empty(B, 0, HV, K, V)
 
 
-def fake(q, k, v, g, beta, state, scale, l2norm_eps=None, cu_seqlens=None, checkpoint_every=0):
+def fake(q, k, v, g, beta, state, scale, l2norm_eps=None, cu_seqlens=None, checkpoint_every=0, beta_max=2.0):
     check(v, state, cu_seqlens, checkpoint_every)
     acc = acc_dtype(q, k, v, g, beta) if state is None else acc_dtype(q, k, v, g, beta, state)
     B, T, HV, V = v.shape

@@ -24,7 +24,7 @@ def reference(
         q, k: [B, T, H, K]; key head h serves value heads h·HV/H … (h+1)·HV/H − 1.
         v: [B, T, HV, V].
         g: [B, T, HV], log decay.
-        beta: [B, T, HV], in (0, 1).
+        beta: [B, T, HV], in (0, 1), or (0, 2) where the state may have negative eigenvalues.
         state: [B, HV, K, V], the recurrent state before the first token; not written.
         scale: factor on q.
         l2norm_eps: if given, q and k are l2-normalised with it first.

@@ -23,13 +23,15 @@ def reference(
     l2norm_eps: float | None = None,
     cu_seqlens: torch.Tensor | None = None,
     checkpoint_every: int = 0,
+    beta_scale: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """chunk_delta_rule with g = gating(a, A_log, dt_bias) and β = sigmoid(b).
+    """chunk_delta_rule with g = gating(a, A_log, dt_bias) and β = beta_scale·sigmoid(b).
 
     Args:
         a, b: [B, T, HV], before the nonlinearities.
         A_log, dt_bias: [HV].
         q, k, v, state, scale, l2norm_eps, cu_seqlens, checkpoint_every: as for chunk_delta_rule.
+        beta_scale: as for fused_gating_delta_rule.
 
     Returns:
         As chunk_delta_rule: o [B, T, HV, V], the last states [N, HV, K, V], checkpoints.
@@ -38,11 +40,11 @@ def reference(
         ValueError: as chunk_delta_rule.
     """
     acc = acc_dtype(q, k, v, a, b, A_log, dt_bias)
-    g, beta = gating(a, A_log, dt_bias).to(acc), b.to(acc).sigmoid()
+    g, beta = gating(a, A_log, dt_bias).to(acc), beta_scale * b.to(acc).sigmoid()
     return chunk_delta_rule.reference(q, k, v, g, beta, state, scale, l2norm_eps, cu_seqlens, checkpoint_every)
 
 
-def fake(q, k, v, a, b, A_log, dt_bias, state, scale, l2norm_eps=None, cu_seqlens=None, checkpoint_every=0):
+def fake(q, k, v, a, b, A_log, dt_bias, state, scale, l2norm_eps=None, cu_seqlens=None, checkpoint_every=0, beta_scale=1.0):
     acc = acc_dtype(q, k, v, a, b, A_log, dt_bias)
     g = torch.empty(a.shape, dtype=acc, device=a.device)
     return chunk_delta_rule.fake(q, k, v, g, g, state, scale, l2norm_eps, cu_seqlens, checkpoint_every)
@@ -50,9 +52,9 @@ def fake(q, k, v, a, b, A_log, dt_bias, state, scale, l2norm_eps=None, cu_seqlen
 
 def examples():
     calls = []
-    for B, T, H, HV, K, V, eps, every in [(2, 70, 1, 2, 8, 4, 1e-6, 1), (1, 5, 2, 2, 4, 8, 1e-6, 0)]:
+    for B, T, H, HV, K, V, every in [(2, 70, 1, 2, 8, 4, 1), (1, 5, 2, 2, 4, 8, 0)]:
         *tensors, s = example_tensors(B, T, H, HV, K, V)
-        kwargs = {"scale": K**-0.5, "l2norm_eps": eps, "checkpoint_every": every}
+        kwargs = {"scale": K**-0.5, "l2norm_eps": 1e-6, "checkpoint_every": every, "beta_scale": float(B)}
         calls.append(((*tensors, s if every else None), kwargs))
     return calls
 
@@ -62,6 +64,6 @@ op = register(
     reference,
     fake,
     examples,
-    equation="chunk_delta_rule(q, k, v, −exp(A_log)·softplus(a + dt_bias), σ(b), state)",
+    equation="chunk_delta_rule(q, k, v, −exp(A_log)·softplus(a + dt_bias), β = beta_scale·σ(b), state)",
     inline=False,
 )

@@ -21,8 +21,9 @@ def reference(
     recurrent_state: torch.Tensor,
     scale: float,
     l2norm_eps: float | None = None,
+    beta_scale: float = 1.0,
 ) -> torch.Tensor:
-    """delta_rule with g = gating(a, A_log, dt_bias) and β = sigmoid(b), T ≥ 1.
+    """delta_rule with g = gating(a, A_log, dt_bias) and β = beta_scale·sigmoid(b), T ≥ 1.
 
     Args:
         q, k: [B, T, H, K].
@@ -32,24 +33,26 @@ def reference(
         recurrent_state: [B, HV, K, V], written in place.
         scale: factor on q.
         l2norm_eps: if given, q and k are l2-normalised with it first.
+        beta_scale: 2 allows the state negative eigenvalues (Grazzi et al. 2024, arXiv:2411.12537).
 
     Returns:
         o [B, T, HV, V] in float32 (float64 for float64 inputs).
     """
     acc = acc_dtype(b, v)
-    o, new = delta_rule(q, k, v, gating(a, A_log, dt_bias), b.to(acc).sigmoid(), recurrent_state, scale, l2norm_eps)
+    beta = beta_scale * b.to(acc).sigmoid()
+    o, new = delta_rule(q, k, v, gating(a, A_log, dt_bias), beta, recurrent_state, scale, l2norm_eps)
     recurrent_state.copy_(new)
     return o
 
 
-def fake(q, k, v, a, b, A_log, dt_bias, recurrent_state, scale, l2norm_eps=None):
+def fake(q, k, v, a, b, A_log, dt_bias, recurrent_state, scale, l2norm_eps=None, beta_scale=1.0):
     return torch.empty(v.shape, dtype=acc_dtype(q, v, a, b, A_log, dt_bias, recurrent_state), device=v.device)
 
 
 def examples():
     calls = []
     for B, T, H, HV, K, V, eps in [(2, 1, 2, 4, 8, 16, 1e-6), (1, 3, 1, 3, 16, 8, None), (3, 2, 2, 2, 8, 8, 1e-6)]:
-        calls.append((example_tensors(B, T, H, HV, K, V), {"scale": K**-0.5, "l2norm_eps": eps}))
+        calls.append((example_tensors(B, T, H, HV, K, V), {"scale": K**-0.5, "l2norm_eps": eps, "beta_scale": float(B)}))
     return calls
 
 
@@ -58,6 +61,6 @@ op = register(
     reference,
     fake,
     examples,
-    equation="delta_rule(q, k, v, −exp(A_log)·softplus(a + dt_bias), σ(b), state!)",
+    equation="delta_rule(q, k, v, −exp(A_log)·softplus(a + dt_bias), β = beta_scale·σ(b), state!)",
     mutates=("recurrent_state",),
 )

@@ -10,6 +10,7 @@ import torch
 from gdnfuse.dialect.causal_conv_update import reference as causal_conv_update
 from gdnfuse.dialect.fused_linear import example_call as example_linear
 from gdnfuse.dialect.fused_linear import reference as fused_linear
+from gdnfuse.dialect.mixer_decode import columns
 from gdnfuse.dialect.op import acc_dtype, register
 
 
@@ -24,6 +25,8 @@ def reference(
     conv_bias: torch.Tensor | None,
     conv_offset: int,
     activation: str,
+    parts: list[int] | None = None,
+    heads: int = 1,
 ) -> torch.Tensor:
     """fused_linear(x, weights, norm), its columns [conv_offset, conv_offset + D) through causal_conv_update.
 
@@ -36,11 +39,18 @@ def reference(
         conv_bias: [D] or None.
         conv_offset: column of the first channel.
         activation: of the conv, "silu" or "none".
+        parts: offset, stride and width of one part after the other, of which every key head has its own columns in the row, those
+            of head h from offset + h·stride: the result has the parts one behind the other, each with its heads side by side.
+            None where the row has them so.
+        heads: how many key heads.
 
     Returns:
-        [B, 1, ΣMᵢ] in float32 (float64 for float64 inputs): nothing is rounded between projection and rule.
+        [B, 1, ΣMᵢ], or the columns of the parts, in float32 (float64 for float64 inputs): nothing is rounded between projection
+        and rule.
     """
     row = fused_linear(x, weights, norm_weight, norm_eps, norm_offset)
+    if parts is not None:
+        row = torch.cat([columns(row, *part, heads).flatten(-2) for part in zip(*[iter(parts)] * 3, strict=True)], -1)
     D = conv_state.shape[1]
     mixed = row.narrow(-1, conv_offset, D).transpose(1, 2)
     mixed = causal_conv_update(mixed, conv_state, conv_weight, conv_bias, activation).transpose(1, 2)
@@ -50,23 +60,44 @@ def reference(
 
 
 def fake(
-    x, weights, norm_weight, norm_eps, norm_offset, conv_state, conv_weight, conv_bias, conv_offset, activation
+    x, weights, norm_weight, norm_eps, norm_offset, conv_state, conv_weight, conv_bias, conv_offset, activation,
+    parts=None, heads=1,
 ):  # fmt: skip
-    columns = sum(w.shape[0] for w in weights)
-    return torch.empty((*x.shape[:-1], columns), dtype=acc_dtype(weights[0]), device=x.device)
+    width = sum(w.shape[0] for w in weights) if parts is None else heads * sum(parts[2::3])
+    return torch.empty((*x.shape[:-1], width), dtype=acc_dtype(weights[0]), device=x.device)
 
 
-def example_call(M, N, D, dtype=torch.float32, *, B=1, S=4, W=4, norm=True, offset=0, bias=False, state_dtype=None, parts=1):
-    (x, weights), options = example_linear(M, N, dtype, (B, 1), norm=norm, parts=parts)
+def example_call(
+    M,
+    N,
+    D,
+    dtype=torch.float32,
+    *,
+    B=1,
+    S=4,
+    W=4,
+    norm=True,
+    offset=0,
+    bias=False,
+    state_dtype=None,
+    weights=1,
+    parts=None,
+    heads=1,
+):
+    (x, weights), options = example_linear(M, N, dtype, (B, 1), norm=norm, parts=weights)
     return (
         x, weights, options["norm_weight"], 1e-6, 1.0,
         torch.randn(B, D, S).to(state_dtype or dtype), (torch.randn(D, 1, W) / 2).to(dtype),
-        torch.randn(D).to(dtype) if bias else None, offset, "silu",
+        torch.randn(D).to(dtype) if bias else None, offset, "silu", parts, heads,
     ), {}  # fmt: skip
 
 
 def examples():
-    return [example_call(12, 8, 6, B=2, offset=3, bias=True, parts=2), example_call(9, 8, 9, norm=False)]
+    return [
+        example_call(12, 8, 6, B=2, offset=3, bias=True, weights=2),
+        example_call(9, 8, 9, norm=False),
+        example_call(13, 8, 6, B=2, parts=[1, 6, 3, 4, 6, 2], heads=2),
+    ]
 
 
 op = register(

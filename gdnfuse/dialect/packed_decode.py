@@ -23,6 +23,7 @@ def reference(
     recurrent_state: torch.Tensor,
     scale: float,
     l2norm_eps: float,
+    beta_scale: float = 1.0,
 ) -> torch.Tensor:
     """fused_gating_delta_rule at T = 1 on the packed row [q | k | v].
 
@@ -33,6 +34,7 @@ def reference(
         recurrent_state: [B, HV, K, V], written in place.
         scale: factor on q.
         l2norm_eps: eps of the l2norm of q and k.
+        beta_scale: as there.
 
     Returns:
         o [B, 1, HV, V] in float32 (float64 for float64 inputs).
@@ -41,10 +43,10 @@ def reference(
     H = key_heads(mixed_qkv.shape[-1], recurrent_state)
     q, k, v = mixed_qkv.split([H * K, H * K, HV * V], -1)
     q, k, v = q.reshape(B, 1, H, K), k.reshape(B, 1, H, K), v.reshape(B, 1, HV, V)
-    return fused_gating_delta_rule(q, k, v, a, b, A_log, dt_bias, recurrent_state, scale, l2norm_eps)
+    return fused_gating_delta_rule(q, k, v, a, b, A_log, dt_bias, recurrent_state, scale, l2norm_eps, beta_scale)
 
 
-def fake(mixed_qkv, a, b, A_log, dt_bias, recurrent_state, scale, l2norm_eps):
+def fake(mixed_qkv, a, b, A_log, dt_bias, recurrent_state, scale, l2norm_eps, beta_scale=1.0):
     B, HV, _, V = recurrent_state.shape
     acc = acc_dtype(mixed_qkv, a, b, A_log, dt_bias, recurrent_state)
     return torch.empty((B, 1, HV, V), dtype=acc, device=mixed_qkv.device)
@@ -64,7 +66,7 @@ def example_tensors(B, H, HV, K, V, dtype=torch.float32, state_dtype=torch.float
 def examples():
     return [
         (example_tensors(2, 2, 4, 8, 16), {"scale": 8**-0.5, "l2norm_eps": 1e-6}),
-        (example_tensors(1, 1, 3, 16, 8), {"scale": 0.25, "l2norm_eps": 1e-6}),
+        (example_tensors(1, 1, 3, 16, 8), {"scale": 0.25, "l2norm_eps": 1e-6, "beta_scale": 2.0}),
     ]
 
 

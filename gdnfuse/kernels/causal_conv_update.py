@@ -81,11 +81,22 @@ def packed(conv_state: torch.Tensor) -> bool:
 
 
 @triton.jit
+def column_of(channel, PARTS: tl.constexpr):
+    """Where channels of [q | k | v] stand in a row: PARTS has for each of the three its first channel, and of a head of it the
+    width, the first column and how many columns on the next head is."""
+    column = channel
+    for i in tl.static_range(len(PARTS)):
+        e = channel - PARTS[i][0]
+        column = tl.where(e >= 0, PARTS[i][2] + e // PARTS[i][1] * PARTS[i][3] + e % PARTS[i][1], column)
+    return column
+
+
+@triton.jit
 def causal_conv_update_kernel(
     x_ptr, state_ptr, weight_ptr, bias_ptr, out_ptr,
     stride_xb, stride_xd, stride_sb, stride_sd, stride_ss, stride_wd, stride_ww,
     D: tl.constexpr, S: tl.constexpr, W: tl.constexpr, SILU: tl.constexpr, BD: tl.constexpr,
-    PACKED: tl.constexpr, OVERLAP: tl.constexpr,
+    PACKED: tl.constexpr, OVERLAP: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
         gdc_launch_dependents()
@@ -105,7 +116,8 @@ def causal_conv_update_kernel(
         acc += tl.load(bias_ptr + d, mask=live, other=0.0).to(tl.float32)
     if OVERLAP:
         gdc_wait()
-    x = tl.load(x_ptr + batch * stride_xb + d * stride_xd, mask=live, other=0.0)  # [BD]
+    column = d if PARTS is None else column_of(d, PARTS)  # [BD]
+    x = tl.load(x_ptr + batch * stride_xb + column * stride_xd, mask=live, other=0.0)  # [BD]
     acc += x.to(tl.float32) * last
     if SILU:
         acc = acc * tl.sigmoid(acc)
@@ -136,6 +148,11 @@ def launch(
     Returns:
         [B, D, 1] in float32.
     """
+    return launch_with(x, conv_state, weight, bias, activation, overlap=overlap)
+
+
+def launch_with(x, conv_state, weight, bias, activation, parts=None, overlap=False) -> torch.Tensor:
+    """The same; with `parts`, of `column_of`, x is [B, N, 1] and has the channels in those columns."""
     B, D, S = conv_state.shape
     options = overlap_options(x, bias) if overlap else {}
     out = torch.empty((B, D, 1), dtype=torch.float32, device=x.device)
@@ -143,7 +160,7 @@ def launch(
         x, conv_state, weight, None if bias is None else bias.contiguous(), out,
         x.stride(0), x.stride(1), *conv_state.stride(), weight.stride(0), weight.stride(2),
         D=D, S=S, W=weight.shape[-1], SILU=activation == "silu", BD=BLOCK_D,
-        PACKED=packed(conv_state), OVERLAP=bool(options),        num_warps=NUM_WARPS, **options,
+        PACKED=packed(conv_state), OVERLAP=bool(options), PARTS=parts, num_warps=NUM_WARPS, **options,
     )  # fmt: skip
     return out
 

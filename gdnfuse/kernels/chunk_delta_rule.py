@@ -11,7 +11,9 @@ multiplied from the right, so the factors are applied to 64-vectors and products
 
 The triangular inverse grows by block elimination from 2×2 blocks of the diagonal to 64×64, all blocks of a size in one product.
 It is stable where the powers of the doubling method would overflow (equal keys, β = 1). Where q and k are l2-normalised its
-entries are at most 1 in size and it is computed from float16 operands, which are as precise as tf32 in that range.
+entries are at most max(1, β) in size and, for bfloat16 inputs, it is computed from float16 operands, as precise as tf32 in that
+range. Not for β up to 2: then steps damp nothing, and with like keys the roundings of float16 grow to several percent of the
+inverse, those of float32 to 1e-5; all operands are float32 there.
 
 Layout: q, k [B, T, H, K], v [B, T, HV, V], gates [B, T, HV], any strides but innermost 1 for q, k, v; value head hv uses key head
 hv // (HV // H); state [N, HV, K, V], any strides. Accumulation and state are float32. Operands of products are bfloat16 for
@@ -87,7 +89,7 @@ def chunk_prepare_kernel(
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
     stride_ab, stride_at, stride_ah, stride_bb, stride_bt, stride_bh,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
-    L2NORM: tl.constexpr, GATED: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
+    L2NORM: tl.constexpr, GATED: tl.constexpr, BETA_SCALE: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0)
     n, hv = (tl.program_id(1) // HV).to(tl.int64), (tl.program_id(1) % HV).to(tl.int64)
@@ -111,7 +113,7 @@ def chunk_prepare_kernel(
     beta = tl.load(b_ptr + r * stride_bt, mask=live, other=0.0).to(tl.float32)
     if GATED:
         a = log_decay(a, tl.load(A_log_ptr + hv).to(tl.float32), tl.load(dt_bias_ptr + hv).to(tl.float32))
-        beta = tl.sigmoid(beta)
+        beta = BETA_SCALE * tl.sigmoid(beta)
     beta = tl.where(live, beta, 0.0)
     g = tl.cumsum(tl.where(live, a, 0.0), 0)  # [64]
     # Of the last token there is: behind it the sum stays the same but for its rounding.
@@ -224,6 +226,7 @@ def launch(
     l2norm_eps: float | None = None,
     cu_seqlens: torch.Tensor | None = None,
     checkpoint_every: int = 0,
+    beta_max: float = 2.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The dialect's chunk_delta_rule.
 
@@ -236,6 +239,7 @@ def launch(
         l2norm_eps: if given, q and k are l2-normalised with it first.
         cu_seqlens: [N + 1] int32 or int64, bounds of sequences packed into one row, or None.
         checkpoint_every: if n > 0, return the states after every n·64 tokens too.
+        beta_max: what β is at most; above 1 operands are float32.
 
     Returns:
         o [B, T, HV, V] in v's dtype; the last states [N, HV, K, V] and the checkpoints [B, T // (64·n), HV, K, V] in float32.
@@ -243,7 +247,7 @@ def launch(
     Raises:
         ValueError: as the dialect's op.
     """
-    return launch_with(q, k, v, g, beta, None, None, state, scale, l2norm_eps, cu_seqlens, checkpoint_every)
+    return launch_with(q, k, v, g, beta, None, None, state, scale, l2norm_eps, cu_seqlens, checkpoint_every, beta_max)
 
 
 def launch_gated(
@@ -259,12 +263,14 @@ def launch_gated(
     l2norm_eps: float | None = None,
     cu_seqlens: torch.Tensor | None = None,
     checkpoint_every: int = 0,
+    beta_scale: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The dialect's fused_gating_chunk_delta_rule: `launch` with the gates computed inside.
 
     Args:
         a, b: [B, T, HV], before the nonlinearities.
         A_log, dt_bias: [HV].
+        beta_scale: factor on σ(b).
         q, k, v, state, scale, l2norm_eps, cu_seqlens, checkpoint_every: as for `launch`.
 
     Returns:
@@ -273,7 +279,7 @@ def launch_gated(
     Raises:
         ValueError: no tokens.
     """
-    return launch_with(q, k, v, a, b, A_log, dt_bias, state, scale, l2norm_eps, cu_seqlens, checkpoint_every)
+    return launch_with(q, k, v, a, b, A_log, dt_bias, state, scale, l2norm_eps, cu_seqlens, checkpoint_every, beta_scale)
 
 
 def launch_with(
@@ -289,9 +295,10 @@ def launch_with(
     l2norm_eps: float | None,
     cu_seqlens: torch.Tensor | None,
     checkpoint_every: int,
+    beta_max: float,
     config: tuple[int, int, int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Both kernels; gates are g and β where A_log is None.
+    """Both kernels; gates are g and β where A_log is None, else β is beta_max·σ(b).
 
     `config`, value columns per program, warps and stages, makes it the scan that runs everywhere; None is a choice by shape, and
     the scan of chunk_scan_hopper.py where that applies.
@@ -302,10 +309,12 @@ def launch_with(
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     check(v, state, cu_seqlens, checkpoint_every)
     BK = max(16, triton.next_power_of_2(K))
-    operands, precision = OPERANDS.get(v.dtype, WIDE) if K == BK else WIDE
+    operands, precision = OPERANDS.get(v.dtype, WIDE) if K == BK and beta_max <= 1 else WIDE
     new = {"device": v.device, "dtype": torch.float32}
     hopper = _hopper()
-    on_hopper = config is None and hopper is not None and hopper.supports_here(q, k, v, checkpoint_every)
+    on_hopper = (
+        config is None and hopper is not None and operands == torch.bfloat16 and hopper.supports_here(q, k, v, checkpoint_every)
+    )
     tokens = hopper.padded(T) if on_hopper else T
     inverse = torch.empty((B, HV, tokens, CHUNK), device=v.device, dtype=operands)
     attention, factors = torch.empty_like(inverse), torch.empty((4, B, HV, tokens), **new)
@@ -318,7 +327,7 @@ def launch_with(
         cu_seqlens, inverse, attention, factors,
         scale, 0.0 if l2norm_eps is None else l2norm_eps, T, tokens, B * HV * tokens,
         *q.stride()[:3], *k.stride()[:3], *a.stride(), *b.stride(),
-        L2NORM=l2norm_eps is not None, GATED=A_log is not None, num_warps=PREPARE_WARPS, **shared,
+        L2NORM=l2norm_eps is not None, GATED=A_log is not None, BETA_SCALE=beta_max, num_warps=PREPARE_WARPS, **shared,
     )  # fmt: skip
     if on_hopper:
         hopper.launch_scan(q, k, v, inverse, attention, factors, state, cu_seqlens, out, last)
@@ -374,6 +383,7 @@ def supports(
     l2norm_eps: float | None = None,
     cu_seqlens: torch.Tensor | None = None,
     checkpoint_every: int = 0,
+    beta_max: float = 2.0,
 ) -> None:
     """Raises Refused unless dtypes are float32, bfloat16 or float16, the same for q, k and v, heads static, K, V ≤ 256, K ≤ 128
     where operands are float32, HV a multiple of H and cu_seqlens int32 or int64."""
@@ -386,8 +396,9 @@ def supports(
     if not q.dtype == k.dtype == v.dtype:
         raise Refused(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}.")
     K = k.shape[-1]
-    if K > MAX_WIDE and (q.dtype not in OPERANDS or K != triton.next_power_of_2(K)):
-        raise Refused(f"K above {MAX_WIDE} must be 256, and q, k and v bfloat16; got K = {K} and {q.dtype}.")
+    if K > MAX_WIDE and (q.dtype not in OPERANDS or K != triton.next_power_of_2(K) or beta_max > 1):
+        found = f"K = {K}, {q.dtype} and β up to {beta_max:g}"
+        raise Refused(f"K above {MAX_WIDE} must be 256, q, k and v bfloat16 and β at most 1; got {found}.")
     if cu_seqlens is not None and cu_seqlens.dtype not in INDEX_POINTERS:
         raise Refused(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}.")
 
@@ -401,11 +412,12 @@ def supports_gated(
     A_log: torch.Tensor,
     dt_bias: torch.Tensor,
     *rest: Any,
+    beta_scale: float = 1.0,
     **options: Any,
 ) -> None:
     """Raises Refused for whatever `supports` refuses, and for A_log and dt_bias of other dtypes."""
     require_dtypes(A_log=A_log, dt_bias=dt_bias)
-    supports(q, k, v, a, b, *rest, **options)
+    supports(q, k, v, a, b, *rest, **options, beta_max=beta_scale)
 
 
 chunk_delta_rule = register("chunk_delta_rule", launch, supports)

@@ -1,6 +1,6 @@
 """The gated delta rule in recurrent form, gates inside (Yang et al. 2024, arXiv:2412.06464):
 
-    S ← e^g·S;  S ← S + k ⊗ β(v − Sᵀk);  o = Sᵀ(q·scale),  with g = −exp(A_log)·softplus(a + dt_bias) and β = σ(b).
+    S ← e^g·S;  S ← S + k ⊗ β(v − Sᵀk);  o = Sᵀ(q·scale),  with g = −exp(A_log)·softplus(a + dt_bias) and β = beta_scale·σ(b).
 
 Fusing the gates into the rule, and reading q, k, v from the packed row, follow vLLM's fused sigmoid-gating update and packed
 recurrent decode; the gated norm in the same kernel is added here.
@@ -94,7 +94,7 @@ def delta_rule_kernel(
     stride_vb, stride_vt, stride_vh, stride_vv, stride_ab, stride_at, stride_ah, stride_bb, stride_bt, stride_bh,
     stride_sb, stride_sh, stride_sk, stride_sv,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, L2NORM: tl.constexpr,
-    EVICT: tl.constexpr, OVERLAP: tl.constexpr,
+    BETA_SCALE: tl.constexpr, EVICT: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
         gdc_launch_dependents()
@@ -123,7 +123,7 @@ def delta_rule_kernel(
         q, k = _load_qk(q_ptrs + t * stride_qt, k_ptrs + t * stride_kt, live_k, scale, l2norm_eps, L2NORM)
         v = tl.load(v_ptrs + t * stride_vt, mask=live_v, other=0.0).to(tl.float32)  # [BV]
         decay = tl.exp(log_decay(tl.load(a_ptr + t * stride_at).to(tl.float32), A_log, dt_bias))
-        beta = tl.sigmoid(tl.load(b_ptr + t * stride_bt).to(tl.float32))
+        beta = BETA_SCALE * tl.sigmoid(tl.load(b_ptr + t * stride_bt).to(tl.float32))
         s, o = _step(s, q, k, v, decay, beta)
         tl.store(out_ptr + ((batch * T + t) * HV + hv) * V + i_v, o, mask=live_v)
     tl.store(state_ptrs, s.to(state_ptr.dtype.element_ty), mask=live, eviction_policy=EVICT)
@@ -162,22 +162,25 @@ def delta_rule_gated_kernel(
     q_ptr, k_ptr, v_ptr, z_ptr, a_ptr, b_ptr, A_log_ptr, dt_bias_ptr, norm_weight_ptr, state_ptr, out_ptr,
     scale, l2norm_eps, norm_eps,
     stride_qb, stride_qh, stride_qk, stride_kb, stride_kh, stride_kk, stride_vb, stride_vh, stride_vv,
-    stride_zb, stride_zh, stride_zv, stride_ab, stride_ah, stride_bb, stride_bh, stride_sb, stride_sh, stride_sk, stride_sv,
+    stride_zb, stride_zh, stride_zg, stride_zv, stride_ab, stride_ah, stride_ag, stride_bb, stride_bh, stride_bg,
+    stride_sb, stride_sh, stride_sk, stride_sv,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    INDEX: tl.constexpr, AHEAD: tl.constexpr, EVICT: tl.constexpr, OVERLAP: tl.constexpr,
+    INDEX: tl.constexpr, AHEAD: tl.constexpr, BETA_SCALE: tl.constexpr, EVICT: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
         gdc_launch_dependents()
     EVEN: tl.constexpr = K == BK and V % BV == 0
     head = tl.program_id(0).to(tl.int64)
     batch, hv = head // HV, head % HV
-    h = hv // (HV // H)
+    h, group = hv // (HV // H), hv % (HV // H)
     i_k = tl.arange(0, BK).to(INDEX)  # [BK]
     live_k = i_k < K
     q_ptrs = q_ptr + batch * stride_qb + h * stride_qh + i_k * stride_qk  # [BK]
     k_ptrs = k_ptr + batch * stride_kb + h * stride_kh + i_k * stride_kk  # [BK]
     v_ptr += batch * stride_vb + hv * stride_vh
-    z_ptr += batch * stride_zb + hv * stride_zh
+    z_ptr += batch * stride_zb + h * stride_zh + group * stride_zg
+    a_ptr += batch * stride_ab + h * stride_ah + group * stride_ag
+    b_ptr += batch * stride_bb + h * stride_bh + group * stride_bg
     state_rows = state_ptr + batch * stride_sb + hv * stride_sh + i_k[:, None] * stride_sk  # [BK, 1]
 
     A_log, dt_bias = tl.load(A_log_ptr + hv).to(tl.float32), tl.load(dt_bias_ptr + hv).to(tl.float32)
@@ -186,8 +189,8 @@ def delta_rule_gated_kernel(
         gdc_wait()
 
     q, k = _load_qk(q_ptrs, k_ptrs, live_k, scale, l2norm_eps, True)
-    decay = tl.exp(log_decay(tl.load(a_ptr + batch * stride_ab + hv * stride_ah).to(tl.float32), A_log, dt_bias))
-    beta = tl.sigmoid(tl.load(b_ptr + batch * stride_bb + hv * stride_bh).to(tl.float32))
+    decay = tl.exp(log_decay(tl.load(a_ptr).to(tl.float32), A_log, dt_bias))
+    beta = BETA_SCALE * tl.sigmoid(tl.load(b_ptr).to(tl.float32))
 
     outs = ()
     square = 0.0
@@ -223,6 +226,7 @@ def launch(
     recurrent_state: torch.Tensor,
     scale: float,
     l2norm_eps: float | None = None,
+    beta_scale: float = 1.0,
     *,
     overlap: bool = False,
 ) -> torch.Tensor:
@@ -236,6 +240,7 @@ def launch(
         recurrent_state: [B, HV, K, V], any strides, written in place.
         scale: factor on q.
         l2norm_eps: if given, q and k are l2-normalised with it first.
+        beta_scale: factor on σ(b).
         overlap: whether A_log, dt_bias and the state may be read while kernels before this one run.
 
     Returns:
@@ -252,7 +257,8 @@ def launch(
         scale, 0.0 if l2norm_eps is None else l2norm_eps, T,
         *q.stride(), *k.stride(), *v.stride(), *a.stride(), *b.stride(), *recurrent_state.stride(),
         H=H, HV=HV, K=K, V=V, BK=triton.next_power_of_2(K), BV=BV, L2NORM=l2norm_eps is not None,
-        EVICT="evict_first" if _fits(recurrent_state) else "", OVERLAP=bool(options), num_warps=num_warps, **options,
+        BETA_SCALE=beta_scale, EVICT="evict_first" if _fits(recurrent_state) else "", OVERLAP=bool(options),
+        num_warps=num_warps, **options,
     )  # fmt: skip
     return out
 
@@ -277,6 +283,7 @@ def launch_packed_decode(
     recurrent_state: torch.Tensor,
     scale: float,
     l2norm_eps: float,
+    beta_scale: float = 1.0,
     *,
     overlap: bool = False,
 ) -> torch.Tensor:
@@ -289,13 +296,13 @@ def launch_packed_decode(
         recurrent_state: [B, HV, K, V], any strides, written in place.
         scale: factor on q.
         l2norm_eps: eps of the l2norm of q and k.
-        overlap: as for `launch`.
+        beta_scale, overlap: as for `launch`.
 
     Returns:
         o [B, 1, HV, V] in float32.
     """
     q, k, v = _split(mixed_qkv, recurrent_state)
-    return launch(q, k, v, a, b, A_log, dt_bias, recurrent_state, scale, l2norm_eps, overlap=overlap)
+    return launch(q, k, v, a, b, A_log, dt_bias, recurrent_state, scale, l2norm_eps, beta_scale, overlap=overlap)
 
 
 def launch_gated(
@@ -310,13 +317,16 @@ def launch_gated(
     scale: float,
     l2norm_eps: float,
     norm_eps: float,
+    beta_scale: float = 1.0,
+    *,
     overlap: bool = False,
 ) -> torch.Tensor:
     """packed_decode and gated_rms_norm in one kernel.
 
     Args:
-        mixed_qkv, a, b, A_log, dt_bias, recurrent_state, scale, l2norm_eps, overlap: as for `launch_packed_decode`.
-        z: [B, 1, HV·V], the gate, any strides.
+        mixed_qkv, A_log, dt_bias, recurrent_state, scale, l2norm_eps, beta_scale, overlap: as for `launch_packed_decode`.
+        z: the gate, [B, 1, HV·V] or, of each key head, [B, 1, H, HV/H·V], any strides.
+        a, b: [B, 1, HV] or [B, 1, H, HV/H], any strides.
         norm_weight: [V].
         norm_eps: eps of the norm.
 
@@ -325,7 +335,9 @@ def launch_gated(
     """
     B, HV, K, V = recurrent_state.shape
     q, k, v = (x.squeeze(1) for x in _split(mixed_qkv, recurrent_state))
-    a, b, z = a.squeeze(1), b.squeeze(1), z.unflatten(-1, (HV, V)).squeeze(1)
+    H = q.shape[1]
+    a, b, z = (x.squeeze(1) if x.dim() > 3 else x.squeeze(1).unflatten(-1, (H, -1)) for x in (a, b, z))
+    z = z.unflatten(-1, (HV // H, V))
     columns, num_warps, ahead = _config(GATED_CONFIGS, recurrent_state)
     out = torch.empty((B, 1, HV * V), dtype=z.dtype, device=z.device)
     # Within a head's state offsets of 32 bits do, but for strides that no cache has; they leave more registers to the tiles.
@@ -336,8 +348,9 @@ def launch_gated(
         q, k, v, z, a, b, A_log.contiguous(), dt_bias.contiguous(), norm_weight.contiguous(), recurrent_state, out,
         scale, l2norm_eps, norm_eps,
         *q.stride(), *k.stride(), *v.stride(), *z.stride(), *a.stride(), *b.stride(), *recurrent_state.stride(),
-        H=q.shape[1], HV=HV, K=K, V=V, BK=triton.next_power_of_2(K), BV=_columns(columns, K, V), INDEX=index, AHEAD=ahead,
-        EVICT="evict_first" if _fits(recurrent_state) else "", OVERLAP=bool(options), num_warps=num_warps, **options,
+        H=H, HV=HV, K=K, V=V, BK=triton.next_power_of_2(K), BV=_columns(columns, K, V), INDEX=index, AHEAD=ahead,
+        BETA_SCALE=beta_scale, EVICT="evict_first" if _fits(recurrent_state) else "", OVERLAP=bool(options),
+        num_warps=num_warps, **options,
     )  # fmt: skip
     return out
 
@@ -364,6 +377,7 @@ def supports(
     recurrent_state: torch.Tensor,
     scale: float,
     l2norm_eps: float | None = None,
+    beta_scale: float = 1.0,
 ) -> None:
     """Raises Refused unless dtypes are float32, bfloat16 or float16, heads static, K, V ≤ 256 and HV a multiple of H."""
     require_dtypes(q=q, k=k, v=v, a=a, b=b, A_log=A_log, dt_bias=dt_bias, recurrent_state=recurrent_state)
@@ -383,6 +397,7 @@ def supports_packed_decode(
     recurrent_state: torch.Tensor,
     scale: float,
     l2norm_eps: float,
+    beta_scale: float = 1.0,
 ) -> None:
     """Raises Refused unless T = 1, D = 2·H·K + HV·V is static, and for whatever `supports` refuses."""
     require_dtypes(mixed_qkv=mixed_qkv, a=a, b=b, A_log=A_log, dt_bias=dt_bias, recurrent_state=recurrent_state)

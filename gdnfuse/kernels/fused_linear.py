@@ -5,6 +5,8 @@ One row goes to `skinny_linear`, which fuses on both sides of the product; two t
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import torch
 
 from gdnfuse.kernels import few_rows_linear, skinny_linear
@@ -55,6 +57,8 @@ def launch_in_proj_conv(
     conv_bias: torch.Tensor | None,
     conv_offset: int,
     activation: str,
+    parts: list[int] | None = None,
+    heads: int = 1,
     *,
     overlap: bool = False,
 ) -> torch.Tensor:
@@ -64,16 +68,22 @@ def launch_in_proj_conv(
         x, weights, norm_weight, norm_eps, norm_offset: as there.
         conv_state: [1, D, S], any strides; written in place.
         conv_weight: [D, 1, W], any strides.
-        conv_bias, conv_offset, activation: as there.
+        conv_bias, conv_offset, activation, parts, heads: as there.
         overlap: as for `launch`.
 
     Returns:
-        [1, 1, M] in float32, contiguous.
+        [1, 1, M], or the columns of the parts, in float32, contiguous.
     """
     (weight,) = weights
     conv = (conv_state, conv_weight, conv_bias, conv_offset, activation)
     chosen = skinny_linear.config("conv", weight.shape[1], weight.dtype)
-    return skinny_linear.launch_with(chosen, x, weight, norm_weight, norm_eps, norm_offset, conv=conv, overlap=overlap)
+    if parts is not None:
+        offsets, strides, widths = parts[::3], parts[1::3], parts[2::3]
+        first = accumulate((heads * width for width in widths), initial=0)
+        parts = tuple(zip(first, widths, offsets, strides, strict=False))
+    return skinny_linear.launch_with(
+        chosen, x, weight, norm_weight, norm_eps, norm_offset, conv=conv, parts=parts, heads=heads, overlap=overlap
+    )
 
 
 def launch_split(x: torch.Tensor, weights: list[torch.Tensor], parts: int, *, overlap: bool = False) -> torch.Tensor:
@@ -138,7 +148,8 @@ def supports(
 
 
 def supports_in_proj_conv(
-    x, weights, norm_weight, norm_eps, norm_offset, conv_state, conv_weight, conv_bias, conv_offset, activation
+    x, weights, norm_weight, norm_eps, norm_offset, conv_state, conv_weight, conv_bias, conv_offset, activation,
+    parts=None, heads=1,
 ) -> None:  # fmt: skip
     """Raises Refused where `supports` does, and unless x is one row, conv sizes are static and the activation is known."""
     supports(x, weights, norm_weight, norm_eps, norm_offset)

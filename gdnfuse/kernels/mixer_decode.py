@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import torch
 
-from gdnfuse.kernels.causal_conv_update import launch as causal_conv_update
+from gdnfuse.dialect.mixer_decode import columns, part_sizes, side_by_side
+from gdnfuse.kernels.causal_conv_update import launch_with as conv_with
 from gdnfuse.kernels.causal_conv_update import supports as supports_conv
 from gdnfuse.kernels.delta_rule import launch_gated, supports_packed_decode
-from gdnfuse.kernels.implementation import register, require_dtypes
+from gdnfuse.kernels.implementation import register, require_dtypes, require_static
 
 
 def launch(
@@ -23,43 +24,48 @@ def launch(
     dt_bias: torch.Tensor,
     recurrent_state: torch.Tensor,
     norm_weight: torch.Tensor,
-    qkv_offset: int,
-    z_offset: int,
-    b_offset: int,
-    a_offset: int,
+    offsets: list[int],
+    strides: list[int],
     activation: str,
     scale: float,
     l2norm_eps: float,
     norm_eps: float,
+    beta_scale: float = 1.0,
     *,
     overlap: bool = False,
 ) -> torch.Tensor:
     """The dialect's mixer_decode.
 
     Args:
-        row: [B, 1, N], any strides; part p starts at column `p_offset`.
+        row: [B, 1, N], any strides.
         conv_state: [B, D, S], D = 2·H·K + HV·V; written in place.
         conv_weight: [D, 1, W].
         conv_bias: [D] or None.
         A_log, dt_bias: [HV].
         recurrent_state: [B, HV, K, V]; written in place.
         norm_weight: [V].
-        qkv_offset, z_offset, b_offset, a_offset: columns of D, HV·V, HV and HV parts.
+        offsets, strides: as there: of q, k, v, z, b, a in the row.
         activation: of the conv, "silu" or "none".
         scale: factor on q.
         l2norm_eps, norm_eps: eps of the l2norm of q and k, and of the gated norm.
+        beta_scale: factor on σ(b).
         overlap: whether states and weights may be read while kernels before these run.
 
     Returns:
         [B, 1, HV·V] in row's dtype.
     """
-    _, HV, _, V = recurrent_state.shape
     D = conv_state.shape[1]
-    x = row.narrow(-1, qkv_offset, D).transpose(1, 2)
-    mixed_qkv = causal_conv_update(x, conv_state, conv_weight, conv_bias, activation, overlap=overlap).transpose(1, 2)
-    z, b, a = row.narrow(-1, z_offset, HV * V), row.narrow(-1, b_offset, HV), row.narrow(-1, a_offset, HV)
+    heads, widths = part_sizes(D, recurrent_state)
+    if side_by_side(offsets, strides, widths, heads):
+        row_of_x, parts = row.narrow(-1, offsets[0], D), None
+    else:
+        first = (0, heads * widths[0], 2 * heads * widths[0])
+        row_of_x, parts = row, tuple(zip(first, widths, offsets, strides, strict=False))
+    x = row_of_x.transpose(1, 2)
+    mixed_qkv = conv_with(x, conv_state, conv_weight, conv_bias, activation, parts, overlap).transpose(1, 2)
+    z, b, a = (columns(row, *part, heads) for part in list(zip(offsets, strides, widths, strict=True))[3:])
     return launch_gated(
-        mixed_qkv, z, a, b, A_log, dt_bias, recurrent_state, norm_weight, scale, l2norm_eps, norm_eps, overlap=overlap
+        mixed_qkv, z, a, b, A_log, dt_bias, recurrent_state, norm_weight, scale, l2norm_eps, norm_eps, beta_scale, overlap=overlap
     )
 
 
@@ -72,19 +78,19 @@ def supports(
     dt_bias: torch.Tensor,
     recurrent_state: torch.Tensor,
     norm_weight: torch.Tensor,
-    qkv_offset: int,
-    z_offset: int,
-    b_offset: int,
-    a_offset: int,
+    offsets: list[int],
+    strides: list[int],
     activation: str,
     scale: float,
     l2norm_eps: float,
     norm_eps: float,
+    beta_scale: float = 1.0,
 ) -> None:
     """Raises Refused where the conv's or the packed rule's kernel would, on the parts of the row."""
     require_dtypes(row=row, norm_weight=norm_weight)
     D = conv_state.shape[1]
-    mixed_qkv = row.narrow(-1, qkv_offset, D)
+    require_static(**{"row's last size": row.shape[-1], "D": D})
+    mixed_qkv = row.narrow(-1, 0, D)
     supports_conv(mixed_qkv.transpose(1, 2), conv_state, conv_weight, conv_bias, activation)
     supports_packed_decode(mixed_qkv, row, row, A_log, dt_bias, recurrent_state, scale, l2norm_eps)
 

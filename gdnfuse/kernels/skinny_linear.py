@@ -101,12 +101,26 @@ def _dot(w, x, R: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
+def _regrouped(row, PARTS: tl.constexpr, HEADS: tl.constexpr):
+    """Where columns of a row that has parts head by head stand among the parts one behind the other; −1 for one of no part. PARTS
+    has for each the first column there, the width of a head, the first column here and how many columns on the next head is."""
+    column = tl.full(row.shape, -1, row.dtype)
+    for i in tl.static_range(len(PARTS)):
+        e = row - PARTS[i][2]
+        head, inner = e // PARTS[i][3], e % PARTS[i][3]
+        inside = (e >= 0) & (head < HEADS) & (inner < PARTS[i][1])
+        column = tl.where(inside, PARTS[i][0] + head * PARTS[i][1] + inner, column)
+    return column
+
+
+@triton.jit
 def skinny_linear_kernel(
     x_ptr, weight_ptr, norm_weight_ptr, gate_ptr, residual_ptr, conv_state_ptr, conv_weight_ptr, conv_bias_ptr, out_ptr,
     norm_eps, norm_offset, M, tiles, programs, conv_offset, D,
     stride_wm, stride_sd, stride_ss, stride_cd, stride_cw,
     N: tl.constexpr, V: tl.constexpr, S: tl.constexpr, W: tl.constexpr, SILU: tl.constexpr, SWIGLU: tl.constexpr,
     R: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr, LOOP: tl.constexpr, OVERLAP: tl.constexpr,
+    PARTS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
         gdc_launch_dependents()
@@ -146,7 +160,8 @@ def skinny_linear_kernel(
     for tile in range(first, tiles, programs):
         row = tile * R + tl.arange(0, R)  # [R]
         live = row < M
-        channel = (row - conv_offset).to(tl.int64)  # [R]
+        place = row if PARTS is None else _regrouped(row, PARTS, HEADS)  # [R], column of the result
+        channel = (place - conv_offset).to(tl.int64)  # [R]
         convolved = live & (channel >= 0) & (channel < D)
         if residual_ptr is not None:
             residual = tl.load(residual_ptr + row, mask=live, other=0.0).to(tl.float32)  # [R]
@@ -186,7 +201,7 @@ def skinny_linear_kernel(
             newest = conv_state_ptr + channel * stride_sd + (S - 1) * stride_ss  # [R]
             tl.store(newest, y.to(conv_state_ptr.dtype.element_ty), mask=convolved)
             y = tl.where(convolved, acc, y)
-        tl.store(out_ptr + row, y.to(out_ptr.dtype.element_ty), mask=live)
+        tl.store(out_ptr + place, y.to(out_ptr.dtype.element_ty), mask=live & (place >= 0))
 
 
 @functools.cache
@@ -196,16 +211,20 @@ def _multiprocessors(device: torch.device) -> int:
 
 def launch_with(
     chosen: Config, x, weight, norm_weight=None, norm_eps=0.0, norm_offset=0.0, gate=None, swiglu=False, residual=None,
-    conv=None, overlap=False,
+    conv=None, parts=None, heads=1, overlap=False,
 ) -> torch.Tensor:  # fmt: skip
-    """fused_linear or in_proj_conv of one row; `conv` is (conv_state, conv_weight, conv_bias, conv_offset, activation)."""
+    """fused_linear or in_proj_conv of one row.
+
+    `conv` is (conv_state, conv_weight, conv_bias, conv_offset, activation), `parts` as `_regrouped` takes it.
+    """
     R, BN, num_warps, per_sm = chosen
     N = weight.shape[1]
     M = weight.shape[0] // (2 if swiglu else 1)
     tiles = -(-M // R)
     programs = min(tiles, per_sm * _multiprocessors(x.device)) if per_sm else tiles
     state, taps, bias, conv_offset, activation = (None, None, None, 0, "none") if conv is None else conv
-    out = torch.empty((*x.shape[:-1], M), dtype=weight.dtype if conv is None else torch.float32, device=x.device)
+    columns = M if parts is None else heads * sum(width for _, width, *_ in parts)
+    out = torch.empty((*x.shape[:-1], columns), dtype=weight.dtype if conv is None else torch.float32, device=x.device)
     options = overlap_options(x, norm_weight, bias) if overlap else {}
     kernel_of(skinny_linear_kernel)[(programs,)](
         x, weight, None if norm_weight is None else norm_weight.contiguous(), gate, residual, state, taps,
@@ -214,6 +233,7 @@ def launch_with(
         weight.stride(0), *((0, 0, 0, 0) if conv is None else (*state.stride()[1:], taps.stride(0), taps.stride(2))),
         N=N, V=1 if gate is None else norm_weight.shape[0], S=1 if state is None else state.shape[2],
         W=1 if taps is None else taps.shape[2], SILU=activation == "silu", SWIGLU=swiglu,
-        R=R, BN=BN, EVEN=M % R == 0, LOOP=programs < tiles, OVERLAP=bool(options), num_warps=num_warps, **options,
+        R=R, BN=BN, EVEN=M % R == 0, LOOP=programs < tiles, OVERLAP=bool(options),
+        PARTS=parts, HEADS=heads, num_warps=num_warps, **options,
     )  # fmt: skip
     return out

@@ -28,6 +28,7 @@ def normalize(gm: GraphModule) -> None:
             _square(gm, node)
             _commute(node)
             _full_slice(gm, node)
+            _rejoined(gm, node)
     written = {s: n for n in gm.graph.nodes for s in writes(n)}
     for node in list(gm.graph.nodes):
         if op_name(node) in _BUFFERS:
@@ -123,6 +124,24 @@ def _full_slice(gm: GraphModule, node: Node) -> None:
     if all(i is Ellipsis or i == slice(None) for i in index):
         node.replace_all_uses_with(node.args[0])
         gm.graph.erase_node(node)
+
+
+def _rejoined(gm: GraphModule, node: Node) -> None:
+    """Neighbouring columns of one row, put together again, are columns of it."""
+    if node._erased or op_name(node) != "cat" or node.kwargs or len(node.args) < 2:
+        return
+    pieces, axis = node.args
+    if axis not in (-1, value(node).ndim - 1) or not all(
+        op_name(p) == "narrow" and len(p.args) == 4 and not p.kwargs for p in pieces
+    ):
+        return
+    row, _, start, _ = pieces[0].args
+    end = start
+    for piece in pieces:
+        if piece.args[0] is not row or piece.args[1] != -1 or piece.args[2] != end:
+            return
+        end += piece.args[3]
+    _become(gm, node, "narrow", (row, -1, start, end - start), method=True)
 
 
 def _buffer_to_stack(gm: GraphModule, buffer: Node, written: dict[int, Node]) -> None:

@@ -179,6 +179,16 @@ def remove_dead(graph: Graph) -> None:
                 graph.erase_node(node)
 
 
+def is_cast(node: Node) -> bool:
+    """Whether a node has its first argument's elements in another dtype."""
+    return op_name(node) in _CASTS
+
+
+def rearranges(node: Node) -> bool:
+    """Whether a call's elements are its arguments' and nothing else: views, parts, and tensors beside each other."""
+    return node.op in ("call_function", "call_method") and op_name(node) in _VIEWS | _PARTS | {"cat"}
+
+
 def computes(node: Node) -> bool:
     """Whether a call needs a kernel: it is no view and makes elements in memory that none of its inputs has, or writes to theirs.
 

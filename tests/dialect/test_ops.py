@@ -35,7 +35,7 @@ batches = st.integers(1, 3)
 def double(x):
     if isinstance(x, torch.Tensor):
         return x.double() if x.is_floating_point() else x
-    return [t.double() for t in x] if isinstance(x, list) else x
+    return [double(t) for t in x] if isinstance(x, list) else x
 
 
 def close(found, wanted, tolerance=1e-12):
@@ -202,12 +202,12 @@ def test_prompt_conv_is_conv1d_with_its_context(B, T, W, S, biased):
 
 
 @quick
-@given(batches, st.integers(1, 3), heads, dims, st.sampled_from([None, 1e-6]))
-def test_fused_gating_is_gating_then_the_rule(B, T, heads, dims, eps):
+@given(batches, st.integers(1, 3), heads, dims, st.sampled_from([None, 1e-6]), st.sampled_from([1.0, 2.0]))
+def test_fused_gating_is_gating_then_the_rule(B, T, heads, dims, eps, factor):
     q, k, v, a, b, A_log, dt_bias, state = rule_inputs(B, T, *heads, *dims)
     g = gating.reference(a, A_log, dt_bias)
-    wanted, new = delta_rule.reference(q, k, v, g, b.sigmoid(), state, 0.3, eps)
-    found = fused_gating_delta_rule.reference(q, k, v, a, b, A_log, dt_bias, state, 0.3, eps)
+    wanted, new = delta_rule.reference(q, k, v, g, factor * b.sigmoid(), state, 0.3, eps)
+    found = fused_gating_delta_rule.reference(q, k, v, a, b, A_log, dt_bias, state, 0.3, eps, factor)
     close(found, wanted)
     close(state, new)
 
@@ -217,26 +217,34 @@ def test_fused_gating_is_gating_then_the_rule(B, T, heads, dims, eps):
 def test_packed_decode_is_the_rule_on_its_parts(B, heads, dims):
     q, k, v, a, b, A_log, dt_bias, state = rule_inputs(B, 1, *heads, *dims)
     row, other = torch.cat([x.flatten(2) for x in (q, k, v)], -1), state.clone()
-    found = packed_decode.reference(row, a, b, A_log, dt_bias, state, 0.3, 1e-6)
-    wanted = fused_gating_delta_rule.reference(q, k, v, a, b, A_log, dt_bias, other, 0.3, 1e-6)
+    found = packed_decode.reference(row, a, b, A_log, dt_bias, state, 0.3, 1e-6, 1.5)
+    wanted = fused_gating_delta_rule.reference(q, k, v, a, b, A_log, dt_bias, other, 0.3, 1e-6, 1.5)
     close(found, wanted)
     close(state, other)
 
 
 @quick
-@given(batches, heads, dims, st.booleans(), st.permutations("qzba"))
+@given(batches, heads, dims, st.booleans(), st.permutations("qkvzba,"))
 def test_mixer_decode_is_its_parts_in_any_order_of_the_row(B, heads, dims, bias, order):
+    """With a comma the parts before it stand head by head, and then those behind it."""
     H, HV, K, V = *heads, *dims
-    args = [double(a) for a in mixer_decode.example_call(B, H, HV, K, V, bias=bias, order="".join(order))[0]]
-    row, conv_state, w, conv_bias, A_log, dt_bias, state, norm, q0, z0, b0, a0, act, scale, eps, norm_eps = args
-    D = 2 * H * K + HV * V
+    args = [double(a) for a in mixer_decode.example_call(B, H, HV, K, V, bias=bias, order="".join(order), beta_scale=2.0)[0]]
+    row, conv_state, w, conv_bias, A_log, dt_bias, state, norm, *_, act, scale, eps, norm_eps, factor = args
+    widths = {"q": K, "k": K, "v": HV // H * V, "z": HV // H * V, "b": HV // H, "a": HV // H}
+    found_in, column = {part: [] for part in widths}, 0
+    for group in "".join(order).split(","):
+        for _ in range(H):
+            for part in group:
+                found_in[part].append(row[:, :, column : column + widths[part]])
+                column += widths[part]
+    parts = {part: torch.cat(pieces, -1) for part, pieces in found_in.items()}
     conv_was, state_was = conv_state.clone(), state.clone()
     found = mixer_decode.reference(*args)
-    qkv = causal_conv_update.reference(row[:, :, q0 : q0 + D].transpose(1, 2), conv_was, w, conv_bias, act)
-    a, b = row[:, :, a0 : a0 + HV], row[:, :, b0 : b0 + HV]
-    o = packed_decode.reference(qkv.transpose(1, 2), a, b, A_log, dt_bias, state_was, scale, eps)
-    z = row[:, :, z0 : z0 + HV * V].unflatten(-1, (HV, V))
-    close(found, gated_rms_norm.reference(o, z, norm, norm_eps).flatten(2))
+    qkv = torch.cat([parts[part] for part in "qkv"], -1).transpose(1, 2)
+    qkv = causal_conv_update.reference(qkv, conv_was, w, conv_bias, act)
+    gates = (parts["a"], parts["b"], A_log, dt_bias)
+    o = packed_decode.reference(qkv.transpose(1, 2), *gates, state_was, scale, eps, factor)
+    close(found, gated_rms_norm.reference(o, parts["z"].unflatten(-1, (HV, V)), norm, norm_eps).flatten(2))
     close(conv_state, conv_was)
     close(state, state_was)
 

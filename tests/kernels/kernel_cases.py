@@ -80,30 +80,59 @@ def row_slice(x):
     return strided(x.transpose(1, 2), pad=9).transpose(1, 2)
 
 
-def rule(B, T, H, HV, K, V, dtype=F32, state_dtype=F32, eps=1e-6, gate_scale=1.0, wrap=lambda x: x, wrap_state=lambda s: s):
+def rule(
+    B,
+    T,
+    H,
+    HV,
+    K,
+    V,
+    dtype=F32,
+    state_dtype=F32,
+    eps=1e-6,
+    gate_scale=1.0,
+    beta_scale=1.0,
+    wrap=lambda x: x,
+    wrap_state=lambda s: s,
+):
     def make():
         q, k, v, a, b, A_log, dt_bias, s = delta_rule.example_tensors(B, T, H, HV, K, V, dtype, state_dtype)
         q, k = (q, k) if eps is not None else (q / K**0.5, k / K**0.5)
         q, k, v, a, b = (wrap(x) for x in (q, k, v, a * gate_scale, b * gate_scale))
-        return (q, k, v, a, b, A_log, dt_bias, wrap_state(s)), {"scale": K**-0.5, "l2norm_eps": eps}
+        options = {"scale": K**-0.5, "l2norm_eps": eps, "beta_scale": beta_scale}
+        return (q, k, v, a, b, A_log, dt_bias, wrap_state(s)), options
 
     return make
 
 
-def chunked(B, T, H, HV, K, V, dtype=F32, eps=1e-6, state=True, every=0, lengths=None, gated=False, wrap=lambda x: x, hard=1.0):
-    """A call of chunk_delta_rule, or of the one with its gates inside; `hard` scales the gates before their nonlinearities."""
+def chunked(
+    B, T, H, HV, K, V, dtype=F32, eps=1e-6, state=True, every=0, lengths=None, gated=False, wrap=lambda x: x, hard=1.0,
+    beta_scale=1.0, alike=False,
+):  # fmt: skip
+    """A call of chunk_delta_rule, or of the one with its gates inside; `hard` scales the gates before their nonlinearities; with
+    keys `alike` and gates that keep the state, every step turns it about the same axis."""
 
     def make():
         q, k, v, a, b, A_log, dt_bias, s = delta_rule.example_tensors(B, T, H, HV, K, V, dtype)
         q, k = (q, k) if eps is not None else (q / K**0.5, k / K**0.5)
+        if alike:
+            k, a = k[:, :1] + k / 64, a - 20
         q, k, v, a, b = (wrap(x) for x in (q, k, v, a * hard, b * hard))
-        gates = (a, b, A_log, dt_bias) if gated else (-F.softplus(a.float()), b.float().sigmoid().to(dtype))
+        gates = (a, b, A_log, dt_bias) if gated else (-F.softplus(a.float()), (beta_scale * b.float().sigmoid()).to(dtype))
         bounds = None if lengths is None else torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         s = s if lengths is None else torch.randn(len(lengths), HV, K, V)
         options = {"scale": K**-0.5, "l2norm_eps": eps, "cu_seqlens": bounds, "checkpoint_every": every}
+        options["beta_scale" if gated else "beta_max"] = beta_scale
         return (q, k, v, *gates, s if state else None), options
 
     return make
+
+
+def beta_to_2(K, dtype, **options):
+    return chunked(1, 130, 1, 2, K, 24, dtype, gated=True, beta_scale=2.0, **options)
+
+
+BETAS = ((F32, 24), (BF16, 16), (BF16, 96))
 
 
 def packed(B, H, HV, K, V, dtype=F32, state_dtype=F32, wrap=lambda x: x):
@@ -120,6 +149,13 @@ def norm(shape, o_dtype, z_dtype, wrap=lambda x: x):
         return (wrap(torch.randn(shape).to(o_dtype)), wrap(torch.randn(shape).to(z_dtype)), torch.randn(V).to(z_dtype), 1e-6), {}
 
     return make
+
+
+def head_by_head(H, HV, K, V):
+    """Offset, stride and width of q, k, v, z, b, a that stand in a row head by head, with some columns of nothing before them."""
+    offsets, strides, _ = mixer_decode.layout("qkvz,ba", H, HV, K, V)
+    widths = (K, K, HV // H * V, HV // H * V, HV // H, HV // H)
+    return [n for offset, *rest in zip(offsets, strides, widths, strict=True) for n in (offset + 3, *rest)]
 
 
 def mixer(*sizes, wrap_state=lambda s: s, **options):
@@ -204,6 +240,10 @@ CASES = [
     Case("chunk_delta_rule", "odd-head-dims", chunked(1, 66, 1, 3, 24, 40, BF16)),
     Case("fused_gating_chunk_delta_rule", "fp32", chunked(2, 70, 1, 2, 16, 16, gated=True)),
     Case("fused_gating_chunk_delta_rule", "bf16", chunked(1, 130, 2, 4, 16, 16, BF16, gated=True)),
+    *(Case("fused_gating_chunk_delta_rule", f"soft-beta-to-2-{name(d)}-{K}", beta_to_2(K, d)) for d, K in BETAS),
+    *(Case("fused_gating_chunk_delta_rule", f"hard-beta-to-2-{name(d)}-{K}", beta_to_2(K, d, hard=30.0)) for d, K in BETAS),
+    *(Case("fused_gating_chunk_delta_rule", f"like-keys-{name(d)}-{K}", beta_to_2(K, d, hard=3.0, alike=True)) for d, K in BETAS),
+    Case("chunk_delta_rule", "beta-to-2", chunked(1, 130, 1, 2, 16, 16, BF16, beta_scale=2.0)),
     Case("fused_gating_chunk_delta_rule", "hard-gates", chunked(1, 70, 1, 4, 16, 16, gated=True, hard=30.0)),
     *(Case("fused_gating_delta_rule", f"{name(d)}-T{T}", rule(2, T, 2, 4, 16, 16, d)) for d in (F32, BF16, F16) for T in (1, 3)),
     Case("fused_gating_delta_rule", "odd-head-dims", rule(3, 2, 1, 3, 24, 40)),
@@ -211,6 +251,7 @@ CASES = [
     Case("fused_gating_delta_rule", "bf16-state", rule(2, 2, 2, 6, 24, 24, BF16, BF16)),
     Case("fused_gating_delta_rule", "fp16-state", rule(1, 1, 1, 2, 16, 64, F16, F16)),
     Case("fused_gating_delta_rule", "extreme-gates", rule(2, 3, 1, 8, 16, 16, gate_scale=40.0)),
+    Case("fused_gating_delta_rule", "beta-to-2", rule(2, 3, 1, 8, 16, 16, gate_scale=4.0, beta_scale=2.0)),
     Case("fused_gating_delta_rule", "many-heads", rule(2, 2, 11, 33, 16, 40)),
     Case("fused_gating_delta_rule", "strided", rule(2, 3, 2, 4, 16, 24, BF16, wrap=lambda x: strided(x, 2))),
     Case("fused_gating_delta_rule", "strided-state", rule(2, 2, 2, 4, 24, 16, wrap_state=strided)),
@@ -227,8 +268,11 @@ CASES = [
     Case("gated_rms_norm", "strided", norm((3, 7, 40), F32, F16, wrap=lambda x: strided(x, 2))),
     Case("gated_rms_norm", "row-slice", norm((3, 1, 4, 24), F32, BF16, wrap=gate_of_row)),
     Case("mixer_decode", "fp32", mixer(2, 2, 4, 8, 16)),
-    Case("mixer_decode", "parts-reordered", mixer(1, 1, 3, 16, 8, bias=True, order="azqb")),
-    Case("mixer_decode", "bf16", mixer(3, 2, 4, 24, 40, dtype=BF16, order="baqz")),
+    Case("mixer_decode", "parts-reordered", mixer(1, 1, 3, 16, 8, bias=True, order="azqkvb")),
+    Case("mixer_decode", "head-by-head", mixer(2, 2, 4, 24, 16, order="qkvz,ba")),
+    Case("mixer_decode", "head-by-head-bf16", mixer(3, 3, 3, 16, 40, dtype=BF16, order="bvqa,zk", bias=True)),
+    Case("mixer_decode", "published-96-192", mixer(2, 3, 3, 96, 192, dtype=BF16, order="qkvbaz", beta_scale=2.0)),
+    Case("mixer_decode", "bf16", mixer(3, 2, 4, 24, 40, dtype=BF16, order="baqkvz")),
     Case("mixer_decode", "fp16", mixer(2, 2, 2, 40, 24, dtype=F16, bias=True)),
     Case("mixer_decode", "bf16-state", mixer(2, 1, 2, 16, 16, dtype=BF16, state_dtype=BF16)),
     Case("mixer_decode", "strided-state", mixer(2, 1, 2, 24, 16, dtype=BF16, wrap_state=strided)),
@@ -266,6 +310,8 @@ CASES = [
     Case("in_proj_conv", "bf16-all", in_proj(64, 128, 64, BF16, bias=True)),
     Case("in_proj_conv", "no-norm-windows", in_proj(33, 24, 20, norm=False, S=5, W=3, offset=13)),
     Case("in_proj_conv", "short-window", in_proj(33, 24, 20, F16, S=3, W=4, state_dtype=F32)),
+    Case("in_proj_conv", "head-by-head", in_proj(97, 24, 52, parts=head_by_head(2, 4, 5, 8), heads=2)),
+    Case("in_proj_conv", "head-by-head-bf16", in_proj(200, 100, 88, BF16, parts=head_by_head(4, 4, 8, 6), heads=4, bias=True)),
     Case("in_proj_conv", "strided-state", in_proj(33, 24, 20, wrap_state=v_major)),
 ]  # fmt: skip
 

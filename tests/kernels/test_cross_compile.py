@@ -4,6 +4,7 @@ import re
 import subprocess
 from dataclasses import replace
 from functools import cache
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
+from gdnfuse.dialect.mixer_decode import layout, part_sizes
 from gdnfuse.kernels import chunk_scan_hopper, implementations
 from gdnfuse.kernels.linear_configs import few_rows_config, split
 
@@ -45,6 +47,8 @@ def calls(B, HV, K=128, V=128, state_dtype=torch.float32):
     q, k, v = many[..., : H * K], many[..., H * K : 2 * H * K], many[..., 2 * H * K : D]
     many_heads = (q.unflatten(-1, (H, K)), k.unflatten(-1, (H, K)), v.unflatten(-1, (HV, V)))
     many_gates = (many[..., D + F + HV :], many[..., D + F : D + F + HV])
+    (*side_by_side, _), (*head_by_head, _) = (layout(order, H, HV, K, V) for order in ("qkvzba", "qkvz,ba"))
+    _, widths = part_sizes(D, state)
     heads = (of(B, 7, H, K), of(B, 7, H, K), of(B, 7, HV, V), of(B, 7, HV), of(B, 7, HV))
     return {
         "attention_decode": (
@@ -65,7 +69,17 @@ def calls(B, HV, K=128, V=128, state_dtype=torch.float32):
             1 / 16,
         ),
         "causal_conv": (many[..., :D].mT, of(D, W), None, "silu"),
-        "chunk_delta_rule": (*many_heads, of(B, 1000, HV, dtype=torch.float32), many_gates[1], state, K**-0.5, 1e-6),
+        "chunk_delta_rule": (
+            *many_heads,
+            of(B, 1000, HV, dtype=torch.float32),
+            many_gates[1],
+            state,
+            K**-0.5,
+            1e-6,
+            None,
+            0,
+            1.0,
+        ),
         "fused_gating_chunk_delta_rule": (*many_heads, *many_gates, *gates, state, K**-0.5, 1e-6),
         "causal_conv_update": (row.narrow(-1, 0, D).transpose(1, 2), *conv, "silu"),
         "fused_gating_delta_rule": (*heads, *gates, state, K**-0.5, 1e-6),
@@ -84,7 +98,22 @@ def calls(B, HV, K=128, V=128, state_dtype=torch.float32):
             0,
             "silu",
         ),
-        "mixer_decode": (row, *conv, *gates, state, of(V), 0, D, D + F, D + F + HV, "silu", K**-0.5, 1e-6, 1e-6),
+        "in_proj_conv head by head": (
+            of(1, 1, 2560),
+            [of(D + F + 2 * HV, 2560)],
+            of(2560),
+            1e-6,
+            1.0,
+            of(1, D, W),
+            of(D, 1, W),
+            None,
+            0,
+            "silu",
+            [*chain.from_iterable(zip(*head_by_head, widths, strict=True))],
+            H,
+        ),
+        "mixer_decode": (row, *conv, *gates, state, of(V), *side_by_side, "silu", K**-0.5, 1e-6, 1e-6),
+        "mixer_decode head by head": (row, *conv, *gates, state, of(V), *head_by_head, "silu", K**-0.5, 1e-6, 1e-6, 2.0),
         "fused_linear of rows": (of(rows, 1, 2560), [of(12352, 2560)]),
         "fused_linear of rows and swiglu": (of(rows, 1, 2560), [of(18432, 2560)], None, 0.0, 0.0, None, True),
         "split_linear": (of(rows, 1, F), [of(2560, F)], split(2560, F, rows)),
@@ -123,7 +152,7 @@ def resources(cubin, tmp_path):
 @pytest.mark.parametrize(("model", "op"), PAIRS, ids=["-".join(p) for p in PAIRS])
 def test_compiles(model, op, target, tmp_path, record_property):
     kernels = compiled(model, op, target)
-    assert len(kernels) == LAUNCHES.get(op, 2 if "chunk" in op else 1)
+    assert len(kernels) == LAUNCHES.get(op.split()[0], 2 if "chunk" in op else 1)
     few_rows = [kernel.metadata.name == "few_rows_linear_kernel" for kernel in kernels]
     assert any(few_rows) == (op == "split_linear" or op.startswith("fused_linear of rows"))
     for kernel in kernels:
@@ -270,10 +299,12 @@ def test_the_norm_of_a_sum_reads_its_weight_early_and_does_not_spill(n, parts, d
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("op", ["causal_conv_update", "fused_gating_delta_rule", "packed_decode", "mixer_decode"])
+@pytest.mark.parametrize(
+    "op", ["causal_conv_update", "fused_gating_delta_rule", "packed_decode", "mixer_decode", "mixer_decode head by head"]
+)
 def test_states_are_read_before_the_wait_and_written_behind(op, model):
     """A window of four columns of bfloat16 is eight bytes, read at once; a thread's part of a state in float32 sixteen."""
-    for kernel in on_hopper(op, *calls(*MODELS[model])[op]):
+    for kernel in on_hopper(op.split()[0], *calls(*MODELS[model])[op]):
         width = "v2" if "conv" in kernel.metadata.name else "v4"
         assert re.search(rf"ld\.global\S*\.{width}\.b32", before_the_wait(kernel)), kernel.metadata.name
 

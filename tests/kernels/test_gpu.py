@@ -122,14 +122,15 @@ def test_compiled_dynamic(name):
         kernel_cases.check(case, call, "cuda", poison=nullcontext)
 
 
+@pytest.mark.parametrize("rate", [1.0, 2.0])
 @pytest.mark.parametrize("every", [64, 4096])
-def test_equal_keys_and_full_rates_do_not_blow_up(every):
-    """The hardest system to invert: all keys of a run equal, β = 1, no decay; powers of it, as doubling takes, overflow."""
+def test_equal_keys_and_full_rates_do_not_blow_up(every, rate):
+    """The hardest system to invert: all keys of a run equal, β full, no decay; powers of it, as doubling takes, overflow."""
     T = 4096
     key = torch.randn(T // every, 1, K).expand(-1, every, -1).reshape(1, T, 1, K).bfloat16().cuda()
     q, v = torch.randn(1, T, 1, K).bfloat16().cuda(), torch.randn(1, T, 2, V).bfloat16().cuda()
-    g, beta = torch.zeros(1, T, 2).cuda(), torch.ones(1, T, 2).bfloat16().cuda()
-    args = (q, key, v, g, beta, None, K**-0.5, 1e-6)
+    g, beta = torch.zeros(1, T, 2).cuda(), torch.full((1, T, 2), rate).bfloat16().cuda()
+    args = (q, key, v, g, beta, None, K**-0.5, 1e-6, None, 0, rate)
     want = dialect.OPS["chunk_delta_rule"].reference(*(x.double() if isinstance(x, torch.Tensor) else x for x in args))
     for mine, theirs in zip(implementations()["chunk_delta_rule"].op(*args)[:2], want, strict=False):
         assert (mine.double() - theirs).norm() / theirs.norm() < 2e-2
@@ -139,7 +140,7 @@ def test_chunked_states_do_not_drift_over_32k_tokens():
     """Beside eager's float32 rule, whose keys and values are as rounded as ours: the error at the end is that after 2k tokens."""
     args, _ = kernel_cases.chunked(1, 32768, 2, 4, K, V, BF16)()
     args = [x.cuda() if isinstance(x, torch.Tensor) else x for x in args]
-    options = {"scale": K**-0.5, "l2norm_eps": 1e-6, "checkpoint_every": 32}
+    options = {"scale": K**-0.5, "l2norm_eps": 1e-6, "checkpoint_every": 32, "beta_max": 1.0}
     _, last, states = implementations()["chunk_delta_rule"].op(*args, **options)
     exact = [x.double() if isinstance(x, torch.Tensor) else x for x in args]
     *_, kept = dialect.OPS["chunk_delta_rule"].reference(*exact, **options)

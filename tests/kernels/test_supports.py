@@ -26,11 +26,14 @@ BF16, F64 = torch.bfloat16, torch.float64
 SEVERAL_ROWS = "Several rows take SwiGLU behind their linear and nothing else"
 STEPS = "The columns of a weight for several rows must be a multiple of"
 PARTS = "Parts of a linear need at least two rows and two parts"
+WIDE_K = "K above 128 must be 256, q, k and v bfloat16 and β at most 1; got K = 256"
 REFUSED = [
     ("causal_conv", kernel_cases.prompt_conv(1, 4, 4, 4, F64), "x must be float32, bfloat16 or float16, got float64."),
     ("causal_conv", kernel_cases.prompt_conv(1, 4, 4, 4, act="gelu"), "activation must be one of silu, none, got gelu."),
     ("chunk_delta_rule", kernel_cases.chunked(1, 3, 1, 1, 257, 8), "K must be at most 256, got 257."),
-    ("chunk_delta_rule", kernel_cases.chunked(1, 3, 1, 1, 256, 8), "K above 128 must be 256, and q, k and v bfloat16;"),
+    ("chunk_delta_rule", kernel_cases.chunked(1, 3, 1, 1, 256, 8), WIDE_K),
+    ("chunk_delta_rule", kernel_cases.chunked(1, 3, 1, 1, 256, 8, BF16, beta_scale=2.0), WIDE_K),
+    ("fused_gating_chunk_delta_rule", kernel_cases.chunked(1, 3, 1, 1, 256, 8, BF16, gated=True, beta_scale=2.0), WIDE_K),
     ("chunk_delta_rule", kernel_cases.chunked(1, 3, 2, 3, 8, 8), "HV must be a multiple of H, got HV = 3 and H = 2."),
     (
         "fused_gating_chunk_delta_rule",

@@ -655,17 +655,19 @@ def test_add_rms_norm_has_no_anchor(f):
     silent(add_rms_norm, f, *sum_inputs(2))
 
 
-def mixer(*, dtype=torch.float32, batch=1, order="qzba", bias=False, before=lambda x: x, first=F.linear, last=F.linear):
+def mixer(
+    *, dtype=torch.float32, batch=1, order="qkvzba", heads=(1, 2), bias=False, before=lambda x: x, first=F.linear, last=F.linear
+):
     """A mixer between two linears, and its arguments; `before`, `first` and `last` stand for what is around it."""
-    H, HV, K, V = 1, 2, 4, 3
-    args, _ = mixer_op.example_call(batch, H, HV, K, V, dtype, bias=bias, order=order)
+    K, V = 4, 3
+    args, _ = mixer_op.example_call(batch, *heads, K, V, dtype, bias=bias, order=order)
     row, tensors, constants = args[0], args[1:8], args[8:]
 
     def f(x, w_in, w_out, *tensors):
         y = torch.ops.gdnfuse.mixer_decode.default(first(before(x), w_in), *tensors, *constants)
         return last(y, w_out)
 
-    weights = of(row.shape[-1], N, dtype=dtype) / N**0.5, of(N, HV * V, dtype=dtype)
+    weights = of(row.shape[-1], N, dtype=dtype) / N**0.5, of(N, heads[1] * V, dtype=dtype)
     return f, of(batch, 1, N, dtype=dtype), *weights, *tensors
 
 
@@ -673,15 +675,15 @@ W = torch.linspace(-1, 1, N)
 
 
 @DTYPES
-@pytest.mark.parametrize("order", ["qzba", "azqb", "zabq"])
+@pytest.mark.parametrize(("order", "grouped"), [("qkvzba", False), ("azqkvb", False), ("vkzqab", True), ("qkvz,ba", True)])
 @pytest.mark.parametrize("bias", [False, True])
-def test_mixer_linears(bias, order, dtype):
-    graph = fires(mixer_linears, *mixer(dtype=dtype, order=order, bias=bias))
+def test_mixer_linears(bias, order, grouped, dtype):
+    graph = fires(mixer_linears, *mixer(dtype=dtype, order=order, heads=(2, 6), bias=bias))
     assert [op for op in graph.ops() if op != "narrow"] == [
         "gdnfuse.in_proj_conv", "gdnfuse.packed_decode", "reshape", "gdnfuse.fused_linear"
     ]  # fmt: skip
     row, out = call_in(graph, "in_proj_conv"), call_in(graph)
-    assert row["norm_weight"] is None and (row["conv_bias"] is not None) == bias
+    assert row["norm_weight"] is None and (row["conv_bias"] is not None) == bias and (row["parts"] is not None) == grouped
     assert out["gate"] is not None and out["norm_eps"] == EPS and out["residual"] is None
 
 

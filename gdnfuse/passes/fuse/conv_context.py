@@ -22,16 +22,17 @@ class FuseConvContext(Rule):
     def anchors(self, graph):
         """Convs of two tensors side by side."""
         for node in graph.nodes:
-            if op_name(node) == "gdnfuse.causal_conv" and op_name(peel(node.args[0])) == "cat":
-                yield node
+            if op_name(node) == "gdnfuse.causal_conv" and op_name(window := peel(node.args[0])) == "cat":
+                if len(window.args[0]) == 2:
+                    yield node
 
     def match(self, anchor):
         conv = causal_conv.op.bind(anchor.args, anchor.kwargs)
         window = peel(conv["x"])
         if conv["cu_seqlens"] is not None:
             raise Refused("The conv must be of one sequence per row, found bounds of packed ones.", at=anchor)
-        if len(window.args[0]) != 2 or conv["context"] is not None:
-            raise Mismatch(window, "a cat of the conv state and the new tokens", f"a cat of {len(window.args[0])}")
+        if conv["context"] is not None:
+            raise Mismatch(anchor, "a conv without a context of its own", "one with it")
         state, x = window.args[0]
         cut = [u for u in anchor.users if op_name(u) == "getitem"]
         if len(cut) != 1 or len(anchor.users) != 1 or not same_shape(value(cut[0]).shape, value(x).shape):

@@ -1,4 +1,4 @@
-"""chunk_delta_rule(q, k, v, gating(a, …), sigmoid(b), state)  →  fused_gating_chunk_delta_rule(q, k, v, a, b, …, state)"""
+"""chunk_delta_rule(q, k, v, gating(a, …), [c·]sigmoid(b), state)  →  fused_gating_chunk_delta_rule(q, k, v, a, b, …, state)"""
 
 from __future__ import annotations
 

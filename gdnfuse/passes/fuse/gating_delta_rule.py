@@ -1,4 +1,4 @@
-"""delta_rule(q, k, v, gating(a, …), sigmoid(b), state), state.copy_(new)  →  fused_gating_delta_rule(…, state!)"""
+"""delta_rule(q, k, v, gating(a, …), [c·]sigmoid(b), state), state.copy_(new)  →  fused_gating_delta_rule(…, state!)"""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from gdnfuse.passes.fuse.rules import two_sequences
 from gdnfuse.report import Refused
 from gdnfuse.rewrite.driver import call
 from gdnfuse.rewrite.graph import op_name, peel, real_users, value
-from gdnfuse.rewrite.pattern import Mismatch, Op, Var
+from gdnfuse.rewrite.pattern import Alt, Const, Mismatch, Op, Var
 from gdnfuse.rewrite.rule import Match, Rule, bring
+
+SIGMOID = Op("sigmoid", Var("b"))
+BETA = Alt(SIGMOID, Op("mul", SIGMOID, Const("scale")))
 
 
 class FuseGatingDeltaRule(Rule):
@@ -28,28 +31,27 @@ class FuseGatingDeltaRule(Rule):
             inputs,
             [o],
             writes={"recurrent_state": write},
-            data={"how": operands, "scale": bound["scale"], "eps": bound["l2norm_eps"]},
+            data={"how": operands, "settings": [bound["scale"], bound["l2norm_eps"], gates["beta_scale"]]},
             shapes=two_sequences(inputs, "q", "k", "v", "a", "b", "recurrent_state"),
         )
 
     def rewrite(self, m, t):
         how = m.data["how"]
         a, b = how["a"].how(t.a), how["b"].how(t.b)
-        scale, eps = m.data["scale"], m.data["eps"]
-        arguments = (t.q, t.k, t.v, a, b, t.A_log, t.dt_bias, t.recurrent_state, scale, eps)
-        return call(fused_gating_delta_rule.op.overload, *arguments)
+        arguments = (t.q, t.k, t.v, a, b, t.A_log, t.dt_bias, t.recurrent_state)
+        return call(fused_gating_delta_rule.op.overload, *arguments, *m.data["settings"])
 
 
 def gate_operands(bound):
-    """a, b, A_log and dt_bias of a rule whose decay and β are gates: what a fused gating takes in their place."""
+    """a, b, A_log, dt_bias and beta_scale of a rule whose decay and β are gates: what a fused gating takes in their place."""
     g = peel(bound["g"])
     if op_name(g) != "gdnfuse.gating":
         raise Mismatch(g, "gating(a, A_log, dt_bias)", op_name(g))
     gates = gating.op.bind(g.args, g.kwargs)
-    b = Op("sigmoid", Var("b")).match(bound["beta"])["b"]
+    beta = BETA.match(bound["beta"])
     shape = value(bound["g"]).shape
-    operands = {"a": bring(gates["a"], shape, "a"), "b": bring(b, shape, "b")}
-    return {**operands, "A_log": gates["A_log"], "dt_bias": gates["dt_bias"]}
+    operands = {"a": bring(gates["a"], shape, "a"), "b": bring(beta["b"], shape, "b")}
+    return {**operands, "A_log": gates["A_log"], "dt_bias": gates["dt_bias"], "beta_scale": beta.get("scale", 1.0)}
 
 
 def _results(rule, state):

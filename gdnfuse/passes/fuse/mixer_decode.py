@@ -1,15 +1,19 @@
-"""packed_linear → causal_conv_update → packed_decode → gated_rms_norm  →  mixer_decode on the packed row"""
+"""causal_conv_update → packed_decode → gated_rms_norm on columns of one row, or of a few  →  mixer_decode"""
 
 from __future__ import annotations
 
+import torch
+from torch.fx import Node
+
 from gdnfuse.dialect import causal_conv_update, gated_rms_norm, mixer_decode, packed_decode
 from gdnfuse.passes.fuse.rules import two_sequences
+from gdnfuse.rewrite.columns import Columns
 from gdnfuse.rewrite.driver import call
 from gdnfuse.rewrite.graph import is_tensor, op_name, peel, real_users, same, source, value
 from gdnfuse.rewrite.pattern import Mismatch
 from gdnfuse.rewrite.rule import Match, Rule, bring
 
-TENSORS = ("row", "conv_state", "conv_weight", "conv_bias", "A_log", "dt_bias", "recurrent_state", "norm_weight")
+TENSORS = ("conv_state", "conv_weight", "conv_bias", "A_log", "dt_bias", "recurrent_state", "norm_weight")
 
 
 class FuseMixerDecode(Rule):
@@ -26,20 +30,15 @@ class FuseMixerDecode(Rule):
         conv = causal_conv_update.op.bind(conv_node.args, conv_node.kwargs)
         norm_node = _one_reader(anchor)
         norm = gated_rms_norm.op.bind(norm_node.args, norm_node.kwargs)
-        offsets, rows = {}, {}
-        for name, part in (("qkv", conv["x"]), ("z", norm["z"]), ("b", rule["b"]), ("a", rule["a"])):
-            rows[name], offsets[name] = _part(part, name)
-        row = rows["qkv"]
-        for name, other in rows.items():
-            if other is not row:
-                raise Mismatch(other, f"{name} as a part of the row {row}", str(other))
+        heads, widths = mixer_decode.part_sizes(value(conv["conv_state"]).shape[1], value(rule["recurrent_state"]))
+        B, columns = value(rule["recurrent_state"]).shape[0], Columns()
+        numbers = torch.cat([columns.of(node, B) for node in (conv["x"], norm["z"], rule["b"], rule["a"])])
+        numbers = dict(zip("qkvzba", numbers.split([heads * width for width in widths]), strict=True))
+        where = [_where(norm_node, name, numbers[name], heads) for name in numbers]
+        rows = columns.rows
         out = _end(norm_node)
-        B = value(rule["recurrent_state"]).shape[0]
-        weight = value(conv["weight"]).shape
-        operands = {
-            "row": bring(row, (B, 1, value(row).shape[-1]), "row"),
-            "conv_weight": bring(conv["weight"], weight, "conv_weight"),
-        }
+        operands = {f"row_{i}": bring(row, (B, 1, value(row).shape[-1]), "row") for i, row in enumerate(rows)}
+        operands["conv_weight"] = bring(conv["weight"], value(conv["weight"]).shape, "conv_weight")
         inputs = {
             **{k: x.node for k, x in operands.items()},
             "conv_state": conv["conv_state"],
@@ -53,12 +52,13 @@ class FuseMixerDecode(Rule):
         return Match(
             inputs,
             [out],
-            shapes=two_sequences(inputs, "row", "conv_state", "recurrent_state"),
+            shapes=two_sequences(inputs, *(k for k in inputs if k.startswith("row_")), "conv_state", "recurrent_state"),
             writes={"conv_state": conv_node, "recurrent_state": anchor},
             data={
                 "how": {k: x.how for k, x in operands.items()},
-                "offsets": [offsets[p] for p in ("qkv", "z", "b", "a")],
-                "settings": [conv["activation"], rule["scale"], rule["l2norm_eps"], norm["eps"]],
+                "rows": len(rows),
+                "where": [list(x) for x in zip(*where, strict=True)],
+                "settings": [conv["activation"], rule["scale"], rule["l2norm_eps"], norm["eps"], rule["beta_scale"]],
                 "shape": None if value(out).ndim == 3 and same(value(out).shape[1], 1) else tuple(value(out).shape),
                 "dtype": value(out).dtype,
             },
@@ -66,8 +66,10 @@ class FuseMixerDecode(Rule):
 
     def rewrite(self, m, t):
         how = m.data["how"]
-        tensors = [how[k](getattr(t, k)) if k in how else getattr(t, k, None) for k in TENSORS]
-        y = call(mixer_decode.op.overload, *tensors, *m.data["offsets"], *m.data["settings"])
+        given = lambda k: how[k](getattr(t, k)) if k in how else getattr(t, k, None)  # noqa: E731
+        rows = [given(f"row_{i}") for i in range(m.data["rows"])]
+        row = rows[0] if len(rows) == 1 else torch.cat(rows, -1)
+        y = call(mixer_decode.op.overload, row, *map(given, TENSORS), *m.data["where"], *m.data["settings"])
         if m.data["shape"] is not None:
             shape = m.data["shape"]
             y = y.reshape(-1, *shape[1:])
@@ -82,12 +84,14 @@ def _one_reader(rule):
     return readers[0]
 
 
-def _part(node, name):
-    """The packed row a part is cut from, and the column where it starts."""
-    piece = peel(node)
-    if op_name(piece) == "narrow" and op_name(peel(piece.args[0])) == "gdnfuse.packed_linear":
-        return piece.args[0], piece.args[2]
-    raise Mismatch(piece, f"{name} as a slice of a packed row", op_name(piece))
+def _where(node: Node, name: str, columns: torch.Tensor, heads: int) -> tuple[int, int]:
+    """Offset and stride of a part whose columns are those of one key head after the other."""
+    of_heads = columns.view(heads, -1)
+    offset, width = int(of_heads[0, 0]), of_heads.shape[1]
+    stride = int(of_heads[1, 0]) - offset if heads > 1 else width
+    if stride < width or not torch.equal(of_heads, offset + stride * torch.arange(heads)[:, None] + torch.arange(width)):
+        raise Mismatch(node, f"{width} columns of {name} for each of {heads} key heads, equally far apart", "others")
+    return offset, stride
 
 
 def _end(node):

@@ -15,7 +15,7 @@ from gdnfuse.rewrite.graph import op_name, peel, real_users, value
 from gdnfuse.rewrite.pattern import Mismatch
 from gdnfuse.rewrite.rule import Operand, Rule, bring
 
-RULE_ARGUMENTS = ("A_log", "dt_bias", "recurrent_state", "scale", "l2norm_eps")
+RULE_ARGUMENTS = ("A_log", "dt_bias", "recurrent_state", "scale", "l2norm_eps", "beta_scale")
 
 
 class FuseMixerLinears(Rule):
@@ -42,15 +42,15 @@ class FuseMixerLinears(Rule):
         if behind["norm_weight"] is not None or len(behind["weights"]) != 1:
             raise Refused("out_proj must be one linear without a norm, found otherwise.", at=last)
         B, HV, _, V = value(mixer["recurrent_state"]).shape
-        D = value(mixer["conv_state"]).shape[1]
         projection = {k: before[k] for k in ("weights", "norm_weight", "norm_eps", "norm_offset")} | {
             "x": bring(before["x"], (B, 1, value(before["x"]).shape[-1]), "x"),
             "conv_state": mixer["conv_state"],
             "conv_weight": mixer["conv_weight"],
             "conv_bias": mixer["conv_bias"],
-            "conv_offset": mixer["qkv_offset"],
             "activation": mixer["activation"],
         }
+        where, layout = _layout(mixer)
+        projection |= layout
         rule = {k: mixer[k] for k in RULE_ARGUMENTS}
         out = {k: behind[k] for k in ("weights", "swiglu", "residual")} | {
             "norm_weight": mixer["norm_weight"], "norm_eps": mixer["norm_eps"]
@@ -65,8 +65,7 @@ class FuseMixerLinears(Rule):
         for node, shape in ((behind["weights"][0], (8, HV * V)), (behind["residual"], (B, 1, 8))):
             if node is not None:
                 m.shapes[names[node.node if isinstance(node, Operand) else node]] = shape
-        m.data["parts"] = {"mixed_qkv": (mixer["qkv_offset"], D), "gate": (mixer["z_offset"], HV * V)}
-        m.data["parts"] |= {k: (mixer[f"{k}_offset"], HV) for k in ("a", "b")}
+        m.data["parts"] = where
         m.data["shape"] = None if value(last).ndim == 3 else (*value(last).shape[:-1], -1)
         m.data["heads"] = HV * V
         return m
@@ -78,6 +77,24 @@ class FuseMixerLinears(Rule):
         o = call(packed_decode.op.overload, **parts, **arguments_of(m, t, "rule"))
         y = fused_call(m, t, "y", x=o.reshape(-1, 1, m.data["heads"]), gate=gate)
         return y if m.data["shape"] is None else y.reshape(m.data["shape"])
+
+
+def _layout(mixer):
+    """Offset and width of each part in the projection's result, and its arguments that make them so."""
+    heads, widths = mixer_decode.part_sizes(value(mixer["conv_state"]).shape[1], value(mixer["recurrent_state"]))
+    offsets, strides = mixer["offsets"], mixer["strides"]
+    sizes = [heads * width for width in widths]
+    layout = {"conv_offset": offsets[0]}
+    if not mixer_decode.side_by_side(offsets, strides, widths, heads) or heads > 1 and strides[3:] != widths[3:]:
+        layout = {
+            "conv_offset": 0,
+            "parts": [n for part in zip(offsets, strides, widths, strict=True) for n in part],
+            "heads": heads,
+        }
+        offsets = [sum(sizes[:i]) for i in range(len(sizes))]
+    names = ("gate", "b", "a")
+    where = dict(zip(names, zip(offsets[3:], sizes[3:], strict=True), strict=True))
+    return {"mixed_qkv": (offsets[0], sum(sizes[:3])), **where}, layout
 
 
 RULE = FuseMixerLinears()

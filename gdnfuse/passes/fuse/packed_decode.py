@@ -11,6 +11,7 @@ from gdnfuse.rewrite.pattern import Mismatch
 from gdnfuse.rewrite.rule import Match, Rule, bring
 
 GATES = ("a", "b", "A_log", "dt_bias", "recurrent_state")
+SETTINGS = ("scale", "l2norm_eps", "beta_scale")
 
 
 class FusePackedDecode(Rule):
@@ -37,16 +38,16 @@ class FusePackedDecode(Rule):
             [anchor],
             shapes=two_sequences(inputs, "mixed_qkv", "a", "b", "recurrent_state"),
             writes={"recurrent_state": anchor},
-            data={"how": operand.how, "scale": bound["scale"], "eps": bound["l2norm_eps"]},
+            data={"how": operand.how, "settings": [bound[k] for k in SETTINGS]},
         )
 
     def check(self, m):
-        if m.data["eps"] is None:
+        if m.data["settings"][1] is None:
             raise Refused("q and k must be l2-normalised before the rule, found that they are not.", at=m.outputs[0])
 
     def rewrite(self, m, t):
         gates = [getattr(t, k) for k in GATES]
-        return call(packed_decode.op.overload, m.data["how"](t.mixed_qkv), *gates, m.data["scale"], m.data["eps"])
+        return call(packed_decode.op.overload, m.data["how"](t.mixed_qkv), *gates, *m.data["settings"])
 
 
 def _row(node, part, name):

@@ -1,0 +1,60 @@
+"""Which columns of which rows a tensor is put together from: the views, splits and cats above it, run on numbers of columns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from gdnfuse.rewrite.graph import is_cast, is_tensor, op_name, rearranges, value
+from gdnfuse.rewrite.pattern import Mismatch
+from gdnfuse.rewrite.proof import evaluate_node, hint
+
+
+class Columns:
+    """Numbers the columns of tensors: those of the first that is met from 0, those of the next from behind it, and so on.
+
+    Attributes:
+        rows: the tensors met, in that order: whatever computes elements, and inputs.
+        count: the columns of all of them.
+    """
+
+    def __init__(self) -> None:
+        self.rows: list[Node] = []
+        self.count = 0
+        self._numbers: dict[Node, Any] = {}
+
+    def of(self, node: Node, sequences: Any) -> torch.Tensor:
+        """The numbers [N] of the columns that a tensor of N elements for each of the `sequences` has, in order.
+
+        Raises:
+            Mismatch: they are not the same for every sequence.
+        """
+        numbers = self._of(node).reshape(hint(sequences), -1)
+        if not torch.equal(numbers, numbers[:1].expand_as(numbers)):
+            raise Mismatch(node, "the same columns for every sequence", "different ones")
+        return numbers[0]
+
+    def _of(self, node: Any) -> Any:
+        if not isinstance(node, Node):
+            return node
+        if not is_tensor(node) and isinstance(value(node), int | torch.SymInt):
+            return hint(value(node))
+        if node not in self._numbers:
+            if is_cast(node):
+                self._numbers[node] = self._of(node.args[0])
+            elif rearranges(node):
+                self._numbers[node] = evaluate_node(node, self._of)
+            else:
+                self._numbers[node] = self._new(node)
+        return self._numbers[node]
+
+    def _new(self, row: Node) -> torch.Tensor:
+        if not is_tensor(row):
+            raise Mismatch(row, "a tensor", op_name(row))
+        shape = [hint(size) for size in value(row).shape]
+        numbers = torch.arange(self.count, self.count + shape[-1])
+        self.rows.append(row)
+        self.count += shape[-1]
+        return numbers.expand(shape)
