@@ -7,8 +7,8 @@ import gdnfuse
 from tests.models import zoo
 
 TARGETS = {
-    "GDN projections": (("in_proj_qkv", "in_proj_z", "out_proj"), 0),
-    "one gate": (("in_proj_a",), 0),
+    "GDN projections": (("in_proj_qkv", "in_proj_z", "out_proj"), zoo.GDN_LAYERS),
+    "one gate": (("in_proj_a",), zoo.GDN_LAYERS),
     "MLP and attention": (("gate_proj", "up_proj", "down_proj", "q_proj", "v_proj"), zoo.GDN_LAYERS),
 }
 

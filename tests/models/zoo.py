@@ -37,6 +37,8 @@ TEXT = {
     "eos_token_id": None,
     "pad_token_id": 0,
 }
+# Every expert takes part: with fewer, a rounding anywhere may flip a choice, and errors measure the flips.
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
 GDN_LAYERS = 2
 
 
@@ -57,10 +59,34 @@ def conditional_generation(**overrides):
 
 
 def moe(**overrides):
-    # Every expert takes part: with fewer, a rounding anywhere may flip a choice, and errors measure the flips.
-    sizes = {"num_experts": 4, "num_experts_per_tok": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
-    config = transformers.Qwen3_5MoeTextConfig(**{**TEXT, **sizes, **overrides})
+    config = transformers.Qwen3_5MoeTextConfig(**{**TEXT, **EXPERTS, **overrides})
     return _built(transformers.Qwen3_5MoeForCausalLM, config)
+
+
+def qwen3_next(**overrides):
+    config = transformers.Qwen3NextConfig(**{**TEXT, **EXPERTS, "rope_parameters": None, **overrides})
+    return _built(transformers.Qwen3NextForCausalLM, config)
+
+
+def olmo_hybrid(**overrides):
+    text = {k: v for k, v in TEXT.items() if k != "head_dim"}
+    return _built(
+        transformers.OlmoHybridForCausalLM, transformers.OlmoHybridConfig(**{**text, "rope_parameters": None, **overrides})
+    )
+
+
+def qwen4_exp(**overrides):
+    layers = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
+    text = {k: v for k, v in TEXT.items() if k != "intermediate_size"} | layers
+    index = {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 64,
+        "indexer_compress_ratio": 4,
+    }
+    config = transformers.Qwen4ExpTextConfig(**{**text, **EXPERTS, **index, "hc_lowrank": 16, **overrides})
+    return _built(transformers.Qwen4ExpForCausalLM, config)
 
 
 FAMILIES = {"causal_lm": causal_lm, "conditional_generation": conditional_generation, "moe": moe}

@@ -1,0 +1,147 @@
+"""Every family of models with a gated delta rule: what each of its layers becomes, and the results are eager's."""
+
+import copy
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+import transformers
+
+import gdnfuse
+from tests.models import zoo
+from tests.models.test_prefill import VIEWS
+
+# What a layer becomes; "more" is in some. A step of one sequence has its out_proj in the residual, which is the decoder layer's.
+PROMPT = {"linear": 2, "causal_conv": 1, "fused_gating_chunk_delta_rule": 1, "gated_rms_norm": 1}
+STEP = {"linear": 2, "mixer_decode": 1}
+STEP_OF_ONE = {"in_proj_conv": 1, "packed_decode": 1}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model, how a small one is built, and what its layers have beside the counts above.
+
+        are; the conv of a prompt reads channels side by side: one cat puts q, k, v together, and reshapes that copy z, b and a.
+        are; the conv of a prompt reads channels side by side: one cat puts q, k and v together (reshapes that copy, z, b and a).
+    more_in_step_of_one: qwen4_exp has no residual behind out_proj.
+    by_layer: qwen4_exp's attention layers ask how many blocks of tokens there are, which ends a graph; what is compiled is each
+        decoder layer with a gated delta rule.
+    """
+
+    model: str
+    build: Callable[..., torch.nn.Module]
+    more_in_prompt: tuple[str, ...] = ()
+    more_in_step_of_one: tuple[str, ...] = ()
+    by_layer: bool = False
+
+
+FAMILIES = {
+    "qwen3_5": Family("Qwen3_5ForCausalLM", zoo.causal_lm),
+    "qwen3_5_moe": Family("Qwen3_5MoeForCausalLM", zoo.moe),
+    "qwen3_next": Family("Qwen3NextForCausalLM", zoo.qwen3_next, more_in_prompt=("cat",)),
+    "olmo_hybrid": Family("OlmoHybridForCausalLM", zoo.olmo_hybrid),
+    "qwen4_exp": Family("Qwen4ExpForCausalLM", zoo.qwen4_exp, more_in_step_of_one=("fused_linear",), by_layer=True),
+}
+
+
+def family_of(name):
+    family = FAMILIES[name]
+    if not hasattr(transformers, family.model):
+        pytest.skip(f"transformers {transformers.__version__} has no {family.model}.")
+    return family
+
+
+def compiled(family, model):
+    options = {"backend": "gdnfuse", "fullgraph": True, "options": {"inner": "eager", "strict": True}}
+    if not family.by_layer:
+        return torch.compile(model, **options)
+    for layer in model.model.layers:
+        if hasattr(layer, "linear_attn"):
+            layer.compile(**options)
+    return model
+
+
+@torch.no_grad()
+def run(call, model, batch, steps, length=70, seed=0, padded=False):
+    """A prompt, and tokens one by one: all logits, and the cache."""
+    cache = zoo.new_cache(model, "static", length + steps)
+    ids, mask = zoo.prompt(batch, length, padded=padded, seed=seed)
+    prompt = call(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True).logits
+    prompt = prompt if mask is None else prompt[mask.bool()]
+    tokens = zoo.decode(call, cache, mask, zoo.tokens_for(batch, steps, seed))
+    return torch.cat([x.flatten().double() for x in (prompt, tokens)]), cache
+
+
+def assert_close(ours, eager):
+    (found, cache), (wanted, other) = ours, eager
+    assert zoo.relative(found, wanted) < 1e-5
+    for kind in ("recurrent", "conv"):
+        assert zoo.relative(zoo.flat_states(cache, kind), zoo.flat_states(other, kind)) < 1e-5
+
+
+def assert_layers(phase, expected):
+    layers = [layer for report in gdnfuse.reports() if report.phase == phase for layer in report.layers]
+    assert layers
+    for layer in layers:
+        assert layer.fused, layer.why_not
+        assert Counter(op for op in layer.ops_after if op not in VIEWS) == Counter(expected)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_prompt_and_its_steps(name):
+    family = family_of(name)
+    model = family.build()
+    ours = copy.deepcopy(model)
+    assert_close(run(compiled(family, ours), ours, 2, 3), run(model, model, 2, 3))
+    assert_layers("prefill", Counter(PROMPT) + Counter(family.more_in_prompt))
+    assert_layers("decode", STEP)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_steps_of_one_sequence(name):
+    family = family_of(name)
+    model = family.build()
+    ours = copy.deepcopy(model)
+    cache, mask = zoo.prefill(model, 1, "static")
+    other, _ = zoo.prefill(model, 1, "static")
+    call = compiled(family, ours)
+    tokens = zoo.tokens_for(1, 3)
+    assert_close((zoo.decode(call, cache, mask, tokens), cache), (zoo.decode(model, other, mask, tokens), other))
+    assert_layers("decode", Counter(STEP_OF_ONE) + Counter(family.more_in_step_of_one))
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "olmo_hybrid"])
+def test_no_less_accurate_than_eager_in_bfloat16(name):
+    """The families of FAMILIES in zoo are in test_decode and test_prefill."""
+    family = family_of(name)
+    model = family.build().bfloat16()
+    ours = copy.deepcopy(model)
+    wide, oracle = zoo.in_float64(model)
+    results, caches = {}, {}
+    for side, owner, call in (("ours", ours, compiled(family, ours)), ("eager", model, model), ("oracle", wide, oracle)):
+        # Many sequences in one figure: the error of a single one of a toy is a draw.
+        pairs = [run(call, owner, 3, 6, seed=seed, padded=True) for seed in range(8)]
+        results[side] = torch.cat([logits for logits, _ in pairs])
+        caches[side] = [cache for _, cache in pairs]
+    assert all(layer.fused for report in gdnfuse.reports() for layer in report.layers)
+    assert zoo.relative(results["ours"], results["oracle"]) <= 1.1 * zoo.relative(results["eager"], results["oracle"])
+    for kind in ("recurrent", "conv"):
+        a, e, o = (torch.cat([zoo.flat_states(c, kind) for c in caches[side]]) for side in ("ours", "eager", "oracle"))
+        assert zoo.relative(a, o) <= 1.1 * zoo.relative(e, o)
+
+
+def test_the_shapes_of_olmo_hybrid():
+    """Heads of 96 keys and 192 values, no powers of two, and a cache that is continued by several tokens."""
+    model = zoo.olmo_hybrid(linear_key_head_dim=96, linear_value_head_dim=192, linear_num_key_heads=2, linear_num_value_heads=2)
+    ours = copy.deepcopy(model)
+    call = compiled(FAMILIES["olmo_hybrid"], ours)
+    sides = []
+    for side, owner in ((call, ours), (model, model)):
+        cache = zoo.new_cache(owner, "static", 96)
+        with torch.no_grad():
+            prompts = [side(input_ids=zoo.prompt(2, n)[0], past_key_values=cache, use_cache=True).logits for n in (66, 5)]
+        sides.append((torch.cat([*prompts, zoo.decode(side, cache, None, zoo.tokens_for(2, 2))], 1), cache))
+    assert_close(*sides)
+    assert all(layer.fused for report in gdnfuse.reports() for layer in report.layers)
