@@ -97,9 +97,14 @@ def _find_layers(gm: GraphModule, report: GraphReport) -> None:
         report.layers.append(LayerReport(path, nodes_before=before[path], launches_before=sum(map(survey.launches, inside))))
     if anchors:
         writes = [n for n in gm.graph.nodes if op_name(n) == "copy_" and is_tensor(n.args[0])]
-        cached = any(w.args[0].op == "placeholder" and value(w.args[0]).ndim == 4 for w in writes)
-        one = all(value(a).ndim > 1 and same(value(a).shape[1], 1) for a in anchors)
-        report.phase = "decode" if cached and one else "prefill"
+        states = [w.args[0] for w in writes if w.args[0].op == "placeholder" and value(w.args[0]).ndim == 4]
+        one = bool(states) and all(_one_token(value(a).shape, value(states[0]).shape[0]) for a in anchors)
+        report.phase = "decode" if one else "prefill"
+
+
+def _one_token(shape: torch.Size, sequences: Any) -> bool:
+    """Whether a gate [B, T, HV], or [B, HV] where there is no axis of tokens, is of one token for each sequence."""
+    return same(shape[1], 1) if len(shape) > 2 else len(shape) == 2 and same(shape[0], sequences)
 
 
 def _captured(gm: GraphModule) -> list[Record]:

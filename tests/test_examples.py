@@ -65,6 +65,14 @@ def test_report_from_config(capsys):
     assert report.fused_layers == 18 and capsys.readouterr().out.count(": fused") == 18
 
 
+@pytest.mark.parametrize(("batch", "ops"), [(1, ["in_proj_conv", "packed_decode", "fused_linear"]), (2, zoo.MANY_ROWS)])
+def test_handwritten(batch, ops, capsys):
+    report = main_of("handwritten")(["--batch", str(batch)])
+    assert report.phase == "decode" and report.fused_layers == 1
+    assert zoo.ops_without_views(report.layers[0]) == ops
+    assert "outputs and both states are eager's after 16 tokens" in capsys.readouterr().out
+
+
 DEMO = ["--layers", "4", "--hidden", "64", "--tokens", "8", *QUICK]
 
 

@@ -19,6 +19,7 @@ def reference(
     gate: torch.Tensor | None = None,
     swiglu: bool = False,
     residual: torch.Tensor | None = None,
+    gate_activation: str = "silu",
 ) -> torch.Tensor:
     """y = [norm(x)·W₀ᵀ | norm(x)·W₁ᵀ | …], of which silu(first half)·second half if `swiglu`, + residual.
 
@@ -31,13 +32,14 @@ def reference(
         gate: [..., N], z of the gated RMSNorm, or None.
         swiglu: whether the two halves of the row are gate and up.
         residual: [..., ΣMᵢ], or half of it with `swiglu`; or None.
+        gate_activation: as of gated_rms_norm.
 
     Returns:
         [..., ΣMᵢ], or half of it with `swiglu`, in the weights' dtype.
     """
     if gate is not None:
         heads = (*x.shape[:-1], -1, norm_weight.shape[0])
-        x = gated_rms_norm(x.reshape(heads), gate.reshape(heads), norm_weight, norm_eps).reshape(x.shape)
+        x = gated_rms_norm(x.reshape(heads), gate.reshape(heads), norm_weight, norm_eps, gate_activation).reshape(x.shape)
     elif norm_weight is not None:
         x = rms_norm(x, norm_weight, norm_eps, norm_offset)
     y = (
@@ -51,12 +53,26 @@ def reference(
     return y if residual is None else residual + y
 
 
-def fake(x, weights, norm_weight=None, norm_eps=0.0, norm_offset=0.0, gate=None, swiglu=False, residual=None):
+def fake(
+    x, weights, norm_weight=None, norm_eps=0.0, norm_offset=0.0, gate=None, swiglu=False, residual=None, gate_activation="silu"
+):
     columns = sum(w.shape[0] for w in weights) // (2 if swiglu else 1)
     return torch.empty((*x.shape[:-1], columns), dtype=weights[0].dtype, device=x.device)
 
 
-def example_call(M, N, dtype=torch.float32, lead=(1, 1), *, norm=False, head=None, swiglu=False, residual=False, parts=1):
+def example_call(
+    M,
+    N,
+    dtype=torch.float32,
+    lead=(1, 1),
+    *,
+    norm=False,
+    head=None,
+    swiglu=False,
+    residual=False,
+    parts=1,
+    gate_activation="silu",
+):
     """A call with random inputs: `parts` weights of M rows in all, M per half with `swiglu`; `head` is V of a gated norm."""
     rows = 2 * M if swiglu else M
     sizes = [rows // parts] * (parts - 1) + [rows - rows // parts * (parts - 1)]
@@ -67,6 +83,7 @@ def example_call(M, N, dtype=torch.float32, lead=(1, 1), *, norm=False, head=Non
         "gate": torch.randn(*lead, N).to(dtype) if head else None,
         "swiglu": swiglu,
         "residual": torch.randn(*lead, M).to(dtype) if residual else None,
+        "gate_activation": gate_activation,
     }
     x = torch.randn(*lead, N)
     return (x if head else x.to(dtype), [(torch.randn(m, N) * N**-0.5).to(dtype) for m in sizes]), options
@@ -77,7 +94,7 @@ def examples():
         example_call(5, 8, lead=(2, 1), norm=True, parts=2),
         example_call(6, 8, swiglu=True, norm=True, parts=2),
         example_call(6, 16, head=4, residual=True),
-        example_call(6, 16, torch.bfloat16, head=4, residual=True),
+        example_call(6, 16, torch.bfloat16, head=4, residual=True, gate_activation="sigmoid"),
     ]
 
 

@@ -27,6 +27,7 @@ def reference(
     l2norm_eps: float,
     norm_eps: float,
     beta_scale: float = 1.0,
+    gate_activation: str = "silu",
 ) -> torch.Tensor:
     """gated_rms_norm(packed_decode(causal_conv_update(qkv), a, b), z), all six parts read from one row.
 
@@ -43,7 +44,7 @@ def reference(
         activation: of the conv, "silu" or "none".
         scale: factor on q.
         l2norm_eps, norm_eps: eps of the l2norm of q and k, and of the gated norm.
-        beta_scale: as for fused_gating_delta_rule.
+        beta_scale, gate_activation: as for fused_gating_delta_rule and gated_rms_norm.
 
     Returns:
         [B, 1, HV·V] in row's dtype.
@@ -56,7 +57,7 @@ def reference(
     mixed_qkv = row.narrow(-1, offsets[0], D) if packed else torch.cat([q, k, v], -1)
     mixed_qkv = causal_conv_update(mixed_qkv.reshape(B, D, 1), conv_state, conv_weight, conv_bias, activation)
     o = packed_decode(mixed_qkv.reshape(B, 1, D), a, b, A_log, dt_bias, recurrent_state, scale, l2norm_eps, beta_scale)
-    return gated_rms_norm(o, z.reshape(B, 1, HV, V), norm_weight, norm_eps).reshape(B, 1, HV * V)
+    return gated_rms_norm(o, z.reshape(B, 1, HV, V), norm_weight, norm_eps, gate_activation).reshape(B, 1, HV * V)
 
 
 def part_sizes(channels: int, recurrent_state: torch.Tensor) -> tuple[int, list[int]]:
@@ -79,14 +80,15 @@ def side_by_side(offsets: list[int], strides: list[int], widths: list[int], head
 
 def fake(
     row, conv_state, conv_weight, conv_bias, A_log, dt_bias, recurrent_state, norm_weight,
-    offsets, strides, activation, scale, l2norm_eps, norm_eps, beta_scale=1.0,
+    offsets, strides, activation, scale, l2norm_eps, norm_eps, beta_scale=1.0, gate_activation="silu",
 ):  # fmt: skip
     B, HV, _, V = recurrent_state.shape
     return torch.empty((B, 1, HV * V), dtype=row.dtype, device=row.device)
 
 
 def example_call(
-    B, H, HV, K, V, dtype=torch.float32, *, bias=False, state_dtype=torch.float32, order="qkvzba", W=4, beta_scale=1.0
+    B, H, HV, K, V, dtype=torch.float32, *, bias=False, state_dtype=torch.float32, order="qkvzba", W=4, beta_scale=1.0,
+    gate_activation="silu",
 ):  # fmt: skip
     """A call with random inputs; `order` is that of the parts in the row: of all heads, or between commas head by head."""
     D = 2 * H * K + HV * V
@@ -100,7 +102,7 @@ def example_call(
         torch.randn(HV, dtype=dtype),
         torch.randn(B, HV, K, V, dtype=state_dtype),
         torch.randn(V, dtype=dtype),
-        offsets, strides, "silu", K**-0.5, 1e-6, 1e-6, beta_scale,
+        offsets, strides, "silu", K**-0.5, 1e-6, 1e-6, beta_scale, gate_activation,
     )  # fmt: skip
     return args, {}
 
@@ -124,7 +126,7 @@ def examples():
     return [
         example_call(2, 2, 4, 8, 16),
         example_call(1, 1, 3, 16, 8, bias=True, order="azqkvb", beta_scale=2.0),
-        example_call(2, 2, 4, 8, 4, order="qkvz,ba"),
+        example_call(2, 2, 4, 8, 4, order="qkvz,ba", gate_activation="sigmoid"),
     ]
 
 

@@ -165,7 +165,8 @@ def delta_rule_gated_kernel(
     stride_zb, stride_zh, stride_zg, stride_zv, stride_ab, stride_ah, stride_ag, stride_bb, stride_bh, stride_bg,
     stride_sb, stride_sh, stride_sk, stride_sv,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    INDEX: tl.constexpr, AHEAD: tl.constexpr, BETA_SCALE: tl.constexpr, EVICT: tl.constexpr, OVERLAP: tl.constexpr,
+    INDEX: tl.constexpr, AHEAD: tl.constexpr, BETA_SCALE: tl.constexpr, SILU: tl.constexpr,
+    EVICT: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
         gdc_launch_dependents()
@@ -211,7 +212,7 @@ def delta_rule_gated_kernel(
         i_v = (tile + tl.arange(0, BV)).to(INDEX)  # [BV]
         z = tl.load(z_ptr + i_v * stride_zv, mask=i_v < V, other=0.0).to(tl.float32)  # [BV]
         weight = tl.load(norm_weight_ptr + i_v, mask=i_v < V, other=0.0).to(tl.float32)  # [BV]
-        y = gated(outs[tile // BV], square / V, z, weight, tl.cast(norm_eps, tl.float32))  # [BV]
+        y = gated(outs[tile // BV], square / V, z, weight, tl.cast(norm_eps, tl.float32), SILU)  # [BV]
         tl.store(out_ptr + head * V + i_v, y.to(out_ptr.dtype.element_ty), mask=i_v < V)
 
 
@@ -318,6 +319,7 @@ def launch_gated(
     l2norm_eps: float,
     norm_eps: float,
     beta_scale: float = 1.0,
+    gate_activation: str = "silu",
     *,
     overlap: bool = False,
 ) -> torch.Tensor:
@@ -329,6 +331,7 @@ def launch_gated(
         a, b: [B, 1, HV] or [B, 1, H, HV/H], any strides.
         norm_weight: [V].
         norm_eps: eps of the norm.
+        gate_activation: "silu" or "sigmoid".
 
     Returns:
         [B, 1, HV·V] in z's dtype.
@@ -349,8 +352,8 @@ def launch_gated(
         scale, l2norm_eps, norm_eps,
         *q.stride(), *k.stride(), *v.stride(), *z.stride(), *a.stride(), *b.stride(), *recurrent_state.stride(),
         H=H, HV=HV, K=K, V=V, BK=triton.next_power_of_2(K), BV=_columns(columns, K, V), INDEX=index, AHEAD=ahead,
-        BETA_SCALE=beta_scale, EVICT="evict_first" if _fits(recurrent_state) else "", OVERLAP=bool(options),
-        num_warps=num_warps, **options,
+        BETA_SCALE=beta_scale, SILU=gate_activation == "silu", EVICT="evict_first" if _fits(recurrent_state) else "",
+        OVERLAP=bool(options), num_warps=num_warps, **options,
     )  # fmt: skip
     return out
 

@@ -11,6 +11,7 @@ import torch
 
 from gdnfuse.kernels import few_rows_linear, skinny_linear
 from gdnfuse.kernels.causal_conv_update import ACTIVATIONS
+from gdnfuse.kernels.gated_rms_norm import require_gate
 from gdnfuse.kernels.implementation import register, require_dtypes, require_static
 from gdnfuse.kernels.linear_configs import MAX_ROWS, few_rows_config
 from gdnfuse.report import Refused
@@ -25,13 +26,14 @@ def launch(
     gate: torch.Tensor | None = None,
     swiglu: bool = False,
     residual: torch.Tensor | None = None,
+    gate_activation: str = "silu",
     *,
     overlap: bool = False,
 ) -> torch.Tensor:
     """The dialect's fused_linear for at most 32 rows and one weight.
 
     Args:
-        x, weights, norm_weight, norm_eps, norm_offset, gate, swiglu, residual: as there.
+        x, weights, norm_weight, norm_eps, norm_offset, gate, swiglu, residual, gate_activation: as there.
         overlap: whether weights may be read while kernels before this one run: what came before the step must have ended.
 
     Returns:
@@ -42,7 +44,7 @@ def launch(
         return few_rows_linear.launch(x, weight, swiglu, overlap=overlap)
     chosen = skinny_linear.config(skinny_linear.kind(norm_weight, gate, swiglu), weight.shape[1], weight.dtype)
     return skinny_linear.launch_with(
-        chosen, x, weight, norm_weight, norm_eps, norm_offset, gate, swiglu, residual, overlap=overlap
+        chosen, x, weight, norm_weight, norm_eps, norm_offset, gate, swiglu, residual, gate_activation, overlap=overlap
     )
 
 
@@ -105,7 +107,8 @@ def _rows(x: torch.Tensor) -> int:
 
 
 def supports(
-    x, weights, norm_weight=None, norm_eps=0.0, norm_offset=0.0, gate=None, swiglu=False, residual=None, parts=1
+    x, weights, norm_weight=None, norm_eps=0.0, norm_offset=0.0, gate=None, swiglu=False, residual=None, gate_activation="silu",
+    parts=1,
 ) -> None:  # fmt: skip
     """Raises Refused unless there are at most 32 rows, sizes are static, dtypes are float32, bfloat16 or float16, rows are
     contiguous and there is one weight, of x's dtype but behind a gated norm.
@@ -142,6 +145,7 @@ def supports(
     elif N > skinny_linear.MAX_N:
         raise Refused(f"One row must be at most {skinny_linear.MAX_N} wide, got {N}.")
     if gate is not None:
+        require_gate(gate_activation)
         V, step = norm_weight.shape[0], skinny_linear.config("gate", N)[1]
         if N % step or step % V:
             raise Refused(f"Heads must fill steps of {step} columns, and these the row, got {N} columns in heads of {V}.")

@@ -1,4 +1,4 @@
-"""Gated RMSNorm: out = o · rsqrt(mean(o²) + eps) · w · silu(z), the norm of Gated DeltaNet (Yang et al., arXiv:2412.06464).
+"""Gated RMSNorm: out = o · rsqrt(mean(o²) + eps) · w · act(z), the norm of Gated DeltaNet (Yang et al., arXiv:2412.06464).
 
 Layout: o and z [..., V] of up to four dimensions, each with strides of its own, so z may be columns of a packed row; output
 contiguous. All maths is float32. One rounding, from the float32 product to z's dtype.
@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from gdnfuse.dialect.gated_rms_norm import GATES
 from gdnfuse.kernels.implementation import kernel_of, register, require_dtypes, require_head_dims, require_static
 from gdnfuse.report import Refused
 
@@ -17,10 +18,17 @@ from gdnfuse.report import Refused
 ROWS, NUM_WARPS = 8, 2
 
 
+def require_gate(activation: str) -> None:
+    """Refuse an activation of the gate that kernels do not have."""
+    if activation not in GATES:
+        raise Refused(f"The gate's activation must be one of {', '.join(GATES)}, got {activation}.")
+
+
 @triton.jit
-def gated(x, mean_square, z, weight, eps):
-    """Normalise x by its mean square, weight it and gate it with z; all float32."""
-    return weight * (x * tl.rsqrt(mean_square + eps)) * (z * tl.sigmoid(z))
+def gated(x, mean_square, z, weight, eps, SILU: tl.constexpr):
+    """Normalise x by its mean square, weight it and gate it with silu(z) or sigmoid(z); all float32."""
+    gate = z * tl.sigmoid(z) if SILU else tl.sigmoid(z)
+    return weight * (x * tl.rsqrt(mean_square + eps)) * gate
 
 
 @triton.jit(do_not_specialize=["rows", "N1"])
@@ -28,7 +36,7 @@ def gated_rms_norm_kernel(
     o_ptr, z_ptr, weight_ptr, out_ptr,
     eps, rows, N1, N2,
     stride_o0, stride_o1, stride_o2, stride_ov, stride_z0, stride_z1, stride_z2, stride_zv,
-    V: tl.constexpr, BR: tl.constexpr, BV: tl.constexpr,
+    V: tl.constexpr, SILU: tl.constexpr, BR: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)  # [BR]
     i2, i1, i0 = row % N2, row // N2 % N1, row // N2 // N1  # [BR]
@@ -41,11 +49,11 @@ def gated_rms_norm_kernel(
     z = tl.load(z_rows[:, None] + v[None, :] * stride_zv, mask=live, other=0.0).to(tl.float32)  # [BR, BV]
     weight = tl.load(weight_ptr + v, mask=v < V, other=0.0).to(tl.float32)  # [BV]
     mean_square = tl.sum(x * x, 1) / V  # [BR]
-    y = gated(x, mean_square[:, None], z, weight[None, :], tl.cast(eps, tl.float32))  # [BR, BV]
+    y = gated(x, mean_square[:, None], z, weight[None, :], tl.cast(eps, tl.float32), SILU)  # [BR, BV]
     tl.store(out_ptr + row[:, None] * V + v[None, :], y.to(out_ptr.dtype.element_ty), mask=live)
 
 
-def launch(o: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def launch(o: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: float, activation: str = "silu") -> torch.Tensor:
     """The dialect's gated_rms_norm.
 
     Args:
@@ -53,6 +61,7 @@ def launch(o: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: float) -
         z: of o's shape, any strides.
         weight: [V].
         eps: added to the mean square.
+        activation: of the gate, "silu" or "sigmoid".
 
     Returns:
         [..., V] in z's dtype, contiguous.
@@ -64,13 +73,16 @@ def launch(o: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: float) -
     rows = N0 * N1 * N2
     kernel_of(gated_rms_norm_kernel)[(-(-rows // ROWS),)](
         o, z, weight.contiguous(), out, eps, rows, N1, N2, *o.stride(), *z.stride(),
-        V=V, BR=ROWS, BV=triton.next_power_of_2(V), num_warps=NUM_WARPS,
+        V=V, SILU=activation == "silu", BR=ROWS, BV=triton.next_power_of_2(V), num_warps=NUM_WARPS,
     )  # fmt: skip
     return out
 
 
-def supports(o: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
-    """Raises Refused unless dtypes are float32, bfloat16 or float16, o has at most four dimensions and V ≤ 256 is static."""
+def supports(o: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: float, activation: str = "silu") -> None:
+    """Raises Refused unless dtypes are float32, bfloat16 or float16, o has at most four dimensions, V ≤ 256 is static and the
+    activation is known.
+    """
+    require_gate(activation)
     require_dtypes(o=o, z=z, weight=weight)
     require_head_dims(V=o.shape[-1])
     require_static(**{"z's last size": z.shape[-1]})

@@ -12,6 +12,7 @@ from gdnfuse.dialect.mixer_decode import columns, part_sizes, side_by_side
 from gdnfuse.kernels.causal_conv_update import launch_with as conv_with
 from gdnfuse.kernels.causal_conv_update import supports as supports_conv
 from gdnfuse.kernels.delta_rule import launch_gated, supports_packed_decode
+from gdnfuse.kernels.gated_rms_norm import require_gate
 from gdnfuse.kernels.implementation import register, require_dtypes, require_static
 
 
@@ -31,6 +32,7 @@ def launch(
     l2norm_eps: float,
     norm_eps: float,
     beta_scale: float = 1.0,
+    gate_activation: str = "silu",
     *,
     overlap: bool = False,
 ) -> torch.Tensor:
@@ -49,6 +51,7 @@ def launch(
         scale: factor on q.
         l2norm_eps, norm_eps: eps of the l2norm of q and k, and of the gated norm.
         beta_scale: factor on σ(b).
+        gate_activation: of the gated norm, "silu" or "sigmoid".
         overlap: whether states and weights may be read while kernels before these run.
 
     Returns:
@@ -63,10 +66,11 @@ def launch(
         row_of_x, parts = row, tuple(zip(first, widths, offsets, strides, strict=False))
     x = row_of_x.transpose(1, 2)
     mixed_qkv = conv_with(x, conv_state, conv_weight, conv_bias, activation, parts, overlap).transpose(1, 2)
-    z, b, a = (columns(row, *part, heads) for part in list(zip(offsets, strides, widths, strict=True))[3:])
+    z, b, a = (columns(row, *part, heads) for part in zip(offsets[3:], strides[3:], widths[3:], strict=True))
     return launch_gated(
-        mixed_qkv, z, a, b, A_log, dt_bias, recurrent_state, norm_weight, scale, l2norm_eps, norm_eps, beta_scale, overlap=overlap
-    )
+        mixed_qkv, z, a, b, A_log, dt_bias, recurrent_state, norm_weight, scale, l2norm_eps, norm_eps, beta_scale,
+        gate_activation, overlap=overlap,
+    )  # fmt: skip
 
 
 def supports(
@@ -85,9 +89,11 @@ def supports(
     l2norm_eps: float,
     norm_eps: float,
     beta_scale: float = 1.0,
+    gate_activation: str = "silu",
 ) -> None:
     """Raises Refused where the conv's or the packed rule's kernel would, on the parts of the row."""
     require_dtypes(row=row, norm_weight=norm_weight)
+    require_gate(gate_activation)
     D = conv_state.shape[1]
     require_static(**{"row's last size": row.shape[-1], "D": D})
     mixed_qkv = row.narrow(-1, 0, D)

@@ -119,7 +119,7 @@ def skinny_linear_kernel(
     norm_eps, norm_offset, M, tiles, programs, conv_offset, D,
     stride_wm, stride_sd, stride_ss, stride_cd, stride_cw,
     N: tl.constexpr, V: tl.constexpr, S: tl.constexpr, W: tl.constexpr, SILU: tl.constexpr, SWIGLU: tl.constexpr,
-    R: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr, LOOP: tl.constexpr, OVERLAP: tl.constexpr,
+    GATE_SILU: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr, LOOP: tl.constexpr, OVERLAP: tl.constexpr,
     PARTS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
@@ -145,7 +145,7 @@ def skinny_linear_kernel(
             o = loaded[i].to(tl.float32)  # [BN]
             squares = tl.sum(tl.reshape(o * o, (BN // V, V)), 1) / V  # [BN / V]
             mean_square = tl.reshape(tl.broadcast_to(squares[:, None], (BN // V, V)), (BN,))  # [BN]
-            x = x + (gated(o, mean_square, gates[i].to(tl.float32), weight, tl.cast(norm_eps, tl.float32)),)
+            x = x + (gated(o, mean_square, gates[i].to(tl.float32), weight, tl.cast(norm_eps, tl.float32), GATE_SILU),)
     else:
         square = tl.zeros((BN,), tl.float32)
         for i in tl.static_range(len(loaded)):
@@ -211,7 +211,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 def launch_with(
     chosen: Config, x, weight, norm_weight=None, norm_eps=0.0, norm_offset=0.0, gate=None, swiglu=False, residual=None,
-    conv=None, parts=None, heads=1, overlap=False,
+    gate_activation="silu", conv=None, parts=None, heads=1, overlap=False,
 ) -> torch.Tensor:  # fmt: skip
     """fused_linear or in_proj_conv of one row.
 
@@ -233,6 +233,7 @@ def launch_with(
         weight.stride(0), *((0, 0, 0, 0) if conv is None else (*state.stride()[1:], taps.stride(0), taps.stride(2))),
         N=N, V=1 if gate is None else norm_weight.shape[0], S=1 if state is None else state.shape[2],
         W=1 if taps is None else taps.shape[2], SILU=activation == "silu", SWIGLU=swiglu,
+        GATE_SILU=gate_activation == "silu",
         R=R, BN=BN, EVEN=M % R == 0, LOOP=programs < tiles, OVERLAP=bool(options),
         PARTS=parts, HEADS=heads, num_warps=num_warps, **options,
     )  # fmt: skip

@@ -23,7 +23,7 @@ def normalize(gm: GraphModule) -> None:
             gm.graph.erase_node(node)
         elif is_tensor(node):
             _positional(node)
-            _view(node)
+            _view(gm, node)
             _cast(gm, node)
             _square(gm, node)
             _commute(node)
@@ -70,8 +70,12 @@ def _positional(node: Node) -> None:
             node.args, node.kwargs = tuple(args), kwargs
 
 
-def _view(node: Node) -> None:
+def _view(gm: GraphModule, node: Node) -> None:
     """A view of sizes is a reshape that promises not to copy; packing may make its operand a slice, which it then must."""
+    if op_name(node) in ("view_as", "reshape_as") and all(isinstance(size, int) and size > 0 for size in value(node).shape[1:]):
+        # What it has the sizes of need not be computed for that.
+        _become(gm, node, "reshape", (node.args[0], (-1, *map(int, value(node).shape[1:]))), method=True)
+        return
     if node.target == "view" and node.op == "call_method" and not any(isinstance(a, torch.dtype) for a in node.args):
         if "dtype" not in node.kwargs:
             node.target = "reshape"

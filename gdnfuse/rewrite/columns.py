@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -13,16 +14,15 @@ from gdnfuse.rewrite.proof import evaluate_node, hint
 
 
 class Columns:
-    """Numbers the columns of tensors: those of the first that is met from 0, those of the next from behind it, and so on.
+    """Numbers the columns of tensors [B, …], all that one sequence has: those of the first that is met from 0, those of the next
+    from behind it, and so on.
 
     Attributes:
-        rows: the tensors met, in that order: whatever computes elements, and inputs.
-        count: the columns of all of them.
+        rows: the tensors met, in that order, whatever computes elements and inputs; and how many columns each has.
     """
 
     def __init__(self) -> None:
-        self.rows: list[Node] = []
-        self.count = 0
+        self.rows: dict[Node, int] = {}
         self._numbers: dict[Node, Any] = {}
 
     def of(self, node: Node, sequences: Any) -> torch.Tensor:
@@ -54,7 +54,6 @@ class Columns:
         if not is_tensor(row):
             raise Mismatch(row, "a tensor", op_name(row))
         shape = [hint(size) for size in value(row).shape]
-        numbers = torch.arange(self.count, self.count + shape[-1])
-        self.rows.append(row)
-        self.count += shape[-1]
-        return numbers.expand(shape)
+        start, width = sum(self.rows.values()), math.prod(shape[1:])
+        self.rows[row] = width
+        return torch.arange(start, start + width).view(shape[1:]).expand(shape)

@@ -224,12 +224,13 @@ def test_packed_decode_is_the_rule_on_its_parts(B, heads, dims):
 
 
 @quick
-@given(batches, heads, dims, st.booleans(), st.permutations("qkvzba,"))
-def test_mixer_decode_is_its_parts_in_any_order_of_the_row(B, heads, dims, bias, order):
+@given(batches, heads, dims, st.booleans(), st.permutations("qkvzba,"), st.sampled_from(["silu", "sigmoid"]))
+def test_mixer_decode_is_its_parts_in_any_order_of_the_row(B, heads, dims, bias, order, gate):
     """With a comma the parts before it stand head by head, and then those behind it."""
     H, HV, K, V = *heads, *dims
     args = [double(a) for a in mixer_decode.example_call(B, H, HV, K, V, bias=bias, order="".join(order), beta_scale=2.0)[0]]
-    row, conv_state, w, conv_bias, A_log, dt_bias, state, norm, *_, act, scale, eps, norm_eps, factor = args
+    args[-1] = gate
+    row, conv_state, w, conv_bias, A_log, dt_bias, state, norm, *_, act, scale, eps, norm_eps, factor, _ = args
     widths = {"q": K, "k": K, "v": HV // H * V, "z": HV // H * V, "b": HV // H, "a": HV // H}
     found_in, column = {part: [] for part in widths}, 0
     for group in "".join(order).split(","):
@@ -244,7 +245,7 @@ def test_mixer_decode_is_its_parts_in_any_order_of_the_row(B, heads, dims, bias,
     qkv = causal_conv_update.reference(qkv, conv_was, w, conv_bias, act)
     gates = (parts["a"], parts["b"], A_log, dt_bias)
     o = packed_decode.reference(qkv.transpose(1, 2), *gates, state_was, scale, eps, factor)
-    close(found, gated_rms_norm.reference(o, parts["z"].unflatten(-1, (HV, V)), norm, norm_eps).flatten(2))
+    close(found, gated_rms_norm.reference(o, parts["z"].unflatten(-1, (HV, V)), norm, norm_eps, gate).flatten(2))
     close(conv_state, conv_was)
     close(state, state_was)
 

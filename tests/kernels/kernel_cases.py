@@ -143,10 +143,10 @@ def packed(B, H, HV, K, V, dtype=F32, state_dtype=F32, wrap=lambda x: x):
     return make
 
 
-def norm(shape, o_dtype, z_dtype, wrap=lambda x: x):
+def norm(shape, o_dtype, z_dtype, wrap=lambda x: x, act="silu"):
     def make():
-        V = shape[-1]
-        return (wrap(torch.randn(shape).to(o_dtype)), wrap(torch.randn(shape).to(z_dtype)), torch.randn(V).to(z_dtype), 1e-6), {}
+        o, z = torch.randn(shape).to(o_dtype), torch.randn(shape).to(z_dtype)
+        return (wrap(o), wrap(z), torch.randn(shape[-1]).to(z_dtype), 1e-6, act), {}
 
     return make
 
@@ -169,7 +169,7 @@ def mixer(*sizes, wrap_state=lambda s: s, **options):
 def linear(n_out, n_in, dtype=F32, lead=(1, 1), wrap=lambda x: x, wrap_weight=lambda w: w, **extras):
     def make():
         (x, (weight,)), options = fused_linear.example_call(n_out, n_in, dtype, lead, **extras)
-        more = [options[k] for k in ("norm_weight", "norm_eps", "norm_offset", "gate", "swiglu", "residual")]
+        more = [options[k] for k in ("norm_weight", "norm_eps", "norm_offset", "gate", "swiglu", "residual", "gate_activation")]
         return (wrap(x), [wrap_weight(weight)], *more), {}
 
     return make
@@ -263,6 +263,7 @@ CASES = [
     Case("packed_decode", "row-slice", packed(2, 2, 4, 16, 16, BF16, wrap=lambda x: strided(x, 2))),
     Case("gated_rms_norm", "fp32", norm((6, 8), F32, F32)),
     Case("gated_rms_norm", "bf16-gate", norm((2, 1, 4, 16), F32, BF16)),
+    Case("gated_rms_norm", "sigmoid", norm((3, 5, 24), F32, BF16, act="sigmoid")),
     Case("gated_rms_norm", "bf16-odd", norm((3, 2, 5, 24), BF16, BF16)),
     Case("gated_rms_norm", "fp16-vector", norm((40,), F16, F16)),
     Case("gated_rms_norm", "strided", norm((3, 7, 40), F32, F16, wrap=lambda x: strided(x, 2))),
@@ -272,6 +273,7 @@ CASES = [
     Case("mixer_decode", "head-by-head", mixer(2, 2, 4, 24, 16, order="qkvz,ba")),
     Case("mixer_decode", "head-by-head-bf16", mixer(3, 3, 3, 16, 40, dtype=BF16, order="bvqa,zk", bias=True)),
     Case("mixer_decode", "published-96-192", mixer(2, 3, 3, 96, 192, dtype=BF16, order="qkvbaz", beta_scale=2.0)),
+    Case("mixer_decode", "sigmoid", mixer(2, 2, 4, 16, 24, gate_activation="sigmoid")),
     Case("mixer_decode", "bf16", mixer(3, 2, 4, 24, 40, dtype=BF16, order="baqkvz")),
     Case("mixer_decode", "fp16", mixer(2, 2, 2, 40, 24, dtype=F16, bias=True)),
     Case("mixer_decode", "bf16-state", mixer(2, 1, 2, 16, 16, dtype=BF16, state_dtype=BF16)),
@@ -292,6 +294,7 @@ CASES = [
     Case("fused_linear", "norm-swiglu-residual", linear(33, 600, BF16, norm=True, swiglu=True, residual=True)),
     Case("fused_linear", "residual", linear(33, 1100, residual=True)),
     *(Case("fused_linear", f"gated-{name(d)}", linear(17, 512, d, head=16, residual=True)) for d in (F32, BF16)),
+    Case("fused_linear", "gated-by-sigmoid", linear(17, 512, BF16, head=16, gate_activation="sigmoid")),
     Case("fused_linear", "gated-heads-of-128", linear(17, 3072, BF16, head=128)),
     *(Case("fused_linear", f"{b}-rows-{name(d)}", linear(70, 512, d, (b, 1))) for b in (2, 3, 32) for d in (F32, BF16, F16)),
     Case("fused_linear", "9-rows-swiglu", linear(70, 256, BF16, (3, 3), swiglu=True)),

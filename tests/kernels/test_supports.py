@@ -51,6 +51,11 @@ REFUSED = [
     ("packed_decode", kernel_cases.packed(1, 2, 3, 8, 8), "D must be 2·H·K + HV·V with HV a multiple of H, got D = 56,"),
     ("gated_rms_norm", kernel_cases.norm((1, 1, 1, 1, 8), torch.float32, torch.float32), "o and z must have one shape"),
     ("gated_rms_norm", kernel_cases.norm((2, 8), torch.float32, F64), "z must be float32"),
+    (
+        "gated_rms_norm",
+        kernel_cases.norm((2, 8), BF16, BF16, act="tanh"),
+        "The gate's activation must be one of silu, sigmoid, got tanh.",
+    ),
     ("mixer_decode", kernel_cases.mixer(1, 1, 1, 8, 8, dtype=F64), "row must be float32"),
     ("mixer_decode", kernel_cases.mixer(1, 1, 1, 8, 260), "V must be at most 256, got 260."),
     ("mixer_decode", kernel_cases.mixer(1, 1, 1, 8, 8, state_dtype=F64), "recurrent_state must be float32"),

@@ -84,7 +84,7 @@ EDITS = {
     "gate without silu": (
         NORM,
         "ACT2FN[self.activation](gate.to(torch.float32))",
-        "torch.sigmoid(gate.to(torch.float32))",
+        "torch.tanh(gate.to(torch.float32))",
         "gated_rms_norm",
     ),
 }

@@ -47,6 +47,7 @@ def norm(x, eps=1e-6):
         norm, lambda x: torch.rsqrt(x.pow(2).sum(-1, keepdim=True) + 1e-6) * x,
         lambda x: x * (1e-6 + x.square().sum(-1, True)).rsqrt(),
         lambda x: norm(x.float()).to(x.dtype), lambda x: norm(x.transpose(1, 2), 1e-5),
+        lambda x: x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt(),
     ],
 )  # fmt: skip
 def test_l2norm(f):
@@ -60,6 +61,8 @@ def test_l2norm(f):
         lambda x: x * torch.rsqrt((x * x).sum(-2, keepdim=True) + 1e-6),
         lambda x: x * torch.rsqrt((x * x).sum((-1, -2), keepdim=True) + 1e-6),
         lambda x: x * torch.sqrt((x * x).sum(-1, keepdim=True) + 1e-6),
+        lambda x: x / torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6),
+        lambda x: torch.sqrt((x * x).sum(-1, keepdim=True) + 1e-6) / x,
         lambda x: x * torch.rsqrt((x * x * x).sum(-1, keepdim=True) + 1e-6),
         lambda x: x.exp() * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6),
         lambda x: x * torch.rsqrt((x * x).sum(-1, keepdim=True) + x),
@@ -85,6 +88,7 @@ def test_l2norm_of_a_value_that_is_written_in_place():
         lambda a, A, b: -A.exp() * F.softplus(a + b), lambda a, A, b: F.softplus(b + a) * -A.exp(),
         lambda a, A, b: -(A.exp() * F.softplus(a + b)), lambda a, A, b: -A.float().exp() * F.softplus(a.float() + b),
         lambda a, A, b: -A.exp()[None] * F.softplus(a.transpose(0, 1) + b),
+        lambda a, A, b: -F.softplus(a + b) * A.exp(), lambda a, A, b: A.exp() * -F.softplus(b + a),
     ],
 )  # fmt: skip
 def test_gating(f):
@@ -98,7 +102,7 @@ def test_gating(f):
         lambda a, A, b: A.exp() * F.softplus(a + b), lambda a, A, b: -A.exp() * F.softplus(a - b),
         lambda a, A, b: -A * F.softplus(a + b), lambda a, A, b: -A.exp() * F.softplus(a + b, 2.0),
         lambda a, A, b: -A.exp2() * F.softplus(a + b), lambda a, A, b: F.softplus(a + b),
-        lambda a, A, b: -A.exp() + F.softplus(a + b),
+        lambda a, A, b: -A.exp() + F.softplus(a + b), lambda a, A, b: -F.softplus(a + b) * -A.exp(),
     ],
 )  # fmt: skip
 def test_gating_declines(f):
@@ -120,6 +124,7 @@ def gated(o, z, w, eps=1e-6):
         lambda o, z, w: F.silu(z) * (w * (o * torch.rsqrt(o.square().mean(-1, True) + 1e-5))),
         lambda o, z, w: gated(o.float(), z.float(), w).to(o.dtype),
         lambda o, z, w: gated(o.reshape(-1, 4), z.reshape(-1, 4), w).view(2, 3, 4),
+        lambda o, z, w: o * torch.rsqrt(o.square().mean(-1, True) + 1e-5) * w * torch.sigmoid(z),
     ],
 )  # fmt: skip
 def test_gated_rms_norm(f):
@@ -129,7 +134,7 @@ def test_gated_rms_norm(f):
 @pytest.mark.parametrize(
     "f",
     [
-        lambda o, z, w: w * (o * torch.rsqrt(o.pow(2).mean(-1, keepdim=True) + 1e-6)) * torch.sigmoid(z),
+        lambda o, z, w: w * (o * torch.rsqrt(o.pow(2).mean(-1, keepdim=True) + 1e-6)) * torch.tanh(z),
         lambda o, z, w: w * (o * torch.rsqrt(o.pow(2).mean(-2, keepdim=True) + 1e-6)) * F.silu(z),
     ],
 )

@@ -69,6 +69,40 @@ def test_numbers_stand_on_the_right_of_what_commutes(f):
                 assert isinstance(n.args[0], torch.fx.Node) and isinstance(n.args[1], int | float)
 
 
+ROWS = torch.randn(2, 3, 10)
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x: torch.cat([x.narrow(-1, 1, 4), x.narrow(-1, 5, 2), x.narrow(-1, 7, 3)], -1),
+        lambda x: torch.cat((x.narrow(-1, 0, 2), x.narrow(-1, 2, 5)), dim=2),
+    ],
+)
+def test_neighbouring_columns_put_together_are_columns(f):
+    assert normal(f, ROWS).ops() == ["narrow"]
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x: torch.cat([x.narrow(-1, 0, 2), x.narrow(-1, 3, 2)], -1),
+        lambda x: torch.cat([x.narrow(-1, 2, 2), x.narrow(-1, 0, 2)], -1),
+        lambda x: torch.cat([x.narrow(-1, 0, 2), x.narrow(-1, 2, 2)], 1),
+        lambda x: torch.cat([x.narrow(1, 0, 1), x.narrow(1, 1, 1)], -1),
+        lambda x: torch.cat([x.narrow(-1, 0, 2), x.exp().narrow(-1, 2, 2)], -1),
+        lambda x: torch.cat([x.narrow(-1, 0, 2), x[..., 2:4]], -1),
+    ],
+    ids=["a gap", "swapped", "other axis", "other columns", "another row", "a slice"],
+)
+def test_other_columns_put_together_stay(f):
+    assert "cat" in normal(f, ROWS).ops()
+
+
+def test_what_a_view_has_the_sizes_of_is_not_computed():
+    assert normal(lambda x: x.narrow(-1, 0, 4).view_as(X.exp()), ROWS.narrow(-1, 0, 4)).ops() == ["narrow", "reshape"]
+
+
 def test_what_does_not_commute_stays():
     normal(lambda x: (2 - x) + (1 / x) + (x - 2), X)
 

@@ -35,9 +35,8 @@ class FuseMixerDecode(Rule):
         numbers = torch.cat([columns.of(node, B) for node in (conv["x"], norm["z"], rule["b"], rule["a"])])
         numbers = dict(zip("qkvzba", numbers.split([heads * width for width in widths]), strict=True))
         where = [_where(norm_node, name, numbers[name], heads) for name in numbers]
-        rows = columns.rows
         out = _end(norm_node)
-        operands = {f"row_{i}": bring(row, (B, 1, value(row).shape[-1]), "row") for i, row in enumerate(rows)}
+        operands = {f"row_{i}": bring(row, (B, 1, width), "row") for i, (row, width) in enumerate(columns.rows.items())}
         operands["conv_weight"] = bring(conv["weight"], value(conv["weight"]).shape, "conv_weight")
         inputs = {
             **{k: x.node for k, x in operands.items()},
@@ -56,9 +55,16 @@ class FuseMixerDecode(Rule):
             writes={"conv_state": conv_node, "recurrent_state": anchor},
             data={
                 "how": {k: x.how for k, x in operands.items()},
-                "rows": len(rows),
+                "rows": len(columns.rows),
                 "where": [list(x) for x in zip(*where, strict=True)],
-                "settings": [conv["activation"], rule["scale"], rule["l2norm_eps"], norm["eps"], rule["beta_scale"]],
+                "settings": [
+                    conv["activation"],
+                    rule["scale"],
+                    rule["l2norm_eps"],
+                    norm["eps"],
+                    rule["beta_scale"],
+                    norm["activation"],
+                ],
                 "shape": None if value(out).ndim == 3 and same(value(out).shape[1], 1) else tuple(value(out).shape),
                 "dtype": value(out).dtype,
             },

@@ -53,7 +53,7 @@ class FuseMixerLinears(Rule):
         projection |= layout
         rule = {k: mixer[k] for k in RULE_ARGUMENTS}
         out = {k: behind[k] for k in ("weights", "swiglu", "residual")} | {
-            "norm_weight": mixer["norm_weight"], "norm_eps": mixer["norm_eps"]
+            "norm_weight": mixer["norm_weight"], "norm_eps": mixer["norm_eps"], "gate_activation": mixer["gate_activation"],
         }  # fmt: skip
         m = arguments_match(
             [last],

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import torch
+
 from gdnfuse.dialect import fused_gating_delta_rule, packed_decode
 from gdnfuse.passes.fuse.rules import two_sequences
 from gdnfuse.report import Refused
+from gdnfuse.rewrite.columns import Columns
 from gdnfuse.rewrite.driver import call
-from gdnfuse.rewrite.graph import op_name, peel, same, value
+from gdnfuse.rewrite.graph import op_name, same, value
 from gdnfuse.rewrite.pattern import Mismatch
 from gdnfuse.rewrite.rule import Match, Rule, bring
 
@@ -22,16 +25,16 @@ class FusePackedDecode(Rule):
 
     def match(self, anchor):
         bound = fused_gating_delta_rule.op.bind(anchor.args, anchor.kwargs)
-        rows = {name: _row(bound[name], i, name) for i, name in enumerate(("q", "k", "v"))}
-        row = rows["q"]
-        for name, other in rows.items():
-            if peel(other) is not peel(row):
-                raise Mismatch(other, f"{name} sliced from the row {row} that q is sliced from", str(other))
         B, T, H, K = value(bound["q"]).shape
         HV, V = value(bound["v"]).shape[2:]
         if not same(T, 1):
             raise Refused(f"One token must be processed (T = 1), found T = {T}.", at=anchor)
-        operand = bring(row, (B, 1, 2 * H * K + HV * V), "mixed_qkv")
+        columns, D = Columns(), 2 * H * K + HV * V
+        found = torch.cat([columns.of(bound[name], B) for name in ("q", "k", "v")])
+        row, *others = columns.rows
+        if others or columns.rows[row] != D or not torch.equal(found, torch.arange(D)):
+            raise Mismatch(anchor, f"q, k and v one behind the other as all {D} columns of one row", "others")
+        operand = bring(row, (B, 1, D), "mixed_qkv")
         inputs = {"mixed_qkv": operand.node, **{k: bound[k] for k in GATES}}
         return Match(
             inputs,
@@ -48,14 +51,6 @@ class FusePackedDecode(Rule):
     def rewrite(self, m, t):
         gates = [getattr(t, k) for k in GATES]
         return call(packed_decode.op.overload, m.data["how"](t.mixed_qkv), *gates, *m.data["settings"])
-
-
-def _row(node, part, name):
-    """The row that `node` is part number `part` of."""
-    piece = peel(node)
-    if op_name(piece) == "getitem" and op_name(piece.args[0]) == "split" and piece.args[1] == part:
-        return piece.args[0].args[0]
-    raise Mismatch(piece, f"part {part} of a split row ({name})", op_name(piece))
 
 
 RULE = FusePackedDecode()

@@ -1,4 +1,4 @@
-"""w · (o · rsqrt(mean(o²) + eps)) · silu(z)  →  gdnfuse.gated_rms_norm(o, z, w, eps)"""
+"""w · (o · rsqrt(mean(o²) + eps)) · act(z)  →  gdnfuse.gated_rms_norm(o, z, w, eps, act)"""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gdnfuse.rewrite.rule import Match, Rule, bring
 
 o, w = Var("o"), Var("weight")
 normed = Op("mul", o, Op("rsqrt", Op("add", Op("mean", Op("mul", o, o)), Const("eps"))))
-gate = Op("silu", Var("z"))
+gate = Op("|".join(gated_rms_norm.GATES), Var("z"), bind="gate")
 PATTERN = Alt(Op("mul", Op("mul", w, normed), gate), Op("mul", Op("mul", normed, gate), w))
 
 
@@ -47,7 +47,7 @@ class LiftGatedRMSNorm(Rule):
             [root],
             data={
                 "how": operands,
-                "eps": env["eps"],
+                "settings": (env["eps"], op_name(env["gate"])),
                 "dtype": value(root).dtype,
                 "shape": None if same_shape(value(o).shape, shape) else shape,
             },
@@ -56,7 +56,8 @@ class LiftGatedRMSNorm(Rule):
 
     def rewrite(self, m, t):
         how = m.data["how"]
-        y = call(gated_rms_norm.op.overload, *(how[k].how(getattr(t, k)) for k in ("o", "z", "weight")), m.data["eps"])
+        tensors = (how[k].how(getattr(t, k)) for k in ("o", "z", "weight"))
+        y = call(gated_rms_norm.op.overload, *tensors, *m.data["settings"])
         if m.data["shape"] is not None:
             y = y.reshape(-1, *m.data["shape"][1:])
         return y.to(m.data["dtype"])

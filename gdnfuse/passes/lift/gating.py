@@ -12,7 +12,7 @@ from gdnfuse.rewrite.rule import Match, Rule, bring
 
 decay = Op("exp", Var("A_log"))
 softplus = Op("softplus", Op("add", Var("a"), Var("dt_bias")))
-PATTERN = Alt(Op("mul", Op("neg", decay), softplus), Op("neg", Op("mul", decay, softplus)))
+PATTERN = Alt(Op("mul", Op("neg", decay), softplus), Op("neg", Op("mul", decay, softplus)), Op("mul", decay, Op("neg", softplus)))
 
 
 def near_the_threshold(shape, generator):
@@ -38,8 +38,9 @@ class LiftGating(Rule):
 
     def match(self, anchor):
         root = next(iter(real_users(anchor)), anchor)
-        if op_name(root) == "mul" and op_name(negated := next(iter(real_users(root)), root)) == "neg":
-            root = negated
+        after = next(iter(real_users(root)), root)
+        if (op_name(root), op_name(after)) in (("mul", "neg"), ("neg", "mul")):
+            root = after
         env = PATTERN.match(root)
         if value(peel(env["a"])).ndim == 1:
             env["a"], env["dt_bias"] = env["dt_bias"], env["a"]

@@ -1,15 +1,16 @@
-"""x · rsqrt(Σx² + eps)  →  gdnfuse.l2norm(x, eps)"""
+"""x · rsqrt(Σx² + eps), or x / sqrt(…)  →  gdnfuse.l2norm(x, eps)"""
 
 from __future__ import annotations
 
 from gdnfuse.dialect import l2norm
 from gdnfuse.rewrite.driver import call
 from gdnfuse.rewrite.graph import op_name, peel, real_users, value
-from gdnfuse.rewrite.pattern import Const, Op, Var
+from gdnfuse.rewrite.pattern import Alt, Const, Op, Var
 from gdnfuse.rewrite.rule import Match, Rule, bring
 
 x = Var("x")
-PATTERN = Op("mul", x, Op("rsqrt", Op("add", Op("sum", Op("mul", x, x)), Const("eps"))))
+square = Op("add", Op("sum", Op("mul", x, x)), Const("eps"))
+PATTERN = Alt(Op("mul", x, Op("rsqrt", square)), Op("div", x, Op("sqrt", square)))
 
 
 class LiftL2Norm(Rule):
