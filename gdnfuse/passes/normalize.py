@@ -79,6 +79,8 @@ def _view(gm: GraphModule, node: Node) -> None:
     if node.target == "view" and node.op == "call_method" and not any(isinstance(a, torch.dtype) for a in node.args):
         if "dtype" not in node.kwargs:
             node.target = "reshape"
+    if node.target == "view_as":
+        node.target = "reshape_as"
     # The first size is left to be found: proofs then do with fewer sequences than the model was given.
     if node.target in ("reshape", torch.reshape) and not node.kwargs and value(node).ndim > 1:
         sizes = value(node).shape

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch._prims_common import is_contiguous_or_false
 from torch.fx import Graph, GraphModule, Node, Proxy
 from torch.fx.proxy import GraphAppendingTracer
 
@@ -50,7 +51,7 @@ def run_rules(gm: GraphModule, rules: list[Rule], outcome: Outcome) -> None:
                 m = rule.match(anchor)
                 rule.check(m)
                 region = cut(gm.graph, m, memory)
-                with _quiet_shapes(gm):
+                with quiet_shapes(gm):
                     replacement = _trace(rule, m, region)
                     proof = prove(region.graph, replacement, region.inputs, m, extremes=rule.stage == "lift")
                     _replace(gm, m, region, replacement, anchor, memory)
@@ -181,7 +182,8 @@ def _check_states(m: Match, nodes: list[Node], memory: Memory) -> None:
                 raise Refused(f"{name} must be read and written here alone, found that {user.name} uses it too.", at=user)
         derived = {state}
         for n in nodes:
-            if any(i in derived for i in n.all_input_nodes) and n is not write:
+            # A copy's result is the state itself; what an op of ours returns beside its write is computed from it.
+            if any(i in derived for i in n.all_input_nodes) and not (n is write and storage(n) == storage(state)):
                 derived.add(n)
                 strangers = [u for u in n.users if u not in seen]
                 if strangers and n not in m.outputs:
@@ -248,10 +250,14 @@ def _replace(gm: GraphModule, m: Match, region: Region, replacement: Graph, anch
             elif n.op == "output":
                 results = tuple(env[o] for o in n.args[0])
             else:
-                env[n] = new = gm.graph.node_copy(n, lambda x: env[x])
-                new.meta.update(meta)
-                new.meta["example_value"] = infer(new)
-                memory.add(new)
+                env[n] = _added(gm.graph.node_copy(n, lambda x: env[x]), meta, memory)
+        # What the caller does with what the graph returns may be a view; a slice of a packed row allows fewer.
+        results = tuple(
+            _added(gm.graph.call_method("contiguous", (result,)), meta, memory)
+            if _contiguous(out) and not _contiguous(result) and _returned(out)
+            else result
+            for out, result in zip(m.outputs, results, strict=True)
+        )
     for out, result in zip(m.outputs, results, strict=True):
         out.replace_all_uses_with(result)
     for name, write in m.writes.items():
@@ -262,6 +268,22 @@ def _replace(gm: GraphModule, m: Match, region: Region, replacement: Graph, anch
             gm.graph.erase_node(n)
 
 
+def _added(node: Node, meta: dict[str, Any], memory: Memory) -> Node:
+    node.meta.update(meta)
+    node.meta["example_value"] = infer(node)
+    memory.add(node)
+    return node
+
+
+def _contiguous(node: Node) -> bool:
+    return is_tensor(node) and is_contiguous_or_false(value(node))
+
+
+def _returned(node: Node) -> bool:
+    """Whether the graph returns it or a view of it."""
+    return any(u.op == "output" or storage(u) == storage(node) and _returned(u) for u in node.users)
+
+
 def infer(node: Node) -> Any:
     """The example value of a node from those of its arguments, without guards."""
     tensors = [value(n) for n in node.all_input_nodes if is_tensor(n)]
@@ -270,7 +292,7 @@ def infer(node: Node) -> Any:
         return evaluate_node(node, value)
 
 
-def _quiet_shapes(gm: GraphModule) -> Any:
+def quiet_shapes(gm: GraphModule) -> Any:
     """Looking at symbolic shapes here must add no guards to what the user compiled."""
     for n in gm.graph.nodes:
         mode = getattr(value(n), "fake_mode", None)

@@ -35,7 +35,7 @@ SYNONYMS = {
 # Ops whose result holds the elements of their first argument, in some order, when the number of elements is unchanged.
 _VIEWS = {
     "transpose", "reshape", "view", "unsqueeze", "squeeze", "flatten", "unflatten", "contiguous", "getitem", "select",
-    "narrow", "expand", "view_as", "alias", "detach", "clone", "stack", "movedim", "t", "swapaxes",
+    "narrow", "expand", "view_as", "reshape_as", "alias", "detach", "clone", "stack", "movedim", "t", "swapaxes",
 }  # fmt: skip
 # Views that hold part of their first argument, or several parts.
 _PARTS = {"split", "chunk", "unbind", "tensor_split"}

@@ -1,0 +1,80 @@
+"""Real graphs of a tiny Qwen3.5 to mutate: decode steps and prompts, captured and not, in float32 and bfloat16."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.fx import GraphModule
+
+import gdnfuse.backend  # noqa: F401  capture is installed with it
+from gdnfuse.rewrite.proof import hint
+from tests.models import zoo
+
+# Keys and values of one width, so that their axes can be exchanged; heads, sequences and tokens are of others.
+SIZES = {
+    "hidden_size": 24, "intermediate_size": 20, "linear_num_key_heads": 2, "linear_num_value_heads": 6, "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}  # fmt: skip
+LENGTH = 96  # of a static cache
+
+
+@dataclass(frozen=True)
+class Source:
+    """A call of the model. Two numbers of tokens give the graph for any number."""
+
+    batch: int
+    tokens: tuple[int, ...] = (1,)
+    cache: str = "static"
+    filled: bool = True
+    capture: bool = False
+    dtype: torch.dtype = torch.float32
+    padded: bool = False
+
+
+BF16 = torch.bfloat16
+SOURCES = {
+    "step": Source(2),
+    "step of one sequence": Source(1),
+    "step of four, padded, bfloat16": Source(4, dtype=BF16, padded=True),
+    "step of one, bfloat16": Source(1, cache="dynamic", dtype=BF16),
+    "captured step": Source(4, cache="dynamic", capture=True),
+    "captured prompt": Source(2, (13, 9), filled=False, capture=True, padded=True),
+    "captured continuation": Source(2, (11, 7), cache="dynamic", capture=True, dtype=BF16),
+    "prompt": Source(2, (70,), cache="dynamic", filled=False),
+}
+
+
+@functools.cache
+def graph_of(name: str) -> tuple[GraphModule, Sequence[Any]]:
+    """Dynamo's graph of that call, and the arguments it was called with, from before the call."""
+    source, found = SOURCES[name], []
+
+    def backend(gm, inputs):
+        found.append((gm, [x.detach().clone() if isinstance(x, torch.Tensor) else hint(x) for x in inputs]))
+        return gm.forward
+
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = zoo.causal_lm(**SIZES).to(source.dtype)
+    with torch.no_grad(), mock.patch.dict("os.environ", {"GDNFUSE_DISABLE": "" if source.capture else "1"}):
+        run = torch.compile(model, backend=backend, fullgraph=True)
+        for length in source.tokens:
+            run(past_key_values=(call := _call(model, source, length)).pop("cache"), use_cache=True, **call)
+    torch._dynamo.reset()
+    assert len(found) == len(source.tokens)
+    return found[-1]
+
+
+def _call(model: torch.nn.Module, source: Source, length: int) -> dict[str, Any]:
+    cache, mask = zoo.new_cache(model, source.cache, LENGTH), None
+    if source.filled:
+        cache, mask = zoo.prefill(model, source.batch, source.cache, source.padded, LENGTH)
+    ids, new = zoo.prompt(source.batch, length, padded=source.padded, seed=2)
+    if source.padded:
+        mask = new if mask is None else torch.cat([mask, mask.new_ones(source.batch, LENGTH - mask.shape[1])], 1)
+    return {"cache": cache, "input_ids": ids, "attention_mask": mask}
