@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from gdnfuse.dialect.causal_conv_update import ACTIVATIONS
-from gdnfuse.dialect.op import acc_dtype, register
+from gdnfuse.dialect.op import acc_dtype, need_tokens, register
 
 
 def reference(
@@ -29,7 +29,11 @@ def reference(
 
     Returns:
         [B, D, T] in x's dtype, one rounding from the float32 sum; D is the innermost axis in memory.
+
+    Raises:
+        ValueError: no tokens.
     """
+    need_tokens("causal_conv", x.shape[-1])
     acc = acc_dtype(x, weight)
     T, W = x.shape[-1], weight.shape[-1]
     window = x.to(acc) if context is None else torch.cat([context.to(acc), x.to(acc)], -1)
@@ -47,6 +51,7 @@ def reference(
 
 def fake(x, weight, bias, activation, context=None, cu_seqlens=None):
     B, D, T = x.shape
+    need_tokens("causal_conv", T)
     return torch.empty((B, T, D), dtype=x.dtype, device=x.device).mT
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from gdnfuse.dialect.op import acc_dtype, register
+from gdnfuse.dialect.op import acc_dtype, need_tokens, register
 
 ACTIVATIONS = {"silu": F.silu, "none": lambda x: x}
 
@@ -28,7 +28,11 @@ def reference(
 
     Returns:
         [B, D, T] in float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: no tokens.
     """
+    need_tokens("causal_conv_update", x.shape[-1])
     acc = acc_dtype(x, weight)
     T, W, S = x.shape[-1], weight.shape[-1], conv_state.shape[-1]
     window = torch.cat([conv_state.to(acc), x.to(acc)], -1)
@@ -41,6 +45,7 @@ def reference(
 
 
 def fake(x, conv_state, weight, bias, activation):
+    need_tokens("causal_conv_update", x.shape[-1])
     return torch.empty(x.shape, dtype=acc_dtype(x, weight), device=x.device)
 
 

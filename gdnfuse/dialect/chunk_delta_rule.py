@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from gdnfuse.dialect.delta_rule import example_tensors
 from gdnfuse.dialect.l2norm import reference as l2norm
-from gdnfuse.dialect.op import acc_dtype, register
+from gdnfuse.dialect.op import acc_dtype, need_tokens, register
 
 CHUNK = 64
 
@@ -64,8 +64,7 @@ def reference(
 
 def check(v: torch.Tensor, state: torch.Tensor | None, cu_seqlens: torch.Tensor | None, checkpoint_every: int) -> None:
     """Raises ValueError as `reference` says."""
-    if v.shape[1] == 0:
-        raise ValueError("chunk_delta_rule needs at least one token, got T = 0.")
+    need_tokens("chunk_delta_rule", v.shape[1])
     if checkpoint_every < 0:
         raise ValueError(f"checkpoint_every must not be negative, got {checkpoint_every}.")
     if cu_seqlens is not None and (v.shape[0] != 1 or checkpoint_every):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from gdnfuse.dialect.l2norm import reference as l2norm
-from gdnfuse.dialect.op import acc_dtype, register
+from gdnfuse.dialect.op import acc_dtype, need_tokens, register
 
 
 def reference(
@@ -21,7 +21,7 @@ def reference(
     """S ← exp(g)·S;  S ← S + k ⊗ β(v − Sᵀk);  o = Sᵀ(q·scale), token by token.
 
     Args:
-        q, k: [B, T, H, K]; key head h serves value heads h·HV/H … (h+1)·HV/H − 1.
+        q, k: [B, T, H, K], T ≥ 1; key head h serves value heads h·HV/H … (h+1)·HV/H − 1.
         v: [B, T, HV, V].
         g: [B, T, HV], log decay.
         beta: [B, T, HV], in (0, 1), or (0, 2) where the state may have negative eigenvalues.
@@ -31,7 +31,11 @@ def reference(
 
     Returns:
         o [B, T, HV, V] and the new state [B, HV, K, V], both float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: no tokens.
     """
+    need_tokens("delta_rule", v.shape[1])
     acc = acc_dtype(q, k, v, g, beta, state)
     if l2norm_eps is not None:
         q, k = l2norm(q, l2norm_eps), l2norm(k, l2norm_eps)
@@ -47,10 +51,11 @@ def reference(
         delta = (v[:, t] - (s * k[:, t, :, :, None]).sum(-2)) * beta[:, t, :, None]
         s = s + k[:, t, :, :, None] * delta[:, :, None, :]
         out.append((s * q[:, t, :, :, None]).sum(-2))
-    return torch.stack(out, 1), s
+    return torch.stack(out, 1), s.contiguous()
 
 
 def fake(q, k, v, g, beta, state, scale, l2norm_eps=None):
+    need_tokens("delta_rule", v.shape[1])
     acc = acc_dtype(q, k, v, g, beta, state)
     return torch.empty(v.shape, dtype=acc, device=v.device), torch.empty(state.shape, dtype=acc, device=v.device)
 

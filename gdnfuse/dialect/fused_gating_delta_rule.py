@@ -7,7 +7,7 @@ import torch
 from gdnfuse.dialect.delta_rule import example_tensors
 from gdnfuse.dialect.delta_rule import reference as delta_rule
 from gdnfuse.dialect.gating import reference as gating
-from gdnfuse.dialect.op import acc_dtype, register
+from gdnfuse.dialect.op import acc_dtype, need_tokens, register
 
 
 def reference(
@@ -37,7 +37,11 @@ def reference(
 
     Returns:
         o [B, T, HV, V] in float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: no tokens.
     """
+    need_tokens("fused_gating_delta_rule", v.shape[1])
     acc = acc_dtype(b, v)
     beta = beta_scale * b.to(acc).sigmoid()
     o, new = delta_rule(q, k, v, gating(a, A_log, dt_bias), beta, recurrent_state, scale, l2norm_eps)
@@ -46,6 +50,7 @@ def reference(
 
 
 def fake(q, k, v, a, b, A_log, dt_bias, recurrent_state, scale, l2norm_eps=None, beta_scale=1.0):
+    need_tokens("fused_gating_delta_rule", v.shape[1])
     return torch.empty(v.shape, dtype=acc_dtype(q, v, a, b, A_log, dt_bias, recurrent_state), device=v.device)
 
 

@@ -26,7 +26,7 @@ def reference(o: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: float
     acc = acc_dtype(o, z, weight)
     x = o.to(acc)
     x = x * torch.rsqrt((x * x).mean(-1, keepdim=True) + eps)
-    return (weight.to(acc) * x * GATES[activation](z.to(acc))).to(z.dtype)
+    return (weight.to(acc) * x * GATES[activation](z.to(acc))).to(z.dtype).contiguous()
 
 
 def fake(o, z, weight, eps, activation="silu"):

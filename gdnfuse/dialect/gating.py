@@ -20,7 +20,7 @@ def reference(a: torch.Tensor, A_log: torch.Tensor, dt_bias: torch.Tensor) -> to
         g of shape [..., HV], ≤ 0, in float32 (float64 for float64 inputs).
     """
     acc = acc_dtype(a, A_log, dt_bias)
-    return -A_log.to(acc).exp() * F.softplus(a.to(acc) + dt_bias.to(acc))
+    return (-A_log.to(acc).exp() * F.softplus(a.to(acc) + dt_bias.to(acc))).contiguous()
 
 
 def fake(a: torch.Tensor, A_log: torch.Tensor, dt_bias: torch.Tensor) -> torch.Tensor:

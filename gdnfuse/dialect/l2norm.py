@@ -17,7 +17,7 @@ def reference(x: torch.Tensor, eps: float) -> torch.Tensor:
     Returns:
         [..., K] in float32 (float64 for float64 input).
     """
-    x = x.to(acc_dtype(x), copy=True)
+    x = x.to(acc_dtype(x), copy=True, memory_format=torch.contiguous_format)
     return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + eps)
 
 

@@ -72,6 +72,12 @@ def op_of(target: Any) -> DialectOp | None:
     return None
 
 
+def need_tokens(op: str, T: Any) -> None:
+    """Raises ValueError if there are none."""
+    if T == 0:
+        raise ValueError(f"{op} needs at least one token, got T = 0.")
+
+
 def acc_dtype(*tensors: torch.Tensor) -> torch.dtype:
     """The dtype the maths is done in: at least float32, float64 if any input is float64."""
     dtype = torch.float32

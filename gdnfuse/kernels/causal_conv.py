@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from gdnfuse.kernels.causal_conv_update import ACTIVATIONS
-from gdnfuse.kernels.implementation import INDEX_POINTERS, kernel_of, register, require_dtypes, require_static
+from gdnfuse.kernels.implementation import INDEX_POINTERS, kernel_of, register, require_dtypes, require_static, require_tokens
 from gdnfuse.report import Refused
 
 # Channels and tokens per program, warps. Chosen on an H200, 8192 channels of 4096 and 16384 tokens, bfloat16, among (256 to 1024,
@@ -111,8 +111,9 @@ def supports(
     context: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
 ) -> None:
-    """Raises Refused unless D, W and S are static, dtypes are float32, bfloat16 or float16 and the activation is known."""
+    """Raises Refused unless T ≥ 1, D, W and S are static, dtypes are float32, bfloat16 or float16 and the activation is known."""
     require_dtypes(x=x, weight=weight, bias=bias, context=context)
+    require_tokens(x.shape[-1])
     require_static(D=x.shape[1], W=weight.shape[-1])
     if context is not None:
         require_static(S=context.shape[-1])

@@ -39,6 +39,7 @@ from gdnfuse.kernels.implementation import (
     require_dtypes,
     require_head_dims,
     require_static,
+    require_tokens,
 )
 from gdnfuse.report import Refused
 
@@ -385,10 +386,11 @@ def supports(
     checkpoint_every: int = 0,
     beta_max: float = 2.0,
 ) -> None:
-    """Raises Refused unless dtypes are float32, bfloat16 or float16, the same for q, k and v, heads static, K, V ≤ 256, K ≤ 128
-    where operands are float32, HV a multiple of H and cu_seqlens int32 or int64."""
+    """Raises Refused unless T ≥ 1, dtypes are float32, bfloat16 or float16, the same for q, k and v, heads static, K, V ≤ 256,
+    K ≤ 128 where operands are float32, HV a multiple of H and cu_seqlens int32 or int64."""
     require_dtypes(q=q, k=k, v=v, g=g, beta=beta, state=state)
     H, HV = q.shape[2], v.shape[2]
+    require_tokens(v.shape[1])
     require_static(H=H, HV=HV)
     require_head_dims(K=q.shape[-1], V=v.shape[-1])
     if HV % H:

@@ -32,6 +32,7 @@ from gdnfuse.kernels.implementation import (
     require_head_dims,
     require_one_token,
     require_static,
+    require_tokens,
 )
 from gdnfuse.report import Refused
 
@@ -382,9 +383,10 @@ def supports(
     l2norm_eps: float | None = None,
     beta_scale: float = 1.0,
 ) -> None:
-    """Raises Refused unless dtypes are float32, bfloat16 or float16, heads static, K, V ≤ 256 and HV a multiple of H."""
+    """Raises Refused unless T ≥ 1, dtypes are float32, bfloat16 or float16, heads static, K, V ≤ 256 and HV a multiple of H."""
     require_dtypes(q=q, k=k, v=v, a=a, b=b, A_log=A_log, dt_bias=dt_bias, recurrent_state=recurrent_state)
     H, HV = q.shape[2], v.shape[2]
+    require_tokens(v.shape[1])
     require_static(H=H, HV=HV)
     require_head_dims(K=q.shape[-1], V=v.shape[-1])
     if HV % H:

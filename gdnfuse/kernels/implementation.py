@@ -251,6 +251,12 @@ def require_static(**sizes: Any) -> None:
             raise Refused(f"{name} must be static, got the symbolic size {size}.")
 
 
+def require_tokens(T: Any) -> None:
+    """Refuse the length 0; other lengths and symbolic ones pass."""
+    if isinstance(T, int) and T < 1:
+        raise Refused(f"T must be at least 1, got {T}.")
+
+
 def require_one_token(T: Any) -> None:
     """Refuse any length other than the number 1; the comparison adds no guard."""
     if not isinstance(T, int) or T != 1:

@@ -48,3 +48,17 @@ def test_views_that_need_contiguous_memory(how):
     (reader,) = linear.users
     edit(gm, mutations.insert, reader, linear, how)
     oracle.check(gm, args)
+
+
+@pytest.mark.parametrize("name", ["step", "step of one sequence"])
+@pytest.mark.parametrize("gated", [True, False])
+def test_values_written_after_attention_has_read_them(name, gated):
+    """The proof's mask hid the position that is written, by chance, and with it the order."""
+    gm, args = graph(name)
+    (attention,) = nodes(gm, "scaled_dot_product_attention")
+    if not gated:
+        (reader,) = attention.users
+        edit(gm, mutations.insert, reader, attention, mutations.viewed)
+    write = nodes(gm, "index_copy_")[-1]
+    edit(gm, mutations.move, write, attention)
+    assert oracle.check(gm, args).declined["attention_decode"] == 1
