@@ -32,7 +32,6 @@ log = logging.getLogger(__name__)
 
 MODULES = ("transformers.models.", "transformers_modules.")  # the second is code that came with a checkpoint
 ACTIVATIONS = {None: "none", "silu": "silu", "swish": "silu"}
-L2NORM_EPS = 1e-6  # written into transformers' rules; the proof would show another
 
 
 # What stands in for each function: `accepts` says whether our op means these arguments, the other calls it. Dynamo traces both.
@@ -42,7 +41,8 @@ def _chunk(
     query, key, value, g, beta, chunk_size=64, initial_state=None, output_final_state=False, use_qk_l2norm_in_kernel=False,
     cu_seqlens=None, **ignored,
 ):  # fmt: skip
-    eps = L2NORM_EPS if use_qk_l2norm_in_kernel else None
+    # Written into transformers' rules; the proof would show another. A global would be a symbol where sizes are dynamic.
+    eps = 1e-6 if use_qk_l2norm_in_kernel else None
     scale = key.shape[-1] ** -0.5
     o, state, _ = torch.ops.gdnfuse.chunk_delta_rule.default(query, key, value, g, beta, initial_state, scale, eps, cu_seqlens)
     return o.to(query.dtype), state if output_final_state else None
@@ -58,7 +58,7 @@ def _recurrent(
             query, key, value, g, beta, initial_state=initial_state, output_final_state=output_final_state,
             use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel, cu_seqlens=cu_seqlens,
         )  # fmt: skip
-    eps = L2NORM_EPS if use_qk_l2norm_in_kernel else None
+    eps = 1e-6 if use_qk_l2norm_in_kernel else None
     scale = key.shape[-1] ** -0.5
     o, state = torch.ops.gdnfuse.delta_rule.default(query, key, value, g, beta, initial_state, scale, eps)
     return o.to(query.dtype), state if output_final_state else None

@@ -78,6 +78,8 @@ def compile(
             first = torch._dynamo.disable(first, recursive=False)
     elif state_dtype is not None:
         first = _preparing_caches(plain, fullgraph, state_dtype)
+    if dynamic:
+        decode, first = _with_numbers(decode), _with_numbers(first)
     model._compiled_call_impl = by_phase(decode, first)
     if getattr(model, "generation_config", None) is not None:
         from transformers import CompileConfig
@@ -134,6 +136,18 @@ def by_phase(decode: Callable[..., Any], first: Callable[..., Any]) -> Callable[
         cache = kwargs.get("past_key_values")
         step = tokens is not None and tokens.shape[1] == 1 and cache is not None and cache.is_initialized
         return (decode if step else first)(*args, **kwargs)
+
+    return call
+
+
+def _with_numbers(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, traced with floats for the numbers that they are: dynamic=True would make an eps an input of the graph."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return fn(*args, **kwargs)
+        with torch._dynamo.config.patch(specialize_float=True):
+            return fn(*args, **kwargs)
 
     return call
 

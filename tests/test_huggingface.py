@@ -58,6 +58,33 @@ def test_generate_reaches_the_backend_once_and_agrees(model, cache):
         assert decode_reports()  # a growing cache may be compiled again with a symbolic length
 
 
+def test_with_dynamic_sizes_one_prompt_graph_does_and_all_is_fused(model):
+    """Sizes that a trace finds to be numbers, and floats that are numbers, must not be taken for symbols."""
+    other = copy.deepcopy(model)
+    gdnfuse.compile(model, dynamic=True, **EAGER)
+    for length in (6, 71):
+        prompt = torch.randint(2, 128, (2, length))
+        kwargs = {"max_new_tokens": 4, "do_sample": False}
+        assert torch.equal(model.generate(prompt, **kwargs), other.generate(prompt, **kwargs))
+    assert [r.phase for r in gdnfuse.reports()] == ["prefill", "decode"]
+    assert all(r.layers and r.fused_layers == len(r.layers) and not r.note for r in gdnfuse.reports())
+
+
+@torch.no_grad()
+def test_a_graph_of_dynamic_floats_does_not_stand_in_the_way_of_the_next(model):
+    """torch.compile with dynamic=True makes inputs of floats: fewer rewrites, but no pass fails and no proof is remembered."""
+    for dynamic in (True, None):
+        torch.compiler.reset()
+        run = torch.compile(model, backend="gdnfuse", dynamic=dynamic, options={"capture": False, **EAGER})
+        cache, _ = zoo.prefill(model, 2, "static")
+        other = copy.deepcopy(cache)
+        torch.testing.assert_close(
+            run(PROMPT[:, :1], past_key_values=cache).logits, model(PROMPT[:, :1], past_key_values=other).logits
+        )
+    first, last = gdnfuse.reports()
+    assert first.layers and not first.note and last.fused_layers == len(last.layers) > 0
+
+
 def test_beams_reach_the_backend(model):
     expected = generate(model, cache_implementation="static", num_beams=3)
     gdnfuse.compile(model, **EAGER)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch._prims_common import is_contiguous_or_false
 from torch.fx import Graph, GraphModule, Node, Proxy
+from torch.fx.node import map_aggregate
 from torch.fx.proxy import GraphAppendingTracer
 
 from gdnfuse.report import Record, Refused, Source, Status, announce
@@ -226,7 +227,18 @@ def _trace(rule: Rule, m: Match, region: Region) -> Graph:
     results = rule.rewrite(m, SimpleNamespace(**proxies))
     results = results if isinstance(results, tuple) else (results,)
     new.output(tuple(r.node for r in results))
+    for n in new.nodes:
+        n.args, n.kwargs = map_aggregate((n.args, n.kwargs), _number)
     return new
+
+
+def _number(a: Any) -> Any:
+    """A size that tracing found to be one number is that number; a graph has other symbols as nodes only."""
+    if not isinstance(a, torch.SymInt):
+        return a
+    if (number := a.node.maybe_as_int()) is None:
+        raise Refused(f"A replacement must have sizes that are known or found, found the symbolic size {a}.")
+    return number
 
 
 def call(target: Any, *args: Any, **kwargs: Any) -> Any:

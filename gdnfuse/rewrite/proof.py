@@ -255,7 +255,7 @@ def _draw(
     v = value(node)
     if not isinstance(v, torch.Tensor):
         return hint(v, bound)
-    shape = shapes.get(name) or tuple(hint(s, bound) for s in v.shape)
+    shape = tuple(hint(s, bound) for s in shapes.get(name) or v.shape)
     sampler = m.extremes.get(name) if extreme and name in m.extremes else m.samplers.get(name)
     if not v.is_floating_point() and sampler is None:
         raise Refused(f"{name} must be a floating tensor, found {v.dtype}.", at=node)
