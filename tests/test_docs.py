@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 
@@ -36,3 +37,12 @@ def test_python_blocks_run_in_order(page, monkeypatch):
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([\w./-]+)(?:#[\w-]+)?\)", page.read_text()):
         assert (page.parent / target).exists(), target
+
+
+def test_pictures_are_drawn_from_the_graphs(tmp_path, monkeypatch):
+    """The committed ones have the same operations after lowering; how transformers writes a layer differs by version."""
+    monkeypatch.syspath_prepend(str(DOCS))
+    importlib.import_module("draw").main(["--out", str(tmp_path)])
+    for phase, ours in (("decode", ["in_proj_conv", "packed_decode", "fused_linear"]), ("prefill", ["causal_conv"])):
+        last = [(page / f"{phase}.svg").read_text().split(">after lower: ")[1] for page in (tmp_path, DOCS)]
+        assert last[0] == last[1] and all(f">{name}<" in last[0] for name in ours)
