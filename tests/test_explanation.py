@@ -80,6 +80,16 @@ def test_leaves_a_compiled_model_compiled():
     assert len(gdnfuse.reports()) == compiled
 
 
+def test_leaves_packed_weights_where_they_are_after_one_has_left():
+    model = gdnfuse.compile(zoo.causal_lm(), inner="eager")
+    model(IDS)
+    mlp = model.model.layers[0].mlp
+    mlp.gate_proj.weight = torch.nn.Parameter(mlp.gate_proj.weight.clone(), requires_grad=False)
+    before = {name: p.data_ptr() for name, p in model.named_parameters()}
+    gdnfuse.explain(model, IDS)
+    assert {name: p.data_ptr() for name, p in model.named_parameters()} == before
+
+
 def test_generate_of_a_model_that_is_not_compiled(model):
     (finding,) = gdnfuse.explain(torch.compile(model).generate, IDS, cache_implementation="static", **GENERATE).findings
     assert finding.kind == "not compiled" and "gdnfuse.compile(model)" in finding.fix

@@ -195,7 +195,8 @@ def pack_weights(gm: GraphModule, real: dict[Node, Any], plan: bool = False) -> 
             node.target, node.args, node.kwargs = torch.nn.functional.linear, (call["x"], *call["weights"]), {}
         else:
             node.args, node.kwargs = (), call
-    settle(real.values())
+    if not plan:
+        settle(real.values())
     return packed
 
 
