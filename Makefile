@@ -1,6 +1,6 @@
 # Each target sets up what it needs: `make demo` and `make test` work in a fresh clone.
 .DEFAULT_GOAL := test
-.PHONY: demo test test-matrix lint arch clean
+.PHONY: demo test test-matrix trust lint arch clean
 .DELETE_ON_ERROR:
 
 VENV ?= .venv
@@ -43,6 +43,10 @@ test-matrix: $(VERSIONS:%=.venv-%/.stamp)
 		echo "transformers $$v"; \
 		.venv-$$v/bin/python -m pytest -n $(WORKERS) --dist worksteal -q $(MATRIX_TESTS) || failed="$$failed $$v"; \
 	done; test -z "$$failed" || { echo "Failed with transformers$$failed" >&2; exit 1; }
+
+# Takes about half an hour on 2 cores; writes the table in docs/trust.md.
+trust: $(VENV)/.stamp
+	$(PY) docs/trust.py
 
 lint: $(VENV)/.stamp
 	$(PY) -m ruff check .

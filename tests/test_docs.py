@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 from pathlib import Path
 
@@ -46,3 +47,21 @@ def test_pictures_are_drawn_from_the_graphs(tmp_path, monkeypatch):
     for phase, ours in (("decode", ["in_proj_conv", "packed_decode", "fused_linear"]), ("prefill", ["causal_conv"])):
         last = [(page / f"{phase}.svg").read_text().split(">after lower: ")[1] for page in (tmp_path, DOCS)]
         assert last[0] == last[1] and all(f">{name}<" in last[0] for name in ours)
+
+
+def test_the_table_of_trust_counts_what_ran(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(DOCS))
+    trust = importlib.import_module("trust")
+    for files in trust.ROWS.values():
+        assert all((trust.ROOT / f).exists() for f in files if f.startswith("tests/"))
+    (tmp_path / "test_one.py").write_text("def test_a(): pass\ndef test_b(): pass\ndef test_c(): assert False\n")
+    page = tmp_path / "trust.md"
+    page.write_text(f"before\n{trust.START}old\n{trust.END}behind\n")
+    monkeypatch.setattr(trust, "PAGE", page)
+    for select, code, counts in (("a or b", 0, (2, 0)), ("b or c", 1, (1, 1)), ("d", 1, (0, 0))):
+        monkeypatch.setattr(trust, "ROWS", {"One": [str(tmp_path / "test_one.py"), "-k", select, "-p", "no:cacheprovider"]})
+        assert trust.main(["--workers", "0", "--json", str(tmp_path / "trust.json")]) == code
+        (row,) = json.loads((tmp_path / "trust.json").read_text())["rows"]
+        assert (row["passed"], row["failed"]) == counts
+        text = page.read_text()
+        assert text.startswith("before\n") and text.endswith("behind\n") and "| One " in text and "old" not in text

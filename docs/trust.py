@@ -1,0 +1,121 @@
+"""What is tested of the promise that no token is silently wrong: runs the tests, row by row, and writes the table in trust.md.
+
+    make trust                                        (CPU)
+    python docs/trust.py --gpu --json trust_gpu.json  (on a machine with a GPU: only its row, trust.md stays as it is)
+
+Each row is a run of pytest of its own. The exit code is 1 if a test failed or a row ran none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "trust.md"
+START, END = "<!-- table -->\n", "<!-- end of table -->\n"
+
+ROWS: dict[str, list[str]] = {
+    "Both graphs on a real call's inputs; the rewrite that makes a difference is named": ["tests/passes/test_verify.py"],
+    "A proof fails where one constant, operand or cast of a match is changed": [
+        "tests/models/test_proof_bites.py",
+        "tests/rewrite",
+    ],
+    "Steps and prompts against eager and float64, also after 512 steps": [
+        "tests/models/test_decode.py",
+        "tests/models/test_prefill.py",
+    ],
+    "`generate`: greedy, sampled, beams, padded, chunked prompts": ["tests/models/test_generate.py"],
+    "Weights loaded, moved, replaced, copied, saved, shared, deleted": ["tests/test_packing.py", "tests/models/test_weights.py"],
+    "Low-rank adapters merged, unmerged, switched": ["tests/models/test_adapters.py"],
+    "Families, prompts and steps; a layer written by hand": [
+        "tests/models/test_families.py",
+        "tests/test_examples.py",
+        "-k",
+        "test_families or handwritten",
+    ],
+    "Near misses of real graphs (1000), shapes and layouts": ["tests/fuzz"],
+    "Sequences are not mixed": ["tests/passes/test_sequences.py"],
+    "Kernels against float64, through Triton's interpreter": [
+        "tests/kernels/test_interpreted.py",
+        "tests/kernels/test_supports.py",
+    ],
+    "Kernels read nothing early that the graph writes": ["tests/passes/test_lower.py"],
+    "Models, threads, recompilations, resets, failing passes, training, export": [
+        "tests/test_process.py",
+        "tests/test_backend.py",
+    ],
+    "Bit-identical from run to run": ["tests/models/test_determinism.py"],
+}
+GPU = {"Kernels and whole models on a GPU": ["-m", "gpu", "tests/kernels/test_gpu.py", "tests/models/test_gpu.py"]}
+
+
+def run(title: str, arguments: Sequence[str], workers: int) -> dict[str, Any]:
+    """The counts of one run of pytest."""
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "results.xml"
+        command = [sys.executable, "-m", "pytest", "-q", "-n", str(workers), f"--junitxml={file}", *arguments]
+        subprocess.run(command, cwd=ROOT, env=os.environ | {"GDNFUSE_FUZZ": "1000"}, stdout=subprocess.DEVNULL, check=False)
+        suite = ElementTree.parse(file).getroot().find("testsuite") if file.exists() else None
+    counts = {name: int(suite.get(name, 0)) if suite is not None else 0 for name in ("tests", "failures", "errors", "skipped")}
+    failed = counts["failures"] + counts["errors"]
+    passed = counts["tests"] - failed - counts["skipped"]
+    print(f"{passed:5} passed, {failed} failed, {counts['skipped']} skipped  {title}", flush=True)
+    return {
+        "what": title,
+        "tests": " ".join(a for a in arguments if a.startswith("tests/")),
+        "passed": passed,
+        "failed": failed,
+        "skipped": counts["skipped"],
+        "seconds": round(time.monotonic() - start),
+    }
+
+
+def where() -> dict[str, str]:
+    machine = {package: version(package) for package in ("torch", "transformers", "triton")}
+    machine |= {"python": platform.python_version(), "cpu": f"{platform.machine()}, {os.cpu_count()} cores"}
+    import torch
+
+    return machine | ({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpu", action="store_true", help="only what needs a GPU")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the results, the machine and the versions here")
+    parser.add_argument("--workers", type=int, default=2, help="processes of pytest (default 2)")
+    args = parser.parse_args(argv)
+    rows = [run(title, arguments, args.workers) for title, arguments in (GPU if args.gpu else ROWS).items()]
+    data = {"machine": where(), "rows": rows}
+    if args.json:
+        args.json.write_text(json.dumps(data, indent=1))
+    if not args.gpu:
+        text = PAGE.read_text()
+        before, behind = text.split(START)[0], text.split(END)[1]
+        PAGE.write_text(f"{before}{START}\n{table(data)}\n\n{END}{behind}")
+    return 0 if all(row["passed"] and not row["failed"] for row in rows) else 1
+
+
+def table(data: dict[str, Any]) -> str:
+    cells = [[r["what"], f"`{r['tests']}`", r["passed"], r["failed"], r["skipped"], r["seconds"]] for r in data["rows"]]
+    heads = ["what", "tests", "passed", "failed", "skipped", "seconds"]
+    machine = ", ".join(f"{name} {found}" if name != "cpu" else found for name, found in data["machine"].items())
+    return f"{tabulate(cells, heads, tablefmt='github')}\n\nOn {machine}."
+
+
+if __name__ == "__main__":
+    sys.exit(main())
