@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 import gdnfuse
 
-WIDTH, HEADS, GROUP, KEY, VALUE, TAPS = 64, 2, 2, 16, 24, 4  # each of HEADS keys serves GROUP values
+WIDTH, HEADS, GROUP, KEY, VALUE, TAPS = 64, 2, 2, 16, 32, 4  # each of HEADS keys serves GROUP values
 VALUES = HEADS * GROUP
 
 

@@ -4,6 +4,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -43,6 +44,12 @@ FAMILIES = {
     "qwen3_next": Family("Qwen3NextForCausalLM", zoo.qwen3_next, more_in_prompt=("cat",)),
     "olmo_hybrid": Family("OlmoHybridForCausalLM", zoo.olmo_hybrid),
     "qwen4_exp": Family("Qwen4ExpForCausalLM", zoo.qwen4_exp, more_in_step_of_one=("fused_linear",), by_layer=True),
+    "qwen4_exp, sigmoid": Family(
+        "Qwen4ExpForCausalLM",
+        partial(zoo.qwen4_exp, output_gate_type="sigmoid"),
+        more_in_step_of_one=("fused_linear",),
+        by_layer=True,
+    ),
 }
 
 
@@ -132,7 +139,8 @@ def test_no_less_accurate_than_eager_in_bfloat16(name):
         assert zoo.relative(a, o) <= 1.1 * zoo.relative(e, o)
 
 
-def test_the_shapes_of_olmo_hybrid():
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_shapes_of_olmo_hybrid(batch):
     """Heads of 96 keys and 192 values, no powers of two, and a cache that is continued by several tokens."""
     model = zoo.olmo_hybrid(linear_key_head_dim=96, linear_value_head_dim=192, linear_num_key_heads=2, linear_num_value_heads=2)
     ours = copy.deepcopy(model)
@@ -141,7 +149,11 @@ def test_the_shapes_of_olmo_hybrid():
     for side, owner in ((call, ours), (model, model)):
         cache = zoo.new_cache(owner, "static", 96)
         with torch.no_grad():
-            prompts = [side(input_ids=zoo.prompt(2, n)[0], past_key_values=cache, use_cache=True).logits for n in (66, 5)]
-        sides.append((torch.cat([*prompts, zoo.decode(side, cache, None, zoo.tokens_for(2, 2))], 1), cache))
+            prompts = [side(input_ids=zoo.prompt(batch, n)[0], past_key_values=cache, use_cache=True).logits for n in (66, 5)]
+        sides.append((torch.cat([*prompts, zoo.decode(side, cache, None, zoo.tokens_for(batch, 2))], 1), cache))
     assert_close(*sides)
-    assert all(layer.fused for report in gdnfuse.reports() for layer in report.layers)
+    assert_layers("decode", STEP if batch > 1 else {"fused_linear": 1, "mixer_decode": 1})
+    reasons = {r.rule: r.reason for report in gdnfuse.reports() for r in report.all_records if r.status == "refused"}
+    assert reasons["attention_decode"] == "q must be normalised head by head, 16 columns each, found a norm of 64."
+    if batch == 1:
+        assert reasons["mixer_linears"] == "Heads must be a power of two wide for out_proj to normalise them, found 192."

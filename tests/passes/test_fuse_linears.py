@@ -656,10 +656,19 @@ def test_add_rms_norm_has_no_anchor(f):
 
 
 def mixer(
-    *, dtype=torch.float32, batch=1, order="qkvzba", heads=(1, 2), bias=False, before=lambda x: x, first=F.linear, last=F.linear
+    *,
+    dtype=torch.float32,
+    batch=1,
+    order="qkvzba",
+    heads=(1, 2),
+    V=4,
+    bias=False,
+    before=lambda x: x,
+    first=F.linear,
+    last=F.linear,
 ):
     """A mixer between two linears, and its arguments; `before`, `first` and `last` stand for what is around it."""
-    K, V = 4, 3
+    K = 3
     args, _ = mixer_op.example_call(batch, *heads, K, V, dtype, bias=bias, order=order)
     row, tensors, constants = args[0], args[1:8], args[8:]
 
@@ -720,10 +729,11 @@ def test_mixer_linears_has_no_anchor_at_more_rows(batch):
         ({"last": lambda y, w: F.linear(y, w, w[:, 0])}, "unmatched", "as the one reader of the mixer"),
         ({"last": lambda y, w: y}, "unmatched", "as the one reader of the mixer"),
         ({"last": lambda y, w: (F.linear(y, w), y)}, "unmatched", "as the one reader of the mixer"),
-        ({"last": lambda y, w: F.linear(y.expand(2, 1, 6), w)}, "unmatched", "as the one reader of the mixer"),
+        ({"last": lambda y, w: F.linear(y.expand(2, 1, 8), w)}, "unmatched", "as the one reader of the mixer"),
         ({"last": lambda y, w: F.linear(qwen(y, w[0]), w)}, "refused", "out_proj must be one linear without a norm"),
+        ({"V": 6}, "refused", "Heads must be a power of two wide for out_proj to normalise them, found 6."),
     ],
-    ids=["bias", "exp", "cat", "bias behind", "no linear", "returned", "more rows", "norm behind"],
+    ids=["bias", "exp", "cat", "bias behind", "no linear", "returned", "more rows", "norm behind", "odd heads"],
 )
 def test_mixer_linears_declines(options, status, found):
     record = declines(mixer_linears, *mixer(**options))
@@ -738,7 +748,7 @@ def test_mixer_linears_declines_two_linears_behind():
         y = f(x, w_in, one, *rest)
         return F.linear(y, one), F.linear(y, other)
 
-    assert "out_proj must be one linear" in declines(mixer_linears, g, x, w_in, w_out, of(3, 6), *rest).reason
+    assert "out_proj must be one linear" in declines(mixer_linears, g, x, w_in, w_out, of(3, 8), *rest).reason
     assert "as the one reader" in declines(mixer_linears, g, x, w_in, w_out, w_out, *rest).reason
 
 

@@ -42,6 +42,8 @@ class FuseMixerLinears(Rule):
         if behind["norm_weight"] is not None or len(behind["weights"]) != 1:
             raise Refused("out_proj must be one linear without a norm, found otherwise.", at=last)
         B, HV, _, V = value(mixer["recurrent_state"]).shape
+        if V & (V - 1):  # which its kernel adds up in registers
+            raise Refused(f"Heads must be a power of two wide for out_proj to normalise them, found {V}.", at=anchor)
         projection = {k: before[k] for k in ("weights", "norm_weight", "norm_eps", "norm_offset")} | {
             "x": bring(before["x"], (B, 1, value(before["x"]).shape[-1]), "x"),
             "conv_state": mixer["conv_state"],

@@ -45,6 +45,9 @@ class LiftAttentionDecode(Rule):
                 norms[name] = rms_norm.op.bind(node.args, node.kwargs)
         if len(norms) == 1 or norms and any(norms["q"][key] != norms["k"][key] for key in ("eps", "offset")):
             raise Mismatch(anchor, "the same norm of q and k", str({n: (x["eps"], x["offset"]) for n, x in norms.items()}))
+        for name, norm in norms.items():
+            if (width := value(norm["weight"]).shape[-1]) != D:
+                raise Refused(f"{name} must be normalised head by head, {D} columns each, found a norm of {width}.", at=anchor)
         out, gate = _gated(anchor)
         R = value(cos).shape[-1]
         operands = {
