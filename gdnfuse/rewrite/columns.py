@@ -29,9 +29,12 @@ class Columns:
         """The numbers [N] of the columns that a tensor of N elements for each of the `sequences` has, in order.
 
         Raises:
-            Mismatch: they are not the same for every sequence.
+            Mismatch: they are not the same for every sequence, or the views cannot be run.
         """
-        numbers = self._of(node).reshape(hint(sequences), -1)
+        try:
+            numbers = self._of(node).reshape(hint(sequences), -1)
+        except (RuntimeError, IndexError, TypeError) as e:
+            raise Mismatch(node, "views that can be run on numbers of columns", str(e).split("\n")[0]) from e
         if not torch.equal(numbers, numbers[:1].expand_as(numbers)):
             raise Mismatch(node, "the same columns for every sequence", "different ones")
         return numbers[0]
@@ -44,16 +47,24 @@ class Columns:
         if node not in self._numbers:
             if is_cast(node):
                 self._numbers[node] = self._of(node.args[0])
-            elif rearranges(node):
+            elif _only_rearranges(node):
                 self._numbers[node] = evaluate_node(node, self._of)
             else:
                 self._numbers[node] = self._new(node)
         return self._numbers[node]
 
     def _new(self, row: Node) -> torch.Tensor:
-        if not is_tensor(row):
-            raise Mismatch(row, "a tensor", op_name(row))
         shape = [hint(size) for size in value(row).shape]
         start, width = sum(self.rows.values()), math.prod(shape[1:])
         self.rows[row] = width
         return torch.arange(start, start + width).view(shape[1:]).expand(shape)
+
+
+def _only_rearranges(node: Node) -> bool:
+    """Whether a node's columns are those of what it is given: no index is a tensor, and no part is one of an op's results."""
+    if not rearranges(node):
+        return False
+    if op_name(node) in ("cat", "stack"):
+        return True
+    first, *others = node.all_input_nodes
+    return not any(map(is_tensor, others)) and (is_tensor(first) or rearranges(first))

@@ -51,3 +51,15 @@ def test_a_symbolic_batch():
 def test_columns_that_are_not_the_same_for_every_sequence():
     with pytest.raises(Mismatch, match="the same columns for every sequence"):
         columns_of(lambda x: x.view(2, B, 6).transpose(0, 1), ROW)
+
+
+def test_what_depends_on_numbers_or_is_a_result_of_an_op_is_a_row_of_its_own():
+    index = torch.tensor([3, 0])
+    assert columns_of(lambda x: x[:, :, index][..., 1:], ROW) == ([1], [2])
+    assert columns_of(lambda x: torch.topk(x, 4, -1).values[..., 2:], ROW) == ([2, 3], [4])
+    assert columns_of(lambda x: x.unbind(1)[0][:, :2], ROW) == ([0, 1], [12])
+
+
+def test_a_tensor_without_an_axis_of_sequences():
+    with pytest.raises(Mismatch, match="views that can be run"):
+        columns_of(lambda x: x[0, 0].exp()[:5], ROW)

@@ -35,6 +35,7 @@ class FuseMixerDecode(Rule):
         numbers = torch.cat([columns.of(node, B) for node in (conv["x"], norm["z"], rule["b"], rule["a"])])
         numbers = dict(zip("qkvzba", numbers.split([heads * width for width in widths]), strict=True))
         where = [_where(norm_node, name, numbers[name], heads) for name in numbers]
+        settings = [conv["activation"], rule["scale"], rule["l2norm_eps"], norm["eps"], rule["beta_scale"], norm["activation"]]
         out = _end(norm_node)
         operands = {f"row_{i}": bring(row, (B, 1, width), "row") for i, (row, width) in enumerate(columns.rows.items())}
         operands["conv_weight"] = bring(conv["weight"], value(conv["weight"]).shape, "conv_weight")
@@ -57,14 +58,7 @@ class FuseMixerDecode(Rule):
                 "how": {k: x.how for k, x in operands.items()},
                 "rows": len(columns.rows),
                 "where": [list(x) for x in zip(*where, strict=True)],
-                "settings": [
-                    conv["activation"],
-                    rule["scale"],
-                    rule["l2norm_eps"],
-                    norm["eps"],
-                    rule["beta_scale"],
-                    norm["activation"],
-                ],
+                "settings": settings,
                 "shape": None if value(out).ndim == 3 and same(value(out).shape[1], 1) else tuple(value(out).shape),
                 "dtype": value(out).dtype,
             },
