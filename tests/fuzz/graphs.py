@@ -12,7 +12,6 @@ import torch
 from torch.fx import GraphModule
 
 import gdnfuse.backend  # noqa: F401  capture is installed with it
-from gdnfuse.rewrite.proof import hint
 from tests.models import zoo
 
 # Keys and values of one width, so that their axes can be exchanged; heads, sequences and tokens are of others.
@@ -25,7 +24,7 @@ LENGTH = 96  # of a static cache
 
 @dataclass(frozen=True)
 class Source:
-    """A call of the model. Two numbers of tokens give the graph for any number."""
+    """A call of the model. Several numbers of tokens give the graph for any number, called with the second and the third."""
 
     batch: int
     tokens: tuple[int, ...] = (1,)
@@ -43,20 +42,26 @@ SOURCES = {
     "step of four, padded, bfloat16": Source(4, dtype=BF16, padded=True),
     "step of one, bfloat16": Source(1, cache="dynamic", dtype=BF16),
     "captured step": Source(4, cache="dynamic", capture=True),
-    "captured prompt": Source(2, (13, 9), filled=False, capture=True, padded=True),
-    "captured continuation": Source(2, (11, 7), cache="dynamic", capture=True, dtype=BF16),
+    "captured prompt": Source(2, (13, 9, 70), filled=False, capture=True, padded=True),
+    "captured continuation": Source(2, (11, 7, 66), cache="dynamic", capture=True, dtype=BF16),
     "prompt": Source(2, (70,), cache="dynamic", filled=False),
 }
 
 
 @functools.cache
-def graph_of(name: str) -> tuple[GraphModule, Sequence[Any]]:
-    """Dynamo's graph of that call, and the arguments it was called with, from before the call."""
-    source, found = SOURCES[name], []
+def graph_of(name: str) -> tuple[GraphModule, list[Sequence[Any]]]:
+    """Dynamo's last graph, and the arguments of every call of it, from before the call."""
+    source, graphs, calls = SOURCES[name], [], []
 
     def backend(gm, inputs):
-        found.append((gm, [x.detach().clone() if isinstance(x, torch.Tensor) else hint(x) for x in inputs]))
-        return gm.forward
+        graphs.append(gm)
+        calls.clear()
+
+        def run(*args):
+            calls.append([x.detach().clone() if isinstance(x, torch.Tensor) else x for x in args])
+            return gm(*args)
+
+        return run
 
     torch._dynamo.reset()
     torch.manual_seed(0)
@@ -66,8 +71,8 @@ def graph_of(name: str) -> tuple[GraphModule, Sequence[Any]]:
         for length in source.tokens:
             run(past_key_values=(call := _call(model, source, length)).pop("cache"), use_cache=True, **call)
     torch._dynamo.reset()
-    assert len(found) == len(source.tokens)
-    return found[-1]
+    assert len(calls) == max(1, len(source.tokens) - 1)
+    return graphs[-1], calls
 
 
 def _call(model: torch.nn.Module, source: Source, length: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch.utils._pytree as pytree
 from torch.fx import Graph, GraphModule, Node
 
 from gdnfuse.options import Options
+from gdnfuse.packing import PackedWeight
 from gdnfuse.pipeline import original, rewrite
 from gdnfuse.report import GraphReport, Status
 from gdnfuse.rewrite.graph import storage
@@ -44,30 +46,37 @@ class Verdict:
     results: list[torch.Tensor]
 
 
-def check(gm: GraphModule, args: Sequence[Any]) -> Verdict:
-    """Rewrite a copy of a graph and demand that it does the same on `args` and on others drawn.
+def check(gm: GraphModule, calls: Sequence[Sequence[Any]]) -> Verdict:
+    """Rewrite a copy of a graph and demand that it does the same on the arguments of calls and on others drawn.
+
+    Args:
+        gm: Dynamo's graph, perhaps edited.
+        calls: arguments; the first are those that it was made with. Where others have other sizes, an edit may not take them.
 
     Raises:
         NotRun: there is nothing to compare.
         Wrong: names what differs.
     """
     gm.recompile()
-    samples = [_as_float64(args), _drawn(args)]
+    args, *others = calls
+    samples, exact = [_as_float64(args), _drawn(args)], []
     try:
         exact = [_run64(gm.graph, s) for s in samples]
         theirs = _run(gm, _copies(args))
     except Exception as e:
         raise NotRun(f"{type(e).__name__}: {e}") from e
+    for other in map(_as_float64, others):
+        with contextlib.suppress(Exception):
+            exact.append(_run64(gm.graph, other))
+            samples.append(other)
     if not _finite(exact[0]):
         raise NotRun("a result is not finite")
 
-    ours, report, given = original(gm), GraphReport(-1), _copies(args)
-    packed = rewrite(ours, dict(zip(ours.graph.find_nodes(op="placeholder"), given, strict=True)), Options(), report)
+    _rewritten(gm, _copies(args), "cuda")  # which cannot run here, but is made
+    given = _copies(args)
+    ours, packed, report = _rewritten(gm, given, None)
     ours.recompile()
     records = [r for r in report.all_records if r.stage in ("lift", "fuse")]
-    for r in report.all_records:
-        if r.status is not Status.FIRED or r.reason:
-            _sentence(r.reason)
     for i, (sample, wanted) in enumerate(zip(samples, exact, strict=True)):
         weights = [torch.cat([sample[w] for w in p.where]) for p in packed]
         if _finite(wanted):
@@ -87,6 +96,16 @@ def check(gm: GraphModule, args: Sequence[Any]) -> Verdict:
         report.fused_layers,
         exact[0],
     )
+
+
+def _rewritten(gm: GraphModule, given: list[Any], target: str | None) -> tuple[GraphModule, list[PackedWeight], GraphReport]:
+    ours, report = original(gm), GraphReport(-1)
+    real = dict(zip(ours.graph.find_nodes(op="placeholder"), given, strict=True))
+    packed = rewrite(ours, real, Options(target=target), report)
+    for r in report.all_records:
+        if r.status is not Status.FIRED or r.reason:
+            _sentence(r.reason)
+    return ours, packed, report
 
 
 def same_results(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> bool:

@@ -8,8 +8,8 @@ from tests.fuzz import graphs, mutations, oracle
 
 
 def graph(name):
-    gm, args = graphs.graph_of(name)
-    return original(gm), args
+    gm, calls = graphs.graph_of(name)
+    return original(gm), calls
 
 
 def nodes(gm, op):
@@ -27,38 +27,38 @@ def conv_of(gm):
 
 @pytest.mark.parametrize("name", ["step", "step of one sequence"])
 def test_a_second_reader_of_the_convolution_would_update_its_state_twice(name):
-    gm, args = graph(name)
+    gm, calls = graph(name)
     edit(gm, mutations.look, conv_of(gm), conv_of(gm), mutations.itself)
-    verdict = oracle.check(gm, args)
+    verdict = oracle.check(gm, calls)
     assert verdict.layers == 1 and verdict.declined["mixer_decode"] == 1
 
 
 def test_outputs_stay_contiguous():
     """What the caller does next may be a view."""
-    gm, args = graph("step")
+    gm, calls = graph("step")
     linear = nodes(gm, "linear")[0]
     edit(gm, mutations.look, linear, linear, mutations.itself)
-    assert oracle.check(gm, args).layers == 2
+    assert oracle.check(gm, calls).layers == 2
 
 
 @pytest.mark.parametrize("how", mutations.VIEWED)
 def test_views_that_need_contiguous_memory(how):
-    gm, args = graph("step")
+    gm, calls = graph("step")
     linear = nodes(gm, "linear")[0]
     (reader,) = linear.users
     edit(gm, mutations.insert, reader, linear, how)
-    oracle.check(gm, args)
+    oracle.check(gm, calls)
 
 
 @pytest.mark.parametrize("name", ["step", "step of one sequence"])
 @pytest.mark.parametrize("gated", [True, False])
 def test_values_written_after_attention_has_read_them(name, gated):
     """The proof's mask hid the position that is written, by chance, and with it the order."""
-    gm, args = graph(name)
+    gm, calls = graph(name)
     (attention,) = nodes(gm, "scaled_dot_product_attention")
     if not gated:
         (reader,) = attention.users
         edit(gm, mutations.insert, reader, attention, mutations.viewed)
     write = nodes(gm, "index_copy_")[-1]
     edit(gm, mutations.move, write, attention)
-    assert oracle.check(gm, args).declined["attention_decode"] == 1
+    assert oracle.check(gm, calls).declined["attention_decode"] == 1

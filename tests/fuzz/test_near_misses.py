@@ -37,13 +37,13 @@ def quiet():
 
 
 def unedited(name):
-    gm, args = graphs.graph_of(name)
-    return oracle.check(original(gm), args)
+    gm, calls = graphs.graph_of(name)
+    return oracle.check(original(gm), calls)
 
 
 def edited(name, kinds, data):
-    """A graph with one edit or two of these kinds, and its arguments."""
-    gm, args = graphs.graph_of(name)
+    """A graph with one edit or two of these kinds, and the arguments of its calls."""
+    gm, calls = graphs.graph_of(name)
     gm = original(gm)
     for _ in range(data.draw(st.sampled_from([1, 1, 1, 2]), "edits")):
         kind = data.draw(st.sampled_from(kinds), "kind")
@@ -56,7 +56,7 @@ def edited(name, kinds, data):
             mutations.apply(gm, edit)
         except mutations.Unfit:
             assume(False)
-    return gm, args
+    return gm, calls
 
 
 def fuzz(count, seen, kinds=KINDS, sources=tuple(graphs.SOURCES), **options):
@@ -65,9 +65,9 @@ def fuzz(count, seen, kinds=KINDS, sources=tuple(graphs.SOURCES), **options):
     @settings(max_examples=count, deadline=None, suppress_health_check=list(HealthCheck), database=None, **options)
     @given(st.sampled_from(sources), st.data())
     def run(name, data):
-        gm, args = edited(name, kinds, data)
+        gm, calls = edited(name, kinds, data)
         try:
-            verdict = oracle.check(gm, args)
+            verdict = oracle.check(gm, calls)
         except oracle.NotRun:
             assume(False)
         seen(name, verdict)
@@ -134,9 +134,9 @@ def test_a_weaker_compiler_is_caught(name, monkeypatch):
 
 def test_an_edit_that_reaches_nothing_changes_no_rewrite():
     whole = unedited("step")
-    gm, args = graphs.graph_of("step")
+    gm, calls = graphs.graph_of("step")
     gm = original(gm)
     inputs = gm.graph.find_nodes(op="placeholder")
     mutations.apply(gm, mutations.Edit(mutations.look, (inputs[1], inputs[1], torch.abs)))
-    verdict = oracle.check(gm, args)
+    verdict = oracle.check(gm, calls)
     assert verdict.fired == whole.fired and len(verdict.results) == len(whole.results) + 1
