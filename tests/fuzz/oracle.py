@@ -142,7 +142,7 @@ def _results(outputs: Any, args: Sequence[Any]) -> list[torch.Tensor]:
 
 @torch.no_grad()
 def _run(gm: GraphModule, args: list[Any], more: Sequence[torch.Tensor] = ()) -> list[torch.Tensor]:
-    return _results(gm(*args, *more), args)
+    return _results(gm.forward(*args, *more), args)
 
 
 @torch.no_grad()
