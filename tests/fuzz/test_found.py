@@ -58,7 +58,7 @@ def test_values_written_after_attention_has_read_them(name, gated):
     (attention,) = nodes(gm, "scaled_dot_product_attention")
     if not gated:
         (reader,) = attention.users
-        edit(gm, mutations.insert, reader, attention, mutations.viewed)
+        edit(gm, mutations.insert, reader, attention, mutations.scaled)
     write = nodes(gm, "index_copy_")[-1]
     edit(gm, mutations.move, write, attention)
     assert oracle.check(gm, calls).declined["attention_decode"] == 1
