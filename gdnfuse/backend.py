@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 # Here, because the backend is loaded when it is named, before anything is traced for it.
 capture.install()
 for sentence in versions.too_old():
-    log.warning(sentence)
+    log.warning("%s Matches are proved all the same, but more may stay unfused.", sentence)
 
 MODE_CHANGES = ("_enter_autocast", "_exit_autocast", "_enter_inference_mode")
 

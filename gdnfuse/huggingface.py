@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gdnfuse import kernels
+from gdnfuse import kernels, versions
 from gdnfuse import options as gdnfuse_options
 from gdnfuse.report import GdnfuseError, GraphReport, announce, reports
 
@@ -59,8 +59,10 @@ def compile(
         The same model.
 
     Raises:
-        GdnfuseError: a bad option or mode. The model is as it was then.
+        GdnfuseError: a bad option or mode, or a version of torch or transformers that is too old. The model is as it was then.
     """
+    if sentences := versions.too_old():
+        raise GdnfuseError(" ".join(sentences))
     parsed = gdnfuse_options.parse(options)
     _check_mode(mode, parsed)
     if state_dtype is not None:

@@ -31,8 +31,7 @@ def standing(package: str) -> str:
 def too_old() -> list[str]:
     """A sentence for each package that is older than the first tested version; one that is not there needs none."""
     return [
-        f"{package} {'.'.join(map(str, first))} or newer is required, found {version(package)}. Matches are proved all the same, "
-        "but more may stay unfused."
+        f"{package} {'.'.join(map(str, first))} or newer is required, found {version(package)}."
         for package, (first, _) in TESTED.items()
         if version(package) != "none" and _parts(package) < first
     ]

@@ -43,11 +43,19 @@ def storages(model):
     return [weakref.ref(p.untyped_storage()) for p in model.parameters()]
 
 
-def left_behind(model):
+@pytest.fixture(autouse=True)
+def buffers():
+    """Those made since the test began: models of other tests may live as long as their module."""
+    gc.collect()
+    before = set(packing._buffers)
+    return lambda: [places for places in packing._buffers if places not in before]
+
+
+def left_behind(model, buffers):
     """Addresses of what packing keeps alive for nobody: parts of buffers that are no weight, and weights of former buffers."""
     gc.collect()
     weights = {p.data_ptr() for p in model.parameters()}
-    parts = {place[0] for places in packing._buffers for place in places}
+    parts = {place[0] for places in buffers() for place in places}
     return (parts - weights) | ({p.data_ptr() for p in model.parameters() if p.untyped_storage() in packing._ranges} - parts)
 
 
@@ -140,7 +148,7 @@ EVENTS = [
 
 
 @pytest.mark.parametrize("event", EVENTS, ids=lambda e: e.__name__)
-def test_after(event):
+def test_after(event, buffers):
     model = small()
     theirs = copy.deepcopy(model)
     run = compiled(model)
@@ -154,7 +162,7 @@ def test_after(event):
     for _ in range(2):
         assert zoo.relative(outputs(model, run), wanted) < 1e-5
     assert all(report.rewritten for report in gdnfuse.reports())
-    assert nbytes(model) == nbytes(theirs) and not left_behind(model)
+    assert nbytes(model) == nbytes(theirs) and not left_behind(model, buffers)
     now = {p.untyped_storage().data_ptr() for p in model.parameters()}
     assert all(s() is None or s().data_ptr() in now for s in old), "a weight's former memory stays behind"
 
@@ -170,13 +178,13 @@ def torch_saved(thing):
     return len(file.getvalue())
 
 
-def test_copies_and_files_are_no_larger_than_eagers(tmp_path):
+def test_copies_and_files_are_no_larger_than_eagers(tmp_path, buffers):
     model = small()
     theirs = copy.deepcopy(model)
     gdnfuse.compile(model, inner="eager")
     wanted = outputs(theirs, theirs)
     assert zoo.relative(outputs(model, model), wanted) < 1e-5
-    assert packing._buffers, "the weights are packed"
+    assert buffers(), "the weights are packed"
     assert saved(model, tmp_path / "ours") == saved(theirs, tmp_path / "theirs")
     part, their_part = gdn(model).in_proj_a, gdn(theirs).in_proj_a
     assert torch_saved(part.state_dict()) == torch_saved(their_part.state_dict())
@@ -198,7 +206,7 @@ def test_copies_and_files_are_no_larger_than_eagers(tmp_path):
 
 
 @pytest.mark.parametrize("inner", ["eager", "aot_eager"])
-def test_a_deleted_model_leaves_nothing(inner):
+def test_a_deleted_model_leaves_nothing(inner, buffers):
     """Without a reset: the compiled graphs stay in torch, weights and caches do not."""
     model = small()
     run = torch.compile(model, backend="gdnfuse", options={"inner": inner})
@@ -206,25 +214,25 @@ def test_a_deleted_model_leaves_nothing(inner):
     zoo.decode(run, cache, None, zoo.tokens_for(1, 2))
     run(input_ids=zoo.prompt(1)[0], use_cache=False)
     alive = [weakref.ref(model), *storages(model), *map(weakref.ref, zoo.states(cache)["recurrent"])]
-    assert packing._buffers
+    assert buffers()
     del model, run, cache
     gc.collect()
-    assert not [ref for ref in alive if ref() is not None] and not packing._buffers
+    assert not [ref for ref in alive if ref() is not None] and not buffers()
 
 
-def test_two_models_share_modules():
+def test_two_models_share_modules(buffers):
     """One writes, both see it, and there is one copy of the weights."""
     first, second = small(), small()
     second.model = first.model
     twins = [(first, compiled(first)), (second, compiled(second))]
     for model, run in twins:
         assert zoo.relative(outputs(model, run), outputs(model, model)) < 1e-5
-    assert nbytes(first) == nbytes(second) and not left_behind(first)
+    assert nbytes(first) == nbytes(second) and not left_behind(first, buffers)
     copied(first)
     data(second)
     for model, run in twins:
         assert zoo.relative(outputs(model, run), outputs(model, model)) < 1e-5
-    assert not left_behind(first)
+    assert not left_behind(first, buffers)
 
 
 @torch.no_grad()
