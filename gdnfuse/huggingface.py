@@ -186,8 +186,8 @@ def set_state_dtype(cache: Any, dtype: torch.dtype) -> None:
     """Keep the recurrent states of a filled cache in another dtype from here on.
 
     A decode step reads and writes each state once, [B, HV, K, V] float32 as transformers makes it: for many sequences that is
-    most of what it moves, and bfloat16 halves it. Maths stays float32, but every step rounds the state; docs/reference.md says how
-    far that drifts. The cache's own update keeps the dtype, compiled or not.
+    most of what it moves, and bfloat16 halves it. Maths stays float32, but every step rounds the state; docs/reference.md says
+    how far that drifts. The cache's own update keeps the dtype, compiled or not.
 
     Args:
         cache: of transformers, after its prompt.
