@@ -1,6 +1,6 @@
 # Each target sets up what it needs: `make demo` and `make test` work in a fresh clone.
 .DEFAULT_GOAL := test
-.PHONY: demo test test-matrix trust lint arch clean
+.PHONY: demo test test-matrix trust installed lint arch clean
 .DELETE_ON_ERROR:
 
 VENV ?= .venv
@@ -47,6 +47,10 @@ test-matrix: $(VERSIONS:%=.venv-%/.stamp)
 # Takes about half an hour on 2 cores; writes the table in docs/trust.md.
 trust: $(VENV)/.stamp
 	$(PY) docs/trust.py
+
+# pip install into an environment of its own, then the README's commands.
+installed: $(VENV)/.stamp
+	$(PY) tests/installed.py
 
 lint: $(VENV)/.stamp
 	$(PY) -m ruff check .

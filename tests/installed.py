@@ -1,0 +1,75 @@
+"""`pip install .` into an environment of its own, then the README's commands as printed, from an empty folder.
+
+    python tests/installed.py
+
+Everything but gdnfuse comes from the environment that this runs in. Not run are `make`, which is CI's own, and benchmarks of
+whole models, which take a GPU or long; `path/to/…` is a small model made here.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import site
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+from pathlib import Path
+
+import torch
+from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
+
+ROOT = Path(__file__).parent.parent
+NOT_RUN = ("gdnfuse bench 0.8b --batch", "gdnfuse bench 4b")
+
+
+def commands() -> list[str]:
+    blocks = re.findall(r"^```console\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line.startswith("gdnfuse") and not line.startswith(NOT_RUN)]
+
+
+def install(folder: Path) -> Path:
+    """The folder of the new environment's programs."""
+    venv.create(folder, with_pip=False)
+    packages = folder / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
+    (packages / "all-else.pth").write_text(site.getsitepackages()[0])
+    python = folder / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*pip, "--ignore-installed", str(ROOT)], check=True)
+    where = subprocess.run([python, "-c", "import gdnfuse; print(gdnfuse.__file__)"], cwd=folder, capture_output=True, text=True)
+    assert where.stdout.startswith(str(folder)), where
+    return python.parent
+
+
+def small_model(folder: Path) -> None:
+    torch.manual_seed(0)
+    heads = {"linear_num_key_heads": 1, "linear_num_value_heads": 2, "linear_key_head_dim": 32, "linear_value_head_dim": 32}
+    sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "head_dim": 32}
+    config = Qwen3_5TextConfig(**sizes, **heads, num_attention_heads=2, num_key_value_heads=1)
+    Qwen3_5ForCausalLM(config).save_pretrained(folder / "model")
+    (folder / "config.json").write_bytes((folder / "model" / "config.json").read_bytes())
+
+
+def main() -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        programs, work = install(Path(folder) / "environment"), Path(folder) / "work"
+        (work / "path" / "to").mkdir(parents=True)
+        small_model(work / "path" / "to")
+        env = os.environ | {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}
+        env.pop("PYTHONPATH", None)
+        for command in commands():
+            start = time.monotonic()
+            run = subprocess.run(command.split(), cwd=work, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+            print(f"{time.monotonic() - start:6.1f} s  {command}", flush=True)
+            if run.returncode or not run.stdout.strip() or "Traceback" in run.stderr:
+                print(f"exit code {run.returncode}\n{run.stdout[-2000:]}\n{run.stderr[-2000:]}", file=sys.stderr)
+                return 1
+        assert (work / "report.html").stat().st_size > 10_000
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
