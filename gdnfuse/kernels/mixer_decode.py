@@ -14,6 +14,7 @@ from gdnfuse.kernels.causal_conv_update import supports as supports_conv
 from gdnfuse.kernels.delta_rule import launch_gated, supports_packed_decode
 from gdnfuse.kernels.gated_rms_norm import require_gate
 from gdnfuse.kernels.implementation import register, require_dtypes, require_static
+from gdnfuse.report import Refused
 
 
 def launch(
@@ -96,6 +97,8 @@ def supports(
     require_gate(gate_activation)
     D = conv_state.shape[1]
     require_static(**{"row's last size": row.shape[-1], "D": D})
+    if row.shape[-1] < D:
+        raise Refused(f"row must have at least the D = {D} columns of q, k and v, got {row.shape[-1]}.")
     mixed_qkv = row.narrow(-1, 0, D)
     supports_conv(mixed_qkv.transpose(1, 2), conv_state, conv_weight, conv_bias, activation)
     supports_packed_decode(mixed_qkv, row, row, A_log, dt_bias, recurrent_state, scale, l2norm_eps)

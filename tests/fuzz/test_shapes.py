@@ -26,7 +26,7 @@ from tests.models import zoo
 @given(st.data())
 def test_references(op, data):
     """In their own dtypes near to themselves in float64, as large as the fake says, nothing else written."""
-    case = data.draw(shapes.calls(op, 2**19, 3))
+    case = data.draw(shapes.calls(op, 2**22, 3))
     note(str(case))
     kernel_cases.check(case, OPS[op].overload)
 

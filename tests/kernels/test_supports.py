@@ -57,6 +57,7 @@ REFUSED = [
         "The gate's activation must be one of silu, sigmoid, got tanh.",
     ),
     ("mixer_decode", kernel_cases.mixer(1, 1, 1, 8, 8, dtype=F64), "row must be float32"),
+    ("mixer_decode", kernel_cases.mixer(1, 2, 1, 1, 1), "row must have at least the D = 5 columns of q, k and v, got 4."),
     ("mixer_decode", kernel_cases.mixer(1, 1, 1, 8, 260), "V must be at most 256, got 260."),
     ("mixer_decode", kernel_cases.mixer(1, 1, 1, 8, 8, state_dtype=F64), "recurrent_state must be float32"),
     ("fused_linear", kernel_cases.linear(4, 8, F64), "x must be float32, bfloat16 or float16, got float64."),
