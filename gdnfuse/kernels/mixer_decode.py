@@ -92,16 +92,18 @@ def supports(
     beta_scale: float = 1.0,
     gate_activation: str = "silu",
 ) -> None:
-    """Raises Refused where the conv's or the packed rule's kernel would, on the parts of the row."""
+    """Raises Refused where the conv's or the packed rule's kernel would, on the parts of the row, and unless the row has them."""
     require_dtypes(row=row, norm_weight=norm_weight)
     require_gate(gate_activation)
     D = conv_state.shape[1]
     require_static(**{"row's last size": row.shape[-1], "D": D})
-    if row.shape[-1] < D:
-        raise Refused(f"row must have at least the D = {D} columns of q, k and v, got {row.shape[-1]}.")
-    mixed_qkv = row.narrow(-1, 0, D)
+    mixed_qkv = row.new_empty((*row.shape[:-1], D))
     supports_conv(mixed_qkv.transpose(1, 2), conv_state, conv_weight, conv_bias, activation)
     supports_packed_decode(mixed_qkv, row, row, A_log, dt_bias, recurrent_state, scale, l2norm_eps)
+    heads, widths = part_sizes(D, recurrent_state)
+    last = max(offset + (heads - 1) * stride + width for offset, stride, width in zip(offsets, strides, widths, strict=True))
+    if last > row.shape[-1]:
+        raise Refused(f"row must have the {last} columns of its parts, got {row.shape[-1]}.")
 
 
 implementation = register(

@@ -57,7 +57,12 @@ REFUSED = [
         "The gate's activation must be one of silu, sigmoid, got tanh.",
     ),
     ("mixer_decode", kernel_cases.mixer(1, 1, 1, 8, 8, dtype=F64), "row must be float32"),
-    ("mixer_decode", kernel_cases.mixer(1, 2, 1, 1, 1), "row must have at least the D = 5 columns of q, k and v, got 4."),
+    ("mixer_decode", kernel_cases.mixer(1, 2, 1, 1, 1), "D must be 2·H·K + HV·V with HV a multiple of H, got D = 5,"),
+    (
+        "mixer_decode",
+        lambda: (lambda a: ((a[0][0][..., 1:], *a[0][1:]), a[1]))(kernel_cases.mixer(1, 1, 1, 8, 8)()),
+        "row must have the 34 columns of its parts, got 33.",
+    ),
     ("mixer_decode", kernel_cases.mixer(1, 1, 1, 8, 260), "V must be at most 256, got 260."),
     ("mixer_decode", kernel_cases.mixer(1, 1, 1, 8, 8, state_dtype=F64), "recurrent_state must be float32"),
     ("fused_linear", kernel_cases.linear(4, 8, F64), "x must be float32, bfloat16 or float16, got float64."),
