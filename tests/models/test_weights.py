@@ -394,8 +394,8 @@ def test_hooks_that_bring_a_weight_for_each_call(how, reason):
         hook.weight.mul_(1.5)
         gdn(theirs).in_proj_z.weight.mul_(1.5)
     decode = next(report for report in gdnfuse.reports() if report.phase == "decode")
-    # The linear stays as it is and the rest is fused around it. Where the hook breaks the graph, there is nothing to refuse: no other
-    # linear reads what the offloaded one reads.
+    # The linear stays as it is and the rest is fused around it. Where the hook breaks the graph, there is nothing to refuse: no
+    # other linear reads what the offloaded one reads.
     assert decode.fused_layers == 1
     assert any(reason in record.reason for record in decode.layers[0].records)
 
