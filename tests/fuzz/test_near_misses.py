@@ -106,7 +106,7 @@ def test_near_misses(record_property):
     for what, times in sorted(found.items()):
         record_property(what, times)
         print(f"{what}: {times}")
-    # The edits bite: of a thousand about 70 in 100 change what the graph means and half of those cost rewrites; of a few, fewer may.
+    # The edits bite: of a thousand 7 in 10 change what the graph means, and half of those cost rewrites; of a few, fewer may.
     other = [n for what, n in found.items() if "something else" in what]
     lost = [n for what, n in found.items() if "something else" in what and "all" not in what]
     assert sum(other) > found["graphs"] / 3 and sum(lost) > sum(other) / 8
