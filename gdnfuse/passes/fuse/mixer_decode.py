@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 from torch.fx import Node
 
 from gdnfuse.dialect import causal_conv_update, gated_rms_norm, mixer_decode, packed_decode
 from gdnfuse.passes.fuse.rules import two_sequences
+from gdnfuse.report import Refused
 from gdnfuse.rewrite.columns import Columns
 from gdnfuse.rewrite.driver import call
 from gdnfuse.rewrite.graph import is_tensor, op_name, peel, real_users, same, source, value
@@ -30,7 +33,12 @@ class FuseMixerDecode(Rule):
         conv = causal_conv_update.op.bind(conv_node.args, conv_node.kwargs)
         norm_node = _one_reader(anchor)
         norm = gated_rms_norm.op.bind(norm_node.args, norm_node.kwargs)
-        heads, widths = mixer_decode.part_sizes(value(conv["conv_state"]).shape[1], value(rule["recurrent_state"]))
+        # Of parameters, whose sizes are numbers where those of a cache may be symbols.
+        state = SimpleNamespace(shape=(None, *value(rule["A_log"]).shape, *value(rule["recurrent_state"]).shape[2:]))
+        heads, widths = mixer_decode.part_sizes(value(conv["weight"]).shape[0], state)
+        heads, *widths = (n if isinstance(n, int) else n.node.maybe_as_int() for n in (heads, *widths))
+        if None in (heads, *widths):
+            raise Refused("The heads of the states must have static sizes, found symbolic ones.", at=anchor)
         B, columns = value(rule["recurrent_state"]).shape[0], Columns()
         numbers = torch.cat([columns.of(node, B) for node in (conv["x"], norm["z"], rule["b"], rule["a"])])
         numbers = dict(zip("qkvzba", numbers.split([heads * width for width in widths]), strict=True))
