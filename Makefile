@@ -50,10 +50,12 @@ trust: $(VENV)/.stamp
 
 # pip install into an environment of its own, then the README's commands.
 installed: $(VENV)/.stamp
+	rm -rf build
 	$(PY) tests/installed.py
 
 lint: $(VENV)/.stamp
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check --quiet .
 
 arch: $(VENV)/.stamp
 	$(VENV)/bin/lint-imports --no-logo

@@ -18,11 +18,12 @@ import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
+
+from gdnfuse.versions import version
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "trust.md"
@@ -50,6 +51,10 @@ ROWS: dict[str, list[str]] = {
         "test_families or handwritten",
     ],
     f"Near misses of real graphs ({NEAR_MISSES} of them), shapes and layouts": ["tests/fuzz"],
+    "Operations' references": ["tests/dialect"],
+    "Kernels compiled for sm_80, sm_90, sm_100 and gfx942": ["tests/kernels/test_cross_compile.py"],
+    "Each motif: hits, and refusals with a sentence": ["tests/passes/test_lift.py", "tests/passes/test_lift_chunk.py"],
+    "Functions that are captured": ["tests/test_capture.py"],
     "Sequences are not mixed": ["tests/passes/test_sequences.py"],
     "Kernels against float64, through Triton's interpreter": [
         "tests/kernels/test_interpreted.py",
@@ -71,7 +76,10 @@ def run(title: str, arguments: Sequence[str], workers: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "results.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-n", str(workers), f"--junitxml={file}", *arguments]
-        subprocess.run(command, cwd=ROOT, env=os.environ | {"GDNFUSE_FUZZ": NEAR_MISSES}, stdout=subprocess.DEVNULL, check=False)
+        env = os.environ | {"GDNFUSE_FUZZ": NEAR_MISSES}
+        run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        if run.returncode:
+            print("\n".join(run.stdout.splitlines()[-30:]), file=sys.stderr)
         suite = ElementTree.parse(file).getroot().find("testsuite") if file.exists() else None
     counts = {name: int(suite.get(name, 0)) if suite is not None else 0 for name in ("tests", "failures", "errors", "skipped")}
     failed = counts["failures"] + counts["errors"]
@@ -101,14 +109,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the results, the machine and the versions here")
     parser.add_argument("--workers", type=int, default=2, help="processes of pytest (default 2)")
     args = parser.parse_args(argv)
+    before, rest = PAGE.read_text(encoding="utf-8").split(START)
+    behind = rest.split(END)[1]
     rows = [run(title, arguments, args.workers) for title, arguments in (GPU if args.gpu else ROWS).items()]
     data = {"machine": where(), "rows": rows}
     if args.json:
         args.json.write_text(json.dumps(data, indent=1))
     if not args.gpu:
-        text = PAGE.read_text()
-        before, behind = text.split(START)[0], text.split(END)[1]
-        PAGE.write_text(f"{before}{START}\n{table(data)}\n\n{END}{behind}")
+        PAGE.write_text(f"{before}{START}\n{table(data)}\n\n{END}{behind}", encoding="utf-8")
     return 0 if all(row["passed"] and not row["failed"] for row in rows) else 1
 
 

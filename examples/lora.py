@@ -1,7 +1,7 @@
 """Low-rank adapters under a compiled model: active, switched off, merged into the weight and taken out again.
 
 What peft does to a model, in a few lines. Merging writes the weight in place, and the packed weight that the kernels read is
-the same memory, so nothing has to be compiled or packed again.
+the same memory, so nothing is packed again. On and off are two graphs, each compiled once.
 """
 
 from __future__ import annotations

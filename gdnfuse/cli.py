@@ -19,7 +19,6 @@ import os
 import platform
 import re
 import sys
-import tempfile
 import threading
 import traceback
 import warnings
@@ -32,6 +31,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from gdnfuse import versions
+from gdnfuse.files import check_writable, replacing
 from gdnfuse.options import INNER, STAGES
 from gdnfuse.report import BANDWIDTH, Comparison, GdnfuseError, GraphReport, document, listening
 from gdnfuse.report_html import page
@@ -162,7 +162,7 @@ def _rate(text: str) -> float:
 
 def _report(args: argparse.Namespace) -> None:
     if args.html:
-        _check_writable(args.html)
+        check_writable(args.html)
     import torch
 
     from gdnfuse import huggingface
@@ -179,7 +179,8 @@ def _report(args: argparse.Namespace) -> None:
     asked = {name: getattr(args, name) for name in ("model", "phase", "batch", "prompt", "dtype", "target")}
     about = asked | {package: versions.version(package) for package in ("gdnfuse", "torch", "transformers", "triton")}
     if args.html:
-        _write(args.html, page(reports, about, args.bandwidth))
+        with replacing(args.html) as partial:
+            partial.write_text(page(reports, about, args.bandwidth), encoding="utf-8")
         print(f"Wrote {args.html}.", file=sys.stderr)
     if args.json:
         print(json.dumps(document(reports, about, args.bandwidth), indent=1))
@@ -187,30 +188,6 @@ def _report(args: argparse.Namespace) -> None:
         color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         style = Style(color, sys.stdout.encoding or "ascii")
         print("\n\n".join(render(r, style, args.bandwidth) for r in reports))
-
-
-def _check_writable(file: Path) -> None:
-    """Raise before any work where the file cannot be written; nothing is changed."""
-    if file.is_dir():
-        raise GdnfuseError(f"Cannot write {file}: it is a folder.")
-    if not file.parent.is_dir():
-        raise GdnfuseError(f"Cannot write {file}: there is no folder {file.parent}.")
-    try:
-        tempfile.TemporaryFile(dir=file.parent).close()
-    except OSError as e:
-        raise GdnfuseError(f"Cannot write {file}: {e.strerror}.") from e
-
-
-def _write(file: Path, text: str) -> None:
-    """All of it or nothing: an older file stays as it is until the new one is complete."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(file)
-    except OSError as e:
-        raise GdnfuseError(f"Cannot write {file}: {e.strerror}.") from e
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @contextmanager

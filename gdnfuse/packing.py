@@ -51,6 +51,8 @@ def check(weights: Sequence[torch.Tensor]) -> None:
             raise Refused("Packed weights must be this process's own, found one in shared memory.")
         if (holders := _holders(w)) > 1:
             raise Refused(f"The memory of a packed weight must be one tensor's, found that {holders} tensors share it.")
+    if len({w.is_inference() for w in weights}) > 1:
+        raise Refused("Packed weights must all be ordinary or all be made under torch.inference_mode, found both.")
     if len({id(w) for w in weights}) < len(weights):
         raise Refused("Each part of a packed weight must be a weight of its own, found one twice.")
 
@@ -71,8 +73,8 @@ class PackedWeight:
     """
 
     where: tuple[int | torch.Tensor, ...]
-    _last: Callable[[], torch.Tensor | None] = field(default=lambda: None, repr=False)
-    _pointers: list[int] = field(default_factory=list, repr=False)
+    # The last buffer and where its parts were, in one attribute: several threads may read and write it.
+    _last: tuple[Callable[[], torch.Tensor | None], list[int]] = field(default=(lambda: None, []), repr=False)
     _warned: bool = field(default=False, repr=False)
 
     def current(self, args: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -83,8 +85,9 @@ class PackedWeight:
         weights = [args[w] if isinstance(w, int) else w for w in self.where]
         pointers = [w.data_ptr() for w in weights]
         # While the buffer lives, tensors at its addresses are its row ranges.
-        buffer = self._last()
-        if buffer is None or pointers != self._pointers:
+        last, known = self._last
+        buffer = last()
+        if buffer is None or pointers != known:
             try:
                 buffer = pack(weights)
             except Refused as e:
@@ -93,7 +96,7 @@ class PackedWeight:
                     self._warned = True
                 settle(weights)
                 return torch.cat([w.detach() for w in weights])
-            self._last, self._pointers = weakref.ref(buffer), [w.data_ptr() for w in weights]
+            self._last = weakref.ref(buffer), [w.data_ptr() for w in weights]
         return buffer
 
 

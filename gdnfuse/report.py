@@ -1,6 +1,6 @@
-"""Records of what the compiler did, and their renderings. Imports nothing of ours.
+"""Records of what the compiler did. Imports nothing of ours.
 
-The data is the report; text and JSON are renderings of it. Tests assert on the data.
+The data is the report; report_text and report_html render it. Tests assert on the data.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ def standing(package: str) -> str:
     tested = f"tested with {'.'.join(map(str, first))} to {'.'.join(map(str, last))}"
     found = _parts(package)
     if found < first:
-        return f"Too old: it is {tested}. Matches are proved all the same, but more may stay unfused."
+        return f"Too old: it is {tested}. gdnfuse.compile refuses it; the backend runs with it, and more may stay unfused."
     if found > last:
         return f"In use, newer than what it is {tested}; `gdnfuse verify` compares results."
     return f"In use, {tested}."

@@ -16,7 +16,7 @@ import torch
 import transformers
 
 import gdnfuse
-from gdnfuse import cli
+from gdnfuse import cli, files
 from gdnfuse.cli import main
 from gdnfuse.dialect import OPS
 from gdnfuse.huggingface import presets
@@ -163,9 +163,22 @@ def test_a_page_that_fails_half_way_leaves_the_old_one(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(gdnfuse.GdnfuseError, match="No space left on device"):
-        cli._write(file, "new")
+    with pytest.raises(gdnfuse.GdnfuseError, match="No space left on device"), files.replacing(file) as partial:
+        partial.write_text("new")
     assert file.read_bytes() == b"old" and list(tmp_path.iterdir()) == [file]
+
+
+def test_what_is_there_stays_until_it_is_replaced_and_links_stay_links(tmp_path):
+    old, link = tmp_path / "old.png", tmp_path / "link.png"
+    old.touch()
+    link.symlink_to(old)
+    files.check_writable(link)
+    assert old.exists() and not old.read_bytes()
+    with files.replacing(link) as partial:
+        partial.write_text("new")
+    assert link.is_symlink() and old.read_text() == "new" and len(list(tmp_path.iterdir())) == 2
+    with pytest.raises(gdnfuse.GdnfuseError, match="no regular file"):
+        files.check_writable(Path("/dev/null"))
 
 
 class Full(io.StringIO):

@@ -55,11 +55,11 @@ def test_the_table_of_trust_counts_what_ran(tmp_path, monkeypatch):
     trust = importlib.import_module("trust")
     for files in trust.ROWS.values():
         assert all((trust.ROOT / f).exists() for f in files if f.startswith("tests/"))
-    (tmp_path / "test_one.py").write_text("def test_a(): pass\ndef test_b(): pass\ndef test_c(): assert False\n")
+    (tmp_path / "test_one.py").write_text("def test_first(): pass\ndef test_second(): pass\ndef test_wrong(): assert False\n")
     page = tmp_path / "trust.md"
     page.write_text(f"before\n{trust.START}old\n{trust.END}behind\n")
     monkeypatch.setattr(trust, "PAGE", page)
-    for select, code, counts in (("a or b", 0, (2, 0)), ("b or c", 1, (1, 1)), ("d", 1, (0, 0))):
+    for select, code, counts in (("first or second", 0, (2, 0)), ("second or wrong", 1, (1, 1)), ("absent", 1, (0, 0))):
         monkeypatch.setattr(trust, "ROWS", {"One": [str(tmp_path / "test_one.py"), "-k", select, "-p", "no:cacheprovider"]})
         assert trust.main(["--workers", "0", "--json", str(tmp_path / "trust.json")]) == code
         (row,) = json.loads((tmp_path / "trust.json").read_text())["rows"]

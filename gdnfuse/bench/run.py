@@ -33,6 +33,7 @@ from gdnfuse.bench.measure import (
     widen,
 )
 from gdnfuse.bench.workers import answer, fla_version, run_sides, show_fla
+from gdnfuse.files import check_writable, replacing
 from gdnfuse.huggingface import apart, load_config, one_line, preset, random_model
 from gdnfuse.report import GdnfuseError
 
@@ -403,7 +404,8 @@ def plot(data: dict[str, Any], target: Path) -> None:
     rate = next((r["bytes_per_second"] for r in results if "bytes_per_second" in r), None)
     limit = f"limit: weights, states, keys and values once at {rate / 1e9:.4g} GB/s, measured with a copy" if rate else ""
     conditions = [arguments["model"], arguments["dtype"], f"{arguments['prompt']} tokens in the cache", limit, "median"]
-    save(figure, caption(data, conditions), target)
+    with replacing(target) as partial:
+        save(figure, caption(data, conditions), partial)
 
 
 def check_plot(target: Path) -> None:
@@ -412,14 +414,8 @@ def check_plot(target: Path) -> None:
     Raises:
         GdnfuseError: with a sentence.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise GdnfuseError("A plot needs matplotlib, which is not installed: pip install 'gdnfuse[plot]'.")
     if target.suffix not in (".png", ".pdf", ".svg"):
         raise GdnfuseError(f"A plot's file must end in .png, .pdf or .svg, found {str(target)!r}.")
-    try:
-        with target.open("ab"):
-            pass
-        if target.stat().st_size == 0:
-            target.unlink()
-    except OSError as e:
-        raise GdnfuseError(f"Cannot write {str(target)!r}: {e.strerror}.") from e
+    check_writable(target)
+    if importlib.util.find_spec("matplotlib") is None:
+        raise GdnfuseError("A plot needs matplotlib, which is not installed: pip install 'gdnfuse[plot]'.")

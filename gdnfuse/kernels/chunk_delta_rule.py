@@ -310,7 +310,7 @@ def launch_with(
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     check(v, state, cu_seqlens, checkpoint_every)
     BK = max(16, triton.next_power_of_2(K))
-    operands, precision = OPERANDS.get(v.dtype, WIDE) if K == BK and beta_max <= 1 else WIDE
+    operands, precision = OPERANDS.get(v.dtype, WIDE) if K == BK and abs(beta_max) <= 1 else WIDE
     new = {"device": v.device, "dtype": torch.float32}
     hopper = _hopper()
     on_hopper = (
@@ -398,7 +398,7 @@ def supports(
     if not q.dtype == k.dtype == v.dtype:
         raise Refused(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}.")
     K = k.shape[-1]
-    if K > MAX_WIDE and (q.dtype not in OPERANDS or K != triton.next_power_of_2(K) or beta_max > 1):
+    if K > MAX_WIDE and (q.dtype not in OPERANDS or K != triton.next_power_of_2(K) or abs(beta_max) > 1):
         found = f"K = {K}, {q.dtype} and β up to {beta_max:g}"
         raise Refused(f"K above {MAX_WIDE} must be 256, q, k and v bfloat16 and β at most 1; got {found}.")
     if cu_seqlens is not None and cu_seqlens.dtype not in INDEX_POINTERS:

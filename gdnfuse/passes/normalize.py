@@ -7,7 +7,7 @@ import operator
 import torch
 from torch.fx import GraphModule, Node
 
-from gdnfuse.rewrite.driver import infer
+from gdnfuse.rewrite.driver import infer, returned
 from gdnfuse.rewrite.graph import is_tensor, op_name, remove_dead, same, same_shape, storage, value, writes
 
 _CAST_METHODS = {"float": torch.float32, "half": torch.float16, "bfloat16": torch.bfloat16, "double": torch.float64}
@@ -18,6 +18,7 @@ _BUFFERS = ("zeros_like", "zeros", "empty", "empty_like")
 
 def normalize(gm: GraphModule) -> None:
     """Rewrite `gm` in place into the one spelling that lift's patterns are written in."""
+    written = {s: n for n in gm.graph.nodes for s in writes(n)}
     for node in list(gm.graph.nodes):
         if op_name(node) == "_log_api_usage_once":
             gm.graph.erase_node(node)
@@ -28,7 +29,7 @@ def normalize(gm: GraphModule) -> None:
             _square(gm, node)
             _commute(node)
             _full_slice(gm, node)
-            _rejoined(gm, node)
+            _rejoined(gm, node, written)
     written = {s: n for n in gm.graph.nodes for s in writes(n)}
     for node in list(gm.graph.nodes):
         if op_name(node) in _BUFFERS:
@@ -49,7 +50,7 @@ def check(gm: GraphModule) -> None:
         assert op_name(node) not in _CAST_METHODS, f"{node} is a cast spelled {op_name(node)}"
 
 
-def _become(gm: GraphModule, node: Node, target, args, method=False) -> None:
+def _become(gm: GraphModule, node: Node, target, args, method=False) -> Node:
     """Another spelling of the same value takes a node's place, its example value included."""
     with gm.graph.inserting_before(node):
         make = gm.graph.call_method if method else gm.graph.call_function
@@ -57,6 +58,7 @@ def _become(gm: GraphModule, node: Node, target, args, method=False) -> None:
     new.meta.update(node.meta)
     node.replace_all_uses_with(new)
     gm.graph.erase_node(node)
+    return new
 
 
 def _positional(node: Node) -> None:
@@ -132,8 +134,8 @@ def _full_slice(gm: GraphModule, node: Node) -> None:
         gm.graph.erase_node(node)
 
 
-def _rejoined(gm: GraphModule, node: Node) -> None:
-    """Neighbouring columns of one row, put together again, are columns of it."""
+def _rejoined(gm: GraphModule, node: Node, written: dict[int, Node]) -> None:
+    """Neighbouring columns of one row, put together again, are columns of it, where nobody minds that they are its memory."""
     if node._erased or op_name(node) != "cat" or node.kwargs or len(node.args) < 2:
         return
     pieces, axis = node.args
@@ -147,7 +149,10 @@ def _rejoined(gm: GraphModule, node: Node) -> None:
         if piece.args[0] is not row or piece.args[1] != -1 or piece.args[2] != end:
             return
         end += piece.args[3]
-    _become(gm, node, "narrow", (row, -1, start, end - start), method=True)
+    if storage(node) in written or storage(row) in written or returned(node):
+        return
+    new = _become(gm, node, "narrow", (row, -1, start, end - start), method=True)
+    new.meta["example_value"] = infer(new)
 
 
 def _buffer_to_stack(gm: GraphModule, buffer: Node, written: dict[int, Node]) -> None:

@@ -33,10 +33,10 @@ class Columns:
         """
         try:
             numbers = self._of(node).reshape(hint(sequences), -1)
-        except (RuntimeError, IndexError, TypeError) as e:
+        except (RuntimeError, IndexError, TypeError, AttributeError) as e:
             raise Mismatch(node, "views that can be run on numbers of columns", str(e).split("\n")[0]) from e
-        if not torch.equal(numbers, numbers[:1].expand_as(numbers)):
-            raise Mismatch(node, "the same columns for every sequence", "different ones")
+        if not torch.equal(numbers, numbers[:1] + _sequences(len(numbers))):
+            raise Mismatch(node, "the same columns of every sequence, each in its place", "others")
         return numbers[0]
 
     def _of(self, node: Any) -> Any:
@@ -57,7 +57,12 @@ class Columns:
         shape = [hint(size) for size in value(row).shape]
         start, width = sum(self.rows.values()), math.prod(shape[1:])
         self.rows[row] = width
-        return torch.arange(start, start + width).view(shape[1:]).expand(shape)
+        return (torch.arange(start, start + width) + _sequences(shape[0])).view(shape)
+
+
+def _sequences(count: int) -> torch.Tensor:
+    """[count, 1], what tells one sequence's columns from another's, so that a swap of two is seen."""
+    return (1 << 40) * torch.arange(count)[:, None]
 
 
 def _only_rearranges(node: Node) -> bool:

@@ -266,7 +266,7 @@ def _replace(gm: GraphModule, m: Match, region: Region, replacement: Graph, anch
         # What the caller does with what the graph returns may be a view; a slice of a packed row allows fewer.
         results = tuple(
             _added(gm.graph.call_method("contiguous", (result,)), meta, memory)
-            if _contiguous(out) and not _contiguous(result) and _returned(out)
+            if _contiguous(out) and not _contiguous(result) and returned(out)
             else result
             for out, result in zip(m.outputs, results, strict=True)
         )
@@ -291,9 +291,9 @@ def _contiguous(node: Node) -> bool:
     return is_tensor(node) and is_contiguous_or_false(value(node))
 
 
-def _returned(node: Node) -> bool:
+def returned(node: Node) -> bool:
     """Whether the graph returns it or a view of it."""
-    return any(u.op == "output" or storage(u) == storage(node) and _returned(u) for u in node.users)
+    return any(u.op == "output" or storage(u) == storage(node) and returned(u) for u in node.users)
 
 
 def infer(node: Node) -> Any:

@@ -397,7 +397,8 @@ def test_hooks_that_bring_a_weight_for_each_call(how, reason):
     # The linear stays as it is and the rest is fused around it. Where the hook breaks the graph, there is nothing to refuse: no
     # other linear reads what the offloaded one reads.
     assert decode.fused_layers == 1
-    assert any(reason in record.reason for record in decode.layers[0].records)
+    reasons = [record.reason for record in decode.layers[0].records if record.status == "refused"]
+    assert any(reason in r for r in reasons) if reason else not reasons, reasons
 
 
 class Spread(torch.nn.Module):

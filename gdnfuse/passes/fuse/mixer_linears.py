@@ -88,6 +88,10 @@ def _layout(mixer):
     sizes = [heads * width for width in widths]
     layout = {"conv_offset": offsets[0]}
     if not mixer_decode.side_by_side(offsets, strides, widths, heads) or heads > 1 and strides[3:] != widths[3:]:
+        parts = zip(offsets, strides, widths, strict=True)
+        columns = [first + h * step + i for first, step, width in parts for h in range(heads) for i in range(width)]
+        if len({*columns}) < len(columns):
+            raise Refused("Parts must share no columns for in_proj to put them one behind the other, found that two do.")
         layout = {
             "conv_offset": 0,
             "parts": [n for part in zip(offsets, strides, widths, strict=True) for n in part],

@@ -62,12 +62,19 @@ def _siblings(node):
             _check(n)
             if n.args[1] in weights:
                 raise Refused(f"Each sibling must have a weight of its own, found {n.args[1]} twice.", at=n)
+            if together and _inference(n) != _inference(together[0]):
+                raise Refused("Siblings must all be ordinary or all be made under torch.inference_mode, found both.", at=n)
         except Refused as e:
             apart[n] = e
         else:
             together.append(n)
             weights.add(n.args[1])
     return together, apart
+
+
+def _inference(linear):
+    real = linear.args[1].meta.get("gdnfuse_real")
+    return real is not None and real.is_inference()
 
 
 def _check(linear):

@@ -1,0 +1,40 @@
+"""Files of the user's: looked at before any work, and replaced whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from gdnfuse.report import GdnfuseError
+
+
+def check_writable(file: Path) -> None:
+    """Raise before any work where the file cannot be written; nothing is changed."""
+    if file.is_dir():
+        raise GdnfuseError(f"Cannot write {file}: it is a folder.")
+    if file.exists() and not file.is_file():
+        raise GdnfuseError(f"Cannot write {file}: it is no regular file.")
+    folder = file.resolve().parent
+    if not folder.is_dir():
+        raise GdnfuseError(f"Cannot write {file}: there is no folder {file.parent}.")
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as e:
+        raise GdnfuseError(f"Cannot write {file}: {e.strerror}.") from e
+
+
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """A file beside it to write to, which takes its place when all is written; a link stays a link."""
+    target = file.resolve()
+    partial = target.with_name(f".{target.stem}.{os.getpid()}{target.suffix}")  # a plot's format goes by the suffix
+    try:
+        yield partial
+        partial.replace(target)
+    except OSError as e:
+        raise GdnfuseError(f"Cannot write {file}: {e.strerror}.") from e
+    finally:
+        partial.unlink(missing_ok=True)
