@@ -49,8 +49,9 @@ def test_a_symbolic_batch():
 
 
 def test_columns_that_are_not_the_same_for_every_sequence():
-    with pytest.raises(Mismatch, match="the same columns for every sequence"):
-        columns_of(lambda x: x.view(2, B, 6).transpose(0, 1), ROW)
+    for f in (lambda x: x.view(2, B, 6).transpose(0, 1), lambda x: torch.cat([x[1:], x[:1]])):
+        with pytest.raises(Mismatch, match="the same columns of every sequence, each in its place"):
+            columns_of(f, ROW)
 
 
 def test_what_depends_on_numbers_or_is_a_result_of_an_op_is_a_row_of_its_own():
