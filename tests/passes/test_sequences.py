@@ -6,6 +6,7 @@ import torch
 import gdnfuse
 from gdnfuse.dialect import fused_gating_delta_rule
 from gdnfuse.report import Status
+from gdnfuse.rewrite import columns
 
 H, HV, K, V = 2, 4, 8, 8
 RULE = fused_gating_delta_rule.op.overload
@@ -58,7 +59,16 @@ MIXED = {
 
 
 @pytest.mark.parametrize("name", MIXED)
-def test_sequences_that_are_mixed_are_refused(name):
+def test_sequences_that_are_mixed_do_not_match(name):
+    B, mixed = MIXED[name]
+    (record,) = packed_decodes(step(B, mixed), B)
+    assert record.status is Status.UNMATCHED and "the same columns of every sequence, each in its place" in record.reason
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_sequences_that_are_mixed_are_refused(name, monkeypatch):
+    """By the proof, where the match has not seen it."""
+    monkeypatch.setattr(columns, "_sequences", lambda count: torch.zeros(count, 1, dtype=torch.int64))
     B, mixed = MIXED[name]
     (record,) = packed_decodes(step(B, mixed), B)
     assert record.status is Status.REFUSED and "proof" in record.reason
