@@ -50,6 +50,8 @@ def calls(B, HV, K=128, V=128, state_dtype=torch.float32):
     (*side_by_side, _), (*head_by_head, _) = (layout(order, H, HV, K, V) for order in ("qkvzba", "qkvz,ba"))
     _, widths = part_sizes(D, state)
     heads = (of(B, 7, H, K), of(B, 7, H, K), of(B, 7, HV, V), of(B, 7, HV), of(B, 7, HV))
+    norm = of(2560), 1e-6, 1.0
+    in_proj = (of(1, 1, 2560), [of(D + F + 2 * HV, 2560)], *norm, of(1, D, W), of(D, 1, W), None, 0, "silu")
     return {
         "attention_decode": (
             of(B, 1, 16, 512)[..., :256],
@@ -86,29 +88,9 @@ def calls(B, HV, K=128, V=128, state_dtype=torch.float32):
         "packed_decode": (qkv, a, b, *gates, state, K**-0.5, 1e-6),
         "gated_rms_norm": (of(B, 1, HV, V, dtype=torch.float32), z, of(V), 1e-6),
         "fused_linear": (of(1, 1, 2560), [of(18432, 2560)], of(2560), 1e-6, 1.0, None, True, of(1, 1, 9216)),
-        "in_proj_conv": (
-            of(1, 1, 2560),
-            [of(D + F + 2 * HV, 2560)],
-            of(2560),
-            1e-6,
-            1.0,
-            of(1, D, W),
-            of(D, 1, W),
-            None,
-            0,
-            "silu",
-        ),
+        "in_proj_conv": in_proj,
         "in_proj_conv head by head": (
-            of(1, 1, 2560),
-            [of(D + F + 2 * HV, 2560)],
-            of(2560),
-            1e-6,
-            1.0,
-            of(1, D, W),
-            of(D, 1, W),
-            None,
-            0,
-            "silu",
+            *in_proj,
             [*chain.from_iterable(zip(*head_by_head, widths, strict=True))],
             H,
         ),
