@@ -74,6 +74,17 @@ def _inverse(L, HALF: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _running_sum(x, PRECISE: tl.constexpr):
+    """The running sum of x [64] as two addends. Where it goes to −1000 its ulp is 6e-5, and so far off would be the decay between
+    two near tokens; if PRECISE, the first addend is a sum of multiples of 2⁻⁸, exact up to 2¹⁶, as are its differences."""
+    if PRECISE:
+        coarse = tl.where(tl.abs(x) < 65536.0, tl.floor(x * 256.0) / 256.0, x)
+        return tl.cumsum(coarse, 0), tl.cumsum(x - coarse, 0)
+    else:
+        return tl.cumsum(x, 0), tl.zeros_like(x)
+
+
+@triton.jit
 def _bounds(cu_seqlens_ptr, n, T, VARLEN: tl.constexpr):
     """Row of the batch, first token and length of sequence n."""
     if VARLEN:
@@ -116,9 +127,10 @@ def chunk_prepare_kernel(
         a = log_decay(a, tl.load(A_log_ptr + hv).to(tl.float32), tl.load(dt_bias_ptr + hv).to(tl.float32))
         beta = BETA_SCALE * tl.sigmoid(beta)
     beta = tl.where(live, beta, 0.0)
-    g = tl.cumsum(tl.where(live, a, 0.0), 0)  # [64]
+    g, rest = _running_sum(tl.where(live, a, 0.0), dtype == tl.float32)  # [64]
     # Of the last token there is: behind it the sum stays the same but for its rounding.
-    last = tl.sum(tl.where(r == tl.minimum(T - chunk * 64, 64) - 1, g, 0.0), 0)
+    at_last = r == tl.minimum(T - chunk * 64, 64) - 1
+    last, last_rest = tl.sum(tl.where(at_last, g, 0.0), 0), tl.sum(tl.where(at_last, rest, 0.0), 0)
     kk = tl.dot(k, tl.trans(k), input_precision=PRECISION)  # [64, 64]
     norm_q, norm_k = tl.where(live, tl.cast(scale, tl.float32), 0.0), tl.where(live, 1.0, 0.0)  # [64]
     if L2NORM:
@@ -131,14 +143,15 @@ def chunk_prepare_kernel(
     # Factors of rows: of KS, of QS, of K where it enters the state; and the decay up to the token.
     row = (batch * HV + hv) * TOKENS + t
     factors_ptr += row
-    grown = tl.exp(g)
+    grown = tl.exp(g + rest)
     tl.store(factors_ptr + r, grown * norm_k, mask=live)
     tl.store(factors_ptr + plane + r, grown * norm_q, mask=live)
-    tl.store(factors_ptr + 2 * plane + r, tl.exp(last - g) * norm_k, mask=live)
+    tl.store(factors_ptr + 2 * plane + r, tl.exp((last - g) + (last_rest - rest)) * norm_k, mask=live)
     tl.store(factors_ptr + 3 * plane + r, grown, mask=live)
 
     tile = r[:, None] * 64 + r[None, :]  # [64, 64]
-    decay = tl.exp(tl.where(r[:, None] >= r[None, :], g[:, None] - g[None, :], -float("inf"))) * norm_k[None, :]
+    between = (g[:, None] - g[None, :]) + (rest[:, None] - rest[None, :])  # [64, 64]
+    decay = tl.exp(tl.where(r[:, None] >= r[None, :], between, -float("inf"))) * norm_k[None, :]
     attention = tl.dot(q, tl.trans(k), input_precision=PRECISION) * decay * norm_q[:, None]
     tl.store(attention_ptr + row * 64 + tile, attention.to(dtype), mask=live[:, None])
     system = kk * decay * (norm_k * beta)[:, None]
