@@ -32,7 +32,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from gdnfuse.kernels.implementation import kernel_of
+from gdnfuse.kernels.implementation import kernel_of, launching
 
 # Tiles in memory, [1, 1, tokens, columns] of descriptors, and the same in shared memory.
 TILE_4D = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4))
@@ -279,7 +279,7 @@ def supports_here(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, checkpoint_
         and torch.version.hip is None
         and torch.cuda.get_device_capability(v.device)[0] == 9
         and not triton.knobs.runtime.interpret
-        and kernel_of(chunk_scan_hopper_kernel) is chunk_scan_hopper_kernel
+        and launching()
         and q.dtype == k.dtype == v.dtype == torch.bfloat16
         and q.shape[-1] == v.shape[-1] == 128
         and not checkpoint_every
@@ -332,7 +332,7 @@ def launch_scan(
     H, N = q.shape[2], last.shape[0]
     BV, stages = _config(N * HV, cu_seqlens is not None, v.device) if config is None else config
     by_head = [x.permute(0, 2, 1, 3) for x in (q, k, v, out)]  # [B, heads, T, columns]
-    chunk_scan_hopper_kernel[(V // BV, N * HV)](
+    kernel_of(chunk_scan_hopper_kernel)[(V // BV, N * HV)](
         _descriptor(by_head[0], 64, 64), _descriptor(by_head[1], 64, 64), _descriptor(by_head[2], 64, BV),
         _descriptor(inverse[:, :, :T], 64, 64), _descriptor(attention[:, :, :T], 64, 64),
         _descriptor(factors.permute(1, 2, 0, 3)[..., :T], 4, 64), _descriptor(by_head[3], 64, BV),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
@@ -16,6 +15,7 @@ import torch.utils._pytree as pytree
 from torch._subclasses.fake_tensor import FakeTensor
 
 from gdnfuse.dialect import OPS
+from gdnfuse.kernels.replay import Replayed
 from gdnfuse.report import Refused
 
 log = logging.getLogger(__name__)
@@ -54,6 +54,7 @@ class Implementation:
         name: the dialect op's name, if there is one; the Triton op is ``torch.ops.gdnfuse_triton.<name>``.
         op: its ``OpOverload``, with the arguments, outputs and mutations of what it replaces.
         launch: the function behind it.
+        replayed: the same, as the op calls it.
         supports: takes the same arguments, real or fake; raises Refused with the reason if the kernel cannot take them.
         early: names of the arguments it reads before it waits for the kernels before it, if it may overlap them: see
             `overlap_options`. They must be as they are when the first kernel of a graph starts.
@@ -63,6 +64,7 @@ class Implementation:
     name: str
     op: Any
     launch: Callable[..., Any] = field(repr=False)
+    replayed: Replayed = field(repr=False)
     supports: Callable[..., None] = field(repr=False)
     early: tuple[str, ...] = ()
     measured: str = ""
@@ -137,23 +139,13 @@ def register(
     times per compilation: several seconds for a 32-layer model), and has nothing to fuse into it.
     """
     _library.define(name + torch.library.infer_schema(launch, mutates_args=mutates), tags=torch.Tag.needs_fixed_stride_order)
-    _library.impl(name, _on_its_device(launch), "CUDA")
+    replayed = Replayed(launch, _standing_in)
+    _library.impl(name, replayed, "CUDA")
     meaning = OPS[name].fake
     torch.library.register_fake(
         f"gdnfuse_triton::{name}", lambda *args, overlap=False, **kwargs: meaning(*args, **kwargs), lib=_library
     )
-    return Implementation(name, getattr(torch.ops.gdnfuse_triton, name).default, launch, supports, early, measured)
-
-
-def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
-    """Triton launches on the current device, which need not be the tensors'."""
-
-    @functools.wraps(launch)
-    def launched(first: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        with torch.cuda.device_of(first):
-            return launch(first, *args, **kwargs)
-
-    return launched
+    return Implementation(name, getattr(torch.ops.gdnfuse_triton, name).default, launch, replayed, supports, early, measured)
 
 
 def overlap_options(tensor: torch.Tensor, *early: torch.Tensor | None) -> dict[str, Any]:
@@ -235,6 +227,12 @@ def kernel_of(kernel: Any) -> Any:
     """The kernel to launch: itself, or what stands in for it in this thread."""
     make = _stand_in.get()
     return kernel if make is None else make(kernel)
+
+
+def launching() -> bool:
+    """Whether kernels are launched in this thread, not only noted or compiled."""
+    make = _stand_in.get()
+    return make is None or getattr(make, "launches_kernels", False)
 
 
 def require_dtypes(**tensors: torch.Tensor | None) -> None:

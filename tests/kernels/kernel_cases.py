@@ -347,9 +347,9 @@ def wide(value):
 
 @contextmanager
 def poisoned_empty():
-    """torch.empty gives NaN, so that an element nobody wrote shows."""
-    empty = torch.empty
-    with mock.patch.object(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan"))):
+    """Allocations give NaN, so that an element nobody wrote shows."""
+    filled = lambda make: lambda *a, **k: make(*a, **k).fill_(float("nan"))  # noqa: E731
+    with mock.patch.multiple(torch, empty=filled(torch.empty), empty_strided=filled(torch.empty_strided)):
         yield
 
 

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gdnfuse import dialect
 from gdnfuse.kernels import implementations, loaded, skinny_linear
+from gdnfuse.kernels.replay import Recorded
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -84,6 +85,44 @@ def test_launch(case):
 @pytest.mark.parametrize("case", [c for c in REAL if c.label == "real-B2"] + LINEARS[:1] + LINEARS[-5:] + FEW_ROWS[:4], ids=str)
 def test_op(case):
     kernel_cases.check(case, implementations()[case.op].op, "cuda")
+
+
+@pytest.mark.parametrize("case", kernel_cases.CASES + REAL + CHUNKED + LINEARS + FEW_ROWS, ids=str)
+def test_repeated(case):
+    """The last of four calls of one layout, all on tensors of their own."""
+    implementation, kept = implementations()[case.op], []
+
+    def fourth(*args, **kwargs):
+        for _ in range(3):
+            kept.append([kernel_cases.rebuilt(a, "cuda") for a in args])
+            implementation.op(*kept[-1], **kwargs)
+        implementation.replayed.launch = unreachable if may_repeat() else launch
+        with kernel_cases.poisoned_empty():
+            return implementation.op(*args, **kwargs)
+
+    def may_repeat():
+        return any(type(x) is Recorded for x in implementation.replayed.layouts.values())
+
+    def unreachable(*args, **kwargs):
+        raise AssertionError("the launch was not repeated")
+
+    implementation.replayed.layouts.clear()
+    launch = implementation.replayed.launch
+    try:
+        kernel_cases.check(case, fourth, "cuda", poison=nullcontext)
+    finally:
+        implementation.replayed.launch = launch
+
+
+def test_real_layouts_are_repeated():
+    """Only those whose operands are copied first may not be."""
+    for case in REAL + LINEARS + FEW_ROWS:
+        implementation, (args, kwargs) = implementations()[case.op], case.call()
+        args = [kernel_cases.rebuilt(a, "cuda") for a in args]
+        implementation.replayed.layouts.clear()
+        for _ in range(2):
+            implementation.op(*args, **kwargs)
+        assert [type(x) for x in implementation.replayed.layouts.values()] == [Recorded], case
 
 
 def compiled(name, dynamic=False):

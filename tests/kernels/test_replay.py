@@ -1,0 +1,243 @@
+"""Launches that are repeated without their Python: on CPU memory, with stand-ins for what Triton compiles."""
+
+import ctypes
+import gc
+import weakref
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from gdnfuse.kernels import replay
+from gdnfuse.kernels.implementation import _standing_in, kernel_of
+from gdnfuse.kernels.replay import Replayed
+
+
+def memory(x, n):
+    """n floats at a pointer, as a kernel is given one: a tensor, an address or a descriptor."""
+    x = getattr(x, "base", x)
+    address = x if isinstance(x, int) else x.data_ptr()
+    return torch.frombuffer((ctypes.c_float * n).from_address(address), dtype=torch.float32)
+
+
+class Kernel:
+    """out[:n] = x[:n] + factor·y[:n], as Triton would launch it, counting how."""
+
+    arg_names = ["x_ptr", "y_ptr", "out_ptr", "factor", "N"]
+    params = [SimpleNamespace(name=name, default=None) for name in arg_names]
+
+    def __init__(self):
+        self.bound = self.repeated = 0
+
+    def work(self, x, y, out, factor, n):
+        memory(out, n)[:] = memory(x, n) + factor * memory(y, n)
+
+    def __getitem__(self, grid):
+        def launch(*args, N):
+            assert grid == (3,)
+            self.bound += 1
+            self.work(*args, N)
+            return Compiled(self)
+
+        return launch
+
+
+class Compiled:
+    def __init__(self, kernel):
+        self.kernel, self.run = kernel, None
+
+    def __getitem__(self, grid):
+        assert grid == (3, 1, 1)
+
+        def launch(*args):
+            self.kernel.repeated += 1
+            self.kernel.work(*args)
+
+        return launch
+
+
+def add(kernel, views=lambda x, y: (x, y), result=lambda out: out):
+    def launch(x, y, factor=1.0, weights=(), *, overlap=False):
+        a, b = views(x, y)
+        out = torch.empty(a.shape, dtype=a.dtype)
+        kernel_of(kernel)[(3,)](a, b, out, factor, N=a.numel())
+        for w in weights:
+            added, out = out, torch.empty_like(out)
+            kernel_of(kernel)[(3,)](added, w, out, 1.0, N=a.numel())
+        return result(out)
+
+    return Replayed(launch, _standing_in)
+
+
+def some(n=8):
+    return torch.randn(n)
+
+
+def test_the_third_call_repeats_the_second_with_its_own_tensors():
+    kernel = Kernel()
+    op = add(kernel)
+    kept = []
+    for call in range(5):
+        x, y, w, v = some(), some(), some(), some()
+        got = op(x, y, 2.0, [w, v], overlap=True)
+        kept += [x, y, w, v, got]  # so that none is at an address that was another's
+        torch.testing.assert_close(got, x + 2 * y + w + v)
+        assert (kernel.bound, kernel.repeated) == (3 * min(call + 1, 2), 3 * max(call - 1, 0))
+    assert len({t.data_ptr() for t in kept}) == len(kept)
+
+
+def test_another_layout_is_another_launch():
+    kernel = Kernel()
+    op = add(kernel, views=lambda x, y: (x.contiguous(), y))
+    whole = torch.randn(9, 2)
+    for x in (some(8), some(4), some(8).double().float(), whole.flatten()[1:9], whole[:8, 0], some(8)):
+        if x.is_contiguous():
+            for factor in (1.0, 3.0):
+                for _ in range(4):
+                    y = torch.randn(x.shape)
+                    torch.testing.assert_close(op(x, y, factor), x + factor * y)
+    aligned = [key[-2:] for key in op.layouts]
+    assert (False, True) in aligned and (True, True) in aligned
+    assert len(op.layouts) == 6
+
+
+def test_views_follow_the_tensor_they_are_of_not_the_memory():
+    kernel = Kernel()
+    op = add(kernel, views=lambda x, y: (x.narrow(-1, 2, 4), y.unflatten(-1, (2, 4))[1]))
+    row = some(16)
+    for _ in range(3):
+        torch.testing.assert_close(op(row[:8], row[8:]), row[2:6] + row[12:16])
+    assert kernel.repeated == 1
+    x, y = some(), some()
+    torch.testing.assert_close(op(x, y), x[2:6] + y[4:8])
+    torch.testing.assert_close(op(row[8:], row[:8]), row[10:14] + row[4:8])
+    assert kernel.repeated == 3
+
+
+@pytest.mark.parametrize(
+    "why, views, result",
+    [
+        ("a copy", lambda x, y: (x.clone(), y), lambda out: out),
+        ("a sum", lambda x, y: (x + 0, y), lambda out: out),
+        ("a write", lambda x, y: (x.mul_(1.0), y), lambda out: out),
+        ("computed behind the kernel", lambda x, y: (x, y), lambda out: out * 1),
+    ],
+)
+def test_what_does_more_is_never_repeated(why, views, result):
+    kernel = Kernel()
+    op = add(kernel, views, result)
+    for _ in range(4):
+        x, y = some(), some()
+        torch.testing.assert_close(op(x, y), x + y)
+    assert (kernel.bound, kernel.repeated) == (4, 0)
+
+
+def test_an_input_as_result_is_never_repeated():
+    def launch(x, y):
+        kernel_of(kernel)[(3,)](x, y, x, 1.0, N=8)
+        return x
+
+    kernel = Kernel()
+    op = Replayed(launch, _standing_in)
+    for _ in range(4):
+        x, y = some(), some()
+        want = x + y
+        torch.testing.assert_close(op(x, y), want)
+    assert kernel.repeated == 0
+
+
+def test_one_tensor_given_twice_does_not_decide_for_two():
+    kernel = Kernel()
+    op = add(kernel)
+    x = some()
+    for _ in range(3):
+        torch.testing.assert_close(op(x, x), 2 * x)
+    y = some()
+    torch.testing.assert_close(op(x, y), x + y)
+    torch.testing.assert_close(op(y, x, 2.0), y + 2 * x)
+
+
+def test_results_may_be_views_and_several():
+    kernel = Kernel()
+    op = add(kernel, result=lambda out: (out, out.view(2, 4).mT, out[2:]))
+    for _ in range(4):
+        x, y = some(), some()
+        got, want = op(x, y), x + y
+        torch.testing.assert_close(got, (want, want.view(2, 4).mT, want[2:]))
+        assert [t.stride() for t in got] == [(1,), (1, 4), (1,)]
+    assert kernel.repeated == 2
+
+
+def test_what_is_written_in_place_is():
+    def launch(x, state):
+        out = torch.empty_like(x)
+        kernel_of(kernel)[(3,)](x, state[0], out, 1.0, N=8)
+        kernel_of(kernel)[(3,)](out, x, state[0], 0.0, N=8)
+        return out
+
+    kernel = Kernel()
+    op = Replayed(launch, _standing_in)
+    state, sum_ = torch.zeros(1, 8), torch.zeros(8)
+    for _ in range(5):
+        x = some()
+        sum_ += x
+        torch.testing.assert_close(op(x, state), sum_)
+        torch.testing.assert_close(state[0], sum_)
+    assert kernel.repeated == 6
+
+
+def test_descriptors_get_the_call_s_own_base():
+    class Descriptor:
+        def __init__(self, base):
+            self.base, self.shape = base, list(base.shape)
+
+    def launch(x, y):
+        out = torch.empty_like(x)
+        kernel_of(kernel)[(3,)](Descriptor(x), y, Descriptor(out), 1.0, N=8)
+        return out
+
+    kernel = Kernel()
+    op = Replayed(launch, _standing_in)
+    for _ in range(4):
+        x, y = some(), some()
+        torch.testing.assert_close(op(x, y), x + y)
+    assert kernel.repeated == 2
+
+
+def test_nothing_of_the_caller_is_kept():
+    op = add(Kernel())
+    x, y = some(), some()
+    for _ in range(4):
+        out = op(x, y)
+    kept = [weakref.ref(t.untyped_storage()) for t in (x, y, out)]
+    del x, y, out
+    gc.collect()
+    assert [ref() for ref in kept] == [None] * 3
+
+
+def test_layouts_are_bounded(monkeypatch):
+    monkeypatch.setattr(replay, "MOST", 4)
+    op = add(Kernel())
+    for n in [*range(1, 12), 3, 3, 3]:
+        x, y = some(n), some(n)
+        torch.testing.assert_close(op(x, y), x + y)
+        assert len(op.layouts) <= 4
+
+
+def test_an_error_leaves_the_layout_to_be_recorded():
+    kernel = Kernel()
+    fail = [False, True, False]
+
+    def views(x, y):
+        if fail.pop(0):
+            raise RuntimeError("out of memory")
+        return x, y
+
+    op = add(kernel, views)
+    x, y = some(), some()
+    op(x, y)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        op(x, y)
+    for _ in range(3):
+        torch.testing.assert_close(op(x, y), x + y)
+    assert kernel.repeated == 2 and not fail
