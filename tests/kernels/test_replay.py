@@ -23,8 +23,8 @@ def memory(x, n):
 class Kernel:
     """out[:n] = x[:n] + factor·y[:n], as Triton would launch it, counting how."""
 
-    arg_names = ["x_ptr", "y_ptr", "out_ptr", "factor", "N"]
-    params = [SimpleNamespace(name=name, default=None) for name in arg_names]
+    arg_names = ("x_ptr", "y_ptr", "out_ptr", "factor", "N")
+    params = tuple(SimpleNamespace(name=name, default=None) for name in arg_names)
 
     def __init__(self):
         self.bound = self.repeated = 0
