@@ -6,7 +6,6 @@ decode loop runs; a prompt is waited for.
 
 from __future__ import annotations
 
-import importlib.metadata
 import itertools
 import platform
 import statistics
@@ -16,6 +15,8 @@ from typing import Any
 
 import torch
 from transformers import StaticCache
+
+from gdnfuse.versions import version
 
 SLACK = 1.5  # error allowed, in units of eager's own: of a few steps it is a draw
 FLOOR = 1e-5  # relative error allowed whatever eager's is: a float32 model is its own reference
@@ -161,13 +162,5 @@ def machine(device: str | None = None) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "triton": _version("triton"),
-        "transformers": _version("transformers"),
+        **{package: version(package) for package in ("triton", "transformers", "gdnfuse")},
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
