@@ -38,6 +38,7 @@ from gdnfuse.report_html import page
 from gdnfuse.report_text import Style, render, table
 
 DTYPES = ("bfloat16", "float16", "float32")
+VERIFICATION = "gdnfuse.verification/1"  # the schema of what verify prints as JSON
 
 
 class _Parser(argparse.ArgumentParser):
@@ -218,6 +219,7 @@ def _verify(args: argparse.Namespace) -> int:
     import torch
 
     from gdnfuse import huggingface
+    from gdnfuse.bench.measure import machine
 
     if not args.debug:
         _quiet()
@@ -230,12 +232,15 @@ def _verify(args: argparse.Namespace) -> int:
         model = huggingface.random_model(config, getattr(torch, args.dtype), device)
         announce("run a prompt and one step")
         reports = huggingface.verify(model, batch=args.batch, prompt=args.prompt)
+    verified = bool(reports) and all(r.rewritten and r.comparisons for r in reports)
     if args.json:
-        print(json.dumps([r.to_dict() for r in reports], indent=1))
+        about = {name: getattr(args, name) for name in ("model", "batch", "prompt", "dtype")} | {"device": device}
+        graphs = [r.to_dict() for r in reports]
+        data = {"schema": VERIFICATION, "about": about, "machine": machine(device), "verified": verified, "graphs": graphs}
+        print(json.dumps(data, indent=1))
     else:
         print("\n\n".join(f"{r.summary()}\n\n{table(_comparison_rows(r))}" if r.comparisons else r.summary() for r in reports))
-    verified = [r.rewritten and bool(r.comparisons) for r in reports]
-    return 0 if verified and all(verified) else 1
+    return 0 if verified else 1
 
 
 def _bench(args: argparse.Namespace) -> int:

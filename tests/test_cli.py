@@ -256,7 +256,11 @@ def test_verify_compares_a_prompt_and_a_step(config_file, capsys):
 
 def test_verify_as_json_has_every_comparison(config_file, capsys):
     assert main(["verify", str(config_file), "--device", "cpu", "--dtype", "float32", "--json"]) == 0
-    graphs = json.loads(capsys.readouterr().out)
+    data = json.loads(capsys.readouterr().out)
+    assert data["schema"] == cli.VERIFICATION and data["verified"] is True and data["machine"]["torch"] == torch.__version__
+    about = {"model": str(config_file), "batch": 1, "prompt": 70, "dtype": "float32", "device": "cpu"}
+    assert data["about"] == about
+    graphs = data["graphs"]
     assert [g["phase"] for g in graphs] == ["prefill", "decode"]
     assert all(c["passed"] and c["error"] < 1e-5 for g in graphs for c in g["comparisons"])
 
