@@ -12,7 +12,6 @@ from typing import Any
 
 from gdnfuse.report import (
     BANDWIDTH,
-    COLUMNS,
     BlockReport,
     GraphReport,
     Operation,
@@ -21,7 +20,7 @@ from gdnfuse.report import (
     Status,
     limit_seconds,
 )
-from gdnfuse.report_text import LEGEND, MARKS, duration, label, launch_rows, left, pair, ranges, size
+from gdnfuse.report_text import LEGEND, MARKS, blocks_of, columns, duration, launch_rows, left, ordered, pair, ranges, size, where
 
 ROW, LANE, DOT = 22, 9, 4  # pixels: a line of a graph, between two edges, half a node
 LETTERS = {"linear attention": "L", "full attention": "A", "MLP": "M", "MoE": "E", "other": "O"}
@@ -105,7 +104,7 @@ def _tiles(report: GraphReport, bandwidth: float) -> str:
 
 
 def _filters(report: GraphReport) -> str:
-    kinds = list(dict.fromkeys(b.kind for b in _ordered(report.blocks)))
+    kinds = list(dict.fromkeys(b.kind for b in ordered(report.blocks)))
     states = [s for s in STATES if any(b.fused == s for b in report.blocks)]
 
     def boxes(name: str, words: Sequence[str]) -> str:
@@ -116,11 +115,6 @@ def _filters(report: GraphReport) -> str:
         return f"<fieldset><legend>{name}</legend>{''.join(inputs)}</fieldset>"
 
     return f'<form class="filters" hidden>{boxes("kind", kinds)}{boxes("status", states)}<output></output></form>\n'
-
-
-def _ordered(blocks: Iterable[BlockReport]) -> list[BlockReport]:
-    """What is outside the layers last."""
-    return sorted(blocks, key=lambda b: b.index is None)
 
 
 def _data(blocks: Sequence[BlockReport]) -> str:
@@ -135,7 +129,7 @@ Pairs = dict[tuple[str, str, int, int], list[BlockReport]]
 def _pairs(report: GraphReport) -> Pairs:
     """Blocks by kind, outcome and structure before and after."""
     found: Pairs = {}
-    for b in _ordered(report.blocks):
+    for b in ordered(report.blocks):
         found.setdefault((b.kind, b.fused, b.before, b.after), []).append(b)
     return found
 
@@ -146,7 +140,7 @@ def _anchor(report: GraphReport, pairs: Pairs, b: BlockReport) -> str:
 
 def _map(report: GraphReport, pairs: Pairs) -> str:
     layers: dict[str, list[BlockReport]] = {}
-    for b in _ordered(report.blocks):
+    for b in ordered(report.blocks):
         layers.setdefault(b.layer or b.path, []).append(b)
     tiles = []
     for path, blocks in layers.items():
@@ -170,18 +164,17 @@ def _state(b: BlockReport) -> str:
 
 
 def _table(report: GraphReport, pairs: Pairs) -> str:
-    more = sorted({c for b in report.blocks for c in b.marks} - COLUMNS.keys())
-    columns = [c for c in [*COLUMNS, *more] if any(c in b.marks for b in report.blocks)]
+    names = columns(report)
     rows = []
-    for b in _ordered(report.blocks):
-        marks = "".join(_mark(b.marks.get(c)) for c in columns)
+    for b in ordered(report.blocks):
+        marks = "".join(_mark(b.marks.get(c)) for c in names)
         rows.append(
             f'<tr {_data([b])}><th scope="row">{"" if b.index is None else b.index}</th>'
             f'<td><a href="#{_anchor(report, pairs, b)}">{escape(b.kind)}</a></td>{marks}'
             f'<td class="n">{b.launches_before} → {b.launches_after}</td>'
             f'<td class="n">{escape(pair(b.bytes_before, b.bytes_after))}</td></tr>\n'
         )
-    heads = "".join(f'<th scope="col">{escape(c)}</th>' for c in ["layer", "kind", *columns, "kernels", "moved"])
+    heads = "".join(f'<th scope="col">{escape(c)}</th>' for c in ["layer", "kind", *names, "kernels", "moved"])
     table = f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
     return _section("Layers × fusions", f'<p class="legend">{LEGEND}</p>{_scroll("layers and fusions", table, "tall")}')
 
@@ -202,13 +195,13 @@ def _refusals(report: GraphReport) -> str:
 
 
 def _refusal(report: GraphReport, r: Refusal) -> str:
-    blocks = [b for b in report.blocks if b.path in r.blocks]
+    blocks = blocks_of(r, report)
     times = f" {r.count} times" if r.count > 1 else ""
     facts = {"node": r.at}
     if r.status is Status.UNMATCHED:
         facts |= {"matched down to": r.at, "expected there": r.expected or "", "found": r.got or ""}
         del facts["node"]
-    facts |= {"looked for": r.equation, "in": "; ".join(_places(blocks))}
+    facts |= {"looked for": r.equation, "in": where(blocks)}
     listed = "".join(f"<dt>{k}</dt><dd>{escape(v)}</dd>" for k, v in facts.items() if v)
     return (
         f'<li {_data(blocks)}><p><b>{escape(r.rule)}</b> <span class="{r.status}">{r.status}{times}</span> '
@@ -221,13 +214,6 @@ def _source(source: Source | None) -> str:
     if source is None:
         return ""
     return f"<figure><figcaption>{escape(source.place)}</figcaption><pre><code>{escape(source.code)}</code></pre></figure>"
-
-
-def _places(blocks: Sequence[BlockReport]) -> list[str]:
-    kinds: dict[str, list[BlockReport]] = {}
-    for b in blocks:
-        kinds.setdefault(b.kind, []).append(b)
-    return [f"{kind} {label(members)}".strip() for kind, members in kinds.items()]
 
 
 def _pair(report: GraphReport, pairs: Pairs, key: tuple[str, str, int, int]) -> str:

@@ -101,26 +101,32 @@ def _moved(report: GraphReport, bandwidth: float) -> str:
 def _blocks(report: GraphReport, style: Style) -> str:
     """One row per kind of block: those that differ in nothing but the layer's number share a row."""
     groups: dict[tuple[Any, ...], list[BlockReport]] = {}
-    for b in sorted(report.blocks, key=lambda b: b.index is None):
+    for b in ordered(report.blocks):
         moved = pair(b.bytes_before, b.bytes_after)
         key = (b.kind, *b.marks.items(), f"{b.launches_before} → {b.launches_after}", moved)
         groups.setdefault(key, []).append(b)
-    columns = [c for c in [*COLUMNS, *_more_columns(report)] if any(c in b.marks for b in report.blocks)]
+    names = columns(report)
     rows = []
     for key, members in groups.items():
         marks = members[0].marks
-        cells = [_mark(marks.get(c), style) for c in columns]
+        cells = [_mark(marks.get(c), style) for c in names]
         rows.append([label(members), key[0], *cells, key[-2], key[-1]])
-    headers = ["layers", "kind", *(c.replace(" ", "\n") for c in columns), "kernels", "moved"]
-    align = ["left", "left", *["center"] * len(columns), "right", "right"]
+    headers = ["layers", "kind", *(c.replace(" ", "\n") for c in names), "kernels", "moved"]
+    align = ["left", "left", *["center"] * len(names), "right", "right"]
     widths = [24] + [None] * (len(headers) - 1)
     # Headers as a row: as headers they are padded, and with so many columns the table would not fit a terminal.
     return tabulate([headers, *rows], tablefmt="plain", colalign=align, maxcolwidths=widths, disable_numparse=True)
 
 
-def _more_columns(report: GraphReport) -> list[str]:
-    """Of rules that COLUMNS does not name."""
-    return sorted({c for b in report.blocks for c in b.marks} - COLUMNS.keys())
+def ordered(blocks: Iterable[BlockReport]) -> list[BlockReport]:
+    """What is outside the layers last."""
+    return sorted(blocks, key=lambda b: b.index is None)
+
+
+def columns(report: GraphReport) -> list[str]:
+    """Those of COLUMNS that looked at a block, and those of rules that it does not name."""
+    marked = {c for b in report.blocks for c in b.marks}
+    return [*(c for c in COLUMNS if c in marked), *sorted(marked - COLUMNS.keys())]
 
 
 def _mark(outcome: str | None, style: Style) -> str:
@@ -145,12 +151,15 @@ def ranges(numbers: Iterable[int]) -> list[str]:
     return ["–".join(map(str, r)) for r in found]
 
 
-def where(refusal: Refusal, report: GraphReport) -> str:
-    """The blocks of a refusal in words: "MLP 0–31"."""
+def blocks_of(refusal: Refusal, report: GraphReport) -> list[BlockReport]:
+    return [b for b in report.blocks if b.path in refusal.blocks]
+
+
+def where(blocks: Iterable[BlockReport]) -> str:
+    """Blocks in words: "MLP 0–31"."""
     kinds: dict[str, list[BlockReport]] = {}
-    for b in report.blocks:
-        if b.path in refusal.blocks:
-            kinds.setdefault(b.kind, []).append(b)
+    for b in blocks:
+        kinds.setdefault(b.kind, []).append(b)
     return "; ".join(f"{kind} {label(members)}".strip() for kind, members in kinds.items())
 
 
@@ -176,7 +185,7 @@ def _paths(paths: list[str]) -> str:
 
 def _refusal(report: GraphReport, r: Refusal, number: int, style: Style) -> str:
     times = f", {r.count} times" if r.count > 1 else ""
-    head = f"{number}. {style.paint(r.rule, 'bold')} {style.paint(r.status, 'red')}{times} ({where(r, report)})"
+    head = f"{number}. {style.paint(r.rule, 'bold')} {style.paint(r.status, 'red')}{times} ({where(blocks_of(r, report))})"
     lines = [f"{head}: {r.sentence}"]
     lines.append(f"   node {r.at}, traced from {r.source.place}" if r.source else f"   node {r.at}")
     if r.source and r.source.code:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch._inductor.utils import fresh_cache
 from transformers import AutoModelForCausalLM, DynamicCache
 
@@ -36,6 +35,7 @@ from gdnfuse.bench.workers import answer, fla_version, run_sides, show_fla
 from gdnfuse.files import check_writable, replacing
 from gdnfuse.huggingface import apart, load_config, one_line, preset, random_model
 from gdnfuse.report import GdnfuseError
+from gdnfuse.report_text import table
 
 SCHEMA = "gdnfuse.bench/1"
 SIDES = ("eager", "fla", "inductor", "gdnfuse")
@@ -338,9 +338,7 @@ def tables(data: dict[str, Any]) -> str:
     for phase in arguments["phases"]:
         rows = [row for result in data["results"] for row in phase_rows(result, phase)]
         title = f"Decode, {arguments['new']} steps" if phase == "decode" else f"Prefill, {arguments['prompt']} tokens"
-        used = [k for k in rows[0] if any(row[k] for row in rows)]
-        cells = [[row[k] for k in used] for row in rows]
-        parts.append(f"{title}\n{tabulate(cells, used, disable_numparse=True)}")
+        parts.append(f"{title}\n{table(rows)}")
     ours = [(r["batch"], row.get(phase, {})) for r in data["results"] for row in r["sides"] for phase in arguments["phases"]]
     parts.append("\n".join(f"batch {batch}, {line}" for batch, found in ours for line in found.get("graphs", ())))
     return "\n\n".join(filter(None, parts))
