@@ -51,7 +51,7 @@ trust: $(VENV)/.stamp
 # pip install into an environment of its own, then the README's commands.
 installed: $(VENV)/.stamp
 	rm -rf build
-	$(PY) tests/installed.py
+	$(PY) -m tests.installed
 
 lint: $(VENV)/.stamp
 	$(PY) -m ruff check .

@@ -1,6 +1,6 @@
 """`pip install .` into an environment of its own, then the README's commands as printed, from an empty folder.
 
-    python tests/installed.py
+    python -m tests.installed
 
 Everything but gdnfuse comes from the environment that this runs in. Not run are `make`, which is CI's own, and benchmarks of
 whole models, which take a GPU or long; `path/to/config.json` is a small model's, made here.
@@ -9,7 +9,6 @@ whole models, which take a GPU or long; `path/to/config.json` is a small model's
 from __future__ import annotations
 
 import os
-import re
 import site
 import subprocess
 import sys
@@ -20,13 +19,13 @@ from pathlib import Path
 
 from transformers import Qwen3_5TextConfig
 
-ROOT = Path(__file__).parent.parent
+from tests.pages import ROOT, blocks
+
 NOT_RUN = ("gdnfuse bench 0.8b --batch", "gdnfuse bench 4b", "gdnfuse bench path/to/model")
 
 
 def commands() -> list[str]:
-    blocks = re.findall(r"^```console\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
-    lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
+    lines = [line.split("#")[0].strip() for block in blocks(ROOT / "README.md", "console") for line in block.splitlines()]
     return [line for line in lines if line.startswith("gdnfuse") and not line.startswith(NOT_RUN)]
 
 

@@ -21,6 +21,7 @@ from gdnfuse.cli import main
 from gdnfuse.dialect import OPS
 from gdnfuse.huggingface import presets
 from gdnfuse.passes import fuse, lift
+from tests.pages import ROOT, documented
 
 
 @pytest.fixture
@@ -54,8 +55,7 @@ def test_json_is_all_of_stdout(config_file, capsys):
     found = json.loads(capsys.readouterr().out)
     (graph,) = found["graphs"]
     assert (found["schema"], found["bandwidth"], found["about"]["batch"]) == ("gdnfuse.report/1", 2e12, 1)
-    docs = (Path(__file__).parent.parent / "docs" / "report.md").read_text().split("### `document.about`")[1].split("###")[0]
-    assert list(found["about"]) == re.findall(r"^\| `(\w+)` \|", docs, re.MULTILINE)
+    assert list(found["about"]) == documented(ROOT / "docs" / "report.md")["document.about"]
     assert graph["limit_seconds"] == graph["limit_bytes"] / 2e12 > 0
     assert graph["phase"] == "decode"
     assert [layer["path"] for layer in graph["layers"]] == [f"model.layers.{i}.linear_attn" for i in range(3)]

@@ -5,22 +5,18 @@ from __future__ import annotations
 import dataclasses
 import re
 import shlex
-from pathlib import Path
 
 import gdnfuse
 from gdnfuse.cli import _parser
 from gdnfuse.options import Options
+from tests.pages import ROOT, blocks
 
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+PAGE = ROOT / "README.md"
+README = PAGE.read_text()
 
 
 def test_python_blocks_run_in_order(monkeypatch):
-    headline, *rest = blocks("python")
+    headline, *rest = blocks(PAGE, "python")
     assert "gdnfuse.compile(model)" in headline
     # Inductor is tested elsewhere; here it would only be slow.
     init = Options.__init__
@@ -35,7 +31,7 @@ def test_python_blocks_run_in_order(monkeypatch):
 
 
 def test_commands_parse():
-    lines = [line for block in blocks("console") for line in block.splitlines()]
+    lines = [line for block in blocks(PAGE, "console") for line in block.splitlines()]
     commands = [shlex.split(line, comments=True) for line in lines]
     for command in commands:
         if command[0] == "gdnfuse":

@@ -21,8 +21,9 @@ from gdnfuse.passes import fuse, lift, survey
 from gdnfuse.report import COLUMNS, Comparison, GraphReport, LayerReport, Record, Status, document, marks
 from gdnfuse.report_text import Style, pair, ranges, render, size
 from tests.models import zoo
+from tests.pages import ROOT, blocks, documented, fields
 
-DOCS = (Path(__file__).parent.parent / "docs" / "report.md").read_text()
+PAGE = ROOT / "docs" / "report.md"
 
 
 def surveyed(module, *args):
@@ -296,45 +297,24 @@ def test_numbers_and_ranges():
     assert ranges([4, 0, 2, 1, 6, 7]) == ["0–2", "4", "6–7"]
 
 
-def documented():
-    """The fields of each object of docs/report.md: a heading with its path, then a table."""
-    sections = re.findall(r"^### (.+?)\n(.*?)(?=^##|\Z)", DOCS, re.DOTALL | re.MULTILINE)
-    return {
-        path: re.findall(r"^\| `(\w+)` \|", body, re.MULTILINE)
-        for title, body in sections
-        for path in re.findall(r"`([\w.\[\]]+)`", title)
-    }
-
-
-def fields(data, path="document"):
-    """Every object of a JSON document by where it stands, with its fields in order."""
-    found = {}
-    if isinstance(data, dict) and not path.endswith(".marks"):
-        found[path] = list(data)
-        for key, inner in data.items():
-            found |= fields(inner, f"{path}.{key}")
-    elif isinstance(data, list):
-        for inner in data:
-            found |= fields(inner, f"{path}[]")
-    return found
-
-
 def test_the_docs_list_exactly_the_fields_of_the_json(decode_report):
     gates = compiled_report(Gates(), torch.zeros(2, 4))
     compared = dataclasses.replace(decode_report, comparisons=[Comparison("output 0", 0.0, 0.0, True)])
-    about = dict.fromkeys(re.findall(r"^\| `(\w+)` \|", DOCS.split("### `document.about`")[1].split("###")[0], re.MULTILINE), "")
+    wanted = documented(PAGE)
+    about = dict.fromkeys(wanted["document.about"], "")
     data = json.loads(json.dumps(document([gates, compared], about)))
     found = {
-        path.removeprefix("document.graphs[].") if path.count(".") > 1 else path: names for path, names in fields(data).items()
+        path.removeprefix("document.graphs[].") if path.count(".") > 1 else path: names
+        for path, names in fields(data, "document").items()
     }
     found = {re.sub(r"^(layers\[\]\.)?records", "records", path): names for path, names in found.items()}
     found = {"source" if path.endswith("source") else path: names for path, names in found.items()}
-    assert {path: sorted(names) for path, names in found.items()} == {p: sorted(names) for p, names in documented().items()}
-    assert data["schema"] in DOCS
+    assert {path: sorted(names) for path, names in found.items()} == {p: sorted(names) for p, names in wanted.items()}
+    assert data["schema"] in PAGE.read_text()
 
 
 def test_the_commands_of_the_docs_parse():
-    (block,) = re.findall(r"^```console\n(.*?)^```", DOCS, re.DOTALL | re.MULTILINE)
+    (block,) = blocks(PAGE, "console")
     for line in block.splitlines():
         _parser().parse_args(shlex.split(line, comments=True)[1:])
 
