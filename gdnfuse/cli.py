@@ -19,20 +19,18 @@ import os
 import platform
 import re
 import sys
-import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from tabulate import tabulate
-from tqdm import tqdm
 
 from gdnfuse import versions
 from gdnfuse.files import check_writable, replacing
 from gdnfuse.options import INNER, STAGES
+from gdnfuse.progress import progress
 from gdnfuse.report import BANDWIDTH, Comparison, GdnfuseError, GraphReport, document, listening
 from gdnfuse.report_html import page
 from gdnfuse.report_text import Style, render, table
@@ -170,7 +168,7 @@ def _report(args: argparse.Namespace) -> None:
 
     if not args.debug:
         _quiet()
-    with _progress() as announce, listening(announce):
+    with progress() as announce, listening(announce):
         announce("read config")
         config = huggingface.load_config(args.model)
         announce("build model")
@@ -191,30 +189,6 @@ def _report(args: argparse.Namespace) -> None:
         print("\n\n".join(render(r, style, args.bandwidth) for r in reports))
 
 
-@contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
-    """Show what is done, on a terminal, after a second; yields what to call with each step's name."""
-    bar = tqdm(bar_format="{desc} ({elapsed})", disable=bool(os.environ.get("TQDM_DISABLE")) or None, delay=1, leave=False)
-    done = threading.Event()
-
-    def tick() -> None:  # a step may take long, and time goes on meanwhile
-        wait = bar.delay
-        while not done.wait(wait):
-            bar.refresh()
-            wait = 0.5
-
-    ticker = threading.Thread(target=tick, daemon=True)
-    if not bar.disable:
-        ticker.start()
-    try:
-        yield lambda step: bar.set_description_str(step, refresh=False)
-    finally:
-        done.set()
-        if ticker.is_alive():
-            ticker.join()
-        bar.close()
-
-
 def _verify(args: argparse.Namespace) -> int:
     import torch
 
@@ -224,7 +198,7 @@ def _verify(args: argparse.Namespace) -> int:
     if not args.debug:
         _quiet()
     device = _device(args.device)
-    with _progress() as announce, listening(announce):
+    with progress() as announce, listening(announce):
         announce("read config")
         config = huggingface.load_config(args.model)
         announce("build model")

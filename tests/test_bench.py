@@ -15,6 +15,7 @@ from gdnfuse.bench import measure, run, workers
 from gdnfuse.cli import main
 from gdnfuse.report import GdnfuseError
 from tests.models import zoo
+from tests.terminal import Terminal
 
 ROOT = Path(__file__).parent.parent
 
@@ -117,6 +118,23 @@ def test_processes_of_its_own(folder, monkeypatch, capsys):
     assert main(["bench", str(folder), *QUICK, "--sides", "gdnfuse", "--phase", "decode", "--prompt", "4"]) == 0
     (row,) = [line for line in capsys.readouterr().out.splitlines() if " gdnfuse " in line]
     assert float(row.split()[2]) > 0
+
+
+SLOW = """
+import json, sys, time
+side = sys.argv[-3]
+time.sleep(0 if side == "reference" else 2)
+print(json.dumps({"side": side, "machine": {}}))
+"""
+
+
+@pytest.mark.parametrize("off", [False, True])
+def test_a_terminal_shows_which_side_runs_unless_it_is_told_not_to(off, tmp_path, monkeypatch):
+    (tmp_path / "slow.py").write_text(SLOW)
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    monkeypatch.setenv("TQDM_DISABLE", "1" if off else "")
+    workers.run_sides([str(tmp_path / "slow.py")], "tiny", ["eager"], [])
+    assert "tiny, eager (2 of 2) (00:01)" in terminal.shown() if not off else terminal.shown() == ""
 
 
 def test_only_the_first_layers(folder):

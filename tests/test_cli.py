@@ -21,7 +21,9 @@ from gdnfuse.cli import main
 from gdnfuse.dialect import OPS
 from gdnfuse.huggingface import presets
 from gdnfuse.passes import fuse, lift
+from gdnfuse.progress import progress
 from tests.pages import ROOT, documented
+from tests.terminal import Terminal
 
 
 @pytest.fixture
@@ -192,37 +194,30 @@ def test_output_that_cannot_be_written_is_one_line(config_file, capsys, monkeypa
     assert capsys.readouterr().err == "gdnfuse: Cannot write the output: No space left on device.\n"
 
 
-class Terminal(io.TextIOWrapper):
-    def isatty(self):
-        return True
-
-
 def test_a_terminal_gets_colours_unless_it_wants_none(config_file, monkeypatch):
     for no_color in ("", "1"):
         monkeypatch.setenv("NO_COLOR", no_color)
-        monkeypatch.setattr(sys, "stdout", terminal := Terminal(io.BytesIO(), encoding="ascii"))
+        monkeypatch.setattr(sys, "stdout", terminal := Terminal("ascii"))
         assert main(["report", str(config_file)]) == 0
         monkeypatch.undo()
-        out = terminal.buffer.getvalue().decode("ascii")
+        out = terminal.shown()
         assert ("\x1b[" in out) != bool(no_color)
         assert "3/3 GDN layers fused" in out and "+ done, x refused" in out
 
 
 @pytest.mark.parametrize("off", [False, True])
 def test_progress_shows_each_step_of_what_takes_long(off, monkeypatch):
-    monkeypatch.setattr(sys, "stderr", terminal := Terminal(io.BytesIO(), encoding="utf-8"))
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
     monkeypatch.setenv("TQDM_DISABLE", "1" if off else "")
-    with cli._progress() as announce:
+    with progress() as announce:
         announce("short")
         announce("long")
         time.sleep(1.3)
-    terminal.flush()
-    shown = terminal.buffer.getvalue().decode()
-    assert ("long (00:01)" in shown) != off and "short" not in shown
+    assert ("long (00:01)" in terminal.shown()) != off and "short" not in terminal.shown()
 
 
 def test_progress_shows_nothing_without_a_terminal(capsys):
-    with cli._progress() as announce:
+    with progress() as announce:
         announce("long")
         time.sleep(1.2)
     assert capsys.readouterr().err == ""

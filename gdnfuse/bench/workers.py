@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tqdm import tqdm
+from gdnfuse.progress import progress
 
 
 def show_fla(side: str) -> None:
@@ -46,11 +46,10 @@ def run_sides(
         argv: arguments of all its workers.
         quiet: say of a worker that failed no more than its row does.
     """
-    bar = tqdm(["reference", *sides], desc=model, disable=None, leave=False, delay=1)
     rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for side in bar:
-            bar.set_postfix_str(side)
+    with tempfile.TemporaryDirectory() as folder, progress() as announce:
+        for i, side in enumerate(["reference", *sides], 1):
+            announce(f"{model}, {side} ({i} of {len(sides) + 1})")
             rows.append(spawn(program, side, model, argv, folder))
             stderr = rows[-1].pop("stderr", "")
             if not quiet:
