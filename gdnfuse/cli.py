@@ -113,6 +113,7 @@ def _parser() -> _Parser:
     bench.add_argument("--phase", choices=("decode", "prefill"), help="only this one")
     bench.add_argument("--layers", type=_positive, metavar="N", help="only the first layers of the model")
     bench.add_argument("--inner", choices=INNER, default=INNER[0], help="what compiles the rewritten graphs")
+    bench.add_argument("--timeout", type=_positive, metavar="SECONDS", help="end a side that takes longer; it has no speed then")
     bench.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the milliseconds")
     bench.set_defaults(run=_bench)
     report.add_argument("--phase", choices=("decode", "prefill"), default="decode")
@@ -234,6 +235,7 @@ def _bench(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         device=device,
         inner=args.inner,
+        timeout=args.timeout,
     )
     run.check(settings)
     if args.plot:

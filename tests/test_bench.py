@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ def folder(tmp_path_factory):
 def here(monkeypatch, capsys):
     """Workers in this process: starting one takes as long as all that a test has it do."""
 
-    def spawn(program, side, model, argv, shared):
+    def spawn(program, side, model, argv, shared, *_):
         assert program == ["-m", "gdnfuse.bench"]
         try:
             run.worker([*argv, "--worker", side, model, shared])
@@ -120,21 +121,57 @@ def test_processes_of_its_own(folder, monkeypatch, capsys):
     assert float(row.split()[2]) > 0
 
 
-SLOW = """
-import json, sys, time
-side = sys.argv[-3]
-time.sleep(0 if side == "reference" else 2)
-print(json.dumps({"side": side, "machine": {}}))
+WORKER = """
+import json, os, sys, time
+side, folder = sys.argv[-3], sys.argv[-1]
+print(side, file=sys.stderr, flush=True)
+if side != "reference":
+    open(os.path.join(folder, "step"), "w").write("decode, first call")
+if side == "killed":
+    os.kill(os.getpid(), 9)
+time.sleep({"eager": 2, "slow": 60}.get(side, 0))
+if side != "silent":
+    print(json.dumps({"side": side, "machine": {}}))
 """
 
 
+@pytest.fixture
+def program(tmp_path):
+    """A worker that does nothing but what its side is called."""
+    file = tmp_path / "worker.py"
+    file.write_text(WORKER)
+    return [str(file)]
+
+
 @pytest.mark.parametrize("off", [False, True])
-def test_a_terminal_shows_which_side_runs_unless_it_is_told_not_to(off, tmp_path, monkeypatch):
-    (tmp_path / "slow.py").write_text(SLOW)
+def test_a_terminal_shows_what_runs_unless_it_is_told_not_to(off, program, monkeypatch):
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
     monkeypatch.setenv("TQDM_DISABLE", "1" if off else "")
-    workers.run_sides([str(tmp_path / "slow.py")], "tiny", ["eager"], [])
-    assert "tiny, eager (2 of 2) (00:01)" in terminal.shown() if not off else terminal.shown() == ""
+    workers.run_sides(program, "tiny", ["eager"], [], title="tiny, batch 1")
+    line = "tiny, batch 1, eager (2 of 2): decode, first call (00:01)"
+    assert line in terminal.shown() if not off else terminal.shown() == ""
+
+
+def test_a_side_that_crashes_or_takes_too_long_costs_its_own_row_alone(program, capsys):
+    _, rows = workers.run_sides(program, "tiny", ["slow", "killed", "silent", "eager"], [], timeout=4)
+    assert rows == [
+        {"side": "slow", "failed": "It was ended after 4 seconds, at 'decode, first call'."},
+        {"side": "killed", "failed": "The process ended with signal 9 (Killed)."},
+        {"side": "silent", "failed": "The process ended without an answer."},
+        {"side": "eager", "machine": {}},
+    ]
+    assert capsys.readouterr().err.split() == ["slow", "killed", "silent"]  # what those who failed printed
+
+
+def test_a_worker_that_is_interrupted_does_not_go_on(program, tmp_path):
+    def interrupt(step):
+        if step:
+            raise KeyboardInterrupt
+
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        workers.spawn(program, "slow", "tiny", [], str(tmp_path), interrupt)
+    assert time.monotonic() - start < 30
 
 
 def test_only_the_first_layers(folder):

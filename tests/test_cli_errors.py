@@ -77,6 +77,7 @@ OPTIONS = {
     "bench tiny.json --prompt x": "argument --prompt",
     "bench tiny.json --new 0": "argument --new",
     "bench tiny.json --layers 0": "argument --layers",
+    "bench tiny.json --timeout 0": "argument --timeout: must be a positive number, found '0'",
     "bench tiny.json --layers 5 --device cpu": "The model must have 5 layers, found 4.",
     "bench tiny.json --sides eager,jax --device cpu": "Unknown side 'jax'; the valid ones are eager, fla, inductor, gdnfuse.",
     "bench tiny.json --sides fla --device cpu": "The side fla needs flash-linear-attention, which is not installed.",

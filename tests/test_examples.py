@@ -107,7 +107,7 @@ def workers(monkeypatch, capsys):
     """The workers of benchmarks, in this process: starting one takes as long as all that a test has it do."""
     workers = importlib.import_module("gdnfuse.bench.workers")
 
-    def spawn(program, side, model, argv, folder):
+    def spawn(program, side, model, argv, folder, *_):
         try:
             main_of(Path(program[0]).stem)([*argv, "--worker", side, model, folder])
         except SystemExit as e:

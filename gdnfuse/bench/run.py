@@ -9,6 +9,7 @@ import statistics
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from gdnfuse.bench.measure import (
     weight_bytes,
     widen,
 )
-from gdnfuse.bench.workers import answer, fla_version, run_sides, show_fla
+from gdnfuse.bench.workers import answer, fla_version, note, run_sides, show_fla
 from gdnfuse.files import check_writable, replacing
 from gdnfuse.huggingface import apart, load_config, one_line, preset, random_model
 from gdnfuse.report import GdnfuseError
@@ -64,6 +65,7 @@ class Settings:
         dtype: "bfloat16", "float16" or "float32".
         device: where to run.
         inner: what compiles gdnfuse's graphs, see `gdnfuse.options.Options`.
+        timeout: seconds that a side, or the reference, may take at one number of sequences; None for as long as it takes.
     """
 
     model: str
@@ -76,6 +78,7 @@ class Settings:
     dtype: str = "bfloat16"
     device: str = "cpu"
     inner: str = "inductor"
+    timeout: int | None = None
 
 
 def default_sides(device: str) -> list[str]:
@@ -156,7 +159,9 @@ class Work:
 
     def __init__(self, settings: Settings, batch: int, folder: str):
         self.settings, self.batch, self.device = settings, batch, settings.device
+        self.note = partial(note, folder)
         self.shared = Path(folder) / SHARED
+        self.note("build the model")
         self.model = build(settings)
         self.block = min(BLOCK, max(settings.new // 2, 1))
         self.steps = CHECKED + WARMUP + settings.new
@@ -192,6 +197,7 @@ class Work:
         settings, model = self.settings, self.model
         facts: dict[str, Any] = {"weights": "the folder's" if has_weights(settings.model) else "random"}
         facts["layers"] = model.config.num_hidden_layers
+        self.note("eager logits")
         eager = {phase: self.logits(phase, model) for phase in settings.phases}
         if "decode" in settings.phases:
             facts["weight_bytes"] = weight_bytes(model, self.batch)
@@ -199,6 +205,7 @@ class Work:
             facts["state_bytes"] = state_bytes(self.decoder(model).cache, settings.prompt + self.steps // 2)
             facts["bytes_per_second"] = bandwidth(self.device)
             facts["limit_ms"] = 1e3 * (facts["weight_bytes"] + facts["state_bytes"]) / facts["bytes_per_second"]
+        self.note("logits in float32")
         widen(model)
         exact = {phase: self.logits(phase, model) for phase in settings.phases}
         errors = {phase: difference(eager[phase], exact[phase]) for phase in settings.phases}
@@ -222,6 +229,7 @@ class Work:
         return row
 
     def measure(self, phase: str, side: str, exact: torch.Tensor, eager_error: float) -> dict[str, Any]:
+        self.note(f"{phase}, first call")
         known = len(gdnfuse.reports())
         call = compiled(side, phase, self.model, self.settings)
         if phase == "prefill":
@@ -239,6 +247,7 @@ class Work:
         figures: dict[str, Any] = {"first_call_seconds": seconds(lambda: got.append(self.fill(call)), self.device)}
         figures |= right(got.pop().float().cpu(), exact, eager_error)
         if figures["right"]:
+            self.note(f"prefill, {PROMPTS} prompts")
             times = [1e3 * seconds(lambda: self.fill(call), self.device) for _ in range(PROMPTS)]
             figures |= speed(times, self.batch * self.settings.prompt)
         return figures
@@ -252,6 +261,7 @@ class Work:
         got += [decode(t).float().cpu() for t in rest]
         figures |= right(torch.stack(got), exact, eager_error)
         if figures["right"]:
+            self.note(f"decode, {steps} steps")
             for t in self.step_tokens(CHECKED, WARMUP):
                 decode(t)
             synchronize(self.device)
@@ -311,7 +321,8 @@ def run(settings: Settings, debug: bool = False) -> dict[str, Any]:
     data["results"] = []
     for batch in settings.batch:
         argv = [json.dumps({**dataclasses.asdict(settings), "this_batch": batch})]
-        first, rows = run_sides(["-m", "gdnfuse.bench"], settings.model, settings.sides, argv, quiet=not debug)
+        how = {"quiet": not debug, "title": f"{settings.model}, batch {batch}", "timeout": settings.timeout}
+        first, rows = run_sides(["-m", "gdnfuse.bench"], settings.model, settings.sides, argv, **how)
         if not first["machine"] and not data["results"]:
             raise GdnfuseError(f"The model could not be run: {rows[0]['failed'].removeprefix('GdnfuseError: ')}")
         data["machine"] |= first["machine"]

@@ -7,14 +7,20 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from gdnfuse.progress import progress
+
+STEP = "step"  # the file of the shared folder in which a worker says what it does
+POLL = 0.5  # seconds
 
 
 def show_fla(side: str) -> None:
@@ -33,7 +39,14 @@ def fla_version() -> str:
 
 
 def run_sides(
-    program: Sequence[str], model: str, sides: Sequence[str], argv: Sequence[str], quiet: bool = False
+    program: Sequence[str],
+    model: str,
+    sides: Sequence[str],
+    argv: Sequence[str],
+    *,
+    quiet: bool = False,
+    title: str = "",
+    timeout: float | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What a benchmark's worker `reference` answers, with "machine" in it, and the row of each side, one after another.
 
@@ -45,12 +58,15 @@ def run_sides(
         sides: of the benchmark.
         argv: arguments of all its workers.
         quiet: say of a worker that failed no more than its row does.
+        title: what the line on the terminal begins with; the model if empty.
+        timeout: seconds that a worker may take; one that takes longer is ended and has failed.
     """
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder, progress() as announce:
         for i, side in enumerate(["reference", *sides], 1):
-            announce(f"{model}, {side} ({i} of {len(sides) + 1})")
-            rows.append(spawn(program, side, model, argv, folder))
+            line = f"{title or model}, {side} ({i} of {len(sides) + 1})"
+            say = lambda step, line=line: announce(f"{line}: {step}" if step else line)  # noqa: E731
+            rows.append(spawn(program, side, model, argv, folder, say, timeout))
             stderr = rows[-1].pop("stderr", "")
             if not quiet:
                 sys.stderr.write(stderr)
@@ -63,20 +79,58 @@ def run_sides(
     return first, rows
 
 
-def spawn(program: Sequence[str], side: str, model: str, argv: Sequence[str], folder: str) -> dict[str, Any]:
+def note(folder: str, step: str) -> None:
+    """Say what a worker does next, to whoever started it."""
+    Path(folder, STEP).write_text(step, encoding="utf-8")
+
+
+def spawn(
+    program: Sequence[str],
+    side: str,
+    model: str,
+    argv: Sequence[str],
+    folder: str,
+    announce: Callable[[str], None] = lambda step: None,
+    timeout: float | None = None,
+) -> dict[str, Any]:
     """What a program, called with argv and `--worker side model folder`, answers.
 
     If it fails, {"side", "failed": sentence, "stderr": all that it printed there}; "stderr" also where it says that a part did.
+
+    Args:
+        program, side, model, argv, timeout: as of `run_sides`.
+        folder: what workers share.
+        announce: called, as long as it runs, with what it noted last.
     """
     command = [sys.executable, *program, *argv, "--worker", side, model, folder]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    if run.returncode:
-        lines = run.stderr.strip().splitlines()
-        failed = lines[-1] if lines and run.returncode > 0 else f"The process ended with status {run.returncode}."
-        return {"side": side, "failed": failed, "stderr": run.stderr}
-    row = json.loads(run.stdout.strip().rsplit("\n", 1)[-1])
+    note(folder, "")
+    start = time.monotonic()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            while True:
+                step = Path(folder, STEP).read_text(encoding="utf-8")
+                announce(step)
+                try:
+                    out, err = process.communicate(timeout=POLL)
+                    break
+                except subprocess.TimeoutExpired as e:
+                    if timeout is not None and time.monotonic() - start > timeout:
+                        process.kill()
+                        failed = f"It was ended after {timeout:g} seconds{f', at {step!r}' if step else ''}."
+                        return {"side": side, "failed": failed, "stderr": (e.stderr or b"").decode(errors="replace")}
+        except BaseException:
+            process.kill()
+            raise
+    code, lines = process.returncode, err.strip().splitlines()
+    if code:
+        ended = f"signal {-code} ({signal.strsignal(-code)})" if code < 0 else f"status {code}"
+        return {"side": side, "failed": lines[-1] if lines and code > 0 else f"The process ended with {ended}.", "stderr": err}
+    try:
+        row = json.loads(out.strip().rsplit("\n", 1)[-1])
+    except ValueError:
+        return {"side": side, "failed": "The process ended without an answer.", "stderr": err}
     if any("failed" in part for part in row.values() if isinstance(part, dict)):
-        row["stderr"] = run.stderr
+        row["stderr"] = err
     return row
 
 
