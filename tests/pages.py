@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+REPORT, REFERENCE = ROOT / "docs" / "report.md", ROOT / "docs" / "reference.md"
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -36,3 +38,19 @@ def fields(data: Any, path: str) -> dict[str, list[str]]:
         for where, names in each.items():
             found[where] = list(dict.fromkeys([*found.get(where, ()), *names]))
     return found
+
+
+def check_reference(data: dict[str, Any], name: str, absent: Collection[str] = ()) -> None:
+    """Whether data has just the fields that docs/reference.md lists for it, and its graphs those of docs/report.md.
+
+    Args:
+        data: as printed.
+        name: what the page calls it.
+        absent: fields that the page lists, but not for this.
+    """
+    found = {p: n for p, n in fields(data, name).items() if not p.startswith(f"{name}.graphs[].")}
+    wanted = {p: n for p, n in documented(REFERENCE).items() if p.partition(".")[0] == name}
+    if "graphs" in data:
+        wanted[f"{name}.graphs[]"] = [n for n in documented(REPORT)["document.graphs[]"] if n != "limit_seconds"]
+    assert {p: set(n) for p, n in found.items()} == {p: set(n) - set(absent) for p, n in wanted.items()}
+    assert f"`{data['schema']}`" in REFERENCE.read_text(encoding="utf-8")

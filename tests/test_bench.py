@@ -16,6 +16,7 @@ from gdnfuse.bench import measure, run, workers
 from gdnfuse.cli import main
 from gdnfuse.report import GdnfuseError
 from tests.models import zoo
+from tests.pages import check_reference
 from tests.terminal import Terminal
 
 ROOT = Path(__file__).parent.parent
@@ -106,6 +107,20 @@ def test_a_phase_that_fails_has_no_speed(folder, here, monkeypatch, capsys):
     decode, prefill = [line.split() for line in out.splitlines() if " gdnfuse " in line]
     assert decode[2] == "failed" and float(prefill[2]) > 0
     assert err.splitlines()[-1] == "No speed of gdnfuse, batch 1, decode: ValueError: not compiled and more"
+
+
+def test_the_docs_list_exactly_the_fields_of_the_json(folder, here, monkeypatch):
+    """Those of flash-linear-attention, of a side that fails and of a phase that does among them."""
+    monkeypatch.setattr(run, "show_fla", lambda side: side == "inductor" and sys.exit("no compiler"))
+    monkeypatch.setattr(run, "fla_version", lambda: "0")
+    monkeypatch.setattr(run, "compiled", lambda side, phase, model, _: 1 // 0 if (side, phase) == ("fla", "prefill") else model)
+    data = run.run(run.Settings(str(folder), ["eager", "fla", "inductor"], dtype="float32", prompt=4, new=16))
+    data = json.loads(json.dumps(data))
+    for row in data["results"][0]["sides"]:
+        if "decode" in row:  # one table has both, and says what is not of prompts
+            assert "steps" in row["decode"] and "steps" not in row["prefill"]
+            row["decode"] = row["prefill"] = row["decode"] | row["prefill"]
+    check_reference(data, "bench")
 
 
 def test_a_model_that_does_not_run_is_one_line(folder, here, monkeypatch, capsys):

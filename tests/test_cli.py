@@ -22,7 +22,7 @@ from gdnfuse.dialect import OPS
 from gdnfuse.huggingface import presets
 from gdnfuse.passes import fuse, lift
 from gdnfuse.progress import progress
-from tests.pages import ROOT, documented
+from tests.pages import REPORT, check_reference, documented
 from tests.terminal import Terminal
 
 
@@ -57,7 +57,7 @@ def test_json_is_all_of_stdout(config_file, capsys):
     found = json.loads(capsys.readouterr().out)
     (graph,) = found["graphs"]
     assert (found["schema"], found["bandwidth"], found["about"]["batch"]) == ("gdnfuse.report/1", 2e12, 1)
-    assert list(found["about"]) == documented(ROOT / "docs" / "report.md")["document.about"]
+    assert list(found["about"]) == documented(REPORT)["document.about"]
     assert graph["limit_seconds"] == graph["limit_bytes"] / 2e12 > 0
     assert graph["phase"] == "decode"
     assert [layer["path"] for layer in graph["layers"]] == [f"model.layers.{i}.linear_attn" for i in range(3)]
@@ -255,6 +255,7 @@ def test_verify_as_json_has_every_comparison(config_file, capsys):
     assert data["schema"] == cli.VERIFICATION and data["verified"] is True and data["machine"]["torch"] == torch.__version__
     about = {"model": str(config_file), "batch": 1, "prompt": 70, "dtype": "float32", "device": "cpu"}
     assert data["about"] == about
+    check_reference(data, "verification", absent=["fla"])
     graphs = data["graphs"]
     assert [g["phase"] for g in graphs] == ["prefill", "decode"]
     assert all(c["passed"] and c["error"] < 1e-5 for g in graphs for c in g["comparisons"])

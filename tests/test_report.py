@@ -21,9 +21,7 @@ from gdnfuse.passes import fuse, lift, survey
 from gdnfuse.report import COLUMNS, Comparison, GraphReport, LayerReport, Record, Status, document, marks
 from gdnfuse.report_text import Style, pair, ranges, render, size
 from tests.models import zoo
-from tests.pages import ROOT, blocks, documented, fields
-
-PAGE = ROOT / "docs" / "report.md"
+from tests.pages import REPORT, blocks, documented, fields
 
 
 def surveyed(module, *args):
@@ -300,7 +298,7 @@ def test_numbers_and_ranges():
 def test_the_docs_list_exactly_the_fields_of_the_json(decode_report):
     gates = compiled_report(Gates(), torch.zeros(2, 4))
     compared = dataclasses.replace(decode_report, comparisons=[Comparison("output 0", 0.0, 0.0, True)])
-    wanted = documented(PAGE)
+    wanted = documented(REPORT)
     about = dict.fromkeys(wanted["document.about"], "")
     data = json.loads(json.dumps(document([gates, compared], about)))
     found = {
@@ -310,11 +308,11 @@ def test_the_docs_list_exactly_the_fields_of_the_json(decode_report):
     found = {re.sub(r"^(layers\[\]\.)?records", "records", path): names for path, names in found.items()}
     found = {"source" if path.endswith("source") else path: names for path, names in found.items()}
     assert {path: sorted(names) for path, names in found.items()} == {p: sorted(names) for p, names in wanted.items()}
-    assert data["schema"] in PAGE.read_text()
+    assert data["schema"] in REPORT.read_text()
 
 
 def test_the_commands_of_the_docs_parse():
-    (block,) = blocks(PAGE, "console")
+    (block,) = blocks(REPORT, "console")
     for line in block.splitlines():
         _parser().parse_args(shlex.split(line, comments=True)[1:])
 
