@@ -5,6 +5,8 @@ import torch
 
 import gdnfuse
 
+pytest.register_assert_rewrite("tests.pages")  # so that what it asserts is shown
+
 # One worker per core already: threads of one worker that spin for those of another made toy models ten times slower.
 torch.set_num_threads(1)
 

@@ -37,6 +37,14 @@ def test_links_lead_somewhere(page):
         assert (page.parent / target).exists(), target
 
 
+def test_every_plot_is_on_a_page_beside_its_figures():
+    plots = list((ROOT / "benchmarks" / "results" / "plots").iterdir())
+    text = "".join(page.read_text() for page in PAGES)
+    assert plots
+    for plot in plots:
+        assert f"../benchmarks/results/plots/{plot.name})" in text and f"../benchmarks/results/{plot.stem}.json)" in text, plot
+
+
 def test_pictures_are_drawn_from_the_graphs(tmp_path, monkeypatch):
     """The committed ones have the same operations after lowering; how transformers writes a layer differs by version."""
     monkeypatch.syspath_prepend(str(DOCS))
