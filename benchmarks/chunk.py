@@ -33,6 +33,7 @@ from tqdm import tqdm
 from gdnfuse.bench.measure import machine
 from gdnfuse.dialect import chunk_delta_rule
 from gdnfuse.kernels import implementations
+from gdnfuse.progress import hidden
 
 H, HV, K, V = 16, 32, 128, 128
 SIDES = ("fla", "gdnfuse")
@@ -172,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         data["machine"]["fla"] = fla.__version__
     data["cold"] = {side: cold(side, shapes) for side in sides}
-    data["results"] = [run_shape(B, T, sides) for B, T in tqdm(shapes, disable=None, leave=False, delay=1)]
+    data["results"] = [run_shape(B, T, sides) for B, T in tqdm(shapes, disable=hidden(), leave=False, delay=1)]
     print(table(data["results"]))
     for side, figures in data["cold"].items():
         print(f"{side}: first calls {figures['first_calls_seconds']:.1f} s, {figures['machine_codes']} machine codes")

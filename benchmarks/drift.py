@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 import gdnfuse
 from gdnfuse.bench.measure import Decoder, machine
+from gdnfuse.progress import hidden
 
 SIDES = ("eager", "float32", "bfloat16", "float16")
 POINTS = (8, 32, 128, 512, 2048)
@@ -71,7 +72,7 @@ def run_model(name: str, args: argparse.Namespace) -> dict[str, Any]:
     exact = run(wide, wide, tokens, points, "float32")
     del wide
     rows = []
-    for side in tqdm(SIDES, desc=name, disable=None, leave=False, delay=1):
+    for side in tqdm(SIDES, desc=name, disable=hidden(), leave=False, delay=1):
         torch.compiler.reset()
         step = model if side == "eager" else compiled(model, args)
         found = run(model, step, tokens, points, "float32" if side == "eager" else side)

@@ -54,6 +54,7 @@ from gdnfuse.bench.measure import machine
 from gdnfuse.dialect import fused_linear, in_proj_conv
 from gdnfuse.kernels import few_rows_linear, skinny_linear
 from gdnfuse.kernels.linear_configs import FewRowsConfig, few_rows_config, split
+from gdnfuse.progress import hidden
 
 ROLES = ("conv", "norm", "gate", "swiglu", "plain")
 MODELS = ("0.8b", "4b", "9b")
@@ -397,7 +398,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     compile_seconds = time.perf_counter() - start
     command = shlex.join(["python", "benchmarks/gemm.py", *(sys.argv[1:] if argv is None else argv)])
     data = {"command": command, "machine": machine(), "dtype": "bfloat16", "compile_seconds": compile_seconds, "results": []}
-    for of in tqdm(linears, disable=None, leave=False):
+    for of in tqdm(linears, disable=hidden(), leave=False):
         data["results"].append(run(of, not args.chosen))
     data["seconds"] = time.perf_counter() - start
     print(table(data["results"]))

@@ -46,6 +46,7 @@ from tqdm import tqdm
 from gdnfuse.bench.measure import machine
 from gdnfuse.dialect import gated_rms_norm, mixer_decode, packed_decode
 from gdnfuse.kernels import implementations
+from gdnfuse.progress import hidden
 
 H, HV, K, V, W = 16, 32, 128, 128, 4
 KEYS, VALUES = H * K, HV * V
@@ -331,7 +332,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = shlex.join(["python", "benchmarks/mixer.py", *(sys.argv[1:] if argv is None else argv)])
     data: dict[str, Any] = {"command": command, "machine": machine(), "arguments": vars(args)}
     if args.sweep:
-        data["results"] = [sweep_batch(B) for B in tqdm(batches, disable=None, leave=False, delay=1)]
+        data["results"] = [sweep_batch(B) for B in tqdm(batches, disable=hidden(), leave=False, delay=1)]
         print(sweep_table(data["results"]))
         if args.json:
             with open(args.json, "w") as f:
@@ -344,7 +345,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         import fla
 
         data["machine"]["fla"] = fla.__version__
-    bar = tqdm(batches, disable=None, leave=False, delay=1)
+    bar = tqdm(batches, disable=hidden(), leave=False, delay=1)
     data["results"] = [run_batch(B, sides, STATES[args.state], args.overlap) for B in bar]
     print(table(data["results"]))
     if args.json:

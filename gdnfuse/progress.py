@@ -10,14 +10,18 @@ from contextlib import contextmanager
 from tqdm import tqdm
 
 
+def hidden() -> bool | None:
+    """What `disable` must be for a bar on terminals only: given that, tqdm does not read TQDM_DISABLE itself."""
+    return bool(os.environ.get("TQDM_DISABLE")) or None
+
+
 @contextmanager
 def progress() -> Iterator[Callable[[str], None]]:
     """Show what is done and for how long, after a second, on stderr if that is a terminal and TQDM_DISABLE is not set.
 
     Yields what to call with each step's name.
     """
-    # tqdm reads that variable only where `disable` is not given, and needs it given to look for a terminal.
-    bar = tqdm(bar_format="{desc} ({elapsed})", disable=bool(os.environ.get("TQDM_DISABLE")) or None, delay=1, leave=False)
+    bar = tqdm(bar_format="{desc} ({elapsed})", disable=hidden(), delay=1, leave=False)
     done = threading.Event()
 
     def tick() -> None:  # a step may take long, and time goes on meanwhile
