@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -137,11 +138,12 @@ def test_processes_of_its_own(folder, monkeypatch, capsys):
 
 
 WORKER = """
-import json, os, sys, time
+import json, os, sys, tempfile, time
 side, folder = sys.argv[-3], sys.argv[-1]
 print(side, file=sys.stderr, flush=True)
 if side != "reference":
     open(os.path.join(folder, "step"), "w").write("decode, first call")
+open(os.path.join(tempfile.gettempdir(), "compiled"), "w").close()
 if side == "killed":
     os.kill(os.getpid(), 9)
 time.sleep({"eager": 2, "slow": 60}.get(side, 0))
@@ -167,7 +169,10 @@ def test_a_terminal_shows_what_runs_unless_it_is_told_not_to(off, program, monke
     assert line in terminal.shown() if not off else terminal.shown() == ""
 
 
-def test_a_side_that_crashes_or_takes_too_long_costs_its_own_row_alone(program, capsys):
+def test_a_side_that_crashes_or_takes_too_long_costs_its_own_row_alone(program, tmp_path, monkeypatch, capsys):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setenv("TMPDIR", tempfile.tempdir)
     _, rows = workers.run_sides(program, "tiny", ["slow", "killed", "silent", "eager"], [], timeout=4)
     assert rows == [
         {"side": "slow", "failed": "It was ended after 4 seconds, at 'decode, first call'."},
@@ -176,6 +181,7 @@ def test_a_side_that_crashes_or_takes_too_long_costs_its_own_row_alone(program, 
         {"side": "eager", "machine": {}},
     ]
     assert capsys.readouterr().err.split() == ["slow", "killed", "silent"]  # what those who failed printed
+    assert not list((tmp_path / "temporary").iterdir())
 
 
 def test_a_worker_that_is_interrupted_does_not_go_on(program, tmp_path):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -62,7 +63,8 @@ def run_sides(
         timeout: seconds that a worker may take; one that takes longer is ended and has failed.
     """
     rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder, progress() as announce:
+    # What a worker that was ended had started may still write there for a moment.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, progress() as announce:
         for i, side in enumerate(["reference", *sides], 1):
             line = f"{title or model}, {side} ({i} of {len(sides) + 1})"
             say = lambda step, line=line: announce(f"{line}: {step}" if step else line)  # noqa: E731
@@ -103,9 +105,11 @@ def spawn(
         announce: called, as long as it runs, with what it noted last.
     """
     command = [sys.executable, *program, *argv, "--worker", side, model, folder]
+    # Its compile caches go with the folder, however it ends.
+    how: dict[str, Any] = {"env": os.environ | {"TMPDIR": folder}, "text": True}
     note(folder, "")
     start = time.monotonic()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **how) as process:
         try:
             while True:
                 step = Path(folder, STEP).read_text(encoding="utf-8")
