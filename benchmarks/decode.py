@@ -1,14 +1,15 @@
 """The whole decode step: milliseconds per step, tokens per second, cold compile time and peak memory of each side.
 
     python benchmarks/decode.py --models 0.8b,4b --sides fla,inductor,gdnfuse --json decode.json
+    python benchmarks/decode.py --models 4b --cache dynamic --json decode_dynamic.json
     python benchmarks/decode.py --models tiny --dtype float32 --steps 16       (any machine)
 
 Sides: eager, fla (eager with flash-linear-attention), inductor, max-autotune and gdnfuse, each in a process of its own (see
 gdnfuse/bench/workers.py). Weights are random, of the published shapes, and built on the device from one seed. Every side decodes
-the same tokens from the same eager prefill into a static cache whose position advances. Times are medians over blocks of BLOCK
-steps, each block between two events with nothing waited for inside, as a decode loop runs. No speed is reported for a side whose
-logits are wrong: their relative error against the same weights run in float32 must stay within SLACK times eager's own (see
-gdnfuse/bench/measure.py).
+the same tokens from the same eager prefill into a cache: a static one, with CUDA graphs, or, as generate() has it if told
+nothing, a dynamic one without. Times are medians over blocks of BLOCK steps, each block between two events with nothing waited
+for inside, as a decode loop runs. No speed is reported for a side whose logits are wrong: their relative error against the same
+weights run in float32 must stay within SLACK times eager's own (see gdnfuse/bench/measure.py).
 """
 
 from __future__ import annotations
@@ -106,7 +107,11 @@ def run_side(side: str, name: str, args: argparse.Namespace, folder: Path) -> di
         torch.cuda.reset_peak_memory_stats()
     with fresh_cache():
         decode = Decoder(
-            model, compiled(side, model, args.mode), prompt_of(args, tokens), CHECKED + args.warmup + args.steps + PROFILED
+            model,
+            compiled(side, model, args.mode),
+            prompt_of(args, tokens),
+            CHECKED + args.warmup + args.steps + PROFILED,
+            dynamic=args.cache == "dynamic",
         )
         synchronize(device)
         start = time.perf_counter()
@@ -164,7 +169,7 @@ def table(result: dict[str, Any]) -> str:
                 f"{row['error']:.1e} / {result['eager_error']:.1e}" if "error" in row else "",
             ]
         )
-    head = f"{result['model']}, batch {result['batch']}"
+    head = f"{result['model']}, batch {result['batch']}, {result['cache']} cache"
     if result.get("limit_ms"):
         head += f": {result['weight_bytes'] / 1e9:.2f} GB of weights a step, {result['limit_ms']:.2f} ms at 4.3 TB/s"
     headers = [
@@ -188,7 +193,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--sides", default="eager,inductor,gdnfuse", help=f"of {', '.join(SIDES)}")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
-    parser.add_argument("--mode", default="reduce-overhead", help="Inductor's mode, for inductor and gdnfuse")
+    parser.add_argument("--cache", default="static", choices=("static", "dynamic"))
+    parser.add_argument("--mode", help="Inductor's mode, for inductor and gdnfuse: reduce-overhead, with a dynamic cache default")
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--warmup", type=int, default=8)
     parser.add_argument("--steps", type=int, default=64)
@@ -197,6 +203,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     sides, worker = args.sides.split(","), args.__dict__.pop("worker")
+    args.mode = args.mode or {"static": "reduce-overhead", "dynamic": "default"}[args.cache]
     if unknown := set(sides) - set(SIDES):
         parser.error(f"unknown sides {', '.join(sorted(unknown))}; the valid ones are {', '.join(SIDES)}")
     if args.steps < 2 * BLOCK:
@@ -217,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in args.models.split(","):
         first, rows = run_sides([__file__], name, sides, argv)
         data["machine"] |= first["machine"]
-        data["results"].append({"model": name, "batch": args.batch, **first.get("facts", {}), "sides": rows})
+        data["results"].append({"model": name, "batch": args.batch, "cache": args.cache, **first.get("facts", {}), "sides": rows})
         print(table(data["results"][-1]), end="\n\n", flush=True)
         if args.json:
             Path(args.json).write_text(json.dumps(data, indent=1))

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import StaticCache
+from transformers import DynamicCache, StaticCache
 
 from gdnfuse.versions import version
 
@@ -26,11 +26,12 @@ COPIES = 10
 
 
 class Decoder:
-    """One side's decode: a cache filled by an eager prefill, and steps over given tokens."""
+    """One side's decode: a cache filled by an eager prefill, with room for more tokens or dynamic, and steps over given ones."""
 
-    def __init__(self, model: torch.nn.Module, step: Callable[..., Any], prompt: torch.Tensor, room: int):
+    def __init__(self, model: torch.nn.Module, step: Callable[..., Any], prompt: torch.Tensor, room: int, dynamic: bool = False):
         self.step, self.prompt = step, prompt
-        self.cache = StaticCache(config=model.config, max_cache_len=prompt.shape[1] + room)
+        static = {} if dynamic else {"max_cache_len": prompt.shape[1] + room}
+        self.cache = (DynamicCache if dynamic else StaticCache)(config=model.config, **static)
         # Eager, so that the cached states exist, at static addresses, before a CUDA graph is recorded.
         model(prompt, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
 
