@@ -3,8 +3,8 @@
     python benchmarks/launch.py --json launch.json
 
 The time is that of the host alone, as a step without CUDA graphs or a short prompt waits for it: tensors are so small that the
-device keeps up, and it is waited for after every BURST calls. Medians over ROUNDS such bursts. The first is the bare function, the
-second includes torch's dispatcher.
+device keeps up, and it is waited for after every BURST calls. Medians over ROUNDS such bursts. The first is the bare function;
+the second includes torch's dispatcher.
 """
 
 from __future__ import annotations
