@@ -1,0 +1,90 @@
+"""flash: a prompt's attention without a mask becomes FlashAttention-2 (Dao 2023, arXiv:2307.08691) where torch takes cuDNN's.
+
+cuDNN plans for the length of a prompt, and plans anew for every length that it has not met: on an H200 that takes longer than a
+prompt of a thousand tokens through a 4B model. torch's FlashAttention-2 needs no plan, and where heads are wider than 128 columns
+it is as fast at any length (benchmarks/prefill.py). For narrower ones cuDNN's kernel is faster with long prompts: they are left.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from gdnfuse.report import Record, Refused
+from gdnfuse.rewrite.driver import recorded
+from gdnfuse.rewrite.graph import op_name, same, same_shape, value
+from gdnfuse.rewrite.rule import shown
+
+WIDER_THAN, WIDEST = 128, 256  # columns per head
+HOPPER = 9
+OPTIONS = ("attn_mask", "dropout_p", "is_causal")  # by their place behind q, k and v
+
+
+def flash_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, is_causal: bool, scale: float | None) -> torch.Tensor:
+    """torch's own FlashAttention-2, for what `require_flash` takes."""
+    return torch.ops.aten._scaled_dot_product_flash_attention.default(q, k, v, 0.0, is_causal, False, scale=scale)[0]
+
+
+def choose(gm: GraphModule, target: str | None) -> list[Record]:
+    """Give every attention of several queries on a GPU its kernel. One record per attention says which, and why not this one.
+
+    Args:
+        gm: rewritten in place.
+        target: device type to assume; None takes it from each attention's tensors.
+    """
+    records = []
+    for node in gm.graph.nodes:
+        if op_name(node) != "scaled_dot_product_attention" or len(node.args) < 3:
+            continue
+        if (target or value(node.args[0]).device.type) != "cuda":
+            continue
+        record = recorded("flash_attention", "lower", node, "attention(q, k, v)")
+        options = dict(zip(OPTIONS, node.args[3:], strict=False)) | node.kwargs
+        try:
+            require_flash(*map(value, node.args[:3]), options)
+            causal, scale = options.get("is_causal", False), options.get("scale")
+            node.target, node.args, node.kwargs = flash_attention, (*node.args[:3], causal, scale), {}
+            record.chosen = "flash attention"
+        except Refused as e:
+            record.chosen, record.reason = "library", e.reason
+        records.append(record)
+    return records
+
+
+def require_flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict[str, Any]) -> None:
+    """Raises Refused unless FlashAttention-2 takes it and is as good: no mask, no dropout, as many queries as keys if causal,
+    bfloat16 or float16, contiguous rows, the same sequences and heads, these wider than 128, on Hopper."""
+    if options.get("attn_mask") is not None:
+        raise Refused("FlashAttention-2 takes no mask, found one.")
+    if isinstance(dropout := options.get("dropout_p", 0.0), Node) or dropout != 0.0:
+        raise Refused(f"Attention must have no dropout, found {dropout}.")
+    if any(t.ndim != 4 for t in (q, k, v)) or {t.dtype for t in (q, k, v)} not in ({torch.bfloat16}, {torch.float16}):
+        found = ", ".join(f"{t.ndim} axes of {str(t.dtype).removeprefix('torch.')}" for t in (q, k, v))
+        raise Refused(f"FlashAttention-2 takes four axes of bfloat16 or of float16, found {found}.")
+    D = q.shape[-1]
+    if not isinstance(D, int) or not WIDER_THAN < D <= WIDEST or D % 8 or not same(v.shape[-1], D):
+        found = ", ".join(str(t.shape[-1]) for t in (q, k, v))
+        raise Refused(f"Heads must be a multiple of 8 wide, above {WIDER_THAN} and at most {WIDEST}, found {found}.")
+    B, H, T, _ = q.shape
+    HKV, L = k.shape[1:3]
+    shared = options.get("enable_gqa", False) and isinstance(H, int) and isinstance(HKV, int) and H % HKV == 0
+    if not all(same_shape(t.shape, (B, HKV, L, D)) for t in (k, v)) or not (same(H, HKV) or shared):
+        found = ", ".join(shown(t.shape) for t in (q, k, v))
+        raise Refused(f"Queries, keys and values must be of the same sequences and heads, found {found}.")
+    if options.get("is_causal", False) and not same(T, L):
+        raise Refused(f"Causal attention must have as many queries as keys, found {T} and {L}.")
+    if any(t.stride(-1) != 1 for t in (q, k, v)):
+        raise Refused(f"Rows must be contiguous, found the strides {', '.join(str(t.stride(-1)) for t in (q, k, v))}.")
+    if not _on_hopper(q.device):
+        raise Refused("Which attention is faster was measured on compute capability 9.0 alone, found another device.")
+
+
+def _on_hopper(device: torch.device) -> bool:
+    """Also where there is no GPU: a report is made for one."""
+    if torch.version.hip is not None:
+        return False
+    return (
+        not torch.cuda.is_available() or torch.cuda.get_device_capability(device if device.type == "cuda" else None)[0] == HOPPER
+    )

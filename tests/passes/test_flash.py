@@ -1,0 +1,109 @@
+"""Attention of a prompt on a GPU takes FlashAttention-2 where that is as good; elsewhere what torch chooses, with a sentence."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gdnfuse.passes import flash
+from gdnfuse.rewrite.graph import op_name
+from tests.rewrite.captured import Captured
+
+BF16 = torch.bfloat16
+
+
+def qkv(T=5, L=5, heads=4, keys=4, D=256, dtype=BF16, B=2):
+    return torch.randn(B, heads, T, D).to(dtype), torch.randn(B, keys, L, D).to(dtype), torch.randn(B, keys, L, D).to(dtype)
+
+
+def chosen(function, *args, target="cuda"):
+    """The graph behind the choice, and its records."""
+    g = Captured(lambda *args: (function(*args),), *args).normalize()
+    return g, flash.choose(g.gm, target)
+
+
+@pytest.mark.parametrize(
+    "sizes, options",
+    [
+        ({}, {"is_causal": True}),
+        ({}, {"is_causal": True, "scale": 0.3, "dropout_p": 0.0}),
+        ({"L": 9}, {}),
+        ({"keys": 2, "dtype": torch.float16}, {"is_causal": True, "enable_gqa": True}),
+        ({"D": 136}, {"attn_mask": None}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_chosen(sizes, options, dynamic):
+    def function(q, k, v):
+        if options.get("is_causal"):
+            assert q.shape[2] == k.shape[2]
+        assert k.shape[2] == v.shape[2]
+        return F.scaled_dot_product_attention(q, k, v, **options) * 1.0
+
+    args = qkv(**sizes)
+    for t in args if dynamic else ():
+        torch._dynamo.mark_dynamic(t, 2)
+    g, (record,) = chosen(function, *args)
+    assert (record.chosen, record.reason) == ("flash attention", "")
+    (call,) = [n for n in g.gm.graph.nodes if n.target is flash.flash_attention]
+    assert [n.op for n in call.args[:3]] == ["placeholder"] * 3
+    assert call.args[3:] == (options.get("is_causal", False), options.get("scale")) and not call.kwargs
+
+
+REFUSED = {
+    "a mask": (qkv(), {"attn_mask": torch.ones(5, 5, dtype=torch.bool)}, "takes no mask, found one."),
+    "dropout": (qkv(), {"dropout_p": 0.1}, "must have no dropout, found 0.1."),
+    "float32": (qkv(dtype=torch.float32), {}, "found 4 axes of float32, 4 axes of float32, 4 axes of float32."),
+    "three axes": ([t[0] for t in qkv()], {}, "found 3 axes of bfloat16, 3 axes of bfloat16, 3 axes of bfloat16."),
+    "narrow heads": (qkv(D=128), {}, "above 128 and at most 256, found 128, 128, 128."),
+    "wide heads": (qkv(D=264), {}, "above 128 and at most 256, found 264, 264, 264."),
+    "odd heads": (qkv(D=132), {}, "must be a multiple of 8 wide, above 128 and at most 256, found 132, 132, 132."),
+    "one sequence's keys": (
+        [qkv()[0], *qkv(B=1)[1:]],
+        {},
+        "of the same sequences and heads, found [2, 4, 5, 256], [1, 4, 5, 256]",
+    ),
+    "more keys": (qkv(L=7), {"is_causal": True}, "must have as many queries as keys, found 5 and 7."),
+    "columns first": (
+        [t.transpose(2, 3) for t in qkv(T=256, L=256, D=256)],
+        {},
+        "Rows must be contiguous, found the strides 256",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_left(name):
+    args, options, reason = REFUSED[name]
+    g, (record,) = chosen(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, **options), *args)
+    assert record.chosen == "library" and reason in record.reason, record.reason
+    assert "scaled_dot_product_attention" in g.ops()
+
+
+@pytest.mark.parametrize(
+    "capability, hip, taken", [((9, 0), None, True), ((8, 0), None, False), ((10, 0), None, False), ((9, 4), "7.0", False)]
+)
+def test_only_where_it_was_measured(monkeypatch, capability, hip, taken):
+    g = Captured(lambda *args: (F.scaled_dot_product_attention(*args),), *qkv()).normalize()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    (record,) = flash.choose(g.gm, "cuda")
+    assert record.chosen == ("flash attention" if taken else "library")
+    assert taken or record.reason.startswith("Which attention is faster was measured on compute capability 9.0 alone")
+
+
+def test_nothing_on_a_cpu():
+    g, records = chosen(lambda q, k, v: F.scaled_dot_product_attention(q, k, v), *qkv(), target=None)
+    assert records == [] and op_name(list(g.gm.graph.nodes)[3]) == "scaled_dot_product_attention"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("T, L, causal", [(130, 130, True), (64, 64, True), (1, 77, False), (33, 130, False)])
+def test_on_a_gpu(T, L, causal):
+    q, k, v = (t.cuda() for t in qkv(T, L, heads=16, keys=4))
+    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=causal, enable_gqa=True, scale=0.05)
+    error = lambda y: float((y.double() - exact).norm() / exact.norm())  # noqa: E731
+    theirs = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True, scale=0.05)
+    assert error(flash.flash_attention(q, k, v, causal, 0.05)) <= 1.1 * error(theirs) + 1e-4
