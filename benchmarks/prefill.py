@@ -6,7 +6,8 @@
 Weights are random, of the published shapes. Each side runs in a process of its own (see gdnfuse/bench/workers.py). A prompt goes
 through the model into a new dynamic cache, the logits of its last token are kept. Compiled sides are called with two short
 prompts first, which gives one graph for a fixed and one for any length; their first calls, Inductor's cache being empty, are the
-cold figures. Times are medians over PROMPTS prompts, each waited for. No speed is reported for a side whose logits on CHECKED
+cold figures. Times are medians over PROMPTS prompts of one length, each waited for, and, as chats have it, over NEW prompts of
+lengths that this process has not met, one token apart. No speed is reported for a side whose logits on CHECKED
 tokens are off float32's by more than SLACK times eager's (see gdnfuse/bench/measure.py).
 """
 
@@ -33,7 +34,7 @@ from gdnfuse.bench.workers import answer, fla_version, run_sides, show_fla
 
 SIDES = ("eager", "fla", "inductor", "gdnfuse")
 CHECKED = 300
-PROMPTS = 7
+PROMPTS, NEW = 7, 3
 SHORT = (200, 333)  # the prompts that compile
 
 
@@ -67,8 +68,10 @@ def worker(side: str, name: str, args: argparse.Namespace, folder: Path) -> dict
         row["error"], row["eager_error"] = found["error"], saved["eager_error"]
         row["graphs"] = [report.summary() for report in gdnfuse.reports()]
         if found["right"]:
-            row["ms"] = {}
+            row["ms"], row["ms_new_length"] = {}, {}
             for length in args.lengths:
+                new = [1e3 * seconds(lambda n=length - i: run(call, n), args.device) for i in range(1, NEW + 1)]
+                row["ms_new_length"][str(length)] = statistics.median(new)
                 run(call, length)
                 row["ms"][str(length)] = statistics.median(
                     1e3 * seconds(lambda n=length: run(call, n), args.device) for _ in range(PROMPTS)
@@ -82,14 +85,20 @@ def table(name: str, rows: Sequence[dict[str, Any]], lengths: Sequence[int]) -> 
     lines = []
     for row in rows:
         times = (
-            [f"{row['ms'][str(n)]:.1f}" for n in lengths]
+            [f"{row[of][str(n)]:.1f}" for n in lengths for of in ("ms", "ms_new_length")]
             if "ms" in row
-            else [row.get("failed", "logits are wrong")] * len(lengths)
+            else [row.get("failed", "logits are wrong")] * 2 * len(lengths)
         )
         cold = " + ".join(f"{s:.1f}" for s in row.get("first_calls_seconds", ()))
         error = f"{row['error']:.1e} / {row['eager_error']:.1e}" if "error" in row else ""
         lines.append([row["side"], *times, cold, f"{row.get('peak_gib', 0):.1f}", error])
-    headers = ["side", *(f"{n} tokens (ms)" for n in lengths), "first calls (s)", "peak GiB", "error / eager's"]
+    headers = [
+        "side",
+        *(f"{n} tokens (ms{new})" for n in lengths for new in ("", ", a new length")),
+        "first calls (s)",
+        "peak GiB",
+        "error / eager's",
+    ]
     return f"{name}\n{tabulate(lines, headers, disable_numparse=True)}"
 
 
