@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from gdnfuse.dialect import causal_attention
 from gdnfuse.report import Record, Refused
 from gdnfuse.rewrite.driver import recorded
 from gdnfuse.rewrite.graph import op_name, same, same_shape, value
@@ -23,7 +24,7 @@ OPTIONS = ("attn_mask", "dropout_p", "is_causal")  # by their place behind q, k 
 
 
 def flash_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, is_causal: bool, scale: float | None) -> torch.Tensor:
-    """torch's own FlashAttention-2, for what `require_flash` takes."""
+    """torch's own FlashAttention-2, for what `require_flash` takes. If causal, queries are the last of the keys' tokens."""
     return torch.ops.aten._scaled_dot_product_flash_attention.default(q, k, v, 0.0, is_causal, False, scale=scale)[0]
 
 
@@ -36,14 +37,17 @@ def choose(gm: GraphModule, target: str | None) -> list[Record]:
     """
     records = []
     for node in gm.graph.nodes:
-        if op_name(node) != "scaled_dot_product_attention" or len(node.args) < 3:
+        last = op_name(node) == "gdnfuse.causal_attention"
+        if not last and op_name(node) != "scaled_dot_product_attention" or len(node.args) < 3:
             continue
         if (target or value(node.args[0]).device.type) != "cuda":
             continue
         record = recorded("flash_attention", "lower", node, "attention(q, k, v)")
         options = dict(zip(OPTIONS, node.args[3:], strict=False)) | node.kwargs
+        if last:
+            options = {"is_causal": True, "enable_gqa": True, "scale": causal_attention.op.bind(node.args, node.kwargs)["scale"]}
         try:
-            require_flash(*map(value, node.args[:3]), options)
+            require_flash(*map(value, node.args[:3]), options, last)
             causal, scale = options.get("is_causal", False), options.get("scale")
             node.target, node.args, node.kwargs = flash_attention, (*node.args[:3], causal, scale), {}
             record.chosen = "flash attention"
@@ -53,9 +57,9 @@ def choose(gm: GraphModule, target: str | None) -> list[Record]:
     return records
 
 
-def require_flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict[str, Any]) -> None:
-    """Raises Refused unless FlashAttention-2 takes it and is as good: no mask, no dropout, as many queries as keys if causal,
-    bfloat16 or float16, contiguous rows, the same sequences and heads, these wider than 128, on Hopper."""
+def require_flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict[str, Any], last: bool = False) -> None:
+    """Raises Refused unless FlashAttention-2 takes it and is as good: no mask, no dropout, bfloat16 or float16, contiguous rows,
+    the same sequences and heads, these wider than 128, on Hopper; if causal, as many queries as keys or the `last` of them."""
     if options.get("attn_mask") is not None:
         raise Refused("FlashAttention-2 takes no mask, found one.")
     if isinstance(dropout := options.get("dropout_p", 0.0), Node) or dropout != 0.0:
@@ -73,7 +77,7 @@ def require_flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: di
     if not all(same_shape(t.shape, (B, HKV, L, D)) for t in (k, v)) or not (same(H, HKV) or shared):
         found = ", ".join(shown(t.shape) for t in (q, k, v))
         raise Refused(f"Queries, keys and values must be of the same sequences and heads, found {found}.")
-    if options.get("is_causal", False) and not same(T, L):
+    if options.get("is_causal", False) and not last and not same(T, L):
         raise Refused(f"Causal attention must have as many queries as keys, found {T} and {L}.")
     if any(t.stride(-1) != 1 for t in (q, k, v)):
         raise Refused(f"Rows must be contiguous, found the strides {', '.join(str(t.stride(-1)) for t in (q, k, v))}.")

@@ -60,6 +60,55 @@ def test_other_masks_stay(name, dynamic):
     g.equal()
 
 
+def continued(make, **options):
+    """The last tokens of a sequence, behind those of a cache."""
+
+    def function(q, k, v, past):
+        keys, values = (torch.cat([past, x], 2) for x in (k, v))
+        assert q.shape[2] == k.shape[2] == v.shape[2]
+        i, j = past.shape[2] + torch.arange(q.shape[2])[:, None], torch.arange(keys.shape[2])[None, :]
+        mask = make(i, j)[None, None].expand(q.shape[0], -1, q.shape[2], keys.shape[2])
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, **options) * 1.0
+
+    return function
+
+
+def pieces(T=11, past=40, dynamic=False, keys=4):
+    tensors = (*inputs(T, keys=keys), torch.randn(2, keys, past, 8))
+    for t in tensors if dynamic else ():
+        torch._dynamo.mark_dynamic(t, 2)
+    return tensors
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(("name", "keys"), [("le", 4), ("ge", 4), ("not later", 2)])
+def test_the_last_tokens_of_a_sequence_are_an_op(name, keys, dynamic):
+    options = {"scale": 0.3} | ({"enable_gqa": True} if keys < 4 else {})
+    g = Captured(continued(MASKS[name], **options), *pieces(dynamic=dynamic, keys=keys)).normalize().apply(RULE)
+    assert g.record.status is Status.FIRED, g.record.reason
+    g.close()
+    assert "gdnfuse.causal_attention" in g.ops() and not {"scaled_dot_product_attention", "arange"} & set(g.ops())
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("name", [*OTHERS, "from the first"])
+def test_other_masks_of_the_last_tokens_stay(name, dynamic):
+    make = OTHERS.get(name) or (lambda i, j: j <= i - 40)
+    g = Captured(continued(make), *pieces(dynamic=dynamic)).normalize().apply(RULE)
+    assert g.record.status is Status.REFUSED and "The float64 proof failed" in g.record.reason, g.record.reason
+    g.equal()
+
+
+def test_the_last_tokens_need_four_axes():
+    def function(q, k, v):
+        seen = torch.arange(9)[None, :] <= torch.arange(4)[:, None] + 5
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+
+    g = Captured(function, torch.randn(3, 4, 8), torch.randn(3, 9, 8), torch.randn(3, 9, 8)).normalize().apply(RULE)
+    assert "must have four axes and no more options, found [3, 4, 8], [3, 9, 8], [3, 9, 8]." in g.record.reason
+    g.equal()
+
+
 WINDOWS = {
     "The float64 proof failed": lambda i, j: (j <= i) & (j > i - 60),
     "no number above 509 in it to be proved, found 4096": lambda i, j: (j <= i) & (j > i - 4096),

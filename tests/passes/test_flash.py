@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from gdnfuse.dialect import OPS
 from gdnfuse.passes import flash
 from gdnfuse.rewrite.graph import op_name
 from tests.rewrite.captured import Captured
@@ -48,6 +49,17 @@ def test_chosen(sizes, options, dynamic):
     (call,) = [n for n in g.gm.graph.nodes if n.target is flash.flash_attention]
     assert [n.op for n in call.args[:3]] == ["placeholder"] * 3
     assert call.args[3:] == (options.get("is_causal", False), options.get("scale")) and not call.kwargs
+
+
+@pytest.mark.parametrize("keys", [4, 2])
+def test_the_last_tokens_of_a_sequence(keys):
+    function = lambda q, k, v: torch.ops.gdnfuse.causal_attention.default(q, k, v, 0.3) * 1.0  # noqa: E731
+    g, (record,) = chosen(function, *qkv(L=9, keys=keys))
+    assert record.chosen == "flash attention"
+    (call,) = [n for n in g.gm.graph.nodes if n.target is flash.flash_attention]
+    assert call.args[3:] == (True, 0.3)
+    g, (record,) = chosen(function, *qkv(L=9, keys=keys, D=64))
+    assert record.chosen == "library" and "gdnfuse.causal_attention" in g.ops()
 
 
 REFUSED = {
@@ -100,10 +112,12 @@ def test_nothing_on_a_cpu():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("T, L, causal", [(130, 130, True), (64, 64, True), (1, 77, False), (33, 130, False)])
+@pytest.mark.parametrize("T, L, causal", [(130, 130, True), (64, 64, True), (1, 77, False), (33, 130, False), (70, 300, True)])
 def test_on_a_gpu(T, L, causal):
     q, k, v = (t.cuda() for t in qkv(T, L, heads=16, keys=4))
-    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=causal, enable_gqa=True, scale=0.05)
+    meant = OPS["causal_attention"].reference
+    if not causal:
+        meant = lambda q, k, v, scale: F.scaled_dot_product_attention(q, k, v, enable_gqa=True, scale=scale)  # noqa: E731
+    exact, theirs = meant(q.double(), k.double(), v.double(), 0.05), meant(q, k, v, 0.05)
     error = lambda y: float((y.double() - exact).norm() / exact.norm())  # noqa: E731
-    theirs = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True, scale=0.05)
     assert error(flash.flash_attention(q, k, v, causal, 0.05)) <= 1.1 * error(theirs) + 1e-4

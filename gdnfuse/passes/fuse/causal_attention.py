@@ -1,7 +1,8 @@
-"""scaled_dot_product_attention(q, k, v, a causal mask made in the graph)  →  the same with is_causal=True and no mask
+"""attention(q, k, v, a causal mask made in the graph)  →  the same with is_causal=True and no mask, or causal_attention
 
-transformers 5.17 makes the mask of a compiled prompt as a tensor [B, 1, T, T], with which no attention kernel skips the half that
-is masked.
+transformers makes the mask of a second prompt on a filled cache, and 5.17 that of any compiled prompt, as a tensor [B, 1, T, L],
+with which no attention kernel skips what is masked. is_causal=True counts queries and keys from their first, which is right where
+there are as many; the last T of L tokens are gdnfuse.causal_attention.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ import math
 import torch
 from torch.fx.node import map_aggregate
 
+from gdnfuse.dialect import causal_attention
 from gdnfuse.report import Refused
 from gdnfuse.rewrite.driver import call
-from gdnfuse.rewrite.graph import is_tensor, op_name, value
-from gdnfuse.rewrite.rule import Match, Rule
+from gdnfuse.rewrite.graph import is_tensor, op_name, same, value
+from gdnfuse.rewrite.rule import Match, Rule, shown
 
 # The proof compares T × T attention in float64: symbolic lengths are bound to a small one, a fixed one must be small. The small
 # one is above every number in the mask, because a window of 4096 shows in no mask of 37.
@@ -23,7 +25,7 @@ MASK = 3
 
 
 class FuseCausalAttention(Rule):
-    name, stage, equation = "causal_attention", "fuse", "attention(q, k, v, tril) = attention(q, k, v, is_causal)"
+    name, stage, equation = "causal_attention", "fuse", "attention(q, k, v, tril) = causal attention(q, k, v)"
 
     def anchors(self, graph):
         """Attention of several queries under a mask."""
@@ -38,6 +40,7 @@ class FuseCausalAttention(Rule):
         number, symbols = _numbers(_mask(anchor))
         lengths = [*value(q).shape, *value(k).shape]
         data = {"target": anchor.target, "kept": kept, "number": number, "other": symbols - _symbols(lengths)}
+        data["square"] = same(value(q).shape[-2], value(k).shape[-2])
         fixed = not _symbols(lengths)
         return Match({"q": q, "k": k, "v": v}, [anchor], data=data, small=None if fixed else max(PROVED, 2 * number + 5))
 
@@ -45,6 +48,11 @@ class FuseCausalAttention(Rule):
         anchor = m.outputs[0]
         if len(anchor.args) > MASK + 1 or m.data["kept"].get("dropout_p", 0.0) != 0.0:
             raise Refused("Attention must have no dropout and its options by name, found otherwise.", at=anchor)
+        shapes = [value(n).shape for n in m.inputs.values()]
+        unknown = m.data["kept"].keys() - {"scale", "dropout_p", "enable_gqa"}
+        if not m.data["square"] and (unknown or any(len(shape) != 4 for shape in shapes)):
+            found = ", ".join([*map(shown, shapes), *sorted(unknown)])
+            raise Refused(f"Attention of the last tokens must have four axes and no more options, found {found}.", at=anchor)
         if m.data["other"]:
             found = ", ".join(sorted(map(str, m.data["other"])))
             raise Refused(f"A mask must depend on the sizes of q and k alone, found that it reads the number {found}.", at=anchor)
@@ -56,7 +64,9 @@ class FuseCausalAttention(Rule):
             raise Refused(f"A mask of fixed size must have at most {MAX_FIXED} columns to be proved, found {longest}.", at=anchor)
 
     def rewrite(self, m, t):
-        return call(m.data["target"], t.q, t.k, t.v, is_causal=True, **m.data["kept"])
+        if m.data["square"]:
+            return call(m.data["target"], t.q, t.k, t.v, is_causal=True, **m.data["kept"])
+        return call(causal_attention.op.overload, t.q, t.k, t.v, m.data["kept"].get("scale"))
 
 
 def _numbers(mask):

@@ -1,0 +1,42 @@
+"""causal_attention: attention of the last T of L tokens, as a second prompt on a filled cache has it."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from gdnfuse.dialect.op import register
+
+
+def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None = None) -> torch.Tensor:
+    """softmax(scale·q·Kᵀ)·V, where query i of T sees the keys j ≤ i + L − T.
+
+    Args:
+        q: [B, H, T, D].
+        k, v: [B, HKV, L, D] in q's dtype, L ≥ T; query head h reads head h // (H // HKV).
+        scale: factor on the scores; None for D^−½.
+
+    Returns:
+        [B, H, T, D] in q's dtype, in memory as [B, T, H, D].
+    """
+    T, L = q.shape[2], k.shape[2]
+    seen = torch.arange(L, device=q.device)[None, :] <= torch.arange(T, device=q.device)[:, None] + (L - T)
+    o = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return o.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def fake(q, k, v, scale=None):
+    B, H, T, D = q.shape
+    return torch.empty((B, T, H, D), dtype=q.dtype, device=q.device).transpose(1, 2)
+
+
+def examples():
+    return [
+        ((torch.randn(2, 4, 3, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)), {"scale": 0.3}),
+        ((torch.randn(1, 2, 4, 8), torch.randn(1, 2, 4, 8), torch.randn(1, 2, 4, 8)), {}),
+    ]
+
+
+op = register(
+    "causal_attention", reference, fake, examples, equation="softmax(scale·q·Kᵀ, keys up to the query's own)·V, the last T of L"
+)
