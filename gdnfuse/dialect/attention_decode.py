@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
+from gdnfuse.dialect.attention_one_query import reference as attention
 from gdnfuse.dialect.op import register
 from gdnfuse.dialect.rms_norm import reference as rms_norm
 
@@ -59,17 +59,13 @@ def reference(
     Returns:
         [B, 1, H·D] in q's dtype.
     """
-    B, _, H, D = q.shape
     if q_norm_weight is not None:
         q, k = rms_norm(q, q_norm_weight, norm_eps, norm_offset), rms_norm(k, k_norm_weight, norm_eps, norm_offset)
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     q, k = rope(q.transpose(1, 2), cos, sin), rope(k.transpose(1, 2), cos, sin)
     keys.index_copy_(2, position, k.to(keys.dtype))
     values.index_copy_(2, position, v.transpose(1, 2).to(values.dtype))
-    groups = H // keys.shape[1]
-    every = [t.repeat_interleave(groups, 1).to(q.dtype) for t in (keys, values)]
-    o = F.scaled_dot_product_attention(q, *every, attn_mask=mask, scale=scale).transpose(1, 2).reshape(B, 1, H * D)
-    return o if gate is None else o * torch.sigmoid(gate.reshape(B, 1, H * D))
+    return attention(q, keys.to(q.dtype), values.to(q.dtype), gate, mask, scale)
 
 
 def fake(

@@ -34,6 +34,7 @@ def implementations() -> dict[str, Implementation]:
     from gdnfuse.kernels import (
         add_rms_norm,
         attention_decode,
+        attention_one_query,
         causal_conv,
         causal_conv_update,
         chunk_delta_rule,
@@ -46,6 +47,7 @@ def implementations() -> dict[str, Implementation]:
     found = (
         add_rms_norm.implementation,
         attention_decode.implementation,
+        attention_one_query.implementation,
         causal_conv.implementation,
         causal_conv_update.implementation,
         chunk_delta_rule.chunk_delta_rule,

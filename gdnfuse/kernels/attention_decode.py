@@ -15,6 +15,8 @@ seen the output is zero; where `position` is outside the cache nothing is writte
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -26,6 +28,7 @@ from gdnfuse.kernels.implementation import (
     register,
     require_dtypes,
     require_head_dims,
+    require_one_token,
     require_static,
 )
 from gdnfuse.report import Refused
@@ -34,9 +37,9 @@ from gdnfuse.report import Refused
 # model with 200 and 3000 positions filled; no committed benchmark sweeps them.
 SPLITS = ((2048, 16), (float("inf"), 32))
 BLOCK, NUM_WARPS = 16, 8
+AT_ONCE = 64  # blocks whose mask a program reads at once
 OPERANDS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}  # of products, by the dtype of q; otherwise float32
 MIN_DOT = 16  # rows of the smallest product of tensor cores: groups of queries are padded to it
-MAX_LENGTH = 2**19  # the mask of a program's blocks is read at once
 
 
 @triton.jit
@@ -94,12 +97,15 @@ def attention_prepare_kernel(
         tl.store(value_ptrs, v.to(values_ptr.dtype.element_ty), mask=live & inside)
 
 
-@triton.jit
+# Nothing that grows with the keys makes another machine code: steps over keys and values of a multiple of 16 columns are all
+# multiples of 16.
+@triton.jit(do_not_specialize=["L", "stride_mb"])
 def attention_split_kernel(
     q_ptr, keys_ptr, values_ptr, mask_ptr, sums_ptr, largest_ptr, total_ptr,
-    scale, L, stride_yb, stride_yh, stride_yl, stride_yd, stride_ub, stride_uh, stride_ul, stride_ud, stride_mb, stride_ml,
+    scale, L, stride_qb, stride_qh, stride_qd,
+    stride_yb, stride_yh, stride_yl, stride_yd, stride_ub, stride_uh, stride_ul, stride_ud, stride_mb, stride_ml,
     HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr, BL: tl.constexpr,
-    SPLITS: tl.constexpr, BLOCKS: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    SPLITS: tl.constexpr, AT_ONCE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
@@ -113,16 +119,20 @@ def attention_split_kernel(
     if OVERLAP:
         gdc_wait()
     # Which of this split's blocks anybody may see; those between the first and the last are read.
-    first, last = 0, tl.cdiv(tl.cdiv(L, BL) - split, SPLITS)
+    blocks = tl.cdiv(tl.cdiv(L, BL) - split, SPLITS)
+    first, last = 0, blocks
     if mask_ptr is not None:
-        block = tl.arange(0, BLOCKS)  # [BLOCKS]
-        where = (block * SPLITS + split)[:, None] * BL + n[None, :]  # [BLOCKS, BL]
-        seen = tl.load(mask_ptr + batch * stride_mb + where.to(tl.int64) * stride_ml, mask=where < L, other=0).to(tl.int32)
-        some = tl.max(seen, 1) > 0  # [BLOCKS]
-        first = tl.min(tl.where(some, block, BLOCKS), 0)
-        last = tl.max(tl.where(some, block + 1, 0), 0)
+        first, last = blocks, 0
+        for start in range(0, blocks, AT_ONCE):
+            block = start + tl.arange(0, AT_ONCE)  # [AT_ONCE]
+            where = ((block * SPLITS + split)[:, None] * BL + n[None, :]).to(tl.int64)  # [AT_ONCE, BL]
+            seen = tl.load(mask_ptr + batch * stride_mb + where * stride_ml, mask=where < L, other=0).to(tl.int32)
+            some = tl.max(seen, 1) > 0  # [AT_ONCE]
+            first = tl.minimum(first, tl.min(tl.where(some, block, blocks), 0))
+            last = tl.maximum(last, tl.max(tl.where(some, block + 1, 0), 0))
     live_q = (g < G)[:, None] & (d < D)[None, :]
-    q = tl.load(q_ptr + (pair * G + g)[:, None] * D + d[None, :], mask=live_q, other=0.0).to(OPERAND)  # [BG, BD]
+    q_ptrs = q_ptr + batch * stride_qb + (h * G + g)[:, None] * stride_qh + d[None, :] * stride_qd
+    q = tl.load(q_ptrs, mask=live_q, other=0.0).to(OPERAND)  # [BG, BD]
     largest = tl.full((BG,), float("-inf"), tl.float32)
     total = tl.zeros((BG,), tl.float32)
     acc = tl.zeros((BG, BD), tl.float32)
@@ -211,52 +221,99 @@ def launch(
     B, _, H, D = q.shape
     HKV, L = keys.shape[1:3]
     R, BD = cos.shape[-1], triton.next_power_of_2(D)
-    blocks = -(-L // BLOCK)
-    splits = min(next(n for length, n in SPLITS if L <= length), triton.next_power_of_2(blocks))
-    new = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device=q.device)  # noqa: E731
-    turned, sums = new(B, H, D, dtype=q.dtype), new(B, H, splits, D)
-    largest, total, out = new(B, H, splits), new(B, H, splits), new(B, 1, H * D, dtype=q.dtype)
+    splits = min(next(n for length, n in SPLITS if L <= length), triton.next_power_of_2(-(-L // BLOCK)))
+    turned = torch.empty((B, H, 1, D), dtype=q.dtype, device=q.device)
     norms = [None if w is None else w.contiguous() for w in (q_norm_weight, k_norm_weight)]
-    options = overlap_options(q) if overlap else {}
-    early = {"OVERLAP": bool(options), **options}
     strides = lambda t, axes: [t.stride(i) for i in axes]  # noqa: E731
-    at_batch = [0 if t is None or t.shape[0] == 1 else t.stride(0) for t in (cos, sin, mask)]
+    at_batch = [0 if t.shape[0] == 1 else t.stride(0) for t in (cos, sin)]
     kernel_of(attention_prepare_kernel)[(B * (H + HKV),)](
         q, k, v, *norms, cos, sin, keys, values, position, turned, norm_eps, norm_offset, L,
         *(s for t in (q, k, v) for s in strides(t, (0, 2, 3))),
         at_batch[0], cos.stride(2), at_batch[1], sin.stride(2), *keys.stride(), *values.stride(),
-        H=H, HKV=HKV, D=D, R=R, BD=BD, num_warps=1, **early,
+        H=H, HKV=HKV, D=D, R=R, BD=BD, num_warps=1, **_early(q, overlap),
     )  # fmt: skip
+    return attend(turned, keys, values, gate, mask, scale, splits, overlap)
+
+
+def _early(q: torch.Tensor, overlap: bool) -> dict[str, Any]:
+    options = overlap_options(q) if overlap else {}
+    return {"OVERLAP": bool(options), **options}
+
+
+def attend(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    gate: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    scale: float,
+    splits: int,
+    overlap: bool,
+) -> torch.Tensor:
+    """Attention with one query per sequence, its output times σ(gate): the last two launches.
+
+    Args:
+        q: [B, H, 1, D], any strides.
+        keys, values: [B, HKV, L, D], any strides.
+        gate: [B, 1, H, D] or None.
+        mask: [B or 1, 1, 1, L] of bool or None.
+        scale: factor on the scores.
+        splits: programs per key head, a power of two.
+        overlap: whether both may start while the kernel before them runs.
+
+    Returns:
+        [B, 1, H·D] in q's dtype.
+
+    Raises:
+        ValueError: keys, values and mask are not of one length.
+    """
+    B, H, _, D = q.shape
+    HKV, L = keys.shape[1:3]
+    if values.shape != keys.shape or mask is not None and mask.shape[3] != L:
+        found = f"{list(keys.shape)}, {list(values.shape)} and {None if mask is None else list(mask.shape)}"
+        raise ValueError(f"Keys, values and mask must be of one length, got {found}.")
+    groups, BD = H // HKV, triton.next_power_of_2(D)
+    new = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device=q.device)  # noqa: E731
+    sums, largest, total = new(B, H, splits, D), new(B, H, splits), new(B, H, splits)
+    out = new(B, 1, H * D, dtype=q.dtype)
     kernel_of(attention_split_kernel)[(B * HKV, splits)](
-        turned, keys, values, mask, sums, largest, total,
-        scale, L, *keys.stride(), *values.stride(), at_batch[2], 0 if mask is None else mask.stride(3),
-        HKV=HKV, G=H // HKV, D=D, BG=max(MIN_DOT, triton.next_power_of_2(H // HKV)), BD=max(BD, MIN_DOT), BL=BLOCK, SPLITS=splits,
-        BLOCKS=triton.next_power_of_2(-(-blocks // splits)), OPERAND=OPERANDS.get(q.dtype, tl.float32), PRECISION="ieee",
-        num_warps=NUM_WARPS, **early,
+        q, keys, values, mask, sums, largest, total, scale, L,
+        q.stride(0), q.stride(1), q.stride(3), *keys.stride(), *values.stride(),
+        0 if mask is None or mask.shape[0] == 1 else mask.stride(0), 0 if mask is None else mask.stride(3),
+        HKV=HKV, G=groups, D=D, BG=max(MIN_DOT, triton.next_power_of_2(groups)), BD=max(BD, MIN_DOT), BL=BLOCK, SPLITS=splits,
+        AT_ONCE=AT_ONCE, OPERAND=OPERANDS.get(q.dtype, tl.float32), PRECISION="ieee", num_warps=NUM_WARPS, **_early(q, overlap),
     )  # fmt: skip
     kernel_of(attention_combine_kernel)[(B * H,)](
-        sums, largest, total, gate, out, *((0, 0, 0) if gate is None else strides(gate, (0, 2, 3))),
-        H=H, D=D, BD=BD, SPLITS=splits, num_warps=2, **early,
+        sums, largest, total, gate, out, *((0, 0, 0) if gate is None else (gate.stride(i) for i in (0, 2, 3))),
+        H=H, D=D, BD=BD, SPLITS=splits, num_warps=2, **_early(q, overlap),
     )  # fmt: skip
     return out
+
+
+def require_attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, gate: torch.Tensor | None) -> None:
+    """Refuse what `attend` cannot take."""
+    require_dtypes(q=q, keys=keys, values=values, gate=gate)
+    require_one_token(q.shape[2])
+    H, HKV = q.shape[1], keys.shape[1]
+    require_static(H=H, HKV=HKV)
+    require_head_dims(D=q.shape[3])
+    if H % HKV:
+        raise Refused(f"H must be a multiple of HKV, got H = {H} and HKV = {HKV}.")
+    if not q.dtype == keys.dtype == values.dtype:
+        raise Refused(f"q, keys and values must have one dtype, got {q.dtype}, {keys.dtype} and {values.dtype}.")
 
 
 def supports(
     q, k, v, gate, q_norm_weight, k_norm_weight, norm_eps, norm_offset, cos, sin, keys, values, position, mask, scale
 ) -> None:  # fmt: skip
     """Raises Refused unless dtypes are float32, bfloat16 or float16, heads and the cache's length static, D ≤ 256 and R even."""
-    require_dtypes(q=q, k=k, v=v, gate=gate, q_norm_weight=q_norm_weight, cos=cos, sin=sin, keys=keys, values=values)
-    H, HKV, L = q.shape[2], keys.shape[1], keys.shape[2]
-    require_static(H=H, HKV=HKV, L=L, R=cos.shape[-1])
-    require_head_dims(D=q.shape[3])
-    if H % HKV:
-        raise Refused(f"H must be a multiple of HKV, got H = {H} and HKV = {HKV}.")
+    require_dtypes(q=q, k=k, v=v, q_norm_weight=q_norm_weight, cos=cos, sin=sin)
+    require_static(L=keys.shape[2], R=cos.shape[-1])
+    require_attention(q.transpose(1, 2), keys, values, gate)
     if cos.shape[-1] % 2:
         raise Refused(f"R must be even, got {cos.shape[-1]}.")
-    if L > MAX_LENGTH:
-        raise Refused(f"The cache must have at most {MAX_LENGTH} positions, got {L}.")
-    if len({t.dtype for t in (q, k, v, keys, values)}) > 1:
-        raise Refused(f"q, k, v and the cache must have one dtype, got {q.dtype} and {keys.dtype}.")
+    if not q.dtype == k.dtype == v.dtype:
+        raise Refused(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}.")
 
 
 implementation = register("attention_decode", launch, supports, mutates=("keys", "values"))

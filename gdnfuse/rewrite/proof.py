@@ -127,16 +127,23 @@ def hint(size: Any, bound: dict[Any, int] | None = None) -> int:
     return int(size.node.expr.subs(bound)) if bound else int(size.node.hint)
 
 
-def _bound(inputs: list[tuple[str, Node]], small: int | None) -> dict[Any, int]:
-    """A number of its own, `small` and upwards, for every symbol in the sizes of the inputs."""
-    symbols: dict[Any, int] = {}
+def _bound(inputs: list[tuple[str, Node]], m: Match) -> dict[Any, int]:
+    """A number of its own, `m.small` and upwards, for every symbol in the sizes of the inputs; one for those of sizes alike."""
+    numbers: dict[Any, int] = {}
+    if m.small is None:
+        return numbers
     for _, node in inputs:
         v = value(node)
         for size in v.shape if isinstance(v, torch.Tensor) else (v,):
-            if small is not None and not isinstance(size, int):
-                for symbol in sorted(size.node.expr.free_symbols, key=str):
-                    symbols.setdefault(symbol, small + len(symbols))
-    return symbols
+            for symbol in _symbols(size):
+                numbers.setdefault(symbol, m.small + len(numbers))
+    for one, other in m.alike:
+        numbers |= {b: numbers[a] for a, b in zip(_symbols(one), _symbols(other), strict=False)}
+    return numbers
+
+
+def _symbols(size: Any) -> list[Any]:
+    return [] if isinstance(size, int) else sorted(size.node.expr.free_symbols, key=str)
 
 
 def prove(region: Graph, replacement: Graph, inputs: list[tuple[str, Node]], m: Match, extremes: bool = True) -> Proof:
@@ -193,7 +200,7 @@ def forget() -> None:
 
 
 def _structure(region: Graph, replacement: Graph, inputs: list[tuple[str, Node]], m: Match) -> str:
-    bound = _bound(inputs, m.small)
+    bound = _bound(inputs, m)
     parts: list[Any] = [
         (name, _fact(value(n), bound), m.shapes.get(name), str(m.samplers.get(name)), str(m.extremes.get(name)))
         for name, n in inputs
@@ -281,7 +288,7 @@ def _run(
     shapes: dict[str, tuple[int, ...]],
     extremes: bool,
 ) -> float:
-    worst, bound = 0.0, _bound(inputs, m.small)
+    worst, bound = 0.0, _bound(inputs, m)
     with torch.no_grad(), torch.device("cpu"):
         for extreme in (False, True) if extremes else (False,):
             generator = torch.Generator().manual_seed(0)

@@ -30,6 +30,8 @@ class Match:
         local_writes: the region may write in place to memory it makes itself, such as a buffer filled slice by slice.
         shapes: smaller shapes for the proof where the region's maths does not depend on the size.
         small: if given, symbolic sizes are bound to about this number in the proof, instead of to their hints.
+        alike: pairs of sizes that the region needs to be equal or fails, whether or not they have the same symbols: with `small`
+            their symbols are bound to the same numbers.
     """
 
     inputs: dict[str, Node]
@@ -41,6 +43,7 @@ class Match:
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     local_writes: bool = False
     small: int | None = None
+    alike: list[tuple[Any, Any]] = field(default_factory=list)
 
 
 class Rule:

@@ -12,7 +12,16 @@ import torch.nn.functional as F
 import torch.utils._pytree as pytree
 
 from gdnfuse import dialect
-from gdnfuse.dialect import add_rms_norm, attention_decode, delta_rule, fused_linear, in_proj_conv, mixer_decode, packed_decode
+from gdnfuse.dialect import (
+    add_rms_norm,
+    attention_decode,
+    attention_one_query,
+    delta_rule,
+    fused_linear,
+    in_proj_conv,
+    mixer_decode,
+    packed_decode,
+)
 
 # Largest error relative to the largest value: a few roundings of float32 maths, and one more where the result is stored narrower.
 MATHS = 2e-6
@@ -198,6 +207,10 @@ def attention(*sizes, **options):
     return lambda: attention_decode.example_call(*sizes, **options)
 
 
+def one_query(*sizes, **options):
+    return lambda: attention_one_query.example_call(*sizes, **options)
+
+
 def v_major(s):
     """The same state with K innermost in memory."""
     return s.transpose(-1, -2).contiguous().transpose(-1, -2)
@@ -308,6 +321,15 @@ CASES = [
     Case("attention_decode", "no-norm-no-mask", attention(1, 6, 2, 20, 65, R=6, norm=False, mask=False)),
     Case("attention_decode", "first-token", attention(2, 2, 1, 16, 1100, filled=1)),
     Case("attention_decode", "far-blocks", attention(1, 4, 1, 16, 3000, filled=2990, padded=2800)),
+    *(Case("attention_one_query", f"{name(d)}-{L}", one_query(2, 4, 2, 16, L, d)) for d in (F32, BF16, F16) for L in (1, 530)),
+    *(Case("attention_one_query", f"no-mask-{L}", one_query(1, 6, 2, 20, L, BF16, mask=False)) for L in (1, 17, 1100)),
+    Case("attention_one_query", "no-gate", one_query(3, 3, 3, 24, 40, F16, gate=False)),
+    Case("attention_one_query", "padded", one_query(2, 8, 1, 16, 700, hidden=650)),
+    Case("attention_one_query", "nothing-shown", one_query(2, 4, 2, 16, 40, hidden=40)),
+    Case("attention_one_query", "one-mask", one_query(3, 2, 2, 16, 70, shared=True, hidden=3)),
+    Case("attention_one_query", "strided", one_query(2, 4, 2, 24, 70, BF16, wrap=lambda x: strided(x, 2))),
+    Case("attention_one_query", "tokens-first", one_query(2, 4, 2, 16, 70, wrap=lambda x: x.mT.contiguous().mT)),
+    Case("attention_one_query", "masks-in-turns", one_query(1, 2, 1, 16, 2**15 + 1000, hidden=2**15 + 900)),
     Case("in_proj_conv", "fp32", in_proj(70, 100, 40, offset=9)),
     Case("in_proj_conv", "bf16-all", in_proj(64, 128, 64, BF16, bias=True)),
     Case("in_proj_conv", "no-norm-windows", in_proj(33, 24, 20, norm=False, S=5, W=3, offset=13)),
@@ -371,7 +393,7 @@ def bound_of(case, args, got, tolerance):
         return 2 * tolerance[got.dtype]  # x is rounded, and then the sum with it
     if case.op == "split_linear":
         return 2 * tolerance[got.dtype]  # tensor cores cut the last bits of a sum off where float32 would round them
-    if "chunk" not in case.op and case.op != "attention_decode":
+    if "chunk" not in case.op and not case.op.startswith("attention"):
         return tolerance[got.dtype]
     return CHUNKED[args[2].dtype]
 

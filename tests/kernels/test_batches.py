@@ -19,6 +19,7 @@ OPS = {
     "causal_conv_update": (lambda B: kernel_cases.conv(B, D, 4, 4, BF16), ANY),
     "gated_rms_norm": (lambda B: kernel_cases.norm((B, 1, HV, V), torch.float32, BF16), ANY),
     "attention_decode": (lambda B: kernel_cases.attention(B, 16, 4, 256, 300, BF16), ANY),
+    "attention_one_query": (lambda B: kernel_cases.one_query(B, 16, 4, 256, 300, BF16), ANY),
     "add_rms_norm": (lambda B: kernel_cases.added(2560, dtype=BF16, lead=(B, 1)), ANY),
     "causal_conv": (lambda B: kernel_cases.prompt_conv(B, D, 70, 4, BF16), ANY),
     "packed_decode": (lambda B: kernel_cases.packed(B, H, HV, K, V, BF16), [(1, 2, 16), (17, 33)]),
@@ -46,6 +47,22 @@ def test_how_work_is_shared_out_by_the_number_of_sequences(op):
     for group in found:
         assert all(share == group[0] for share in group)
     assert all(a[0] != b[0] for a, b in itertools.pairwise(found))
+
+
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("B", [1, 2])
+def test_keys_of_any_length_have_one_machine_code(B, mask):
+    """Not one more argument is specialised, by its value or as a multiple of 16, than for the first length."""
+
+    def specs(L):
+        args, _ = kernel_cases.one_query(B, 16, 4, 256, L, BF16, mask=mask)()
+        meta = pytree.tree_map_only(torch.Tensor, lambda t: t.to("meta"), args)
+        return implementations()["attention_one_query"].jit_kernels(*meta)
+
+    first = specs(1)
+    assert len(first) == 2
+    for L in (2, 15, 16, 17, 32, 100, 1000, 2048, 2049, 5003):
+        assert specs(L) == first
 
 
 def test_a_linear_has_its_parts_by_its_shape_and_by_whether_there_are_more_than_8_rows():

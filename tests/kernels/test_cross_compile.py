@@ -70,6 +70,14 @@ def calls(B, HV, K=128, V=128, state_dtype=torch.float32):
             of(B, 1, 1, 4096, dtype=torch.bool),
             1 / 16,
         ),
+        "attention_one_query": (
+            of(B, 16, 1, 256),
+            of(B, 4, 5001, 256),
+            of(B, 4, 5001, 256),
+            of(B, 1, 16, 512)[..., 256:],
+            of(B, 1, 1, 5001, dtype=torch.bool),
+            1 / 16,
+        ),
         "causal_conv": (many[..., :D].mT, of(D, W), None, "silu"),
         "chunk_delta_rule": (
             *many_heads,
@@ -104,7 +112,7 @@ def calls(B, HV, K=128, V=128, state_dtype=torch.float32):
     }
 
 
-LAUNCHES = {"attention_decode": 3, "mixer_decode": 2}
+LAUNCHES = {"attention_decode": 3, "attention_one_query": 2, "mixer_decode": 2}
 MODELS = {"4B": (1, 32), "4B-batched": (32, 32), "27B": (2, 48)}
 PAIRS = [(model, op) for model in MODELS for op in calls(1, 32)]
 

@@ -27,6 +27,9 @@ REAL = [
         Case(
             "gated_rms_norm", f"real-B{B}", kernel_cases.norm((B, 1, HV, V), torch.float32, BF16, wrap=kernel_cases.gate_of_row)
         ),
+        Case("attention_one_query", f"real-B{B}", kernel_cases.one_query(B, 16, 4, 256, 300, BF16, hidden=7)),
+        Case("attention_one_query", f"real-long-B{B}", kernel_cases.one_query(B, 16, 4, 256, 5000, BF16, hidden=4000)),
+        Case("attention_one_query", f"real-no-mask-B{B}", kernel_cases.one_query(B, 16, 4, 256, 5000, BF16, mask=False)),
         Case("mixer_decode", f"real-B{B}", kernel_cases.mixer(B, H, HV, K, V, dtype=BF16)),
         Case("mixer_decode", f"real-27B-B{B}", kernel_cases.mixer(B, H, 48, K, V, dtype=BF16, state_dtype=BF16)),
     )
@@ -210,7 +213,17 @@ def test_linear_configs(config):
         kernel_cases.check(case, lambda x, w, *rest: skinny_linear.launch_with(config, x, *w, *rest), "cuda")
 
 
-AHEAD = [c for c in kernel_cases.CASES if str(c) == "attention_decode-bf16"]
+@pytest.mark.parametrize("mask", [False, True])
+def test_keys_of_any_length_have_one_machine_code(mask):
+    op, before = implementations()["attention_one_query"].op, None
+    for L in (1, 16, 17, 300, 2048, 2049, 40000):
+        args, _ = kernel_cases.one_query(2, 16, 4, 256, L, BF16, mask=mask)()
+        op(*pytree.tree_map_only(torch.Tensor, torch.Tensor.cuda, args))
+        before = before or loaded()
+        assert loaded() == before, L
+
+
+AHEAD = [c for c in kernel_cases.CASES if str(c) in ("attention_decode-bf16", "attention_one_query-no-gate")]
 AHEAD += [c for c in REAL if c.label == "real-B2" and c.op in ("causal_conv_update", "mixer_decode")]
 
 

@@ -15,6 +15,7 @@ FILE = Path(__file__).with_name("interpreted.py")
 OPS = [
     "add_rms_norm",
     "attention_decode",
+    "attention_one_query",
     "causal_conv-",
     "causal_conv_update",
     "chunk_delta_rule",

@@ -27,6 +27,18 @@ SEVERAL_ROWS = "Several rows take SwiGLU behind their linear and nothing else"
 STEPS = "The columns of a weight for several rows must be a multiple of"
 PARTS = "Parts of a linear need at least two rows and two parts"
 WIDE_K = "K above 128 must be 256, q, k and v bfloat16 and β at most 1; got K = 256"
+
+
+def two_queries():
+    (q, *rest), _ = kernel_cases.one_query(1, 2, 2, 8, 4)()
+    return (torch.cat([q, q], 2), *rest), {}
+
+
+def keys_in_half_precision():
+    (q, keys, *rest), _ = kernel_cases.one_query(1, 2, 2, 8, 4)()
+    return (q, keys.half(), *rest), {}
+
+
 REFUSED = [
     ("causal_conv", kernel_cases.prompt_conv(1, 4, 4, 4, F64), "x must be float32, bfloat16 or float16, got float64."),
     ("causal_conv", kernel_cases.prompt_conv(1, 4, 4, 4, act="gelu"), "activation must be one of silu, none, got gelu."),
@@ -98,6 +110,11 @@ REFUSED = [
     ("attention_decode", kernel_cases.attention(1, 2, 2, 300, 4), "D must be at most 256, got 300."),
     ("attention_decode", kernel_cases.attention(1, 2, 2, 8, 4, R=3), "R must be even, got 3."),
     ("attention_decode", kernel_cases.attention(1, 2, 2, 8, 4, F64), "q must be float32, bfloat16 or float16, got float64."),
+    ("attention_one_query", kernel_cases.one_query(1, 3, 2, 8, 4), "H must be a multiple of HKV, got H = 3 and HKV = 2."),
+    ("attention_one_query", kernel_cases.one_query(1, 2, 2, 300, 4), "D must be at most 256, got 300."),
+    ("attention_one_query", kernel_cases.one_query(1, 2, 2, 8, 4, F64), "q must be float32, bfloat16 or float16, got float64."),
+    ("attention_one_query", two_queries, "T must be 1, got 2."),
+    ("attention_one_query", keys_in_half_precision, "q, keys and values must have one dtype, got torch.float32, torch.float16"),
     ("in_proj_conv", kernel_cases.in_proj(9, 256, 4, B=2), f"{SEVERAL_ROWS}, got a norm or gate before it."),
     ("in_proj_conv", kernel_cases.in_proj(9, 256, 4, B=2, norm=False), "x must be one row, got the sizes [2, 1, 256]."),
     ("in_proj_conv", kernel_cases.in_proj(9, 8, 4, state_dtype=F64), "conv_state must be float32"),

@@ -15,6 +15,7 @@ from gdnfuse.kernels import implementations
 
 CALLS = {
     "attention_decode": kernel_cases.attention(6, 4, 2, 16, 40, filled=20),
+    "attention_one_query": kernel_cases.one_query(6, 4, 2, 16, 40),
     "causal_conv": kernel_cases.prompt_conv(6, 12, 7, 4, bias=True),
     "chunk_delta_rule": kernel_cases.chunked(6, 70, 2, 4, 24, 16),
     "fused_gating_chunk_delta_rule": kernel_cases.chunked(6, 70, 2, 4, 24, 16, gated=True),
@@ -29,9 +30,10 @@ CALLS = {
     "add_rms_norm": kernel_cases.added(100, torch.bfloat16, parts=3),
 }
 BATCHED = [op for op in CALLS if op not in ("fused_linear", "in_proj_conv", "split_linear", "add_rms_norm")]
-# The axis of time of what a prompt is made of, by the ops that take prompts of any length.
+# The axis of time of what a prompt, or the keys of all tokens, is made of, by the ops that take any length.
 TIME = dict.fromkeys(("q", "k", "v", "g", "beta", "a", "b"), 1)
-TIMES = {"causal_conv": {"x": 2}, "chunk_delta_rule": TIME, "fused_gating_chunk_delta_rule": TIME}
+KEYS = {"keys": 2, "values": 2, "mask": 3}
+TIMES = {"attention_one_query": KEYS, "causal_conv": {"x": 2}, "chunk_delta_rule": TIME, "fused_gating_chunk_delta_rule": TIME}
 
 
 def faked(op, dynamic):

@@ -2,6 +2,7 @@
 
 from gdnfuse.passes.lift import (
     attention_decode,
+    attention_one_query,
     causal_conv_update,
     chunk_delta_rule,
     delta_rule,
@@ -13,6 +14,7 @@ from gdnfuse.passes.lift import (
 )
 
 # l2norm stands before the rules that read it, and the chunked rule before the other, whose anchor is any copy into a state;
+# of two rules of attention the first takes more in;
 # siblings come last so that their slices are what the others read.
 RULES = [
     l2norm.RULE,
@@ -23,5 +25,6 @@ RULES = [
     gated_rms_norm.RULE,
     rms_norm.RULE,
     attention_decode.RULE,
+    attention_one_query.RULE,
     packed_linear.RULE,
 ]

@@ -7,14 +7,25 @@ import functools
 import torch
 
 from gdnfuse.dialect import attention_decode, rms_norm
+from gdnfuse.passes.lift.attention_one_query import (
+    PROVED,
+    SEEN_EVERY,
+    back_to,
+    gated,
+    mask_of,
+    one_query,
+    require_dtype_of_q,
+    require_plain,
+    scale_of,
+    some,
+    without_copies,
+)
 from gdnfuse.report import Refused
 from gdnfuse.rewrite.driver import call
-from gdnfuse.rewrite.graph import is_tensor, op_name, peel, real_users, same, same_shape, value
+from gdnfuse.rewrite.graph import is_tensor, op_name, peel, value
 from gdnfuse.rewrite.pattern import Mismatch, Op, Var
 from gdnfuse.rewrite.rule import Match, Operand, Rule, bring
 
-MASK = 3
-PROVED = 2**24  # elements of a cache that a proof computes attention over
 TURN = Op("add", Op("mul", Var("x"), Var("cos")), Op("mul", Op("cat"), Var("sin")))
 
 
@@ -23,9 +34,7 @@ class LiftAttentionDecode(Rule):
 
     def anchors(self, graph):
         """Attention with one query."""
-        for node in graph.nodes:
-            if op_name(node) == "scaled_dot_product_attention" and len(node.args) >= 3 and same(value(node.args[0]).shape[-2], 1):
-                yield node
+        yield from one_query(graph)
 
     def match(self, anchor):
         B, H, _, D = value(anchor.args[0]).shape
@@ -48,7 +57,7 @@ class LiftAttentionDecode(Rule):
         for name, norm in norms.items():
             if (width := value(norm["weight"]).shape[-1]) != D:
                 raise Refused(f"{name} must be normalised head by head, {D} columns each, found a norm of {width}.", at=anchor)
-        out, gate = _gated(anchor)
+        out, gate = gated(anchor)
         R = value(cos).shape[-1]
         operands = {
             "q": bring(norms["q"]["x"] if norms else q, (B, 1, H, D), "q"),
@@ -61,8 +70,7 @@ class LiftAttentionDecode(Rule):
             operands["gate"] = bring(gate, (B, 1, H, D), "gate")
         if norms:
             operands |= {f"{n}_norm_weight": Operand(norms[n]["weight"], lambda x: x) for n in ("q", "k")}
-        mask = anchor.args[MASK] if len(anchor.args) > MASK else anchor.kwargs.get("attn_mask")
-        if is_tensor(mask):
+        if is_tensor(mask := mask_of(anchor)):
             operands["mask"] = Operand(mask, lambda x: x)
         operands |= {"keys": Operand(keys, lambda x: x), "values": Operand(values, lambda x: x)}
         operands["position"] = Operand(wrote_k.args[2], lambda x: x)
@@ -75,40 +83,27 @@ class LiftAttentionDecode(Rule):
                 "how": {name: o.how for name, o in operands.items()},
                 "eps": norms["q"]["eps"] if norms else 0.0,
                 "offset": norms["q"]["offset"] if norms else 0.0,
-                "scale": anchor.kwargs.get("scale") or D**-0.5,
-                "shape": None if value(out).ndim == 3 else (B, 1, H, D),
-                "heads_first": value(out).ndim == 4 and not same(value(out).shape[1], 1),
+                "scale": scale_of(anchor),
+                "back": back_to(out, H, D),
                 "sdpa": anchor,
             },
-            samplers={"mask": _some, "position": functools.partial(_anywhere, L)},
+            samplers={"mask": some, "position": functools.partial(_anywhere, L)},
         )
 
     def check(self, m):
         anchor = m.data["sdpa"]
-        wanted = {"attn_mask", "dropout_p", "scale", "is_causal", "enable_gqa"}
-        dropped = anchor.kwargs.get("dropout_p", 0.0) != 0.0 or anchor.kwargs.get("is_causal", False)
-        if len(anchor.args) > MASK + 1 or not anchor.kwargs.keys() <= wanted or dropped:
-            raise Refused("Attention must have a mask alone, no dropout and no is_causal, found otherwise.", at=anchor)
-        if "mask" in m.inputs:
-            mask, L = value(m.inputs["mask"]), value(m.inputs["keys"]).shape[2]
-            if mask.dtype != torch.bool or mask.ndim != 4 or not same_shape(mask.shape[1:], (1, 1, L)):
-                raise Refused(f"The mask must be [B, 1, 1, {L}] of bool, found {list(mask.shape)} of {mask.dtype}.", at=anchor)
+        require_plain(anchor, m)
         if value(m.inputs["position"]).shape != (1,):
             raise Refused(f"One token must be written, found {list(value(m.inputs['position']).shape)}.", at=anchor)
         if not isinstance(size := value(m.inputs["keys"]).numel(), int) or size > PROVED:
             raise Refused(f"The keys must have at most {PROVED} elements to be proved, found {size}.", at=anchor)
-        for name in ("k", "v", "keys", "values"):
-            if value(m.inputs[name]).dtype != value(m.inputs["q"]).dtype:
-                raise Refused(f"{name} must have the dtype of q, found {value(m.inputs[name]).dtype}.", at=anchor)
+        require_dtype_of_q(m, "k", "v", "keys", "values", "gate")
 
     def rewrite(self, m, t):
         how = m.data["how"]
         given = {name: how[name](getattr(t, name)) if name in how else None for name in TENSORS}
         given |= {"norm_eps": m.data["eps"], "norm_offset": m.data["offset"], "scale": m.data["scale"]}
-        y = call(attention_decode.op.overload, **given)
-        if m.data["shape"] is not None:
-            y = y.reshape(m.data["shape"])
-        return y.transpose(1, 2) if m.data["heads_first"] else y
+        return m.data["back"](call(attention_decode.op.overload, **given))
 
 
 TENSORS = (
@@ -116,26 +111,14 @@ TENSORS = (
 )  # fmt: skip
 
 
-SEEN = 4  # every so many positions
-
-
-def _some(shape, generator):
-    """A mask that hides about three in eight, but none where a token may be written: what is hidden may be wrong unnoticed."""
-    mask = torch.rand(shape, generator=generator) < 0.5
-    mask[..., ::SEEN] = True
-    return mask
-
-
 def _anywhere(length, shape, generator):
     """A position in a cache that no mask hides."""
-    return SEEN * torch.randint(0, -(-length // SEEN), shape, generator=generator)
+    return SEEN_EVERY * torch.randint(0, -(-length // SEEN_EVERY), shape, generator=generator)
 
 
 def _cache(node, name):
     """The cache under the copies of its heads that groups of queries share."""
-    piece = peel(node)
-    if op_name(piece) == "expand":
-        piece = peel(piece.args[0])
+    piece = peel(without_copies(node))
     if piece.op != "placeholder" or value(piece).ndim != 4:
         raise Mismatch(piece, f"{name} in a cache of fixed size", op_name(piece))
     return piece
@@ -163,16 +146,6 @@ def _rope(node, name):
             raise Mismatch(whole, f"the rest of what is turned of {name}", op_name(whole))
         x = x.args[0]
     return x, env["cos"], env["sin"]
-
-
-def _gated(anchor):
-    """The end of the layer's attention: times the sigmoid of a gate if it is, else the last view of the heads side by side."""
-    readers = list(real_users(anchor))
-    if len(readers) == 1 and op_name(readers[0]) == "mul":
-        other = next((x for x in readers[0].all_input_nodes if peel(x) is not anchor), None)
-        if other is not None and op_name(peel(other)) == "sigmoid" and same(value(other).numel(), value(anchor).numel()):
-            return readers[0], peel(other).args[0]
-    return anchor, None
 
 
 RULE = LiftAttentionDecode()
