@@ -142,6 +142,27 @@ def test_head_counts_and_dims(heads, capture):
     assert_all_fused(gdnfuse.reports())
 
 
+@pytest.mark.parametrize(("batch", "padded"), [(1, False), (2, True), (3, False)])
+def test_attention_on_a_cache_that_grows_is_one_op_in_a_graph_for_all_lengths(batch, padded):
+    model = zoo.causal_lm(num_attention_heads=6, num_key_value_heads=2, head_dim=24)
+    ours = copy.deepcopy(model)
+    tokens = zoo.tokens_for(batch, 40)
+    a, mask = zoo.prefill(ours, batch, "dynamic", padded)
+    e, _ = zoo.prefill(model, batch, "dynamic", padded)
+    assert zoo.relative(zoo.decode(compiled(ours), a, mask, tokens), zoo.decode(model, e, mask, tokens)) < 1e-5
+    for mine, theirs in zip(a.layers, e.layers, strict=True):
+        if isinstance(getattr(mine, "keys", None), torch.Tensor):
+            assert mine.keys.shape[-2] == 45
+            assert zoo.relative(mine.keys, theirs.keys) < 1e-5 and zoo.relative(mine.values, theirs.values) < 1e-5
+    assert len(decode_reports()) == 2  # one for the first length, and one for all others
+    for report in decode_reports():
+        lifted = [r for r in report.all_records if r.rule == "attention_one_query" and r.stage == "lift"]
+        assert [r.status for r in lifted] == ["fired"] * (len(ours.config.layer_types) - zoo.GDN_LAYERS)
+        (attention,) = [b for b in report.blocks if b.kind == "full attention"]
+        after = [o.op for o in report.structures[attention.after]]
+        assert "attention_one_query" in after and "scaled_dot_product_attention" not in after
+
+
 def test_inductor_on_cpu():
     model = zoo.causal_lm()
     ours = copy.deepcopy(model)

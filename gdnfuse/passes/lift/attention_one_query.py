@@ -152,7 +152,7 @@ def require_dtype_of_q(m, *names):
 
 
 def _agree(found, wanted):
-    """Whether two shapes are one. Lengths of keys, values and mask may be different symbols: attention fails unless they are equal."""
+    """Whether two shapes are one. Symbols may differ in the lengths of keys, values and mask: unequal, attention fails."""
     return len(found) == len(wanted) and all(
         same(a, b) or not isinstance(a, int) and not isinstance(b, int) and hint(a) == hint(b)
         for a, b in zip(found, wanted, strict=True)

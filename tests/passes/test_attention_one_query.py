@@ -1,0 +1,211 @@
+"""Attention with one query becomes one op, whatever the length of the keys; what is not that stays, with a sentence."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gdnfuse.passes.lift import attention_one_query
+from gdnfuse.passes.lift.attention_one_query import RULE
+from gdnfuse.report import Status
+from gdnfuse.rewrite import proof
+from tests.rewrite.captured import Captured
+
+B, H, HKV, D = 3, 4, 2, 8
+
+
+def repeated(x):
+    """As transformers does."""
+    batch, heads, length, width = x.shape
+    return x[:, :, None].expand(batch, heads, H // HKV, length, width).reshape(batch, heads * (H // HKV), length, width)
+
+
+def tiled(x):
+    batch, heads, length, width = x.shape
+    return x[:, None].expand(batch, H // HKV, heads, length, width).reshape(batch, heads * (H // HKV), length, width)
+
+
+def repeats(q, k, v, gate, mask):
+    return F.scaled_dot_product_attention(q, repeated(k), repeated(v), attn_mask=mask, scale=0.3)
+
+
+def groups(q, k, v, gate, mask):
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=0.0, is_causal=False, enable_gqa=True)
+
+
+def one_head_each(q, k, v, gate, mask):
+    return F.scaled_dot_product_attention(q[:, :HKV], k, v, mask) * 1.0
+
+
+def gated(q, k, v, gate, mask):
+    o = F.scaled_dot_product_attention(q, repeated(k), repeated(v), attn_mask=mask)
+    return o.transpose(1, 2).contiguous().reshape(B, 1, H * D) * torch.sigmoid(gate)
+
+
+def gated_heads_first(q, k, v, gate, mask):
+    o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    return torch.sigmoid(gate.reshape(B, 1, H, D).transpose(1, 2)) * o
+
+
+def cats(q, k, v, gate, mask):
+    k, v = (torch.cat([x[:, :, :-1], x[:, :, -1:] * 2], 2) for x in (k, v))
+    return F.scaled_dot_product_attention(q, repeated(k), repeated(v), attn_mask=mask), k, v
+
+
+def one_mask(q, k, v, gate, mask):
+    return F.scaled_dot_product_attention(q, repeated(k), repeated(v), attn_mask=mask[:1])
+
+
+SPELLINGS = [repeats, groups, one_head_each, gated, gated_heads_first, cats, one_mask]
+
+
+def arguments(L=21, dynamic=False, batch=B):
+    torch.manual_seed(0)
+    mask = torch.rand(batch, 1, 1, L) < 0.7
+    mask[..., 0] = True
+    tensors = torch.randn(batch, H, 1, D), torch.randn(batch, HKV, L, D), torch.randn(batch, HKV, L, D)
+    if dynamic:
+        for t, axis in ((tensors[1], 2), (tensors[2], 2), (mask, 3)):
+            torch._dynamo.mark_dynamic(t, axis)
+    return *tensors, torch.randn(batch, 1, H * D), mask
+
+
+def several(function):
+    """A result that is always a tuple."""
+
+    def call(*args):
+        found = function(*args)
+        return found if isinstance(found, tuple) else (found,)
+
+    return call
+
+
+def applied(function, *args):
+    return Captured(several(function), *args).normalize().apply(RULE)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("function", SPELLINGS, ids=lambda f: f.__name__)
+def test_every_spelling_becomes_one_op(function, dynamic):
+    """Where lengths are dynamic, those of keys, values and mask are symbols of their own until they meet in another op."""
+    g = applied(function, *arguments(dynamic=dynamic))
+    assert g.record.status is Status.FIRED, g.record.reason
+    assert "gdnfuse.attention_one_query" in g.ops() and "scaled_dot_product_attention" not in g.ops()
+    assert not {"sigmoid", "expand"} & set(g.ops())
+    g.close()
+
+
+def test_symbolic_numbers_of_sequences():
+    def function(q, k, v, gate, mask):
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        return o.transpose(1, 2).reshape(q.shape[0], 1, H * D) * torch.sigmoid(gate), o * 2.0
+
+    args = arguments(dynamic=True)
+    for t in args:
+        torch._dynamo.mark_dynamic(t, 0)
+    for keep in (0, 1):
+        torch._dynamo.reset()
+        g = applied(lambda *given, keep=keep: function(*given)[keep], *args)
+        assert g.record.status is Status.FIRED, g.record.reason
+        g.close()
+
+
+REFUSED = {
+    "tiled": (
+        lambda q, k, v, gate, mask: F.scaled_dot_product_attention(q, tiled(k), tiled(v), attn_mask=mask),
+        "The float64 proof failed: output 0 differs",
+    ),
+    "a mask of numbers": (
+        lambda q, k, v, gate, mask: F.scaled_dot_product_attention(q, repeated(k), repeated(v), attn_mask=mask * 1.0),
+        "The mask must be [3, 1, 1, 21] or [1, 1, 1, 21] of bool, found [3, 1, 1, 21] of torch.float32.",
+    ),
+    "a mask for each head": (
+        lambda q, k, v, gate, mask: F.scaled_dot_product_attention(
+            q, repeated(k), repeated(v), attn_mask=mask.expand(B, H, 1, -1)
+        ),
+        "The mask must be [3, 1, 1, 21] or [1, 1, 1, 21] of bool, found [3, 4, 1, 21] of torch.bool.",
+    ),
+    "dropout": (
+        lambda q, k, v, gate, mask: F.scaled_dot_product_attention(q, repeated(k), repeated(v), dropout_p=0.5),
+        "Attention must have no dropout, found 0.5.",
+    ),
+    "dropout by its place": (
+        lambda q, k, v, gate, mask: F.scaled_dot_product_attention(q, repeated(k), repeated(v), mask, 0.5),
+        "Attention must have no dropout, found 0.5.",
+    ),
+    "causal": (
+        lambda q, k, v, gate, mask: F.scaled_dot_product_attention(q, repeated(k), repeated(v), is_causal=True),
+        "Attention of one query must not be causal",
+    ),
+    "wider values": (
+        lambda q, k, v, gate, mask: F.scaled_dot_product_attention(q, repeated(k), repeated(torch.cat([v, v], -1))),
+        "values must have the shape [3, 2, 21, 8], found [3, 2, 21, 16].",
+    ),
+    "keys for all sequences": (
+        lambda q, k, v, gate, mask: F.scaled_dot_product_attention(q, k[:1, :1].expand(B, H, -1, -1), repeated(v)),
+        "keys must have the shape [3, 1, 21, 8], found [1, 1, 21, 8].",
+    ),
+    "a result in another dtype": (
+        lambda q, k, v, gate, mask: (
+            F.scaled_dot_product_attention(q, repeated(k), repeated(v)).reshape(B, 1, H * D) * torch.sigmoid(gate.double())
+        ),
+        "The result must have the dtype of q, torch.float32, found torch.float64.",
+    ),
+    "a written cache": (
+        lambda q, k, v, gate, mask: F.scaled_dot_product_attention(q, k.mul_(2.0), v, enable_gqa=True),
+        "must not be written in place",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_that_stays(name):
+    function, reason = REFUSED[name]
+    g = applied(function, *arguments())
+    assert g.record.status is Status.REFUSED and reason in g.record.reason, g.record.reason
+    if "dropout" not in name:
+        g.equal()
+
+
+def test_several_queries_and_attention_without_an_axis_of_heads_need_no_record():
+    def function(q, k, v, gate, mask):
+        several = F.scaled_dot_product_attention(torch.cat([q, q], 2), repeated(k), repeated(v))
+        return several, F.scaled_dot_product_attention(q[:, 0], k[:, 0], v[:, 0])
+
+    g = applied(function, *arguments())
+    assert g.outcome.records == []
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_long_keys_are_proved_where_their_length_is_symbolic(dynamic, monkeypatch):
+    monkeypatch.setattr(attention_one_query, "PROVED", B * HKV * 40 * D)
+    g = applied(repeats, *arguments(50, dynamic))
+    if dynamic:
+        assert g.record.status is Status.FIRED, g.record.reason
+    else:
+        assert g.record.reason == "The keys must have at most 1920 elements to be proved, found 2400."
+    g.close()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"scale": 0.31},
+        {"gate": None},
+        {"mask": None},
+        lambda given: {"keys": given["values"], "values": given["keys"]},
+        lambda given: {"q": given["q"].flip(1)},
+    ],
+    ids=["scale", "no gate", "no mask", "keys and values exchanged", "heads in another order"],
+)
+def test_the_proof_bites(wrong, monkeypatch):
+    proof.forget()
+    right = attention_one_query.call
+
+    def changed(target, **given):
+        return right(target, **{**given, **(wrong(given) if callable(wrong) else wrong)})
+
+    monkeypatch.setattr(attention_one_query, "call", changed)
+    g = applied(gated, *arguments(dynamic=True))
+    proof.forget()
+    assert g.record.status is Status.REFUSED and "The float64 proof failed" in g.record.reason
+    g.equal()
