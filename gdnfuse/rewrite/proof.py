@@ -128,7 +128,7 @@ def hint(size: Any, bound: dict[Any, int] | None = None) -> int:
 
 
 def _bound(inputs: list[tuple[str, Node]], m: Match) -> dict[Any, int]:
-    """A number of its own, `m.small` and upwards, for every symbol in the sizes of the inputs; one for those of sizes alike."""
+    """A number for every symbol in the sizes of the inputs: its own, `m.small` and upwards, but such that sizes alike are equal."""
     numbers: dict[Any, int] = {}
     if m.small is None:
         return numbers
@@ -138,7 +138,8 @@ def _bound(inputs: list[tuple[str, Node]], m: Match) -> dict[Any, int]:
             for symbol in _symbols(size):
                 numbers.setdefault(symbol, m.small + len(numbers))
     for one, other in m.alike:
-        numbers |= {b: numbers[a] for a, b in zip(_symbols(one), _symbols(other), strict=False)}
+        for symbol in _symbols(other)[:1]:
+            numbers[symbol] += hint(one, numbers) - hint(other, numbers)
     return numbers
 
 

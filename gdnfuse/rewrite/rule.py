@@ -30,8 +30,8 @@ class Match:
         local_writes: the region may write in place to memory it makes itself, such as a buffer filled slice by slice.
         shapes: smaller shapes for the proof where the region's maths does not depend on the size.
         small: if given, symbolic sizes are bound to about this number in the proof, instead of to their hints.
-        alike: pairs of sizes that the region needs to be equal or fails, whether or not they have the same symbols: with `small`
-            their symbols are bound to the same numbers.
+        alike: pairs of sizes, each a symbol plus a number, without whose equality the region fails, whatever their symbols are:
+            with `small` the second's symbol is bound to what makes them equal.
     """
 
     inputs: dict[str, Node]

@@ -94,6 +94,19 @@ def test_every_spelling_becomes_one_op(function, dynamic):
     g.close()
 
 
+def test_a_mask_of_a_symbol_of_its_own_beside_keys_of_another_and_one():
+    def function(q, k, v, gate, mask):
+        k, v = (torch.cat([x, x[:, :, :1]], 2) for x in (k, v))
+        return F.scaled_dot_product_attention(q, repeated(k), repeated(v), attn_mask=mask)
+
+    *others, _ = arguments(dynamic=True)
+    mask = torch.rand(B, 1, 1, 22) < 0.7
+    torch._dynamo.mark_dynamic(mask, 3)
+    g = applied(function, *others, mask)
+    assert g.record.status is Status.FIRED, g.record.reason
+    g.close()
+
+
 def test_symbolic_numbers_of_sequences():
     def function(q, k, v, gate, mask):
         o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
@@ -143,6 +156,10 @@ REFUSED = {
     "keys for all sequences": (
         lambda q, k, v, gate, mask: F.scaled_dot_product_attention(q, k[:1, :1].expand(B, H, -1, -1), repeated(v)),
         "keys must have the shape [3, 1, 21, 8], found [1, 1, 21, 8].",
+    ),
+    "keys without sequences": (
+        lambda q, k, v, gate, mask: F.scaled_dot_product_attention(q, repeated(k)[0], repeated(v)[0]),
+        "keys must have the shape [3, HKV, 21, 8], found [4, 21, 8].",
     ),
     "a result in another dtype": (
         lambda q, k, v, gate, mask: (

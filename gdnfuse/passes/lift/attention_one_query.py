@@ -1,7 +1,6 @@
 """attention with one query on keys and values of any length, and its output gate  →  gdnfuse.attention_one_query
 
-The keys of a cache that grows are longer at each token. A library that plans for their length plans at each token anew: cuDNN
-takes longer for that than for the rest of a decode step.
+The keys of a cache that grows are longer at each token, and a library that plans for their length, as cuDNN does, plans anew.
 """
 
 from __future__ import annotations
@@ -19,8 +18,9 @@ from gdnfuse.rewrite.proof import hint
 from gdnfuse.rewrite.rule import Match, Operand, Rule, bring, shown
 
 MASK = 3
-PROVED = 2**24  # elements of the keys that a proof computes attention over
-SMALL = 37  # keys in a proof where their length is symbolic
+# Elements of the keys that a proof computes attention over. Where their length is symbolic it is SMALL; a graph for one fixed
+# length serves one token of a cache that grows, which no long proof is worth.
+PROVED, SMALL = 2**22, 37
 OPTIONS = {"attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"}
 
 
@@ -62,7 +62,7 @@ class LiftAttentionOneQuery(Rule):
         HKV = keys.shape[1] if keys.ndim == 4 else "HKV"
         for name in ("keys", "values"):
             wanted, found = (B, HKV, keys.shape[-2], D), value(m.inputs[name]).shape
-            if not _agree(found, wanted):
+            if not _shaped(found, wanted, 2):
                 raise Refused(f"{name} must have the shape {shown(wanted)}, found {shown(found)}.", at=anchor)
         if not all(isinstance(n, int) for n in (H, HKV, D)) or H % HKV:
             raise Refused(f"Heads must be numbers, H a multiple of HKV, found H = {H}, HKV = {HKV} and D = {D}.", at=anchor)
@@ -115,7 +115,7 @@ def gated(anchor):
 
 def back_to(out, H, D):
     """How to bring the op's [B, 1, H·D] to the layout of a node."""
-    if value(out).ndim == 3:
+    if value(out).ndim != 4:
         return lambda y: y
     if same(value(out).shape[1], 1):
         return lambda y: y.reshape(-1, 1, H, D)
@@ -137,8 +137,8 @@ def require_plain(anchor, m):
         raise Refused(f"The scale must be a number, found {m.data['scale']}.", at=anchor)
     if "mask" not in m.inputs:
         return
-    mask, (B, _, L, _) = value(m.inputs["mask"]), value(anchor.args[1]).shape
-    if mask.dtype != torch.bool or not any(_agree(mask.shape, (n, 1, 1, L)) for n in (B, 1)):
+    mask, B, L = value(m.inputs["mask"]), value(anchor.args[0]).shape[0], value(anchor.args[1]).shape[-2]
+    if mask.dtype != torch.bool or not any(_shaped(mask.shape, (n, 1, 1, L), 3) for n in (B, 1)):
         found = f"{shown(mask.shape)} of {mask.dtype}"
         raise Refused(f"The mask must be {shown((B, 1, 1, L))} or {shown((1, 1, 1, L))} of bool, found {found}.", at=anchor)
 
@@ -151,11 +151,11 @@ def require_dtype_of_q(m, *names):
             raise Refused(f"{name} must have the dtype of q, {dtype}, found {found}.", at=node)
 
 
-def _agree(found, wanted):
-    """Whether two shapes are one. Symbols may differ in the lengths of keys, values and mask: unequal, attention fails."""
+def _shaped(found, wanted, axis):
+    """Whether two shapes are one. On one axis, the length, different symbols will do: unequal, attention fails."""
     return len(found) == len(wanted) and all(
-        same(a, b) or not isinstance(a, int) and not isinstance(b, int) and hint(a) == hint(b)
-        for a, b in zip(found, wanted, strict=True)
+        same(a, b) or i == axis and not isinstance(a, int) and not isinstance(b, int) and hint(a) == hint(b)
+        for i, (a, b) in enumerate(zip(found, wanted, strict=True))
     )
 
 
