@@ -128,7 +128,7 @@ def hint(size: Any, bound: dict[Any, int] | None = None) -> int:
 
 
 def _bound(inputs: list[tuple[str, Node]], m: Match) -> dict[Any, int]:
-    """A number for every symbol in the sizes of the inputs: its own, `m.small` and upwards, but such that sizes alike are equal."""
+    """A number for every symbol in the sizes of the inputs: its own, `m.small` and upwards, but sizes alike are equal."""
     numbers: dict[Any, int] = {}
     if m.small is None:
         return numbers
