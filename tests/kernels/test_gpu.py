@@ -28,8 +28,6 @@ REAL = [
             "gated_rms_norm", f"real-B{B}", kernel_cases.norm((B, 1, HV, V), torch.float32, BF16, wrap=kernel_cases.gate_of_row)
         ),
         Case("attention_one_query", f"real-B{B}", kernel_cases.one_query(B, 16, 4, 256, 300, BF16, hidden=7)),
-        Case("attention_one_query", f"real-long-B{B}", kernel_cases.one_query(B, 16, 4, 256, 5000, BF16, hidden=4000)),
-        Case("attention_one_query", f"real-no-mask-B{B}", kernel_cases.one_query(B, 16, 4, 256, 5000, BF16, mask=False)),
         Case("mixer_decode", f"real-B{B}", kernel_cases.mixer(B, H, HV, K, V, dtype=BF16)),
         Case("mixer_decode", f"real-27B-B{B}", kernel_cases.mixer(B, H, 48, K, V, dtype=BF16, state_dtype=BF16)),
     )
@@ -38,6 +36,8 @@ REAL += [
     case
     for B in (1, 2, 5)
     for case in (
+        Case("attention_one_query", f"real-long-B{B}", kernel_cases.one_query(B, 16, 4, 256, 5000, BF16, hidden=4000)),
+        Case("attention_one_query", f"real-no-mask-B{B}", kernel_cases.one_query(B, 16, 4, 256, 5000, BF16, mask=False)),
         Case("causal_conv", f"real-B{B}", kernel_cases.prompt_conv(B, 8192, 333, 4, BF16, S=4, wrap=kernel_cases.row_slice)),
         Case("chunk_delta_rule", f"real-B{B}", kernel_cases.chunked(B, 333, H, HV, K, V, BF16, every=2)),
         Case("fused_gating_chunk_delta_rule", f"real-B{B}", kernel_cases.chunked(B, 333, H, HV, K, V, BF16, gated=True)),
