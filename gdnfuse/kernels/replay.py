@@ -135,6 +135,17 @@ def _based(descriptor: Any, base: Any) -> Any:
     return new
 
 
+def _one_storage(view: torch.Tensor, base: torch.Tensor) -> bool:
+    """Whether it is a view. In inference mode, and behind another mode, composite ops come whole: contiguous, reshape and to,
+    which declare one and may copy."""
+    return view.untyped_storage()._cdata == base.untyped_storage()._cdata
+
+
+def _start(x: torch.Tensor) -> int:
+    """Bytes from the start of the storage; data_ptr() is 0 where there are no elements."""
+    return x.storage_offset() * x.itemsize
+
+
 class _Recording(TorchDispatchMode):
     """Notes what a launch allocates and launches, while it does; follows every tensor from the one that it is a view of."""
 
@@ -147,17 +158,17 @@ class _Recording(TorchDispatchMode):
         self.sources = {id(t): (t, i, 0) for i, t in enumerate(inputs)}
         self.allocations: list[torch.Tensor] = []
         self.launches: list[_Launch] = []
-        # Of one tensor given twice nothing tells which one a pointer was derived from.
-        self.whole = len(self.sources) == len(inputs)
+        # Of one tensor given twice nothing tells which one a pointer was derived from. A tensor from elsewhere Triton must check.
+        self.whole = len(self.sources) == len(inputs) and len({t.device for t in inputs}) == 1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if func.overloadpacket in ALLOCATES:
             self.sources[id(out)] = (out, self.inputs + len(self.allocations), 0)
             self.allocations.append(out)
-        elif func.is_view and isinstance(out, torch.Tensor) and id(args[0]) in self.sources:
+        elif func.is_view and isinstance(out, torch.Tensor) and id(args[0]) in self.sources and _one_storage(out, args[0]):
             _, source, offset = self.sources[id(args[0])]
-            self.sources[id(out)] = (out, source, offset + out.data_ptr() - args[0].data_ptr())
+            self.sources[id(out)] = (out, source, offset + _start(out) - _start(args[0]))
         else:
             self.whole = False
         return out
@@ -180,6 +191,8 @@ class _Recording(TorchDispatchMode):
                 elif isinstance(getattr(x, "base", None), torch.Tensor):
                     descriptors.append((place, *self._source(x.base)))
                     arguments[place] = _based(x, None)
+                elif any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(x)):
+                    raise _NotRecorded
         except _NotRecorded:
             self.whole = False
         self.launches.append(_Launch(compiled[(*grid, 1, 1)[:3]], arguments, pointers, descriptors))
@@ -203,7 +216,7 @@ class _Recording(TorchDispatchMode):
 
     def _result(self, x: torch.Tensor) -> _Result:
         source, offset = self._source(x)
-        if source < self.inputs:
+        if source < self.inputs or x.dtype != self.allocations[source - self.inputs].dtype:
             raise _NotRecorded
         allocation = self.allocations[source - self.inputs]
         if x is allocation:

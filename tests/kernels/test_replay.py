@@ -132,6 +132,72 @@ def test_what_does_more_is_never_repeated(why, views, result):
     assert (kernel.bound, kernel.repeated) == (4, 0)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch._C._AutoDispatchBelowAutograd])
+@pytest.mark.parametrize(
+    "may_copy, copied",
+    [
+        (lambda x: x.contiguous(), lambda: torch.randn(8, 2)[:, 0]),
+        (lambda x: x.reshape(8), lambda: torch.randn(4, 4)[:, :2]),
+        (lambda x: x.to(torch.float32), lambda: torch.randn(8).double()),
+    ],
+    ids=["contiguous", "reshape", "to"],
+)
+def test_what_may_copy_is_repeated_only_where_it_does_not(may_copy, copied, mode):
+    """Below autograd, as in inference mode, composite ops come whole, and these declare a view."""
+    for make, repeated in ((some, 2), (copied, 0)):
+        kernel, kept = Kernel(), []
+        op = add(kernel, views=lambda x, y: (may_copy(x), y))
+        with mode():
+            for _ in range(4):
+                x, y = make(), some()
+                kept += [x, y, op(x, y)]  # so that none is at an address that was another's
+                torch.testing.assert_close(kept[-1], may_copy(x) + y)
+        assert kernel.repeated == repeated
+
+
+def test_a_result_in_another_dtype_is_never_repeated():
+    kernel = Kernel()
+    op = add(kernel, result=lambda out: out.view(torch.int32))
+    for _ in range(4):
+        x, y = some(), some()
+        torch.testing.assert_close(op(x, y), (x + y).view(torch.int32))
+    assert kernel.repeated == 0
+
+
+def test_a_tensor_on_another_device_is_never_repeated():
+    """Triton says whether a kernel can read it, for this one of the layout."""
+
+    def launch(x, y, elsewhere):
+        out = torch.empty_like(x)
+        kernel_of(kernel)[(3,)](x, y, out, 1.0, N=8)
+        return out
+
+    kernel = Kernel()
+    op = Replayed(launch, _standing_in)
+    for _ in range(4):
+        x, y = some(), some()
+        torch.testing.assert_close(op(x, y, torch.empty(8, device="meta")), x + y)
+    assert kernel.repeated == 0
+
+
+def test_a_tuple_of_tensors_as_argument_is_never_repeated():
+    class OfTuple(Kernel):
+        def work(self, x, y, *rest):
+            super().work(x, *y, *rest)
+
+    def launch(x, y):
+        out = torch.empty_like(x)
+        kernel_of(kernel)[(3,)](x, (y,), out, 1.0, N=8)
+        return out
+
+    kernel = OfTuple()
+    op = Replayed(launch, _standing_in)
+    for _ in range(4):
+        x, y = some(), some()
+        torch.testing.assert_close(op(x, y), x + y)
+    assert kernel.repeated == 0
+
+
 def test_an_input_as_result_is_never_repeated():
     def launch(x, y):
         kernel_of(kernel)[(3,)](x, y, x, 1.0, N=8)
@@ -159,12 +225,12 @@ def test_one_tensor_given_twice_does_not_decide_for_two():
 
 def test_results_may_be_views_and_several():
     kernel = Kernel()
-    op = add(kernel, result=lambda out: (out, out.view(2, 4).mT, out[2:]))
+    op = add(kernel, result=lambda out: (out, out.view(2, 4).mT, out[2:], out[8:]))
     for _ in range(4):
         x, y = some(), some()
         got, want = op(x, y), x + y
-        torch.testing.assert_close(got, (want, want.view(2, 4).mT, want[2:]))
-        assert [t.stride() for t in got] == [(1,), (1, 4), (1,)]
+        torch.testing.assert_close(got, (want, want.view(2, 4).mT, want[2:], want[8:]))
+        assert [t.stride() for t in got] == [(1,), (1, 4), (1,), (1,)]
     assert kernel.repeated == 2
 
 
