@@ -75,9 +75,11 @@ def window_stride(stride, PACKED: tl.constexpr):
 
 
 def packed(conv_state: torch.Tensor) -> bool:
-    """Whether windows are four columns side by side, which a thread reads and writes at once."""
+    """Whether windows are four columns side by side, which a thread reads and writes at once. Only of an address that is a
+    multiple of 16 bytes does Triton know the alignment; memory itself starts at one."""
     batch, channel, column = conv_state.stride()
-    return conv_state.shape[2] == 4 and column == 1 and batch % 4 == channel % 4 == conv_state.storage_offset() % 4 == 0
+    at_16_bytes = conv_state.storage_offset() * conv_state.itemsize % 16 == 0
+    return conv_state.shape[2] == 4 and column == 1 and batch % 4 == channel % 4 == 0 and at_16_bytes
 
 
 @triton.jit

@@ -1,0 +1,154 @@
+"""For every kernel case what is launched when it is repeated is what its launch does with the same tensors; without a device."""
+
+import random
+
+import kernel_cases
+import pytest
+import torch
+import torch.utils._pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gdnfuse.kernels import chunk_scan_hopper, implementations
+from gdnfuse.kernels.implementation import _stand_in, _standing_in
+from gdnfuse.kernels.replay import Recorded, Replayed
+from gdnfuse.report import Refused
+
+
+class Kernel:
+    """In place of a kernel: notes what it is launched with, as what it is compiled to does."""
+
+    def __init__(self, kernel, noted):
+        self.arg_names, self.params, self.name, self.noted = kernel.arg_names, kernel.params, kernel.__name__, noted
+
+    def __getitem__(self, grid):
+        def launch(*args, **kwargs):
+            given = dict(zip(self.arg_names, args, strict=False)) | kwargs
+            compiled = Compiled(self, {name: value for name, value in kwargs.items() if name not in self.arg_names})
+            compiled[(*grid, 1, 1)[:3]](*(given.get(p.name, p.default) for p in self.params))
+            return compiled
+
+        return launch
+
+
+class Compiled:
+    run = None
+
+    def __init__(self, kernel, options):
+        self.kernel, self.options = kernel, options
+
+    def __getitem__(self, grid):
+        return lambda *args: self.kernel.noted.append((self.kernel.name, grid, self.options, args))
+
+
+class Allocations(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.made.append(func(*args, **(kwargs or {})))
+        return self.made[-1]
+
+
+def noted_call(function, noted, args, kwargs):
+    """What it returns and launches, addresses as the storage they are in, in order of allocation, and the place there."""
+    noted.clear()
+    with Allocations() as mode:
+        results = function(*args, **kwargs)
+    all_of = [t.untyped_storage() for t in pytree.tree_leaves((args, kwargs, mode.made)) if isinstance(t, torch.Tensor)]
+    storages = list({s.data_ptr(): s for s in all_of if s.data_ptr()}.values())
+
+    def placed(x):
+        if hasattr(x, "base"):
+            return [placed(x.base), *(value for name, value in vars(x).items() if name != "base")]
+        address = x.data_ptr() if hasattr(x, "data_ptr") else x
+        if not isinstance(address, int):
+            return x
+        inside = [(i, address - s.data_ptr()) for i, s in enumerate(storages) if 0 <= address - s.data_ptr() < s.nbytes()]
+        return ("memory", *inside[0]) if inside else address
+
+    layouts = [(t.shape, t.stride(), t.dtype, t.storage_offset()) for t in pytree.tree_leaves(results)]
+    return layouts, [(*launched, [placed(x) for x in launched_args]) for *launched, launched_args in noted]
+
+
+def elsewhere(value):
+    """A tensor of the same layout in other memory, as much aligned to 16 bytes or not."""
+    if not isinstance(value, torch.Tensor):
+        return [elsewhere(v) for v in value] if isinstance(value, list) else value
+    memory = torch.zeros(kernel_cases.whole(value).numel() + 64, dtype=value.dtype)
+    aligned = [(memory.data_ptr() + i * value.itemsize) % 16 == 0 for i in range(32)]
+    start = random.choice([i for i in range(32) if aligned[i] == (value.data_ptr() % 16 == 0)])
+    return memory.as_strided(value.shape, value.stride(), start)
+
+
+def otherwise(value):
+    """Sometimes with other strides, or where it is not aligned."""
+    if isinstance(value, list):
+        return [otherwise(v) for v in value]
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point() or random.random() < 0.6:
+        return value
+    ways = [
+        lambda t: kernel_cases.strided(t, 2, 0),
+        lambda t: kernel_cases.strided(t, 1, random.choice([1, 4, 16])),
+        lambda t: t.mT.contiguous().mT if t.dim() > 1 else t,
+        lambda t: kernel_cases.strided(t.flatten(), 1, random.choice([1, 2, 4])).view(t.shape),
+    ]
+    return random.choice(ways)(value)
+
+
+def check(op, args, kwargs):
+    implementation, noted = implementations()[op], []
+
+    def launch(*args, **kwargs):
+        if _stand_in.get():
+            return implementation.launch(*args, **kwargs)
+        with _standing_in(lambda kernel: Kernel(kernel, noted)):
+            return implementation.launch(*args, **kwargs)
+
+    replayed = Replayed(launch, lambda noting: _standing_in(lambda kernel: noting(Kernel(kernel, noted))))
+    for _ in range(2):
+        replayed(*map(elsewhere, args), **kwargs)
+    for _ in range(3):
+        args = [elsewhere(a) for a in args]
+        assert noted_call(replayed, noted, args, kwargs) == noted_call(launch, noted, args, kwargs) and noted
+    (recorded,) = replayed.layouts.values()
+    return type(recorded) is Recorded
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_every_case(mode):
+    random.seed(0)
+    with mode():
+        repeated = [check(case.op, *case.call()) for case in kernel_cases.CASES]
+    assert sum(repeated) > 0.9 * len(repeated)
+
+
+def test_every_case_in_any_strides():
+    random.seed(0)
+    repeated = []
+    with torch.inference_mode():
+        for case in kernel_cases.CASES * 2:
+            args, kwargs = case.call()
+            args = [otherwise(a) for a in args]
+            try:
+                implementations()[case.op].supports(*args, **kwargs)
+            except Refused:
+                continue
+            repeated.append(check(case.op, args, kwargs))
+    assert 50 < sum(repeated) < len(repeated) - 50
+
+
+def test_windows_at_eight_bytes():
+    """Read at once or one by one is not a matter of where in its storage a tensor starts, but of its alignment."""
+    random.seed(0)
+    case = kernel_cases.conv(
+        2, 50, 4, 4, kernel_cases.BF16, wrap_state=lambda s: kernel_cases.strided(s.flatten(), 1, 4).view(s.shape)
+    )
+    assert all(check("causal_conv_update", *case()) for _ in range(5))
+
+
+def test_the_scan_for_hopper(monkeypatch):
+    monkeypatch.setattr(chunk_scan_hopper, "supports_here", lambda *args: True)
+    monkeypatch.setattr(chunk_scan_hopper, "_config", lambda *args: (64, 3))
+    for T, lengths in ((130, None), (128, None), (130, (1, 64, 65))):
+        assert check("chunk_delta_rule", *kernel_cases.chunked(1, T, 2, 4, 128, 128, kernel_cases.BF16, lengths=lengths)())
