@@ -171,17 +171,19 @@ def side_of(name: str, w: Weights, overlap: bool = False) -> Side:
             results=lambda given, o: {"output": o, "state": given[2]},
             reference=lambda s: gated_reference(s, w),
         )
-    op = partial(implementations()[name].op, **options)
     if name == "mixer_decode":
+        op = partial(implementations()[name].op, **options)
         return Side(
             prepare=lambda s: s,
             call=lambda s: op(*mixer_arguments(s, w)),
             results=lambda s, y: {"output": y, "conv_state": s.conv_state, "state": s.state},
             reference=lambda s: mixer_reference(s, w),
         )
+    # Not its op, which repeats what it has recorded, whatever --sweep has put into the table since.
+    launch = partial(implementations()[name].launch, **options)
     return Side(
         prepare=lambda s: (s.row.float(), s.state),
-        call=lambda given: op(*rule_arguments(*given, w)),
+        call=lambda given: launch(*rule_arguments(*given, w)),
         results=lambda given, o: {"output": o, "state": given[1]},
         reference=lambda s: rule_reference(s, w),
     )

@@ -371,10 +371,23 @@ def test_mixer_benchmark_of_the_rule_with_and_without_its_norm(overlap, monkeypa
         return mixer.gated_rms_norm.reference(o, z.unflatten(-1, o.shape[-2:]), norm_weight, norm_eps).flatten(-2)
 
     monkeypatch.setattr(delta_rule, "launch_gated", gated)
-    _stub_mixer(mixer, monkeypatch, {"packed_decode": SimpleNamespace(op=rule)})
+    _stub_mixer(mixer, monkeypatch, {"packed_decode": SimpleNamespace(launch=rule)})
     result = mixer.run_batch(2, ["packed_decode", "packed_decode_gated"], torch.bfloat16, overlap)
     assert all("us" in row for row in result["sides"])
     assert given and all(options == ({"overlap": True} if overlap else {}) for options in given)
+
+
+def test_mixer_benchmark_sweeps_what_the_kernel_then_reads(monkeypatch):
+    """Of two configs the first gives a wrong result: only the other has a figure."""
+    mixer, delta_rule = importlib.import_module("mixer"), pytest.importorskip("gdnfuse.kernels.delta_rule")
+    monkeypatch.setattr(mixer, "SWEEP", {"packed_decode": ("RULE_CONFIGS", [(16, 1), (64, 2)])})
+
+    def rule(*args, overlap):
+        ((_, config),) = delta_rule.RULE_CONFIGS
+        return mixer.packed_decode.reference(*args) * (1.0 if config == (64, 2) else 1.1)
+
+    _stub_mixer(mixer, monkeypatch, {"packed_decode": SimpleNamespace(launch=rule)})  # an op repeats its first config
+    assert list(mixer.sweep_batch(1)["packed_decode"]["configs_us"]) == ["64×2"]
 
 
 MACHINE = {"gpu": "Some GPU", "cpu": "x86_64", "cpu_threads": 2, "torch": "2.0", "transformers": "5.0"}
