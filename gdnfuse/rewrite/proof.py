@@ -138,7 +138,8 @@ def _bound(inputs: list[tuple[str, Node]], m: Match) -> dict[Any, int]:
             for symbol in _symbols(size):
                 numbers.setdefault(symbol, m.small + len(numbers))
     for one, other in m.alike:
-        for symbol in _symbols(other)[:1]:
+        own = [s for s in _symbols(other) if s in numbers and s not in _symbols(one)]
+        for symbol in own[:1]:
             numbers[symbol] += hint(one, numbers) - hint(other, numbers)
     return numbers
 

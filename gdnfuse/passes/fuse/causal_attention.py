@@ -42,7 +42,10 @@ class FuseCausalAttention(Rule):
         data = {"target": anchor.target, "kept": kept, "number": number, "other": symbols - _symbols(lengths)}
         data["square"] = same(value(q).shape[-2], value(k).shape[-2])
         fixed = not _symbols(lengths)
-        return Match({"q": q, "k": k, "v": v}, [anchor], data=data, small=None if fixed else max(PROVED, 2 * number + 5))
+        L = value(k).shape[-2]
+        alike = [(L, value(v).shape[-2]), (L, value(_mask(anchor)).shape[-1])]
+        small = None if fixed else max(PROVED, 2 * number + 5)
+        return Match({"q": q, "k": k, "v": v}, [anchor], data=data, small=small, alike=alike)
 
     def check(self, m):
         anchor = m.outputs[0]
