@@ -90,8 +90,9 @@ def test_op(case):
     kernel_cases.check(case, implementations()[case.op].op, "cuda")
 
 
-@pytest.mark.parametrize("case", kernel_cases.CASES + REAL + CHUNKED + LINEARS + FEW_ROWS, ids=str)
-def test_repeated(case):
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("case", kernel_cases.CASES + REAL + LINEARS + FEW_ROWS, ids=str)
+def test_repeated(case, mode):
     """The last of four calls of one layout, all on tensors of their own."""
     implementation, kept = implementations()[case.op], []
 
@@ -112,7 +113,8 @@ def test_repeated(case):
     implementation.replayed.layouts.clear()
     launch = implementation.replayed.launch
     try:
-        kernel_cases.check(case, fourth, "cuda", poison=nullcontext)
+        with mode():
+            kernel_cases.check(case, fourth, "cuda", poison=nullcontext)
     finally:
         implementation.replayed.launch = launch
 
