@@ -7,6 +7,7 @@
 Splitting the cache over programs and rescaling follows Flash-Decoding (Dao et al. 2023); the norm is RMSNorm, the rotary
 embedding that of Su et al. (arXiv:2104.09864) on the first R columns, in halves. A split takes every SPLITS-th block of the cache
 and looks at the mask first: blocks that no query may see are not read, so the time goes with what is filled, not allocated.
+Split and combine are attention_one_query's too.
 
 Layout: q, k, v, gate [B, 1, heads, D], keys and values [B, HKV, L, D], mask [B or 1, 1, 1, L], all of any strides. Scores, sums
 and the rotation are float32; q and the new key are rounded once, to their dtype, as the cache stores them. Where nothing may be
@@ -97,8 +98,8 @@ def attention_prepare_kernel(
         tl.store(value_ptrs, v.to(values_ptr.dtype.element_ty), mask=live & inside)
 
 
-# Nothing that grows with the keys makes another machine code: steps over keys and values of a multiple of 16 columns are all
-# multiples of 16.
+# Nothing that grows with the keys makes another machine code: where heads are a multiple of 16 columns wide, so is each step from
+# one head or sequence to the next, whatever the length.
 @triton.jit(do_not_specialize=["L", "stride_mb"])
 def attention_split_kernel(
     q_ptr, keys_ptr, values_ptr, mask_ptr, sums_ptr, largest_ptr, total_ptr,
