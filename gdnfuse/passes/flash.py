@@ -1,9 +1,9 @@
 """flash: a prompt's attention without a mask becomes FlashAttention-2 (Dao 2023, arXiv:2307.08691) where torch takes cuDNN's.
 
-cuDNN plans for the length of a prompt, and plans anew for every length that it has not met. With eight layers of a 4B model on an
-H200, torch 2.11, a prompt of a new length took 50 to 60 ms with it and 4 to 10 with FlashAttention-2, of up to 3000 tokens; prompts
-of known lengths, up to 16384 tokens, the same within 3 % (by a script that was not kept; benchmarks/prefill.py measures both). For
-heads of up to 128 columns cuDNN's kernel is the faster one with long prompts: they are left.
+cuDNN plans for the length of a prompt, and plans anew for every length that it has not met. With eight layers of a 4B model on
+an H200, torch 2.11, a prompt of a new length, up to 3000 tokens, took 50 to 62 ms with it and 4 to 10 with FlashAttention-2;
+prompts of known lengths, up to 16384 tokens, the same within 5 % (by a script not kept; benchmarks/prefill.py measures both).
+Heads of up to 128 columns, for which cuDNN has a newer kernel, were not measured and are left.
 """
 
 from __future__ import annotations
