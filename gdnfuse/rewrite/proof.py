@@ -28,6 +28,7 @@ TOLERANCE = 1e-9
 EXTREMES = (1e-3, 6.0)
 # Elements of all inputs up to which a proof is run on one thread.
 SMALL = 2**20
+SEQUENCES = 3  # what a symbolic number of sequences is bound to beside small lengths
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _FLOAT_METHODS = ("float", "half", "bfloat16")
 
@@ -128,20 +129,30 @@ def hint(size: Any, bound: dict[Any, int] | None = None) -> int:
 
 
 def _bound(inputs: list[tuple[str, Node]], m: Match) -> dict[Any, int]:
-    """A number for every symbol in the sizes of the inputs: its own, `m.small` and upwards, but sizes alike are equal."""
+    """A number for every symbol in the sizes of the inputs: its own, `m.small` and upwards, but sizes alike are equal.
+
+    Each is more than four times the one before it: of two near each other, a graph may have the difference in it as a number.
+    What is a number of sequences and nothing else needs to be no more than a few.
+    """
     numbers: dict[Any, int] = {}
     if m.small is None:
         return numbers
-    for _, node in inputs:
-        v = value(node)
-        for size in v.shape if isinstance(v, torch.Tensor) else (v,):
-            for symbol in _symbols(size):
-                numbers.setdefault(symbol, m.small + len(numbers))
+    values = [value(node) for _, node in inputs]
+    shapes = [v.shape for v in values if isinstance(v, torch.Tensor)]
+    for size in (size for shape in shapes for size in shape[1:]):
+        for symbol in _symbols(size):
+            numbers.setdefault(symbol, max(m.small, 4 * max(numbers.values(), default=0) + 1))
+    few = {symbol: SEQUENCES for shape in shapes for size in shape[:1] for symbol in _symbols(size) if symbol not in numbers}
     for one, other in m.alike:
         own = [s for s in _symbols(other) if s in numbers and s not in _symbols(one)]
         for symbol in own[:1]:
             numbers[symbol] += hint(one, numbers) - hint(other, numbers)
-    return numbers
+    for v in values:
+        if unknown := [] if isinstance(v, torch.Tensor) else [s for s in _symbols(v) if s not in numbers | few]:
+            raise Refused(f"A number must be made of sizes of the operands to be proved, found {unknown[0]}.")
+    if small := [f"{s} = {n}" for s, n in numbers.items() if n < 2]:
+        raise Refused(f"Sizes must have numbers above 1 to be proved, found {small[0]}.")
+    return numbers | few
 
 
 def _symbols(size: Any) -> list[Any]:

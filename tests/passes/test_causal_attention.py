@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from gdnfuse.passes.fuse.causal_attention import RULE
 from gdnfuse.report import Status
+from gdnfuse.rewrite import proof
 from tests.rewrite.captured import Captured
 
 MASKS = {
@@ -19,7 +20,7 @@ OTHERS = {
     "window": lambda i, j: (j <= i) & (j > i - 8),
     "far window": lambda i, j: (j <= i) & (j > i - 33),
     "offset": lambda i, j: j <= i + 1,
-    "all": lambda i, j: j >= 0 * i,
+    "all": lambda i, j: j >= i - i,
 }
 
 
@@ -99,26 +100,92 @@ def test_other_masks_of_the_last_tokens_stay(name, dynamic):
     g.equal()
 
 
-def test_the_last_tokens_need_four_axes():
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        ([3, 4, 8], [3, 9, 8], [3, 9, 8]),
+        ([2, 3, 4, 8], [2, 3, 9, 8], [2, 3, 9, 16]),
+        ([1, 3, 4, 8], [2, 3, 9, 8], [2, 3, 9, 8]),
+        ([2, 3, 4, 8], [2, 1, 9, 8], [2, 1, 9, 8]),
+    ],
+)
+def test_the_last_tokens_need_four_axes_and_the_same_sizes(shapes):
     def function(q, k, v):
         seen = torch.arange(9)[None, :] <= torch.arange(4)[:, None] + 5
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
 
-    g = Captured(function, torch.randn(3, 4, 8), torch.randn(3, 9, 8), torch.randn(3, 9, 8)).normalize().apply(RULE)
-    assert "must have four axes and no more options, found [3, 4, 8], [3, 9, 8], [3, 9, 8]." in g.record.reason
+    g = Captured(function, *map(torch.randn, shapes)).normalize().apply(RULE)
+    found = ", ".join(map(str, shapes))
+    assert f"four axes, the same sequences, heads and columns, and no more options, found {found}." in g.record.reason
     g.equal()
 
 
-WINDOWS = {
-    "The float64 proof failed": lambda i, j: (j <= i) & (j > i - 60),
-    "no number above 509 in it to be proved, found 4096": lambda i, j: (j <= i) & (j > i - 4096),
-}
+@pytest.mark.parametrize("offset", [0, 1, 2, 3])
+def test_queries_that_are_not_the_last_of_the_keys(offset):
+    """Where lengths have nothing to do with each other, no number is their difference."""
+
+    def function(q, k, v):
+        assert k.shape[2] == v.shape[2]
+        mask = torch.arange(k.shape[2])[None, :] <= torch.arange(q.shape[2])[:, None] + offset
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask) * 1.0
+
+    tensors = torch.randn(2, 4, 40, 8), torch.randn(2, 4, 50, 8), torch.randn(2, 4, 50, 8)
+    for t in tensors:
+        torch._dynamo.mark_dynamic(t, 2)
+    g = Captured(function, *tensors).normalize().apply(RULE)
+    assert g.record.status is Status.REFUSED and "The float64 proof failed" in g.record.reason, g.record.reason
+    g.equal()
 
 
-@pytest.mark.parametrize("reason", WINDOWS)
-def test_a_window_wider_than_the_traced_prompt_stays(reason):
+def test_a_window_that_is_a_multiple_of_the_prompt_stays():
+    make = lambda i, j: (j <= i) & (j > i - 3 * i.shape[0])  # noqa: E731
+    g = Captured(continued(make), *pieces(past=10, dynamic=True)).normalize().apply(RULE)
+    assert g.record.status is Status.REFUSED and "found that it reads the number 3*s" in g.record.reason, g.record.reason
+    g.equal()
+
+
+@pytest.mark.parametrize("past", [600, 1100])
+def test_the_first_prompt_may_be_a_number(past):
+    """Until a second length was seen it is one, and is known to be how much longer the keys are."""
+    *tensors, cached = pieces(past=past)
+    for t in tensors:
+        torch._dynamo.mark_dynamic(t, 2)
+    g = Captured(continued(MASKS["le"]), *tensors, cached).normalize().apply(RULE)
+    if past < 1024:
+        assert g.record.status is Status.FIRED, g.record.reason
+    else:
+        assert "at most 1024 columns to be proved, found 1100" in g.record.reason
+    g.close()
+
+
+def test_symbolic_numbers_of_sequences_are_proved_with_a_few(monkeypatch):
+    bound = []
+    real = proof._bound
+    monkeypatch.setattr(proof, "_bound", lambda *args: bound.append(real(*args)) or bound[-1])
+    proof.forget()
+    tensors = pieces(dynamic=True)
+    for t in tensors:
+        torch._dynamo.mark_dynamic(t, 0)
+    g = Captured(continued(MASKS["le"]), *tensors).normalize().apply(RULE)
+    assert g.record.status is Status.FIRED, g.record.reason
+    assert sorted(bound[0].values())[:2] == [proof.SEQUENCES, 37]
+    g.close()
+
+
+WINDOWS = [
+    ("The float64 proof failed", lambda i, j: (j <= i) & (j > i - 60)),
+    ("The float64 proof failed", lambda i, j: (j <= i) & (j > i - 15 - 15 - 15 - 15)),
+    ("must add up to at most 509 to be proved, found 4096", lambda i, j: (j <= i) & (j > i - 4096)),
+    ("found that it reads floordiv", lambda i, j: (j <= i) & ((i - j) // 16 < 16)),
+    ("found that it reads mul", lambda i, j: (j <= i) & ((i - j) * 0.01 < 1)),
+    ("found that it reads sub", lambda i, j: (j <= i) & (torch.sub(j, 30, alpha=-10) > i)),
+]
+
+
+@pytest.mark.parametrize(("reason", "make"), WINDOWS)
+def test_a_window_wider_than_the_traced_prompt_stays(reason, make):
     """All of its mask is causal at the traced length, and not at a later one."""
-    g = Captured(attention(WINDOWS[reason]), *inputs(dynamic=True)).normalize().apply(RULE)
+    g = Captured(attention(make), *inputs(dynamic=True)).normalize().apply(RULE)
     assert g.record.status is Status.REFUSED and reason in g.record.reason, g.record.reason
     g.equal()
 
@@ -138,7 +205,7 @@ def test_grouped_queries_keep_their_option():
 
 def test_a_mask_that_is_given_is_not_guessed_at():
     def function(q, k, v, mask):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask * 1.0 > 0)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask > 0)
 
     g = Captured(function, *inputs(), torch.ones(40, 40).tril()).normalize().apply(RULE)
     assert g.record.status is Status.REFUSED

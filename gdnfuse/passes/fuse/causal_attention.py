@@ -8,20 +8,31 @@ there are as many; the last T of L tokens are gdnfuse.causal_attention.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
+from torch.fx import Node
 from torch.fx.node import map_aggregate
 
 from gdnfuse.dialect import causal_attention
 from gdnfuse.report import Refused
 from gdnfuse.rewrite.driver import call
-from gdnfuse.rewrite.graph import is_tensor, op_name, same, value
+from gdnfuse.rewrite.graph import is_tensor, op_name, same, same_shape, value
 from gdnfuse.rewrite.rule import Match, Rule, shown
 
 # The proof compares T × T attention in float64: symbolic lengths are bound to a small one, a fixed one must be small. The small
-# one is above every number in the mask, because a window of 4096 shows in no mask of 37.
+# one is above what the numbers in the mask add up to, because a window of 4096 shows in no mask of 37.
 PROVED, MAX_FIXED = 37, 1024
 MASK = 3
+# These ops move rows and columns and compare them: lengths above twice what their numbers add up to show all that such a mask is.
+# One that scales, as (i − j) // 16 < 16 does, may have a window of another size than any number in it.
+MOVES = {
+    "arange", "add", "iadd", "sub", "isub", "neg", "le", "lt", "ge", "gt", "eq", "ne", "and", "iand", "or", "ior", "not",
+    "invert", "tril", "triu", "full", "where", "masked_fill", "getitem",
+}  # fmt: skip
+VIEWS = {  # whose numbers are sizes and axes
+    "expand", "reshape", "unsqueeze", "squeeze", "transpose", "contiguous", "clone", "to", "bool", "ones", "new_ones", "zeros",
+}  # fmt: skip
 
 
 class FuseCausalAttention(Rule):
@@ -37,32 +48,32 @@ class FuseCausalAttention(Rule):
     def match(self, anchor):
         q, k, v = anchor.args[:3]
         kept = {name: a for name, a in anchor.kwargs.items() if name not in ("attn_mask", "is_causal")}
-        number, symbols = _numbers(_mask(anchor))
-        lengths = [*value(q).shape, *value(k).shape]
-        data = {"target": anchor.target, "kept": kept, "number": number, "other": symbols - _symbols(lengths)}
-        data["square"] = same(value(q).shape[-2], value(k).shape[-2])
-        fixed = not _symbols(lengths)
-        L = value(k).shape[-2]
+        T, L = value(q).shape[-2], value(k).shape[-2]
+        number, strange = _numbers(_mask(anchor), (T, L, L - T))
+        data = {"target": anchor.target, "kept": kept, "number": number, "strange": strange, "square": same(T, L)}
         alike = [(L, value(v).shape[-2]), (L, value(_mask(anchor)).shape[-1])]
-        small = None if fixed else max(PROVED, 2 * number + 5)
+        small = None if isinstance(T, int) and isinstance(L, int) else max(PROVED, 2 * number + 5)
         return Match({"q": q, "k": k, "v": v}, [anchor], data=data, small=small, alike=alike)
 
     def check(self, m):
         anchor = m.outputs[0]
         if len(anchor.args) > MASK + 1 or m.data["kept"].get("dropout_p", 0.0) != 0.0:
             raise Refused("Attention must have no dropout and its options by name, found otherwise.", at=anchor)
-        shapes = [value(n).shape for n in m.inputs.values()]
+        q, k, v = shapes = [value(n).shape for n in m.inputs.values()]
         unknown = m.data["kept"].keys() - {"scale", "dropout_p", "enable_gqa"}
-        if not m.data["square"] and (unknown or any(len(shape) != 4 for shape in shapes)):
+        if not m.data["square"] and (unknown or not _of_one_size(q, k, v, m.data["kept"].get("enable_gqa", False))):
             found = ", ".join([*map(shown, shapes), *sorted(unknown)])
-            raise Refused(f"Attention of the last tokens must have four axes and no more options, found {found}.", at=anchor)
-        if m.data["other"]:
-            found = ", ".join(sorted(map(str, m.data["other"])))
-            raise Refused(f"A mask must depend on the sizes of q and k alone, found that it reads the number {found}.", at=anchor)
-        if m.small is not None and m.small > MAX_FIXED:
-            most, found = (MAX_FIXED - 5) // 2, m.data["number"]
-            raise Refused(f"A mask must have no number above {most} in it to be proved, found {found}.", at=anchor)
-        longest = max((s for s in value(_mask(anchor)).shape[-2:] if isinstance(s, int)), default=0)
+            wanted = "four axes, the same sequences, heads and columns, and no more options"
+            raise Refused(f"Attention of the last tokens must have {wanted}, found {found}.", at=anchor)
+        if m.data["strange"]:
+            found = ", ".join(sorted(m.data["strange"]))
+            raise Refused(f"A mask must move and compare rows and columns alone, found that it reads {found}.", at=anchor)
+        longest = MAX_FIXED if m.data["square"] else MAX_FIXED // 5  # the proof's keys are five times as many as its queries
+        if m.small is not None and m.small > longest:
+            most, found = (longest - 5) // 2, m.data["number"]
+            raise Refused(f"The numbers in a mask must add up to at most {most} to be proved, found {found}.", at=anchor)
+        sizes = (*value(_mask(anchor)).shape[-2:], q[-2], k[-2], k[-2] - q[-2])
+        longest = max((n for n in map(_known, sizes) if n is not None), default=0)
         if longest > MAX_FIXED:
             raise Refused(f"A mask of fixed size must have at most {MAX_FIXED} columns to be proved, found {longest}.", at=anchor)
 
@@ -72,28 +83,43 @@ class FuseCausalAttention(Rule):
         return call(causal_attention.op.overload, t.q, t.k, t.v, m.data["kept"].get("scale"))
 
 
-def _numbers(mask):
-    """The largest constant, in size, of all that the mask is computed with, and the symbols in it."""
-    largest, symbols, todo, seen = 0, set(), [mask], set()
-
-    def look(a):
-        nonlocal largest
-        if isinstance(a, int | float) and not isinstance(a, bool) and math.isfinite(a):
-            largest = max(largest, math.ceil(abs(a)))
-        return a
-
+def _numbers(mask: Node, lengths: tuple[Any, ...]) -> tuple[int, set[str]]:
+    """What the numbers that a mask is made with add up to, in size, lengths left out, and what is no such number or op."""
+    sums: dict[Node, int] = {}
+    strange: set[str] = set()
+    nodes, todo = set(), [mask]
     while todo:
         node = todo.pop()
-        if node not in seen:
-            seen.add(node)
-            map_aggregate((node.args, node.kwargs), look)
-            todo.extend(node.all_input_nodes)
-            symbols |= _symbols([value(node)])
-    return largest, symbols
+        if node not in nodes and node.op != "placeholder":
+            nodes.add(node)
+            todo.extend(n for n in node.all_input_nodes if is_tensor(n))
+    for node in sorted(nodes):
+        name = op_name(node).strip("_").removeprefix("bitwise_").removeprefix("logical_")
+        if name not in VIEWS | MOVES or "alpha" in node.kwargs:
+            strange.add(op_name(node))
+        found: list[Any] = []
+        map_aggregate((node.args, node.kwargs), found.append)
+        sums[node] = sum(sums.get(a, 0) for a in found if is_tensor(a))
+        for a in map(value, found) if name not in VIEWS else ():
+            if isinstance(a, bool) or not isinstance(a, int | float | torch.SymInt) or any(same(a, n) for n in lengths):
+                continue
+            if isinstance(a, torch.SymInt):
+                strange.add(f"the number {a}")
+            elif math.isfinite(a):
+                sums[node] += math.ceil(abs(a))
+    return sums.get(mask, 0), strange
 
 
-def _symbols(sizes):
-    return {s for size in sizes if isinstance(size, torch.SymInt) for s in size.node.expr.free_symbols}
+def _known(size: Any) -> int | None:
+    return size if isinstance(size, int) else size.node.maybe_as_int()
+
+
+def _of_one_size(q: Any, k: Any, v: Any, grouped: bool) -> bool:
+    """Whether they are [B, H, T, D] and twice [B, HKV, L, D]. Two symbols may stand for L: unequal, attention fails."""
+    if not len(q) == len(k) == len(v) == 4 or not same_shape((*k[:2], k[3]), (*v[:2], v[3])):
+        return False
+    heads = same(q[1], k[1]) or grouped and isinstance(q[1], int) and isinstance(k[1], int) and q[1] % k[1] == 0
+    return heads and same(q[0], k[0]) and same(q[3], k[3])
 
 
 def _mask(node):
