@@ -8,6 +8,7 @@ Heads of up to 128 columns, for which cuDNN has a newer kernel, were not measure
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -15,8 +16,8 @@ from torch.fx import GraphModule, Node
 
 from gdnfuse.dialect import causal_attention
 from gdnfuse.report import Record, Refused
-from gdnfuse.rewrite.driver import recorded
-from gdnfuse.rewrite.graph import op_name, same, same_shape, value
+from gdnfuse.rewrite.driver import infer, quiet_shapes, recorded
+from gdnfuse.rewrite.graph import kept, op_name, same, same_shape, value
 from gdnfuse.rewrite.rule import shown
 
 WIDER_THAN, WIDEST = 128, 256  # columns per head
@@ -24,9 +25,8 @@ HOPPER = 9
 OPTIONS = ("attn_mask", "dropout_p", "is_causal")  # by their place behind q, k and v
 
 
-def flash_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, is_causal: bool, scale: float | None) -> torch.Tensor:
-    """torch's own FlashAttention-2, for what `require_flash` takes. If causal, queries are the last of the keys' tokens."""
-    return torch.ops.aten._scaled_dot_product_flash_attention.default(q, k, v, 0.0, is_causal, False, scale=scale)[0]
+# Not a function of ours around it: AOTAutograd's cache on disk takes no graph with one.
+FLASH = torch.ops.aten._scaled_dot_product_flash_attention.default
 
 
 def choose(gm: GraphModule, target: str | None) -> list[Record]:
@@ -37,7 +37,7 @@ def choose(gm: GraphModule, target: str | None) -> list[Record]:
         target: device type to assume; None takes it from each attention's tensors.
     """
     records = []
-    for node in gm.graph.nodes:
+    for node in list(gm.graph.nodes):
         last = op_name(node) == "gdnfuse.causal_attention"
         if not last and op_name(node) != "scaled_dot_product_attention" or len(node.args) < 3:
             continue
@@ -50,12 +50,21 @@ def choose(gm: GraphModule, target: str | None) -> list[Record]:
         try:
             require_flash(*map(value, node.args[:3]), options, last)
             causal, scale = options.get("is_causal", False), options.get("scale")
-            node.target, node.args, node.kwargs = flash_attention, (*node.args[:3], causal, scale), {}
+            _replace(node, causal, scale)
             record.chosen = "flash attention"
         except Refused as e:
             record.chosen, record.reason = "library", e.reason
         records.append(record)
     return records
+
+
+def _replace(node: Node, causal: bool, scale: float | None) -> None:
+    """Put torch's own FlashAttention-2 in an attention's place. If causal, its queries are the last of the keys' tokens."""
+    with node.graph.inserting_before(node):
+        several = node.graph.call_function(FLASH, (*node.args[:3], 0.0, causal, False), {"scale": scale})
+    with quiet_shapes(several.graph.owning_module):
+        several.meta |= kept(node) | {"example_value": infer(several)}
+    node.target, node.args, node.kwargs = operator.getitem, (several, 0), {}
 
 
 def require_flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict[str, Any], last: bool = False) -> None:

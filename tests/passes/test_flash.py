@@ -3,10 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._functorch._aot_autograd.autograd_cache import check_node_safe
 
 from gdnfuse.dialect import OPS
 from gdnfuse.passes import flash
-from gdnfuse.rewrite.graph import op_name
+from gdnfuse.rewrite.graph import op_name, value
 from tests.rewrite.captured import Captured
 
 BF16 = torch.bfloat16
@@ -20,6 +21,17 @@ def chosen(function, *args, target="cuda"):
     """The graph behind the choice, and its records."""
     g = Captured(lambda *args: (function(*args),), *args).normalize()
     return g, flash.choose(g.gm, target)
+
+
+def flashes(g):
+    """The one call of it; what read the attention reads its first result, in the same layout."""
+    (call,) = [n for n in g.gm.graph.nodes if n.target is flash.FLASH]
+    (result,) = call.users
+    assert op_name(result) == "getitem" and result.args == (call, 0)
+    found, wanted = value(call)[0], value(result)
+    assert found.shape == wanted.shape and found.dtype == wanted.dtype and found.device == wanted.device
+    check_node_safe(call)  # raises where AOTAutograd could not keep the graph on disk
+    return call
 
 
 @pytest.mark.parametrize(
@@ -46,9 +58,9 @@ def test_chosen(sizes, options, dynamic):
         torch._dynamo.mark_dynamic(t, 2)
     g, (record,) = chosen(function, *args)
     assert (record.chosen, record.reason) == ("flash attention", "")
-    (call,) = [n for n in g.gm.graph.nodes if n.target is flash.flash_attention]
+    call = flashes(g)
     assert [n.op for n in call.args[:3]] == ["placeholder"] * 3
-    assert call.args[3:] == (options.get("is_causal", False), options.get("scale")) and not call.kwargs
+    assert call.args[3:] == (0.0, options.get("is_causal", False), False) and call.kwargs == {"scale": options.get("scale")}
 
 
 @pytest.mark.parametrize("keys", [4, 2])
@@ -56,8 +68,8 @@ def test_the_last_tokens_of_a_sequence(keys):
     function = lambda q, k, v: torch.ops.gdnfuse.causal_attention.default(q, k, v, 0.3) * 1.0  # noqa: E731
     g, (record,) = chosen(function, *qkv(L=9, keys=keys))
     assert record.chosen == "flash attention"
-    (call,) = [n for n in g.gm.graph.nodes if n.target is flash.flash_attention]
-    assert call.args[3:] == (True, 0.3)
+    call = flashes(g)
+    assert call.args[3:] == (0.0, True, False) and call.kwargs == {"scale": 0.3}
     g, (record,) = chosen(function, *qkv(L=9, keys=keys, D=64))
     assert record.chosen == "library" and "gdnfuse.causal_attention" in g.ops()
 
@@ -120,4 +132,4 @@ def test_on_a_gpu(T, L, causal):
         meant = lambda q, k, v, scale: F.scaled_dot_product_attention(q, k, v, enable_gqa=True, scale=scale)  # noqa: E731
     exact, theirs = meant(q.double(), k.double(), v.double(), 0.05), meant(q, k, v, 0.05)
     error = lambda y: float((y.double() - exact).norm() / exact.norm())  # noqa: E731
-    assert error(flash.flash_attention(q, k, v, causal, 0.05)) <= 1.1 * error(theirs) + 1e-4
+    assert error(flash.FLASH(q, k, v, 0.0, causal, False, scale=0.05)[0]) <= 1.1 * error(theirs) + 1e-4
