@@ -91,6 +91,9 @@ def require_flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: di
         raise Refused(f"Causal attention must have as many queries as keys, found {T} and {L}.")
     if any(t.stride(-1) != 1 for t in (q, k, v)):
         raise Refused(f"Rows must be contiguous, found the strides {', '.join(str(t.stride(-1)) for t in (q, k, v))}.")
+    built = not torch.cuda.is_available() or torch.backends.cuda.is_flash_attention_available()
+    if not built or not torch.backends.cuda.flash_sdp_enabled():
+        raise Refused("FlashAttention-2 must be part of torch and enabled, found that it is not.")
     if not _on_hopper(q.device):
         raise Refused("Which attention is faster was measured on compute capability 9.0 alone, found another device.")
 

@@ -133,26 +133,28 @@ def _bound(inputs: list[tuple[str, Node]], m: Match) -> dict[Any, int]:
 
     Each is more than four times the one before it: of two near each other, a graph may have the difference in it as a number.
     What is a number of sequences and nothing else needs to be no more than a few.
+
+    Raises:
+        Refused: a number has a symbol that no size has, or two sizes are alike for no sizes that could be.
     """
     numbers: dict[Any, int] = {}
     if m.small is None:
         return numbers
     values = [value(node) for _, node in inputs]
     shapes = [v.shape for v in values if isinstance(v, torch.Tensor)]
-    for size in (size for shape in shapes for size in shape[1:]):
-        for symbol in _symbols(size):
-            numbers.setdefault(symbol, max(m.small, 4 * max(numbers.values(), default=0) + 1))
-    few = {symbol: SEQUENCES for shape in shapes for size in shape[:1] for symbol in _symbols(size) if symbol not in numbers}
+    for symbol in (s for shape in shapes for size in shape[1:] or shape for s in _symbols(size)):
+        numbers.setdefault(symbol, max(m.small, 4 * max(numbers.values(), default=0) + 1))
+    for symbol in (s for shape in shapes for size in shape[:1] for s in _symbols(size)):
+        numbers.setdefault(symbol, SEQUENCES)
+    others = [v for v in values if not isinstance(v, torch.Tensor)]
+    if unknown := [s for size in (*others, *sum(m.alike, ())) for s in _symbols(size) if s not in numbers]:
+        raise Refused(f"Numbers must be made of sizes of the operands to be proved, found {unknown[0]}.")
     for one, other in m.alike:
-        own = [s for s in _symbols(other) if s in numbers and s not in _symbols(one)]
-        for symbol in own[:1]:
+        for symbol in [s for s in _symbols(other) if s not in _symbols(one)][:1]:
             numbers[symbol] += hint(one, numbers) - hint(other, numbers)
-    for v in values:
-        if unknown := [] if isinstance(v, torch.Tensor) else [s for s in _symbols(v) if s not in numbers | few]:
-            raise Refused(f"A number must be made of sizes of the operands to be proved, found {unknown[0]}.")
-    if small := [f"{s} = {n}" for s, n in numbers.items() if n < 2]:
-        raise Refused(f"Sizes must have numbers above 1 to be proved, found {small[0]}.")
-    return numbers | few
+            if numbers[symbol] < 2:
+                raise Refused(f"Sizes must be above 1 where {one} is {other} to be proved, found {symbol} = {numbers[symbol]}.")
+    return numbers
 
 
 def _symbols(size: Any) -> list[Any]:

@@ -29,7 +29,8 @@ class Match:
         extremes: how to draw it for the proof's second sample, where `samplers` does not serve.
         local_writes: the region may write in place to memory it makes itself, such as a buffer filled slice by slice.
         shapes: smaller shapes for the proof where the region's maths does not depend on the size.
-        small: if given, symbolic sizes are bound to about this number in the proof, instead of to their hints.
+        small: if given, symbolic sizes are bound to numbers from this one on in the proof, instead of to their hints; what is a
+            number of sequences alone to a few.
         alike: pairs of sizes, each a symbol plus a number, without whose equality the region fails, whatever their symbols are:
             with `small` the second's symbol is bound to what makes them equal.
     """

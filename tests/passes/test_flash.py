@@ -111,10 +111,23 @@ def test_only_where_it_was_measured(monkeypatch, capability, hip, taken):
     g = Captured(lambda *args: (F.scaled_dot_product_attention(*args),), *qkv()).normalize()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     monkeypatch.setattr(torch.version, "hip", hip)
     (record,) = flash.choose(g.gm, "cuda")
     assert record.chosen == ("flash attention" if taken else "library")
     assert taken or record.reason.startswith("Which attention is faster was measured on compute capability 9.0 alone")
+
+
+@pytest.mark.parametrize("built, on", [(True, True), (False, True), (True, False)])
+def test_only_where_torch_has_it_and_may_take_it(monkeypatch, built, on):
+    g = Captured(lambda *args: (F.scaled_dot_product_attention(*args),), *qkv()).normalize()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: built)
+    monkeypatch.setattr(torch.backends.cuda, "flash_sdp_enabled", lambda: on)
+    (record,) = flash.choose(g.gm, "cuda")
+    assert record.chosen == ("flash attention" if built and on else "library")
+    assert record.chosen == "flash attention" or "must be part of torch and enabled" in record.reason
 
 
 def test_nothing_on_a_cpu():

@@ -5,6 +5,10 @@ import inspect
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from gdnfuse.report import Refused
 from gdnfuse.rewrite import proof
@@ -205,3 +209,34 @@ def test_evaluate_refuses_what_it_does_not_know():
 
 def test_refused_carries_the_sentence():
     assert (Refused("Why.", at="n").reason, Refused("Why.").at) == ("Why.", None)
+
+
+def symbolic(*shapes):
+    """Nodes of tensors whose sizes are symbols of their own, but for those given as strings, which are numbers."""
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    kinds = {True: DimDynamic.STATIC, False: DimDynamic.DYNAMIC}
+    nodes = []
+    for i, shape in enumerate(shapes):
+        node = Graph().placeholder(f"x{i}")
+        context = StatelessSymbolicContext([kinds[isinstance(size, str)] for size in shape])
+        node.meta["example_value"] = mode.from_tensor(
+            torch.empty([int(n) for n in shape]), symbolic_context=context, source=ConstantSource(node.name)
+        )
+        nodes.append((node.name, node))
+    return nodes
+
+
+def test_symbols_are_bound_far_from_each_other_but_sizes_alike_are_equal():
+    (_, a), (_, b) = inputs = symbolic((5, "4", 20), (5, "4", 30))
+    (B, _, T), (C, _, L) = (proof.value(n).shape for n in (a, b))
+    bound = lambda **more: proof._bound(inputs, Match({}, [], small=37, **more))  # noqa: E731
+    of = lambda numbers, size: numbers[size.node.expr]  # noqa: E731
+    found = bound()
+    assert [of(found, n) for n in (B, C, T, L)] == [proof.SEQUENCES, proof.SEQUENCES, 37, 149]
+    assert of(bound(alike=[(T, L + 7)]), L) == 30
+    with pytest.raises(Refused, match="Sizes must be above 1 where .* to be proved, found s.* = -13"):
+        bound(alike=[(T, L + 50)])
+    number = Graph().placeholder("n")
+    number.meta["example_value"] = L
+    with pytest.raises(Refused, match="Numbers must be made of sizes of the operands to be proved"):
+        proof._bound([inputs[0], ("n", number)], Match({}, [], small=37))
