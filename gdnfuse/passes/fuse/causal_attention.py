@@ -20,12 +20,13 @@ from gdnfuse.rewrite.driver import call
 from gdnfuse.rewrite.graph import is_tensor, op_name, same, same_shape, value
 from gdnfuse.rewrite.rule import Match, Rule, shown
 
-# The proof compares T × T attention in float64: symbolic lengths are bound to a small one, a fixed one must be small. The small
-# one is above what the numbers in the mask add up to, because a window of 4096 shows in no mask of 37.
+# The proof compares T × T attention in float64: symbolic lengths are bound to small ones, a fixed one must be small.
 PROVED, MAX_FIXED = 37, 1024
 MASK = 3
-# These ops move rows and columns and compare them: lengths above twice what their numbers add up to show all that such a mask is.
-# One that scales, as (i − j) // 16 < 16 does, may have a window of another size than any number in it.
+# What small lengths show of a mask is all there is only if it has no window or offset of its own: a window of 4096 shows in no mask
+# of 37. So with a symbolic length a mask has these ops alone, which move rows and columns and compare them, and numbers that add up
+# to no more than in j < i + 1 or triu(1). One that scales, as (i − j) // 16 < 16 does, has a window of another size than its numbers.
+MOST = 2
 MOVES = {
     "arange", "add", "iadd", "sub", "isub", "neg", "le", "lt", "ge", "gt", "eq", "ne", "and", "iand", "or", "ior", "not",
     "invert", "tril", "triu", "full", "where", "masked_fill", "getitem",
@@ -52,7 +53,7 @@ class FuseCausalAttention(Rule):
         number, strange = _numbers(_mask(anchor), (T, L, L - T))
         data = {"target": anchor.target, "kept": kept, "number": number, "strange": strange, "square": same(T, L)}
         alike = [(L, value(v).shape[-2]), (L, value(_mask(anchor)).shape[-1])]
-        small = None if isinstance(T, int) and isinstance(L, int) else max(PROVED, 2 * number + 5)
+        small = None if isinstance(T, int) and isinstance(L, int) else PROVED
         return Match({"q": q, "k": k, "v": v}, [anchor], data=data, small=small, alike=alike)
 
     def check(self, m):
@@ -68,10 +69,8 @@ class FuseCausalAttention(Rule):
         if m.data["strange"]:
             found = ", ".join(sorted(m.data["strange"]))
             raise Refused(f"A mask must move and compare rows and columns alone, found that it reads {found}.", at=anchor)
-        longest = MAX_FIXED if m.data["square"] else MAX_FIXED // 5  # the proof's keys are five times as many as its queries
-        if m.small is not None and m.small > longest:
-            most, found = (longest - 5) // 2, m.data["number"]
-            raise Refused(f"The numbers in a mask must add up to at most {most} to be proved, found {found}.", at=anchor)
+        if m.small is not None and (found := m.data["number"]) > MOST:
+            raise Refused(f"The numbers in a mask must add up to at most {MOST} to be proved, found {found}.", at=anchor)
         sizes = (*value(_mask(anchor)).shape[-2:], q[-2], k[-2], k[-2] - q[-2])
         longest = max((n for n in map(_known, sizes) if n is not None), default=0)
         if longest > MAX_FIXED:
