@@ -23,9 +23,9 @@ from gdnfuse.rewrite.rule import Match, Rule, shown
 # The proof compares T × T attention in float64: symbolic lengths are bound to small ones, a fixed one must be small.
 PROVED, MAX_FIXED = 37, 1024
 MASK = 3
-# What small lengths show of a mask is all there is only if it has no window or offset of its own: a window of 4096 shows in no mask
-# of 37. So with a symbolic length a mask has these ops alone, which move rows and columns and compare them, and numbers that add up
-# to no more than in j < i + 1 or triu(1). One that scales, as (i − j) // 16 < 16 does, has a window of another size than its numbers.
+# What small lengths show of a mask is all there is only if it has no window or offset of its own: a window of 4096 shows in no
+# mask of 37. So with a symbolic length a mask has these ops alone, which move rows and columns and compare them, and numbers that
+# add up to no more than in j < i + 1 or triu(1). One that scales, as (i − j) // 16 < 16 does, has its window in no number.
 MOST = 2
 MOVES = {
     "arange", "add", "iadd", "sub", "isub", "neg", "le", "lt", "ge", "gt", "eq", "ne", "and", "iand", "or", "ior", "not",
