@@ -61,13 +61,24 @@ ROWS: dict[str, list[str]] = {
         "tests/kernels/test_supports.py",
     ],
     "Kernels read nothing early that the graph writes": ["tests/passes/test_lower.py"],
+    "A launch that is repeated is the launch, in every mode and layout": [
+        "tests/kernels/test_replay.py",
+        "tests/kernels/test_repeated_launches.py",
+    ],
+    "Attention of steps and prompts: masks, caches, lengths": [
+        "tests/passes/test_attention_decode.py",
+        "tests/passes/test_attention_one_query.py",
+        "tests/passes/test_causal_attention.py",
+        "tests/passes/test_flash.py",
+    ],
+    "What reviews found": ["tests/passes/test_reviewed.py"],
     "Models, threads, recompilations, resets, failing passes, training, export": [
         "tests/test_process.py",
         "tests/test_backend.py",
     ],
     "Bit-identical from run to run": ["tests/models/test_determinism.py"],
 }
-GPU = {"Kernels and whole models on a GPU": ["-m", "gpu", "tests/kernels/test_gpu.py", "tests/models/test_gpu.py"]}
+GPU = {"Kernels and whole models on a GPU": ["-m", "gpu", "tests"]}
 
 
 def run(title: str, arguments: Sequence[str], workers: int) -> dict[str, Any]:
