@@ -98,7 +98,7 @@ def run(title: str, arguments: Sequence[str], workers: int) -> dict[str, Any]:
     print(f"{passed:5} passed, {failed} failed, {counts['skipped']} skipped  {title}", flush=True)
     return {
         "what": title,
-        "tests": " ".join(a for a in arguments if a.startswith("tests/")),
+        "tests": " ".join(a for a in arguments if a.startswith("tests")),
         "passed": passed,
         "failed": failed,
         "skipped": counts["skipped"],

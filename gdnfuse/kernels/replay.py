@@ -1,9 +1,9 @@
 """Repeat a launch with other pointers: what Python and Triton do for a call depends on its layout alone, so it is done once.
 
-A launch works out grids, strides and views, allocates, and has Triton bind and specialise some twenty to forty arguments: 30 to
-300 µs of the host's time for kernels of 3 to 30 µs, which is what a step without CUDA graphs and a short prompt wait for. The
-second call of a layout is recorded: which compiled kernels ran, on what grid, with which arguments, and of every pointer from
-which input or allocation it was derived, how many bytes further on. From then on only that is repeated.
+A launch works out grids, strides and views, allocates, and has Triton bind and specialise some twenty to forty arguments: 25 to
+220 µs of the host's time (benchmarks/launch.py), which a step without CUDA graphs and a short prompt wait for. The second call of
+a layout is recorded: which compiled kernels ran, on what grid, with which arguments, and of every pointer from which input or
+allocation it was derived, how many bytes further on. From then on only that is repeated.
 
 Layout is all that a launch may look at: sizes, strides and dtypes of the tensors, whether they are aligned to 16 bytes, their
 device, and every other argument. A launch that does more than allocate, make views and launch kernels is not recorded.

@@ -1,9 +1,8 @@
 """flash: a prompt's attention without a mask becomes FlashAttention-2 (Dao 2023, arXiv:2307.08691) where torch takes cuDNN's.
 
-cuDNN plans for the length of a prompt, and plans anew for every length that it has not met. With eight layers of a 4B model on
-an H200, torch 2.11, a prompt of a new length, up to 3000 tokens, took 50 to 62 ms with it and 4 to 10 with FlashAttention-2;
-prompts of known lengths, up to 16384 tokens, the same within 5 % (by a script not kept; benchmarks/prefill.py measures both).
-Heads of up to 128 columns, for which cuDNN has a newer kernel, were not measured and are left.
+cuDNN plans for the length of a prompt, and plans anew for every length that it has not met; FlashAttention-2 needs no plan.
+Chosen on an H200 with heads of 256, by a script that was not kept: benchmarks/prefill.py times prompts of new and of known lengths,
+but its committed figures are older. Heads of up to 128 columns, for which cuDNN has a newer kernel, were not measured and are left.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ FLASH = torch.ops.aten._scaled_dot_product_flash_attention.default
 
 
 def choose(gm: GraphModule, target: str | None) -> list[Record]:
-    """Give every attention of several queries on a GPU its kernel. One record per attention says which, and why not this one.
+    """Give FlashAttention-2 to every attention on a GPU that is still torch's and may take it. One record each, which says why not.
 
     Args:
         gm: rewritten in place.
