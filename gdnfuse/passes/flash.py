@@ -1,8 +1,9 @@
 """flash: a prompt's attention without a mask becomes FlashAttention-2 (Dao 2023, arXiv:2307.08691) where torch takes cuDNN's.
 
 cuDNN plans for the length of a prompt, and plans anew for every length that it has not met; FlashAttention-2 needs no plan.
-Chosen on an H200 with heads of 256, by a script that was not kept: benchmarks/prefill.py times prompts of new and of known lengths,
-but its committed figures are older. Heads of up to 128 columns, for which cuDNN has a newer kernel, were not measured and are left.
+Chosen on an H200 with heads of 256, by a script that was not kept: benchmarks/prefill.py times prompts of new and known lengths,
+but its committed figures are older. Heads of up to 128 columns, for which cuDNN has a newer kernel, were not measured: they are
+left.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ FLASH = torch.ops.aten._scaled_dot_product_flash_attention.default
 
 
 def choose(gm: GraphModule, target: str | None) -> list[Record]:
-    """Give FlashAttention-2 to every attention on a GPU that is still torch's and may take it. One record each, which says why not.
+    """Give FlashAttention-2 to every attention on a GPU that is still torch's and may take it. One record each, with why not.
 
     Args:
         gm: rewritten in place.
