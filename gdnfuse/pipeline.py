@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 from gdnfuse.dialect import op_of
 from gdnfuse.options import Options
 from gdnfuse.packing import PackedWeight
-from gdnfuse.passes import flash, fuse, lift, lower, normalize, survey
+from gdnfuse.passes import fuse, lift, lower, normalize, survey
 from gdnfuse.passes.lift import gating
 from gdnfuse.report import GraphReport, LayerReport, Record, Status, announce
 from gdnfuse.rewrite.driver import Outcome, recorded, run_rules
@@ -83,7 +83,6 @@ def _stages(gm, real, options, report, outcome, packed, plan):
     yield "fuse"
     announce("lower")
     packed += lower.pack_weights(gm, real, plan)
-    outcome.records += flash.choose(gm, options.target)
     outcome.records += lower.lower(gm, options.target, linears=report.phase == "decode", ahead=not plan)
     lower.check(gm)
     yield "lower"

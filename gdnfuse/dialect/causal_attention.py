@@ -1,9 +1,10 @@
-"""causal_attention: attention of the last T of L tokens, as a second prompt on a filled cache has it."""
+"""causal_attention: a prompt's attention, of all tokens or of the last T of L, as a second prompt on a filled cache has it."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from gdnfuse.dialect.op import register
 
@@ -20,8 +21,13 @@ def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | 
         [B, H, T, D] in q's dtype, in memory as [B, T, H, D].
     """
     T, L = q.shape[2], k.shape[2]
-    seen = torch.arange(L, device=q.device)[None, :] <= torch.arange(T, device=q.device)[:, None] + (L - T)
-    o = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    # Repeated here: not every kernel of torch's takes fewer heads of keys, and the one that takes all keeps all scores.
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) if x.shape[1] != q.shape[1] else x for x in (k, v))
+    if statically_known_true(T == L):
+        o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    else:
+        seen = torch.arange(L, device=q.device)[None, :] <= torch.arange(T, device=q.device)[:, None] + (L - T)
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
     return o.transpose(1, 2).contiguous().transpose(1, 2)
 
 

@@ -1,4 +1,4 @@
-"""Triton kernels behind the dialect ops, one family per file. Importing this package does not import triton."""
+"""Kernels behind the dialect ops, one family per file. Importing this package does not import triton."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ def implementations() -> dict[str, Implementation]:
         add_rms_norm,
         attention_decode,
         attention_one_query,
+        causal_attention,
         causal_conv,
         causal_conv_update,
         chunk_delta_rule,
@@ -48,6 +49,7 @@ def implementations() -> dict[str, Implementation]:
         add_rms_norm.implementation,
         attention_decode.implementation,
         attention_one_query.implementation,
+        causal_attention.implementation,
         causal_conv.implementation,
         causal_conv_update.implementation,
         chunk_delta_rule.chunk_delta_rule,

@@ -59,6 +59,7 @@ class Implementation:
         early: names of the arguments it reads before it waits for the kernels before it, if it may overlap them: see
             `overlap_options`. They must be as they are when the first kernel of a graph starts.
         measured: the benchmark that compares its configs, or empty.
+        by: whose kernels it launches.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Implementation:
     supports: Callable[..., None] = field(repr=False)
     early: tuple[str, ...] = ()
     measured: str = ""
+    by: str = "triton"
 
     @property
     def arg_names(self) -> tuple[str, ...]:
@@ -130,6 +132,7 @@ def register(
     mutates: tuple[str, ...] = (),
     early: tuple[str, ...] = (),
     measured: str = "",
+    by: str = "triton",
 ) -> Implementation:
     """Register ``gdnfuse_triton::<name>``, opaque to compilers, with `launch` for CUDA and the dialect's fake.
 
@@ -145,7 +148,7 @@ def register(
     torch.library.register_fake(
         f"gdnfuse_triton::{name}", lambda *args, overlap=False, **kwargs: meaning(*args, **kwargs), lib=_library
     )
-    return Implementation(name, getattr(torch.ops.gdnfuse_triton, name).default, launch, replayed, supports, early, measured)
+    return Implementation(name, getattr(torch.ops.gdnfuse_triton, name).default, launch, replayed, supports, early, measured, by)
 
 
 def overlap_options(tensor: torch.Tensor, *early: torch.Tensor | None) -> dict[str, Any]:

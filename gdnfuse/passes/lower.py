@@ -1,4 +1,4 @@
-"""lower: each dialect op becomes its Triton kernel, or its reference, inlined if a compiler may see it; linears are packed."""
+"""lower: each dialect op becomes its kernel, or its reference, inlined if a compiler may see it; linears are packed."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatefulSymbolicContext
 
 from gdnfuse import kernels
-from gdnfuse.dialect import add_rms_norm, op_of, packed_linear
+from gdnfuse.dialect import add_rms_norm, causal_attention, op_of, packed_linear
 from gdnfuse.kernels.linear_configs import split
 from gdnfuse.packing import PackedWeight, pack, settle
 from gdnfuse.report import Record, Refused
 from gdnfuse.rewrite.driver import infer, recorded
-from gdnfuse.rewrite.graph import is_plain, kept, op_name, storage, value, writes
+from gdnfuse.rewrite.graph import is_plain, kept, op_name, same, storage, value, writes
 
+EQUATIONS = {"linear": "x·Wᵀ", "scaled_dot_product_attention": causal_attention.op.equation}  # of what is torch's
+OPTIONS = ("attn_mask", "dropout_p", "is_causal")  # of torch's attention, by their place behind q, k and v
 MAX_SUM = 7  # terms: Inductor makes a loop of a longer sum, with a kernel of its own
 
 
@@ -31,7 +33,7 @@ def lower(gm: GraphModule, target: str | None, linears: bool = False, ahead: boo
         gm: rewritten in place, after `pack_weights`.
         target: device type to assume; None takes it from each op's tensors.
         linears: whether the linears that are torch's become a kernel too, on a GPU, where it takes them: those of a decode step,
-            whose weights it streams faster than cuBLAS does.
+            whose weights it streams faster than cuBLAS does. Its causal attention does in any case.
         ahead: start to compile the kernels that were chosen.
     """
     records = []
@@ -41,22 +43,23 @@ def lower(gm: GraphModule, target: str | None, linears: bool = False, ahead: boo
     for node in gm.graph.nodes:
         if not behind.isdisjoint(node.all_input_nodes):
             behind.add(node)
-        op = op_of(node.target) if node.op == "call_function" else None
+        op, reason = op_of(node.target) if node.op == "call_function" else None, ""
         if op is not None:
             name, call = op.name, op.bind(node.args, node.kwargs)
         elif linears and op_name(node) == "linear":
-            name, call = "fused_linear", dict(zip(("x", "weights", "bias"), (*node.args, *node.kwargs.values()), strict=False))
-            call["weights"], bias = [call["weights"]], call.pop("bias", None)
+            name, call, reason = _linear(node)
+        elif op_name(node) == "scaled_dot_product_attention" and len(node.args) >= 3:
+            name, call, reason = _attention(node)
         else:
             continue
-        record = recorded(op.name if op else "linear", "lower", node, op.equation if op else "x·Wᵀ")
+        record = recorded(op.name if op else op_name(node), "lower", node, op.equation if op else EQUATIONS[op_name(node)])
         values = {k: [value(x) for x in v] if isinstance(v, list | tuple) else value(v) for k, v in call.items()}
         device = target or next(v.device.type for v in values.values() if isinstance(v, torch.Tensor))
         if op is None and device != "cuda":
             continue
         try:
-            if op is None and bias is not None:
-                raise Refused("The kernel takes no bias, found one.")
+            if reason:
+                raise Refused(reason)
             if name == "fused_linear" and device == "cuda" and (parts := _parts(call)) > 1:
                 name, call = "split_linear", {"x": call["x"], "weights": call["weights"], "parts": parts}
                 values = {k: values.get(k, v) for k, v in call.items()}
@@ -64,7 +67,7 @@ def lower(gm: GraphModule, target: str | None, linears: bool = False, ahead: boo
             # What came before the graph has ended when its first kernel starts, so the others may start before that one ends.
             early = {"overlap": True} if node in behind and touched.may_overlap(node, kernel, call) else {}
             node.target, node.args, node.kwargs = kernel.op, (), {**call, **early}
-            record.chosen = "triton"
+            record.chosen = kernel.by
             if name == "split_linear":
                 _add_up(node, call["parts"], values["weights"][0].dtype)
             behind.add(node)
@@ -85,6 +88,28 @@ def lower(gm: GraphModule, target: str | None, linears: bool = False, ahead: boo
     if ahead:
         kernels.compile_ahead([(kernel, arguments) for kernel, arguments, _ in launched.values()])
     return records
+
+
+def _linear(node: Node) -> tuple[str, dict[str, Any], str]:
+    """The op that torch's linear may become, its arguments, and why it may not."""
+    call = dict(zip(("x", "weights", "bias"), (*node.args, *node.kwargs.values()), strict=False))
+    reason = "" if call.pop("bias", None) is None else "The kernel takes no bias, found one."
+    return "fused_linear", {**call, "weights": [call["weights"]]}, reason
+
+
+def _attention(node: Node) -> tuple[str, dict[str, Any], str]:
+    """The same of torch's attention, whose flag counts queries and keys from their first."""
+    (q, k, v), options = node.args[:3], dict(zip(OPTIONS, node.args[3:], strict=False)) | node.kwargs
+    T, L = (value(x).shape[-2] for x in (q, k))
+    found = [
+        "a mask" if options.get("attn_mask") is not None else "",
+        "dropout" if isinstance(p := options.get("dropout_p", 0.0), Node) or p != 0.0 else "",
+        "" if options.get("is_causal", False) is True else "that it is not causal",
+        "" if same(T, L) else f"{T} queries and {L} keys",
+    ]
+    wanted = "Attention must be causal, of as many queries as keys, without a mask and dropout"
+    reason = f"{wanted}, found {', '.join(filter(None, found))}." if any(found) else ""
+    return "causal_attention", {"q": q, "k": k, "v": v, "scale": options.get("scale")}, reason
 
 
 def _parts(call: dict[str, Any]) -> int:

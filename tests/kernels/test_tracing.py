@@ -16,6 +16,10 @@ from gdnfuse.kernels import implementations
 CALLS = {
     "attention_decode": kernel_cases.attention(6, 4, 2, 16, 40, filled=20),
     "attention_one_query": kernel_cases.one_query(6, 4, 2, 16, 40),
+    "causal_attention": lambda: (
+        tuple(torch.randn(6, n, T, 136).bfloat16() for n, T in ((4, 5), (2, 9), (2, 9))),
+        {"scale": 0.3},
+    ),
     "causal_conv": kernel_cases.prompt_conv(6, 12, 7, 4, bias=True),
     "chunk_delta_rule": kernel_cases.chunked(6, 70, 2, 4, 24, 16),
     "fused_gating_chunk_delta_rule": kernel_cases.chunked(6, 70, 2, 4, 24, 16, gated=True),
@@ -33,7 +37,13 @@ BATCHED = [op for op in CALLS if op not in ("fused_linear", "in_proj_conv", "spl
 # The axis of time of what a prompt, or the keys of all tokens, is made of, by the ops that take any length.
 TIME = dict.fromkeys(("q", "k", "v", "g", "beta", "a", "b"), 1)
 KEYS = {"keys": 2, "values": 2, "mask": 3}
-TIMES = {"attention_one_query": KEYS, "causal_conv": {"x": 2}, "chunk_delta_rule": TIME, "fused_gating_chunk_delta_rule": TIME}
+TIMES = {
+    "attention_one_query": KEYS,
+    "causal_attention": {"q": 2, "k": 2, "v": 2},
+    "causal_conv": {"x": 2},
+    "chunk_delta_rule": TIME,
+    "fused_gating_chunk_delta_rule": TIME,
+}
 
 
 def faked(op, dynamic):

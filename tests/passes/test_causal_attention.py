@@ -1,4 +1,4 @@
-"""Attention under a causal mask that the graph makes is told so; any other mask stays, with a sentence."""
+"""Attention under a causal mask that the graph makes is causal_attention; any other mask stays, with a sentence."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from gdnfuse.passes.fuse.causal_attention import RULE
 from gdnfuse.report import Status
 from gdnfuse.rewrite import proof
+from gdnfuse.rewrite.graph import op_name
 from tests.rewrite.captured import Captured
 
 MASKS = {
@@ -44,14 +45,47 @@ def inputs(T=40, heads=4, keys=4, dynamic=False):
 
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("name", MASKS)
-def test_causal_masks_become_a_flag(name, dynamic):
-    options = {"scale": 0.3}
-    g = Captured(attention(MASKS[name], **options), *inputs(dynamic=dynamic)).normalize().apply(RULE)
+def test_causal_masks_become_an_op(name, dynamic):
+    g = Captured(attention(MASKS[name], scale=0.3), *inputs(dynamic=dynamic)).normalize().apply(RULE)
     assert g.record.status is Status.FIRED, g.record.reason
     g.close()
-    (call,) = [n for n in g.gm.graph.nodes if "scaled_dot" in str(n.target)]
-    assert call.kwargs["is_causal"] is True and options.items() <= call.kwargs.items() and "attn_mask" not in call.kwargs
-    assert not [n for n in g.gm.graph.nodes if "arange" in str(n.target)]
+    assert 0.3 in _attention(g).args and not {"scaled_dot_product_attention", "arange"} & set(g.ops())
+
+
+def _attention(g):
+    (call,) = [n for n in g.gm.graph.nodes if op_name(n) == "gdnfuse.causal_attention"]
+    return call
+
+
+def test_with_five_axes_they_become_a_flag():
+    def function(q, k, v):
+        seen = torch.arange(9)[None, :] <= torch.arange(9)[:, None]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=0.3) * 1.0
+
+    g = Captured(function, *(torch.randn(2, 3, 2, 9, 8) for _ in "qkv")).normalize().apply(RULE)
+    assert g.record.status is Status.FIRED, g.record.reason
+    g.close()
+    (call,) = [n for n in g.gm.graph.nodes if op_name(n) == "scaled_dot_product_attention"]
+    assert call.kwargs == {"is_causal": True, "scale": 0.3}
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_heads_are_shared_not_repeated(dynamic):
+    """As transformers repeats them where there is a mask."""
+    repeated = lambda x: x[:, :, None].expand(-1, -1, 2, -1, -1).reshape(x.shape[0], 4, x.shape[2], 8)  # noqa: E731
+    inner = attention(MASKS["le"])
+    g = Captured(lambda q, k, v: inner(q, repeated(k), repeated(v)), *inputs(keys=2, dynamic=dynamic)).normalize().apply(RULE)
+    assert g.record.status is Status.FIRED, g.record.reason
+    g.close()
+    assert [n.op for n in _attention(g).args[1:3]] == ["placeholder"] * 2 and "expand" not in g.ops()
+
+
+def test_heads_that_are_repeated_in_another_order_stay():
+    repeated = lambda x: x[:, None].expand(-1, 2, -1, -1, -1).reshape(2, 4, 40, 8)  # noqa: E731
+    inner = attention(MASKS["le"])
+    g = Captured(lambda q, k, v: inner(q, repeated(k), repeated(v)), *inputs(keys=2)).normalize().apply(RULE)
+    assert g.record.status is Status.REFUSED and "The float64 proof failed" in g.record.reason, g.record.reason
+    g.equal()
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -112,7 +146,6 @@ def test_other_masks_of_the_last_tokens_stay(name, dynamic):
         ([3, 4, 8], [3, 9, 8], [3, 9, 8]),
         ([2, 3, 4, 8], [2, 3, 9, 8], [2, 3, 9, 16]),
         ([1, 3, 4, 8], [2, 3, 9, 8], [2, 3, 9, 8]),
-        ([2, 3, 4, 8], [2, 1, 9, 8], [2, 1, 9, 8]),
     ],
 )
 def test_the_last_tokens_need_four_axes_and_the_same_sizes(shapes):
@@ -203,10 +236,13 @@ def test_a_width_that_is_a_symbol_is_refused():
     g.equal()
 
 
-def test_grouped_queries_keep_their_option():
-    g = Captured(attention(MASKS["le"], enable_gqa=True), *inputs(keys=2)).normalize().apply(RULE)
+@pytest.mark.parametrize(("keys", "options"), [(2, {"enable_gqa": True}), (1, {})])
+def test_grouped_queries(keys, options):
+    """Or one head of keys for all queries, without a word."""
+    g = Captured(attention(MASKS["le"], **options), *inputs(keys=keys)).normalize().apply(RULE)
     assert g.record.status is Status.FIRED, g.record.reason
     g.close()
+    assert _attention(g)
 
 
 def test_a_mask_that_is_given_is_not_guessed_at():

@@ -554,7 +554,7 @@ def sum_inputs(rows, dtype=torch.float32):
 
 
 @DTYPES
-@pytest.mark.parametrize("rows", [2, 32])
+@pytest.mark.parametrize("rows", [2, 32, 33, 100])
 @pytest.mark.parametrize(("norm", "offset"), [(qwen, 1.0), (llama, 0.0)])
 def test_add_rms_norm(norm, offset, rows, dtype):
     graph = fires(add_rms_norm, added(norm), *sum_inputs(rows, dtype))
@@ -631,14 +631,19 @@ def test_add_rms_norm_declines(f, status, found):
     assert record.status == status and found in record.reason
 
 
-@pytest.mark.parametrize("rows", [1, 33])
-def test_add_rms_norm_has_no_anchor_at_one_row_and_at_many(rows):
-    silent(add_rms_norm, added(qwen), *sum_inputs(rows))
+def test_add_rms_norm_has_no_anchor_at_one_row():
+    silent(add_rms_norm, added(qwen), *sum_inputs(1))
 
 
-def test_add_rms_norm_has_no_anchor_at_any_number_of_rows():
-    _, w, _, n = sum_inputs(3)
-    silent(add_rms_norm, lambda x, w, n: qwen(F.linear(x, w) + F.linear(x.exp(), w), n), symbolic(3, 1, N), w, n)
+@DTYPES
+@pytest.mark.parametrize("axis", [0, 1])
+def test_add_rms_norm_at_any_number_of_rows(axis, dtype):
+    """Of sequences, or of tokens."""
+    _, w, _, n = sum_inputs(3, dtype)
+    x = symbolic(5, 7, N, axis=axis).to(dtype)
+    torch._dynamo.mark_dynamic(x, axis)
+    graph = fires(add_rms_norm, lambda x, w, n: (qwen(h := F.linear(x, w) + F.linear(x.exp(), w), n), h), x, w, n)
+    assert "add" not in graph.ops()
 
 
 @pytest.mark.parametrize(
@@ -958,14 +963,29 @@ def test_a_model_of_one_sequence(capture):
 
 @pytest.mark.parametrize("batch", [2, 32, 33])
 def test_a_model_of_several_sequences(batch):
-    """Every residual sum is read by a norm. Beyond 32 sequences nothing is fused around linears."""
+    """Every residual sum is read by a norm. Beyond 32 sequences nothing else is fused around linears."""
     report, errors = step(zoo.causal_lm(), batch)
     assert max(errors) < 1e-5 and report.fused_layers == zoo.GDN_LAYERS
-    counts = {"swiglu_linear": 3, "add_rms_norm": 3 + 3} if batch <= 32 else {}
+    counts = {"swiglu_linear": 3 if batch <= 32 else 0, "add_rms_norm": 3 + 3}
     for rule in FUSIONS:
         assert statuses(report, rule) == [Status.FIRED] * counts.get(rule.RULE.name, 0), rule.RULE.name
     for layer in report.layers:
         assert zoo.ops_without_views(layer) == zoo.MANY_ROWS
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_model_with_a_prompt(dynamic):
+    """Every residual sum is read by a norm; the embedding is no sum."""
+    model = zoo.causal_lm()
+    run = torch.compile(copy.deepcopy(model), backend="gdnfuse", fullgraph=True, options={"inner": "eager"})
+    ids, _ = zoo.prompt(2, 70)
+    if dynamic:
+        torch._dynamo.mark_dynamic(ids, 1)
+    with torch.no_grad():
+        assert zoo.relative(run(input_ids=ids, use_cache=False).logits, model(input_ids=ids, use_cache=False).logits) < 1e-5
+    (report,) = gdnfuse.reports()
+    assert report.fused_layers == zoo.GDN_LAYERS
+    assert {rule: statuses(report, rule) for rule in FUSIONS if statuses(report, rule)} == {add_rms_norm: [Status.FIRED] * 6}
 
 
 def test_a_model_whose_sums_are_refused_keeps_its_result(monkeypatch, no_cached_proofs):

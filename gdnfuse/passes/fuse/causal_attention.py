@@ -1,8 +1,9 @@
-"""attention(q, k, v, a causal mask made in the graph)  →  the same with is_causal=True and no mask, or causal_attention
+"""attention(q, k, v, a causal mask made in the graph)  →  causal_attention, of keys and values before their heads are repeated
 
 transformers makes the mask of a second prompt on a filled cache, and 5.17 that of any compiled prompt, as a tensor [B, 1, T, L],
-with which no attention kernel skips what is masked. is_causal=True counts queries and keys from their first, which is right where
-there are as many; the last T of L tokens are gdnfuse.causal_attention.
+with which no attention kernel skips what is masked, and repeats heads that a mask's kernel cannot share. What has other axes than
+causal_attention takes keeps its op, with is_causal=True and no mask: that counts queries and keys from their first, which is
+right where there are as many.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch.fx import Node
 from torch.fx.node import map_aggregate
 
 from gdnfuse.dialect import causal_attention
+from gdnfuse.passes.lift.attention_one_query import without_copies
 from gdnfuse.report import Refused
 from gdnfuse.rewrite.driver import call
 from gdnfuse.rewrite.graph import is_tensor, op_name, same, same_shape, value
@@ -51,7 +53,11 @@ class FuseCausalAttention(Rule):
         kept = {name: a for name, a in anchor.kwargs.items() if name not in ("attn_mask", "is_causal")}
         T, L = value(q).shape[-2], value(k).shape[-2]
         number, strange = _numbers(_mask(anchor), (T, L, L - T))
-        data = {"target": anchor.target, "kept": kept, "number": number, "strange": strange, "square": same(T, L)}
+        options = kept.keys() - {"scale", "dropout_p", "enable_gqa"}
+        ways = [(q, without_copies(k), without_copies(v)), (q, k, v)]
+        fitting = [way for way in ways if not options and _of_one_size(*(value(n).shape for n in way))]
+        q, k, v = (fitting or ways[1:])[0]
+        data = {"target": anchor.target, "kept": kept, "number": number, "strange": strange, "fits": bool(fitting)}
         alike = [(L, value(v).shape[-2]), (L, value(_mask(anchor)).shape[-1])]
         small = None if isinstance(T, int) and isinstance(L, int) else PROVED
         return Match({"q": q, "k": k, "v": v}, [anchor], data=data, small=small, alike=alike)
@@ -60,10 +66,9 @@ class FuseCausalAttention(Rule):
         anchor = m.outputs[0]
         if len(anchor.args) > MASK + 1 or m.data["kept"].get("dropout_p", 0.0) != 0.0:
             raise Refused("Attention must have no dropout and its options by name, found otherwise.", at=anchor)
-        q, k, v = shapes = [value(n).shape for n in m.inputs.values()]
-        unknown = m.data["kept"].keys() - {"scale", "dropout_p", "enable_gqa"}
-        if not m.data["square"] and (unknown or not _of_one_size(q, k, v, m.data["kept"].get("enable_gqa", False))):
-            found = ", ".join([*map(shown, shapes), *sorted(unknown)])
+        q, k, _ = shapes = [value(n).shape for n in m.inputs.values()]
+        if not m.data["fits"] and not same(q[-2], k[-2]):
+            found = ", ".join([*map(shown, shapes), *sorted(m.data["kept"])])
             wanted = "four axes, the same sequences, heads and columns, and no more options"
             raise Refused(f"Attention of the last tokens must have {wanted}, found {found}.", at=anchor)
         if m.data["strange"]:
@@ -77,9 +82,9 @@ class FuseCausalAttention(Rule):
             raise Refused(f"A mask of fixed size must have at most {MAX_FIXED} columns to be proved, found {longest}.", at=anchor)
 
     def rewrite(self, m, t):
-        if m.data["square"]:
-            return call(m.data["target"], t.q, t.k, t.v, is_causal=True, **m.data["kept"])
-        return call(causal_attention.op.overload, t.q, t.k, t.v, m.data["kept"].get("scale"))
+        if m.data["fits"]:
+            return call(causal_attention.op.overload, t.q, t.k, t.v, m.data["kept"].get("scale"))
+        return call(m.data["target"], t.q, t.k, t.v, is_causal=True, **m.data["kept"])
 
 
 def _numbers(mask: Node, lengths: tuple[Any, ...]) -> tuple[int, set[str]]:
@@ -113,11 +118,12 @@ def _known(size: Any) -> int | None:
     return size if isinstance(size, int) else size.node.maybe_as_int()
 
 
-def _of_one_size(q: Any, k: Any, v: Any, grouped: bool) -> bool:
-    """Whether they are [B, H, T, D] and twice [B, HKV, L, D]. Two symbols may stand for L: unequal, attention fails."""
+def _of_one_size(q: Any, k: Any, v: Any) -> bool:
+    """Whether they are [B, H, T, D] and twice [B, HKV, L, D], which the op takes. Two symbols may stand for L: unequal, attention
+    fails."""
     if not len(q) == len(k) == len(v) == 4 or not same_shape((*k[:2], k[3]), (*v[:2], v[3])):
         return False
-    heads = same(q[1], k[1]) or grouped and isinstance(q[1], int) and isinstance(k[1], int) and q[1] % k[1] == 0
+    heads = same(q[1], k[1]) or isinstance(q[1], int) and isinstance(k[1], int) and q[1] % k[1] == 0
     return heads and same(q[0], k[0]) and same(q[3], k[3])
 
 

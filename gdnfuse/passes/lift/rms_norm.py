@@ -1,6 +1,8 @@
-"""x · rsqrt(mean(x²) + eps) · (offset + w)  →  gdnfuse.rms_norm(x, w, eps, offset), of one token"""
+"""x · rsqrt(mean(x²) + eps) · (offset + w)  →  gdnfuse.rms_norm(x, w, eps, offset), of one token or of a sum"""
 
 from __future__ import annotations
+
+from torch.fx import Node
 
 from gdnfuse.dialect import rms_norm
 from gdnfuse.passes.rows import one_row
@@ -16,14 +18,22 @@ normed = Op("mul", x, Op("rsqrt", Op("add", Op("mean", Op("mul", x, x)), Const("
 PATTERN = Alt(Op("mul", normed, Op("add", w, Const("offset"))), Op("mul", normed, w))
 
 
+def _squared(mean: Node) -> Node:
+    """What is squared under the mean."""
+    square = peel(mean.args[0])
+    return next(map(peel, square.all_input_nodes), square)
+
+
 class LiftRMSNorm(Rule):
     name, stage, equation = "rms_norm", "lift", rms_norm.op.equation
 
     def anchors(self, graph):
-        """The inverse square root of a mean, of one token: a prompt's norms fuse with nothing and are the compiler's."""
+        """The inverse square root of a mean, of one token or of a sum: a prompt's other norms fuse with nothing and are the
+        compiler's."""
         for node in graph.nodes:
             if op_name(node) == "rsqrt" and op_name(add := peel(node.args[0])) == "add" and op_name(peel(add.args[0])) == "mean":
-                if one_row(node) or is_tensor(node) and value(node).ndim > 2 and same(value(node).shape[1], 1):
+                one = one_row(node) or is_tensor(node) and value(node).ndim > 2 and same(value(node).shape[1], 1)
+                if one or op_name(_squared(peel(add.args[0]))) == "add":
                     yield node
 
     def match(self, anchor):
