@@ -227,7 +227,7 @@ def test_unknown_side_is_refused(capsys):
     assert "jax" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["chunk", "gemm", "mixer", "packing"])
+@pytest.mark.parametrize("name", ["chunk", "gemm", "mixer", "packing", "prompt"])
 def test_benchmarks_of_kernels_need_a_device(name, monkeypatch, capsys):
     main = main_of(name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

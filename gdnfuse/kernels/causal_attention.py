@@ -1,7 +1,7 @@
 """A prompt's attention by torch's own kernels, each where it is the faster: no kernel of ours.
 
 cuDNN's plans for the length of a prompt, and anew for every length that it has not met, 30 ms each; then it needs half the time
-of FlashAttention-2 (Dao 2023, arXiv:2307.08691), which needs no plan (benchmarks/attention.py). So short prompts, of whose time
+of FlashAttention-2 (Dao 2023, arXiv:2307.08691), which needs no plan (benchmarks/prompt.py). So short prompts, of whose time
 attention is little, take FlashAttention-2, and long ones cuDNN's with rows of zeros behind them, so that EIGHTHS lengths serve
 all from one power of two to the next: what is behind a token is not seen from it.
 
@@ -96,4 +96,4 @@ def _on_hopper(device: torch.device) -> bool:
     )
 
 
-implementation = register("causal_attention", launch, supports, measured="benchmarks/attention.py", by="flash attention or cuDNN")
+implementation = register("causal_attention", launch, supports, measured="benchmarks/prompt.py", by="flash attention or cuDNN")

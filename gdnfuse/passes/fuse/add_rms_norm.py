@@ -2,7 +2,7 @@
 
 One row has both in its linears. A few have them as one kernel between two linears, which adds up what the first left in parts and
 lets the second start early. For many, as a prompt has, it reads each row once, where Inductor, if it does not know how many there
-are, reads it twice: at 16384 rows of 2560 on an H200 less than half the time (benchmarks/norm.py).
+are, reads it twice: at 16384 rows of 2560 on an H200 less than half the time (benchmarks/prompt.py).
 """
 
 from __future__ import annotations
