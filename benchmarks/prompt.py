@@ -4,8 +4,8 @@
 
 Attention is causal, of the 4B model's heads: FlashAttention-2 against cuDNN's, and how long the first call takes of a length that
 the process has not met, which cuDNN plans for. It decides LONG in gdnfuse/kernels/causal_attention.py. Sum and norm are of the 4B
-model's width: gdnfuse's add_rms_norm against what Inductor makes of them for any number of rows, as it compiles a prompt. Times are
-medians over REPLAYS replays of a CUDA graph, per call, over SETS sets of inputs in turn, so that none is in the L2 cache.
+model's width: gdnfuse's add_rms_norm against what Inductor makes of them for any number of rows, as it compiles a prompt. Medians
+over REPLAYS replays of a CUDA graph, per call, over SETS sets of inputs in turn, so that none is in the L2 cache.
 """
 
 from __future__ import annotations

@@ -113,7 +113,7 @@ def _parser() -> _Parser:
     bench.add_argument("--phase", choices=("decode", "prefill"), help="only this one")
     bench.add_argument("--layers", type=_positive, metavar="N", help="only the first layers of the model")
     bench.add_argument("--inner", choices=INNER, default=INNER[0], help="what compiles the rewritten graphs")
-    bench.add_argument("--timeout", type=_positive, metavar="SECONDS", help="end a side that takes longer; it has no speed then")
+    bench.add_argument("--timeout", type=_positive, metavar="SECONDS", help="end a side that takes longer; what it was at has no speed then")
     bench.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the milliseconds")
     bench.set_defaults(run=_bench)
     report.add_argument("--phase", choices=("decode", "prefill"), default="decode")

@@ -40,7 +40,7 @@ def here(monkeypatch, capsys):
         try:
             run.worker([*argv, "--worker", side, model, shared])
         except SystemExit as e:
-            return {"side": side, "failed": str(e), "stderr": capsys.readouterr().err}
+            return {"side": side, "failed": str(e), "step": "", "stderr": capsys.readouterr().err}
         return json.loads(capsys.readouterr().out.strip().rsplit("\n", 1)[-1])
 
     monkeypatch.setitem(sys.modules, "fla", None)  # as a worker sets it, and restored
@@ -182,6 +182,60 @@ def test_a_side_that_crashes_or_takes_too_long_costs_its_own_row_alone(program, 
     ]
     assert capsys.readouterr().err.split() == ["slow", "killed", "silent"]  # what those who failed printed
     assert not list((tmp_path / "temporary").iterdir())
+
+
+def test_what_a_side_fails_in_does_not_cost_it_the_rest(program):
+    def again(step):
+        return ("decode", ["others"]) if step.startswith("decode") else None
+
+    _, rows = workers.run_sides(program, "tiny", ["killed", "eager"], [], quiet=True, again=again)
+    failed = "The process ended with signal 9 (Killed)."
+    assert rows == [{"side": "killed", "failed": failed, "decode": {"failed": failed}}, {"side": "eager", "machine": {}}]
+
+
+def test_the_other_phase_of_a_side_that_crashes(folder, here, monkeypatch, capsys):
+    """Each attempt is a process; here it is a call that ends as one does."""
+    real, attempts = workers.spawn, []
+
+    def spawn(program, side, model, argv, folder, *more):
+        phases = json.loads(argv[0])["phases"]
+        if side == "eager":
+            attempts.append(phases)
+            if "prefill" in phases:
+                return {"side": side, "failed": "It was ended after 1 seconds.", "step": "prefill, first call"}
+        return real(program, side, model, argv, folder, *more)
+
+    monkeypatch.setattr(workers, "spawn", spawn)
+    assert main(["bench", str(folder), *QUICK, "--sides", "eager", "--prompt", "4"]) == 1
+    out, err = capsys.readouterr()
+    assert attempts == [["decode", "prefill"], ["decode"]]
+    decode, prefill = [line.split() for line in out.splitlines() if " eager " in line]
+    assert float(decode[2]) > 0 and prefill[2] == "failed"
+    assert err.splitlines()[-1] == "No speed of eager, batch 1, prefill: It was ended after 1 seconds."
+
+
+@pytest.mark.parametrize("when", ["reference", "eager", "later"])
+def test_an_interrupted_run_keeps_what_it_measured(when, folder, monkeypatch, capsys):
+    """In the reference there is nothing yet; then in the second side; then in the reference of the second batch."""
+    figures = {"right": True, "ms": 2.0, "tokens_per_second": 500.0, "first_call_seconds": 1.0, "error": 0.0, "graphs": []}
+
+    def spawn(program, side, model, argv, *more):
+        batch = json.loads(argv[0])["this_batch"]
+        if side == when or when == "later" and batch == 2:
+            raise KeyboardInterrupt
+        facts = {"machine": {"cpu_threads": 2}, "facts": {"layers": 3, "weights": "random", "eager_error": {"prefill": 0.0}}}
+        return facts if side == "reference" else {"side": side, "prefill": {**figures, "peak_bytes": None}}
+
+    monkeypatch.setattr(workers, "spawn", spawn)
+    command = ["bench", str(folder), *QUICK, "--phase", "prefill", "--sides", "inductor,eager", "--batch", "1,2"]
+    if when == "reference":
+        assert main(command) == 130
+        return
+    assert main(command) == (1 if when == "eager" else 0)
+    out, err = capsys.readouterr()
+    rows = [line.split()[:3] for line in out.splitlines() if line.startswith("1 ")]
+    assert rows == [["1", "inductor", "2"], ["1", "eager", "failed" if when == "eager" else "2"]]
+    assert ("No speed of eager, batch 1: It was interrupted." in err) == (when == "eager")
 
 
 def test_a_worker_that_is_interrupted_does_not_go_on(program, tmp_path):

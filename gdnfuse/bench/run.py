@@ -32,7 +32,7 @@ from gdnfuse.bench.measure import (
     weight_bytes,
     widen,
 )
-from gdnfuse.bench.workers import answer, fla_version, note, run_sides, show_fla
+from gdnfuse.bench.workers import Interrupted, answer, fla_version, note, run_sides, show_fla
 from gdnfuse.files import check_writable, replacing
 from gdnfuse.huggingface import apart, load_config, one_line, preset, random_model
 from gdnfuse.report import GdnfuseError
@@ -309,6 +309,9 @@ def run(settings: Settings, debug: bool = False) -> dict[str, Any]:
         settings: checked.
         debug: show what processes that fail print.
 
+    Interrupted, it ends with the figures that there are. A side whose process fails in one phase, or takes too long, is measured
+    in the other by one more.
+
     Returns:
         Plain data for JSON: "schema", "machine", "arguments" and "results", one for each batch, with the facts of the
         reference and a row for each side. A row has "decode" and "prefill", or "failed"; so may a phase. One without either "ms"
@@ -320,14 +323,36 @@ def run(settings: Settings, debug: bool = False) -> dict[str, Any]:
     data: dict[str, Any] = {"schema": SCHEMA, "machine": {}, "arguments": dataclasses.asdict(settings)}
     data["results"] = []
     for batch in settings.batch:
-        argv = [json.dumps({**dataclasses.asdict(settings), "this_batch": batch})]
-        how = {"quiet": not debug, "title": f"{settings.model}, batch {batch}", "timeout": settings.timeout}
-        first, rows = run_sides(["-m", "gdnfuse.bench"], settings.model, settings.sides, argv, **how)
+        again = partial(without_failed, settings, batch)
+        how = {"quiet": not debug, "title": f"{settings.model}, batch {batch}", "timeout": settings.timeout, "again": again}
+        interrupted = False
+        try:
+            first, rows = run_sides(["-m", "gdnfuse.bench"], settings.model, settings.sides, worker_argv(settings, batch), **how)
+        except Interrupted as e:
+            first, rows, interrupted = e.first, e.rows, True
+        except KeyboardInterrupt:
+            if not data["results"]:
+                raise
+            break
         if not first["machine"] and not data["results"]:
             raise GdnfuseError(f"The model could not be run: {rows[0]['failed'].removeprefix('GdnfuseError: ')}")
         data["machine"] |= first["machine"]
         data["results"].append({"batch": batch, **first.get("facts", {}), "sides": rows})
+        if interrupted:
+            break
     return data
+
+
+def worker_argv(settings: Settings, batch: int, **changes: Any) -> list[str]:
+    """What a worker is called with before `--worker`."""
+    return [json.dumps({**dataclasses.asdict(settings), "this_batch": batch, **changes})]
+
+
+def without_failed(settings: Settings, batch: int, step: str) -> tuple[str, list[str]] | None:
+    """The phase whose step failed, and a worker's arguments for the other one."""
+    failed = next((phase for phase in settings.phases if step.startswith(phase)), None)
+    others = [phase for phase in settings.phases if phase != failed]
+    return (failed, worker_argv(settings, batch, phases=others)) if failed and others else None
 
 
 def tables(data: dict[str, Any]) -> str:

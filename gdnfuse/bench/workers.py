@@ -24,6 +24,14 @@ STEP = "step"  # the file of the shared folder in which a worker says what it do
 POLL = 0.5  # seconds
 
 
+class Interrupted(KeyboardInterrupt):
+    """What there is when it comes: the reference's answer, and the row of every side, those without figures among them."""
+
+    def __init__(self, first: dict[str, Any], rows: list[dict[str, Any]]):
+        super().__init__()
+        self.first, self.rows = first, rows
+
+
 def show_fla(side: str) -> None:
     """Hide flash-linear-attention from this process, but for the side `fla`, which needs it; before a model is imported."""
     if side != "fla":
@@ -48,6 +56,7 @@ def run_sides(
     quiet: bool = False,
     title: str = "",
     timeout: float | None = None,
+    again: Callable[[str], tuple[str, Sequence[str]] | None] = lambda step: None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What a benchmark's worker `reference` answers, with "machine" in it, and the row of each side, one after another.
 
@@ -61,6 +70,11 @@ def run_sides(
         quiet: say of a worker that failed no more than its row does.
         title: what the line on the terminal begins with; the model if empty.
         timeout: seconds that a worker may take; one that takes longer is ended and has failed.
+        again: of what a worker that failed did last, the part of its row that this was, and arguments of a worker for the other
+            parts; None if there are none.
+
+    Raises:
+        Interrupted: instead of KeyboardInterrupt, once there is something to compare with.
     """
     rows: list[dict[str, Any]] = []
     # What a worker that was ended had started may still write there for a moment.
@@ -68,8 +82,22 @@ def run_sides(
         for i, side in enumerate(["reference", *sides], 1):
             line = f"{title or model}, {side} ({i} of {len(sides) + 1})"
             say = lambda step, line=line: announce(f"{line}: {step}" if step else line)  # noqa: E731
-            rows.append(spawn(program, side, model, argv, folder, say, timeout))
-            stderr = rows[-1].pop("stderr", "")
+            try:
+                row = spawn(program, side, model, argv, folder, say, timeout)
+                if "failed" in row and (rest := again(row["step"])):
+                    part, left = rest
+                    others = spawn(program, side, model, left, folder, say, timeout)
+                    stderr = row.get("stderr", "") + others.get("stderr", "")
+                    row = {**others, part: {"failed": row["failed"]}, "stderr": stderr}
+            except KeyboardInterrupt:
+                if not rows:
+                    raise
+                raise Interrupted(
+                    rows[0], [*rows[1:], *({"side": s, "failed": "It was interrupted."} for s in sides[i - 2 :])]
+                ) from None
+            row.pop("step", None)
+            rows.append(row)
+            stderr = row.pop("stderr", "")
             if not quiet:
                 sys.stderr.write(stderr)
             if "failed" in rows[0]:
@@ -97,7 +125,8 @@ def spawn(
 ) -> dict[str, Any]:
     """What a program, called with argv and `--worker side model folder`, answers.
 
-    If it fails, {"side", "failed": sentence, "stderr": all that it printed there}; "stderr" also where it says that a part did.
+    If it fails, {"side", "failed": sentence, "step": what it did last, "stderr": all that it printed there}; "stderr" also where
+    it says that a part did.
 
     Args:
         program, side, model, argv, timeout: as of `run_sides`.
@@ -121,18 +150,20 @@ def spawn(
                     if timeout is not None and time.monotonic() - start > timeout:
                         process.kill()
                         failed = f"It was ended after {timeout:g} seconds{f', at {step!r}' if step else ''}."
-                        return {"side": side, "failed": failed, "stderr": (e.stderr or b"").decode(errors="replace")}
+                        stderr = (e.stderr or b"").decode(errors="replace")
+                        return {"side": side, "failed": failed, "step": step, "stderr": stderr}
         except BaseException:
             process.kill()
             raise
     code, lines = process.returncode, err.strip().splitlines()
+    failure = {"side": side, "step": Path(folder, STEP).read_text(encoding="utf-8"), "stderr": err}
     if code:
         ended = f"signal {-code} ({signal.strsignal(-code)})" if code < 0 else f"status {code}"
-        return {"side": side, "failed": lines[-1] if lines and code > 0 else f"The process ended with {ended}.", "stderr": err}
+        return {**failure, "failed": lines[-1] if lines and code > 0 else f"The process ended with {ended}."}
     try:
         row = json.loads(out.strip().rsplit("\n", 1)[-1])
     except ValueError:
-        return {"side": side, "failed": "The process ended without an answer.", "stderr": err}
+        return {**failure, "failed": "The process ended without an answer."}
     if any("failed" in part for part in row.values() if isinstance(part, dict)):
         row["stderr"] = err
     return row
