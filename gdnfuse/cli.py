@@ -113,7 +113,9 @@ def _parser() -> _Parser:
     bench.add_argument("--phase", choices=("decode", "prefill"), help="only this one")
     bench.add_argument("--layers", type=_positive, metavar="N", help="only the first layers of the model")
     bench.add_argument("--inner", choices=INNER, default=INNER[0], help="what compiles the rewritten graphs")
-    bench.add_argument("--timeout", type=_positive, metavar="SECONDS", help="end a side that takes longer; what it was at has no speed then")
+    bench.add_argument(
+        "--timeout", type=_positive, metavar="SECONDS", help="end a side that takes longer; what it was at has no speed"
+    )
     bench.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the milliseconds")
     bench.set_defaults(run=_bench)
     report.add_argument("--phase", choices=("decode", "prefill"), default="decode")
@@ -276,9 +278,10 @@ def _comparison_rows(report: GraphReport) -> list[dict[str, Any]]:
 
 
 def _rules(args: argparse.Namespace) -> None:
-    from gdnfuse.passes import fuse, lift
+    from gdnfuse.passes import fuse, last_rows, lift
 
     rows = [{"stage": r.stage, "rule": r.name, "equation": r.equation} for r in (*lift.RULES, *fuse.RULES)]
+    rows.append({"stage": "fuse", "rule": last_rows.NAME, "equation": last_rows.EQUATION})
     print(json.dumps(rows, indent=1, ensure_ascii=False) if args.json else tabulate(rows, "keys", disable_numparse=True))
 
 

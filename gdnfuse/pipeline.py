@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 from gdnfuse.dialect import op_of
 from gdnfuse.options import Options
 from gdnfuse.packing import PackedWeight
-from gdnfuse.passes import fuse, lift, lower, normalize, survey
+from gdnfuse.passes import fuse, last_rows, lift, lower, normalize, survey
 from gdnfuse.passes.lift import gating
 from gdnfuse.report import GraphReport, LayerReport, Record, Status, announce
 from gdnfuse.rewrite.driver import Outcome, recorded, run_rules
@@ -79,6 +79,7 @@ def _stages(gm, real, options, report, outcome, packed, plan):
     normalize.normalize(gm)
     yield "lift"
     run_rules(gm, fuse.RULES, outcome)
+    last_rows.keep_last_rows(gm, outcome)
     normalize.normalize(gm)
     yield "fuse"
     announce("lower")

@@ -49,7 +49,7 @@ def lower(gm: GraphModule, target: str | None, linears: bool = False, ahead: boo
         elif linears and op_name(node) == "linear":
             name, call, reason = _linear(node)
         elif op_name(node) == "scaled_dot_product_attention" and len(node.args) >= 3:
-            name, call, reason = _attention(node)
+            name, (call, reason) = "causal_attention", attention_of(node)
         else:
             continue
         record = recorded(op.name if op else op_name(node), "lower", node, op.equation if op else EQUATIONS[op_name(node)])
@@ -97,8 +97,9 @@ def _linear(node: Node) -> tuple[str, dict[str, Any], str]:
     return "fused_linear", {**call, "weights": [call["weights"]]}, reason
 
 
-def _attention(node: Node) -> tuple[str, dict[str, Any], str]:
-    """The same of torch's attention, whose flag counts queries and keys from their first."""
+def attention_of(node: Node) -> tuple[dict[str, Any], str]:
+    """The arguments of causal_attention that torch's attention has, and why it is none: its flag counts queries and keys from
+    their first."""
     (q, k, v), options = node.args[:3], dict(zip(OPTIONS, node.args[3:], strict=False)) | node.kwargs
     T, L = (value(x).shape[-2] for x in (q, k))
     found = [
@@ -109,7 +110,7 @@ def _attention(node: Node) -> tuple[str, dict[str, Any], str]:
     ]
     wanted = "Attention must be causal, of as many queries as keys, without a mask and dropout"
     reason = f"{wanted}, found {', '.join(filter(None, found))}." if any(found) else ""
-    return "causal_attention", {"q": q, "k": k, "v": v, "scale": options.get("scale")}, reason
+    return {"q": q, "k": k, "v": v, "scale": options.get("scale")}, reason
 
 
 def _parts(call: dict[str, Any]) -> int:

@@ -19,7 +19,7 @@ from gdnfuse.dialect import causal_attention
 from gdnfuse.passes.lift.attention_one_query import without_copies
 from gdnfuse.report import Refused
 from gdnfuse.rewrite.driver import call
-from gdnfuse.rewrite.graph import is_tensor, op_name, same, same_shape, value
+from gdnfuse.rewrite.graph import is_tensor, op_name, same, value
 from gdnfuse.rewrite.rule import Match, Rule, shown
 
 # The proof compares T × T attention in float64: symbolic lengths are bound to small ones, a fixed one must be small.
@@ -55,7 +55,7 @@ class FuseCausalAttention(Rule):
         number, strange = _numbers(_mask(anchor), (T, L, L - T))
         options = kept.keys() - {"scale", "dropout_p", "enable_gqa"}
         ways = [(q, without_copies(k), without_copies(v)), (q, k, v)]
-        fitting = [way for way in ways if not options and _of_one_size(*(value(n).shape for n in way))]
+        fitting = [way for way in ways if not options and causal_attention.takes(*(value(n).shape for n in way))]
         q, k, v = (fitting or ways[1:])[0]
         data = {"target": anchor.target, "kept": kept, "number": number, "strange": strange, "fits": bool(fitting)}
         alike = [(L, value(v).shape[-2]), (L, value(_mask(anchor)).shape[-1])]
@@ -116,15 +116,6 @@ def _numbers(mask: Node, lengths: tuple[Any, ...]) -> tuple[int, set[str]]:
 
 def _known(size: Any) -> int | None:
     return size if isinstance(size, int) else size.node.maybe_as_int()
-
-
-def _of_one_size(q: Any, k: Any, v: Any) -> bool:
-    """Whether they are [B, H, T, D] and twice [B, HKV, L, D], which the op takes. Two symbols may stand for L: unequal, attention
-    fails."""
-    if not len(q) == len(k) == len(v) == 4 or not same_shape((*k[:2], k[3]), (*v[:2], v[3])):
-        return False
-    heads = same(q[1], k[1]) or isinstance(q[1], int) and isinstance(k[1], int) and q[1] % k[1] == 0
-    return heads and same(q[0], k[0]) and same(q[3], k[3])
 
 
 def _mask(node):
