@@ -69,7 +69,7 @@ ROWS: dict[str, list[str]] = {
         "tests/passes/test_attention_decode.py",
         "tests/passes/test_attention_one_query.py",
         "tests/passes/test_causal_attention.py",
-        "tests/passes/test_flash.py",
+        "tests/kernels/test_causal_attention.py",
     ],
     "What reviews found": ["tests/passes/test_reviewed.py"],
     "Models, threads, recompilations, resets, failing passes, training, export": [

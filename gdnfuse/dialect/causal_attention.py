@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -39,13 +36,14 @@ def fake(q, k, v, scale=None):
     return torch.empty((B, T, H, D), dtype=q.dtype, device=q.device).transpose(1, 2)
 
 
-def takes(q: Sequence[Any], k: Sequence[Any], v: Sequence[Any]) -> bool:
-    """Whether three shapes are [B, H, T, D] and twice [B, HKV, L, D]. Two symbols may stand for L: unequal, attention fails."""
+def takes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether they are [B, H, T, D] and twice [B, HKV, L, D] of one dtype. Two symbols may be L: unequal, attention fails."""
     same = lambda a, b: statically_known_true(a == b)  # noqa: E731
-    if not len(q) == len(k) == len(v) == 4 or not all(same(k[i], v[i]) for i in (0, 1, 3)):
+    if not q.ndim == k.ndim == v.ndim == 4 or not all(same(k.shape[i], v.shape[i]) for i in (0, 1, 3)):
         return False
-    heads = same(q[1], k[1]) or isinstance(q[1], int) and isinstance(k[1], int) and q[1] % k[1] == 0
-    return heads and same(q[0], k[0]) and same(q[3], k[3])
+    (B, H, _, D), (sequences, HKV, _, columns) = q.shape, k.shape
+    heads = same(H, HKV) or isinstance(H, int) and isinstance(HKV, int) and H % HKV == 0
+    return heads and same(B, sequences) and same(D, columns) and q.dtype == k.dtype == v.dtype
 
 
 def examples():

@@ -41,6 +41,8 @@ def launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | Non
     if not launching():
         return causal_attention.fake(q, k, v, scale)
     T, L = q.shape[2], k.shape[2]
+    if L != v.shape[2]:
+        raise ValueError(f"causal_attention needs as many keys as values, got {L} and {v.shape[2]}.")
     if T == L >= LONG and _cudnn_takes(q, k, v):
         more = planned(T) - T
         if more:
@@ -68,6 +70,8 @@ def supports(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: Any = Non
     if any(t.ndim != 4 for t in (q, k, v)) or {t.dtype for t in (q, k, v)} not in ({torch.bfloat16}, {torch.float16}):
         found = ", ".join(f"{t.ndim} axes of {str(t.dtype).removeprefix('torch.')}" for t in (q, k, v))
         raise Refused(f"FlashAttention-2 takes four axes of bfloat16 or of float16, found {found}.")
+    if not isinstance(scale, int | float | None):
+        raise Refused(f"The scale must be a number, found {scale}.")
     D = q.shape[-1]
     if not isinstance(D, int) or not WIDER_THAN < D <= WIDEST or D % 8 or not same(v.shape[-1], D):
         found = ", ".join(str(t.shape[-1]) for t in (q, k, v))
@@ -75,7 +79,10 @@ def supports(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: Any = Non
     B, H = q.shape[:2]
     HKV, L = k.shape[1:3]
     shared = isinstance(H, int) and isinstance(HKV, int) and H % HKV == 0
-    if not all(same_shape(t.shape, (B, HKV, L, D)) for t in (k, v)) or not (same(H, HKV) or shared):
+    # A cache's keys and values may have a symbol each for their length: unequal, attention fails when it runs.
+    lengths = same(L, v.shape[2]) or not isinstance(L, int) and not isinstance(v.shape[2], int)
+    sizes = all(same_shape((*t.shape[:2], t.shape[3]), (B, HKV, D)) for t in (k, v))
+    if not (sizes and lengths and (same(H, HKV) or shared)):
         found = ", ".join(shown(t.shape) for t in (q, k, v))
         raise Refused(f"Queries, keys and values must be of the same sequences and heads, found {found}.")
     if any(t.stride(-1) != 1 for t in (q, k, v)):

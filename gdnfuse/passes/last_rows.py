@@ -210,4 +210,5 @@ def _attention(node: Node) -> dict[str, Any] | None:
     if op_name(node) != "scaled_dot_product_attention" or len(node.args) < 3:
         return None
     call, reason = attention_of(node)
-    return call if not reason and causal_attention.takes(*(value(call[name]).shape for name in "qkv")) else None
+    number = not isinstance(call["scale"], Node)
+    return call if not reason and number and causal_attention.takes(*(value(call[name]) for name in "qkv")) else None

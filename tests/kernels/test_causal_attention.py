@@ -8,6 +8,8 @@ from gdnfuse.dialect import OPS
 from gdnfuse.kernels import causal_attention, implementations
 from gdnfuse.kernels.causal_attention import EIGHTHS, LONG, planned
 from gdnfuse.passes import lower
+from gdnfuse.report import Refused
+from gdnfuse.rewrite.graph import same, value
 from tests.rewrite.captured import Captured
 
 BF16 = torch.bfloat16
@@ -60,6 +62,26 @@ def test_the_last_tokens_of_a_sequence(keys, D, how, reason):
     g, (record,) = chosen(function, *qkv(L=9, keys=keys, D=D))
     assert record.chosen == how and reason in record.reason, record.reason
     assert ("gdnfuse_triton.causal_attention" in g.ops()) == (D == 256)
+
+
+def test_keys_and_values_may_have_a_symbol_each_for_their_length():
+    """As a cache's have, whose last lengths differed from what was traced first."""
+
+    def function(q, k, v, past, other):
+        return torch.ops.gdnfuse.causal_attention.default(q, torch.cat([past, k], 2), torch.cat([other, v], 2)) * 1.0
+
+    q, k, v = qkv()
+    pasts = torch.randn(2, 4, 9, 256).to(BF16), torch.randn(2, 4, 9, 256).to(BF16)
+    for t in pasts:
+        torch._dynamo.mark_dynamic(t, 2)
+    with torch.fx.experimental._config.patch(use_duck_shape=False):
+        g, (record,) = chosen(function, q, k, v, *pasts)
+    found = next(n for n in g.gm.graph.nodes if n.target is implementations()["causal_attention"].op).kwargs
+    k, v = (value(found[name]).shape[2] for name in "kv")
+    assert record.chosen == "flash attention or cuDNN" and not same(k, v)
+    unequal = qkv(L=9)
+    with pytest.raises(Refused, match="of the same sequences and heads"):
+        causal_attention.supports(*unequal[:2], unequal[2][:, :, 1:])
 
 
 CAUSAL = {"is_causal": True}

@@ -69,10 +69,13 @@ def test_with_five_axes_they_become_a_flag():
     assert call.kwargs == {"is_causal": True, "scale": 0.3}
 
 
+def repeated(x):
+    return x[:, :, None].expand(-1, -1, 2, -1, -1).reshape(x.shape[0], 4, x.shape[2], 8)
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_heads_are_shared_not_repeated(dynamic):
     """As transformers repeats them where there is a mask."""
-    repeated = lambda x: x[:, :, None].expand(-1, -1, 2, -1, -1).reshape(x.shape[0], 4, x.shape[2], 8)  # noqa: E731
     inner = attention(MASKS["le"])
     g = Captured(lambda q, k, v: inner(q, repeated(k), repeated(v)), *inputs(keys=2, dynamic=dynamic)).normalize().apply(RULE)
     assert g.record.status is Status.FIRED, g.record.reason
@@ -80,10 +83,45 @@ def test_heads_are_shared_not_repeated(dynamic):
     assert [n.op for n in _attention(g).args[1:3]] == ["placeholder"] * 2 and "expand" not in g.ops()
 
 
-def test_heads_that_are_repeated_in_another_order_stay():
-    repeated = lambda x: x[:, None].expand(-1, 2, -1, -1, -1).reshape(2, 4, 40, 8)  # noqa: E731
+def test_a_cast_behind_repeated_heads_stays():
+    """Of a cache in another dtype than the queries'."""
     inner = attention(MASKS["le"])
-    g = Captured(lambda q, k, v: inner(q, repeated(k), repeated(v)), *inputs(keys=2)).normalize().apply(RULE)
+    q, k, v = inputs(keys=2)
+    cast = lambda q, k, v: inner(q, repeated(k).to(q.dtype), repeated(v).to(q.dtype))  # noqa: E731
+    g = Captured(cast, q.bfloat16(), k, v).normalize().apply(RULE)
+    assert g.record.status is Status.FIRED, g.record.reason
+    g.compare(lambda found, wanted: torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2))
+    assert [op_name(n) for n in _attention(g).args[1:3]] == ["to"] * 2
+
+
+def test_a_cache_that_is_written_in_place_is_read_as_it_was_copied():
+    """Whoever reads it before the heads are repeated may read it as it is later."""
+
+    def function(q, k, v, keys, values):
+        keys[:, :, 3:14], values[:, :, 3:14] = k, v
+        seen = torch.arange(14)[None, :] <= torch.arange(11)[:, None] + 3
+        return F.scaled_dot_product_attention(q, repeated(keys[:, :, :14]), repeated(values[:, :, :14]), attn_mask=seen) * 1.0
+
+    g = Captured(function, *inputs(11, keys=2), *(torch.randn(2, 2, 20, 8) for _ in "kv")).normalize().apply(RULE)
+    assert g.record.status is Status.FIRED, g.record.reason
+    g.close()
+    assert "gdnfuse.causal_attention" in g.ops() and "expand" in g.ops()
+
+
+def test_a_scale_that_the_graph_computes_is_refused():
+    tensors = inputs()
+    for t in tensors:
+        torch._dynamo.mark_dynamic(t, 0)
+    function = lambda q, k, v: attention(MASKS["le"], scale=1.0 / q.shape[0])(q, k, v)  # noqa: E731
+    g = Captured(function, *tensors).normalize().apply(RULE)
+    assert g.record.status is Status.REFUSED and "The scale must be a number, found " in g.record.reason
+    g.equal()
+
+
+def test_heads_that_are_repeated_in_another_order_stay():
+    other = lambda x: x[:, None].expand(-1, 2, -1, -1, -1).reshape(2, 4, 40, 8)  # noqa: E731
+    inner = attention(MASKS["le"])
+    g = Captured(lambda q, k, v: inner(q, other(k), other(v)), *inputs(keys=2)).normalize().apply(RULE)
     assert g.record.status is Status.REFUSED and "The float64 proof failed" in g.record.reason, g.record.reason
     g.equal()
 

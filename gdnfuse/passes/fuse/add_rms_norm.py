@@ -23,7 +23,8 @@ class FuseAddRMSNorm(Rule):
     def anchors(self, graph):
         """A norm of several rows behind a sum."""
         norms = [n for n in graph.nodes if op_name(n) == "gdnfuse.rms_norm" and not one_row(n)]
-        return [n for n in norms if op_name(_bound(n)["x"]) == "add"]
+        sums = [(n, x) for n in norms if op_name(x := _bound(n)["x"]) == "add"]
+        return [n for n, x in sums if few_rows(n) or any(op_name(a) in LINEARS for a in x.args)]
 
     def match(self, anchor):
         norm = _bound(anchor)

@@ -19,7 +19,7 @@ from gdnfuse.dialect import causal_attention
 from gdnfuse.passes.lift.attention_one_query import without_copies
 from gdnfuse.report import Refused
 from gdnfuse.rewrite.driver import call
-from gdnfuse.rewrite.graph import is_tensor, op_name, same, value
+from gdnfuse.rewrite.graph import is_tensor, op_name, same, storage, value, writes
 from gdnfuse.rewrite.rule import Match, Rule, shown
 
 # The proof compares T × T attention in float64: symbolic lengths are bound to small ones, a fixed one must be small.
@@ -55,8 +55,11 @@ class FuseCausalAttention(Rule):
         number, strange = _numbers(_mask(anchor), (T, L, L - T))
         options = kept.keys() - {"scale", "dropout_p", "enable_gqa"}
         ways = [(q, without_copies(k), without_copies(v)), (q, k, v)]
-        fitting = [way for way in ways if not options and causal_attention.takes(*(value(n).shape for n in way))]
-        q, k, v = (fitting or ways[1:])[0]
+        # What a cache writes in place is read as it was copied.
+        written = {s for n in anchor.graph.nodes for s in writes(n)}
+        ways = [way for way in ways if way[1:] == (k, v) or not {*map(storage, way)} & written]
+        fitting = [way for way in ways if not options and causal_attention.takes(*map(value, way))]
+        q, k, v = (fitting or ways[-1:])[0]
         data = {"target": anchor.target, "kept": kept, "number": number, "strange": strange, "fits": bool(fitting)}
         alike = [(L, value(v).shape[-2]), (L, value(_mask(anchor)).shape[-1])]
         small = None if isinstance(T, int) and isinstance(L, int) else PROVED
@@ -66,6 +69,8 @@ class FuseCausalAttention(Rule):
         anchor = m.outputs[0]
         if len(anchor.args) > MASK + 1 or m.data["kept"].get("dropout_p", 0.0) != 0.0:
             raise Refused("Attention must have no dropout and its options by name, found otherwise.", at=anchor)
+        if isinstance(scale := m.data["kept"].get("scale"), Node):
+            raise Refused(f"The scale must be a number, found {scale}.", at=anchor)
         q, k, _ = shapes = [value(n).shape for n in m.inputs.values()]
         if not m.data["fits"] and not same(q[-2], k[-2]):
             found = ", ".join([*map(shown, shapes), *sorted(m.data["kept"])])
