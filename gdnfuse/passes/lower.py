@@ -33,7 +33,7 @@ def lower(gm: GraphModule, target: str | None, linears: bool = False, ahead: boo
         gm: rewritten in place, after `pack_weights`.
         target: device type to assume; None takes it from each op's tensors.
         linears: whether the linears that are torch's become a kernel too, on a GPU, where it takes them: those of a decode step,
-            whose weights it streams faster than cuBLAS does. Its causal attention does in any case.
+            whose weights it streams faster than cuBLAS does. Torch's causal attention does in any case.
         ahead: start to compile the kernels that were chosen.
     """
     records = []

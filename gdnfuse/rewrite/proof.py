@@ -122,10 +122,17 @@ def _map(a: Any, f: Any) -> Any:
 
 
 def hint(size: Any, bound: dict[Any, int] | None = None) -> int:
-    """The number a symbolic size stands for at compile time, or what it is when its symbols are `bound` to other numbers."""
+    """The number a symbolic size stands for at compile time, or what it is when its symbols are `bound` to other numbers.
+
+    Raises:
+        Refused: the size is found when the graph runs, as that of what a mask selects.
+    """
     if isinstance(size, int):
         return int(size)
-    return int(size.node.expr.subs(bound)) if bound else int(size.node.hint)
+    number = size.node.expr.subs(bound) if bound else size.node.hint
+    if number is None:
+        raise Refused(f"Sizes must be known before the graph runs, found {size}.")
+    return int(number)
 
 
 def _bound(inputs: list[tuple[str, Node]], m: Match) -> dict[Any, int]:

@@ -961,6 +961,15 @@ def test_a_model_of_one_sequence(capture):
         assert [r.rule for r in layer.records if r.status is Status.FIRED].count("mixer_linears") == 1
 
 
+def test_a_sum_of_rows_that_a_mask_selects_stays():
+    x, w, n = of(7, N), of(N, N), of(N)
+    selected = lambda x, w, n: qwen((y := x[x[:, 0] > 0]) + F.linear(y, w), n)  # noqa: E731
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        graph = right(rewritten(selected, x, w, n))
+    (record,) = records(graph, rms_norm)
+    assert record.status is Status.REFUSED and "Sizes must be known before the graph runs, found u" in record.reason
+
+
 @pytest.mark.parametrize("batch", [2, 32, 33])
 def test_a_model_of_several_sequences(batch):
     """Every residual sum is read by a norm. Beyond 32 sequences nothing else is fused around linears."""
