@@ -71,6 +71,7 @@ ROWS: dict[str, list[str]] = {
         "tests/passes/test_causal_attention.py",
         "tests/kernels/test_causal_attention.py",
     ],
+    "Rows of a prompt that nobody reads are not computed, all others are": ["tests/passes/test_last_rows.py"],
     "What reviews found": ["tests/passes/test_reviewed.py"],
     "Models, threads, recompilations, resets, failing passes, training, export": [
         "tests/test_process.py",
