@@ -1,6 +1,6 @@
 """A prompt's attention by torch's own kernels, each where it is the faster: no kernel of ours.
 
-cuDNN's plans for the length of a prompt, and anew for every length that it has not met, 30 ms each; then it needs half the time
+cuDNN's plans for the length of a prompt, and anew for every length that it has not met, 37 ms each; then it needs half the time
 of FlashAttention-2 (Dao 2023, arXiv:2307.08691), which needs no plan (benchmarks/prompt.py). So short prompts, of whose time
 attention is little, take FlashAttention-2, and long ones cuDNN's with rows of zeros behind them, so that EIGHTHS lengths serve
 all from one power of two to the next: what is behind a token is not seen from it.
