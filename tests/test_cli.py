@@ -20,7 +20,7 @@ from gdnfuse import cli, files
 from gdnfuse.cli import main
 from gdnfuse.dialect import OPS
 from gdnfuse.huggingface import presets
-from gdnfuse.passes import fuse, lift
+from gdnfuse.passes import fuse, last_rows, lift
 from gdnfuse.progress import progress
 from tests.pages import REPORT, check_reference, documented
 from tests.terminal import Terminal
@@ -282,7 +282,7 @@ def test_verify_on_no_such_device_is_one_line(config_file, capsys, device):
 def test_rules_lists_every_rule_once(capsys):
     assert main(["rules", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert [row["rule"] for row in rows] == [rule.name for rule in (*lift.RULES, *fuse.RULES)]
+    assert [row["rule"] for row in rows] == [*(rule.name for rule in (*lift.RULES, *fuse.RULES)), last_rows.NAME]
     assert all(row["equation"] and row["stage"] in ("lift", "fuse") for row in rows)
     assert main(["rules"]) == 0
     out = capsys.readouterr().out
