@@ -11,6 +11,7 @@ from __future__ import annotations
 import operator
 from typing import Any
 
+import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
@@ -89,6 +90,7 @@ class _Rows:
         # The axis of the rows of each node that may be computed for the last alone; reached from its readers.
         self.axes: dict[Node, int] = {end.args[0]: axis}
         self.inside: set[Node] = {end}
+        self.whole: set[Node] = set()  # read by those with all of their rows: weights, keys and values
         self.made: dict[Node, Node] = {}
 
     def move_up(self) -> None:
@@ -97,7 +99,7 @@ class _Rows:
         if self.writers.get(storage(self.end)):
             raise Refused("Rows that are read must not be written in place, found that they are.", at=self.end)
         for node in reversed(list(self.graph.nodes)):
-            if node not in self.axes or not self.inside.issuperset(node.users):
+            if node not in self.axes or node in self.whole or not self.inside.issuperset(node.users):
                 continue
             wanted = self._needs(node, self.axes[node])
             if wanted is None or self._written(node):
@@ -107,11 +109,17 @@ class _Rows:
                 continue
             self.inside.add(node)
             self.axes.update(wanted)
+            self.whole.update(set(node.all_input_nodes) - {n for n, _ in wanted})
         # One result of several is computed apart only if the other is.
         self.inside -= {n for n in self.inside if _result(n) and n.args[0] not in self.inside}
         if first not in self.inside:
-            other = next((u.name for u in first.users if u is not self.end), why)
+            results = first.args[0].users if _result(first) else (first,)
+            other = next((u.name for n in results for u in n.users if u not in self.inside), why)
             raise Refused(f"Rows must be computed one by one and be read by {self.end.name} alone, found {other}.", at=self.end)
+        # Its slice is a view of it too, which who gets both may rely on; and nothing would be saved.
+        seen = [n for n in self.order if storage(n) == storage(self.end) and n < self.end and n not in self.inside]
+        if seen:
+            raise Refused(f"Rows must be computed, found that they are a view of {seen[-1].name}.", at=self.end)
         with self.graph.inserting_before(self.end):
             last = self._last(first)
         self.end.replace_all_uses_with(last)
@@ -124,25 +132,32 @@ class _Rows:
         They are all of its arguments that have these rows.
         """
         name, args = op_name(node), node.args
-        if name == SUM or _result(node):
-            return [(n, axis) for n in (args[:2] if name == SUM else args[:1])]
+        if _result(node):
+            return [(args[0], axis)] if axis < value(node).ndim - 1 else None
+        if name == SUM:
+            return [(n, axis) for n in args[:2]] if same_shape(*(value(n).shape for n in args[:2])) else None
         if node.op not in ("call_function", "call_method") or not is_tensor(node) or not (args and is_tensor(args[0])):
             return None
         shape, given = value(node).shape, value(args[0]).shape
         if not same(shape[axis], self.total):
             return None
+        once = args[0] not in (*args[1:], *node.kwargs.values())
+        if name == "contiguous" and (len(args) > 1 or node.kwargs):
+            return None
         if name in ELEMENTWISE:
             return self._broadcast(node, axis)
         if name in ROWWISE and axis < len(shape) - 1 and same_shape(given[: axis + 1], shape[: axis + 1]):
-            return [(args[0], axis)]
-        if name == "narrow" and args[1] in (-1, len(shape) - 1) and axis < len(shape) - 1:
+            bias = len(args) > 2 and is_tensor(args[2]) and value(args[2]).ndim > 1  # which has rows itself
+            return [(args[0], axis)] if once and not bias and not node.kwargs else None
+        if name == "narrow" and len(args) == 4 and args[1] in (-1, len(shape) - 1) and axis < len(shape) - 1:
             return [(args[0], axis)]
         if name == "reshape" and same_shape(given[: axis + 1], shape[: axis + 1]) and len(_sizes(node)) == len(shape):
             return [(args[0], axis)]
-        if name == "transpose" and len(args) == 3 and all(isinstance(a, int) for a in args[1:]):
+        # Of two axes it may be a permute, which has as many arguments and another meaning.
+        if name == "transpose" and len(args) == 3 and len(shape) > 2 and all(isinstance(a, int) for a in args[1:]):
             a, b = (d % len(shape) for d in args[1:])
             return [(args[0], {a: b, b: a}.get(axis, axis))]
-        if axis == 2 and _attention(node) is not None:
+        if axis == 2 and once and _attention(node) is not None:
             return [(args[0], axis)]
         return None
 
@@ -185,6 +200,9 @@ class _Rows:
             sizes = [*_sizes(node)]
             sizes[axis] = self.count
             return self._added(self.graph.call_method("reshape", (self._last(node.args[0]), *sizes)), node)
+        if name == "contiguous":  # what is contiguous by being few would not be copied, and show what is written to it later
+            new = self.graph.call_method("clone", (self._last(node.args[0]),), {"memory_format": torch.contiguous_format})
+            return self._added(new, node)
         swap = lambda n: self._last(n) if n in wanted else n  # noqa: E731
         new = self.graph.create_node(node.op, node.target, map_arg(node.args, swap), map_arg(node.kwargs, swap))
         return self._added(new, node)
