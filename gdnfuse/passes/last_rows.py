@@ -183,7 +183,13 @@ class _Rows:
     def _last(self, node: Node) -> Node:
         """The last rows of a node: computed from those of its arguments, or a slice of it."""
         if node not in self.made:
-            self.made[node] = self._computed(node) if node in self.inside else self._slice(node)
+            new = self.made[node] = self._computed(node) if node in self.inside else self._slice(node)
+            if is_tensor(node):
+                sizes = [*value(node).shape]
+                sizes[self.axes[node]] = self.count
+                pairs = zip(value(new).shape, sizes, strict=True)
+                fits = all(found == size for found, size in pairs if isinstance(found, int) and isinstance(size, int))
+                assert fits, f"the last rows of {node} are {list(value(new).shape)}, not {sizes}"
         return self.made[node]
 
     def _slice(self, node: Node) -> Node:
