@@ -11,7 +11,6 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
@@ -22,22 +21,8 @@ from gdnfuse.rewrite.driver import Outcome, infer, quiet_shapes, recorded
 from gdnfuse.rewrite.graph import is_tensor, kept, op_name, same, same_shape, storage, value, writes
 
 ELEMENTWISE = {
-    "add",
-    "sub",
-    "mul",
-    "div",
-    "neg",
-    "exp",
-    "silu",
-    "gelu",
-    "relu",
-    "tanh",
-    "sigmoid",
-    "to",
-    "float",
-    "contiguous",
-    "clone",
-}
+    "add", "sub", "mul", "div", "neg", "exp", "silu", "gelu", "relu", "tanh", "sigmoid", "to", "float", "contiguous", "clone",
+}  # fmt: skip
 ROWWISE = {"linear", "gdnfuse.packed_linear", "gdnfuse.rms_norm"}  # in their first argument
 SUM = "gdnfuse.add_rms_norm"
 NAME, EQUATION = "last_rows", "f(x)[:, −k:] = f(x[:, −k:]), rows apart"
@@ -122,6 +107,9 @@ class _Rows:
             raise Refused(f"Rows must be computed, found that they are a view of {seen[-1].name}.", at=self.end)
         with self.graph.inserting_before(self.end):
             last = self._last(first)
+            # Of few rows a copy may have become a view, which shows what is written to the memory later.
+            if storage(last) in {storage(n) for n in self.order}:
+                last = self._added(self.graph.call_method("clone", (last,)), first)
         self.end.replace_all_uses_with(last)
         for node in sorted(self.inside, key=self.order.get, reverse=True):
             self.graph.erase_node(node)
@@ -206,9 +194,6 @@ class _Rows:
             sizes = [*_sizes(node)]
             sizes[axis] = self.count
             return self._added(self.graph.call_method("reshape", (self._last(node.args[0]), *sizes)), node)
-        if name == "contiguous":  # what is contiguous by being few would not be copied, and show what is written to it later
-            new = self.graph.call_method("clone", (self._last(node.args[0]),), {"memory_format": torch.contiguous_format})
-            return self._added(new, node)
         swap = lambda n: self._last(n) if n in wanted else n  # noqa: E731
         new = self.graph.create_node(node.op, node.target, map_arg(node.args, swap), map_arg(node.kwargs, swap))
         return self._added(new, node)
