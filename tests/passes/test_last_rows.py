@@ -239,8 +239,7 @@ def prompt(model, run, cache, ids, keep):
         return run(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits
 
 
-@pytest.mark.parametrize("keep", [1, 3])
-@pytest.mark.parametrize("cached", ["dynamic", "static"])
+@pytest.mark.parametrize(("cached", "keep"), [("dynamic", 1), ("static", 3)])
 def test_prompts_of_a_model(cached, keep):
     """Lengths that make a fixed and a symbolic graph, then a second prompt and steps on the last one's cache."""
     model = zoo.causal_lm()
