@@ -544,6 +544,14 @@ def test_residual_linear_has_no_anchor_in_a_part_of_a_packed_row():
     silent(residual_linear, lambda x, w, v, r: (F.linear(x, w) + r, F.linear(x, v)), of(1, 1, N), of(M, N), of(3, N), of(1, 1, M))
 
 
+def test_siblings_are_proved_with_a_few_rows():
+    """As a first prompt is of a fixed length, however long."""
+    g = Captured(lambda x, w, v: (F.linear(x, w), F.linear(x, v)), of(3, 500, N), of(M, N), of(M, N)).normalize()
+    (anchor,) = packed_linear.RULE.anchors(g.gm.graph)
+    assert packed_linear.RULE.match(anchor).shapes["x"] == (2, 2, 8)
+    assert g.apply(packed_linear.RULE).close().record.status is Status.FIRED
+
+
 def added(norm):
     """The norm of a sum, and the sum itself: the residual stream."""
     return lambda x, w, r, n: (norm(h := r + F.linear(x, w), n), h)

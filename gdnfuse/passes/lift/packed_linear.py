@@ -7,6 +7,7 @@ from gdnfuse.dialect import packed_linear
 from gdnfuse.report import Refused
 from gdnfuse.rewrite.driver import call
 from gdnfuse.rewrite.graph import is_tensor, op_name, value
+from gdnfuse.rewrite.proof import hint
 from gdnfuse.rewrite.rule import Match, Rule
 
 # For any number of rows: benchmarks/packing.py on an H200, 1 to 16384 rows of the in_proj of 0.8B, 4B and 9B, of gate and up and
@@ -40,8 +41,11 @@ class LiftPackedLinear(Rule):
             {"x": x, **weights},
             linears,
             data={"widths": widths},
-            # The width of the input appears in no constant: a narrow one proves as much.
-            shapes={"x": (*_hints(value(x).shape[:-1]), 8), **{k: (w, 8) for k, w in zip(weights, widths, strict=True)}},
+            # Neither the rows of the input nor its width appear in a constant: a few narrow ones prove as much.
+            shapes={
+                "x": (*[min(hint(s), 2) for s in value(x).shape[:-1]], 8),
+                **{k: (w, 8) for k, w in zip(weights, widths, strict=True)},
+            },
         )
 
     def rewrite(self, m, t):
@@ -92,10 +96,6 @@ def _check(linear):
         found = f"{v.dtype} {tuple(v.shape)}"
         raise Refused(f"The weight of {linear} must be a contiguous floating matrix of static shape, found {found}.", at=linear)
     packing.check([weight.meta.get("gdnfuse_real", v)])
-
-
-def _hints(shape):
-    return [s if isinstance(s, int) else s.node.hint for s in shape]
 
 
 RULE = LiftPackedLinear()
