@@ -84,7 +84,7 @@ def run_sides(
             say = lambda step, line=line: announce(f"{line}: {step}" if step else line)  # noqa: E731
             try:
                 row = spawn(program, side, model, argv, folder, say, timeout)
-                if "failed" in row and (rest := again(row["step"])):
+                if "failed" in row and (rest := again(row.get("step", ""))):
                     part, left = rest
                     others = spawn(program, side, model, left, folder, say, timeout)
                     stderr = row.get("stderr", "") + others.get("stderr", "")
