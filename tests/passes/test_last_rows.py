@@ -245,7 +245,7 @@ def test_prompts_of_a_model(cached, keep):
     model = zoo.causal_lm()
     ours = copy.deepcopy(model)
     run = torch.compile(ours, backend="gdnfuse", options={"inner": "eager"})
-    for length in (70, 66, 20):
+    for length in (70, 20):
         ids, _ = zoo.prompt(2, length, seed=length)
         a, e = zoo.new_cache(model, cached, 256), zoo.new_cache(model, cached, 256)
         assert zoo.relative(prompt(ours, run, a, ids, keep), prompt(model, model, e, ids, keep)) < 1e-5
