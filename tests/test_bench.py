@@ -271,6 +271,14 @@ def test_weights_of_a_folder(folder, tmp_path):
         run.build(run.Settings(str(tmp_path), [], dtype="float32"))
 
 
+def test_bandwidth_is_that_of_a_copy(monkeypatch):
+    monkeypatch.setitem(measure.COPIED, "cpu", 1000)
+    monkeypatch.setitem(measure.COPIES, "cpu", 3)
+    times = iter([99.0, *[2.0] * 9, 50.0])  # what is done once is not counted, nor what is seldom
+    monkeypatch.setattr(measure, "seconds", lambda call, device: (call(), next(times))[1])
+    assert measure.bandwidth("cpu") == 3 * 2 * 1000 / 2.0
+
+
 def test_state_bytes_are_those_of_a_step():
     model = zoo.causal_lm()
     cache = StaticCache(config=model.config, max_cache_len=16)
