@@ -5,9 +5,10 @@
 
 Both take the same q, k (16 heads), v (32 heads), g, β and initial state, l2-normalise q and k inside, and return the output and
 the last state. A CUDA graph runs the op over enough input sets that together exceed the L2 four times; the figure is the median
-of REPLAYS replays, in microseconds per call. The limit streams q, k, v, o and the states once at 4.3 TB/s. Peak memory is what a
-call allocates beyond its inputs. No speed is reported for a side whose output or state is off float64's on the first SEGMENT
-tokens. Cold figures: seconds and machine codes of the first calls over all shapes with an empty Triton cache.
+of REPLAYS replays, in microseconds per call. The limit streams q, k, v, o and the states once at the rate of a copy, which is
+measured on the same device. Peak memory is what a call allocates beyond its inputs. No speed is reported for a side whose output
+or state is off float64's on the first SEGMENT tokens. Cold figures: seconds and machine codes of the first calls over all shapes
+with an empty Triton cache.
 """
 
 from __future__ import annotations
@@ -26,11 +27,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from decode import BYTES_PER_SECOND
 from tabulate import tabulate
 from tqdm import tqdm
 
-from gdnfuse.bench.measure import machine
+from gdnfuse.bench.measure import bandwidth, machine
 from gdnfuse.dialect import chunk_delta_rule
 from gdnfuse.kernels import implementations
 from gdnfuse.progress import hidden
@@ -122,11 +122,12 @@ def cold(side: str, shapes: Sequence[tuple[int, int]]) -> dict[str, float]:
     return {"first_calls_seconds": seconds, "machine_codes": codes}
 
 
-def run_shape(B: int, T: int, sides: Sequence[str]) -> dict[str, Any]:
+def run_shape(B: int, T: int, sides: Sequence[str], rate: float) -> dict[str, Any]:
+    """Each side's times, and their limit at a rate in bytes per second."""
     size = 2 * B * T * (2 * H * K + 2 * HV * V) + 2 * 4 * B * HV * K * V
     count = max(1, math.ceil(COLD_BYTES / size))
     sets = [inputs(B, T, seed) for seed in range(count)]
-    result: dict[str, Any] = {"batch": B, "tokens": T, "limit_us": 1e6 * size / BYTES_PER_SECOND, "sides": []}
+    result: dict[str, Any] = {"batch": B, "tokens": T, "limit_us": 1e6 * size / rate, "sides": []}
     for side in sides:
         call = call_of(side)
         row: dict[str, Any] = {"side": side, "error": error(call, sets[0])}
@@ -137,7 +138,7 @@ def run_shape(B: int, T: int, sides: Sequence[str]) -> dict[str, Any]:
     return result
 
 
-def table(results: Sequence[dict[str, Any]]) -> str:
+def table(results: Sequence[dict[str, Any]], rate: float) -> str:
     rows = []
     for result in results:
         first = result["sides"][0].get("us")
@@ -149,7 +150,8 @@ def table(results: Sequence[dict[str, Any]]) -> str:
                 figures = [f"{us:.1f}", times, f"{100 * result['limit_us'] / us:.0f} %", f"{row['peak_bytes'] / 2**20:.0f}"]
             rows.append([f"{result['batch']}x{result['tokens']}", row["side"], *figures, f"{row['error']:.1e}"])
     headers = ["B x T", "side", "µs", "of the first", "of the limit", "peak MiB", "error"]
-    return tabulate(rows, headers, disable_numparse=True)
+    head = f"Forward; the limit streams inputs, output and states at {rate / 1e9:.0f} GB/s, a copy's rate here"
+    return f"{head}\n{tabulate(rows, headers, disable_numparse=True)}"
 
 
 @torch.no_grad()
@@ -173,8 +175,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         data["machine"]["fla"] = fla.__version__
     data["cold"] = {side: cold(side, shapes) for side in sides}
-    data["results"] = [run_shape(B, T, sides) for B, T in tqdm(shapes, disable=hidden(), leave=False, delay=1)]
-    print(table(data["results"]))
+    rate = data["bytes_per_second"] = bandwidth("cuda")
+    data["results"] = [run_shape(B, T, sides, rate) for B, T in tqdm(shapes, disable=hidden(), leave=False, delay=1)]
+    print(table(data["results"], rate))
     for side, figures in data["cold"].items():
         print(f"{side}: first calls {figures['first_calls_seconds']:.1f} s, {figures['machine_codes']} machine codes")
     if args.json:

@@ -2,46 +2,70 @@
 
     python benchmarks/decode.py --models 0.8b,4b --sides fla,inductor,gdnfuse --json decode.json
     python benchmarks/decode.py --models 4b --cache dynamic --json decode_dynamic.json
+    python benchmarks/decode.py --models 4b --sides inductor,gdnfuse --second --timeout 300
     python benchmarks/decode.py --models tiny --dtype float32 --steps 16       (any machine)
 
-Sides: eager, fla (eager with flash-linear-attention), inductor, max-autotune and gdnfuse, each in a process of its own (see
-gdnfuse/bench/workers.py). Weights are random, of the published shapes, and built on the device from one seed. Every side decodes
-the same tokens from the same eager prefill into a cache: a static one, with CUDA graphs, or, as generate() has it if told
-nothing, a dynamic one without. Times are medians over blocks of BLOCK steps, each block between two events with nothing waited
-for inside, as a decode loop runs. No speed is reported for a side whose logits are wrong: their relative error against the same
-weights run in float32 must stay within SLACK times eager's own (see gdnfuse/bench/measure.py).
+Sides: eager, fla (eager with flash-linear-attention), inductor, max-autotune (with coordinate descent, Inductor's best) and
+gdnfuse, each in a process of its own (see gdnfuse/bench/workers.py), whose compile caches are empty. With --second each compiled
+side has another process behind it, which finds the caches that the first one left, and whose first call is a column.
+
+Weights are random, of the published shapes, and built on the device from one seed. Every side decodes the same tokens from the
+same eager prefill into a cache: a static one, with CUDA graphs, or, as generate() has it if told nothing, a dynamic one without.
+Times are medians over blocks of BLOCK steps, each block between two events with nothing waited for inside, as a decode loop runs.
+No speed is reported for a side whose logits are wrong: their relative error against the same weights run in float32 must stay
+within SLACK times eager's own (see gdnfuse/bench/measure.py).
+
+A step is compared with two limits, at the rate of a copy, measured in the same run on the same device: every weight read once;
+and besides, recurrent and conv states read and written once, and the keys and values of the tokens so far read once.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import transformers
 from tabulate import tabulate
-from torch._inductor.utils import fresh_cache
+from torch._inductor.utils import clear_caches, fresh_cache
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import gdnfuse
-from gdnfuse.bench.measure import BLOCK, Decoder, difference, machine, right, synchronize, time_steps, weight_bytes, widen
+from gdnfuse.bench.measure import (
+    BLOCK,
+    Decoder,
+    bandwidth,
+    difference,
+    machine,
+    right,
+    state_bytes,
+    synchronize,
+    time_steps,
+    weight_bytes,
+    widen,
+)
 from gdnfuse.bench.workers import answer, fla_version, run_sides, show_fla
 from gdnfuse.huggingface import load_config, random_model
 
 SIDES = ("eager", "fla", "inductor", "max-autotune", "gdnfuse")
-BYTES_PER_SECOND = 4.3e12  # what an H200 streams, measured with a copy
+COMPILED = ("inductor", "max-autotune", "gdnfuse")
+SECOND = ":second"  # behind the name of a side, the worker that finds its caches
 DTYPES = ("float32", "bfloat16", "float16")
 CHECKED = 8  # steps whose logits are compared
 PROFILED = 2  # steps whose kernels are counted
 EAGER_STEPS = 16  # timed of the sides that are not compiled
+LIMITS = ("limit_ms", "limit_with_states_ms")
 SHARED = "reference.pt"  # tokens and logits that all sides of a model share
 
 
@@ -61,7 +85,8 @@ def compiled(side: str, model: torch.nn.Module, mode: str | None) -> Callable[..
     if side in ("eager", "fla"):
         return model
     if side == "max-autotune":
-        return torch.compile(model, options={**torch._inductor.list_mode_options("max-autotune")}, fullgraph=True)
+        best = {"max_autotune": True, "coordinate_descent_tuning": True, "triton.cudagraphs": mode != "default"}
+        return torch.compile(model, options=best, fullgraph=True)
     return torch.compile(model, backend=side, mode=mode, fullgraph=True)
 
 
@@ -76,28 +101,67 @@ def prompt_of(args: argparse.Namespace, tokens: torch.Tensor) -> torch.Tensor:
     return tokens[: args.prompt].squeeze(-1).T.contiguous()
 
 
+def room(args: argparse.Namespace) -> int:
+    """Tokens that a side decodes behind the prompt."""
+    return CHECKED + args.warmup + args.steps + PROFILED
+
+
+@contextmanager
+def caches(folder: Path | None) -> Iterator[None]:
+    """Compile caches, Inductor's and Triton's, in a folder; without one they are empty and go again."""
+    if folder is None:
+        with fresh_cache():
+            yield
+        return
+    clear_caches()  # of this process
+    with mock.patch.dict(os.environ, {"TORCHINDUCTOR_CACHE_DIR": str(folder), "TRITON_CACHE_DIR": str(folder / "triton")}):
+        yield
+
+
 def reference(name: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Make the tokens, and the logits in the model's dtype and in float32 of those that are compared, for all sides to read."""
     show_fla("reference")
+    rate = bandwidth(args.device)  # before the model takes the memory
     model = build(name, getattr(torch, args.dtype), args.device)
     count = args.prompt + CHECKED + args.warmup + args.steps
     generator = torch.Generator(args.device).manual_seed(1)
     tokens = torch.randint(0, model.config.vocab_size, (count, args.batch, 1), device=args.device, generator=generator)
-    size = weight_bytes(model, args.batch)
+    cache = Decoder(model, model, prompt_of(args, tokens), room(args)).cache
+    halfway = args.prompt + CHECKED + args.warmup + args.steps // 2
+    facts = limits(weight_bytes(model, args.batch), state_bytes(cache, halfway), rate)
+    del cache
     eager = logits(model, args, tokens)
     widen(model)
     expected = logits(model, args, tokens)
     eager_error = difference(eager, expected)
     torch.save({"tokens": tokens, "expected": expected, "eager_error": eager_error}, folder / SHARED)
-    limit = 1e3 * size / BYTES_PER_SECOND if args.device == "cuda" else None
-    return {"machine": machine(), "facts": {"weight_bytes": size, "limit_ms": limit, "eager_error": eager_error}}
+    return {"machine": machine(), "facts": {**facts, "eager_error": eager_error}}
 
 
-def run_side(side: str, name: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Compile, check, time: the row of a side, without a speed if its logits are wrong."""
+def limits(weights: int, states: int, rate: float) -> dict[str, Any]:
+    """What a step has to move, in bytes, and the milliseconds that takes at a rate in bytes per second."""
+    return {
+        "weight_bytes": weights,
+        "state_bytes": states,
+        "bytes_per_second": rate,
+        "limit_ms": 1e3 * weights / rate,
+        "limit_with_states_ms": 1e3 * (weights + states) / rate,
+    }
+
+
+def run_side(worker: str, name: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Compile, check, time: the row of a side, without a speed if its logits are wrong.
+
+    A second process is not timed beyond its first call: its `kept` caches are those of the first one.
+    """
+    side = worker.removesuffix(SECOND)
     show_fla(side)
+    kept = folder / f"caches_{side}" if args.second and side in COMPILED else None
+    complete = folder / f"caches_{side}_complete"
+    if worker != side and not complete.exists():
+        sys.exit("The first process left no caches.")
     model, device = build(name, getattr(torch, args.dtype), args.device), args.device
-    row: dict[str, Any] = {"side": side}
+    row: dict[str, Any] = {"side": worker}
     if side == "fla":
         row["fla"] = fla_version()
     shared = torch.load(folder / SHARED, map_location="cpu")
@@ -105,14 +169,9 @@ def run_side(side: str, name: str, args: argparse.Namespace, folder: Path) -> di
     steps = EAGER_STEPS if side in ("eager", "fla") else args.steps
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    with fresh_cache():
-        decode = Decoder(
-            model,
-            compiled(side, model, args.mode),
-            prompt_of(args, tokens),
-            CHECKED + args.warmup + args.steps + PROFILED,
-            dynamic=args.cache == "dynamic",
-        )
+    with caches(kept):
+        step = compiled(side, model, args.mode)
+        decode = Decoder(model, step, prompt_of(args, tokens), room(args), dynamic=args.cache == "dynamic")
         synchronize(device)
         start = time.perf_counter()
         first = decode(tokens[args.prompt]).float().cpu()
@@ -122,11 +181,12 @@ def run_side(side: str, name: str, args: argparse.Namespace, folder: Path) -> di
         found = right(got, expected, shared["eager_error"])
         row |= {
             "first_call_seconds": compile_seconds,
-            "error": found["error"],
-            "finite": found["finite"],
+            **found,
             "summary": gdnfuse.reports()[-1].summary() if gdnfuse.reports() else "",
         }
-        if found["right"]:
+        if kept:
+            complete.touch()
+        if found["right"] and worker == side:
             at = args.prompt + CHECKED
             for t in tokens[at : at + args.warmup]:
                 decode(t)
@@ -152,33 +212,52 @@ def kernels(decode: Callable[[torch.Tensor], torch.Tensor], tokens: torch.Tensor
     return sum(e.device_type == DeviceType.CUDA for e in profiler.events()) / len(tokens)
 
 
+def joined(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of sides, each with its second process's first call, or why there is none: it failed, or its logits are wrong."""
+    sides = {row["side"]: row for row in rows if not row["side"].endswith(SECOND)}
+    for row in rows:
+        if row["side"].endswith(SECOND):
+            first = sides[row["side"].removesuffix(SECOND)]
+            if row.get("right"):
+                first["second_first_call_seconds"] = row["first_call_seconds"]
+            else:
+                first["second_failed"] = row.get("failed", "Its logits are too far from float32's or not finite.")
+    return list(sides.values())
+
+
 def table(result: dict[str, Any]) -> str:
-    rows = []
+    rows, second = [], any("second_first_call_seconds" in row or "second_failed" in row for row in result["sides"])
     for row in result["sides"]:
         ms = row.get("ms")
-        share = f"{100 * result['limit_ms'] / ms:.0f} %" if ms and result.get("limit_ms") else ""
+        shares = [f"{100 * result[name] / ms:.0f} %" if ms and name in result else "" for name in LIMITS]
+        again = row.get("second_first_call_seconds")
         rows.append(
             [
                 row["side"],
                 f"{ms:.3f}" if ms else row.get("failed", "refused: logits are wrong"),
                 f"{row['tokens_per_second']:.0f}" if ms else "",
-                share,
+                *shares,
                 f"{row['kernels_per_step']:.0f}" if "kernels_per_step" in row else "",
                 f"{row['first_call_seconds']:.1f}" if "error" in row else "",
+                *([f"{again:.1f}" if again else "failed" if "second_failed" in row else ""] if second else []),
                 f"{row['peak_gib']:.2f}" if "peak_gib" in row else "",
                 f"{row['error']:.1e} / {result['eager_error']:.1e}" if "error" in row else "",
             ]
         )
     head = f"{result['model']}, batch {result['batch']}, {result['cache']} cache"
-    if result.get("limit_ms"):
-        head += f": {result['weight_bytes'] / 1e9:.2f} GB of weights a step, {result['limit_ms']:.2f} ms at 4.3 TB/s"
+    if "limit_ms" in result:
+        weights, states, rate = (result[name] / 1e9 for name in ("weight_bytes", "state_bytes", "bytes_per_second"))
+        head += f": {weights:.2f} GB of weights a step, {result['limit_ms']:.2f} ms at {rate:.0f} GB/s, a copy's rate here; "
+        head += f"with {states:.3g} GB of states, keys and values {result['limit_with_states_ms']:.2f} ms"
     headers = [
         "side",
         "ms per step (median)",
         "tokens/s",
-        "of the limit",
+        "of the weights' limit",
+        "with states",
         "kernels",
         "cold first call (s)",
+        *(["second process (s)"] if second else []),
         "peak GiB",
         "error / eager's",
     ]
@@ -198,6 +277,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--warmup", type=int, default=8)
     parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("--second", action="store_true", help="of each compiled side start a second process too, with its caches")
+    parser.add_argument("--timeout", type=float, metavar="SECONDS", help="that a side's process may take, or the reference's")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", metavar="FILE", help="write the figures, the machine and the versions here")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
@@ -219,12 +300,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             answer(lambda: run_side(side, name, args, Path(folder)))
         return 0
 
+    processes = [p for side in sides for p in ([side, side + SECOND] if args.second and side in COMPILED else [side])]
     command = shlex.join(["python", "benchmarks/decode.py", *argv])
     data: dict[str, Any] = {"command": command, "machine": {}, "arguments": vars(args), "results": []}
     for name in args.models.split(","):
-        first, rows = run_sides([__file__], name, sides, argv)
+        first, rows = run_sides([__file__], name, processes, argv, timeout=args.timeout)
+        facts = {"model": name, "batch": args.batch, "cache": args.cache, **first.get("facts", {})}
         data["machine"] |= first["machine"]
-        data["results"].append({"model": name, "batch": args.batch, "cache": args.cache, **first.get("facts", {}), "sides": rows})
+        data["results"].append({**facts, "sides": joined(rows)})
         print(table(data["results"][-1]), end="\n\n", flush=True)
         if args.json:
             Path(args.json).write_text(json.dumps(data, indent=1))
@@ -232,7 +315,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for model, row in silent:
         reason = row.get("failed", "its logits are too far from float32's or not finite.")
         print(f"No speed reported of {model}, {row['side']}: {reason}", file=sys.stderr)
-    return 1 if silent else 0
+    seconds = [(r["model"], row) for r in data["results"] for row in r["sides"] if "second_failed" in row]
+    for model, row in seconds:
+        print(f"No second process reported of {model}, {row['side']}: {row['second_failed']}", file=sys.stderr)
+    return 1 if silent or seconds else 0
 
 
 if __name__ == "__main__":

@@ -21,9 +21,11 @@ cuBLAS's time is that of the bare linear. Weights, and the conv states and norm 
 none is in the L2 when its turn comes: a CUDA graph runs one linear after another on one stream, each allowed to start while the
 one before it runs (programmatic dependent launch), over copies that together exceed COLD_BYTES, again and again up to LAUNCHES
 linears. The figure is the median of REPLAYS replays, in microseconds per linear, with its share of what streaming the weight once
-at 4.3 TB/s would take. Configs for one row are rows per tile × columns per step × warps × programs per multiprocessor (0: one per
-tile); for several rows of the weight per tile × columns per step × warps × stages × parts × whether the first step is loaded
-early. Each config's outputs are compared with float64's first, and no speed is reported for one that is wrong.
+would take at the rate of a copy, which is measured on the same device.
+
+Configs for one row are rows per tile × columns per step × warps × programs per multiprocessor (0: one per tile); for several rows
+of the weight per tile × columns per step × warps × stages × parts × whether the first step is loaded early. Each config's outputs
+are compared with float64's first, and no speed is reported for one that is wrong.
 """
 
 from __future__ import annotations
@@ -45,12 +47,11 @@ from unittest import mock
 
 import torch
 import triton
-from decode import BYTES_PER_SECOND
 from tabulate import tabulate
 from torch.nn.functional import linear
 from tqdm import tqdm
 
-from gdnfuse.bench.measure import machine
+from gdnfuse.bench.measure import bandwidth, machine
 from gdnfuse.dialect import fused_linear, in_proj_conv
 from gdnfuse.kernels import few_rows_linear, skinny_linear
 from gdnfuse.kernels.linear_configs import FewRowsConfig, few_rows_config, split
@@ -309,7 +310,8 @@ def label(config: Sequence[int]) -> str:
     return "×".join(str(int(n)) for n in config)
 
 
-def run(of: Linear, sweep: bool = True) -> dict[str, Any]:
+def run(of: Linear, rate: float, sweep: bool = True) -> dict[str, Any]:
+    """A linear's times, and its limit at a rate in bytes per second."""
     size = 2 * of.rows * of.columns
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
@@ -336,7 +338,7 @@ def run(of: Linear, sweep: bool = True) -> dict[str, Any]:
         "rows": of.sequences,
         "shape": [of.rows, of.columns],
         "copies": copies,
-        "limit_us": 1e6 * size / BYTES_PER_SECOND,
+        "limit_us": 1e6 * size / rate,
         "cublas_us": microseconds(linear, rows, [each["weight"] for each in sets]),
         "best": ordered[0] if ordered else None,
         "best_us": times[ordered[0]] if ordered else None,
@@ -348,7 +350,7 @@ def run(of: Linear, sweep: bool = True) -> dict[str, Any]:
     }
 
 
-def table(results: Sequence[dict[str, Any]]) -> str:
+def table(results: Sequence[dict[str, Any]], rate: float) -> str:
     def cell(us: float | None, limit: float, config: Sequence[int] | None = None) -> str:
         if us is None:
             return "wrong"
@@ -359,7 +361,8 @@ def table(results: Sequence[dict[str, Any]]) -> str:
         limit = r["limit_us"]
         times = [cell(r["cublas_us"], limit), cell(r["best_us"], limit, r["best"]), cell(r["chosen_us"], limit, r["chosen"])]
         rows.append([r["rows"], r["role"], label(r["shape"]), r["whose"], *times])
-    head = "Linears of a few rows, bfloat16, cold weights: µs (share of 4.3 TB/s); cuBLAS's without what is fused around them"
+    share = f"share of {rate / 1e9:.0f} GB/s, a copy's rate here"
+    head = f"Linears of a few rows, bfloat16, cold weights: µs ({share}); cuBLAS's without what is fused around them"
     headers = ["rows", "role", "weight", "whose", "cuBLAS", "best", "chosen"]
     return f"{head}\n{tabulate(rows, headers, disable_numparse=True)}"
 
@@ -397,11 +400,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     compile_all(linears, not args.chosen)
     compile_seconds = time.perf_counter() - start
     command = shlex.join(["python", "benchmarks/gemm.py", *(sys.argv[1:] if argv is None else argv)])
-    data = {"command": command, "machine": machine(), "dtype": "bfloat16", "compile_seconds": compile_seconds, "results": []}
+    rate = bandwidth(DEVICE)
+    data: dict[str, Any] = {"command": command, "machine": machine(), "dtype": "bfloat16", "compile_seconds": compile_seconds}
+    data |= {"bytes_per_second": rate, "results": []}
     for of in tqdm(linears, disable=hidden(), leave=False):
-        data["results"].append(run(of, not args.chosen))
+        data["results"].append(run(of, rate, not args.chosen))
     data["seconds"] = time.perf_counter() - start
-    print(table(data["results"]))
+    print(table(data["results"], rate))
     print(f"{data['seconds']:.0f} s, of which {compile_seconds:.0f} s compiling.")
     if args.json:
         with open(args.json, "w") as f:

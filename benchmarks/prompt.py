@@ -5,7 +5,8 @@
 Attention is causal, of the 4B model's heads: FlashAttention-2 against cuDNN's, and how long the first call takes of a length that
 the process has not met, which cuDNN plans for. It decides LONG in gdnfuse/kernels/causal_attention.py. Sum and norm are of the 4B
 model's width: gdnfuse's add_rms_norm against what Inductor makes of them for any number of rows, as it compiles a prompt. Medians
-over REPLAYS replays of a CUDA graph, per call, over SETS sets of inputs in turn, so that none is in the L2 cache.
+over REPLAYS replays of a CUDA graph, per call, over SETS sets of inputs in turn, so that none is in the L2 cache. The limit of
+sum and norm moves both inputs and both results once at the rate of a copy, which is measured on the same device.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
-from gdnfuse.bench.measure import machine
+from gdnfuse.bench.measure import bandwidth, machine
 from gdnfuse.dialect import add_rms_norm
 from gdnfuse.kernels import implementations
 from gdnfuse.kernels.causal_attention import CUDNN, FLASH
@@ -86,13 +87,14 @@ def attention(length: int) -> dict[str, Any]:
     return row
 
 
-def norm(rows: int) -> dict[str, Any]:
+def norm(rows: int, rate: float) -> dict[str, Any]:
+    """Of so many rows, and the limit at a rate in bytes per second."""
     sets = [[torch.randn(1, rows, WIDTH, device="cuda").to(BF16) for _ in range(2)] for _ in range(SETS)]
     weight = torch.randn(WIDTH, device="cuda").to(BF16)
     ours = implementations()["add_rms_norm"].op
     theirs = torch.compile(lambda x, residual: add_rms_norm.reference(x, residual, weight, 1e-6, 1.0), dynamic=True)
     own, inductor = (microseconds(f, sets) for f in (lambda x, r: ours(x, r, weight, 1e-6, 1.0), theirs))
-    return {"rows": rows, "gdnfuse_us": own, "inductor_us": inductor, "limit_us": 4 * 2 * rows * WIDTH / 4.3e6}
+    return {"rows": rows, "gdnfuse_us": own, "inductor_us": inductor, "limit_us": 1e6 * 4 * 2 * rows * WIDTH / rate}
 
 
 @torch.no_grad()
@@ -103,13 +105,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         parser.error("a CUDA device is needed")
     torch.manual_seed(0)
-    results: dict[str, list[dict[str, Any]]] = {"attention": [attention(n) for n in LENGTHS], "norm": [norm(n) for n in LENGTHS]}
+    rate = bandwidth("cuda")
+    results: dict[str, list[dict[str, Any]]] = {"attention": [attention(n) for n in LENGTHS]}
+    results["norm"] = [norm(n, rate) for n in LENGTHS]
     for rows in results.values():
         print(tabulate([{k: f"{x:.4g}" for k, x in row.items()} for row in rows], "keys", disable_numparse=True), end="\n\n")
+    print(f"The limit is at {rate / 1e9:.0f} GB/s, a copy's rate here.")
     if args.json:
         command = shlex.join(["python", "benchmarks/prompt.py", *(sys.argv[1:] if argv is None else argv)])
         with open(args.json, "w") as f:
-            json.dump({"command": command, "machine": machine(), "dtype": "bfloat16", "results": results}, f, indent=1)
+            data = {"command": command, "machine": machine(), "dtype": "bfloat16", "bytes_per_second": rate, "results": results}
+            json.dump(data, f, indent=1)
     return 0
 
 

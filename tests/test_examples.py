@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 import gdnfuse
+from gdnfuse.bench import measure
 from tests.models import zoo
 
 ROOT = Path(__file__).parent.parent
@@ -115,6 +117,7 @@ def workers(monkeypatch, capsys):
         return json.loads(capsys.readouterr().out.strip().rsplit("\n", 1)[-1])
 
     monkeypatch.setitem(sys.modules, "fla", None)  # as a worker sets it, and restored
+    monkeypatch.setitem(measure.COPIED, "cpu", 2**20)
     monkeypatch.setattr(workers, "spawn", spawn)
     return workers
 
@@ -134,8 +137,67 @@ def test_decode_benchmark(workers, tmp_path, monkeypatch, capsys):
     assert "3/3 GDN layers fused" in result["sides"][1]["summary"]
     for row in result["sides"]:
         assert row["tokens_per_second"] == pytest.approx(2 * 1e3 / row["ms"])
+    weights, states, rate = (result[name] for name in ("weight_bytes", "state_bytes", "bytes_per_second"))
+    assert result["limit_ms"] == pytest.approx(1e3 * weights / rate)
+    assert result["limit_with_states_ms"] == pytest.approx(1e3 * (weights + states) / rate)
+    recurrent = 2 * 3 * 2 * 4 * 32 * 32 * 4  # both ways, layers, sequences, heads, sizes of a head, bytes
+    assert recurrent < states < 2 * recurrent
     out = capsys.readouterr().out
-    assert "ms per step" in out and "tokens/s" in out
+    assert "ms per step" in out and "tokens/s" in out and f"{rate / 1e9:.0f} GB/s, a copy's rate here" in out
+    assert "second process" not in out
+
+
+def test_decode_benchmark_starts_a_second_process_that_finds_the_caches(workers, tmp_path, monkeypatch, capsys):
+    decode, file, found = importlib.import_module("decode"), tmp_path / "figures.json", []
+
+    def compiled(side, model, mode):
+        folder = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+        found.append((side, folder.name, [p.name for p in folder.iterdir()] if folder.exists() else []))
+        folder.mkdir(exist_ok=True)
+        (folder / "code").touch()
+        return quickly_compiled(side, model, mode)
+
+    monkeypatch.setattr(decode, "compiled", compiled)
+    assert decode.main([*BENCHMARK, "--sides", "eager,gdnfuse", "--second", "--json", str(file)]) == 0
+    eager, ours = json.loads(file.read_text())["results"][0]["sides"]
+    assert "second_first_call_seconds" not in eager and ours["second_first_call_seconds"] > 0 and ours["ms"]
+    assert found[1:] == [("gdnfuse", "caches_gdnfuse", []), ("gdnfuse", "caches_gdnfuse", ["code"])]
+    assert found[0][0] == "eager" and found[0][2] == [] and "second process (s)" in capsys.readouterr().out
+
+
+def test_decode_benchmark_starts_no_second_process_on_caches_of_one_that_failed(workers, tmp_path, monkeypatch, capsys):
+    decode, file = importlib.import_module("decode"), tmp_path / "figures.json"
+
+    def compiled(side, model, mode):
+        sys.exit("It ran out of memory.")
+
+    monkeypatch.setattr(decode, "compiled", compiled)
+    assert decode.main([*BENCHMARK, "--sides", "gdnfuse", "--second", "--json", str(file)]) == 1
+    (row,) = json.loads(file.read_text())["results"][0]["sides"]
+    assert row == {"side": "gdnfuse", "failed": "It ran out of memory.", "second_failed": "The first process left no caches."}
+    assert "No second process reported of tiny, gdnfuse: The first process left no caches." in capsys.readouterr().err
+
+
+def test_decode_benchmark_ends_a_side_that_takes_too_long(monkeypatch, tmp_path, capsys):
+    decode, workers = importlib.import_module("decode"), importlib.import_module("gdnfuse.bench.workers")
+    given = []
+
+    def spawn(program, side, model, argv, folder, say, timeout):
+        given.append((side, timeout))
+        return {"side": side, "failed": "no"}
+
+    monkeypatch.setattr(workers, "spawn", spawn)
+    assert decode.main([*BENCHMARK, "--sides", "eager", "--timeout", "7"]) == 1
+    assert given == [("reference", 7.0)]
+
+
+@pytest.mark.parametrize(("mode", "graphs"), [("reduce-overhead", True), ("default", False)])
+def test_decode_benchmark_takes_the_best_of_inductor(mode, graphs, monkeypatch):
+    decode, given = importlib.import_module("decode"), []
+    monkeypatch.setattr(torch, "compile", lambda model, **how: given.append(how))
+    decode.compiled("max-autotune", torch.nn.Identity(), mode)
+    options = {"max_autotune": True, "coordinate_descent_tuning": True, "triton.cudagraphs": graphs}
+    assert given == [{"options": options, "fullgraph": True}]
 
 
 def test_decode_benchmark_refuses_a_wrong_side(workers, monkeypatch, capsys):
@@ -297,9 +359,10 @@ def test_gemm_benchmark_adds_up_the_parts_of_several_rows(role, monkeypatch):
 
     monkeypatch.setattr(gemm.few_rows_linear, "launch_with", kernel)
     _stub_sweep(gemm, monkeypatch, configs)
-    result = gemm.run(of)
+    result = gemm.run(of, 2e12)
+    assert result["limit_us"] == pytest.approx(2 * 48 * 256 / 2e6)
     assert result["rows"] == 3 and result["wrong"] == ["32×64×4×2×4×0"]
-    assert list(result["configs_us"]) == ["32×64×4×2×1×0", "32×64×4×2×2×0"] and "nobody" in gemm.table([result])
+    assert list(result["configs_us"]) == ["32×64×4×2×1×0", "32×64×4×2×2×0"] and "nobody" in gemm.table([result], 2e12)
 
 
 def _stub_sweep(gemm, monkeypatch, configs):
@@ -328,11 +391,12 @@ def test_gemm_benchmark_reports_no_speed_of_a_wrong_config(role, monkeypatch):
     configs = [(8, 256, 4, 4), (4, 256, 4, 0), (2, 256, 2, 0)]
     monkeypatch.setattr(gemm, "run_with", kernel)
     _stub_sweep(gemm, monkeypatch, configs)
-    result = gemm.run(of)
+    result = gemm.run(of, 2e12)
     wrong = 2 if role == "conv" else 1
     assert result["wrong"] == [gemm.label(c) for c in configs[:wrong]]
     assert result["configs_us"] == {gemm.label(c): float(result["copies"]) for c in configs[wrong:]} and result["copies"] > 1
-    assert f"{result['copies']:.2f}" in gemm.table([result])
+    table = gemm.table([result], 2e12)
+    assert f"{result['copies']:.2f}" in table and "2000 GB/s, a copy's rate here" in table
 
 
 @pytest.mark.parametrize("state", ["float32", "bfloat16"])
@@ -341,12 +405,12 @@ def test_mixer_benchmark_reports_no_speed_of_a_wrong_side(factor, state, monkeyp
     mixer = importlib.import_module("mixer")
     op = SimpleNamespace(op=lambda *args: factor * mixer.mixer_decode.reference(*args))
     _stub_mixer(mixer, monkeypatch, {"mixer_decode": op})
-    result = mixer.run_batch(1, ["mixer_decode"], mixer.STATES[state])
+    result = mixer.run_batch(1, ["mixer_decode"], 2e12, mixer.STATES[state])
     (row,) = result["sides"]
     assert ("us" in row) == (factor == 1.0) and (row["error"] > 0.05) == (factor != 1.0)
-    assert ("refused: wrong" in mixer.table([result])) == (factor != 1.0)
+    assert ("refused: wrong" in mixer.table([result], 2e12)) == (factor != 1.0)
     assert result["mark_us"] == (4 if state == "float32" else None)
-    assert result["limit_us"] == pytest.approx(2 * 32 * 128 * 128 * (4 if state == "float32" else 2) / 4.3e6)
+    assert result["limit_us"] == pytest.approx(2 * 32 * 128 * 128 * (4 if state == "float32" else 2) / 2e6)
 
 
 def _stub_mixer(mixer, monkeypatch, implementations):
@@ -372,7 +436,7 @@ def test_mixer_benchmark_of_the_rule_with_and_without_its_norm(overlap, monkeypa
 
     monkeypatch.setattr(delta_rule, "launch_gated", gated)
     _stub_mixer(mixer, monkeypatch, {"packed_decode": SimpleNamespace(launch=rule)})
-    result = mixer.run_batch(2, ["packed_decode", "packed_decode_gated"], torch.bfloat16, overlap)
+    result = mixer.run_batch(2, ["packed_decode", "packed_decode_gated"], 2e12, torch.bfloat16, overlap)
     assert all("us" in row for row in result["sides"])
     assert given and all(options == ({"overlap": True} if overlap else {}) for options in given)
 
@@ -432,6 +496,13 @@ def test_plots_tell_where_they_were_measured():
     plot = importlib.import_module("plot")
     text = plot.caption({"machine": MACHINE}, ["bfloat16", "", "batch 1"])
     assert text == "Some GPU; bfloat16; batch 1\ntorch 2.0, transformers 5.0"
+
+
+def test_plots_tell_at_which_rate_their_limits_are():
+    plot = importlib.import_module("plot")
+    assert plot.rate({"results": [{}, {}]}) == "4.3 TB/s"
+    assert plot.rate({"results": [{}, {"bytes_per_second": 2.913e12}]}) == "2913 GB/s, measured with a copy"
+    assert plot.rate({"bytes_per_second": 4.29e12, "results": [{}]}) == "4290 GB/s, measured with a copy"
 
 
 def test_plots_need_matplotlib(tmp_path, monkeypatch, capsys):
