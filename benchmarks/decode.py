@@ -90,6 +90,12 @@ def compiled(side: str, model: torch.nn.Module, mode: str | None) -> Callable[..
     return torch.compile(model, backend=side, mode=mode, fullgraph=True)
 
 
+def aligned(tokens: torch.Tensor) -> torch.Tensor:
+    """Tokens [steps, B, 1] of which each step's start where an allocation might: others Inductor copies before each step."""
+    rows = torch.empty(len(tokens), -(-tokens.shape[1] // 2) * 2, 1, dtype=tokens.dtype, device=tokens.device)
+    return rows[:, : tokens.shape[1]].copy_(tokens)
+
+
 def logits(model: torch.nn.Module, args: argparse.Namespace, tokens: torch.Tensor) -> torch.Tensor:
     """Eager logits of the steps that are compared."""
     decode = Decoder(model, model, prompt_of(args, tokens), CHECKED)
@@ -165,42 +171,56 @@ def run_side(worker: str, name: str, args: argparse.Namespace, folder: Path) -> 
     if side == "fla":
         row["fla"] = fla_version()
     shared = torch.load(folder / SHARED, map_location="cpu")
-    tokens, expected = shared["tokens"].to(device), shared["expected"]
-    steps = EAGER_STEPS if side in ("eager", "fla") else args.steps
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     with caches(kept):
-        step = compiled(side, model, args.mode)
-        decode = Decoder(model, step, prompt_of(args, tokens), room(args), dynamic=args.cache == "dynamic")
-        synchronize(device)
-        start = time.perf_counter()
-        first = decode(tokens[args.prompt]).float().cpu()
-        compile_seconds = time.perf_counter() - start
-        rest = [decode(t).float().cpu() for t in tokens[args.prompt + 1 : args.prompt + CHECKED]]
-        got = torch.stack([first, *rest])
-        found = right(got, expected, shared["eager_error"])
-        row |= {
-            "first_call_seconds": compile_seconds,
-            **found,
-            "summary": gdnfuse.reports()[-1].summary() if gdnfuse.reports() else "",
-        }
+        decode, tokens, found = checked(side, model, args, shared, room(args))
+        row |= found
         if kept:
             complete.touch()
         if found["right"] and worker == side:
-            at = args.prompt + CHECKED
-            for t in tokens[at : at + args.warmup]:
-                decode(t)
-            synchronize(device)
-            times = time_steps(decode, tokens[at + args.warmup : at + args.warmup + steps], device)
-            deciles = statistics.quantiles(times, n=10, method="inclusive")
-            ms = statistics.median(times)
-            row |= {"ms": ms, "ms_p10": deciles[0], "ms_p90": deciles[-1], "steps": steps}
-            row["tokens_per_second"] = 1e3 * args.batch / ms
+            row |= timed(decode, args, tokens, EAGER_STEPS if side in ("eager", "fla") else args.steps)
             if device == "cuda":
                 row["kernels_per_step"] = kernels(decode, tokens[:PROFILED])
     if device == "cuda":
         row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     return row
+
+
+def checked(
+    side: str, model: torch.nn.Module, args: argparse.Namespace, shared: dict[str, Any], room: int
+) -> tuple[Decoder, torch.Tensor, dict[str, Any]]:
+    """A side's decode after the steps that are compared, the tokens, and of its row what these steps say.
+
+    Args:
+        side, model, args: as of `run_side`.
+        shared: what `reference` left.
+        room: tokens that it will decode in all.
+    """
+    tokens = aligned(shared["tokens"].to(args.device))
+    step = compiled(side, model, args.mode)
+    decode = Decoder(model, step, prompt_of(args, tokens), room, dynamic=args.cache == "dynamic")
+    synchronize(args.device)
+    start = time.perf_counter()
+    first = decode(tokens[args.prompt]).float().cpu()
+    seconds = time.perf_counter() - start
+    rest = [decode(t).float().cpu() for t in tokens[args.prompt + 1 : args.prompt + CHECKED]]
+    found = right(torch.stack([first, *rest]), shared["expected"], shared["eager_error"])
+    summary = gdnfuse.reports()[-1].summary() if gdnfuse.reports() else ""
+    return decode, tokens, {"first_call_seconds": seconds, **found, "summary": summary}
+
+
+def timed(decode: Decoder, args: argparse.Namespace, tokens: torch.Tensor, steps: int) -> dict[str, Any]:
+    """Of a row what so many steps say, behind those that are compared and some that are not counted."""
+    at = args.prompt + CHECKED
+    for t in tokens[at : at + args.warmup]:
+        decode(t)
+    synchronize(args.device)
+    times = time_steps(decode, tokens[at + args.warmup : at + args.warmup + steps], args.device)
+    deciles = statistics.quantiles(times, n=10, method="inclusive")
+    ms = statistics.median(times)
+    figures = {"ms": ms, "ms_p10": deciles[0], "ms_p90": deciles[-1], "steps": steps}
+    return figures | {"tokens_per_second": 1e3 * args.batch / ms}
 
 
 def kernels(decode: Callable[[torch.Tensor], torch.Tensor], tokens: torch.Tensor) -> float:

@@ -267,6 +267,13 @@ def test_decode_benchmark_widens_one_layer_after_another():
     assert {p.dtype for p in model.get_decoder().layers.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_tokens_of_each_step_are_aligned(batch):
+    decode, tokens = importlib.import_module("decode"), torch.arange(5 * batch).view(5, batch, 1)
+    found = decode.aligned(tokens)
+    assert torch.equal(found, tokens) and all(step.data_ptr() % 16 == 0 and step.is_contiguous() for step in found)
+
+
 def test_weight_bytes_counts_what_a_step_reads():
     decode = importlib.import_module("decode")
     model = decode.build("tiny", torch.float32, "cpu")
