@@ -66,7 +66,7 @@ CHECKED = 8  # steps whose logits are compared
 PROFILED = 2  # steps whose kernels are counted
 EAGER_STEPS = 16  # timed of the sides that are not compiled
 LIMITS = ("limit_ms", "limit_with_states_ms")
-SHARED = "reference.pt"  # tokens and logits that all sides of a model share
+SHARED = "reference.pt"  # tokens, logits and a copy's rate that all sides of a model share
 
 
 def build(name: str, dtype: torch.dtype, device: str) -> torch.nn.Module:
@@ -140,7 +140,8 @@ def reference(name: str, args: argparse.Namespace, folder: Path) -> dict[str, An
     widen(model)
     expected = logits(model, args, tokens)
     eager_error = difference(eager, expected)
-    torch.save({"tokens": tokens, "expected": expected, "eager_error": eager_error}, folder / SHARED)
+    shared = {"tokens": tokens, "expected": expected, "eager_error": eager_error, "bytes_per_second": rate}
+    torch.save(shared, folder / SHARED)
     return {"machine": machine(), "facts": {**facts, "eager_error": eager_error}}
 
 
