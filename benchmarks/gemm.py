@@ -53,8 +53,8 @@ from tqdm import tqdm
 
 from gdnfuse.bench.measure import bandwidth, machine
 from gdnfuse.dialect import fused_linear, in_proj_conv
-from gdnfuse.kernels import few_rows_linear, skinny_linear
-from gdnfuse.kernels.linear_configs import FewRowsConfig, few_rows_config, split
+from gdnfuse.kernels import few_rows_hopper, few_rows_linear, skinny_linear
+from gdnfuse.kernels.linear_configs import STEP, FewRowsConfig, RingConfig, few_rows_config, ring_config, rings, split
 from gdnfuse.progress import hidden
 
 ROLES = ("conv", "norm", "gate", "swiglu", "plain")
@@ -134,15 +134,25 @@ SHARED = range(30 * 1024, 150 * 1024 + 1)  # bytes of shared memory per program:
 PROGRAMS = range(SM // 4, 4 * SM + 1)  # where the columns are split: fewer are idle, more are not worth the sum
 LEAST = 8  # columns of a product on tensor cores, so that fewer rows are as many
 
-Config = skinny_linear.Config | FewRowsConfig
+# For a ring of shared memory: programs per multiprocessor, tiles per program, stages; bytes of shared memory per program at most.
+PROGRAMS_PER_SM, RING_TILES, RING_STAGES, RING_BYTES = (1, 2), (1, 2, 3), (2, 3, 4, 6, 8), 220 * 1024
+
+Config = skinny_linear.Config | FewRowsConfig | RingConfig
+
+
+def on_a_ring() -> bool:
+    """Whether there is few_rows_hopper on this machine."""
+    return torch.cuda.is_available() and rings(torch.empty(0, dtype=torch.bfloat16, device=DEVICE))
 
 
 def chosen(of: Linear) -> Config:
     """The config that a decode step takes."""
     if of.sequences == 1:
         return skinny_linear.config(of.role, of.columns)
-    size = of.rows, of.columns, of.sequences
-    return few_rows_config(*size[1:], swiglu=True) if of.role == "swiglu" else few_rows_config(*size[1:], parts=split(*size))
+    ring = on_a_ring()
+    parts = 1 if of.role == "swiglu" else split(of.rows, of.columns, of.sequences, ring)
+    taken = ring_config(of.outputs, of.columns, of.role == "swiglu", parts) if ring else None
+    return taken or few_rows_config(of.columns, of.sequences, of.role == "swiglu", parts)
 
 
 def configs(of: Linear, sweep: bool = True) -> Iterator[Config]:
@@ -151,7 +161,7 @@ def configs(of: Linear, sweep: bool = True) -> Iterator[Config]:
     yield first
     if not sweep:
         return
-    others = one_row_configs(of) if of.sequences == 1 else few_rows_configs(of)
+    others = one_row_configs(of) if of.sequences == 1 else itertools.chain(ring_configs(of), few_rows_configs(of))
     yield from (config for config in others if config != first)
 
 
@@ -165,6 +175,20 @@ def few_rows_configs(of: Linear) -> Iterator[FewRowsConfig]:
             continue
         for early in (False, True):
             yield FewRowsConfig(tile, step, warps, stages, parts, early)
+
+
+def ring_configs(of: Linear) -> Iterator[RingConfig]:
+    """One or two programs per multiprocessor, with equally many rows each."""
+    if not on_a_ring():
+        return
+    most, width = 32 if of.role == "swiglu" else 64, max(LEAST, triton.next_power_of_2(of.sequences))
+    sizes = itertools.product(PROGRAMS_PER_SM, RING_TILES, RING_STAGES, PARTS if of.role == "plain" else (1,))
+    for per_sm, tiles, stages, parts in sizes:
+        live = -(-of.outputs // (per_sm * SM // parts * tiles))
+        if of.columns % (STEP * parts) or stages > of.columns // parts // STEP + 1 or not most // 4 <= live <= most:
+            continue
+        if 2 * STEP * stages * (64 * tiles + width) * per_sm <= RING_BYTES:
+            yield RingConfig(tiles, live, stages, parts)
 
 
 def one_row_configs(of: Linear) -> Iterator[skinny_linear.Config]:
@@ -219,6 +243,8 @@ def fill(x: torch.Tensor, sets: Sequence[dict[str, Any]]) -> None:
 
 def run_with(config: Config, x: torch.Tensor, each: dict[str, Any]) -> torch.Tensor:
     """The kernel as a decode step launches it."""
+    if isinstance(config, RingConfig):
+        return few_rows_hopper.launch_with(config, x, overlap=True, **each)
     if isinstance(config, FewRowsConfig):
         return few_rows_linear.launch_with(config, x, overlap=True, **each)
     return skinny_linear.launch_with(config, x, overlap=True, **each)
@@ -236,8 +262,8 @@ class Ahead:
 
 def compile_all(linears: Sequence[Linear], sweep: bool) -> None:
     """Compile every kernel of the sweep ahead, side by side; linears of equal role and width mostly share theirs."""
-    patches = [mock.patch.object(module, "kernel_of", Ahead) for module in (skinny_linear, few_rows_linear)]
-    with ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool), patches[0], patches[1]:
+    patches = [mock.patch.object(module, "kernel_of", Ahead) for module in (skinny_linear, few_rows_linear, few_rows_hopper)]
+    with ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool), patches[0], patches[1], patches[2]:
         for of in linears:
             x, sets = operands(of, 1)
             for config in configs(of, sweep):

@@ -352,6 +352,22 @@ def test_gemm_benchmark_sweeps_configs_of_several_rows(rows):
             assert (c.BM + max(8, rows)) * c.BK * 2 * c.stages <= 150 * 1024
 
 
+@pytest.mark.parametrize("rows", [2, 32])
+def test_gemm_benchmark_sweeps_rings_where_there_are_some(rows, monkeypatch):
+    gemm = importlib.import_module("gemm")
+    monkeypatch.setattr(gemm, "on_a_ring", lambda: True)
+    for of in (linear.of_rows(rows) for linear in gemm.LINEARS):
+        configs = list(gemm.configs(of))
+        assert configs[0] == gemm.chosen(of) and isinstance(configs[0], gemm.RingConfig) == ("head" not in of.whose), of
+        found = [c for c in configs if isinstance(c, gemm.RingConfig)]
+        assert len(configs) == len({*configs}) and (len(found) > 2 or "head" in of.whose), of
+        assert any(isinstance(c, gemm.FewRowsConfig) for c in configs), of
+        for tiles, live, stages, parts in found:
+            steps, rest = divmod(of.columns, gemm.STEP * parts)
+            assert rest == 0 and stages <= steps + 1 and live <= (32 if of.role == "swiglu" else 64)
+            assert 2 * gemm.STEP * stages * (64 * tiles + max(8, rows)) <= 220 * 1024
+
+
 @pytest.mark.parametrize("role", ["swiglu", "plain"])
 def test_gemm_benchmark_adds_up_the_parts_of_several_rows(role, monkeypatch):
     gemm = importlib.import_module("gemm")

@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from gdnfuse.kernels import few_rows_hopper
 from gdnfuse.kernels.implementation import kernel_of, overlap_options
-from gdnfuse.kernels.linear_configs import FewRowsConfig, few_rows_config
+from gdnfuse.kernels.linear_configs import FewRowsConfig, few_rows_config, ring_config
 
 # Operands of products, by the weight's dtype.
 OPERANDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -98,6 +99,9 @@ def launch_with(
 
 
 def launch(x: torch.Tensor, weight: torch.Tensor, swiglu: bool = False, parts: int = 1, overlap: bool = False) -> torch.Tensor:
-    """`launch_with` the config for the weight's shape and the number of rows."""
-    N = weight.shape[1]
-    return launch_with(few_rows_config(N, x.numel() // N, swiglu, parts, weight.dtype), x, weight, swiglu, overlap)
+    """`launch_with` the config for the weight's shape and the number of rows, or few_rows_hopper in its place."""
+    M, N = weight.shape[0] // (2 if swiglu else 1), weight.shape[1]
+    rows = x.reshape(-1, N)
+    if (ring := ring_config(M, N, swiglu, parts)) and few_rows_hopper.supports_here(rows, weight):
+        return few_rows_hopper.launch_with(ring, x, weight, swiglu, overlap)
+    return launch_with(few_rows_config(N, rows.shape[0], swiglu, parts, weight.dtype), x, weight, swiglu, overlap)

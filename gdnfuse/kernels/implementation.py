@@ -24,7 +24,7 @@ POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp
 INDEX_POINTERS = {torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*i1"}
 MAX_HEAD_DIM = 256
 # Constexprs by which a kernel shares out its work: tiles, steps, parts.
-SHARES = ("R", "BM", "BN", "BK", "BV", "BB", "BD", "BL", "SPLITS", "STAGES", "EARLY", "AHEAD", "LOOP")
+SHARES = ("R", "BM", "BN", "BK", "BV", "BB", "BD", "BL", "TILES", "SPLITS", "STAGES", "EARLY", "AHEAD", "LOOP")
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,48 @@ class FewRowsConfig(NamedTuple):
     early: bool
 
 
+class RingConfig(NamedTuple):
+    """Tiles per program, rows of the weight in a tile (of gate and of up each with SwiGLU), steps in the ring, parts of the
+    columns."""
+
+    tiles: int
+    live: int
+    stages: int
+    parts: int
+
+
+STEP = 128  # columns
+TILE = 64  # rows of the weight
+MOST_TILES = 3  # of a program; more need more shared memory than there is
+WAVES = 2  # of programs; weights with more rows, as the head's, stream as fast without a ring
+LEAST_ROWS = 16  # of a program: x is copied anew for each
+SPLIT_ROWS = 48  # of a program at most where columns are split
+
+
+def rings(weight: torch.Tensor) -> bool:
+    """Whether a weight is on a GPU, and of a dtype, for which there is few_rows_hopper."""
+    half = weight.dtype in (torch.bfloat16, torch.float16)
+    return half and weight.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(weight.device)[0] == 9
+
+
+def ring_config(M: int, N: int, swiglu: bool = False, parts: int = 1) -> RingConfig | None:
+    """The config of few_rows_hopper for a weight [M, N], with `swiglu` [2·M, N], or None where few_rows_linear does better.
+
+    Every multiprocessor gets as many rows as any other: one program that has them, or two where the columns are split.
+    """
+    if N % (STEP * parts):
+        return None
+    rows = TILE // 2 if swiglu else TILE
+    programs = 2 * MULTIPROCESSORS // parts if parts > 1 else MULTIPROCESSORS * -(-M // (MULTIPROCESSORS * MOST_TILES * rows))
+    if programs > WAVES * MULTIPROCESSORS:
+        return None
+    each = max(-(-M // programs), LEAST_ROWS)
+    tiles = -(-each // rows)
+    if tiles > MOST_TILES:
+        return None
+    return RingConfig(tiles, -(-each // tiles), min(3 if tiles > 2 else 4, N // parts // STEP + 1), parts)
+
+
 def few_rows_config(
     N: int, rows: int, swiglu: bool = False, parts: int = 1, dtype: torch.dtype = torch.bfloat16
 ) -> FewRowsConfig:
@@ -62,13 +104,21 @@ def few_rows_config(
     return config._replace(BK=block)
 
 
-def split(M: int, N: int, rows: int) -> int:
+def split(M: int, N: int, rows: int, ring: bool = False) -> int:
     """Into how many parts the columns of a weight [M, N] go, so that there are programs enough to stream it.
 
-    That number of them which leaves multiprocessors idle least while the last ones run; of equals the largest.
+    That number of them which leaves multiprocessors idle least while the last ones run; of equals the largest. For a ring, whose
+    programs need not take whole tiles, the largest with which they have few rows.
     """
+    if not 1 < rows <= MAX_ROWS:
+        return 1
+    if ring:
+        if M >= MULTIPROCESSORS * TILE // 2:
+            return 1
+        whole = [n for n in PARTS if N % (STEP * n) == 0 and N >= 2 * STEP * n]
+        return next((n for n in whole if -(-M // (2 * MULTIPROCESSORS // n)) <= SPLIT_ROWS), 1)
     tiles, step = -(-M // 64), 256 if rows <= 8 else 128
-    if not 1 < rows <= MAX_ROWS or tiles >= FILLED:
+    if tiles >= FILLED:
         return 1
     valid = [n for n in PARTS if N % (step * n) == 0 and N >= 2 * step * n and tiles * n <= MOST]
     idle = {n: round(-(-tiles * n // MULTIPROCESSORS) * MULTIPROCESSORS / (tiles * n), 2) for n in valid}

@@ -15,7 +15,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, StatefulSymbolicCo
 
 from gdnfuse import kernels
 from gdnfuse.dialect import add_rms_norm, causal_attention, op_of, packed_linear
-from gdnfuse.kernels.linear_configs import split
+from gdnfuse.kernels.linear_configs import rings, split
 from gdnfuse.packing import PackedWeight, pack, settle
 from gdnfuse.report import Record, Refused
 from gdnfuse.rewrite.driver import infer, recorded
@@ -119,7 +119,7 @@ def _parts(call: dict[str, Any]) -> int:
         return 1
     x, (weight,) = value(call["x"]), map(value, call["weights"])
     known = weight.dim() == 2 and all(isinstance(n, int) for n in (*x.shape, *weight.shape))
-    return split(*weight.shape, x.shape[:-1].numel()) if known else 1
+    return split(*weight.shape, x.shape[:-1].numel(), rings(weight)) if known else 1
 
 
 def _add_up(node: Node, parts: int, dtype: torch.dtype) -> None:

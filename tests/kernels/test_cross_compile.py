@@ -15,8 +15,8 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from gdnfuse.dialect.mixer_decode import layout, part_sizes
-from gdnfuse.kernels import chunk_scan_hopper, implementations
-from gdnfuse.kernels.linear_configs import few_rows_config, split
+from gdnfuse.kernels import chunk_scan_hopper, few_rows_hopper, implementations
+from gdnfuse.kernels.linear_configs import few_rows_config, ring_config, split
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -190,6 +190,34 @@ def test_the_hopper_scan_does_not_spill(columns, slots, varlen, tmp_path, record
     usage = resources(compiled.asm["cubin"], tmp_path)
     record_property("resources", str(usage))
     assert (usage["STACK"], usage["LOCAL"]) == (0, 0), f"{usage}"
+
+
+# SwiGLU or not × M × N × parts of the columns, of a few rows: one, two and three tiles, with and without parts, and a short ring.
+RINGS = [
+    *((False, *size, 1) for size in ((8224, 1024), (12352, 2560), (25000, 5120))),
+    *((True, *size, 1) for size in ((3584, 1024), (9216, 2560))),
+    *((False, *size) for size in ((2560, 4096, 4), (256, 256, 2))),
+]
+
+
+@pytest.mark.parametrize("rows", [8, 32])
+@pytest.mark.parametrize(("swiglu", "m", "n", "parts"), RINGS)
+def test_the_ring_of_weights_is_full_before_the_wait_and_nothing_spills(swiglu, m, n, parts, rows, tmp_path, record_property):
+    kernel, (tiles, _, stages, _) = few_rows_hopper.few_rows_hopper_kernel, ring_config(m, n, swiglu, parts)
+    constexprs = {"SWIGLU": swiglu, "TILES": tiles, "BB": rows, "STAGES": stages, "OVERLAP": True, "num_warps": 4}
+    pointers = {"x_ptr": "*bf16", "weight_ptr": "*bf16", "out_ptr": "*fp32" if parts > 1 else "*bf16"}
+    signature = dict.fromkeys(kernel.arg_names, "i32") | pointers | dict.fromkeys(constexprs, "constexpr")
+    aligned = (*pointers, "stride_xb", "stride_wm")
+    attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name in aligned}
+    source = GluonASTSource(kernel, signature, constexprs, attrs)
+    compiled = triton.compile(source, target=TARGETS["sm_90"], options={"num_warps": 4, "launch_pdl": True})
+    usage = resources(compiled.asm["cubin"], tmp_path)
+    record_property("resources", str(usage))
+    assert (usage["STACK"], usage["LOCAL"]) == (0, 0), f"{usage}"
+    assert compiled.metadata.shared <= 227 * 1024
+    copies = re.findall(r"cp\.async\.c[ag]\S*", before_the_wait(compiled))
+    # 16 bytes by each of 128 threads, of tiles of 64 rows and 128 columns, two bytes each.
+    assert copies == ["cp.async.cg.shared.global"] * (8 * tiles * (stages - 1))
 
 
 def on_hopper(op, *args, **options):

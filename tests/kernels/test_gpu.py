@@ -7,7 +7,7 @@ import kernel_cases
 import pytest
 import torch
 import torch.utils._pytree as pytree
-from kernel_cases import BF16, Case
+from kernel_cases import BF16, F16, Case
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gdnfuse import dialect
@@ -68,7 +68,18 @@ LINEARS += [
     Case("in_proj_conv", "real", kernel_cases.in_proj(12352, 2560, 8192, BF16)),
     Case("in_proj_conv", "real-0.8B", kernel_cases.in_proj(8224, 1024, 6144, BF16)),
 ]
+# Rows of the weight that fill no tile, and no multiprocessor; x's rows in a wider tensor, where 16 bytes are and are not aligned.
 FEW_ROWS = [
+    Case("fused_linear", f"{m}x{n}-{kernel_cases.name(dtype)}", kernel_cases.linear(m, n, dtype, (3, 1), swiglu=swiglu))
+    for m, n, dtype, swiglu in ((1, 128, BF16, False), (4225, 384, BF16, False), (17, 128, BF16, True), (4500, 256, F16, True))
+]
+FEW_ROWS += [
+    Case("split_linear", "129x256", kernel_cases.split(129, 256, 2, BF16, (5, 1))),
+    Case("split_linear", "2559x1024", kernel_cases.split(2559, 1024, 8, F16, (32, 1))),
+    Case("fused_linear", "rows-apart", kernel_cases.linear(300, 512, BF16, (5, 1), wrap=kernel_cases.padded)),
+    Case("fused_linear", "rows-apart-by-3", kernel_cases.linear(300, 512, BF16, (5, 1), wrap=kernel_cases.strided)),
+]
+FEW_ROWS += [
     case
     for rows in (2, 8, 9, 16, 17, 32)
     for case in (
@@ -229,7 +240,7 @@ AHEAD = [c for c in kernel_cases.CASES if str(c) in ("attention_decode-bf16", "a
 AHEAD += [c for c in REAL if c.label == "real-B2" and c.op in ("causal_conv_update", "mixer_decode")]
 
 
-@pytest.mark.parametrize("case", LINEARS[-5:] + FEW_ROWS[4:8] + AHEAD, ids=str)
+@pytest.mark.parametrize("case", LINEARS[-5:] + FEW_ROWS[12:16] + AHEAD, ids=str)
 def test_what_is_compiled_ahead_is_what_is_launched(case):
     implementation, (args, _) = implementations()[case.op], case.call()
     args = pytree.tree_map_only(torch.Tensor, torch.Tensor.cuda, list(args))

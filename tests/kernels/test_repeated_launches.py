@@ -8,7 +8,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gdnfuse.kernels import chunk_scan_hopper, implementations
+from gdnfuse.kernels import chunk_scan_hopper, few_rows_hopper, implementations
 from gdnfuse.kernels.implementation import _stand_in, _standing_in
 from gdnfuse.kernels.replay import Recorded, Replayed
 from gdnfuse.report import Refused
@@ -152,3 +152,30 @@ def test_the_scan_for_hopper(monkeypatch):
     monkeypatch.setattr(chunk_scan_hopper, "_config", lambda *args: (64, 3))
     for T, lengths in ((130, None), (128, None), (130, (1, 64, 65))):
         assert check("chunk_delta_rule", *kernel_cases.chunked(1, T, 2, 4, 128, 128, kernel_cases.BF16, lengths=lengths)())
+
+
+def test_the_ring_for_hopper(monkeypatch):
+    """It takes the place of the other kernel for a few rows where it may, and is repeated as that one is."""
+    monkeypatch.setattr(few_rows_hopper, "supports_here", lambda *args: True)
+    for case, grid in (
+        (kernel_cases.linear(4300, 256, kernel_cases.BF16, (3, 1)), (131, 1)),
+        (kernel_cases.linear(300, 256, kernel_cases.BF16, (3, 1), swiglu=True), (19, 1)),
+        (kernel_cases.split(300, 512, 4, kernel_cases.BF16, (3, 1)), (19, 4)),
+    ):
+        args, kwargs = case()
+        op = "split_linear" if grid[1] > 1 else "fused_linear"
+        noted = []
+        with _standing_in(lambda kernel, noted=noted: Kernel(kernel, noted)):
+            implementations()[op].launch(*args, **kwargs)
+        assert [(name, where) for name, where, *_ in noted] == [("few_rows_hopper_kernel", (*grid, 1))]
+        assert check(op, args, kwargs)
+
+
+@pytest.mark.parametrize(("rows", "apart", "taken"), [(3, 512, True), (3, 528, True), (3, 520, False), (3, 515, False)])
+def test_the_ring_takes_rows_whose_sixteen_bytes_are_together(rows, apart, taken, monkeypatch):
+    monkeypatch.setattr(few_rows_hopper, "rings", lambda weight: True)
+    x = torch.empty(rows, apart, dtype=torch.bfloat16)[:, :512]
+    weight = torch.empty(300, 512, dtype=torch.bfloat16)
+    assert few_rows_hopper.supports_here(x, weight) == taken
+    shifted = torch.empty(300 * 512 + 1, dtype=torch.bfloat16)[1:].view(300, 512)
+    assert not few_rows_hopper.supports_here(x, shifted) and not few_rows_hopper.supports_here(x.half(), weight)

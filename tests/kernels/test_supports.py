@@ -3,6 +3,7 @@
 import itertools
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import kernel_cases
 import pytest
@@ -12,7 +13,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 from gdnfuse import dialect
 from gdnfuse.kernels import implementations, linear_configs
-from gdnfuse.kernels.linear_configs import few_rows_config, split
+from gdnfuse.kernels.linear_configs import few_rows_config, ring_config, split
 from gdnfuse.report import Refused
 
 
@@ -208,6 +209,52 @@ def test_parts_fill_the_columns_and_the_device(rows):
             config = few_rows_config(N, rows, parts=parts, dtype=dtype)
             assert config.parts == parts and N % (config.BK * parts) == 0 and N // parts >= 2 * config.BK
     assert {1024, 2560} <= split_at_all and not {12352, 248320} & split_at_all
+
+
+def test_a_ring_shares_rows_out_equally():
+    """Every row is some program's, no program is idle, and where there are rows enough the multiprocessors have about as many."""
+    taken = set()
+    for M, N, swiglu in itertools.product((*MS, 3584, 9216, 12288, 16480, 17408), NS, (False, True)):
+        for parts in {1, split(M, N, 8, ring=True)} if not swiglu else {1}:
+            ring = ring_config(M, N, swiglu, parts)
+            if ring is None:
+                assert N % (128 * parts) or M > 2 * 132 * 3 * (32 if swiglu else 64)
+                continue
+            taken.add(M)
+            each = ring.tiles * ring.live
+            programs = -(-M // each) * parts
+            assert ring.parts == parts and ring.live <= (32 if swiglu else 64) and ring.tiles <= 3
+            assert (-(-M // each) - 1) * each < M and programs <= 2 * 132
+            assert 2 <= ring.stages <= N // parts // 128 + 1 and 2 * 128 * ring.stages * (64 * ring.tiles + 32) <= 220 * 1024
+            if parts == 1 and M >= 132 * 16:
+                waves = -(-programs // 132)
+                assert M / (132 * waves) > 0.9 * each - 3
+    assert taken == {*MS, 3584, 9216, 12288, 16480, 17408} - {248320}
+
+
+@pytest.mark.parametrize("rows", ROWS[1:])
+def test_parts_of_a_ring_have_few_rows_and_whole_steps(rows):
+    for M, N in itertools.product(MS, NS):
+        parts = split(M, N, rows, ring=True)
+        if parts > 1:
+            assert N % (128 * parts) == 0 and N // parts >= 256 and M < 132 * 32
+            ring = ring_config(M, N, False, parts)
+            assert ring.tiles == 1 and ring.live <= 48
+            assert few_rows_config(N, rows, parts=parts, dtype=BF16).parts == parts  # for rows that are not aligned
+    assert split(2560, 9216, rows, ring=True) == 4 and split(12352, 2560, rows, ring=True) == 1
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "hip", "taken"),
+    [((9, 0), BF16, None, True), ((9, 0), torch.float16, None, True), ((9, 0), torch.float32, None, False)]
+    + [((8, 0), BF16, None, False), ((10, 0), BF16, None, False), ((9, 4), BF16, "6.0", False)],
+)
+def test_rings_are_for_half_precision_on_hopper(capability, dtype, hip, taken, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    weight = SimpleNamespace(dtype=dtype, is_cuda=True, device=None)
+    assert linear_configs.rings(weight) == taken
+    assert not linear_configs.rings(torch.empty(1, dtype=dtype))
 
 
 def test_one_row_and_more_than_32_are_not_split():

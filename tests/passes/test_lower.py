@@ -114,7 +114,7 @@ SPLITS = [(2, 1024, 2), (8, 1536, 3), (3, 3584, 7), (9, 512, 2), (32, 1792, 7), 
 
 @pytest.fixture
 def parts(request, monkeypatch):
-    monkeypatch.setattr(lower, "split", lambda M, N, rows: request.param)
+    monkeypatch.setattr(lower, "split", lambda M, N, rows, ring: request.param)
     return request.param
 
 
@@ -197,6 +197,12 @@ def test_a_mixer_reads_what_a_split_linear_gives():
 def test_a_linear_of_few_tiles_is_split(rows, columns):
     graph = Lowered(lambda x, w: F.linear(x, w), of(rows, 1, columns), weight(M, columns)).right()
     assert graph.names == ["split_linear"] and graph.kernels[0].kwargs["parts"] == split(M, columns, rows)
+
+
+def test_where_weights_come_through_a_ring_its_parts_are_taken(monkeypatch):
+    monkeypatch.setattr("gdnfuse.passes.lower.rings", lambda weight: True)
+    graph = Lowered(lambda x, w: F.linear(x, w), of(2, 1, 4096), weight(2560, 4096)).right()
+    assert graph.names == ["split_linear"] and graph.kernels[0].kwargs["parts"] == 4 != split(2560, 4096, 2)
 
 
 WIDE = 64 * FILLED  # rows of a weight with programs enough

@@ -1,0 +1,169 @@
+"""few_rows_linear on Hopper (compute capability 9) for half precision, in Gluon: weights come through a ring in shared memory.
+
+It takes few_rows_linear.py's place, with the same meaning. A program has a range of the weight's rows, in tiles of up to 64, and
+goes over their columns in steps; copies of a step into the ring (cp.async) run several steps ahead of the products (wgmma, the
+weight's rows as the product's rows). Ranges are cut so that every multiprocessor has equally many rows, whatever their number:
+the rows that a tile lacks are neither copied nor stored. The ring is full of weights before the kernel waits for the one that
+makes x; few_rows_linear has one step by then.
+
+Layout: as there; x and weight with rows at multiples of 16 elements. Products and sums are float32; one rounding, to the weight's
+dtype, none for split_linear.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from gdnfuse.kernels.implementation import kernel_of, launching, overlap_options
+from gdnfuse.kernels.linear_configs import STEP, RingConfig, rings
+
+SLICE = gl.constexpr(64)  # columns of half a step: 128 bytes, which the swizzle of shared memory spans
+RING = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
+COPIED = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # of [rows, SLICE]: 16 bytes a thread
+STORED = gl.constexpr(gl.BlockedLayout([1, 1], [32, 1], [1, 4], [0, 1]))  # of [rows of the weight, rows of x]
+SCRATCH = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, order=[0, 1]))
+
+
+@gluon.jit
+def _copy_weights(ring, slot, weight_ptrs, live, step, TILES: gl.constexpr):
+    """Start to copy a step of every tile; two halves of each lie side by side in the ring."""
+    for t in gl.static_range(TILES):
+        for half in gl.static_range(2):
+            tile = ring.index((slot * TILES + t) * 2 + half)
+            async_copy.async_copy_global_to_shared(tile, weight_ptrs[t] + (step * 2 + half) * SLICE, mask=live[t])
+
+
+@gluon.jit
+def _copy_x(ring, slot, x_ptrs, there, step):
+    for half in gl.static_range(2):
+        tile = ring.index(slot * 2 + half)
+        async_copy.async_copy_global_to_shared(tile, x_ptrs + (step * 2 + half) * SLICE, mask=there)
+
+
+@gluon.jit
+def few_rows_hopper_kernel(
+    x_ptr, weight_ptr, out_ptr,
+    B, M, live_rows, steps, stride_xb, stride_wm,
+    SWIGLU: gl.constexpr, TILES: gl.constexpr, BB: gl.constexpr, STAGES: gl.constexpr, OVERLAP: gl.constexpr,
+    num_warps: gl.constexpr,
+):  # fmt: skip
+    if OVERLAP:
+        gdc_launch_dependents()
+    # With SwiGLU the second half of a tile is the rows of up that belong to the rows of gate in the first.
+    ROWS: gl.constexpr = 32 if SWIGLU else 64
+    accumulator: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BB, 16])
+    dtype: gl.constexpr = weight_ptr.dtype.element_ty
+    first = gl.program_id(0) * (TILES * live_rows)
+    part = gl.program_id(1)
+    w_ring = gl.allocate_shared_memory(dtype, [STAGES * TILES * 2, 64, SLICE], RING)
+    x_ring = gl.allocate_shared_memory(dtype, [STAGES * 2, BB, SLICE], RING)
+
+    r = gl.arange(0, 64, layout=gl.SliceLayout(1, COPIED))
+    k = part * steps * (2 * SLICE) + gl.arange(0, SLICE, layout=gl.SliceLayout(0, COPIED))
+    weight_ptrs = ()
+    live = ()
+    for t in gl.static_range(TILES):
+        out_row = first + t * live_rows + r % ROWS
+        inside = (r % ROWS < live_rows) & (out_row < M)
+        row = gl.where(inside, out_row, 0) + gl.where(r < ROWS, 0, M)
+        weight_ptrs = weight_ptrs + (weight_ptr + row.to(gl.int64)[:, None] * stride_wm + k[None, :],)
+        live = live + (inside[:, None],)
+    b = gl.arange(0, BB, layout=gl.SliceLayout(1, COPIED))
+    x_ptrs = x_ptr + (b.to(gl.int64)[:, None] * stride_xb + k[None, :])
+    there = (b < B)[:, None]
+
+    # Groups of copies end in the order in which they were committed: once an x is there, so are all weights before it.
+    for s in gl.static_range(STAGES - 1):
+        _copy_weights(w_ring, s, weight_ptrs, live, s, TILES)
+        async_copy.commit_group()
+    if OVERLAP:
+        gdc_wait()
+    for s in gl.static_range(STAGES - 1):
+        _copy_x(x_ring, s, x_ptrs, there, s)
+        async_copy.commit_group()
+
+    acc = ()
+    for _ in gl.static_range(TILES):
+        acc = acc + (gl.zeros([64, BB], gl.float32, accumulator),)
+    slot = 0
+    free = STAGES - 1
+    for step in range(steps):
+        async_copy.wait_group(STAGES - 2)
+        fence_async_shared()
+        ahead = step + STAGES - 1
+        if ahead < steps:
+            _copy_weights(w_ring, free, weight_ptrs, live, ahead, TILES)
+            _copy_x(x_ring, free, x_ptrs, there, ahead)
+        async_copy.commit_group()  # also where it is empty, because groups are counted
+        for half in gl.static_range(2):
+            x = x_ring.index(slot * 2 + half).permute((1, 0))
+            started = ()
+            for t in gl.static_range(TILES):
+                tile = w_ring.index((slot * TILES + t) * 2 + half)
+                started = started + (warpgroup_mma(tile, x, acc[t], is_async=True),)
+            acc = started
+        # A wait for one comes without a tuple.
+        acc = (warpgroup_mma_wait(0, acc),) if TILES == 1 else warpgroup_mma_wait(0, acc)
+        free = slot
+        slot = gl.where(slot == STAGES - 1, 0, slot + 1)
+
+    async_copy.wait_group(0)
+    i = gl.arange(0, ROWS, layout=gl.SliceLayout(1, STORED))
+    column = gl.arange(0, BB, layout=gl.SliceLayout(0, STORED))
+    if SWIGLU:
+        scratch = gl.allocate_shared_memory(gl.float32, [64, BB], SCRATCH)
+    for t in gl.static_range(TILES):
+        if SWIGLU:
+            scratch.store(acc[t])
+            gate = scratch.slice(0, ROWS).load(STORED)
+            y = gate / (1.0 + gl.exp(-gate)) * scratch.slice(ROWS, ROWS).load(STORED)
+        else:
+            y = gl.convert_layout(acc[t], STORED)
+        out_row = first + t * live_rows + i
+        inside = ((i < live_rows) & (out_row < M))[:, None] & (column < B)[None, :]
+        out_ptrs = out_ptr + ((part * B + column).to(gl.int64)[None, :] * M + out_row[:, None])
+        gl.store(out_ptrs, y.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def supports_here(rows: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether this kernel takes these rows [B, N]: half precision, a Hopper GPU, rows whose 16 bytes can be copied at once."""
+    return (
+        rings(weight)
+        and not triton.knobs.runtime.interpret
+        and rows.dtype == weight.dtype
+        and all(t.stride(0) % 16 == 0 and (not launching() or t.data_ptr() % 16 == 0) for t in (rows, weight))
+    )
+
+
+def launch_with(
+    chosen: RingConfig, x: torch.Tensor, weight: torch.Tensor, swiglu: bool = False, overlap: bool = False
+) -> torch.Tensor:
+    """The parts of a linear, [parts, ..., M], or without the first axis if there is but one.
+
+    Args:
+        chosen: of N, a multiple of its parts times STEP, with no more stages than steps in a part and one.
+        x: [..., N], at most 32 rows; what `supports_here` took.
+        weight: [M, N], with `swiglu` [2·M, N].
+        swiglu: whether the weight is of gate and up.
+        overlap: whether the weight may be read while kernels before this one run.
+    """
+    tiles, live, stages, parts = chosen
+    N, M = weight.shape[1], weight.shape[0] // (2 if swiglu else 1)
+    rows = x.reshape(-1, N)
+    B = rows.shape[0]
+    shape = (*x.shape[:-1], M)
+    shape, dtype = ((parts, *shape), torch.float32) if parts > 1 else (shape, weight.dtype)
+    out = torch.empty(shape, dtype=dtype, device=x.device)
+    options = overlap_options(x) if overlap else {}
+    kernel_of(few_rows_hopper_kernel)[(-(-M // (live * tiles)), parts)](
+        rows, weight, out, B, M, live, N // parts // STEP, rows.stride(0), weight.stride(0),
+        SWIGLU=swiglu, TILES=tiles, BB=max(8, triton.next_power_of_2(B)), STAGES=stages,
+        OVERLAP=bool(options), num_warps=4, **options,
+    )  # fmt: skip
+    return out
