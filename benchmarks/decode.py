@@ -37,7 +37,7 @@ from unittest import mock
 import torch
 import transformers
 from tabulate import tabulate
-from torch._inductor.utils import clear_caches, fresh_cache
+from torch._inductor.utils import fresh_cache
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -114,12 +114,11 @@ def room(args: argparse.Namespace) -> int:
 
 @contextmanager
 def caches(folder: Path | None) -> Iterator[None]:
-    """Compile caches, Inductor's and Triton's, in a folder; without one they are empty and go again."""
+    """Compile caches, Inductor's and Triton's, of a process in a folder; without one they are empty and go again."""
     if folder is None:
         with fresh_cache():
             yield
         return
-    clear_caches()  # of this process
     with mock.patch.dict(os.environ, {"TORCHINDUCTOR_CACHE_DIR": str(folder), "TRITON_CACHE_DIR": str(folder / "triton")}):
         yield
 

@@ -17,6 +17,7 @@ from gdnfuse.huggingface import load_config, meta_model, trace
 from gdnfuse.passes import survey
 
 ROOT = Path(__file__).parent.parent
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 @pytest.fixture
@@ -217,3 +218,17 @@ def test_a_device_is_needed(step, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         step.main([])
     assert "a CUDA device is needed" in capsys.readouterr().err
+
+
+@needs_gpu
+@pytest.mark.gpu
+def test_kernels_of_a_gpu(step):
+    tokens = [torch.ones(4, device="cuda") for _ in range(3)]
+    steps = step.steps_of(step.kernels_of(lambda t: (t + 1) * 2, tokens), 3)
+    assert [len(s) for s in steps] == [2, 2, 2] and all(k.start < k.end for s in steps for k in s)
+
+
+@needs_gpu
+@pytest.mark.gpu
+def test_bandwidth_of_a_gpu():
+    assert 1e11 < measure.bandwidth("cuda") < 2e13
