@@ -167,9 +167,9 @@ def delta_rule_gated_kernel(
     stride_sb, stride_sh, stride_sk, stride_sv,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     INDEX: tl.constexpr, AHEAD: tl.constexpr, BETA_SCALE: tl.constexpr, SILU: tl.constexpr,
-    EVICT: tl.constexpr, OVERLAP: tl.constexpr,
+    EVICT: tl.constexpr, ANNOUNCE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    if OVERLAP:
+    if ANNOUNCE:
         gdc_launch_dependents()
     EVEN: tl.constexpr = K == BK and V % BV == 0
     head = tl.program_id(0).to(tl.int64)
@@ -347,14 +347,15 @@ def launch_gated(
     # Within a head's state offsets of 32 bits do, but for strides that no cache has; they leave more registers to the tiles.
     farthest = sum(n * max(t.stride(-1), 1) for t, n in ((q, K), (k, K), (v, V), (z, V))) + K * recurrent_state.stride(2)
     index = tl.int32 if farthest + V * recurrent_state.stride(3) < 2**31 else tl.int64
-    options = overlap_options(z, A_log, dt_bias) if overlap and _fits(recurrent_state) else {}
+    able = overlap_options(z, A_log, dt_bias) if overlap else {}
+    options = able if _fits(recurrent_state) else {}
     kernel_of(delta_rule_gated_kernel)[(B * HV,)](
         q, k, v, z, a, b, A_log.contiguous(), dt_bias.contiguous(), norm_weight.contiguous(), recurrent_state, out,
         scale, l2norm_eps, norm_eps,
         *q.stride(), *k.stride(), *v.stride(), *z.stride(), *a.stride(), *b.stride(), *recurrent_state.stride(),
         H=H, HV=HV, K=K, V=V, BK=triton.next_power_of_2(K), BV=_columns(columns, K, V), INDEX=index, AHEAD=ahead,
         BETA_SCALE=beta_scale, SILU=gate_activation == "silu", EVICT="evict_first" if _fits(recurrent_state) else "",
-        OVERLAP=bool(options), num_warps=num_warps, **options,
+        ANNOUNCE=bool(able), OVERLAP=bool(options), num_warps=num_warps, **options,
     )  # fmt: skip
     return out
 
@@ -365,7 +366,10 @@ def _config(table: tuple[Any, ...], recurrent_state: torch.Tensor) -> Any:
 
 
 def _fits(recurrent_state: torch.Tensor) -> bool:
-    """Whether the state is small beside the L2: more programs than that would only be in the way of the kernel they overlap."""
+    """Whether the state is small beside the L2: more programs than that would only be in the way of the kernel they overlap.
+
+    The kernel behind them may start early all the same, and fetch its weights while the last states are written.
+    """
     B, HV = recurrent_state.shape[:2]
     return B * HV <= SMALL
 

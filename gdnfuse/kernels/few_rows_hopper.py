@@ -46,7 +46,7 @@ def _copy_x(ring, slot, x_ptrs, there, step):
         async_copy.async_copy_global_to_shared(tile, x_ptrs + (step * 2 + half) * SLICE, mask=there)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["B", "M", "live_rows", "steps"])
 def few_rows_hopper_kernel(
     x_ptr, weight_ptr, out_ptr,
     B, M, live_rows, steps, stride_xb, stride_wm,

@@ -224,7 +224,7 @@ def on_hopper(op, *args, **options):
     """The kernels that a call launches, compiled as they are launched where they overlap those before them."""
     specs = implementations()[op].jit_kernels(*args, **options)
     for spec in specs:
-        spec.constexprs["OVERLAP"] = True
+        spec.constexprs.update({name: True for name in ("OVERLAP", "ANNOUNCE") if name in spec.constexprs})
     return [compile_for("sm_90", replace(spec, options={**spec.options, "launch_pdl": True})) for spec in specs]
 
 

@@ -341,10 +341,11 @@ def test_overlapping_kernels_of_a_few_rows_wait_for_each_other(rows, dtype, tole
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (BF16, 5e-2)], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("B", [1, 2, 9])
-def test_overlapping_mixers_wait_for_each_other(B, dtype, tolerance):
-    """Each reads its states before the linear ahead of it has ended; at nine sequences their gated rule takes other tiles."""
-    count, heads = 12, 8
+@pytest.mark.parametrize(("B", "heads"), [(1, 8), (2, 8), (9, 8), (17, 16)])
+def test_overlapping_mixers_wait_for_each_other(B, heads, dtype, tolerance):
+    """Each reads its states before the linear ahead of it has ended; with more sequences their gated rule takes other tiles, and
+    with 544 heads it does not start early itself, but lets the linear behind it do so."""
+    count = 12
     torch.manual_seed(0)
     calls = [kernel_cases.mixer(B, heads, 2 * heads, K, V, dtype=dtype)()[0] for _ in range(count)]
     constants = calls[0][8:]
