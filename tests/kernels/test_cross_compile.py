@@ -215,6 +215,9 @@ def test_the_ring_of_weights_is_full_before_the_wait_and_nothing_spills(swiglu, 
     record_property("resources", str(usage))
     assert (usage["STACK"], usage["LOCAL"]) == (0, 0), f"{usage}"
     assert compiled.metadata.shared <= 227 * 1024
+    # A slot is written anew only once all warps have read it: each passes the barrier behind its products of the step before.
+    steps = re.sub(r"//.*", "", compiled.asm["ptx"]).split("cp.async.wait_group")
+    assert len(steps) == 3 and re.match(r"\s+\d+;\s*bar\.sync\s+0;", steps[1])
     copies = re.findall(r"cp\.async\.c[ag]\S*", before_the_wait(compiled))
     # 16 bytes by each of 128 threads, of tiles of 64 rows and 128 columns, two bytes each.
     assert copies == ["cp.async.cg.shared.global"] * (8 * tiles * (stages - 1))
