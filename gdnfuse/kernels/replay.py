@@ -7,20 +7,29 @@ allocation it was derived, how many bytes further on. From then on only that is 
 
 Layout is all that a launch may look at: sizes, strides and dtypes of the tensors, whether they are aligned to 16 bytes, their
 device, and every other argument. A launch that does more than allocate, make views and launch kernels is not recorded.
+
+To read a layout off a call takes longer than to repeat it, because every size and stride becomes a Python object. A layout that
+was recorded is met again by the guards that Dynamo has for tensors, which compare all at once; what they do not know is read off.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
+from functools import reduce
+from operator import or_
 from typing import Any, NamedTuple
 
 import torch
 import torch.utils._pytree as pytree
+from torch._C._dynamo.guards import TensorGuards
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 MOST = 512  # layouts of one op that are kept: prompts have one per length
 ALIGNMENT = 16  # bytes, by which Triton specialises a pointer
+MOST_GUARDED = 16  # layouts of one op that differ in their tensors alone and are told apart one by one
+TENSORS = (torch.Tensor, torch.nn.Parameter)
+PLAIN = {int, float, bool, str, type(None)}
 
 
 class _NotRecorded(Exception):
@@ -85,22 +94,37 @@ class Replayed:
     def __init__(self, launch: Callable[..., Any], standing_in: Callable[[Any], AbstractContextManager[None]]):
         self.launch, self.standing_in = launch, standing_in
         self.layouts: dict[Hashable, Recorded | None] = {}
+        # By the arguments that are no tensors: guards on those that are, their device, and what is repeated.
+        self.guarded: dict[Hashable, list[tuple[TensorGuards, int, Recorded]]] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        tensors: list[torch.Tensor] = []
+        plain = _plain((*args, *kwargs, *kwargs.values()), tensors)
+        addresses = [t.data_ptr() for t in tensors]
+        if plain is not None and reduce(or_, addresses, 0) % ALIGNMENT == 0:
+            for same, device, recorded in self.guarded.get(plain, ()):
+                if same.check(*tensors) and (device < 0 or device == torch.cuda.current_device()):
+                    return recorded.repeat(addresses)
+        return self._by_layout(args, kwargs, plain)
+
+    def _by_layout(self, args: tuple[Any, ...], kwargs: dict[str, Any], plain: Hashable) -> Any:
         device = args[0].get_device()
         if device >= 0 and device != torch.cuda.current_device():
             with torch.cuda.device(device):  # Triton launches on the current device
-                return self(*args, **kwargs)
+                return self._by_layout(args, kwargs, plain)
         tensors: list[torch.Tensor] = []
         layout = (device, *_layout(args, tensors), *kwargs, *_layout(kwargs.values(), tensors))
         addresses = [t.data_ptr() for t in tensors]
         key = (*layout, *[a % ALIGNMENT == 0 for a in addresses])
         recorded = self.layouts.get(key, self)
         if type(recorded) is Recorded:
+            if plain is not None and reduce(or_, addresses, 0) % ALIGNMENT == 0:
+                self._guard(plain, tensors, device, recorded)
             return recorded.repeat(addresses)
         if recorded is self:  # the first call also compiles
             if len(self.layouts) >= MOST:
                 self.layouts.clear()
+                self.guarded.clear()
             self.layouts[key] = None
         elif recorded is None:
             recording = _Recording(tensors)
@@ -110,8 +134,33 @@ class Replayed:
             return results
         return self.launch(*args, **kwargs)
 
+    def _guard(self, plain: Hashable, tensors: list[torch.Tensor], device: int, recorded: Recorded) -> None:
+        sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
+        same = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+        self.guarded[plain] = [*self.guarded.get(plain, ())[-MOST_GUARDED + 1 :], (same, device, recorded)]
+
 
 NOT_RECORDED: Any = object()
+
+
+def _plain(arguments: Sequence[Any], tensors: list[torch.Tensor]) -> tuple[Any, ...] | None:
+    """The arguments with an Ellipsis for each tensor, which goes to `tensors`; None where one is neither a tensor nor plain."""
+    plain: list[Any] = []
+    for x in arguments:
+        kind = type(x)
+        if kind in TENSORS:
+            tensors.append(x)
+            plain.append(...)
+        elif kind in PLAIN:
+            plain.append(x)
+        elif kind is list or kind is tuple:
+            nested = tuple(x) if PLAIN.issuperset(map(type, x)) else _plain(x, tensors)
+            if nested is None:
+                return None
+            plain.append(nested)
+        else:
+            return None
+    return tuple(plain)
 
 
 def _layout(arguments: Any, tensors: list[torch.Tensor]) -> list[Hashable]:

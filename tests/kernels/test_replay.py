@@ -101,6 +101,59 @@ def test_another_layout_is_another_launch():
     assert len(op.layouts) == 6
 
 
+def test_a_recorded_layout_is_met_again_without_reading_it_off(monkeypatch):
+    kernel, read = Kernel(), []
+    op = add(kernel, views=lambda x, y: (x.contiguous(), y))
+    layout = replay._layout
+    monkeypatch.setattr(replay, "_layout", lambda arguments, tensors: read.append(1) or layout(arguments, tensors))
+
+    def call(x, y, *plain, **named):
+        read.clear()
+        weights = plain[1] if len(plain) > 1 else []
+        torch.testing.assert_close(op(x, y, *plain, **named), x + plain[0] * y + sum(weights))
+        return bool(read)
+
+    for n, *plain in ((8, 1.0), (8, 3.0), (4, 3.0), (8, 1.0, [some()])):
+        assert [call(some(n), some(n), *plain) for _ in range(5)] == [True] * 3 + [False] * 2, plain
+    assert [call(some(), some(), 1.0, overlap=True) for _ in range(5)] == [True] * 3 + [False] * 2
+
+    repeated = kernel.repeated
+    misaligned, strided = torch.randn(9)[1:], torch.randn(8, 2)[:, 0]
+    assert all(call(misaligned, some(), 1.0) for _ in range(5)) and not call(some(), some(), 1.0)
+    assert call(strided, some(), 1.0) and not call(some(), torch.zeros(8), 1.0)
+    assert kernel.repeated > repeated
+    # Another class and other dispatch keys are guarded apart, but have the layout that is known.
+    parameter = torch.nn.Parameter(some(), requires_grad=False)
+    assert [call(parameter, some(), 1.0) for _ in range(2)] == [True, False]
+    with torch.inference_mode():
+        assert [call(some(), some(), 1.0) for _ in range(2)] == [True, False]
+
+
+def test_another_device_is_not_taken_for_the_one_recorded(monkeypatch):
+    op = add(Kernel())
+    for _ in range(4):
+        op(some(), some())
+    ((same, device, _),) = next(iter(op.guarded.values()))
+    assert device == -1
+    current = [0]
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    ours = [(same, 0, SimpleNamespace(repeat=lambda addresses: "repeated"))]
+    op.guarded = dict.fromkeys(op.guarded, ours)
+    assert op(some(), some()) == "repeated"
+    current[0] = 1
+    x, y = some(), some()
+    torch.testing.assert_close(op(x, y), x + y)
+
+
+def test_guards_are_bounded():
+    op = add(Kernel())
+    for n in range(8, 8 + 4 * 30, 4):
+        for _ in range(4):
+            x, y = some(n), some(n)
+            torch.testing.assert_close(op(x, y), x + y)
+    assert [len(guards) for guards in op.guarded.values()] == [replay.MOST_GUARDED]
+
+
 def test_views_follow_the_tensor_they_are_of_not_the_memory():
     kernel = Kernel()
     op = add(kernel, views=lambda x, y: (x.narrow(-1, 2, 4), y.unflatten(-1, (2, 4))[1]))
