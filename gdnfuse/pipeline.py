@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from gdnfuse.dialect import op_of
 from gdnfuse.options import Options
@@ -92,10 +92,12 @@ def _stages(gm, real, options, report, outcome, packed, plan):
 def _find_layers(gm: GraphModule, report: GraphReport) -> None:
     """Every gate of a gated delta rule is a GDN layer; the module it was traced in gives its path."""
     anchors = list(gating.RULE.anchors(gm.graph))
-    before = Counter(path for n in calls(gm) for path in set(module_stack(n)))
-    for path in dict.fromkeys(module_stack(anchor)[-1] for anchor in anchors):
-        inside = [n for n in calls(gm) if path in module_stack(n)]
-        report.layers.append(LayerReport(path, nodes_before=before[path], launches_before=sum(map(survey.launches, inside))))
+    found = {path: LayerReport(path) for path in dict.fromkeys(module_stack(anchor)[-1] for anchor in anchors)}
+    for n in calls(gm):
+        for path in set(module_stack(n)) & found.keys():
+            found[path].nodes_before += 1
+            found[path].launches_before += survey.launches(n)
+    report.layers += found.values()
     if anchors:
         writes = [n for n in gm.graph.nodes if op_name(n) == "copy_" and is_tensor(n.args[0])]
         states = [w.args[0] for w in writes if w.args[0].op == "placeholder" and value(w.args[0]).ndim == 4]
@@ -153,7 +155,7 @@ def original(gm: GraphModule) -> GraphModule:
         # AOTAutograd asks where Dynamo's inputs come from; without an answer it takes none for static, and CUDA graphs are off.
         if hasattr(old, "_dynamo_source"):
             new._dynamo_source = old._dynamo_source
-    copy = GraphModule(gm, graph)
+    copy = _LazyGraphModule(gm, graph)  # whose code is made once it is asked for: of most stages nobody does
     copy.meta = dict(gm.meta)
     if hasattr(gm, "_param_name_to_source"):
         copy._param_name_to_source = dict(gm._param_name_to_source)

@@ -18,11 +18,21 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
-from torch.utils._pytree import tree_leaves
 
 from gdnfuse.dialect import OPS
 from gdnfuse.report import OUTSIDE, BlockReport, GraphReport, Operation, marks
-from gdnfuse.rewrite.graph import calls, clean_path, computes, is_tensor, module_stack, op_name, origin, value, writes
+from gdnfuse.rewrite.graph import (
+    calls,
+    clean_path,
+    computes,
+    is_tensor,
+    module_stack,
+    op_name,
+    origin,
+    tensors_of,
+    value,
+    writes,
+)
 
 LOOKUPS = ("embedding", "index_select", "gather", "getitem")  # read of their largest tensor what they return
 GROUPED = ("_grouped_mm", "grouped_mm")
@@ -134,7 +144,7 @@ def _tensors(node: Node) -> list[Node]:
 
 def _bytes_of(v: Any) -> int | None:
     """Bytes of the elements of a tensor, or of several; an expanded axis counts once. None for what is no tensor."""
-    tensors = [t for t in tree_leaves(v) if isinstance(t, torch.Tensor)]
+    tensors = tensors_of(v)
     if not tensors:
         return None
     return sum(
@@ -207,7 +217,7 @@ def _shape(v: Any) -> str:
     if isinstance(v, torch.Tensor):
         dtype = str(v.dtype).removeprefix("torch.")
         return f"{SHORT.get(dtype, dtype)}[{', '.join(map(str, v.shape))}]"
-    return ", ".join(_shape(t) for t in tree_leaves(v) if isinstance(t, torch.Tensor))
+    return ", ".join(map(_shape, tensors_of(v)))
 
 
 def fill(report: GraphReport, before: Survey, after: Survey) -> None:

@@ -40,6 +40,8 @@ _VIEWS = {
 # Views that hold part of their first argument, or several parts.
 _PARTS = {"split", "chunk", "unbind", "tensor_split"}
 _CASTS = {"to", "float", "half", "bfloat16", "double", "type", "type_as"}
+_REARRANGING = _VIEWS | _PARTS
+_READING = _REARRANGING | _CASTS  # what only reads, whatever it is given
 
 # Without side effects: may be dropped when nobody reads the result. Whatever is not listed stays.
 _PURE = _VIEWS | _CASTS | {
@@ -57,10 +59,15 @@ def op_name(node: Any) -> str:
         return node.op
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
-        namespace, name = target._schema.name.split("::")
-        return name if namespace == "aten" else f"{namespace}.{name}"
-    name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
+        return _overload_name(target)
+    name = target if isinstance(target, str) else getattr(target, "__name__", None) or str(target)
     return SYNONYMS.get(name, name)
+
+
+@functools.cache
+def _overload_name(target: torch._ops.OpOverload) -> str:
+    namespace, name = target._schema.name.split("::")
+    return name if namespace == "aten" else f"{namespace}.{name}"
 
 
 def value(node: Any) -> Any:
@@ -69,7 +76,7 @@ def value(node: Any) -> Any:
 
 
 def is_tensor(node: Any) -> bool:
-    return isinstance(node, Node) and isinstance(value(node), torch.Tensor)
+    return isinstance(node, Node) and isinstance(node.meta.get("example_value"), torch.Tensor)
 
 
 def is_plain(tensor: Any) -> bool:
@@ -127,7 +134,7 @@ def real_users(node: Node) -> Iterator[Node]:
 
 def storage(node: Any) -> int | None:
     """Identity of the memory a tensor node lives in; views of one tensor share it."""
-    return value(node).untyped_storage()._cdata if is_tensor(node) else None
+    return node.meta["example_value"].untyped_storage()._cdata if is_tensor(node) else None
 
 
 def writes(node: Node) -> set[int]:
@@ -150,7 +157,7 @@ def writes(node: Node) -> set[int]:
     in_place = name.endswith("_") and not name.endswith("__") and target not in (operator.and_, operator.or_, operator.not_)
     if name == "setitem" or in_place:
         return _storages(node.args[:1])
-    if name in _VIEWS | _PARTS | _CASTS:
+    if name in _READING:
         return set()
     if not _known_module(target):
         return _storages(node.all_input_nodes)
@@ -160,7 +167,8 @@ def writes(node: Node) -> set[int]:
 
 def _storages(nodes: Sequence[Any]) -> set[int]:
     """Of tensors, and of those in lists."""
-    return {s for n in tree_leaves(list(nodes)) if (s := storage(n)) is not None}
+    leaves = nodes if all(isinstance(n, Node) for n in nodes) else tree_leaves(list(nodes))
+    return {s for n in leaves if (s := storage(n)) is not None}
 
 
 def _known_module(target: Any) -> bool:
@@ -186,7 +194,7 @@ def is_cast(node: Node) -> bool:
 
 def rearranges(node: Node) -> bool:
     """Whether a call's elements are its arguments' and nothing else: views, parts, and tensors beside each other."""
-    return node.op in ("call_function", "call_method") and op_name(node) in _VIEWS | _PARTS | {"cat"}
+    return node.op in ("call_function", "call_method") and (op_name(node) in _REARRANGING or op_name(node) == "cat")
 
 
 def computes(node: Node) -> bool:
@@ -197,7 +205,7 @@ def computes(node: Node) -> bool:
     """
     name = op_name(node)
     gather = name == "getitem" and any(map(is_tensor, node.all_input_nodes[1:]))
-    view = name in _VIEWS | _PARTS and name not in ("stack", "contiguous", "clone") and not gather
+    view = name in _REARRANGING and name not in ("stack", "contiguous", "clone") and not gather
     if node.op not in ("call_function", "call_method") or view or name in ("empty", "empty_like"):
         return False
     given = {s for n in node.all_input_nodes for s in _memory(n)}
@@ -206,7 +214,14 @@ def computes(node: Node) -> bool:
 
 def _memory(node: Node) -> set[int]:
     """Storages of what a node gives: a tensor, or several."""
-    return {t.untyped_storage()._cdata for t in tree_leaves(value(node)) if isinstance(t, torch.Tensor)}
+    return {t.untyped_storage()._cdata for t in tensors_of(value(node))}
+
+
+def tensors_of(v: Any) -> list[torch.Tensor]:
+    """The tensors of an example value: itself, or those in it."""
+    if isinstance(v, torch.Tensor):  # nearly always, and a tree takes longer to look at than all else here
+        return [v]
+    return [t for t in tree_leaves(v) if isinstance(t, torch.Tensor)]
 
 
 def calls(gm: GraphModule) -> list[Node]:

@@ -100,12 +100,17 @@ def evaluate(graph: Graph, inputs: list[Any], env: dict[Node, Any] | None = None
 
 def evaluate_node(node: Node, load: Callable[[Any], Any]) -> Any:
     """Run one function or method; `load` gives the value of a node and leaves all else as it is."""
-    args, kwargs = _map(node.args, load), _map(node.kwargs, load)
+    args, kwargs = arguments(node, load)
     if node.op == "call_function":
         return node.target(*args, **kwargs)
     if node.op == "call_method":
         return getattr(args[0], node.target)(*args[1:], **kwargs)
     raise TypeError(f"cannot evaluate a node of kind {node.op}")
+
+
+def arguments(node: Node, load: Callable[[Any], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a node is called with; `load` as in `evaluate_node`."""
+    return _map(node.args, load), _map(node.kwargs, load)
 
 
 def _map(a: Any, f: Any) -> Any:
