@@ -48,6 +48,8 @@ def gdnfuse(
     """
     opts = parse(options)
     patches = _inductor_patches(mode, opts)
+    if any(isinstance(x, torch.Tensor) and x.is_cuda for x in example_inputs):
+        kernels.read_triton()
     report = new_report()
     report.inner = opts.inner
     rewritten, packed = rewritten_copy(gm, example_inputs, opts, report)

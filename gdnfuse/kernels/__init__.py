@@ -72,6 +72,19 @@ def compile_ahead(calls: list[tuple[Implementation, dict[str, Any]]]) -> None:
             _pending.extend(implementation.compile_ahead(arguments, _pool()))
 
 
+@functools.cache
+def read_triton() -> None:
+    """Start a thread that makes the key of Triton's caches: for it all of Triton is read, half a gigabyte, once per process.
+
+    Whoever asks for it first waits for that otherwise: Inductor, for the key of its own cache, and each thread of ours that
+    compiles a kernel.
+    """
+    with suppress(ImportError):
+        from torch._inductor.runtime.triton_compat import triton_key
+
+        _pool().submit(triton_key)
+
+
 def wait() -> None:
     """Wait until what `compile_ahead` started is compiled. An error in it comes again, and to the caller, at the launch."""
     with suppress(IndexError):  # empty, which another thread may make it at any time
