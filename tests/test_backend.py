@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gdnfuse
+from gdnfuse import backend, kernels
 from gdnfuse.report import new_report
 from tests.models import zoo
 
@@ -154,12 +155,12 @@ def test_the_environment_may_say_that_it_is_on(small, setting, monkeypatch):
 
 def test_triton_is_read_by_a_thread_while_passes_run_and_only_for_a_gpu(monkeypatch):
     order = []
-    monkeypatch.setattr(gdnfuse.kernels, "read_triton", lambda: order.append("read"))
-    monkeypatch.setattr(gdnfuse.backend, "rewritten_copy", lambda gm, *_: (order.append("rewrite"), (gm, []))[1])
+    monkeypatch.setattr(kernels, "read_triton", lambda: order.append("read"))
+    monkeypatch.setattr(backend, "rewritten_copy", lambda gm, *_: (order.append("rewrite"), (gm, []))[1])
     gm = torch.fx.symbolic_trace(lambda x: x + 1)
     for device in ("cpu", "cuda"):
         with FakeTensorMode():
-            gdnfuse.backend.gdnfuse(gm, [torch.empty(2, device=device)], options={"inner": "eager"})
+            backend.gdnfuse(gm, [torch.empty(2, device=device)], options={"inner": "eager"})
     assert order == ["rewrite", "read", "rewrite"]
 
 
@@ -167,8 +168,8 @@ def test_the_key_of_triton_is_made_once():
     pytest.importorskip("triton")
     from torch._inductor.runtime.triton_compat import triton_key
 
-    gdnfuse.kernels.read_triton()
-    gdnfuse.kernels.read_triton()
-    assert gdnfuse.kernels.read_triton.cache_info().misses == 1
-    gdnfuse.kernels._pool().submit(lambda: None).result()
+    kernels.read_triton()
+    kernels.read_triton()
+    assert kernels.read_triton.cache_info().misses == 1
+    kernels._pool().submit(lambda: None).result()
     assert isinstance(triton_key(), str)
