@@ -1,10 +1,10 @@
-"""Host time of our ops: a launch that goes through our Python and Triton's, and one that repeats what was recorded.
+"""Host time of our ops, launched through our Python and Triton's, and repeated: as an op, and as Inductor's code calls them.
 
     python benchmarks/launch.py --json launch.json
 
 The time is that of the host alone, as a step without CUDA graphs or a short prompt waits for it: tensors are so small that the
-device keeps up, and it is waited for after every BURST calls. Medians over ROUNDS such bursts. The first is the bare function;
-the second includes torch's dispatcher.
+device keeps up, and it is waited for after every BURST calls. Medians over ROUNDS such bursts. The first is the bare
+function; the second includes torch's dispatcher, the third (kernels/inductor.py) does not.
 """
 
 from __future__ import annotations
@@ -65,12 +65,14 @@ def run(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any
         "kernels": kernels,
         "launch_us": host_us(lambda: ours.launch(*args, **kwargs)),
         "op_us": host_us(lambda: ours.op(*args, **kwargs)),
+        "inductor_us": host_us(lambda: ours.replayed(*args, **kwargs)),
     }
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    rows = [[r["op"], r["kernels"], f"{r['launch_us']:.1f}", f"{r['op_us']:.1f}"] for r in results]
-    return tabulate(rows, ["op", "kernels", "launch in Python (µs)", "op, repeated (µs)"], disable_numparse=True)
+    rows = [[r["op"], r["kernels"], f"{r['launch_us']:.1f}", f"{r['op_us']:.1f}", f"{r['inductor_us']:.1f}"] for r in results]
+    headers = ["op", "kernels", "launch in Python (µs)", "op, repeated (µs)", "from Inductor's code, repeated (µs)"]
+    return tabulate(rows, headers, disable_numparse=True)
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from torch._logging import trace_structured
 from torch.fx import GraphModule
 
 from gdnfuse import capture, kernels, versions
+from gdnfuse.kernels.inductor import announce
 from gdnfuse.options import DISABLE, Options, disabled, parse
 from gdnfuse.packing import PackedWeight
 from gdnfuse.passes import verify
@@ -221,21 +222,8 @@ def _inner(gm: GraphModule, inputs: Sequence[Any], opts: Options, patches: dict[
         return gm.forward
     extra = {"config_patches": patches} if patches else {}
     if opts.inner == "inductor":
-        _announce(gm)
+        announce(gm)
     return lookup_backend(opts.inner)(gm, list(inputs), **extra)
-
-
-def _announce(gm: GraphModule) -> None:
-    """Tell Inductor of our kernels, with the layout their tag asks for, before it meets them.
-
-    For an op it has not heard of torch 2.11 makes a message that prints all the op depends on, again for each path to it, which
-    takes longer than the rest of its compilation of a decode step.
-    """
-    from torch._inductor.lowering import constrain_to_fx_strides, lowerings, make_fallback
-
-    for target in {n.target for n in gm.graph.nodes if n.op == "call_function"}:
-        if isinstance(target, torch._ops.OpOverload) and target.namespace == "gdnfuse_triton" and target not in lowerings:
-            make_fallback(target, layout_constraint=constrain_to_fx_strides, warn=False)
 
 
 def _inductor_patches(mode: str | None, opts: Options) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import torch.utils._pytree as pytree
 from torch._subclasses.fake_tensor import FakeTensor
 
 from gdnfuse.dialect import OPS
+from gdnfuse.kernels.inductor import REPLAYED
 from gdnfuse.kernels.replay import Replayed
 from gdnfuse.report import Refused
 
@@ -148,7 +149,9 @@ def register(
     torch.library.register_fake(
         f"gdnfuse_triton::{name}", lambda *args, overlap=False, **kwargs: meaning(*args, **kwargs), lib=_library
     )
-    return Implementation(name, getattr(torch.ops.gdnfuse_triton, name).default, launch, replayed, supports, early, measured, by)
+    op = getattr(torch.ops.gdnfuse_triton, name).default
+    setattr(op, REPLAYED, replayed)
+    return Implementation(name, op, launch, replayed, supports, early, measured, by)
 
 
 def overlap_options(tensor: torch.Tensor, *early: torch.Tensor | None) -> dict[str, Any]:

@@ -1,0 +1,58 @@
+"""Inductor's code calls the function behind an op of ours; on a CPU, with the references in the kernels' place."""
+
+import kernel_cases
+import pytest
+import torch
+import torch.utils._pytree as pytree
+from torch._inductor.compile_fx import compile_fx
+
+from gdnfuse.dialect import OPS
+from gdnfuse.kernels import implementations
+from gdnfuse.kernels.inductor import REPLAYED, announce
+
+CASES = {
+    "fused_linear": kernel_cases.linear(24, 40, norm=True, residual=True),
+    "split_linear": kernel_cases.split(24, 64, 2, kernel_cases.F32, (3, 1)),
+    "add_rms_norm": kernel_cases.added(48, lead=(3, 1)),
+    "in_proj_conv": kernel_cases.in_proj(24, 40, 16),
+    "mixer_decode": kernel_cases.mixer(2, 1, 2, 16, 16),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_inductor_calls_past_the_dispatcher(name, monkeypatch):
+    op, meaning = implementations()[name].op, OPS[name]
+    dispatched, direct = [], []
+
+    def reference(to):
+        def call(*args, overlap=False, **kwargs):
+            to.append(overlap)
+            return meaning.reference(*args, **kwargs)
+
+        return call
+
+    def backend(gm, inputs):
+        announce(gm)
+        return compile_fx(gm, inputs)
+
+    def function(first, *rest):
+        results = op(first + 1, *rest, overlap=True)
+        return tuple(r * 2 for r in kernel_cases.tensors(results))
+
+    args, _ = CASES[name]()
+    copies = lambda: pytree.tree_map_only(torch.Tensor, torch.clone, args)  # noqa: E731
+    monkeypatch.setattr(op, REPLAYED, reference(direct))
+    torch._dynamo.reset()
+    with torch.library._scoped_library("gdnfuse_triton", "FRAGMENT") as library, torch.no_grad():
+        library.impl(name, reference(dispatched), "CPU")
+        theirs = copies()
+        wanted = function(*theirs)
+        assert dispatched == [True]
+        compiled = torch.compile(function, backend=backend, fullgraph=True)
+        for calls in (1, 2):
+            ours = copies()
+            got = compiled(*ours)
+            assert (direct, dispatched) == ([True] * calls, [True])
+            for mine, want in zip(pytree.tree_leaves((got, ours)), pytree.tree_leaves((wanted, theirs)), strict=True):
+                if isinstance(want, torch.Tensor):
+                    torch.testing.assert_close(mine, want)
