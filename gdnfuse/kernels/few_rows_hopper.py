@@ -51,7 +51,6 @@ def few_rows_hopper_kernel(
     x_ptr, weight_ptr, out_ptr,
     B, M, live_rows, steps, stride_xb, stride_wm,
     SWIGLU: gl.constexpr, TILES: gl.constexpr, BB: gl.constexpr, STAGES: gl.constexpr, OVERLAP: gl.constexpr,
-    num_warps: gl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
         gdc_launch_dependents()

@@ -123,8 +123,7 @@ class Replayed:
             return recorded.repeat(addresses)
         if recorded is self:  # the first call also compiles
             if len(self.layouts) >= MOST:
-                self.layouts.clear()
-                self.guarded.clear()
+                self.forget()
             self.layouts[key] = None
         elif recorded is None:
             recording = _Recording(tensors)
@@ -133,6 +132,11 @@ class Replayed:
             self.layouts[key] = recording.finished(results) or NOT_RECORDED
             return results
         return self.launch(*args, **kwargs)
+
+    def forget(self) -> None:
+        """Record every layout anew."""
+        self.layouts.clear()
+        self.guarded.clear()
 
     def _guard(self, plain: Hashable, tensors: list[torch.Tensor], device: int, recorded: Recorded) -> None:
         sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]

@@ -204,7 +204,7 @@ RINGS = [
 @pytest.mark.parametrize(("swiglu", "m", "n", "parts"), RINGS)
 def test_the_ring_of_weights_is_full_before_the_wait_and_nothing_spills(swiglu, m, n, parts, rows, tmp_path, record_property):
     kernel, (tiles, _, stages, _) = few_rows_hopper.few_rows_hopper_kernel, ring_config(m, n, swiglu, parts)
-    constexprs = {"SWIGLU": swiglu, "TILES": tiles, "BB": rows, "STAGES": stages, "OVERLAP": True, "num_warps": 4}
+    constexprs = {"SWIGLU": swiglu, "TILES": tiles, "BB": rows, "STAGES": stages, "OVERLAP": True}
     pointers = {"x_ptr": "*bf16", "weight_ptr": "*bf16", "out_ptr": "*fp32" if parts > 1 else "*bf16"}
     signature = dict.fromkeys(kernel.arg_names, "i32") | pointers | dict.fromkeys(constexprs, "constexpr")
     aligned = (*pointers, "stride_xb", "stride_wm")

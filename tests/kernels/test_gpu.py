@@ -121,7 +121,7 @@ def test_repeated(case, mode):
     def unreachable(*args, **kwargs):
         raise AssertionError("the launch was not repeated")
 
-    implementation.replayed.layouts.clear()
+    implementation.replayed.forget()
     launch = implementation.replayed.launch
     try:
         with mode():
@@ -135,7 +135,7 @@ def test_real_layouts_are_repeated():
     for case in REAL + LINEARS + FEW_ROWS:
         implementation, (args, kwargs) = implementations()[case.op], case.call()
         args = [kernel_cases.rebuilt(a, "cuda") for a in args]
-        implementation.replayed.layouts.clear()
+        implementation.replayed.forget()
         for _ in range(2):
             implementation.op(*args, **kwargs)
         assert [type(x) for x in implementation.replayed.layouts.values()] == [Recorded], case

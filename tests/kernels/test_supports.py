@@ -257,6 +257,19 @@ def test_rings_are_for_half_precision_on_hopper(capability, dtype, hip, taken, m
     assert not linear_configs.rings(torch.empty(1, dtype=dtype))
 
 
+@pytest.mark.parametrize(
+    ("name", "swiglu", "parts"), [("fused_linear", False, 1), ("fused_linear", True, 1), ("split_linear", False, 4)]
+)
+def test_the_report_says_how_a_ring_shares_its_work(name, swiglu, parts, monkeypatch):
+    """And may ask before there is a device."""
+    monkeypatch.setattr("gdnfuse.kernels.few_rows_hopper.rings", lambda weight: True)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x, weight = (torch.empty(s, dtype=BF16, device="cuda") for s in ((3, 1, 2560), (2560, 2560)))
+    call = {"x": x, "weights": [weight]} | ({"parts": parts} if parts > 1 else {"swiglu": swiglu})
+    (plan,) = implementations()[name].plan(call)
+    assert plan.startswith("few_rows_hopper, ") and plan.endswith("TILES 1, STAGES 4, 4 warps"), plan
+
+
 def test_one_row_and_more_than_32_are_not_split():
     assert {split(M, N, rows) for M in MS for N in NS for rows in (0, 1, 33, 64, 1000)} == {1}
     assert split(1024, 4096, 2) > 1 and split(1024, 4096, 32) > 1
