@@ -271,10 +271,9 @@ class _Recording(TorchDispatchMode):
         source, offset = self._source(x)
         if source < self.inputs or x.dtype != self.allocations[source - self.inputs].dtype:
             raise _NotRecorded
-        allocation = self.allocations[source - self.inputs]
-        if x is allocation:
-            return _Result(source - self.inputs, None)
-        return _Result(source - self.inputs, (tuple(x.shape), x.stride(), offset // x.itemsize))
+        allocation, view = self.allocations[source - self.inputs], (tuple(x.shape), x.stride(), offset // x.itemsize)
+        whole = view == (tuple(allocation.shape), allocation.stride(), 0)
+        return _Result(source - self.inputs, None if whole else view)
 
 
 ALLOCATES = {torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.empty_strided, torch.ops.aten.new_empty}
