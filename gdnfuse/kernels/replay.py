@@ -8,16 +8,15 @@ allocation it was derived, how many bytes further on. From then on only that is 
 Layout is all that a launch may look at: sizes, strides and dtypes of the tensors, whether they are aligned to 16 bytes, their
 device, and every other argument. A launch that does more than allocate, make views and launch kernels is not recorded.
 
-To read a layout off a call takes longer than to repeat it, because every size and stride becomes a Python object. A layout that
-was recorded is met again by the guards that Dynamo has for tensors, which compare all at once; what they do not know is read off.
+To read a layout off a call takes longer than to repeat it, because every size and stride becomes a Python object. So for a layout
+that comes again and again a function is written that compares a call with it, the tensors by the guards that Dynamo has for them.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
-from functools import reduce
-from operator import or_
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +26,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 MOST = 512  # layouts of one op that are kept: prompts have one per length
 ALIGNMENT = 16  # bytes, by which Triton specialises a pointer
-MOST_GUARDED = 16  # layouts of one op that differ in their tensors alone and are told apart one by one
+MOST_MATCHES = 16  # layouts of one op that a call is compared with, one after another
+OFTEN = 16  # readings of a layout after which calls are compared with it: keys that grow have another at each token
 TENSORS = (torch.Tensor, torch.nn.Parameter)
 PLAIN = {int, float, bool, str, type(None)}
 
@@ -83,6 +83,50 @@ class Recorded(NamedTuple):
         return tuple(results) if self.several else results[0]
 
 
+MISSED: Any = object()
+
+
+def _matching(
+    args: Sequence[Any], kwargs: dict[str, Any], tensors: Sequence[torch.Tensor], device: int, recorded: Recorded
+) -> Callable[..., Any] | None:
+    """A function of such arguments: if they have the layout of these and are aligned, it repeats what was recorded, else MISSED.
+
+    None where an argument is neither plain nor a tensor nor a list of one or the other.
+    """
+    sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
+    same = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+    known: dict[str, Any] = {"torch": torch, "MISSED": MISSED, "SAME": same.check, "REPEAT": recorded.repeat}
+    parameters = [*(f"x{i}" for i in range(len(args))), *kwargs]
+    opened, tests, names = [], [], []
+    for name, x in zip(parameters, (*args, *kwargs.values()), strict=True):
+        kind = type(x)
+        if kind in TENSORS:
+            names.append(name)
+        elif x is None:
+            tests.append(f"{name} is None")
+        elif kind in PLAIN or kind in (list, tuple) and PLAIN.issuperset(map(type, x)):
+            known[f"IS_{name}"] = x
+            tests.append(f"{name} == IS_{name}")
+        elif kind in (list, tuple) and all(type(y) in TENSORS for y in x):
+            parts = [f"{name}_{i}" for i in range(len(x))]
+            opened += [f" if {name}.__class__ is not {kind.__name__} or len({name}) != {len(x)}:", "  return MISSED"]
+            opened.append(f" {', '.join(parts)}, = {name}")
+            names += parts
+        else:
+            return None
+    if device >= 0:  # Triton launches on the current device
+        tests.append(f"torch.cuda.current_device() == {device}")
+    lines = [f"def match({', '.join(parameters)}):", *opened]
+    tests.append(f"SAME({', '.join(names)})")
+    lines += [f" if not ({' and '.join(tests)}):", "  return MISSED"]
+    lines += [f" a{i} = {name}.data_ptr()" for i, name in enumerate(names)]
+    addresses = [f"a{i}" for i in range(len(names))]
+    lines += [f" if ({' | '.join(addresses)}) % {ALIGNMENT}:", "  return MISSED"]
+    lines.append(f" return REPEAT([{', '.join(addresses)}])")
+    exec("\n".join(lines), known)
+    return known["match"]
+
+
 class Replayed:
     """A launch that is repeated, from the third call of a layout on, without going through its Python.
 
@@ -94,32 +138,32 @@ class Replayed:
     def __init__(self, launch: Callable[..., Any], standing_in: Callable[[Any], AbstractContextManager[None]]):
         self.launch, self.standing_in = launch, standing_in
         self.layouts: dict[Hashable, Recorded | None] = {}
-        # By the arguments that are no tensors: guards on those that are, their device, and what is repeated.
-        self.guarded: dict[Hashable, list[tuple[TensorGuards, int, Recorded]]] = {}
+        self.met: Counter[Hashable] = Counter()  # how often a layout was read off since it was recorded
+        self.matches: dict[Hashable, list[Callable[..., Any]]] = {}  # by which arguments are given
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        tensors: list[torch.Tensor] = []
-        plain = _plain((*args, *kwargs, *kwargs.values()), tensors)
-        addresses = [t.data_ptr() for t in tensors]
-        if plain is not None and reduce(or_, addresses, 0) % ALIGNMENT == 0:
-            for same, device, recorded in self.guarded.get(plain, ()):
-                if same.check(*tensors) and (device < 0 or device == torch.cuda.current_device()):
-                    return recorded.repeat(addresses)
-        return self._by_layout(args, kwargs, plain)
+        for match in self.matches.get((len(args), *kwargs), ()):
+            if (results := match(*args, **kwargs)) is not MISSED:
+                return results
+        return self._by_layout(args, kwargs)
 
-    def _by_layout(self, args: tuple[Any, ...], kwargs: dict[str, Any], plain: Hashable) -> Any:
+    def _by_layout(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         device = args[0].get_device()
         if device >= 0 and device != torch.cuda.current_device():
             with torch.cuda.device(device):  # Triton launches on the current device
-                return self._by_layout(args, kwargs, plain)
+                return self._by_layout(args, kwargs)
         tensors: list[torch.Tensor] = []
         layout = (device, *_layout(args, tensors), *kwargs, *_layout(kwargs.values(), tensors))
         addresses = [t.data_ptr() for t in tensors]
         key = (*layout, *[a % ALIGNMENT == 0 for a in addresses])
         recorded = self.layouts.get(key, self)
         if type(recorded) is Recorded:
-            if plain is not None and reduce(or_, addresses, 0) % ALIGNMENT == 0:
-                self._guard(plain, tensors, device, recorded)
+            self.met[key] += 1
+            if self.met[key] == OFTEN and all(key[-len(tensors) :]):
+                self.met[key] = 0  # met otherwise, by another class of tensors, it gets another function
+                if match := _matching(args, kwargs, tensors, device, recorded):
+                    given = (len(args), *kwargs)
+                    self.matches[given] = [*self.matches.get(given, ())[-MOST_MATCHES + 1 :], match]
             return recorded.repeat(addresses)
         if recorded is self:  # the first call also compiles
             if len(self.layouts) >= MOST:
@@ -136,35 +180,11 @@ class Replayed:
     def forget(self) -> None:
         """Record every layout anew."""
         self.layouts.clear()
-        self.guarded.clear()
-
-    def _guard(self, plain: Hashable, tensors: list[torch.Tensor], device: int, recorded: Recorded) -> None:
-        sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
-        same = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
-        self.guarded[plain] = [*self.guarded.get(plain, ())[-MOST_GUARDED + 1 :], (same, device, recorded)]
+        self.met.clear()
+        self.matches.clear()
 
 
 NOT_RECORDED: Any = object()
-
-
-def _plain(arguments: Sequence[Any], tensors: list[torch.Tensor]) -> tuple[Any, ...] | None:
-    """The arguments with an Ellipsis for each tensor, which goes to `tensors`; None where one is neither a tensor nor plain."""
-    plain: list[Any] = []
-    for x in arguments:
-        kind = type(x)
-        if kind in TENSORS:
-            tensors.append(x)
-            plain.append(...)
-        elif kind in PLAIN:
-            plain.append(x)
-        elif kind is list or kind is tuple:
-            nested = tuple(x) if PLAIN.issuperset(map(type, x)) else _plain(x, tensors)
-            if nested is None:
-                return None
-            plain.append(nested)
-        else:
-            return None
-    return tuple(plain)
 
 
 def _layout(arguments: Any, tensors: list[torch.Tensor]) -> list[Hashable]:

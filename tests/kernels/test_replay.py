@@ -101,57 +101,84 @@ def test_another_layout_is_another_launch():
     assert len(op.layouts) == 6
 
 
-def test_a_recorded_layout_is_met_again_without_reading_it_off(monkeypatch):
+def test_calls_are_compared_with_a_layout_that_comes_often(monkeypatch):
+    """Which takes no reading off; whatever differs is read off, and right."""
+    monkeypatch.setattr(replay, "OFTEN", 2)
     kernel, read = Kernel(), []
     op = add(kernel, views=lambda x, y: (x.contiguous(), y))
     layout = replay._layout
     monkeypatch.setattr(replay, "_layout", lambda arguments, tensors: read.append(1) or layout(arguments, tensors))
 
-    def call(x, y, *plain, **named):
+    def call(x, y, factor=1.0, weights=None, **named):
         read.clear()
-        weights = plain[1] if len(plain) > 1 else []
-        torch.testing.assert_close(op(x, y, *plain, **named), x + plain[0] * y + sum(weights))
+        given = () if weights is None else (weights,)
+        torch.testing.assert_close(op(x, y, factor, *given, **named), x + factor * y + sum(weights or []))
         return bool(read)
 
-    for n, *plain in ((8, 1.0), (8, 3.0), (4, 3.0), (8, 1.0, [some()])):
-        assert [call(some(n), some(n), *plain) for _ in range(5)] == [True] * 3 + [False] * 2, plain
-    assert [call(some(), some(), 1.0, overlap=True) for _ in range(5)] == [True] * 3 + [False] * 2
+    for n, factor, weights in ((8, 1.0, None), (8, 3.0, None), (4, 3.0, None), (8, 1.0, 1), (8, 1.0, 2), (8, 1.0, 0)):
+        make = lambda count=weights: None if count is None else [some() for _ in range(count)]  # noqa: E731
+        assert [call(some(n), some(n), factor, make()) for _ in range(6)] == [True] * 4 + [False] * 2, (n, factor, weights)
+    assert [call(some(), some(), overlap=True) for _ in range(6)] == [True] * 4 + [False] * 2
 
     repeated = kernel.repeated
     misaligned, strided = torch.randn(9)[1:], torch.randn(8, 2)[:, 0]
-    assert all(call(misaligned, some(), 1.0) for _ in range(5)) and not call(some(), some(), 1.0)
-    assert call(strided, some(), 1.0) and not call(some(), torch.zeros(8), 1.0)
-    assert kernel.repeated > repeated
-    # Another class and other dispatch keys are guarded apart, but have the layout that is known.
+    assert all(call(misaligned, some()) for _ in range(6)) and call(strided, some()) and call(some(12), some(12))
+    assert call(some(), some(), 1.0, (some(),)) and not call(some(), some(), 1.0, [some()])
+    assert not call(some(), some(), 1.0) and kernel.repeated > repeated
+    # Another class and other dispatch keys are another function's, of the layout that is known.
     parameter = torch.nn.Parameter(some(), requires_grad=False)
-    assert [call(parameter, some(), 1.0) for _ in range(2)] == [True, False]
+    assert [call(parameter, some()) for _ in range(3)] == [True, True, False]
     with torch.inference_mode():
-        assert [call(some(), some(), 1.0) for _ in range(2)] == [True, False]
+        assert [call(some(), some()) for _ in range(3)] == [True, True, False]
+    op.forget()
+    assert call(some(), some())
+
+
+def test_optional_tensors_are_told_from_none(monkeypatch):
+    monkeypatch.setattr(replay, "OFTEN", 1)
+    kernel = Kernel()
+
+    def launch(x, y=None):
+        out = torch.empty_like(x)
+        kernel_of(kernel)[(3,)](x, x if y is None else y, out, 1.0, N=x.numel())
+        return out
+
+    op = Replayed(launch, _standing_in)
+    for y in (None, some(), None, some()):
+        for _ in range(5):
+            x = some()
+            torch.testing.assert_close(op(x, y), x + (x if y is None else y))
+    assert len(op.matches[2,]) == 2
 
 
 def test_another_device_is_not_taken_for_the_one_recorded(monkeypatch):
-    op = add(Kernel())
-    for _ in range(4):
-        op(some(), some())
-    ((same, device, _),) = next(iter(op.guarded.values()))
-    assert device == -1
-    current = [0]
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
-    ours = [(same, 0, SimpleNamespace(repeat=lambda addresses: "repeated"))]
-    op.guarded = dict.fromkeys(op.guarded, ours)
-    assert op(some(), some()) == "repeated"
-    current[0] = 1
     x, y = some(), some()
-    torch.testing.assert_close(op(x, y), x + y)
+    recorded = SimpleNamespace(repeat=lambda addresses: addresses)
+    match = replay._matching((x, y), {}, [x, y], 1, recorded)
+    current = [1]
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    assert match(x, y) == [x.data_ptr(), y.data_ptr()]
+    current[0] = 0
+    assert match(x, y) is replay.MISSED
 
 
-def test_guards_are_bounded():
+def test_what_is_compared_is_bounded(monkeypatch):
+    monkeypatch.setattr(replay, "OFTEN", 1)
     op = add(Kernel())
     for n in range(8, 8 + 4 * 30, 4):
         for _ in range(4):
             x, y = some(n), some(n)
             torch.testing.assert_close(op(x, y), x + y)
-    assert [len(guards) for guards in op.guarded.values()] == [replay.MOST_GUARDED]
+    assert [len(functions) for functions in op.matches.values()] == [replay.MOST_MATCHES]
+
+
+def test_an_argument_of_another_kind_is_read_off(monkeypatch):
+    monkeypatch.setattr(replay, "OFTEN", 1)
+    op = add(Kernel())
+    for dtype in (torch.float32, torch.float32, torch.float32, torch.float32):
+        x, y = some(), some()
+        torch.testing.assert_close(op(x, y, 1.0, [], overlap=dtype), x + y)
+    assert not op.matches
 
 
 def test_views_follow_the_tensor_they_are_of_not_the_memory():
