@@ -102,6 +102,7 @@ def launch(x: torch.Tensor, weight: torch.Tensor, swiglu: bool = False, parts: i
     """`launch_with` the config for the weight's shape and the number of rows, or few_rows_hopper in its place."""
     M, N = weight.shape[0] // (2 if swiglu else 1), weight.shape[1]
     rows = x.reshape(-1, N)
+    x = rows.view(x.shape)  # so that what had to be copied is copied once
     if (ring := ring_config(M, N, swiglu, parts)) and few_rows_hopper.supports_here(rows, weight):
         return few_rows_hopper.launch_with(ring, x, weight, swiglu, overlap)
     return launch_with(few_rows_config(N, rows.shape[0], swiglu, parts, weight.dtype), x, weight, swiglu, overlap)

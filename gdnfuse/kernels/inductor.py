@@ -35,6 +35,8 @@ def _past_the_dispatcher(target: Any, lowering: Callable[..., Any]) -> Callable[
     from torch._inductor.ir import FallbackKernel
     from torch._inductor.virtualized import V
 
+    target_name = f"torch.ops.{target}"
+
     @functools.wraps(lowering)
     def lowered(*args: Any, **kwargs: Any) -> Any:
         known = len(V.graph.operations)
@@ -42,7 +44,8 @@ def _past_the_dispatcher(target: Any, lowering: Callable[..., Any]) -> Callable[
         if not V.graph.cpp_wrapper:
             for made in V.graph.operations[known:]:
                 if isinstance(made, FallbackKernel) and made.op_overload is target:
-                    made.python_kernel_name = f"{made.python_kernel_name}.{REPLAYED}"
+                    # Inductor keeps its code in caches whose keys know nothing of us: another version of us may run it.
+                    made.python_kernel_name = f"getattr({target_name}, {REPLAYED!r}, {target_name})"
         return results
 
     return lowered

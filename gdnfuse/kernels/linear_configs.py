@@ -49,8 +49,9 @@ SPLIT_ROWS = 48  # of a program at most where columns are split
 
 def rings(weight: torch.Tensor) -> bool:
     """Whether a weight is on a GPU, and of a dtype, for which there is few_rows_hopper."""
-    half = weight.dtype in (torch.bfloat16, torch.float16)
-    return half and weight.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(weight.device)[0] == 9
+    if weight.dtype not in (torch.bfloat16, torch.float16) or not weight.is_cuda or torch.version.hip is not None:
+        return False
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(weight.device)[0] == 9
 
 
 def ring_config(M: int, N: int, swiglu: bool = False, parts: int = 1) -> RingConfig | None:

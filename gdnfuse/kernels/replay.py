@@ -26,8 +26,10 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 MOST = 512  # layouts of one op that are kept: prompts have one per length
 ALIGNMENT = 16  # bytes, by which Triton specialises a pointer
-MOST_MATCHES = 16  # layouts of one op that a call is compared with, one after another
-OFTEN = 16  # readings of a layout after which calls are compared with it: keys that grow have another at each token
+MOST_MATCHES = 8  # layouts of one op that a call is compared with, one after another
+# Readings of a layout after which calls are compared with it, twice as many each time that another has to go for it: keys that
+# grow have another layout at each token, and the same ones in the next text.
+OFTEN = 256
 TENSORS = (torch.Tensor, torch.nn.Parameter)
 PLAIN = {int, float, bool, str, type(None)}
 
@@ -91,8 +93,10 @@ def _matching(
 ) -> Callable[..., Any] | None:
     """A function of such arguments: if they have the layout of these and are aligned, it repeats what was recorded, else MISSED.
 
-    None where an argument is neither plain nor a tensor nor a list of one or the other.
+    None where an argument is neither plain nor a tensor nor a list of one or the other, or is the same tensor as another.
     """
+    if len({*map(id, tensors)}) < len(tensors):
+        return None
     sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
     same = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
     known: dict[str, Any] = {"torch": torch, "MISSED": MISSED, "SAME": same.check, "REPEAT": recorded.repeat}
@@ -105,8 +109,8 @@ def _matching(
         elif x is None:
             tests.append(f"{name} is None")
         elif kind in PLAIN or kind in (list, tuple) and PLAIN.issuperset(map(type, x)):
-            known[f"IS_{name}"] = x
-            tests.append(f"{name} == IS_{name}")
+            known[f"IS_{name}"] = kind(x)  # of a list a copy
+            tests.append(f"{name}.__class__ is {kind.__name__} and {name} == IS_{name}")
         elif kind in (list, tuple) and all(type(y) in TENSORS for y in x):
             parts = [f"{name}_{i}" for i in range(len(x))]
             opened += [f" if {name}.__class__ is not {kind.__name__} or len({name}) != {len(x)}:", "  return MISSED"]
@@ -139,7 +143,9 @@ class Replayed:
         self.launch, self.standing_in = launch, standing_in
         self.layouts: dict[Hashable, Recorded | None] = {}
         self.met: Counter[Hashable] = Counter()  # how often a layout was read off since it was recorded
-        self.matches: dict[Hashable, list[Callable[..., Any]]] = {}  # by which arguments are given
+        # By which arguments are given:
+        self.matches: dict[Hashable, list[Callable[..., Any]]] = {}
+        self.often: dict[Hashable, int] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         for match in self.matches.get((len(args), *kwargs), ()):
@@ -155,15 +161,18 @@ class Replayed:
         tensors: list[torch.Tensor] = []
         layout = (device, *_layout(args, tensors), *kwargs, *_layout(kwargs.values(), tensors))
         addresses = [t.data_ptr() for t in tensors]
-        key = (*layout, *[a % ALIGNMENT == 0 for a in addresses])
+        key = (*layout, *[a % ALIGNMENT for a in addresses])  # a view further on is aligned or not by how far off this is
         recorded = self.layouts.get(key, self)
         if type(recorded) is Recorded:
             self.met[key] += 1
-            if self.met[key] == OFTEN and all(key[-len(tensors) :]):
+            given = (len(args), *kwargs)
+            if self.met[key] >= self.often.get(given, OFTEN) and not any(key[-len(tensors) :]):
                 self.met[key] = 0  # met otherwise, by another class of tensors, it gets another function
                 if match := _matching(args, kwargs, tensors, device, recorded):
-                    given = (len(args), *kwargs)
-                    self.matches[given] = [*self.matches.get(given, ())[-MOST_MATCHES + 1 :], match]
+                    known = self.matches.get(given, [])
+                    if len(known) >= MOST_MATCHES:
+                        self.often[given] = 2 * self.often.get(given, OFTEN)
+                    self.matches[given] = [*known[-MOST_MATCHES + 1 :], match]
             return recorded.repeat(addresses)
         if recorded is self:  # the first call also compiles
             if len(self.layouts) >= MOST:
@@ -182,6 +191,7 @@ class Replayed:
         self.layouts.clear()
         self.met.clear()
         self.matches.clear()
+        self.often.clear()
 
 
 NOT_RECORDED: Any = object()

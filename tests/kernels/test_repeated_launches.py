@@ -72,12 +72,11 @@ def noted_call(function, noted, args, kwargs):
 
 
 def elsewhere(value):
-    """A tensor of the same layout in other memory, as much aligned to 16 bytes or not."""
+    """A tensor of the same layout in other memory, as far off 16 bytes."""
     if not isinstance(value, torch.Tensor):
         return [elsewhere(v) for v in value] if isinstance(value, list) else value
     memory = torch.zeros(kernel_cases.whole(value).numel() + 64, dtype=value.dtype)
-    aligned = [(memory.data_ptr() + i * value.itemsize) % 16 == 0 for i in range(32)]
-    start = random.choice([i for i in range(32) if aligned[i] == (value.data_ptr() % 16 == 0)])
+    start = random.choice([i for i in range(32) if (memory.data_ptr() + i * value.itemsize - value.data_ptr()) % 16 == 0])
     return memory.as_strided(value.shape, value.stride(), start)
 
 

@@ -96,9 +96,7 @@ def test_another_layout_is_another_launch():
                 for _ in range(4):
                     y = torch.randn(x.shape)
                     torch.testing.assert_close(op(x, y, factor), x + factor * y)
-    aligned = [key[-2:] for key in op.layouts]
-    assert (False, True) in aligned and (True, True) in aligned
-    assert len(op.layouts) == 6
+    assert {(0, 0), (4, 0)} <= {key[-2:] for key in op.layouts} and len(op.layouts) == 6
 
 
 def test_calls_are_compared_with_a_layout_that_comes_often(monkeypatch):
@@ -170,6 +168,70 @@ def test_what_is_compared_is_bounded(monkeypatch):
             x, y = some(n), some(n)
             torch.testing.assert_close(op(x, y), x + y)
     assert [len(functions) for functions in op.matches.values()] == [replay.MOST_MATCHES]
+    # One more each time costs twice as many readings as the last.
+    assert op.often == {(2,): 4} and max(op.met.values()) < 4
+
+
+def test_how_far_an_address_is_off_is_part_of_the_layout():
+    """A view half of sixteen bytes on is aligned for one, and not for the other."""
+    whole, given = torch.zeros(64), []
+    start = -whole.data_ptr() % 16 // 4
+
+    class Specialised:
+        """Compiled for an address that is aligned or not."""
+
+        run = None
+
+        def __init__(self, aligned):
+            self.aligned = aligned
+
+        def __getitem__(self, grid):
+            return lambda address: given.append((self.aligned, address % 16 == 0))
+
+    class Compiling:
+        arg_names, params = ("x",), (SimpleNamespace(name="x", default=None),)
+
+        def __getitem__(self, grid):
+            return lambda x: Specialised(x.data_ptr() % 16 == 0)
+
+    def launch(x):
+        kernel_of(Compiling())[(1,)](x[2:])
+        return torch.empty(4)
+
+    op = Replayed(launch, _standing_in)
+    for off in (2, 2, 2, 1, 1, 1, 3, 3, 3):
+        op(whole[start + off :][:8])
+    assert given == [(True, True), (False, False), (False, False)]
+
+
+def test_one_tensor_twice_is_read_off(monkeypatch):
+    monkeypatch.setattr(replay, "OFTEN", 1)
+    op = add(Kernel())
+    for _ in range(6):
+        x, y = some(), some()
+        torch.testing.assert_close(op(x, y), x + y)
+    ours = op.matches[2,]
+    for _ in range(6):
+        x = some()
+        torch.testing.assert_close(op(x, x), 2 * x)
+    assert op.matches[2,] == ours
+
+
+def test_what_is_plain_is_compared_with_its_class(monkeypatch):
+    monkeypatch.setattr(replay, "OFTEN", 1)
+    x, y = some(), some()
+    shape = [5, 1]
+    match = replay._matching((x, y, 1.0, shape), {"flag": True}, [x, y], -1, SimpleNamespace(repeat=len))
+    assert match(x, y, 1.0, [5, 1], flag=True) == 2
+    shape[1] = 2
+    for plain, sizes, flag in (
+        (1, [5, 1], True),
+        (1.0, [5, 2], True),
+        (1.0, (5, 1), True),
+        (1.0, [5, 1], 1),
+        (torch.ones(3), [5, 1], True),
+    ):
+        assert match(x, y, plain, sizes, flag=flag) is replay.MISSED
 
 
 def test_an_argument_of_another_kind_is_read_off(monkeypatch):
@@ -350,11 +412,13 @@ def test_descriptors_get_the_call_s_own_base():
     assert kernel.repeated == 2
 
 
-def test_nothing_of_the_caller_is_kept():
+def test_nothing_of_the_caller_is_kept(monkeypatch):
+    monkeypatch.setattr(replay, "OFTEN", 1)
     op = add(Kernel())
     x, y = some(), some()
-    for _ in range(4):
+    for _ in range(5):
         out = op(x, y)
+    assert op.matches
     kept = [weakref.ref(t.untyped_storage()) for t in (x, y, out)]
     del x, y, out
     gc.collect()

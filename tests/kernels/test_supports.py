@@ -250,9 +250,12 @@ def test_parts_of_a_ring_have_few_rows_and_whole_steps(rows):
     + [((8, 0), BF16, None, False), ((10, 0), BF16, None, False), ((9, 4), BF16, "6.0", False)],
 )
 def test_rings_are_for_half_precision_on_hopper(capability, dtype, hip, taken, monkeypatch):
+    weight = SimpleNamespace(dtype=dtype, is_cuda=True, device=None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert not linear_configs.rings(weight)  # as a fake tensor of a device that is not there
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "hip", hip)
-    weight = SimpleNamespace(dtype=dtype, is_cuda=True, device=None)
     assert linear_configs.rings(weight) == taken
     assert not linear_configs.rings(torch.empty(1, dtype=dtype))
 
