@@ -4,8 +4,9 @@ import kernel_cases
 import pytest
 import torch
 import torch.utils._pytree as pytree
+from torch._functorch import config as functorch_config
+from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import compile_fx
-from torch._inductor.utils import fresh_cache
 
 from gdnfuse.dialect import OPS
 from gdnfuse.kernels import implementations
@@ -45,7 +46,8 @@ def test_inductor_calls_past_the_dispatcher(name, monkeypatch):
     monkeypatch.setattr(op, REPLAYED, reference(direct))
     torch._dynamo.reset()
     # Code that another version left in Inductor's cache calls what that version did.
-    with fresh_cache(), torch.library._scoped_library("gdnfuse_triton", "FRAGMENT") as library, torch.no_grad():
+    uncached = inductor_config.patch(fx_graph_cache=False), functorch_config.patch(enable_autograd_cache=False)
+    with uncached[0], uncached[1], torch.library._scoped_library("gdnfuse_triton", "FRAGMENT") as library, torch.no_grad():
         library.impl(name, reference(dispatched), "CPU")
         theirs = copies()
         wanted = function(*theirs)
