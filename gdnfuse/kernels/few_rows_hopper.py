@@ -140,6 +140,13 @@ def supports_here(rows: torch.Tensor, weight: torch.Tensor) -> bool:
     )
 
 
+def rows_and_out(x: torch.Tensor, weight: torch.Tensor, swiglu: bool, parts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """x as [B, N], and memory for a linear of a few rows: [parts, ..., M] in float32, or [..., M] in the weight's dtype."""
+    shape = (*x.shape[:-1], weight.shape[0] // (2 if swiglu else 1))
+    shape, dtype = ((parts, *shape), torch.float32) if parts > 1 else (shape, weight.dtype)
+    return x.reshape(-1, weight.shape[1]), torch.empty(shape, dtype=dtype, device=x.device)
+
+
 def launch_with(
     chosen: RingConfig, x: torch.Tensor, weight: torch.Tensor, swiglu: bool = False, overlap: bool = False
 ) -> torch.Tensor:
@@ -153,12 +160,8 @@ def launch_with(
         overlap: whether the weight may be read while kernels before this one run.
     """
     tiles, live, stages, parts = chosen
-    N, M = weight.shape[1], weight.shape[0] // (2 if swiglu else 1)
-    rows = x.reshape(-1, N)
-    B = rows.shape[0]
-    shape = (*x.shape[:-1], M)
-    shape, dtype = ((parts, *shape), torch.float32) if parts > 1 else (shape, weight.dtype)
-    out = torch.empty(shape, dtype=dtype, device=x.device)
+    rows, out = rows_and_out(x, weight, swiglu, parts)
+    (B, N), M = rows.shape, out.shape[-1]
     options = overlap_options(x) if overlap else {}
     kernel_of(few_rows_hopper_kernel)[(-(-M // (live * tiles)), parts)](
         rows, weight, out, B, M, live, N // parts // STEP, rows.stride(0), weight.stride(0),

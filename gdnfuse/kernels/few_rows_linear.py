@@ -83,12 +83,8 @@ def launch_with(
         overlap: whether the weight may be read while kernels before this one run.
     """
     BM, BK, num_warps, stages, parts, early = chosen
-    N, M = weight.shape[1], weight.shape[0] // (2 if swiglu else 1)
-    rows = x.reshape(-1, N)
-    B = rows.shape[0]
-    shape = (*x.shape[:-1], M)
-    shape, dtype = ((parts, *shape), torch.float32) if parts > 1 else (shape, weight.dtype)
-    out = torch.empty(shape, dtype=dtype, device=x.device)
+    rows, out = few_rows_hopper.rows_and_out(x, weight, swiglu, parts)
+    (B, N), M = rows.shape, out.shape[-1]
     options = overlap_options(x) if overlap else {}
     kernel_of(few_rows_linear_kernel)[(-(-M // (BM // 2 if swiglu else BM)), parts)](
         rows, weight, out, B, M, N // parts, rows.stride(0), weight.stride(0),
