@@ -1,6 +1,6 @@
 """How a few rows times a weight is shared out, by static facts alone; no triton, so that the lowering may ask before it launches.
 
-Chosen on an H200 for bfloat16. benchmarks/gemm.py sweeps them; where whole decode steps said otherwise, it was they that decided.
+Chosen on an H200 for bfloat16, but for the ring's. benchmarks/gemm.py sweeps them; where whole decode steps said otherwise, it was they that decided.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ def rings(weight: torch.Tensor) -> bool:
 def ring_config(M: int, N: int, swiglu: bool = False, parts: int = 1) -> RingConfig | None:
     """The config of few_rows_hopper for a weight [M, N], with `swiglu` [2·M, N], or None where few_rows_linear does better.
 
-    Every multiprocessor gets as many rows as any other: one program that has them, or two where the columns are split.
+    Every multiprocessor gets as many rows as any other: one program that has them, or two where the columns are split. Chosen on
+    an H100 in a chain of a 4B model's layers, by a script that was not kept; benchmarks/gemm.py sweeps them alone.
     """
     if N % (STEP * parts):
         return None

@@ -122,7 +122,7 @@ def test_no_kernel_is_compiled_after_the_warmup():
     warm = gdnfuse.warmup(model, batch=2)
     added = {name: count - before.get(name, 0) for name, count in warm.kernels.items()}
     # A process that has compiled nothing yet needs the 12 that a step of two sequences is lowered to, and 4 for prompts.
-    assert warm.kernels["chunk_prepare_kernel"] >= 1 and sum(added.values()) <= 18, added
+    assert warm.kernels["chunk_prepare_kernel"] >= 1 and sum(added.values()) <= 16, added
     for length in (5, 16, 63, 64, 65, 128, 515):
         ids = zoo.prompt(2, length)[0].cuda()
         model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, min_new_tokens=3)
