@@ -1,6 +1,7 @@
 """How a few rows times a weight is shared out, by static facts alone; no triton, so that the lowering may ask before it launches.
 
-Chosen on an H200 for bfloat16, but for the ring's. benchmarks/gemm.py sweeps them; where whole decode steps said otherwise, it was they that decided.
+Chosen on an H200 for bfloat16, but for the ring's. benchmarks/gemm.py sweeps them; where whole decode steps said otherwise, it
+was they that decided.
 """
 
 from __future__ import annotations
