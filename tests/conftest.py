@@ -1,5 +1,8 @@
 """Shared by all tests: a fresh compiler and an empty report list for each, and no accidental gradients."""
 
+import gc
+import logging
+
 import pytest
 import torch
 
@@ -9,6 +12,20 @@ pytest.register_assert_rewrite("tests.pages")  # so that what it asserts is show
 
 # One worker per core already: threads of one worker that spin for those of another made toy models ten times slower.
 torch.set_num_threads(1)
+
+# pytest listens to every logger that does not propagate, and torch writes its structured trace once somebody listens. Nor does
+# anybody read what Dynamo writes about each side effect of a call.
+logging.getLogger("torch.__trace").handlers.clear()
+logging.getLogger("torch.__trace").propagate = True
+if hasattr(torch._dynamo.config, "side_effect_replay_policy"):
+    torch._dynamo.config.side_effect_replay_policy = "silent"
+
+
+def pytest_collection_finish():
+    """Modules stay, so the collector need not walk through them again and again; tracing makes objects fast, and keeps most."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.fixture(autouse=True)
