@@ -1,7 +1,4 @@
-"""Every case under Triton's interpreter; test_interpreted runs this file in processes of its own, with TRITON_INTERPRET set.
-
-One process takes the tests that have its op's name in theirs.
-"""
+"""Every case under Triton's interpreter; test_interpreted runs this file in processes of its own, with TRITON_INTERPRET set."""
 
 import kernel_cases
 import pytest
