@@ -31,7 +31,7 @@ rect { fill: #eef1f4; stroke: #c3cad2 } .ours rect { fill: #d3e5fb; stroke: #6ea
 def operations(phase: str) -> dict[str, list[Operation]]:
     """What the first layer of Qwen3.5-4B computes, at batch 1, by stage."""
     config = load_config("4b").get_text_config(decoder=True)
-    config.num_hidden_layers, config.layer_types = 4, config.layer_types[:4]
+    config.num_hidden_layers, config.layer_types = 2, ["linear_attention", "full_attention"]
     model, found = meta_model(config), {}
     for stage in STAGES:
         options = {"target": "cuda", "inner": "eager", "stop_after": stage, "capture": phase == "prefill"}

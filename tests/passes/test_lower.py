@@ -605,13 +605,15 @@ def test_in_proj_conv_waits_for_its_state():
 def test_every_kernel_of_a_decode_step_that_can_but_the_first_overlaps(batch, monkeypatch):
     graphs, honest = [], lower.lower
     monkeypatch.setattr(lower, "lower", lambda gm, *args, **kwargs: (graphs.append(gm), honest(gm, *args, **kwargs))[1])
-    huggingface.trace(huggingface.meta_model(huggingface.load_config("qwen3.5-0.8b")), batch=batch, target="cuda")
+    config = huggingface.load_config("qwen3.5-0.8b")
+    config.num_hidden_layers, config.layer_types = 8, config.layer_types[:8]
+    huggingface.trace(huggingface.meta_model(config), batch=batch, target="cuda")
     (gm,) = graphs
     able = [n for n in gm.graph.nodes if is_kernel(n.target) and "overlap" in [a.name for a in n.target._schema.arguments]]
-    assert len(able) > 24 * 3 and ["overlap" in n.kwargs for n in able] == [False] + [True] * (len(able) - 1)
+    assert len(able) > 8 * 3 and ["overlap" in n.kwargs for n in able] == [False] + [True] * (len(able) - 1)
     names = [n.target._schema.name.split("::")[1] for n in able]
     # Two per layer, but for the norm in front of the first.
-    assert names.count("add_rms_norm") == (0 if batch == 1 else 2 * 24)
+    assert names.count("add_rms_norm") == (0 if batch == 1 else 2 * 8)
     splits = [n for n in able if n.target._schema.name.endswith("split_linear")]
     assert bool(splits) == (batch > 1)
     for n in splits:
