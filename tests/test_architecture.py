@@ -37,7 +37,7 @@ def test_without_triton_a_decode_step_compiles_on_cpu():
 import gdnfuse, torch
 from tests.models import zoo
 
-model = zoo.causal_lm(num_hidden_layers=2, layer_types=["linear_attention", "full_attention"])
+model = zoo.causal_lm(**zoo.SMALL)
 tokens = zoo.tokens_for(2, 2)
 e, mask = zoo.prefill(model, 2, "static")
 wanted = zoo.decode(model, e, mask, tokens)

@@ -15,8 +15,6 @@ from gdnfuse import backend, kernels
 from gdnfuse.report import new_report
 from tests.models import zoo
 
-SMALL = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
-
 
 def compiled(model, **options):
     return torch.compile(model, backend="gdnfuse", fullgraph=True, options={"inner": "eager", **options})
@@ -24,7 +22,7 @@ def compiled(model, **options):
 
 @pytest.fixture(scope="module")
 def small():
-    return zoo.causal_lm(**SMALL)
+    return zoo.causal_lm(**zoo.SMALL)
 
 
 def step(model, run, **kwargs):
@@ -50,7 +48,7 @@ def test_a_model_without_gdn_runs_as_under_the_inner_backend():
 
 
 def test_with_gradients_nothing_is_rewritten_and_they_flow(caplog):
-    model = zoo.causal_lm(**SMALL).requires_grad_(True)
+    model = zoo.causal_lm(**zoo.SMALL).requires_grad_(True)
     ours, ids = copy.deepcopy(model), zoo.tokens_for(2, 5)
     found, wanted = compiled(ours)(input_ids=ids, use_cache=False).logits, model(input_ids=ids, use_cache=False).logits
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)

@@ -11,8 +11,6 @@ import gdnfuse
 from gdnfuse.rewrite.proof import forget
 from tests.models import zoo
 
-SMALL = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
-
 
 def compiled(model, **options):
     return torch.compile(model, backend="gdnfuse", options={"inner": "eager", **options})
@@ -30,7 +28,7 @@ def right(model, run, **kwargs):
 
 def test_several_models_in_turn():
     """Two of one class and size share graphs, a third of another size has its own, and each keeps to its weights."""
-    first, other = zoo.causal_lm(**SMALL), zoo.causal_lm(**SMALL, hidden_size=48)
+    first, other = zoo.causal_lm(**zoo.SMALL), zoo.causal_lm(**zoo.SMALL, hidden_size=48)
     second = copy.deepcopy(first)
     with torch.no_grad():
         for p in second.parameters():
@@ -64,7 +62,7 @@ def in_threads(*work):
 
 
 def test_models_compiled_in_threads_at_once():
-    models = [zoo.causal_lm(**SMALL, hidden_size=size) for size in (48, 64, 80)]
+    models = [zoo.causal_lm(**zoo.SMALL, hidden_size=size) for size in (48, 64, 80)]
     found = {}
 
     def work(i):
@@ -78,7 +76,7 @@ def test_models_compiled_in_threads_at_once():
 
 def test_one_compiled_model_in_several_threads():
     """After its first call, each thread with a cache of its own."""
-    model = zoo.causal_lm(**SMALL)
+    model = zoo.causal_lm(**zoo.SMALL)
     run = compiled(model)
     assert right(model, run)
     wanted = [decoded(model, model, tokens=5, seed=seed) for seed in range(3)]
@@ -94,7 +92,7 @@ def test_one_compiled_model_in_several_threads():
 
 def test_recompilations_up_to_the_limit_and_beyond():
     """Where torch gives up and runs eager, tokens stay right."""
-    model = zoo.causal_lm(**SMALL)
+    model = zoo.causal_lm(**zoo.SMALL)
     with torch._dynamo.config.patch(recompile_limit=2, automatic_dynamic_shapes=False):
         run = compiled(model)
         for batch in (1, 2, 3, 1):
@@ -104,7 +102,7 @@ def test_recompilations_up_to_the_limit_and_beyond():
 
 @torch.no_grad()
 def test_a_reset_in_the_middle_of_a_sequence():
-    model = zoo.causal_lm(**SMALL)
+    model = zoo.causal_lm(**zoo.SMALL)
     wanted = decoded(model, model, tokens=6)
     run, tokens = compiled(model), zoo.tokens_for(1, 6, 1)
     cache, _ = zoo.prefill(model, 1, "static")
@@ -119,7 +117,7 @@ def test_a_reset_in_the_middle_of_a_sequence():
 @pytest.mark.parametrize("outer", ["gdnfuse", "eager"])
 def test_a_compiled_model_inside_a_compiled_function(outer):
     """The outer compiler takes in what the inner one would have compiled; its options decide."""
-    model = zoo.causal_lm(**SMALL)
+    model = zoo.causal_lm(**zoo.SMALL)
     inner = compiled(model)
     options = {"options": {"inner": "eager"}} if outer == "gdnfuse" else {}
 
@@ -133,7 +131,7 @@ def test_a_compiled_model_inside_a_compiled_function(outer):
 
 
 def test_layers_compiled_one_by_one_inside_a_model_that_is_not():
-    model = zoo.causal_lm(**SMALL)
+    model = zoo.causal_lm(**zoo.SMALL)
     twin = copy.deepcopy(model)
     for layer in twin.model.layers:
         layer.compile(backend="gdnfuse", options={"inner": "eager"})
@@ -147,7 +145,7 @@ PASSES = ["normalize.normalize", "run_rules", "lower.pack_weights", "lower.lower
 @pytest.mark.parametrize("name", PASSES)
 def test_a_pass_that_fails_costs_no_model(name, monkeypatch, caplog):
     """Whatever was done before it, packed weights included."""
-    model = zoo.causal_lm(**SMALL)
+    model = zoo.causal_lm(**zoo.SMALL)
     monkeypatch.setattr(f"gdnfuse.pipeline.{name}", broken)
     assert right(model, compiled(model))
     (report,) = gdnfuse.reports()
@@ -161,7 +159,7 @@ def broken(*args, **kwargs):
 
 
 def test_a_pass_that_fails_under_strict_raises_and_the_next_compilation_is_whole(monkeypatch):
-    model = zoo.causal_lm(**SMALL)
+    model = zoo.causal_lm(**zoo.SMALL)
     with monkeypatch.context() as patched:
         patched.setattr("gdnfuse.pipeline.lower.lower", broken)
         with pytest.raises(Exception, match="strict: the graph was not rewritten. A pass failed: ZeroDivisionError"):
@@ -172,7 +170,7 @@ def test_a_pass_that_fails_under_strict_raises_and_the_next_compilation_is_whole
 
 def test_an_interrupt_is_the_users():
     """It is no failure of a pass: it ends the call, and the next one compiles."""
-    model = zoo.causal_lm(**SMALL)
+    model = zoo.causal_lm(**zoo.SMALL)
     run = compiled(model)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("gdnfuse.rewrite.driver.prove", interrupted)
@@ -187,7 +185,7 @@ def interrupted(*args, **kwargs):
 
 
 def test_a_compilation_changes_nothing_global():
-    model = zoo.causal_lm(**SMALL)
+    model = zoo.causal_lm(**zoo.SMALL)
     cache, _ = zoo.prefill(model, 1, "static")
     forget()
     torch.set_num_threads(2)
@@ -212,7 +210,7 @@ def settings():
 
 def test_a_training_step_between_two_generations():
     """With gradients the compiled model runs as it came, on packed weights; afterwards it decodes with the new ones."""
-    model = zoo.causal_lm(**SMALL)
+    model = zoo.causal_lm(**zoo.SMALL)
     theirs, run = copy.deepcopy(model), compiled(model)
     assert right(model, run)
     ids = zoo.prompt(2)[0]
@@ -232,7 +230,7 @@ def test_a_training_step_between_two_generations():
 
 def test_inference_mode_and_no_grad_in_turn():
     """Weights are packed in the one or the other and read in both."""
-    model = zoo.causal_lm(**SMALL)
+    model = zoo.causal_lm(**zoo.SMALL)
     run = compiled(model)
     for _ in range(2):
         for mode in (torch.inference_mode, torch.no_grad):
@@ -246,7 +244,7 @@ def test_inference_mode_and_no_grad_in_turn():
 
 def test_export_of_a_model_that_was_compiled():
     """It sees the functions' own code and the packed weights, and gives what the model gives."""
-    model = zoo.causal_lm(**SMALL)
+    model = zoo.causal_lm(**zoo.SMALL)
     assert right(model, compiled(model))
     ids = zoo.prompt(2)[0]
     with torch.no_grad():

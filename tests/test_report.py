@@ -259,7 +259,7 @@ def test_a_refusal_has_the_line_of_its_node():
 
 
 def test_every_model_is_traced_with_its_own_sizes():
-    config = zoo.causal_lm().config
+    config = zoo.causal_lm(**zoo.SMALL).config
     (first,), (equal,), (wide,) = (
         huggingface.trace(huggingface.meta_model(config), target="cpu", batch=batch) for batch in (1, 1, 2)
     )

@@ -7,9 +7,9 @@ import gdnfuse
 from tests.models import zoo
 
 TARGETS = {
-    "GDN projections": (("in_proj_qkv", "in_proj_z", "out_proj"), zoo.GDN_LAYERS),
-    "one gate": (("in_proj_a",), zoo.GDN_LAYERS),
-    "MLP and attention": (("gate_proj", "up_proj", "down_proj", "q_proj", "v_proj"), zoo.GDN_LAYERS),
+    "GDN projections": ("in_proj_qkv", "in_proj_z", "out_proj"),
+    "one gate": ("in_proj_a",),
+    "MLP and attention": ("gate_proj", "up_proj", "down_proj", "q_proj", "v_proj"),
 }
 
 
@@ -44,7 +44,7 @@ class LoRA(torch.nn.Module):
 
 
 def adapted(targets):
-    model = zoo.causal_lm()
+    model = zoo.causal_lm(**zoo.SMALL)
     wrapped = []
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
@@ -59,8 +59,7 @@ def adapted(targets):
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("where", TARGETS)
 def test_adapters_stay_effective(where, batch):
-    targets, fused = TARGETS[where]
-    model, wrapped = adapted(targets)
+    model, wrapped = adapted(TARGETS[where])
     run = torch.compile(model, backend="gdnfuse", options={"inner": "eager"})
     seen = []
 
@@ -73,11 +72,11 @@ def test_adapters_stay_effective(where, batch):
         seen.append(wanted)
 
     right()
-    assert gdnfuse.reports()[-1].fused_layers == fused
+    assert gdnfuse.reports()[-1].fused_layers == 1
     for lora in wrapped:
         lora.merge()
     right()
-    assert gdnfuse.reports()[-1].fused_layers == zoo.GDN_LAYERS
+    assert gdnfuse.reports()[-1].fused_layers == 1
     for lora in wrapped:
         lora.unmerge()
     right()

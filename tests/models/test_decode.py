@@ -164,14 +164,14 @@ def test_attention_on_a_cache_that_grows_is_one_op_in_a_graph_for_all_lengths(ba
 
 
 def test_inductor_on_cpu():
-    model = zoo.causal_lm()
+    model = zoo.causal_lm(**zoo.SMALL)
     ours = copy.deepcopy(model)
     tokens = zoo.tokens_for(2, 4)
     a, mask = zoo.prefill(ours, 2, "static")
     e, _ = zoo.prefill(model, 2, "static")
     run = torch.compile(ours, backend="gdnfuse", fullgraph=True, options={"strict": True})
     assert zoo.relative(zoo.decode(run, a, mask, tokens), zoo.decode(model, e, mask, tokens)) < 1e-5
-    assert_all_fused(gdnfuse.reports())
+    assert_all_fused(gdnfuse.reports(), layers=1)
     for kind in ("recurrent", "conv"):
         for x, y in zip(zoo.states(a)[kind], zoo.states(e)[kind], strict=True):
             assert zoo.relative(x, y) < 1e-5

@@ -8,8 +8,6 @@ import torch
 import gdnfuse
 from tests.models import zoo
 
-SMALL = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
-
 
 @torch.no_grad()
 def outputs(run, model, ids, tokens):
@@ -27,7 +25,7 @@ def equal(found, wanted):
 @pytest.mark.parametrize(("inner", "batch"), [("eager", 1), ("aot_eager", 3)])
 def test_runs_are_bit_identical(inner, batch):
     """One compilation called twice, another compilation, and other memory: the weights of a copy are packed elsewhere."""
-    model = zoo.causal_lm(**SMALL)
+    model = zoo.causal_lm(**zoo.SMALL)
     ids, tokens = zoo.prompt(batch, 70)[0], zoo.tokens_for(batch, 4)
     run = torch.compile(model, backend="gdnfuse", options={"inner": inner})
     first = outputs(run, model, ids, tokens)
@@ -42,7 +40,7 @@ def test_runs_are_bit_identical(inner, batch):
 
 def test_a_sequence_does_not_depend_on_its_neighbours():
     """At one batch size; another one may round otherwise."""
-    model = zoo.causal_lm(**SMALL)
+    model = zoo.causal_lm(**zoo.SMALL)
     run = torch.compile(model, backend="gdnfuse", options={"inner": "aot_eager"})
     (ids, others), tokens = (zoo.prompt(3, 70, seed=seed)[0] for seed in (1, 2)), zoo.tokens_for(3, 4)
     others[1] = ids[1]

@@ -40,6 +40,8 @@ TEXT = {
 # Every expert takes part: with fewer, a rounding anywhere may flip a choice, and errors measure the flips.
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
 GDN_LAYERS = 2
+# Instead, where one layer of a kind will do: to trace a layer takes longer than all else that most tests do.
+SMALL = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
 # When it makes the mask of a prompt on a filled cache, this version branches on a static cache's length, a tensor: Dynamo breaks
 # the graph there, and under fullgraph raises, whatever the backend.
 FILLED_STATIC_CACHE_BREAKS = transformers.__version__.startswith("5.19.")

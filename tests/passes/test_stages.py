@@ -13,7 +13,7 @@ from tests.models import zoo
 @pytest.fixture(scope="module")
 def eager():
     torch.manual_seed(0)
-    model = zoo.causal_lm(num_hidden_layers=2, layer_types=["linear_attention", "full_attention"])
+    model = zoo.causal_lm(**zoo.SMALL)
     tokens = zoo.tokens_for(2, 2)
     cache, mask = zoo.prefill(model, 2, "static")
     return model, tokens, zoo.decode(model, cache, mask, tokens), zoo.states(cache)
