@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 from gdnfuse import capture, kernels, versions
 from gdnfuse.kernels.inductor import announce
 from gdnfuse.options import DISABLE, Options, disabled, parse
-from gdnfuse.packing import PackedWeight
+from gdnfuse.packing import PackedWeight, PackedWeights
 from gdnfuse.passes import verify
 from gdnfuse.pipeline import original, rewrite
 from gdnfuse.report import Comparison, GdnfuseError, GraphReport, Refused, Status, new_report, publish
@@ -208,11 +208,11 @@ def _finish(
             gm.graph.erase_node(n)
     gm.graph.lint()
     gm.recompile()
-    inner = _inner(gm, inputs, opts, patches)
+    inner, weights = _inner(gm, inputs, opts, patches), PackedWeights(packed)
 
     def compiled(*args: Any) -> Any:
         kernels.wait()
-        return inner(*[args[i] for i in keep], *[weight.current(args) for weight in packed])
+        return inner(*[args[i] for i in keep], *weights.current(args))
 
     return compiled
 

@@ -99,6 +99,34 @@ class PackedWeight:
             self._last = weakref.ref(buffer), [w.data_ptr() for w in weights]
         return buffer
 
+    def holds(self, buffer: torch.Tensor) -> bool:
+        """Whether the parts of the last call were row ranges of this buffer."""
+        return self._last[0]() is buffer
+
+
+class PackedWeights:
+    """All packed weights of a graph: where none of their parts has moved since the last call, that is seen at one look."""
+
+    def __init__(self, each: Sequence[PackedWeight]):
+        self.each = tuple(each)
+        self.where = [w for packed in each for w in packed.where]
+        # In one attribute: several threads may read and write it.
+        self._last: tuple[list[int], list[Callable[[], torch.Tensor | None]]] = ([], [])
+
+    def current(self, args: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """`PackedWeight.current` of each."""
+        pointers = [(args[w] if isinstance(w, int) else w).data_ptr() for w in self.where]
+        known, refs = self._last
+        if pointers == known:
+            buffers = [ref() for ref in refs]
+            if not any(b is None for b in buffers):
+                return buffers
+        buffers = [packed.current(args) for packed in self.each]
+        if all(packed.holds(b) for packed, b in zip(self.each, buffers, strict=True)):  # none was copied
+            pointers = [(args[w] if isinstance(w, int) else w).data_ptr() for w in self.where]  # packing moves them
+            self._last = pointers, [weakref.ref(b) for b in buffers]
+        return buffers
+
 
 def pack(weights: Sequence[torch.Tensor]) -> torch.Tensor:
     """Make tensors [Mᵢ, N] the row ranges of one buffer [ΣMᵢ, N] and return it; one that they already share is used again.

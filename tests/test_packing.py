@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import gdnfuse
-from gdnfuse.packing import PackedWeight, check, pack
+from gdnfuse.packing import PackedWeight, PackedWeights, check, pack
 
 
 def parameters(*rows, width=4, dtype=torch.float32):
@@ -120,6 +120,33 @@ def test_shared_memory_is_not_packed_but_copied(share, caplog):
     if share == "alias":
         del alias
         assert ranges_of(part.current(weights), weights)
+
+
+def test_all_weights_of_a_graph_are_found_at_one_look_until_one_moves(monkeypatch):
+    weights, held = parameters(2, 3, 4), parameters(5, 6)
+    every = PackedWeights([PackedWeight((2, 0)), PackedWeight((1, held[0])), PackedWeight((held[1],))])
+    parts = lambda: ((weights[2], weights[0]), (weights[1], held[0]), (held[1],))  # noqa: E731
+    buffers = every.current(weights)
+    with monkeypatch.context() as m:
+        m.setattr(PackedWeight, "current", None)
+        assert all(a is b for a, b in zip(every.current(weights), buffers, strict=True))
+    weights[1].data = torch.randn(3, 4)
+    moved = every.current(weights)
+    assert all(ranges_of(buffer, part) for buffer, part in zip(moved, parts(), strict=True))
+    assert [a is b for a, b in zip(moved, buffers, strict=True)] == [True, False, True]
+    held[1].data = torch.ones(6, 4)
+    assert torch.equal(every.current(weights)[2], torch.ones(6, 4))
+    assert PackedWeights([]).current(weights) == []
+
+
+def test_a_weight_that_had_to_be_copied_is_copied_anew_though_the_copy_lives():
+    weights = parameters(2, 3)
+    alias = weights[1].detach()
+    every = PackedWeights([PackedWeight((0, 1))])
+    (copy,) = every.current(weights)
+    alias.mul_(2.0)
+    (again,) = every.current(weights)
+    assert again is not copy and torch.equal(again, torch.cat([w.detach() for w in weights]))
 
 
 def test_weights_that_are_no_argument_are_held():

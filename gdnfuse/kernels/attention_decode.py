@@ -1,15 +1,19 @@
-"""One token of a full-attention layer on a static cache, between qkv and o_proj: three launches.
+"""One token of a full-attention layer on a static cache, between qkv and o_proj: two launches, or one.
 
-    prepare   q ← rope(norm(q)); keys[position] ← rope(norm(k)); values[position] ← v        one program per head
-    split     softmax(q·Kᵀ·scale)·V over some of the cache's blocks                            programs per key head × SPLITS
-    combine   the splits' sums rescaled to one maximum, times σ(gate)                           one program per head
+    split     q ← rope(norm(q)); keys[position] ← rope(norm(k)); values[position] ← v;
+              softmax(q·Kᵀ·scale)·V over some of the cache's blocks        programs per four queries of a key head × SPLITS
+    combine   the splits' sums rescaled to one maximum, times σ(gate);
+              none where SPLITS is 1                                       programs per head and some of its columns
 
 Splitting the cache over programs and rescaling follows Flash-Decoding (Dao et al. 2023); the norm is RMSNorm, the rotary
-embedding that of Su et al. (arXiv:2104.09864) on the first R columns, in halves. A split takes every SPLITS-th block of the cache
-and looks at the mask first: blocks that no query may see are not read, so the time goes with what is filled, not allocated.
-Split and combine are attention_one_query's too.
+embedding that of Su et al. (arXiv:2104.09864) on the first R columns, in halves. A program is one warp: what it computes goes
+through no shared memory and waits for no barrier, and in its registers there is room for the first keys and values, which are
+read while the kernels before this one still run. Every program makes its queries anew. The new key and value are taken from
+registers, by the last split, which alone writes them to the cache: no program reads what another one writes. A split takes every
+SPLITS-th block of the cache and, where these are many, looks at the mask first: blocks at either end that the query may not see
+are not read, so the time goes with what is filled, not allocated. Both kernels are attention_one_query's too.
 
-Layout: q, k, v, gate [B, 1, heads, D], keys and values [B, HKV, L, D], mask [B or 1, 1, 1, L], all of any strides. Scores, sums
+Layout: q, k, v, gate [B, 1, heads, D], keys and values [B, HKV, L, D], mask [B or 1, 1, 1, L], all of any strides. Products, sums
 and the rotation are float32; q and the new key are rounded once, to their dtype, as the cache stores them. Where nothing may be
 seen the output is zero; where `position` is outside the cache nothing is written and the output is NaN.
 """
@@ -34,133 +38,171 @@ from gdnfuse.kernels.implementation import (
 )
 from gdnfuse.report import Refused
 
-# Positions of the cache up to: programs per key head. Positions per block, warps. Chosen on an H200 in the decode step of a 0.8B
-# model with 200 and 3000 positions filled; no committed benchmark sweeps them.
-SPLITS = ((2048, 16), (float("inf"), 32))
-BLOCK, NUM_WARPS = 16, 8
-AT_ONCE = 64  # blocks whose mask a program reads at once
-OPERANDS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}  # of products, by the dtype of q; otherwise float32
-MIN_DOT = 16  # rows of the smallest product of tensor cores: groups of queries are padded to it
+# Programs per key head at most, on keys that grow and on a static cache; programs in all. A program is one warp, which shares
+# nothing with another. Chosen on an H200 with 200 to 32000 positions filled; no committed benchmark sweeps them.
+GROWING_SPLITS, STATIC_SPLITS, PROGRAMS = 128, 256, 1024
+QUERIES, BLOCK = 4, 4  # of one key head, and its keys that a program has at once; half as many in float32
+AT_ONCE, FEW = 64, 4  # blocks whose mask a program reads at once, and up to how many it reads without a look at it
+COMBINED, COMBINE_WARPS = 4096, 2  # sums that a program of combine adds up
 
 
 @triton.jit
-def attention_prepare_kernel(
-    q_ptr, k_ptr, v_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, keys_ptr, values_ptr, position_ptr, out_ptr,
-    norm_eps, norm_offset, L,
-    stride_qb, stride_qh, stride_qd, stride_kb, stride_kh, stride_kd, stride_vb, stride_vh, stride_vd,
-    stride_cb, stride_cd, stride_sb, stride_sd,
-    stride_yb, stride_yh, stride_yl, stride_yd, stride_ub, stride_uh, stride_ul, stride_ud,
-    H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BD: tl.constexpr, OVERLAP: tl.constexpr,
+def _norm_and_turn(
+    row_ptr, stride_d, there, norm_ptr, norm_eps, norm_offset, cos, sin, D: tl.constexpr, R: tl.constexpr, BD: tl.constexpr
 ):  # fmt: skip
-    if OVERLAP:
-        gdc_launch_dependents()
-    batch = (tl.program_id(0) // (H + HKV)).to(tl.int64)
-    head = tl.program_id(0) % (H + HKV)
-    is_q = head < H
+    """A head's row, normed and turned: [BD] of float32."""
     d = tl.arange(0, BD)  # [BD]
-    live = d < D
     # The column that each of the first R columns is turned with, and the sign it comes with.
     other = tl.where(d < R // 2, d + R // 2, d - R // 2)
+    if R % 16 == 0:
+        other = tl.max_contiguous(tl.multiple_of(other, 8), 8)
     sign = tl.where(d < R // 2, -1.0, 1.0)
-    turned = d < R
-    if OVERLAP:
-        gdc_wait()
-    cos = tl.load(cos_ptr + batch * stride_cb + d * stride_cd, mask=turned, other=1.0).to(tl.float32)  # [BD]
-    sin = tl.load(sin_ptr + batch * stride_sb + d * stride_sd, mask=turned, other=0.0).to(tl.float32)
-    if is_q:
-        row_ptr, stride = q_ptr + batch * stride_qb + head * stride_qh, stride_qd
-    else:
-        row_ptr, stride = k_ptr + batch * stride_kb + (head - H) * stride_kh, stride_kd
-    x = tl.load(row_ptr + d * stride, mask=live, other=0.0).to(tl.float32)  # [BD]
-    y = tl.load(row_ptr + other * stride, mask=turned, other=0.0).to(tl.float32)
-    if q_norm_ptr is not None:
-        if is_q:
-            norm_ptr = q_norm_ptr
-        else:
-            norm_ptr = k_norm_ptr
+    x = tl.load(row_ptr + d * stride_d, mask=there & (d < D), other=0.0).to(tl.float32)
+    y = tl.load(row_ptr + other * stride_d, mask=there & (d < R), other=0.0).to(tl.float32)
+    if norm_ptr is not None:
         factor = tl.rsqrt(tl.sum(x * x, 0) / D + tl.cast(norm_eps, tl.float32))
         offset = tl.cast(norm_offset, tl.float32)
-        x = x * factor * (offset + tl.load(norm_ptr + d, mask=live, other=0.0).to(tl.float32))
-        y = y * factor * (offset + tl.load(norm_ptr + other, mask=turned, other=0.0).to(tl.float32))
-    x = x * cos + sign * y * sin
-    position = tl.load(position_ptr).to(tl.int64)
-    inside = (position >= 0) & (position < L)
-    if is_q:
-        # A token behind the end of the cache has no place: torch stops the device there, this makes the step's output NaN.
-        x = tl.where(inside, x, float("nan"))
-        tl.store(out_ptr + (batch * H + head) * D + d, x.to(out_ptr.dtype.element_ty), mask=live)
-    else:
-        h = (head - H).to(tl.int64)
-        v = tl.load(v_ptr + batch * stride_vb + h * stride_vh + d * stride_vd, mask=live, other=0.0)
-        key_ptrs = keys_ptr + batch * stride_yb + h * stride_yh + position * stride_yl + d * stride_yd
-        value_ptrs = values_ptr + batch * stride_ub + h * stride_uh + position * stride_ul + d * stride_ud
-        tl.store(key_ptrs, x.to(keys_ptr.dtype.element_ty), mask=live & inside)
-        tl.store(value_ptrs, v.to(values_ptr.dtype.element_ty), mask=live & inside)
+        x = x * factor * (offset + tl.load(norm_ptr + d, mask=d < D, other=0.0).to(tl.float32))
+        y = y * factor * (offset + tl.load(norm_ptr + other, mask=d < R, other=0.0).to(tl.float32))
+    return x * cos + sign * y * sin
+
+
+@triton.jit
+def _load_block(
+    keys_ptr, values_ptr, at, end, stride_yl, stride_yd, stride_ul, stride_ud, D: tl.constexpr, BD: tl.constexpr
+):  # fmt: skip
+    """Keys and values at these positions before `end`: [BL, BD] each."""
+    d = tl.arange(0, BD)  # [BD]
+    there = (at < end)[:, None] & (d < D)[None, :]
+    k = tl.load(keys_ptr + at[:, None] * stride_yl + d[None, :] * stride_yd, mask=there, other=0.0)
+    v = tl.load(values_ptr + at[:, None] * stride_ul + d[None, :] * stride_ud, mask=there, other=0.0)
+    return k, v
 
 
 # Nothing that grows with the keys makes another machine code: where heads are a multiple of 16 columns wide, so is each step from
 # one head or sequence to the next, whatever the length.
 @triton.jit(do_not_specialize=["L", "stride_mb"])
 def attention_split_kernel(
-    q_ptr, keys_ptr, values_ptr, mask_ptr, sums_ptr, largest_ptr, total_ptr,
-    scale, L, stride_qb, stride_qh, stride_qd,
+    q_ptr, k_ptr, v_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, keys_ptr, values_ptr, position_ptr, mask_ptr, gate_ptr,
+    sums_ptr, largest_ptr, total_ptr, out_ptr,
+    norm_eps, norm_offset, scale, L,
+    stride_qb, stride_qh, stride_qd, stride_kb, stride_kh, stride_kd, stride_vb, stride_vh, stride_vd,
+    stride_cb, stride_cd, stride_sb, stride_sd, stride_gb, stride_gh, stride_gd,
     stride_yb, stride_yh, stride_yl, stride_yd, stride_ub, stride_uh, stride_ul, stride_ud, stride_mb, stride_ml,
-    HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr, BL: tl.constexpr,
-    SPLITS: tl.constexpr, AT_ONCE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    HKV: tl.constexpr, G: tl.constexpr, GROUPS: tl.constexpr, QUERIES: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
+    BD: tl.constexpr, BL: tl.constexpr, SPLITS: tl.constexpr, AT_ONCE: tl.constexpr, FEW: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
         gdc_launch_dependents()
-    pair = tl.program_id(0).to(tl.int64)
+    pair = (tl.program_id(0) // GROUPS).to(tl.int64)
+    first = tl.program_id(0) % GROUPS * QUERIES  # of the G queries of a key head
     split = tl.program_id(1)
     batch, h = pair // HKV, pair % HKV
-    g = tl.arange(0, BG)  # [BG]
     d = tl.arange(0, BD)  # [BD]
     n = tl.arange(0, BL)  # [BL]
-    if OVERLAP:
+    keys_ptr += batch * stride_yb + h * stride_yh
+    values_ptr += batch * stride_ub + h * stride_uh
+    if mask_ptr is not None:
+        mask_ptr += batch * stride_mb
+    # What a cache holds already may be read before this step's query is there.
+    if OVERLAP and position_ptr is None:
         gdc_wait()
+    at = (split * BL + n).to(tl.int64)  # [BL]
+    k, v = _load_block(keys_ptr, values_ptr, at, L, stride_yl, stride_yd, stride_ul, stride_ud, D, BD)
+    if OVERLAP and position_ptr is not None:
+        gdc_wait()
+
     # Which of this split's blocks anybody may see; those between the first and the last are read.
     blocks = tl.cdiv(tl.cdiv(L, BL) - split, SPLITS)
-    first, last = 0, blocks
+    start, last = blocks * 0, blocks
     if mask_ptr is not None:
-        first, last = blocks, 0
-        for start in range(0, blocks, AT_ONCE):
-            block = start + tl.arange(0, AT_ONCE)  # [AT_ONCE]
-            where = ((block * SPLITS + split)[:, None] * BL + n[None, :]).to(tl.int64)  # [AT_ONCE, BL]
-            seen = tl.load(mask_ptr + batch * stride_mb + where * stride_ml, mask=where < L, other=0).to(tl.int32)
-            some = tl.max(seen, 1) > 0  # [AT_ONCE]
-            first = tl.minimum(first, tl.min(tl.where(some, block, blocks), 0))
-            last = tl.maximum(last, tl.max(tl.where(some, block + 1, 0), 0))
-    live_q = (g < G)[:, None] & (d < D)[None, :]
-    q_ptrs = q_ptr + batch * stride_qb + (h * G + g)[:, None] * stride_qh + d[None, :] * stride_qd
-    q = tl.load(q_ptrs, mask=live_q, other=0.0).to(OPERAND)  # [BG, BD]
-    largest = tl.full((BG,), float("-inf"), tl.float32)
-    total = tl.zeros((BG,), tl.float32)
-    acc = tl.zeros((BG, BD), tl.float32)
-    for i in range(first, last):
-        at = ((i * SPLITS + split) * BL + n).to(tl.int64)  # [BL]
-        live = at < L
-        inside = live[:, None] & (d < D)[None, :]
-        key_ptrs = keys_ptr + batch * stride_yb + h * stride_yh + at[:, None] * stride_yl + d[None, :] * stride_yd
-        value_ptrs = values_ptr + batch * stride_ub + h * stride_uh + at[:, None] * stride_ul + d[None, :] * stride_ud
-        k = tl.load(key_ptrs, mask=inside, other=0.0)  # [BL, BD]
-        v = tl.load(value_ptrs, mask=inside, other=0.0)  # [BL, BD]
+        if blocks > FEW:
+            start, last = blocks, blocks * 0
+            for turn in range(0, blocks, AT_ONCE):
+                block = turn + tl.arange(0, AT_ONCE)  # [AT_ONCE]
+                where = ((block * SPLITS + split)[:, None] * BL + n[None, :]).to(tl.int64)  # [AT_ONCE, BL]
+                seen = tl.load(mask_ptr + where * stride_ml, mask=where < L, other=0).to(tl.int32)
+                some = tl.max(seen, 1) > 0  # [AT_ONCE]
+                start = tl.minimum(start, tl.min(tl.where(some, block, blocks), 0))
+                last = tl.maximum(last, tl.max(tl.where(some, block + 1, 0), 0))
+            if start > 0:
+                at += start.to(tl.int64) * (SPLITS * BL)
+                k, v = _load_block(keys_ptr, values_ptr, at, L, stride_yl, stride_yd, stride_ul, stride_ud, D, BD)
+
+    position = tl.full((), -1, tl.int64)
+    none = tl.full((), float("-inf"), tl.float32)
+    q, largest, total, acc = (), (), (), ()
+    if position_ptr is None:
+        for g in tl.static_range(QUERIES):
+            q_ptrs = q_ptr + batch * stride_qb + (h * G + first + g) * stride_qh + d * stride_qd  # [BD]
+            q = q + (tl.load(q_ptrs, mask=(first + g < G) & (d < D), other=0.0).to(tl.float32),)
+            largest, total = largest + (none,), total + (tl.full((), 0.0, tl.float32),)
+            acc = acc + (tl.zeros((BD,), tl.float32),)
+    else:
+        turned = d < R
+        cos = tl.load(cos_ptr + batch * stride_cb + d * stride_cd, mask=turned, other=1.0).to(tl.float32)  # [BD]
+        sin = tl.load(sin_ptr + batch * stride_sb + d * stride_sd, mask=turned, other=0.0).to(tl.float32)
+        position = tl.load(position_ptr).to(tl.int64)
+        inside = (position >= 0) & (position < L)
+        k_row = k_ptr + batch * stride_kb + h * stride_kh
+        k_new = _norm_and_turn(k_row, stride_kd, True, k_norm_ptr, norm_eps, norm_offset, cos, sin, D, R, BD)
+        k_new = k_new.to(keys_ptr.dtype.element_ty)  # [BD]
+        v_new = tl.load(v_ptr + batch * stride_vb + h * stride_vh + d * stride_vd, mask=d < D, other=0.0)  # [BD]
+        v_new = v_new.to(values_ptr.dtype.element_ty)
+        mine = inside & (split == SPLITS - 1)
+        written = mine & (first == 0) & (d < D)
+        tl.store(keys_ptr + position * stride_yl + d * stride_yd, k_new, mask=written)
+        tl.store(values_ptr + position * stride_ul + d * stride_ud, v_new, mask=written)
         if mask_ptr is not None:
-            live = live & (tl.load(mask_ptr + batch * stride_mb + at * stride_ml, mask=live, other=0).to(tl.int32) > 0)
-        scores = tl.dot(q, tl.trans(k.to(OPERAND)), input_precision=PRECISION) * tl.cast(scale, tl.float32)  # [BG, BL]
-        scores = tl.where(live[None, :], scores, float("-inf"))
-        new = tl.maximum(largest, tl.max(scores, 1))  # [BG]
-        # Where nothing was seen so far all is −∞, and exp(−∞ − −∞) no number.
-        base = tl.where(new == float("-inf"), 0.0, new)
-        weight = tl.exp(scores - base[:, None])  # [BG, BL]
-        keep = tl.exp(largest - base)
-        acc = acc * keep[:, None] + tl.dot(weight.to(OPERAND), v.to(OPERAND), input_precision=PRECISION)
-        total = total * keep + tl.sum(weight, 1)
-        largest = new
-    row = (pair * G + g) * SPLITS + split  # [BG]
-    tl.store(sums_ptr + row[:, None] * D + d[None, :], acc, mask=live_q)
-    tl.store(largest_ptr + row, largest, mask=g < G)
-    tl.store(total_ptr + row, total, mask=g < G)
+            mine = mine & (tl.load(mask_ptr + position * stride_ml, mask=inside, other=0).to(tl.int32) > 0)
+        for g in tl.static_range(QUERIES):
+            q_row, there = q_ptr + batch * stride_qb + (h * G + first + g) * stride_qh, first + g < G
+            x = _norm_and_turn(q_row, stride_qd, there, q_norm_ptr, norm_eps, norm_offset, cos, sin, D, R, BD)
+            x = x.to(q_ptr.dtype.element_ty).to(tl.float32)  # [BD]
+            score = tl.sum(x * k_new.to(tl.float32), 0) * tl.cast(scale, tl.float32)
+            # A token behind the end of the cache has no place: torch stops the device there, this makes the step's output NaN.
+            largest = largest + (tl.where(inside, tl.where(mine, score, none), 0.0),)
+            total = total + (tl.where(mine | ~inside, 1.0, 0.0),)
+            acc = acc + (tl.where(inside, tl.where(mine, v_new.to(tl.float32), 0.0), float("nan")),)
+            q = q + (x,)
+
+    for i in range(start, last):
+        live = at < L  # [BL]
+        if mask_ptr is not None:
+            live = live & (tl.load(mask_ptr + at * stride_ml, mask=live, other=0).to(tl.int32) > 0)
+        live = live & (at != position)
+        # What must not be seen may be no number, as memory that another program writes to may.
+        key, value = k.to(tl.float32), tl.where(live[:, None], v, 0.0).to(tl.float32)  # [BL, BD]
+        at += SPLITS * BL
+        k, v = _load_block(
+            keys_ptr, values_ptr, at, tl.where(i + 1 < last, L, 0), stride_yl, stride_yd, stride_ul, stride_ud, D, BD
+        )
+        larger, more, added = (), (), ()
+        for g in tl.static_range(QUERIES):
+            scores = tl.where(live, tl.sum(key * q[g][None, :], 1) * tl.cast(scale, tl.float32), float("-inf"))  # [BL]
+            new = tl.maximum(largest[g], tl.max(scores, 0))
+            # Where nothing was seen so far all is −∞, and exp(−∞ − −∞) no number.
+            base = tl.where(new == float("-inf"), 0.0, new)
+            weight, keep = tl.exp(scores - base), tl.exp(largest[g] - base)  # [BL], one
+            larger, more = larger + (new,), more + (total[g] * keep + tl.sum(weight, 0),)
+            added = added + (acc[g] * keep + tl.sum(weight[:, None] * value, 0),)  # [BD]
+        largest, total, acc = larger, more, added
+
+    for g in tl.static_range(QUERIES):
+        head, live = pair * G + first + g, (first + g < G) & (d < D)
+        if SPLITS == 1:
+            o = acc[g] / tl.where(total[g] == 0.0, 1.0, total[g])  # [BD]
+            if gate_ptr is not None:
+                gate_ptrs = gate_ptr + batch * stride_gb + (h * G + first + g) * stride_gh + d * stride_gd  # [BD]
+                o = o * tl.sigmoid(tl.load(gate_ptrs, mask=live, other=0.0).to(tl.float32))
+            tl.store(out_ptr + head * D + d, o.to(out_ptr.dtype.element_ty), mask=live)
+        else:
+            row = head * SPLITS + split
+            tl.store(sums_ptr + row * D + d, acc[g], mask=live)
+            if first + g < G:
+                tl.store(largest_ptr + row, largest[g])
+                tl.store(total_ptr + row, total[g])
 
 
 @triton.jit
@@ -173,7 +215,7 @@ def attention_combine_kernel(
     row = tl.program_id(0).to(tl.int64)
     batch, head = row // H, row % H
     split = tl.arange(0, SPLITS)  # [SPLITS]
-    d = tl.arange(0, BD)  # [BD]
+    d = tl.program_id(1) * BD + tl.arange(0, BD)  # [BD]
     live = d < D
     if OVERLAP:
         gdc_wait()
@@ -188,6 +230,19 @@ def attention_combine_kernel(
         gate = tl.load(gate_ptr + batch * stride_gb + head * stride_gh + d * stride_gd, mask=live, other=0.0).to(tl.float32)
         o = o * tl.sigmoid(gate)
     tl.store(out_ptr + row * D + d, o.to(out_ptr.dtype.element_ty), mask=live)
+
+
+def splits_of(programs: int, blocks: int | None) -> int:
+    """Into how many splits, a power of two, the keys go.
+
+    Args:
+        programs: that there are without splitting.
+        blocks: of a static cache, or None where keys grow, of which no number must ask for another machine code.
+    """
+    most = GROWING_SPLITS if blocks is None else min(STATIC_SPLITS, triton.next_power_of_2(blocks))
+    while most > 1 and most * programs > PROGRAMS:
+        most //= 2
+    return most
 
 
 def launch(
@@ -214,31 +269,14 @@ def launch(
     Args:
         q, k, v, gate, q_norm_weight, k_norm_weight, norm_eps, norm_offset, cos, sin, position, mask, scale: as there.
         keys, values: [B, HKV, L, D], any strides; written in place.
-        overlap: whether each of the three may start while the kernel before it runs.
+        overlap: whether both kernels may start while the kernel before them runs.
 
     Returns:
         [B, 1, H·D] in q's dtype.
     """
-    B, _, H, D = q.shape
-    HKV, L = keys.shape[1:3]
-    R, BD = cos.shape[-1], triton.next_power_of_2(D)
-    splits = min(next(n for length, n in SPLITS if L <= length), triton.next_power_of_2(-(-L // BLOCK)))
-    turned = torch.empty((B, H, 1, D), dtype=q.dtype, device=q.device)
     norms = [None if w is None else w.contiguous() for w in (q_norm_weight, k_norm_weight)]
-    strides = lambda t, axes: [t.stride(i) for i in axes]  # noqa: E731
-    at_batch = [0 if t.shape[0] == 1 else t.stride(0) for t in (cos, sin)]
-    kernel_of(attention_prepare_kernel)[(B * (H + HKV),)](
-        q, k, v, *norms, cos, sin, keys, values, position, turned, norm_eps, norm_offset, L,
-        *(s for t in (q, k, v) for s in strides(t, (0, 2, 3))),
-        at_batch[0], cos.stride(2), at_batch[1], sin.stride(2), *keys.stride(), *values.stride(),
-        H=H, HKV=HKV, D=D, R=R, BD=BD, num_warps=1, **_early(q, overlap),
-    )  # fmt: skip
-    return attend(turned, keys, values, gate, mask, scale, splits, overlap)
-
-
-def _early(q: torch.Tensor, overlap: bool) -> dict[str, Any]:
-    options = overlap_options(q) if overlap else {}
-    return {"OVERLAP": bool(options), **options}
+    new = (k, v, *norms, cos, sin, position, norm_eps, norm_offset)
+    return attend(q.transpose(1, 2), keys, values, gate, mask, scale, overlap, new)
 
 
 def attend(
@@ -248,19 +286,20 @@ def attend(
     gate: torch.Tensor | None,
     mask: torch.Tensor | None,
     scale: float,
-    splits: int,
     overlap: bool,
+    new: tuple[Any, ...] | None = None,
 ) -> torch.Tensor:
-    """Attention with one query per sequence, its output times σ(gate): the last two launches.
+    """Attention with one query per sequence, its output times σ(gate).
 
     Args:
         q: [B, H, 1, D], any strides.
-        keys, values: [B, HKV, L, D], any strides.
+        keys, values: [B, HKV, L, D], any strides; with `new` written in place.
         gate: [B, 1, H, D] or None.
         mask: [B or 1, 1, 1, L] of bool or None.
         scale: factor on the scores.
-        splits: programs per key head, a power of two.
-        overlap: whether both may start while the kernel before them runs.
+        overlap: whether both kernels may start while the kernel before them runs.
+        new: k, v, q_norm_weight, k_norm_weight, cos, sin, position, norm_eps and norm_offset of attention_decode, norms
+            contiguous; or None where q is normed and turned, and keys and values are complete.
 
     Returns:
         [B, 1, H·D] in q's dtype.
@@ -273,21 +312,38 @@ def attend(
     if values.shape != keys.shape or mask is not None and mask.shape[3] != L:
         found = f"{list(keys.shape)}, {list(values.shape)} and {None if mask is None else list(mask.shape)}"
         raise ValueError(f"Keys, values and mask must be of one length, got {found}.")
-    groups, BD = H // HKV, triton.next_power_of_2(D)
-    new = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device=q.device)  # noqa: E731
-    sums, largest, total = new(B, H, splits, D), new(B, H, splits), new(B, H, splits)
-    out = new(B, 1, H * D, dtype=q.dtype)
-    kernel_of(attention_split_kernel)[(B * HKV, splits)](
-        q, keys, values, mask, sums, largest, total, scale, L,
-        q.stride(0), q.stride(1), q.stride(3), *keys.stride(), *values.stride(),
-        0 if mask is None or mask.shape[0] == 1 else mask.stride(0), 0 if mask is None else mask.stride(3),
-        HKV=HKV, G=groups, D=D, BG=max(MIN_DOT, triton.next_power_of_2(groups)), BD=max(BD, MIN_DOT), BL=BLOCK, SPLITS=splits,
-        AT_ONCE=AT_ONCE, OPERAND=OPERANDS.get(q.dtype, tl.float32), PRECISION="ieee", num_warps=NUM_WARPS, **_early(q, overlap),
+    G, BD = H // HKV, triton.next_power_of_2(D)
+    groups = -(-G // QUERIES)  # of queries that share a key head
+    queries = -(-G // groups)
+    BL = BLOCK * 2 // max(keys.itemsize, 2)
+    splits = splits_of(B * HKV * groups, None if new is None else -(-L // BL))
+    k, v, q_norm, k_norm, cos, sin, position, norm_eps, norm_offset = new or (None,) * 7 + (0.0, 0.0)
+    empty = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device=q.device)  # noqa: E731
+    sums = largest = total = None
+    if splits > 1:
+        sums, largest, total = empty(B, H, splits, D), empty(B, H, splits), empty(B, H, splits)
+    out = empty(B, 1, H * D, dtype=q.dtype)
+    options = overlap_options(q) if overlap else {}
+    early = {"OVERLAP": bool(options), **options}
+
+    def strides(t: torch.Tensor | None, *axes: int) -> list[int]:
+        return [0 if t is None or i == 0 and t.shape[0] == 1 else t.stride(i) for i in axes]
+
+    gate_strides = strides(gate, 0, 2, 3)
+    kernel_of(attention_split_kernel)[(B * HKV * groups, splits)](
+        q, k, v, q_norm, k_norm, cos, sin, keys, values, position, mask, None if splits > 1 else gate,
+        sums, largest, total, None if splits > 1 else out, norm_eps, norm_offset, scale, L,
+        *strides(q, 0, 1, 3), *strides(k, 0, 2, 3), *strides(v, 0, 2, 3), *strides(cos, 0, 2), *strides(sin, 0, 2),
+        *gate_strides, *keys.stride(), *values.stride(), *strides(mask, 0, 3),
+        HKV=HKV, G=G, GROUPS=groups, QUERIES=queries, D=D, R=0 if cos is None else cos.shape[-1], BD=BD, BL=BL,
+        SPLITS=splits, AT_ONCE=AT_ONCE, FEW=FEW, num_warps=1, **early,
     )  # fmt: skip
-    kernel_of(attention_combine_kernel)[(B * H,)](
-        sums, largest, total, gate, out, *((0, 0, 0) if gate is None else (gate.stride(i) for i in (0, 2, 3))),
-        H=H, D=D, BD=BD, SPLITS=splits, num_warps=2, **_early(q, overlap),
-    )  # fmt: skip
+    if splits > 1:
+        columns = min(BD, max(COMBINED // splits, 1))
+        kernel_of(attention_combine_kernel)[(B * H, -(-D // columns))](
+            sums, largest, total, gate, out, *gate_strides,
+            H=H, D=D, BD=columns, SPLITS=splits, num_warps=COMBINE_WARPS, **early,
+        )  # fmt: skip
     return out
 
 
@@ -317,4 +373,4 @@ def supports(
         raise Refused(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}.")
 
 
-implementation = register("attention_decode", launch, supports, mutates=("keys", "values"))
+implementation = register("attention_decode", launch, supports, mutates=("keys", "values"), early=("keys", "values"))

@@ -1,4 +1,4 @@
-"""Attention with one query per sequence on keys of any length: attention_decode.py's split and combine, without its prepare.
+"""Attention with one query per sequence on keys of any length: attention_decode.py's kernels on queries and keys that are ready.
 
 The keys of a cache that grows have another length at each token. Nothing here is compiled for one: programs per key head are as
 many for short keys as for the longest, so that no later length asks for another machine code.
@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from gdnfuse.kernels.attention_decode import SPLITS, attend, require_attention
+from gdnfuse.kernels.attention_decode import attend, require_attention
 from gdnfuse.kernels.implementation import register
-
-_, MOST_SPLITS = SPLITS[-1]
 
 
 def launch(
@@ -37,7 +35,7 @@ def launch(
     Raises:
         ValueError: keys, values and mask are not of one length.
     """
-    return attend(q, keys, values, gate, mask, scale, MOST_SPLITS, overlap)
+    return attend(q, keys, values, gate, mask, scale, overlap)
 
 
 def supports(q, keys, values, gate, mask, scale) -> None:

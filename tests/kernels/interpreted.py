@@ -16,8 +16,9 @@ from gdnfuse.kernels.linear_configs import FewRowsConfig
 
 # The interpreter multiplies the bits of bfloat16 as integers, so products get float32 operands here.
 chunk_delta_rule.OPERANDS.clear()
-attention_decode.OPERANDS.clear()
 few_rows_linear.OPERANDS[torch.bfloat16] = few_rows_linear.OPERANDS[torch.float32]
+# It runs one program after another; of few splits each has several blocks of keys, and with more heads there is but one.
+attention_decode.PROGRAMS = 16
 
 # The interpreter truncates where devices round to the nearest bfloat16.
 TOLERANCE = kernel_cases.TOLERANCE | {torch.bfloat16: 2.0**-7 + kernel_cases.MATHS}

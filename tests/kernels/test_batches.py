@@ -14,12 +14,14 @@ from gdnfuse.kernels.linear_configs import split
 # Of Qwen3.5-4B: 16 key and 32 value heads of 128.
 H, HV, K, V, D = 16, 32, 128, 128, 8192
 ANY = [(1, 2, 5, 33, 300)]
+# Of four queries a key head, 75 blocks of keys: as many programs as there may be in all.
+SPLIT = [(1, 2), (3, 4), (5, 8), (9, 16), (17, 32), (33, 64), (65, 128), (129, 300)]
 # For each op a call for B sequences, and the numbers of them that have one kernel and one way to share out its work.
 OPS = {
     "causal_conv_update": (lambda B: kernel_cases.conv(B, D, 4, 4, BF16), ANY),
     "gated_rms_norm": (lambda B: kernel_cases.norm((B, 1, HV, V), torch.float32, BF16), ANY),
-    "attention_decode": (lambda B: kernel_cases.attention(B, 16, 4, 256, 300, BF16), ANY),
-    "attention_one_query": (lambda B: kernel_cases.one_query(B, 16, 4, 256, 300, BF16), ANY),
+    "attention_decode": (lambda B: kernel_cases.attention(B, 16, 4, 256, 300, BF16), SPLIT),
+    "attention_one_query": (lambda B: kernel_cases.one_query(B, 16, 4, 256, 300, BF16), SPLIT),
     "add_rms_norm": (lambda B: kernel_cases.added(2560, dtype=BF16, lead=(B, 1)), ANY),
     "causal_conv": (lambda B: kernel_cases.prompt_conv(B, D, 70, 4, BF16), ANY),
     "packed_decode": (lambda B: kernel_cases.packed(B, H, HV, K, V, BF16), [(1, 2, 16), (17, 33)]),

@@ -111,7 +111,7 @@ def calls(B, HV, K=128, V=128, state_dtype=torch.float32):
     }
 
 
-LAUNCHES = {"attention_decode": 3, "attention_one_query": 2, "mixer_decode": 2}
+LAUNCHES = {"attention_decode": 2, "attention_one_query": 2, "mixer_decode": 2}
 MODELS = {"4B": (1, 32), "4B-batched": (32, 32), "27B": (2, 48)}
 # Every op at every model's shapes for sm_90, where nothing may spill, and for each other target at those of one model in turn.
 CASES = [
