@@ -39,11 +39,11 @@ from gdnfuse.kernels.implementation import (
 from gdnfuse.report import Refused
 
 # Programs per key head at most, on keys that grow and on a static cache; programs in all. A program is one warp, which shares
-# nothing with another. Chosen on an H200 with 200 to 32000 positions filled; no committed benchmark sweeps them.
+# nothing with another. Chosen on an H200 with 200 to 32000 positions filled; benchmarks/attention.py --sweep compares them.
 GROWING_SPLITS, STATIC_SPLITS, PROGRAMS = 128, 256, 1024
 QUERIES, BLOCK = 4, 4  # of one key head, and its keys that a program has at once; half as many in float32
 AT_ONCE, FEW = 64, 4  # blocks whose mask a program reads at once, and up to how many it reads without a look at it
-COMBINED, COMBINE_WARPS = 4096, 2  # sums that a program of combine adds up
+COMBINED, COMBINE_WARPS = 2048, 2  # sums that a program of combine adds up
 
 
 @triton.jit
