@@ -1,10 +1,10 @@
-"""One plot for each of the benchmarks' JSON files: decode, prefill, chunk and mixer, with what they were measured on below.
+"""One plot for each of the benchmarks' JSON files: decode, prefill, chunk, mixer and attention; what was measured on stands below.
 
     python benchmarks/plot.py --out plots
 
-Takes every decode*.json, prefill*.json, chunk*.json and mixer*.json of --results, by default those that belong to this
-repository, and writes a PNG of the same name for each. Needs matplotlib (the extra `plot`). Files of older runs do not say at
-which rate a copy runs: their limits are an H200's.
+Takes every decode*.json, prefill*.json, chunk*.json, mixer*.json and attention*.json of --results, by default those that belong
+to this repository, and writes a PNG of the same name for each. Needs matplotlib (the extra `plot`). Files of older runs do not
+say at which rate a copy runs: their limits are an H200's.
 """
 
 from __future__ import annotations
@@ -85,11 +85,22 @@ def mixer(axes: Any, data: dict[str, Any]) -> list[str]:
     return [*conditions, overlap, f"limit: the state read and written once at {rate(data)}", "median"]
 
 
+def attention(axes: Any, data: dict[str, Any]) -> list[str]:
+    results = data["results"]
+    rows = [{side: row.get("us") for side, row in r["sides"].items()} for r in results]
+    groups = [f"{r['batch']} ×\n{r['tokens']}" for r in results]
+    grouped_bars(axes, groups, rows, [r["limit_us"] for r in results], 0)
+    axes.set(title="Attention of one token", xlabel="sequences × tokens", ylabel="µs per call (lower is better)")
+    limit = f"limit: keys and values of the tokens read once at {rate(data)}"
+    return ["bfloat16, static cache, cold", "16 query and 4 key heads of 256", limit, "median"]
+
+
 PLOTS: dict[str, Callable[[Any, dict[str, Any]], list[str]]] = {
     "decode": decode,
     "prefill": prefill,
     "chunk": chunk,
     "mixer": mixer,
+    "attention": attention,
 }
 
 

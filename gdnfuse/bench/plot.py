@@ -16,6 +16,8 @@ COLOURS = {
     "mixer_decode": "#1a9850",
     "packed_decode": "#a6d96a",
     "packed_decode_gated": "#762a83",
+    "reference": "#9e9e9e",
+    "attention_decode": "#1a9850",
 }
 WIDTH = 0.8  # that the bars of a group share
 VERSIONS = {"torch": "torch", "cuda": "CUDA", "triton": "Triton", "transformers": "transformers", "fla": "fla"}
