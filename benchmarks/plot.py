@@ -1,4 +1,4 @@
-"""One plot for each of the benchmarks' JSON files: decode, prefill, chunk, mixer and attention; what was measured on stands below.
+"""One plot for each of the benchmarks' JSON files: decode, prefill, chunk, mixer and attention. What was measured on is below.
 
     python benchmarks/plot.py --out plots
 

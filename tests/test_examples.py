@@ -489,6 +489,7 @@ FIGURES = {
     ),
     "chunk": ({}, {"batch": 1, "tokens": 64, "limit_us": 1.0, "sides": [{"side": "gdnfuse", "us": 2.0}]}),
     "mixer": ({}, {"batch": 1, "limit_us": 1.0, "mark_us": 4, "sides": [{"side": "fla", "us": 2.0}, {"side": "mixer_decode"}]}),
+    "attention": ({}, {"batch": 1, "tokens": 8, "limit_us": 1.0, "sides": {"reference": {"us": 2.0}, "attention_decode": {}}}),
 }
 
 
