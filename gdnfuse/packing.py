@@ -99,10 +99,6 @@ class PackedWeight:
             self._last = weakref.ref(buffer), [w.data_ptr() for w in weights]
         return buffer
 
-    def holds(self, buffer: torch.Tensor) -> bool:
-        """Whether the parts of the last call were row ranges of this buffer."""
-        return self._last[0]() is buffer
-
 
 class PackedWeights:
     """All packed weights of a graph: where none of their parts has moved since the last call, that is seen at one look."""
@@ -122,9 +118,10 @@ class PackedWeights:
             if not any(b is None for b in buffers):
                 return buffers
         buffers = [packed.current(args) for packed in self.each]
-        if all(packed.holds(b) for packed, b in zip(self.each, buffers, strict=True)):  # none was copied
-            pointers = [(args[w] if isinstance(w, int) else w).data_ptr() for w in self.where]  # packing moves them
-            self._last = pointers, [weakref.ref(b) for b in buffers]
+        # Where its parts were when each buffer was made. Not where they are: one that is part of two buffers has left the first.
+        lasts = [packed._last for packed in self.each]
+        if all(ref() is b for (ref, _), b in zip(lasts, buffers, strict=True)):  # none was copied
+            self._last = [p for _, known in lasts for p in known], [ref for ref, _ in lasts]
         return buffers
 
 

@@ -149,6 +149,19 @@ def test_a_weight_that_had_to_be_copied_is_copied_anew_though_the_copy_lives():
     assert again is not copy and torch.equal(again, torch.cat([w.detach() for w in weights]))
 
 
+def test_a_weight_of_two_buffers_leaves_neither_stale_though_both_live():
+    weights = parameters(2, 3, 4)
+    every = PackedWeights([PackedWeight((0, 1)), PackedWeight((1, 2))])
+    held = []
+    for _ in range(3):
+        held += every.current(weights)
+        first, second = held[-2:]
+        assert torch.equal(first, torch.cat([w.detach() for w in weights[:2]]))
+        assert torch.equal(second, torch.cat([w.detach() for w in weights[1:]]))
+        with torch.no_grad():
+            weights[1].mul_(2.0)
+
+
 def test_weights_that_are_no_argument_are_held():
     weights = parameters(2, 3)
     packed = PackedWeight(tuple(weights))

@@ -1,17 +1,17 @@
 """One token of a full-attention layer on a static cache, between qkv and o_proj: two launches, or one.
 
     split     q ← rope(norm(q)); keys[position] ← rope(norm(k)); values[position] ← v;
-              softmax(q·Kᵀ·scale)·V over some of the cache's blocks        programs per four queries of a key head × SPLITS
+              softmax(q·Kᵀ·scale)·V over some of the cache's blocks  programs per up to four queries of a key head × SPLITS
     combine   the splits' sums rescaled to one maximum, times σ(gate);
-              none where SPLITS is 1                                       programs per head and some of its columns
+              none where SPLITS is 1                                 programs per head and some of its columns
 
 Splitting the cache over programs and rescaling follows Flash-Decoding (Dao et al. 2023); the norm is RMSNorm, the rotary
-embedding that of Su et al. (arXiv:2104.09864) on the first R columns, in halves. A program is one warp: what it computes goes
-through no shared memory and waits for no barrier, and in its registers there is room for the first keys and values, which are
-read while the kernels before this one still run. Every program makes its queries anew. The new key and value are taken from
-registers, by the last split, which alone writes them to the cache: no program reads what another one writes. A split takes every
-SPLITS-th block of the cache and, where these are many, looks at the mask first: blocks at either end that the query may not see
-are not read, so the time goes with what is filled, not allocated. Both kernels are attention_one_query's too.
+embedding that of Su et al. (arXiv:2104.09864) on the first R columns, in halves. A program of split is one warp, which at usual
+sizes has no barrier, and in its registers there is room for the first keys and values, which are read while the kernels before
+this one still run. Every program makes its queries anew. The new key and value are taken from registers, by the last split,
+which alone writes them to the cache: no program uses what another one writes. A split takes every SPLITS-th block of the cache,
+its first in any case. Where it has more than one it looks at the mask, and of the others reads none at either end that the query
+may not see, so the time goes with what is filled rather than allocated. Both kernels are attention_one_query's too.
 
 Layout: q, k, v, gate [B, 1, heads, D], keys and values [B, HKV, L, D], mask [B or 1, 1, 1, L], all of any strides. Products, sums
 and the rotation are float32; q and the new key are rounded once, to their dtype, as the cache stores them. Where nothing may be
@@ -38,32 +38,32 @@ from gdnfuse.kernels.implementation import (
 )
 from gdnfuse.report import Refused
 
-# Programs per key head at most, on keys that grow and on a static cache; programs in all. A program is one warp, which shares
-# nothing with another. Chosen on an H200 with 200 to 32000 positions filled; benchmarks/attention.py --sweep compares them.
+# Splits at most, on keys that grow and on a static cache; programs in all. Chosen on an H200 with 200 to 32000 positions filled.
+# benchmarks/attention.py --sweep compares the splits of a static cache; of the others no committed benchmark does.
 GROWING_SPLITS, STATIC_SPLITS, PROGRAMS = 128, 256, 1024
 QUERIES, BLOCK = 4, 4  # of one key head, and its keys that a program has at once; half as many in float32
-AT_ONCE, FEW = 64, 4  # blocks whose mask a program reads at once, and up to how many it reads without a look at it
+AT_ONCE = 64  # blocks whose mask a program reads at once
 COMBINED, COMBINE_WARPS = 2048, 2  # sums that a program of combine adds up
 
 
 @triton.jit
 def _norm_and_turn(
-    row_ptr, stride_d, there, norm_ptr, norm_eps, norm_offset, cos, sin, D: tl.constexpr, R: tl.constexpr, BD: tl.constexpr
+    row_ptr, stride_d, there, norm_ptr, norm_eps, norm_offset, cos, sin, D: tl.constexpr, ROTARY: tl.constexpr, BD: tl.constexpr
 ):  # fmt: skip
     """A head's row, normed and turned: [BD] of float32."""
     d = tl.arange(0, BD)  # [BD]
-    # The column that each of the first R columns is turned with, and the sign it comes with.
-    other = tl.where(d < R // 2, d + R // 2, d - R // 2)
-    if R % 16 == 0:
+    # The column that each of the first ROTARY columns is turned with, and the sign it comes with.
+    other = tl.where(d < ROTARY // 2, d + ROTARY // 2, d - ROTARY // 2)
+    if ROTARY % 16 == 0:
         other = tl.max_contiguous(tl.multiple_of(other, 8), 8)
-    sign = tl.where(d < R // 2, -1.0, 1.0)
+    sign = tl.where(d < ROTARY // 2, -1.0, 1.0)
     x = tl.load(row_ptr + d * stride_d, mask=there & (d < D), other=0.0).to(tl.float32)
-    y = tl.load(row_ptr + other * stride_d, mask=there & (d < R), other=0.0).to(tl.float32)
+    y = tl.load(row_ptr + other * stride_d, mask=there & (d < ROTARY), other=0.0).to(tl.float32)
     if norm_ptr is not None:
         factor = tl.rsqrt(tl.sum(x * x, 0) / D + tl.cast(norm_eps, tl.float32))
         offset = tl.cast(norm_offset, tl.float32)
         x = x * factor * (offset + tl.load(norm_ptr + d, mask=d < D, other=0.0).to(tl.float32))
-        y = y * factor * (offset + tl.load(norm_ptr + other, mask=d < R, other=0.0).to(tl.float32))
+        y = y * factor * (offset + tl.load(norm_ptr + other, mask=d < ROTARY, other=0.0).to(tl.float32))
     return x * cos + sign * y * sin
 
 
@@ -89,9 +89,8 @@ def attention_split_kernel(
     stride_qb, stride_qh, stride_qd, stride_kb, stride_kh, stride_kd, stride_vb, stride_vh, stride_vd,
     stride_cb, stride_cd, stride_sb, stride_sd, stride_gb, stride_gh, stride_gd,
     stride_yb, stride_yh, stride_yl, stride_yd, stride_ub, stride_uh, stride_ul, stride_ud, stride_mb, stride_ml,
-    HKV: tl.constexpr, G: tl.constexpr, GROUPS: tl.constexpr, QUERIES: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
-    BD: tl.constexpr, BL: tl.constexpr, SPLITS: tl.constexpr, AT_ONCE: tl.constexpr, FEW: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    HKV: tl.constexpr, G: tl.constexpr, GROUPS: tl.constexpr, QUERIES: tl.constexpr, D: tl.constexpr, ROTARY: tl.constexpr,
+    BD: tl.constexpr, BL: tl.constexpr, SPLITS: tl.constexpr, AT_ONCE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
         gdc_launch_dependents()
@@ -117,7 +116,7 @@ def attention_split_kernel(
     blocks = tl.cdiv(tl.cdiv(L, BL) - split, SPLITS)
     start, last = blocks * 0, blocks
     if mask_ptr is not None:
-        if blocks > FEW:
+        if blocks > 1:
             start, last = blocks, blocks * 0
             for turn in range(0, blocks, AT_ONCE):
                 block = turn + tl.arange(0, AT_ONCE)  # [AT_ONCE]
@@ -140,13 +139,13 @@ def attention_split_kernel(
             largest, total = largest + (none,), total + (tl.full((), 0.0, tl.float32),)
             acc = acc + (tl.zeros((BD,), tl.float32),)
     else:
-        turned = d < R
+        turned = d < ROTARY
         cos = tl.load(cos_ptr + batch * stride_cb + d * stride_cd, mask=turned, other=1.0).to(tl.float32)  # [BD]
         sin = tl.load(sin_ptr + batch * stride_sb + d * stride_sd, mask=turned, other=0.0).to(tl.float32)
         position = tl.load(position_ptr).to(tl.int64)
         inside = (position >= 0) & (position < L)
         k_row = k_ptr + batch * stride_kb + h * stride_kh
-        k_new = _norm_and_turn(k_row, stride_kd, True, k_norm_ptr, norm_eps, norm_offset, cos, sin, D, R, BD)
+        k_new = _norm_and_turn(k_row, stride_kd, True, k_norm_ptr, norm_eps, norm_offset, cos, sin, D, ROTARY, BD)
         k_new = k_new.to(keys_ptr.dtype.element_ty)  # [BD]
         v_new = tl.load(v_ptr + batch * stride_vb + h * stride_vh + d * stride_vd, mask=d < D, other=0.0)  # [BD]
         v_new = v_new.to(values_ptr.dtype.element_ty)
@@ -158,7 +157,7 @@ def attention_split_kernel(
             mine = mine & (tl.load(mask_ptr + position * stride_ml, mask=inside, other=0).to(tl.int32) > 0)
         for g in tl.static_range(QUERIES):
             q_row, there = q_ptr + batch * stride_qb + (h * G + first + g) * stride_qh, first + g < G
-            x = _norm_and_turn(q_row, stride_qd, there, q_norm_ptr, norm_eps, norm_offset, cos, sin, D, R, BD)
+            x = _norm_and_turn(q_row, stride_qd, there, q_norm_ptr, norm_eps, norm_offset, cos, sin, D, ROTARY, BD)
             x = x.to(q_ptr.dtype.element_ty).to(tl.float32)  # [BD]
             score = tl.sum(x * k_new.to(tl.float32), 0) * tl.cast(scale, tl.float32)
             # A token behind the end of the cache has no place: torch stops the device there, this makes the step's output NaN.
@@ -335,8 +334,8 @@ def attend(
         sums, largest, total, None if splits > 1 else out, norm_eps, norm_offset, scale, L,
         *strides(q, 0, 1, 3), *strides(k, 0, 2, 3), *strides(v, 0, 2, 3), *strides(cos, 0, 2), *strides(sin, 0, 2),
         *gate_strides, *keys.stride(), *values.stride(), *strides(mask, 0, 3),
-        HKV=HKV, G=G, GROUPS=groups, QUERIES=queries, D=D, R=0 if cos is None else cos.shape[-1], BD=BD, BL=BL,
-        SPLITS=splits, AT_ONCE=AT_ONCE, FEW=FEW, num_warps=1, **early,
+        HKV=HKV, G=G, GROUPS=groups, QUERIES=queries, D=D, ROTARY=0 if cos is None else cos.shape[-1], BD=BD, BL=BL,
+        SPLITS=splits, AT_ONCE=AT_ONCE, num_warps=1, **early,
     )  # fmt: skip
     if splits > 1:
         columns = min(BD, max(COMBINED // splits, 1))

@@ -21,6 +21,10 @@ OPS = {
     "causal_conv_update": (lambda B: kernel_cases.conv(B, D, 4, 4, BF16), ANY),
     "gated_rms_norm": (lambda B: kernel_cases.norm((B, 1, HV, V), torch.float32, BF16), ANY),
     "attention_decode": (lambda B: kernel_cases.attention(B, 16, 4, 256, 300, BF16), SPLIT),
+    "attention_decode on a long cache": (
+        lambda B: kernel_cases.attention(B, 16, 4, 256, 4096, BF16),
+        [(1,), (2,), *SPLIT[1:-1], (129, 256)],
+    ),
     "attention_one_query": (lambda B: kernel_cases.one_query(B, 16, 4, 256, 300, BF16), SPLIT),
     "add_rms_norm": (lambda B: kernel_cases.added(2560, dtype=BF16, lead=(B, 1)), ANY),
     "causal_conv": (lambda B: kernel_cases.prompt_conv(B, D, 70, 4, BF16), ANY),
@@ -34,7 +38,7 @@ OPS = {
 def shares(op, make):
     """Every static argument and number of warps of the kernels that a call launches."""
     args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t.to("meta"), make())
-    specs = implementations()[op].jit_kernels(*args, **kwargs)
+    specs = implementations()[op.split()[0]].jit_kernels(*args, **kwargs)
     static = [[name for name, kind in spec.signature.items() if kind == "constexpr"] for spec in specs]
     return [
         (spec.kernel.__name__, spec.options["num_warps"], {name: spec.constexprs[name] for name in names if name.isupper()})

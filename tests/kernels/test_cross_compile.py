@@ -340,3 +340,15 @@ def test_other_head_dims_do_not_spill(op, K, V, tmp_path):
     *_, spec = implementations()[op].jit_kernels(*calls(32, 32, K, V, torch.bfloat16)[op])
     usage = resources(compile_for("sm_90", spec).asm["cubin"], tmp_path)
     assert (usage["STACK"], usage["LOCAL"]) == (0, 0), f"{usage}"
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_keys_and_values_are_read_before_the_query_and_no_program_waits_for_another_warp(model, tmp_path):
+    """The first four of each, a row of 256 columns at once. Keys that grow were only just put together: they are waited for."""
+    split, *_ = on_hopper("attention_decode", *calls(*MODELS[model])["attention_decode"])
+    assert split.metadata.name == "attention_split_kernel" and "bar.sync" not in split.asm["ptx"]
+    assert re.findall(r"ld\.global\S*", before_the_wait(split)) == 8 * ["ld.global.v4.b32"]
+    split, *_ = on_hopper("attention_one_query", *calls(*MODELS[model])["attention_one_query"])
+    assert "ld.global" not in before_the_wait(split)
+    usage = resources(split.asm["cubin"], tmp_path)
+    assert (usage["STACK"], usage["LOCAL"]) == (0, 0), f"{usage}"

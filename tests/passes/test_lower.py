@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import gdnfuse
 from gdnfuse import huggingface
 from gdnfuse.dialect import OPS
+from gdnfuse.dialect import attention_decode as attention_op
 from gdnfuse.dialect import mixer_decode as mixer_op
 from gdnfuse.dialect import packed_decode as rule_op
 from gdnfuse.kernels.linear_configs import FILLED, split
@@ -452,6 +453,10 @@ def conv_call():
     return (of(1, 12, 1), of(1, 12, 4), of(12, 1, 4), of(12), "silu"), {}
 
 
+def attention_call():
+    return attention_op.example_call(1, 4, 2, 8, 5, R=4, filled=3, padded=1)
+
+
 def rule_call():
     mixed, a, b, A_log, dt_bias, state = rule_op.example_tensors(1, 1, 2, 4, 6)
     return (mixed, a, b, A_log, dt_bias, state, 0.5, 1e-6), {}
@@ -462,6 +467,8 @@ STATEFUL = {
     "causal_conv_update": (conv_call, 1),
     "packed_decode": (rule_call, 5),
     "mixer_decode": (lambda: mixer_op.example_call(1, 1, 2, 4, 6, bias=True), 1),
+    "attention_decode": (attention_call, 10),
+    "attention_decode ": (attention_call, 11),
     "mixer_decode ": (lambda: mixer_op.example_call(1, 1, 2, 4, 6), 6),
 }
 STATES = pytest.mark.parametrize("name", STATEFUL)
