@@ -134,16 +134,18 @@ def register(
     early: tuple[str, ...] = (),
     measured: str = "",
     by: str = "triton",
+    grows: dict[str, int] | None = None,
 ) -> Implementation:
     """Register ``gdnfuse_triton::<name>``, opaque to compilers, with `launch` for CUDA and the dialect's fake.
 
     A launch may take one more argument than the op it stands for, by name: `overlap`, see `overlap_options`.
+    `grows` is `Replayed`'s.
 
     Opaque, because a compiler that sees into a launch analyses the kernel anew for every call in a graph (about 30 ms each, three
     times per compilation: several seconds for a 32-layer model), and has nothing to fuse into it.
     """
     _library.define(name + torch.library.infer_schema(launch, mutates_args=mutates), tags=torch.Tag.needs_fixed_stride_order)
-    replayed = Replayed(launch, _standing_in)
+    replayed = Replayed(launch, _standing_in, grows)
     _library.impl(name, replayed, "CUDA")
     meaning = OPS[name].fake
     torch.library.register_fake(

@@ -14,6 +14,7 @@ that comes again and again a function is written that compares a call with it, t
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
@@ -21,114 +22,28 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.utils._pytree as pytree
-from torch._C._dynamo.guards import TensorGuards
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from gdnfuse.kernels.matching import ALIGNMENT, MISSED, written
+from gdnfuse.kernels.recorded import Differs, Launch, Recorded, Result, based, common
+
 MOST = 512  # layouts of one op that are kept: prompts have one per length
-ALIGNMENT = 16  # bytes, by which Triton specialises a pointer
 MOST_MATCHES = 8  # layouts of one op that a call is compared with, one after another
-# Readings of a layout after which calls are compared with it, twice as many each time that another has to go for it: keys that
-# grow have another layout at each token, and the same ones in the next text.
+# Readings of a layout after which calls are compared with it, twice as many each time that another has to go for it.
 OFTEN = 256
-TENSORS = (torch.Tensor, torch.nn.Parameter)
-PLAIN = {int, float, bool, str, type(None)}
+LENGTHS = 3  # at which a launch is recorded before all others are taken to be like it
 
 
 class _NotRecorded(Exception):
     """The launch does what cannot be repeated by pointers alone."""
 
 
-class _Pointer(NamedTuple):
-    """An address, where a tensor descriptor wants its tensor."""
+class _AtLength(NamedTuple):
+    """A recording of a launch whose tensors grow, at one of their lengths, and the layout of all tensors."""
 
-    address: int
-
-    def data_ptr(self) -> int:
-        return self.address
-
-
-class _Launch(NamedTuple):
-    """A compiled kernel on its grid, its arguments, and which are pointers or descriptors: place, source, offset in bytes."""
-
-    run: Callable[..., None]
-    arguments: list[Any]
-    pointers: list[tuple[int, int, int]]
-    descriptors: list[tuple[int, int, int]]
-
-
-class _Result(NamedTuple):
-    """A tensor that the launch returns: an allocation, and sizes, strides and offset of the view if it is one."""
-
-    allocation: int
-    view: tuple[tuple[int, ...], tuple[int, ...], int] | None
-
-
-class Recorded(NamedTuple):
-    """Sources are the input tensors in order, then the allocations (size, stride, dtype, device)."""
-
-    allocations: list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype, torch.device]]
-    launches: list[_Launch]
-    results: list[_Result]
-    several: bool
-
-    def repeat(self, addresses: list[int]) -> Any:
-        made = [torch.empty_strided(size, stride, dtype=dtype, device=on) for size, stride, dtype, on in self.allocations]
-        addresses += [t.data_ptr() for t in made]
-        for run, template, pointers, descriptors in self.launches:
-            arguments = template.copy()
-            for place, source, offset in pointers:
-                arguments[place] = addresses[source] + offset
-            for place, source, offset in descriptors:
-                arguments[place] = _based(template[place], _Pointer(addresses[source] + offset))
-            run(*arguments)
-        results = [made[i] if view is None else made[i].as_strided(*view) for i, view in self.results]
-        return tuple(results) if self.several else results[0]
-
-
-MISSED: Any = object()
-
-
-def _matching(
-    args: Sequence[Any], kwargs: dict[str, Any], tensors: Sequence[torch.Tensor], device: int, recorded: Recorded
-) -> Callable[..., Any] | None:
-    """A function of such arguments: if they have the layout of these and are aligned, it repeats what was recorded, else MISSED.
-
-    None where an argument is neither plain nor a tensor nor a list of one or the other, or is the same tensor as another.
-    """
-    if len({*map(id, tensors)}) < len(tensors):
-        return None
-    sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
-    same = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
-    known: dict[str, Any] = {"torch": torch, "MISSED": MISSED, "SAME": same.check, "REPEAT": recorded.repeat}
-    parameters = [*(f"x{i}" for i in range(len(args))), *kwargs]
-    opened, tests, names = [], [], []
-    for name, x in zip(parameters, (*args, *kwargs.values()), strict=True):
-        kind = type(x)
-        if kind in TENSORS:
-            names.append(name)
-        elif x is None:
-            tests.append(f"{name} is None")
-        elif kind in PLAIN or kind in (list, tuple) and PLAIN.issuperset(map(type, x)):
-            known[f"IS_{name}"] = kind(x)  # of a list a copy
-            tests.append(f"{name}.__class__ is {kind.__name__} and {name} == IS_{name}")
-        elif kind in (list, tuple) and all(type(y) in TENSORS for y in x):
-            parts = [f"{name}_{i}" for i in range(len(x))]
-            opened += [f" if {name}.__class__ is not {kind.__name__} or len({name}) != {len(x)}:", "  return MISSED"]
-            opened.append(f" {', '.join(parts)}, = {name}")
-            names += parts
-        else:
-            return None
-    if device >= 0:  # Triton launches on the current device
-        tests.append(f"torch.cuda.current_device() == {device}")
-    lines = [f"def match({', '.join(parameters)}):", *opened]
-    tests.append(f"SAME({', '.join(names)})")
-    lines += [f" if not ({' and '.join(tests)}):", "  return MISSED"]
-    lines += [f" a{i} = {name}.data_ptr()" for i, name in enumerate(names)]
-    addresses = [f"a{i}" for i in range(len(names))]
-    lines += [f" if ({' | '.join(addresses)}) % {ALIGNMENT}:", "  return MISSED"]
-    lines.append(f" return REPEAT([{', '.join(addresses)}])")
-    exec("\n".join(lines), known)
-    return known["match"]
+    length: int
+    layout: list[tuple[tuple[int, ...], tuple[int, ...]]]
+    recorded: Recorded
 
 
 class Replayed:
@@ -137,15 +52,26 @@ class Replayed:
     Args:
         launch: takes tensors, lists of them and plain values, and launches kernels; its results are its own allocations.
         standing_in: a context in which every kernel is passed through a function before it is launched.
+        grows: by their names tensors that are longer at each call, and along which axis. A launch must be the same kernels on
+            the same grids at all lengths, and every number that it hands on or allocates by must be one plus another times the
+            length; three lengths are recorded, and refuse what is not so there.
     """
 
-    def __init__(self, launch: Callable[..., Any], standing_in: Callable[[Any], AbstractContextManager[None]]):
-        self.launch, self.standing_in = launch, standing_in
+    def __init__(
+        self,
+        launch: Callable[..., Any],
+        standing_in: Callable[[Any], AbstractContextManager[None]],
+        grows: dict[str, int] | None = None,
+    ):
+        self.launch, self.standing_in, self.grows = launch, standing_in, grows or {}
+        self.names = list(inspect.signature(launch).parameters) if grows else []
         self.layouts: dict[Hashable, Recorded | None] = {}
         self.met: Counter[Hashable] = Counter()  # how often a layout was read off since it was recorded
         # By which arguments are given:
         self.matches: dict[Hashable, list[Callable[..., Any]]] = {}
         self.often: dict[Hashable, int] = {}
+        # By the layout but for the length and strides of what grows:
+        self.at_lengths: dict[Hashable, list[_AtLength]] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         for match in self.matches.get((len(args), *kwargs), ()):
@@ -168,33 +94,79 @@ class Replayed:
             given = (len(args), *kwargs)
             if self.met[key] >= self.often.get(given, OFTEN) and not any(key[-len(tensors) :]):
                 self.met[key] = 0  # met otherwise, by another class of tensors, it gets another function
-                if match := _matching(args, kwargs, tensors, device, recorded):
-                    known = self.matches.get(given, [])
-                    if len(known) >= MOST_MATCHES:
-                        self.often[given] = 2 * self.often.get(given, OFTEN)
-                    self.matches[given] = [*known[-MOST_MATCHES + 1 :], match]
+                if match := written(args, kwargs, tensors, device, recorded):
+                    self._compare_with(match, given)
             return recorded.repeat(addresses)
-        if recorded is self:  # the first call also compiles
+        if recorded is NOT_RECORDED:
+            return self.launch(*args, **kwargs)
+        family, length, place = self._family(args, kwargs, tensors)
+        if recorded is self:
             if len(self.layouts) >= MOST:
                 self.forget()
             self.layouts[key] = None
-        elif recorded is None:
-            recording = _Recording(tensors)
-            with self.standing_in(recording), recording:
-                results = self.launch(*args, **kwargs)
-            self.layouts[key] = recording.finished(results) or NOT_RECORDED
-            return results
-        return self.launch(*args, **kwargs)
+            if family not in self.at_lengths:  # the first call also compiles
+                if place:
+                    self.at_lengths[family] = []
+                return self.launch(*args, **kwargs)
+        recording = _Recording(tensors)
+        with self.standing_in(recording), recording:
+            results = self.launch(*args, **kwargs)
+        self.layouts[key] = recorded = recording.finished(results) or NOT_RECORDED
+        if place and type(recorded) is Recorded and not any(key[-len(tensors) :]):
+            at_lengths = self.at_lengths.setdefault(family, [])
+            if all(length != other.length for other in at_lengths):
+                at_lengths.append(_AtLength(length, [(tuple(t.shape), t.stride()) for t in tensors], recorded))
+            if len(at_lengths) == LENGTHS:
+                if match := _at_all_lengths(at_lengths, args, kwargs, tensors, device, place):
+                    self._compare_with(match, (len(args), *kwargs))
+                at_lengths.clear()
+        return results
+
+    def _family(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: Sequence[torch.Tensor]
+    ) -> tuple[Hashable, int, tuple[int, int] | None]:
+        """The layout without the length and the strides of what grows; the length; which tensor's which axis that is, if any."""
+        rest, place = [], None
+        for name, x in (*zip(self.names, args, strict=False), *kwargs.items()) if self.grows else ():
+            if name in self.grows and isinstance(x, torch.Tensor):
+                axis, shape = self.grows[name], list(x.shape)
+                place = place or (next(i for i, t in enumerate(tensors) if t is x), axis)
+                del shape[axis]
+                rest += [name, *shape, x.dtype, x.get_device()]
+            else:
+                rest += [name, *_layout([x], [])]
+        return tuple(rest), tensors[place[0]].shape[place[1]] if place else 0, place
+
+    def _compare_with(self, match: Callable[..., Any], given: Hashable) -> None:
+        known = self.matches.get(given, [])
+        if len(known) >= MOST_MATCHES:
+            self.often[given] = 2 * self.often.get(given, OFTEN)
+        self.matches[given] = [*known[-MOST_MATCHES + 1 :], match]
 
     def forget(self) -> None:
         """Record every layout anew."""
-        self.layouts.clear()
-        self.met.clear()
-        self.matches.clear()
-        self.often.clear()
+        for kept in (self.layouts, self.met, self.matches, self.often, self.at_lengths):
+            kept.clear()
 
 
 NOT_RECORDED: Any = object()
+
+
+def _at_all_lengths(
+    at_lengths: Sequence[_AtLength],
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    tensors: Sequence[torch.Tensor],
+    device: int,
+    place: tuple[int, int],
+) -> Callable[..., Any] | None:
+    """A function that repeats at any length what was recorded at these, or None where they are not alike."""
+    lengths = [a.length for a in at_lengths]
+    try:
+        layout, recorded = common(lengths, [(a.layout, a.recorded.without_runs()) for a in at_lengths])
+        return written(args, kwargs, tensors, device, recorded, layout, place)
+    except Differs:
+        return None
 
 
 def _layout(arguments: Any, tensors: list[torch.Tensor]) -> list[Hashable]:
@@ -208,14 +180,6 @@ def _layout(arguments: Any, tensors: list[torch.Tensor]) -> list[Hashable]:
         else:
             layout.append(x)
     return layout
-
-
-def _based(descriptor: Any, base: Any) -> Any:
-    """The tensor descriptor with another base; not its constructor, which checks again what the layout has settled."""
-    new = object.__new__(type(descriptor))
-    new.__dict__.update(descriptor.__dict__)
-    new.base = base
-    return new
 
 
 def _one_storage(view: torch.Tensor, base: torch.Tensor) -> bool:
@@ -240,7 +204,7 @@ class _Recording(TorchDispatchMode):
         # Tensor, source and offset in bytes, by the tensor's id; kept while recording, so that no two have one id.
         self.sources = {id(t): (t, i, 0) for i, t in enumerate(inputs)}
         self.allocations: list[torch.Tensor] = []
-        self.launches: list[_Launch] = []
+        self.launches: list[Launch] = []
         # Of one tensor given twice nothing tells which one a pointer was derived from. A tensor from elsewhere Triton must check.
         self.whole = len(self.sources) == len(inputs) and len({t.device for t in inputs}) == 1
 
@@ -273,12 +237,14 @@ class _Recording(TorchDispatchMode):
                     arguments[place] = None
                 elif isinstance(getattr(x, "base", None), torch.Tensor):
                     descriptors.append((place, *self._source(x.base)))
-                    arguments[place] = _based(x, None)
+                    arguments[place] = based(x, None)
                 elif any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(x)):
                     raise _NotRecorded
         except _NotRecorded:
             self.whole = False
-        self.launches.append(_Launch(compiled[(*grid, 1, 1)[:3]], arguments, pointers, descriptors))
+        grid = (*grid, 1, 1)[:3]
+        specialised = frozenset(i for i, p in enumerate(kernel.params) if not getattr(p, "do_not_specialize", False))
+        self.launches.append(Launch(compiled, grid, compiled[grid], arguments, pointers, descriptors, specialised))
 
     def finished(self, results: Any) -> Recorded | None:
         """What to repeat, or None where the launch did more than can be."""
@@ -297,13 +263,13 @@ class _Recording(TorchDispatchMode):
             raise _NotRecorded
         return self.sources[id(x)][1:]
 
-    def _result(self, x: torch.Tensor) -> _Result:
+    def _result(self, x: torch.Tensor) -> Result:
         source, offset = self._source(x)
         if source < self.inputs or x.dtype != self.allocations[source - self.inputs].dtype:
             raise _NotRecorded
         allocation, view = self.allocations[source - self.inputs], (tuple(x.shape), x.stride(), offset // x.itemsize)
         whole = view == (tuple(allocation.shape), allocation.stride(), 0)
-        return _Result(source - self.inputs, None if whole else view)
+        return Result(source - self.inputs, None if whole else view)
 
 
 ALLOCATES = {torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.empty_strided, torch.ops.aten.new_empty}

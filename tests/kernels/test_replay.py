@@ -8,9 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gdnfuse.kernels import replay
+from gdnfuse.kernels import matching, replay
 from gdnfuse.kernels.implementation import _standing_in, kernel_of
+from gdnfuse.kernels.recorded import INT32, Differs, Launch, Line, Recorded, Result, common, longest
 from gdnfuse.kernels.replay import Replayed
+
+NOTHING = Recorded([((1,), (1,), torch.float32, torch.device("cpu"))], [], [Result(0, None)], False)  # but an allocation
 
 
 def memory(x, n):
@@ -151,11 +154,11 @@ def test_optional_tensors_are_told_from_none(monkeypatch):
 
 def test_another_device_is_not_taken_for_the_one_recorded(monkeypatch):
     x, y = some(), some()
-    recorded = SimpleNamespace(repeat=lambda addresses: addresses)
-    match = replay._matching((x, y), {}, [x, y], 1, recorded)
     current = [1]
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
-    assert match(x, y) == [x.data_ptr(), y.data_ptr()]
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: current[0], raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
+    match = matching.written((x, y), {}, [x, y], 1, NOTHING)
+    assert match(x, y).shape == (1,)
     current[0] = 0
     assert match(x, y) is replay.MISSED
 
@@ -221,8 +224,8 @@ def test_what_is_plain_is_compared_with_its_class(monkeypatch):
     monkeypatch.setattr(replay, "OFTEN", 1)
     x, y = some(), some()
     shape = [5, 1]
-    match = replay._matching((x, y, 1.0, shape), {"flag": True}, [x, y], -1, SimpleNamespace(repeat=len))
-    assert match(x, y, 1.0, [5, 1], flag=True) == 2
+    match = matching.written((x, y, 1.0, shape), {"flag": True}, [x, y], -1, NOTHING)
+    assert match(x, y, 1.0, [5, 1], flag=True).shape == (1,)
     shape[1] = 2
     for plain, sizes, flag in (
         (1, [5, 1], True),
@@ -451,3 +454,164 @@ def test_an_error_leaves_the_layout_to_be_recorded():
     for _ in range(3):
         torch.testing.assert_close(op(x, y), x + y)
     assert kernel.repeated == 2 and not fail
+
+
+class Append(Kernel):
+    """out[:, :L] = keys, out[:, L] = new: [2, L, D] and [2, D] to [2, L + 1, D]."""
+
+    arg_names = ("keys_ptr", "new_ptr", "out_ptr", "stride", "L", "odd", "D")
+
+    def __init__(self, free=("L", "odd"), odd=lambda L: 3 * L + 1):
+        super().__init__()
+        self.params = tuple(SimpleNamespace(name=n, default=None, do_not_specialize=n in free) for n in self.arg_names)
+        self.odd = odd
+
+    def work(self, keys, new, out, stride, L, odd, D):
+        assert odd == self.odd(L)
+        old, made = memory(keys, stride + L * D), memory(out, 2 * (L + 1) * D).view(2, L + 1, D)
+        made[:, :L] = old.as_strided((2, L, D), (stride, D, 1))
+        made[:, L] = memory(new, 2 * D).view(2, D)
+
+    def __getitem__(self, grid):
+        def launch(*args, D):
+            self.bound += 1
+            self.work(*args, D)
+            return self.compiled
+
+        self.compiled = getattr(self, "compiled", None) or Compiled(self)
+        return launch
+
+
+def append(kernel):
+    def launch(new, keys, scale=1.0, *, mask=None):
+        L, D = keys.shape[1:]
+        out = torch.empty(2, L + 1, D)
+        kernel_of(kernel)[(3,)](keys, new, out, keys.stride(0), L, kernel.odd(L), D=D)
+        return new.new_empty(2), out, out[:, 1:]
+
+    return Replayed(launch, _standing_in, {"keys": 1, "mask": 0})
+
+
+def appended(op, L, D=16, room=0, **named):
+    """Whether a call at this length is right, and how many times the kernel was bound."""
+    new, keys = torch.randn(2, D), torch.randn(2, L + room, D)[:, :L]
+    _, whole, rest = op(new, keys, **named)
+    torch.testing.assert_close(whole, torch.cat([keys, new[:, None]], 1), rtol=0, atol=0)
+    assert rest.data_ptr() == whole[:, 1:].data_ptr() and rest.shape == (2, L, D) and rest.stride() == whole.stride()
+
+
+@pytest.mark.parametrize(("layers", "first"), [(1, (5, 6, 7, 8)), (3, (5, 6, 7))])
+def test_what_grows_is_recorded_at_three_lengths_and_repeated_at_all(layers, first):
+    kernel = Append()
+    op = append(kernel)
+    for L in first:
+        for _ in range(layers):
+            appended(op, L)
+    assert kernel.bound == 4  # the first call compiles
+    repeated = kernel.repeated
+    for L in (8, 9, 10, 500, 1, 3, 7):
+        appended(op, L)
+    assert (kernel.bound, kernel.repeated) == (4, repeated + 7)
+
+
+def test_a_function_for_all_lengths_is_one_for_its_layout():
+    kernel = Append()
+    op = append(kernel)
+    for L in (5, 6, 7, 8):
+        appended(op, L)
+    layouts = len(op.layouts)
+    appended(op, 9)
+    assert len(op.layouts) == layouts and len(op.matches) == 1
+    for L in (5, 9):
+        appended(op, L, room=3)  # strides that go with another length
+        appended(op, L, D=32)
+        appended(op, L, mask=torch.ones(L))
+    assert len(op.layouts) == layouts + 6
+    for L in (10, 11, 12, 13, 14):
+        appended(op, L, mask=torch.ones(L + 1))
+    (keyword,) = (functions for given, functions in op.matches.items() if "mask" in given)
+    assert len(keyword) == 1
+    appended(op, 40, mask=torch.ones(41))
+    layouts = len(op.layouts)
+    appended(op, 41, mask=torch.ones(41))  # a length of its own
+    assert len(op.layouts) == layouts + 1
+    op.forget()
+    assert not op.matches and not op.at_lengths
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        Append(odd=lambda L: L * L),  # on no line
+        Append(odd=lambda L: L // 2),
+        Append(free=("L",)),  # a machine code of its own for multiples of 16
+        Append(odd=lambda L: 100 - L),
+    ],
+    ids=["square", "half", "specialised", "falling"],
+)
+def test_what_does_not_go_with_the_length_is_read_off(kernel):
+    op = append(kernel)
+    for L in [*range(5, 25), 7, 7, 40]:
+        appended(op, L)
+        assert not op.matches
+
+
+def test_what_two_lengths_share():
+    assert common([1, 2, 4], [[5, (1, "a", 3)], [5, (3, "a", 3)], [5, (7, "a", 3)]]) == [5, (Line(-1, 2), "a", 3)]
+    for values in ([1, 2, 3], [1, 1.0, 1], [(1,), (1, 2), (1,)], ["a", "b", "a"], [True, False, True], [0, 1, 1]):
+        with pytest.raises(Differs):
+            common([1, 2, 4], values)
+
+
+def test_numbers_are_of_32_bits_and_specialised_as_they_were():
+    def launch(*arguments, specialised=()):
+        return Launch(None, (1, 1, 1), None, [*arguments], [], [], frozenset(specialised))
+
+    assert longest([launch(Line(5, 1), 7), launch(Line(0, 1000))]) == INT32 // 1000
+    assert longest([launch(Line(32, 16), specialised=[0])]) == (INT32 - 32) // 16
+    for line in (Line(8, 16), Line(16, 8), Line(0, -16), Line(-16, 16)):
+        with pytest.raises(Differs):
+            longest([launch(line, specialised=[0])])
+
+
+def compiled(spy):
+    """Triton's own class, with a launcher that notes how it is called."""
+    from triton.compiler import CompiledKernel
+
+    made = object.__new__(CompiledKernel)
+    made.module, made.function, made.packed_metadata, made._run = "module", "function", "packed", lambda *a: spy.append(a)
+    made.launch_metadata = lambda *a: None
+    return made
+
+
+def test_triton_s_launcher_is_called_as_its_runner_calls_it(monkeypatch):
+    import triton
+
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 70 + device, raising=False)
+    hooks, spy, x = triton.knobs.runtime, [], some()
+    launch = Launch(compiled(spy), (2, 3, 1), None, [None, 5, 0.5], [(0, 0, 4)], [], frozenset())
+    match = matching.written((x,), {}, [x], 0, NOTHING._replace(launches=[launch]))
+    assert match(x).shape == (1,)
+    launch.compiled[launch.grid](x.data_ptr() + 4, 5, 0.5, stream=70)
+    ours, theirs = spy
+    assert ours == (2, 3, 1, 70, "function", "packed", None, None, None, x.data_ptr() + 4, 5, 0.5)
+    assert theirs == (*ours[:7], hooks.launch_enter_hook, hooks.launch_exit_hook, *ours[9:])
+
+    noted = lambda *a: None  # noqa: E731
+    hooks.launch_enter_hook.add(noted)
+    try:
+        assert match(x) is replay.MISSED and len(spy) == 2  # a profiler has itself called by Triton's runner
+    finally:
+        hooks.launch_enter_hook.remove(noted)
+
+
+@pytest.mark.parametrize("runner", [lambda self, grid: lambda *a, stream: self.run(stream, *grid, *a), lambda self, grid: None])
+def test_another_runner_of_triton_s_is_called_itself(runner):
+    class Other:
+        function = packed_metadata = run = None
+        __getitem__ = runner
+
+    launch = Launch(Other(), (2, 3, 1), None, [], [], [], frozenset())
+    assert not matching.called_as_known(launch)
+    assert matching.called_as_known(launch._replace(compiled=compiled([])))

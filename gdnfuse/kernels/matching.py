@@ -1,0 +1,170 @@
+"""The function that is written for a layout which comes often: it compares a call with it, and repeats what was recorded.
+
+Tensors are compared by the guards that Dynamo has for them, all else by its class and value. What is repeated is written out,
+with Triton's launcher called as its runner does, but without what the runner looks up for each launch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch._C._dynamo.guards import TensorGuards
+
+from gdnfuse.kernels.recorded import Launch, Line, Pointer, Recorded, based, longest
+
+ALIGNMENT = 16  # bytes, by which Triton specialises a pointer
+TENSORS = (torch.Tensor, torch.nn.Parameter)
+PLAIN = {int, float, bool, str, type(None)}
+MISSED: Any = object()
+
+
+def written(
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    tensors: Sequence[torch.Tensor],
+    device: int,
+    recorded: Recorded,
+    layout: Sequence[tuple[Any, Any]] | None = None,
+    length: tuple[int, int] | None = None,
+) -> Callable[..., Any] | None:
+    """A function of such arguments: if they have the layout of these and are aligned, it repeats what was recorded, else MISSED.
+
+    None where an argument is neither plain nor a tensor nor a list of one or the other, or is the same tensor as another.
+
+    Args:
+        args, kwargs: of a call.
+        tensors: among them, in order.
+        device: index of the GPU they are on, or −1.
+        recorded: what to repeat; integers that go with a length may be lines.
+        layout: sizes and strides of the tensors, lines among them; their own if it is not given.
+        length: which tensor's which axis is the length.
+
+    Raises:
+        Differs: no length is safe: see `longest`.
+    """
+    if len({*map(id, tensors)}) < len(tensors):
+        return None
+    layout = layout or [(tuple(t.shape), t.stride()) for t in tensors]
+    known: dict[str, Any] = {"MISSED": MISSED}
+    parameters = [*(f"x{i}" for i in range(len(args))), *kwargs]
+    opened, tests, names = [], [], []
+    for name, x in zip(parameters, (*args, *kwargs.values()), strict=True):
+        kind = type(x)
+        if kind in TENSORS:
+            names.append(name)
+        elif x is None:
+            tests.append(f"{name} is None")
+        elif kind in PLAIN or kind in (list, tuple) and PLAIN.issuperset(map(type, x)):
+            known[f"IS_{name}"] = kind(x)  # of a list a copy
+            tests.append(f"{name}.__class__ is {kind.__name__} and {name} == IS_{name}")
+        elif kind in (list, tuple) and all(type(y) in TENSORS for y in x):
+            parts = [f"{name}_{i}" for i in range(len(x))]
+            opened += [f"if {name}.__class__ is not {kind.__name__} or len({name}) != {len(x)}:", " return MISSED"]
+            opened.append(f"{', '.join(parts)}, = {name}")
+            names += parts
+        else:
+            return None
+    fixed = [[[None if isinstance(n, Line) else n for n in numbers] for numbers in each] for each in zip(*layout, strict=True)]
+    sizes, strides = fixed or ([], [])
+    known["SAME"] = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+    if device >= 0:  # Triton launches on the current device
+        known |= {"DEVICE": torch._C._cuda_getDevice, "STREAM": torch._C._cuda_getCurrentRawStream}
+        tests.append(f"DEVICE() == {device}")
+    tests.append(f"SAME({', '.join(names)})")
+    lines = [*opened, f"if not ({' and '.join(tests)}):", " return MISSED"]
+    if length:
+        tensor, axis = length
+        lines.append(f"L = {names[tensor]}.size({axis})")
+        tests = [f"0 < L <= {longest(recorded.launches)}"]
+        for name, (size, stride) in zip(names, layout, strict=True):
+            for how, numbers in (("size", size), ("stride", stride)):
+                tests += [f"{name}.{how}({i}) == {_text(n, known)}" for i, n in enumerate(numbers) if isinstance(n, Line)]
+        lines += [f"if not ({' and '.join(tests)}):", " return MISSED"]
+    addresses = [f"a{i}" for i in range(len(names))]
+    lines += [f"{a} = {name}.data_ptr()" for a, name in zip(addresses, names, strict=True)]
+    lines += [f"if ({' | '.join(addresses)}) % {ALIGNMENT}:", " return MISSED", *_repeated(recorded, addresses, device, known)]
+    exec("\n ".join([f"def match({', '.join(parameters)}):", *lines]), known)
+    return known["match"]
+
+
+def _repeated(recorded: Recorded, addresses: list[str], device: int, known: dict[str, Any]) -> list[str]:
+    """The statements of `Recorded.repeat`, and before them one that leaves the call to it where a profiler wants to be asked."""
+    lines, addresses = [], [*addresses]
+    for i, (size, stride, dtype, on) in enumerate(recorded.allocations):
+        known[f"EMPTY{i}"] = empty(on)
+        lines.append(f"m{i} = EMPTY{i}({_text(size, known)}, {_text(stride, known)}, {_text(dtype, known)})")
+        lines.append(f"b{i} = m{i}.data_ptr()")
+        addresses.append(f"b{i}")
+    direct = device >= 0 and all(called_as_known(launch) for launch in recorded.launches)
+    if direct:
+        lines.insert(0, "if HOOKS.launch_enter_hook.calls or HOOKS.launch_exit_hook.calls:")
+        lines.insert(1, " return MISSED")
+        lines.append(f"stream = STREAM({device})")
+        known["HOOKS"] = _hooks()
+    for i, launch in enumerate(recorded.launches):
+        texts = [_text(x, known) for x in launch.arguments]
+        for place, source, offset in launch.pointers:
+            texts[place] = f"{addresses[source]} + {_text(offset, known)}"
+        for place, source, offset in launch.descriptors:
+            known |= {"based": based, "Pointer": Pointer}
+            texts[place] = f"based({texts[place]}, Pointer({addresses[source]} + {_text(offset, known)}))"
+        if direct:
+            compiled = launch.compiled
+            known |= {f"RUN{i}": compiled.run, f"CODE{i}": compiled.function, f"PACKED{i}": compiled.packed_metadata}
+            texts = [*map(str, launch.grid), "stream", f"CODE{i}", f"PACKED{i}", "None", "None", "None", *texts]
+        else:
+            known[f"RUN{i}"] = launch.compiled[launch.grid]
+        lines.append(f"RUN{i}({', '.join(texts)})")
+    results = [f"m{i}" if view is None else f"m{i}.as_strided{_text(view, known)}" for i, view in recorded.results]
+    return [*lines, f"return ({', '.join(results)},)" if recorded.several else f"return {results[0]}"]
+
+
+def _text(x: Any, known: dict[str, Any]) -> str:
+    """An expression for a value, which `known` may have to name."""
+    if isinstance(x, Line):
+        return f"{x.base} + {x.per} * L"
+    if type(x) in (int, bool, type(None)):
+        return repr(x)
+    if type(x) in (tuple, torch.Size):
+        return f"({''.join(f'{_text(y, known)}, ' for y in x)})"
+    name = f"C{len(known)}"
+    known[name] = x
+    return name
+
+
+def empty(device: torch.device) -> Callable[..., torch.Tensor]:
+    """Allocates by size, stride and dtype on a device, which is the current one if it is a GPU; as Inductor's code does."""
+    if device.type == "cuda":
+        return torch._C._dynamo.guards._empty_strided_cuda
+    return lambda size, stride, dtype: torch.empty_strided(size, stride, dtype=dtype, device=device)
+
+
+def _hooks() -> Any:
+    """Where Triton keeps the hooks that profilers add to every launch."""
+    import triton
+
+    return triton.knobs.runtime
+
+
+def called_as_known(launch: Launch) -> bool:
+    """Whether Triton's runner calls its launcher as we do in its place: a version may change that."""
+    compiled, seen = launch.compiled, []
+    try:
+        probe = SimpleNamespace(
+            run=lambda *arguments: seen.append(arguments),
+            function=compiled.function,
+            packed_metadata=compiled.packed_metadata,
+            _init_handles=lambda: None,
+            launch_metadata=lambda *arguments: None,
+        )
+        hooks = _hooks()
+        type(compiled).__getitem__(probe, launch.grid)("argument", stream=7)
+        expected = (*launch.grid, 7, compiled.function, compiled.packed_metadata, None)
+        return seen == [(*expected, hooks.launch_enter_hook, hooks.launch_exit_hook, "argument")] and not (
+            hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls
+        )
+    except Exception:
+        return False
