@@ -17,8 +17,10 @@ from gdnfuse.kernels.inductor import announce
 from gdnfuse.options import DISABLE, Options, disabled, parse
 from gdnfuse.packing import PackedWeight, PackedWeights
 from gdnfuse.passes import verify
+from gdnfuse.passes.growing_keys import growing_keys, lay_out, mark
 from gdnfuse.pipeline import original, rewrite
 from gdnfuse.report import Comparison, GdnfuseError, GraphReport, Refused, Status, new_report, publish
+from gdnfuse.rewrite.driver import quiet_shapes
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +65,10 @@ def gdnfuse(
         _demand_fused(report, opts)
     if not report.rewritten or not report.all_records and not report.layers:
         return _inner(gm, example_inputs, opts, patches)
-    return _finish(rewritten, example_inputs, packed, opts, patches)
+    growing = growing_keys(gm.graph) if report.phase == "prefill" else []
+    with quiet_shapes(rewritten):
+        lay_out(rewritten.graph, growing)
+    return _finish(rewritten, example_inputs, packed, opts, patches, growing)
 
 
 def rewritten_copy(
@@ -195,9 +200,14 @@ def _demand_fused(report: GraphReport, opts: Options) -> None:
 
 
 def _finish(
-    gm: GraphModule, example_inputs: Sequence[Any], packed: list[PackedWeight], opts: Options, patches: dict[str, Any]
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    packed: list[PackedWeight],
+    opts: Options,
+    patches: dict[str, Any],
+    growing: Sequence[int],
 ) -> Callable[..., Any]:
-    """Drop inputs that only packing read, compile the rest, and hand it the packed weights at every call."""
+    """Drop inputs that only packing read, compile the rest, hand it the packed weights at every call and mark what grows."""
     placeholders = gm.graph.find_nodes(op="placeholder")
     keep = [i for i, n in enumerate(placeholders[: len(example_inputs)]) if n.users]
     # What the compiled graph keeps must not keep the weights alive.
@@ -212,7 +222,9 @@ def _finish(
 
     def compiled(*args: Any) -> Any:
         kernels.wait()
-        return inner(*[args[i] for i in keep], *weights.current(args))
+        results = inner(*[args[i] for i in keep], *weights.current(args))
+        mark(results, growing)
+        return results
 
     return compiled
 

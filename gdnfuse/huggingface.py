@@ -137,6 +137,13 @@ def by_phase(decode: Callable[..., Any], first: Callable[..., Any]) -> Callable[
         tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
         cache = kwargs.get("past_key_values")
         step = tokens is not None and tokens.shape[1] == 1 and cache is not None and cache.is_initialized
+        mask = kwargs.get("attention_mask")
+        if step and isinstance(mask, torch.Tensor) and mask.ndim == 2 and not torch.compiler.is_compiling():
+            if not cache.is_compileable:
+                # Else the first step would be compiled for its length, the second for all; keys the backend marks. The mark
+                # goes to a view, because the tensor is the caller's.
+                kwargs["attention_mask"] = mask.view(mask.shape)
+                torch._dynamo.maybe_mark_dynamic(kwargs["attention_mask"], 1)
         return (decode if step else first)(*args, **kwargs)
 
     return call

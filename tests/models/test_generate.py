@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
-from transformers import CompileConfig
+from transformers import CompileConfig, DynamicCache, StaticCache
 
 import gdnfuse
+from gdnfuse.report import Status
 from tests.models import zoo
 
 STRATEGIES = {
@@ -61,3 +62,36 @@ def test_model_compile_takes_prefill_and_decode():
     ours.compile(backend="gdnfuse", options={"inner": "eager"})
     assert torch.equal(generated(ours, "greedy", padded=False), generated(model, "greedy", padded=False))
     assert {r.phase for r in gdnfuse.reports()} == {"prefill", "decode"}
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_step_is_compiled_once_for_all_lengths(padded):
+    """Dynamo alone compiles it for the first length, and again for all."""
+    model = zoo.causal_lm()
+    ours = gdnfuse.compile(copy.deepcopy(model), inner="eager")
+    wanted = generated(model, "greedy", padded=padded, cache_implementation="dynamic")
+    assert torch.equal(generated(ours, "greedy", padded=padded, cache_implementation="dynamic"), wanted)
+    assert [r.phase for r in gdnfuse.reports()] == ["prefill", "decode"]
+    (record,) = [r for r in decode_reports()[0].all_records if r.rule == "attention_growing" and r.stage == "lift"]
+    assert record.status is Status.FIRED
+
+
+def test_keys_of_a_fixed_length_are_not_marked():
+    model = zoo.causal_lm()
+    ours = gdnfuse.compile(copy.deepcopy(model), inner="eager")
+    ids, _ = zoo.prompt(2)
+    for cache, marked in ((StaticCache(config=model.config, max_cache_len=32), False), (DynamicCache(config=model.config), True)):
+        with torch.no_grad():
+            ours(ids, past_key_values=cache)
+        held = [x for layer in cache.layers for x in (getattr(layer, n, None) for n in ("keys", "values")) if x is not None]
+        assert [bool(getattr(x, "_dynamo_weak_dynamic_indices", ())) for x in held if x.ndim == 4] == [marked] * 2
+
+
+def test_the_caller_s_mask_is_not_marked():
+    model = gdnfuse.compile(zoo.causal_lm(), inner="eager")
+    ids, mask = zoo.prompt(2, padded=True)
+    with torch.no_grad():
+        cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
+        mask = torch.cat([mask, mask[:, -1:]], 1)
+        model(ids[:, -1:], attention_mask=mask, past_key_values=cache)
+    assert decode_reports() and not hasattr(mask, "_dynamo_weak_dynamic_indices")

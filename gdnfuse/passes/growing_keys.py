@@ -1,0 +1,54 @@
+"""Which of a prompt's results are the keys and values of a cache that grows: the length of those the next step finds changed.
+
+Dynamo compiles a step for the length that it meets first, and once more, for all lengths, when it meets the second; and for the
+strides that it meets. Told of the axis before the first step, and with keys and values laid out as every step lays them out, it
+compiles one graph, not two or three.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch._prims_common import is_contiguous_or_false
+from torch.fx import Graph, Node
+
+from gdnfuse.passes.lift.attention_one_query import without_copies
+from gdnfuse.rewrite.driver import infer
+from gdnfuse.rewrite.graph import chain, kept, op_name, same_shape, storage, value
+
+LENGTH = 2  # axis of keys and values [B, HKV, L, D]
+
+
+def growing_keys(graph: Graph) -> list[int]:
+    """The places, among what a graph as Dynamo made it returns, of keys and values [B, HKV, L, D] of its attention."""
+    (results,) = graph.find_nodes(op="output")[0].args
+    found: set[Node] = set()
+    for node in graph.nodes:
+        if op_name(node) == "scaled_dot_product_attention":
+            for given in node.args[1:3]:
+                held = without_copies(given)
+                found.update(n for n in chain(held) if value(n).ndim == 4 and same_shape(value(n).shape, value(held).shape))
+    return [i for i, n in enumerate(results) if n in found and n.op != "placeholder"]
+
+
+def lay_out(graph: Graph, places: Sequence[int]) -> None:
+    """Have the results at these places contiguous, as a step leaves them, but those whose memory somebody else has too."""
+    output = graph.find_nodes(op="output")[0]
+    results = list(output.args[0])
+    held = Counter(storage(n) for n in [*graph.find_nodes(op="placeholder"), *(n for n in results if isinstance(n, Node))])
+    for i in places:
+        if not is_contiguous_or_false(value(results[i])) and held[storage(results[i])] == 1:
+            with graph.inserting_before(output):
+                copied = graph.call_method("contiguous", (results[i],))
+            copied.meta |= kept(results[i]) | {"example_value": infer(copied)}
+            results[i] = copied
+    output.args = (type(output.args[0])(results),)
+
+
+def mark(results: Sequence[Any], places: Sequence[int]) -> None:
+    """Tell Dynamo that the length of these results may change; it takes that for a hint, and specialises where it has to."""
+    for i in places:
+        torch._dynamo.maybe_mark_dynamic(results[i], LENGTH)
