@@ -23,7 +23,7 @@ import torch.utils._pytree as pytree
 from tabulate import tabulate
 
 from gdnfuse.bench.measure import machine
-from gdnfuse.dialect import attention_decode, delta_rule, fused_linear, in_proj_conv, mixer_decode
+from gdnfuse.dialect import attention_decode, attention_growing, delta_rule, fused_linear, in_proj_conv, mixer_decode
 from gdnfuse.kernels import implementations
 
 BURST, ROUNDS = 50, 40
@@ -39,6 +39,7 @@ def calls() -> dict[str, tuple[Sequence[Any], dict[str, Any]]]:
         "in_proj_conv": in_proj_conv.example_call(352, 256, 128, BF16),
         "mixer_decode": mixer_decode.example_call(2, 2, 4, 32, 32, BF16),
         "attention_decode": attention_decode.example_call(1, 4, 2, 64, 128, BF16),
+        "attention_growing": attention_growing.example_call(1, 4, 2, 64, 128, BF16, mask=False),
         "fused_gating_chunk_delta_rule": ((*tensors, None), {"scale": 128**-0.5, "l2norm_eps": 1e-6}),
         "gated_rms_norm": ((o, z, torch.ones(128, dtype=BF16), 1e-6), {}),
     }

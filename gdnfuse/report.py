@@ -254,7 +254,7 @@ COLUMNS = {
     "rule": ("delta_rule", "chunk_delta_rule", "repeat_delta_rule", "packed_decode"),
     "gated norm": ("gated_rms_norm",),
     "mixer": ("mixer_decode", "mixer_linears"),
-    "attention": ("attention_decode", "attention_one_query", "causal_attention"),
+    "attention": ("attention_decode", "attention_growing", "attention_one_query", "causal_attention"),
     "norm": ("rms_norm", "norm_linear", "add_rms_norm"),
     "SwiGLU": ("swiglu_linear",),
     "residual": ("residual_linear",),

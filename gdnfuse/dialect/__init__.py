@@ -7,6 +7,7 @@ models of any dtype up to float32, in float64 when every input is float64, which
 from gdnfuse.dialect import (
     add_rms_norm,
     attention_decode,
+    attention_growing,
     attention_one_query,
     causal_attention,
     causal_conv,
@@ -33,6 +34,7 @@ __all__ = [
     "DialectOp",
     "add_rms_norm",
     "attention_decode",
+    "attention_growing",
     "attention_one_query",
     "causal_attention",
     "causal_conv",

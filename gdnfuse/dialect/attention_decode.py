@@ -25,6 +25,32 @@ def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     return torch.cat([rotated * cos + turned * sin, rest], -1).to(x.dtype)
 
 
+def normed_and_turned(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_norm_weight: torch.Tensor | None,
+    k_norm_weight: torch.Tensor | None,
+    norm_eps: float,
+    norm_offset: float,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """rope(norm(q)) and rope(norm(k)) of one token.
+
+    Args:
+        q: [B, 1, H, D].
+        k: [B, 1, HKV, D].
+        q_norm_weight, k_norm_weight, norm_eps, norm_offset, cos, sin: as `reference` has them.
+
+    Returns:
+        [B, H, 1, D] and [B, HKV, 1, D], in q's and k's dtype.
+    """
+    if q_norm_weight is not None:
+        q, k = rms_norm(q, q_norm_weight, norm_eps, norm_offset), rms_norm(k, k_norm_weight, norm_eps, norm_offset)
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return rope(q.transpose(1, 2), cos, sin), rope(k.transpose(1, 2), cos, sin)
+
+
 def reference(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -59,10 +85,7 @@ def reference(
     Returns:
         [B, 1, H·D] in q's dtype.
     """
-    if q_norm_weight is not None:
-        q, k = rms_norm(q, q_norm_weight, norm_eps, norm_offset), rms_norm(k, k_norm_weight, norm_eps, norm_offset)
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    q, k = rope(q.transpose(1, 2), cos, sin), rope(k.transpose(1, 2), cos, sin)
+    q, k = normed_and_turned(q, k, q_norm_weight, k_norm_weight, norm_eps, norm_offset, cos, sin)
     keys.index_copy_(2, position, k.to(keys.dtype))
     values.index_copy_(2, position, v.transpose(1, 2).to(values.dtype))
     return attention(q, keys.to(q.dtype), values.to(q.dtype), gate, mask, scale)

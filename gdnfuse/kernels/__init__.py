@@ -34,6 +34,7 @@ def implementations() -> dict[str, Implementation]:
     from gdnfuse.kernels import (
         add_rms_norm,
         attention_decode,
+        attention_growing,
         attention_one_query,
         causal_attention,
         causal_conv,
@@ -48,6 +49,7 @@ def implementations() -> dict[str, Implementation]:
     found = (
         add_rms_norm.implementation,
         attention_decode.implementation,
+        attention_growing.implementation,
         attention_one_query.implementation,
         causal_attention.implementation,
         causal_conv.implementation,

@@ -11,7 +11,8 @@ sizes has no barrier, and in its registers there is room for the first keys and 
 this one still run. Every program makes its queries anew. The new key and value are taken from registers, by the last split,
 which alone writes them to the cache: no program uses what another one writes. A split takes every SPLITS-th block of the cache,
 its first in any case. Where it has more than one it looks at the mask, and of the others reads none at either end that the query
-may not see, so the time goes with what is filled rather than allocated. Both kernels are attention_one_query's too.
+may not see, so the time goes with what is filled rather than allocated. Both kernels are attention_one_query's too, and
+attention_growing's, where the programs of a key head's first queries also copy what they read.
 
 Layout: q, k, v, gate [B, 1, heads, D], keys and values [B, HKV, L, D], mask [B or 1, 1, 1, L], all of any strides. Products, sums
 and the rotation are float32; q and the new key are rounded once, to their dtype, as the cache stores them. Where nothing may be
@@ -43,6 +44,7 @@ from gdnfuse.report import Refused
 GROWING_SPLITS, STATIC_SPLITS, PROGRAMS = 128, 256, 1024
 QUERIES, BLOCK = 4, 4  # of one key head, and its keys that a program has at once; half as many in float32
 AT_ONCE = 64  # blocks whose mask a program reads at once
+GROWS = {"keys": 2, "values": 2, "mask": 3}  # along which axes, where keys do
 COMBINED, COMBINE_WARPS = 2048, 2  # sums that a program of combine adds up
 
 
@@ -84,7 +86,7 @@ def _load_block(
 @triton.jit(do_not_specialize=["L", "stride_mb"])
 def attention_split_kernel(
     q_ptr, k_ptr, v_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, keys_ptr, values_ptr, position_ptr, mask_ptr, gate_ptr,
-    sums_ptr, largest_ptr, total_ptr, out_ptr,
+    longer_keys_ptr, longer_values_ptr, sums_ptr, largest_ptr, total_ptr, out_ptr,
     norm_eps, norm_offset, scale, L,
     stride_qb, stride_qh, stride_qd, stride_kb, stride_kh, stride_kd, stride_vb, stride_vh, stride_vd,
     stride_cb, stride_cd, stride_sb, stride_sd, stride_gb, stride_gh, stride_gd,
@@ -104,18 +106,22 @@ def attention_split_kernel(
     values_ptr += batch * stride_ub + h * stride_uh
     if mask_ptr is not None:
         mask_ptr += batch * stride_mb
+    if longer_keys_ptr is not None:  # [B, HKV, L + 1, D]
+        longer_keys_ptr += pair * (L + 1) * D
+        longer_values_ptr += pair * (L + 1) * D
     # What a cache holds already may be read before this step's query is there.
-    if OVERLAP and position_ptr is None:
+    if OVERLAP and k_ptr is None:
         gdc_wait()
     at = (split * BL + n).to(tl.int64)  # [BL]
     k, v = _load_block(keys_ptr, values_ptr, at, L, stride_yl, stride_yd, stride_ul, stride_ud, D, BD)
-    if OVERLAP and position_ptr is not None:
+    # Nothing is written before this either: memory that was only just allocated may be what a kernel before this one reads.
+    if OVERLAP and k_ptr is not None:
         gdc_wait()
 
-    # Which of this split's blocks anybody may see; those between the first and the last are read.
+    # Which of this split's blocks anybody may see; those between the first and the last are read, or all if they are copied.
     blocks = tl.cdiv(tl.cdiv(L, BL) - split, SPLITS)
     start, last = blocks * 0, blocks
-    if mask_ptr is not None:
+    if mask_ptr is not None and longer_keys_ptr is None:
         if blocks > 1:
             start, last = blocks, blocks * 0
             for turn in range(0, blocks, AT_ONCE):
@@ -132,7 +138,7 @@ def attention_split_kernel(
     position = tl.full((), -1, tl.int64)
     none = tl.full((), float("-inf"), tl.float32)
     q, largest, total, acc = (), (), (), ()
-    if position_ptr is None:
+    if k_ptr is None:
         for g in tl.static_range(QUERIES):
             q_ptrs = q_ptr + batch * stride_qb + (h * G + first + g) * stride_qh + d * stride_qd  # [BD]
             q = q + (tl.load(q_ptrs, mask=(first + g < G) & (d < D), other=0.0).to(tl.float32),)
@@ -142,8 +148,12 @@ def attention_split_kernel(
         turned = d < ROTARY
         cos = tl.load(cos_ptr + batch * stride_cb + d * stride_cd, mask=turned, other=1.0).to(tl.float32)  # [BD]
         sin = tl.load(sin_ptr + batch * stride_sb + d * stride_sd, mask=turned, other=0.0).to(tl.float32)
-        position = tl.load(position_ptr).to(tl.int64)
-        inside = (position >= 0) & (position < L)
+        if position_ptr is None:
+            position = tl.cast(L, tl.int64)
+            inside = tl.full((), True, tl.int1)
+        else:
+            position = tl.load(position_ptr).to(tl.int64)
+            inside = (position >= 0) & (position < L)
         k_row = k_ptr + batch * stride_kb + h * stride_kh
         k_new = _norm_and_turn(k_row, stride_kd, True, k_norm_ptr, norm_eps, norm_offset, cos, sin, D, ROTARY, BD)
         k_new = k_new.to(keys_ptr.dtype.element_ty)  # [BD]
@@ -151,8 +161,12 @@ def attention_split_kernel(
         v_new = v_new.to(values_ptr.dtype.element_ty)
         mine = inside & (split == SPLITS - 1)
         written = mine & (first == 0) & (d < D)
-        tl.store(keys_ptr + position * stride_yl + d * stride_yd, k_new, mask=written)
-        tl.store(values_ptr + position * stride_ul + d * stride_ud, v_new, mask=written)
+        if longer_keys_ptr is None:
+            tl.store(keys_ptr + position * stride_yl + d * stride_yd, k_new, mask=written)
+            tl.store(values_ptr + position * stride_ul + d * stride_ud, v_new, mask=written)
+        else:
+            tl.store(longer_keys_ptr + position * D + d, k_new, mask=written)
+            tl.store(longer_values_ptr + position * D + d, v_new, mask=written)
         if mask_ptr is not None:
             mine = mine & (tl.load(mask_ptr + position * stride_ml, mask=inside, other=0).to(tl.int32) > 0)
         for g in tl.static_range(QUERIES):
@@ -173,10 +187,15 @@ def attention_split_kernel(
         live = live & (at != position)
         # What must not be seen may be no number, as memory that another program writes to may.
         key, value = k.to(tl.float32), tl.where(live[:, None], v, 0.0).to(tl.float32)  # [BL, BD]
+        old_k, old_v, place = k, v, at
         at += SPLITS * BL
         k, v = _load_block(
             keys_ptr, values_ptr, at, tl.where(i + 1 < last, L, 0), stride_yl, stride_yd, stride_ul, stride_ud, D, BD
         )
+        if longer_keys_ptr is not None:  # behind the loads of the next block, which no store then holds up
+            copied = (place < L)[:, None] & (d < D)[None, :] & (first == 0)
+            tl.store(longer_keys_ptr + place[:, None] * D + d[None, :], old_k, mask=copied)
+            tl.store(longer_values_ptr + place[:, None] * D + d[None, :], old_v, mask=copied)
         larger, more, added = (), (), ()
         for g in tl.static_range(QUERIES):
             scores = tl.where(live, tl.sum(key * q[g][None, :], 1) * tl.cast(scale, tl.float32), float("-inf"))  # [BL]
@@ -287,35 +306,40 @@ def attend(
     scale: float,
     overlap: bool,
     new: tuple[Any, ...] | None = None,
+    longer: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Attention with one query per sequence, its output times σ(gate).
 
     Args:
         q: [B, H, 1, D], any strides.
-        keys, values: [B, HKV, L, D], any strides; with `new` written in place.
+        keys, values: [B, HKV, L, D], any strides; with `new` and without `longer` written in place.
         gate: [B, 1, H, D] or None.
-        mask: [B or 1, 1, 1, L] of bool or None.
+        mask: [B or 1, 1, 1, L] of bool or None; with `longer` [B or 1, 1, 1, L + 1].
         scale: factor on the scores.
         overlap: whether both kernels may start while the kernel before them runs.
         new: k, v, q_norm_weight, k_norm_weight, cos, sin, position, norm_eps and norm_offset of attention_decode, norms
             contiguous; or None where q is normed and turned, and keys and values are complete.
+        longer: with `new`, whose position is then None, where keys and values go with the new ones behind them:
+            [B, HKV, L + 1, D] each, contiguous.
 
     Returns:
         [B, 1, H·D] in q's dtype.
 
     Raises:
-        ValueError: keys, values and mask are not of one length.
+        ValueError: keys, values and mask are not of one length, that of the mask one more with `longer`.
     """
     B, H, _, D = q.shape
     HKV, L = keys.shape[1:3]
-    if values.shape != keys.shape or mask is not None and mask.shape[3] != L:
+    seen = L if longer is None else L + 1
+    if values.shape != keys.shape or mask is not None and mask.shape[3] != seen:
         found = f"{list(keys.shape)}, {list(values.shape)} and {None if mask is None else list(mask.shape)}"
-        raise ValueError(f"Keys, values and mask must be of one length, got {found}.")
+        wanted = "be of one length" if longer is None else "be of one length, the mask of one more"
+        raise ValueError(f"Keys, values and mask must {wanted}, got {found}.")
     G, BD = H // HKV, triton.next_power_of_2(D)
     groups = -(-G // QUERIES)  # of queries that share a key head
     queries = -(-G // groups)
     BL = BLOCK * 2 // max(keys.itemsize, 2)
-    splits = splits_of(B * HKV * groups, None if new is None else -(-L // BL))
+    splits = splits_of(B * HKV * groups, None if new is None or longer is not None else -(-L // BL))
     k, v, q_norm, k_norm, cos, sin, position, norm_eps, norm_offset = new or (None,) * 7 + (0.0, 0.0)
     empty = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device=q.device)  # noqa: E731
     sums = largest = total = None
@@ -331,7 +355,7 @@ def attend(
     gate_strides = strides(gate, 0, 2, 3)
     kernel_of(attention_split_kernel)[(B * HKV * groups, splits)](
         q, k, v, q_norm, k_norm, cos, sin, keys, values, position, mask, None if splits > 1 else gate,
-        sums, largest, total, None if splits > 1 else out, norm_eps, norm_offset, scale, L,
+        *(longer or (None, None)), sums, largest, total, None if splits > 1 else out, norm_eps, norm_offset, scale, L,
         *strides(q, 0, 1, 3), *strides(k, 0, 2, 3), *strides(v, 0, 2, 3), *strides(cos, 0, 2), *strides(sin, 0, 2),
         *gate_strides, *keys.stride(), *values.stride(), *strides(mask, 0, 3),
         HKV=HKV, G=G, GROUPS=groups, QUERIES=queries, D=D, ROTARY=0 if cos is None else cos.shape[-1], BD=BD, BL=BL,
@@ -359,17 +383,33 @@ def require_attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
         raise Refused(f"q, keys and values must have one dtype, got {q.dtype}, {keys.dtype} and {values.dtype}.")
 
 
-def supports(
-    q, k, v, gate, q_norm_weight, k_norm_weight, norm_eps, norm_offset, cos, sin, keys, values, position, mask, scale
-) -> None:  # fmt: skip
-    """Raises Refused unless dtypes are float32, bfloat16 or float16, heads and the cache's length static, D ≤ 256 and R even."""
+def require_new(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    gate: torch.Tensor | None,
+    q_norm_weight: torch.Tensor | None,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+) -> None:
+    """Refuse what `attend` cannot take of a token whose q and k are to be normed and turned; q [B, 1, H, D]."""
     require_dtypes(q=q, k=k, v=v, q_norm_weight=q_norm_weight, cos=cos, sin=sin)
-    require_static(L=keys.shape[2], R=cos.shape[-1])
+    require_static(R=cos.shape[-1])
     require_attention(q.transpose(1, 2), keys, values, gate)
     if cos.shape[-1] % 2:
         raise Refused(f"R must be even, got {cos.shape[-1]}.")
     if not q.dtype == k.dtype == v.dtype:
         raise Refused(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}.")
+
+
+def supports(
+    q, k, v, gate, q_norm_weight, k_norm_weight, norm_eps, norm_offset, cos, sin, keys, values, position, mask, scale
+) -> None:  # fmt: skip
+    """Raises Refused unless dtypes are float32, bfloat16 or float16, heads and the cache's length static, D ≤ 256 and R even."""
+    require_static(L=keys.shape[2])
+    require_new(q, k, v, gate, q_norm_weight, cos, sin, keys, values)
 
 
 implementation = register("attention_decode", launch, supports, mutates=("keys", "values"), early=("keys", "values"))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from gdnfuse.kernels.attention_decode import attend, require_attention
+from gdnfuse.kernels.attention_decode import GROWS, attend, require_attention
 from gdnfuse.kernels.implementation import register
 
 
@@ -43,4 +43,4 @@ def supports(q, keys, values, gate, mask, scale) -> None:
     require_attention(q, keys, values, gate)
 
 
-implementation = register("attention_one_query", launch, supports)
+implementation = register("attention_one_query", launch, supports, grows=GROWS)

@@ -158,7 +158,7 @@ def cut(graph: Graph, m: Match, memory: Memory) -> Region:
     point = max([*boundary, *symbols, *_last_placeholder(graph)])
     for out in m.outputs:
         for user in out.users:
-            if user not in seen and user < point:
+            if user not in seen and user <= point:
                 raise Refused(f"{out.name} must not be read before all operands exist, found that {user.name} reads it.", at=user)
     new, env = Graph(), {}
     inputs = [*m.inputs.items(), *((s.name, s) for s in symbols)]

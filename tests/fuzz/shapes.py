@@ -85,7 +85,12 @@ def _one_query(B, T, H, HV, K, V, dtype, state_dtype, wrap, wrap_state):
     return cases.one_query(B, HV, H, K, 9 * T + 1, dtype, mask=V % 2 == 0, wrap=wrap)
 
 
+def _growing(B, T, H, HV, K, V, dtype, state_dtype, wrap, wrap_state):
+    return cases.growing(B, HV, H, K, 9 * T, dtype, R=K // 2 // 2 * 2, mask=V % 2 == 0, wrap=wrap)
+
+
 MAKE = {
+    "attention_growing": _growing,
     "attention_one_query": _one_query,
     "fused_gating_delta_rule": _rule,
     "packed_decode": _packed,

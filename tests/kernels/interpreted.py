@@ -115,6 +115,29 @@ def test_causal_conv_update_windows_of_another_length_are_read_one_by_one():
         assert not causal_conv_update.packed(torch.empty(2, 6, length))
 
 
+@pytest.mark.parametrize("programs", [1, 16])  # at most: with one there are no splits
+@pytest.mark.parametrize("heads", [2, 12])  # of two key heads: six queries of one are two programs'
+@pytest.mark.parametrize("L", [1, 2, 4, 5, 8, 33])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=kernel_cases.name)
+def test_attention_growing_copies_every_bit_and_hides_what_is_no_number(dtype, L, heads, programs, monkeypatch):
+    monkeypatch.setattr(attention_decode, "PROGRAMS", programs)
+    args, _ = kernel_cases.growing(2, heads, 2, 24, L, dtype, R=6, hidden=L // 2, wrap=kernel_cases.strided)()
+    bits = torch.int32 if dtype == torch.float32 else torch.int16
+    keys, values, seen = args[10:13]
+    hidden = ~seen[:, :, 0, :-1, None]  # [B, 1, L, 1]
+    finite = [x.masked_fill(hidden, 0.0) for x in (keys, values)]
+    for x, number in ((keys, float("nan")), (values, float("inf"))):
+        x.copy_(x.masked_fill(hidden, number))
+        x[..., 1].view(bits)[hidden[..., 0].expand(-1, 2, -1)] = -3  # no NaN that arithmetic makes
+    with kernel_cases.poisoned_empty():
+        o, *longer = implementations()["attention_growing"].launch(*args)
+        wanted, *others = implementations()["attention_growing"].launch(*args[:10], *finite, *args[12:])
+    assert torch.equal(o, wanted) and o.isfinite().all()
+    for old, new, other in zip((keys, values), longer, others, strict=True):
+        assert new.is_contiguous() and torch.equal(new[:, :, :-1].view(bits), old.contiguous().view(bits))
+        assert torch.equal(new[:, :, -1], other[:, :, -1]) and new[:, :, -1].isfinite().all()
+
+
 @pytest.mark.parametrize("position", [-1, 40, 2**40])
 def test_attention_decode_behind_the_end_of_the_cache_writes_nothing_and_shows(position):
     args, _ = kernel_cases.attention(2, 4, 2, 16, 40)()

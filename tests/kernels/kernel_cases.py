@@ -15,6 +15,7 @@ from gdnfuse import dialect
 from gdnfuse.dialect import (
     add_rms_norm,
     attention_decode,
+    attention_growing,
     attention_one_query,
     delta_rule,
     fused_linear,
@@ -207,6 +208,10 @@ def attention(*sizes, **options):
     return lambda: attention_decode.example_call(*sizes, **options)
 
 
+def growing(*sizes, **options):
+    return lambda: attention_growing.example_call(*sizes, **options)
+
+
 def one_query(*sizes, **options):
     return lambda: attention_one_query.example_call(*sizes, **options)
 
@@ -323,6 +328,17 @@ CASES = [
     Case("attention_decode", "five-queries", attention(2, 5, 1, 16, 40, BF16, R=8, filled=38, padded=1)),
     Case("attention_decode", "nine-queries", attention(1, 18, 2, 24, 30, R=6, filled=17)),
     Case("attention_decode", "far-blocks", attention(1, 4, 1, 16, 3000, filled=2990, padded=2800)),
+    *(Case("attention_growing", f"{name(d)}-{L}", growing(2, 4, 2, 16, L, d, R=8)) for d in (F32, BF16, F16) for L in (1, 4, 33)),
+    *(Case("attention_growing", f"no-mask-{L}", growing(1, 6, 2, 20, L, BF16, mask=False, R=6)) for L in (0, 15, 16, 17, 230)),
+    Case("attention_growing", "no-gate-no-norm", growing(3, 3, 3, 24, 40, F16, gate=False, norm=False, hidden=3)),
+    Case("attention_growing", "nothing-shown", growing(2, 4, 2, 16, 40, hidden=41)),
+    Case("attention_growing", "only-the-new-token-shown", growing(2, 4, 2, 16, 40, hidden=40)),
+    Case("attention_growing", "seven-queries", growing(2, 14, 2, 16, 30, F16, R=8, hidden=4)),
+    Case("attention_growing", "one-split", growing(4, 20, 4, 24, 37, BF16, R=6)),
+    Case("attention_growing", "one-mask", growing(3, 2, 2, 16, 70, shared=True, hidden=3)),
+    Case("attention_growing", "far-blocks", growing(1, 4, 1, 16, 600, R=8, hidden=560)),
+    Case("attention_growing", "strided", growing(2, 4, 2, 24, 70, BF16, wrap=lambda x: strided(x, 2))),
+    Case("attention_growing", "tokens-first", growing(2, 4, 2, 16, 70, wrap=lambda x: x.mT.contiguous().mT)),
     *(Case("attention_one_query", f"{name(d)}-{L}", one_query(2, 4, 2, 16, L, d)) for d in (F32, BF16, F16) for L in (1, 530)),
     *(Case("attention_one_query", f"no-mask-{L}", one_query(1, 6, 2, 20, L, BF16, mask=False)) for L in (1, 17, 1100)),
     Case("attention_one_query", "no-gate", one_query(3, 3, 3, 24, 40, F16, gate=False)),

@@ -25,6 +25,7 @@ OPS = {
         lambda B: kernel_cases.attention(B, 16, 4, 256, 4096, BF16),
         [(1,), (2,), *SPLIT[1:-1], (129, 256)],
     ),
+    "attention_growing": (lambda B: kernel_cases.growing(B, 16, 4, 256, 300, BF16), SPLIT),
     "attention_one_query": (lambda B: kernel_cases.one_query(B, 16, 4, 256, 300, BF16), SPLIT),
     "add_rms_norm": (lambda B: kernel_cases.added(2560, dtype=BF16, lead=(B, 1)), ANY),
     "causal_conv": (lambda B: kernel_cases.prompt_conv(B, D, 70, 4, BF16), ANY),
@@ -57,13 +58,14 @@ def test_how_work_is_shared_out_by_the_number_of_sequences(op):
 
 @pytest.mark.parametrize("mask", [False, True])
 @pytest.mark.parametrize("B", [1, 2])
-def test_keys_of_any_length_have_one_machine_code(B, mask):
+@pytest.mark.parametrize("op", ["attention_growing", "attention_one_query"])
+def test_keys_of_any_length_have_one_machine_code(op, B, mask):
     """Not one more argument is specialised, by its value or as a multiple of 16, than for the first length."""
 
     def specs(L):
-        args, _ = kernel_cases.one_query(B, 16, 4, 256, L, BF16, mask=mask)()
+        args, _ = getattr(kernel_cases, op.removeprefix("attention_"))(B, 16, 4, 256, L, BF16, mask=mask)()
         meta = pytree.tree_map_only(torch.Tensor, lambda t: t.to("meta"), args)
-        return implementations()["attention_one_query"].jit_kernels(*meta)
+        return implementations()[op].jit_kernels(*meta)
 
     first = specs(1)
     assert len(first) == 2

@@ -69,6 +69,22 @@ def calls(B, HV, K=128, V=128, state_dtype=torch.float32):
             of(B, 1, 1, 4096, dtype=torch.bool),
             1 / 16,
         ),
+        "attention_growing": (
+            of(B, 1, 16, 512)[..., :256],
+            of(B, 1, 4, 256),
+            of(B, 1, 4, 256),
+            of(B, 1, 16, 512)[..., 256:],
+            of(256),
+            of(256),
+            1e-6,
+            1.0,
+            of(1, 1, 64),
+            of(1, 1, 64),
+            of(B, 4, 5000, 256),
+            of(B, 4, 5000, 256),
+            of(B, 1, 1, 5001, dtype=torch.bool),
+            1 / 16,
+        ),
         "attention_one_query": (
             of(B, 16, 1, 256),
             of(B, 4, 5001, 256),
@@ -111,7 +127,7 @@ def calls(B, HV, K=128, V=128, state_dtype=torch.float32):
     }
 
 
-LAUNCHES = {"attention_decode": 2, "attention_one_query": 2, "mixer_decode": 2}
+LAUNCHES = {"attention_decode": 2, "attention_growing": 2, "attention_one_query": 2, "mixer_decode": 2}
 MODELS = {"4B": (1, 32), "4B-batched": (32, 32), "27B": (2, 48)}
 # Every op at every model's shapes for sm_90, where nothing may spill, and for each other target at those of one model in turn.
 CASES = [
@@ -344,10 +360,16 @@ def test_other_head_dims_do_not_spill(op, K, V, tmp_path):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_keys_and_values_are_read_before_the_query_and_no_program_waits_for_another_warp(model, tmp_path):
-    """The first four of each, a row of 256 columns at once. Keys that grow were only just put together: they are waited for."""
-    split, *_ = on_hopper("attention_decode", *calls(*MODELS[model])["attention_decode"])
-    assert split.metadata.name == "attention_split_kernel" and "bar.sync" not in split.asm["ptx"]
-    assert re.findall(r"ld\.global\S*", before_the_wait(split)) == 8 * ["ld.global.v4.b32"]
+    """The first four of each, a row of 256 columns at once; longer keys and values are written as wide. Those that the graph put
+    together are waited for."""
+    for op in ("attention_decode", "attention_growing"):
+        split, *_ = on_hopper(op, *calls(*MODELS[model])[op])
+        assert split.metadata.name == "attention_split_kernel" and "bar.sync" not in split.asm["ptx"]
+        assert re.findall(r"ld\.global\S*", before_the_wait(split)) == 8 * ["ld.global.v4.b32"]
+        if op == "attention_growing":
+            assert split.asm["ptx"].count("st.global.v4.b32") >= 8
+            usage = resources(split.asm["cubin"], tmp_path)
+            assert (usage["STACK"], usage["LOCAL"]) == (0, 0), f"{usage}"
     split, *_ = on_hopper("attention_one_query", *calls(*MODELS[model])["attention_one_query"])
     assert "ld.global" not in before_the_wait(split)
     usage = resources(split.asm["cubin"], tmp_path)

@@ -7,11 +7,12 @@ import kernel_cases
 import pytest
 import torch
 import torch.utils._pytree as pytree
+import triton
 from kernel_cases import BF16, F16, Case
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gdnfuse import dialect
-from gdnfuse.kernels import implementations, loaded, skinny_linear
+from gdnfuse.kernels import implementations, loaded, matching, replay, skinny_linear
 from gdnfuse.kernels.replay import Recorded
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -27,6 +28,7 @@ REAL = [
         Case(
             "gated_rms_norm", f"real-B{B}", kernel_cases.norm((B, 1, HV, V), torch.float32, BF16, wrap=kernel_cases.gate_of_row)
         ),
+        Case("attention_growing", f"real-B{B}", kernel_cases.growing(B, 16, 4, 256, 300, BF16, R=64, hidden=7)),
         Case("attention_one_query", f"real-B{B}", kernel_cases.one_query(B, 16, 4, 256, 300, BF16, hidden=7)),
         Case("mixer_decode", f"real-B{B}", kernel_cases.mixer(B, H, HV, K, V, dtype=BF16)),
         Case("mixer_decode", f"real-27B-B{B}", kernel_cases.mixer(B, H, 48, K, V, dtype=BF16, state_dtype=BF16)),
@@ -36,6 +38,8 @@ REAL += [
     case
     for B in (1, 2, 5)
     for case in (
+        Case("attention_growing", f"real-long-B{B}", kernel_cases.growing(B, 16, 4, 256, 5000, BF16, R=64, hidden=4000)),
+        Case("attention_growing", f"real-no-mask-B{B}", kernel_cases.growing(B, 16, 4, 256, 5003, BF16, R=64, mask=False)),
         Case("attention_one_query", f"real-long-B{B}", kernel_cases.one_query(B, 16, 4, 256, 5000, BF16, hidden=4000)),
         Case("attention_one_query", f"real-no-mask-B{B}", kernel_cases.one_query(B, 16, 4, 256, 5000, BF16, mask=False)),
         Case("causal_conv", f"real-B{B}", kernel_cases.prompt_conv(B, 8192, 333, 4, BF16, S=4, wrap=kernel_cases.row_slice)),
@@ -118,9 +122,6 @@ def test_repeated(case, mode):
     def may_repeat():
         return any(type(x) is Recorded for x in implementation.replayed.layouts.values())
 
-    def unreachable(*args, **kwargs):
-        raise AssertionError("the launch was not repeated")
-
     implementation.replayed.forget()
     launch = implementation.replayed.launch
     try:
@@ -128,6 +129,74 @@ def test_repeated(case, mode):
             kernel_cases.check(case, fourth, "cuda", poison=nullcontext)
     finally:
         implementation.replayed.launch = launch
+
+
+@pytest.mark.parametrize("case", kernel_cases.CASES + REAL + LINEARS + FEW_ROWS, ids=str)
+def test_written(case, monkeypatch):
+    """The call behind those for whose layout a function was written."""
+    implementation, kept = implementations()[case.op], []
+    allocate, replayed = matching.empty, implementation.replayed
+    filled = lambda make: lambda *a: make(*a).fill_(float("nan"))  # noqa: E731
+    monkeypatch.setattr(replay, "OFTEN", 1)
+    monkeypatch.setattr(matching, "empty", lambda device: filled(allocate(device)))
+
+    def fifth(*args, **kwargs):
+        for _ in range(4):
+            kept.append([kernel_cases.rebuilt(a, "cuda") for a in args])
+            implementation.op(*kept[-1], **kwargs)
+        if any(type(x) is Recorded for x in replayed.layouts.values()) and aligned(kept[-1]):
+            assert replayed.matches
+            monkeypatch.setattr(replayed, "_by_layout", unreachable)
+        return implementation.op(*args, **kwargs)
+
+    replayed.forget()
+    try:
+        with torch.no_grad():
+            kernel_cases.check(case, fifth, "cuda", poison=nullcontext)
+    finally:
+        replayed.forget()
+
+
+def aligned(args):
+    return all(t.data_ptr() % 16 == 0 for t in pytree.tree_leaves(args) if isinstance(t, torch.Tensor))
+
+
+def unreachable(*args, **kwargs):
+    raise AssertionError("the launch was not repeated")
+
+
+@pytest.mark.parametrize("name", ["attention_growing", "attention_one_query"])
+def test_keys_of_any_length_are_repeated(name, monkeypatch):
+    replayed, op = implementations()[name].replayed, implementations()[name].op
+    replayed.forget()
+    for B, mask in ((1, False), (2, True)):
+        for L in (1, 40, 41, 300, 301, 2048, 20000, 3, 42):
+            case = Case(name, str(L), getattr(kernel_cases, name.removeprefix("attention_"))(B, 16, 4, 256, L, BF16, mask=mask))
+            with monkeypatch.context() as patch:
+                if L > 300 or L < 40 and L > 1 or L == 42:
+                    patch.setattr(replayed, "_by_layout", unreachable)
+                kernel_cases.check(case, op, "cuda", poison=nullcontext)
+    assert len(replayed.layouts) == 2 * 4
+    replayed.forget()
+
+
+def test_a_profiler_s_hooks_are_called_for_what_is_repeated(monkeypatch):
+    monkeypatch.setattr(replay, "OFTEN", 1)
+    implementation, noted = implementations()["gated_rms_norm"], []
+    args, kwargs = kernel_cases.norm((2, 1, 4, 128), torch.float32, BF16)()
+    args = pytree.tree_map_only(torch.Tensor, torch.Tensor.cuda, args)
+    implementation.replayed.forget()
+    for _ in range(5):
+        implementation.replayed(*args, **kwargs)
+    assert implementation.replayed.matches
+    hook = lambda metadata: noted.append(metadata.get()["name"])  # noqa: E731
+    triton.knobs.runtime.launch_enter_hook.add(hook)
+    try:
+        implementation.replayed(*args, **kwargs)
+    finally:
+        triton.knobs.runtime.launch_enter_hook.remove(hook)
+    implementation.replayed(*args, **kwargs)
+    assert noted == ["gated_rms_norm_kernel"]
 
 
 def test_real_layouts_are_repeated():
@@ -227,16 +296,18 @@ def test_linear_configs(config):
 
 
 @pytest.mark.parametrize("mask", [False, True])
-def test_keys_of_any_length_have_one_machine_code(mask):
-    op, before = implementations()["attention_one_query"].op, None
+@pytest.mark.parametrize("name", ["attention_growing", "attention_one_query"])
+def test_keys_of_any_length_have_one_machine_code(name, mask):
+    op, before = implementations()[name].op, None
     for L in (1, 16, 17, 300, 2048, 2049, 40000):
-        args, _ = kernel_cases.one_query(2, 16, 4, 256, L, BF16, mask=mask)()
+        args, _ = getattr(kernel_cases, name.removeprefix("attention_"))(2, 16, 4, 256, L, BF16, mask=mask)()
         op(*pytree.tree_map_only(torch.Tensor, torch.Tensor.cuda, args))
         before = before or loaded()
         assert loaded() == before, L
 
 
-AHEAD = [c for c in kernel_cases.CASES if str(c) in ("attention_decode-bf16", "attention_one_query-no-gate")]
+ATTENTION = ("attention_decode-bf16", "attention_growing-seven-queries", "attention_one_query-no-gate")
+AHEAD = [c for c in kernel_cases.CASES if str(c) in ATTENTION]
 AHEAD += [c for c in REAL if c.label == "real-B2" and c.op in ("causal_conv_update", "mixer_decode")]
 
 
@@ -272,11 +343,11 @@ def check_overlap(chain, inputs, states, tolerance):
 
     Args:
         chain: of calls of its first argument, one of the functions above, on inputs and states; returns a tensor.
-        inputs: tensors in lists and tuples.
+        inputs: tensors and numbers in lists and tuples.
         states: tensors that are written in place.
         tolerance: error relative to the references in float64, of the result and of all states together.
     """
-    inputs, states = pytree.tree_map(torch.Tensor.cuda, (inputs, states))
+    inputs, states = pytree.tree_map_only(torch.Tensor, torch.Tensor.cuda, (inputs, states))
     ours, theirs = [s.clone() for s in states], [s.clone() for s in states]
     want = chain(one_by_one, inputs, theirs)
     chain(overlapped, inputs, ours)
@@ -289,7 +360,7 @@ def check_overlap(chain, inputs, states, tolerance):
         graph.replay()
         assert torch.equal(got, want)
         assert all(map(torch.equal, ours, theirs))
-    inputs, states = pytree.tree_map(torch.Tensor.double, (inputs, states))
+    inputs, states = pytree.tree_map_only(torch.Tensor, lambda t: t.double() if t.is_floating_point() else t, (inputs, states))
     exact = chain(meant, inputs, states)
     assert relative(got, exact) < tolerance
     if states:
@@ -363,6 +434,27 @@ def test_overlapping_mixers_wait_for_each_other(B, heads, dtype, tolerance):
         return x
 
     check_overlap(chain, inputs, states, tolerance)
+
+
+@pytest.mark.parametrize("B", [1, 4])
+def test_overlapping_attention_copies_a_cache_that_grows_into_memory_that_was_just_read(B):
+    """Of keys, values and partial sums that nobody keeps: the allocator hands it out again before a kernel has read it."""
+    H, HKV, D, L, count = 8, 2, 128, 700, 12
+    torch.manual_seed(0)
+    calls = [kernel_cases.growing(B, H, HKV, D, L, BF16, R=64, mask=False)()[0] for _ in range(count)]
+    # gate, q_norm_weight, k_norm_weight, cos, sin, keys, values
+    layers = [(*call[3:6], *call[8:12]) for call in calls]
+    inputs = torch.randn(B, 1, H * D).to(BF16), weights(count, (H + 2 * HKV) * D, H * D, BF16), layers
+
+    def chain(call, inputs, states):
+        x, projections, layers = inputs
+        for w, (*gate_and_norms, cos, sin, keys, values) in zip(projections, layers, strict=True):
+            q, k, v = call("fused_linear", x, [w]).unflatten(-1, (-1, D)).split([H, HKV, HKV], 2)
+            longer = call("attention_growing", q, k, v, *gate_and_norms, 1e-6, 1.0, cos, sin, keys, values, None, D**-0.5)
+            x = longer[0]
+        return torch.cat([t.flatten() for t in longer])
+
+    check_overlap(chain, inputs, [], 5e-2)
 
 
 def test_state_is_written_in_place_by_compiled_code():

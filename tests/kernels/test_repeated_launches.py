@@ -17,17 +17,30 @@ from gdnfuse.report import Refused
 class Kernel:
     """In place of a kernel: notes what it is launched with, as what it is compiled to does."""
 
-    def __init__(self, kernel, noted):
+    def __init__(self, kernel, noted, codes=None):
+        self.codes = {} if codes is None else codes
         self.arg_names, self.params, self.name, self.noted = kernel.arg_names, kernel.params, kernel.__name__, noted
 
     def __getitem__(self, grid):
         def launch(*args, **kwargs):
             given = dict(zip(self.arg_names, args, strict=False)) | kwargs
-            compiled = Compiled(self, {name: value for name, value in kwargs.items() if name not in self.arg_names})
-            compiled[(*grid, 1, 1)[:3]](*(given.get(p.name, p.default) for p in self.params))
+            options = {name: value for name, value in kwargs.items() if name not in self.arg_names}
+            arguments = [given.get(p.name, p.default) for p in self.params]
+            code = self.name, str(options), *map(specialised, self.params, arguments)
+            compiled = self.codes.setdefault(code, Compiled(self, options))
+            compiled[(*grid, 1, 1)[:3]](*arguments)
             return compiled
 
         return launch
+
+
+def specialised(parameter, x):
+    """What Triton makes a machine code for, of an argument."""
+    if isinstance(x, torch.Tensor):
+        return x.dtype, x.data_ptr() % 16 == 0
+    if parameter.is_constexpr or not isinstance(x, int) or isinstance(x, bool):
+        return x if parameter.is_constexpr or x is None else type(x)
+    return x < 2**31, None if parameter.do_not_specialize else (x == 1, x % 16 == 0)
 
 
 class Compiled:
@@ -112,6 +125,33 @@ def check(op, args, kwargs):
         assert noted_call(replayed, noted, args, kwargs) == noted_call(launch, noted, args, kwargs) and noted
     (recorded,) = replayed.layouts.values()
     return type(recorded) is Recorded
+
+
+@pytest.mark.parametrize("wrap", [lambda t: t, lambda t: t.transpose(1, 2).contiguous().transpose(1, 2)], ids=["heads", "tokens"])
+@pytest.mark.parametrize("options", [{}, {"mask": False}, {"shared": True, "gate": False}], ids=str)
+@pytest.mark.parametrize("name", ["attention_growing", "attention_one_query"])
+def test_keys_that_grow(name, options, wrap, monkeypatch):
+    """Three lengths are recorded, and repeated at all others, with what the launch hands on at those."""
+    implementation, noted, codes = implementations()[name], [], {}
+
+    def launch(*args, **kwargs):
+        if _stand_in.get():
+            return implementation.launch(*args, **kwargs)
+        with _standing_in(lambda kernel: Kernel(kernel, noted, codes)):
+            return implementation.launch(*args, **kwargs)
+
+    stand_in = lambda noting: _standing_in(lambda kernel: noting(Kernel(kernel, noted, codes)))  # noqa: E731
+    replayed = Replayed(launch, stand_in, implementation.replayed.grows)
+    replayed.names = implementation.replayed.names
+    make = getattr(kernel_cases, name.removeprefix("attention_"))
+    for B, H, HKV, D in ((2, 8, 2, 32), (1, 3, 1, 64)):
+        for L in (7, 8, 9, 10, 400, 3, 33, 8):
+            args, kwargs = make(B, H, HKV, D, L, kernel_cases.BF16, wrap=wrap, **options)()
+            with monkeypatch.context() as patch:
+                if L > 10 or L == 3:
+                    patch.setattr(replayed, "_by_layout", None)
+                assert noted_call(replayed, noted, args, kwargs) == noted_call(launch, noted, args, kwargs) and noted
+    assert len(codes) == 4  # two kernels at each size; no length asks for another
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

@@ -3,6 +3,7 @@
 import itertools
 import subprocess
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import kernel_cases
@@ -38,6 +39,11 @@ def two_queries():
 def keys_in_half_precision():
     (q, keys, *rest), _ = kernel_cases.one_query(1, 2, 2, 8, 4)()
     return (q, keys.half(), *rest), {}
+
+
+def cache_in_half_precision():
+    args, _ = kernel_cases.growing(1, 2, 2, 8, 4)()
+    return (*args[:10], args[10].half(), *args[11:]), {}
 
 
 REFUSED = [
@@ -111,6 +117,11 @@ REFUSED = [
     ("attention_decode", kernel_cases.attention(1, 2, 2, 300, 4), "D must be at most 256, got 300."),
     ("attention_decode", kernel_cases.attention(1, 2, 2, 8, 4, R=3), "R must be even, got 3."),
     ("attention_decode", kernel_cases.attention(1, 2, 2, 8, 4, F64), "q must be float32, bfloat16 or float16, got float64."),
+    ("attention_growing", kernel_cases.growing(1, 3, 2, 8, 4), "H must be a multiple of HKV, got H = 3 and HKV = 2."),
+    ("attention_growing", kernel_cases.growing(1, 2, 2, 300, 4), "D must be at most 256, got 300."),
+    ("attention_growing", kernel_cases.growing(1, 2, 2, 8, 4, R=3), "R must be even, got 3."),
+    ("attention_growing", kernel_cases.growing(1, 2, 2, 8, 4, F64), "q must be float32, bfloat16 or float16, got float64."),
+    ("attention_growing", cache_in_half_precision, "q, keys and values must have one dtype, got torch.float32, torch.float16"),
     ("attention_one_query", kernel_cases.one_query(1, 3, 2, 8, 4), "H must be a multiple of HKV, got H = 3 and HKV = 2."),
     ("attention_one_query", kernel_cases.one_query(1, 2, 2, 300, 4), "D must be at most 256, got 300."),
     ("attention_one_query", kernel_cases.one_query(1, 2, 2, 8, 4, F64), "q must be float32, bfloat16 or float16, got float64."),
@@ -167,6 +178,33 @@ def test_symbolic_linears_are_refused(symbolic, sentence):
     with mode, pytest.raises(Refused, match=sentence):
         implementations()["fused_linear"].supports(fake("x", args[0]), [fake("weight", args[1][0])])
     assert not mode.shape_env.guards
+
+
+def test_the_length_of_a_cache_may_be_symbolic_where_it_grows_and_not_where_it_is_written():
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    for op, refused in (("attention_growing", False), ("attention_decode", True)):
+        args, _ = dialect.OPS[op].examples()[0]
+        names = kernel_cases.meaning(op).arg_names
+
+        def fake(name, x):
+            sizes = [DimDynamic.DUCK if name in ("keys", "values") and i == 2 else DimDynamic.STATIC for i in range(x.ndim)]
+            return mode.from_tensor(x, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))
+
+        fakes = [fake(n, x) if isinstance(x, torch.Tensor) else x for n, x in zip(names, args, strict=True)]
+        with mode, pytest.raises(Refused, match="L must be static") if refused else nullcontext():
+            implementations()[op].supports(*fakes)
+    assert not mode.shape_env.guards
+
+
+@pytest.mark.parametrize("op", ["attention_growing", "attention_one_query"])
+def test_lengths_that_differ_are_an_error(op):
+    """Symbols of different names may be one number, which shows when they are called with."""
+    args, _ = kernel_cases.CASES[[c.op for c in kernel_cases.CASES].index(op)].call()
+    at = kernel_cases.meaning(op).arg_names.index("values")
+    with pytest.raises(ValueError, match="must be of one length"):
+        implementations()[op].launch(*args[:at], args[at][:, :, 1:], *args[at + 1 :])
+    with pytest.raises(ValueError, match="must be of one length"):
+        implementations()[op].launch(*args[: at - 1], *(x[:, :, 1:] for x in args[at - 1 : at + 1]), *args[at + 1 :])
 
 
 def test_a_norm_of_symbolic_width_is_refused():

@@ -152,15 +152,16 @@ def test_attention_on_a_cache_that_grows_is_one_op_in_a_graph_for_all_lengths(ba
     assert zoo.relative(zoo.decode(compiled(ours), a, mask, tokens), zoo.decode(model, e, mask, tokens)) < 1e-5
     for mine, theirs in zip(a.layers, e.layers, strict=True):
         if isinstance(getattr(mine, "keys", None), torch.Tensor):
-            assert mine.keys.shape[-2] == 45
+            assert mine.keys.shape[-2] == mine.values.shape[-2] == 45
             assert zoo.relative(mine.keys, theirs.keys) < 1e-5 and zoo.relative(mine.values, theirs.values) < 1e-5
     assert len(decode_reports()) == 2  # one for the first length, and one for all others
     for report in decode_reports():
-        lifted = [r for r in report.all_records if r.rule == "attention_one_query" and r.stage == "lift"]
+        lifted = [r for r in report.all_records if r.rule == "attention_growing" and r.stage == "lift"]
         assert [r.status for r in lifted] == ["fired"] * (len(ours.config.layer_types) - zoo.GDN_LAYERS)
+        assert not [r for r in report.all_records if r.rule == "attention_one_query"]
         (attention,) = [b for b in report.blocks if b.kind == "full attention"]
         after = [o.op for o in report.structures[attention.after]]
-        assert "attention_one_query" in after and "scaled_dot_product_attention" not in after
+        assert "attention_growing" in after and not {"scaled_dot_product_attention", "cat"} & set(after)
 
 
 def test_inductor_on_cpu():

@@ -34,7 +34,7 @@ def test_fires_and_writes_the_cache_as_eager_does(batch, padded):
     (report,) = gdnfuse.reports()
     attention = [layer for layer in model.config.layer_types if layer == "full_attention"]
     assert [r.status for r in records(report)] == [Status.FIRED] * len(attention) and attention
-    assert records(report, "attention_one_query") == []
+    assert records(report, "attention_growing") == records(report, "attention_one_query") == []
     assert "scaled_dot_product_attention" not in report_code(model, batch, padded)
 
 
@@ -47,12 +47,13 @@ def report_code(model, batch, padded):
 
 
 @torch.no_grad()
-def test_a_cache_that_grows_is_left_alone():
+def test_a_cache_that_grows_is_left_to_another_rule():
     model = zoo.causal_lm()
     cache, mask = zoo.prefill(model, 1, "dynamic")
     zoo.decode(compiled(model), cache, mask, zoo.tokens_for(1, 1))
     found = records(gdnfuse.reports()[0])
     assert found and all(r.status is Status.UNMATCHED and "in a cache of fixed size" in r.reason for r in found)
+    assert [r.status for r in records(gdnfuse.reports()[0], "attention_growing")] == [Status.FIRED] * len(found)
 
 
 @torch.no_grad()

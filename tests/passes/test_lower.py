@@ -11,6 +11,7 @@ import gdnfuse
 from gdnfuse import huggingface
 from gdnfuse.dialect import OPS
 from gdnfuse.dialect import attention_decode as attention_op
+from gdnfuse.dialect import attention_growing as growing_op
 from gdnfuse.dialect import mixer_decode as mixer_op
 from gdnfuse.dialect import packed_decode as rule_op
 from gdnfuse.kernels.linear_configs import FILLED, split
@@ -457,6 +458,10 @@ def attention_call():
     return attention_op.example_call(1, 4, 2, 8, 5, R=4, filled=3, padded=1)
 
 
+def growing_call():
+    return growing_op.example_call(1, 4, 2, 8, 5, R=4)
+
+
 def rule_call():
     mixed, a, b, A_log, dt_bias, state = rule_op.example_tensors(1, 1, 2, 4, 6)
     return (mixed, a, b, A_log, dt_bias, state, 0.5, 1e-6), {}
@@ -472,11 +477,13 @@ STATEFUL = {
     "mixer_decode ": (lambda: mixer_op.example_call(1, 1, 2, 4, 6), 6),
 }
 STATES = pytest.mark.parametrize("name", STATEFUL)
+# And one that reads early what it does not write.
+CALLS = {**STATEFUL, "attention_growing": (growing_call, 10)}
 
 
 def stateful(name, change=lambda s: s, before=lambda s: None, after=lambda s: None, at=None):
     """A kernel behind a linear, that is given `change` of its state (or of its argument `at`), and what it is called with."""
-    make, state = STATEFUL[name]
+    make, state = CALLS[name]
     given, _ = make()
     at = state if at is None else at
 
@@ -582,7 +589,7 @@ def test_states_that_share_memory_may_not_be_read_early():
 
 # What else these kernels read early and do not write.
 EARLY = [("causal_conv_update", 2), ("causal_conv_update", 3), ("packed_decode", 3), ("packed_decode", 4)]
-EARLY += [("mixer_decode", at) for at in (2, 3, 4, 5)]
+EARLY += [("mixer_decode", at) for at in (2, 3, 4, 5)] + [("attention_growing", at) for at in (10, 11)]
 
 
 @pytest.mark.parametrize(("name", "at"), EARLY)

@@ -2,6 +2,7 @@
 
 from gdnfuse.passes.lift import (
     attention_decode,
+    attention_growing,
     attention_one_query,
     causal_conv_update,
     chunk_delta_rule,
@@ -14,7 +15,7 @@ from gdnfuse.passes.lift import (
 )
 
 # l2norm stands before the rules that read it, and the chunked rule before the other, whose anchor is any copy into a state;
-# of two rules of attention the first takes more in;
+# of the rules of attention the first two take more in than the last;
 # siblings come last so that their slices are what the others read.
 RULES = [
     l2norm.RULE,
@@ -25,6 +26,7 @@ RULES = [
     gated_rms_norm.RULE,
     rms_norm.RULE,
     attention_decode.RULE,
+    attention_growing.RULE,
     attention_one_query.RULE,
     packed_linear.RULE,
 ]

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import functools
+from types import SimpleNamespace
+from typing import Any
 
 import torch
+from torch.fx import Node
 
 from gdnfuse.dialect import attention_decode, rms_norm
 from gdnfuse.passes.lift.attention_one_query import (
     SEEN_EVERY,
+    as_is,
     back_to,
     gated,
     mask_of,
@@ -39,57 +43,18 @@ class LiftAttentionDecode(Rule):
         yield from one_query(graph)
 
     def match(self, anchor):
-        B, H, _, D = value(anchor.args[0]).shape
         keys, values = (_cache(anchor.args[i], name) for i, name in ((1, "keys"), (2, "values")))
         wrote_k, wrote_v = (_write(cache, name) for cache, name in ((keys, "keys"), (values, "values")))
-        HKV = value(keys).shape[1]
-        k, cos, sin = _rope(wrote_k.args[3], "k")
-        q, q_cos, q_sin = _rope(anchor.args[0], "q")
-        for name, mine, other in (("cos", q_cos, cos), ("sin", q_sin, sin)):
-            if peel(mine) is not peel(other):
-                raise Mismatch(mine, f"the {name} that k is turned with, {other}", str(mine))
         if wrote_v.args[2] is not wrote_k.args[2]:
             raise Mismatch(wrote_v, f"values written at {wrote_k.args[2]}, as keys are", str(wrote_v.args[2]))
-        norms = {}
-        for name, x in (("q", q), ("k", k)):
-            if op_name(node := peel(x)) == "gdnfuse.rms_norm":
-                norms[name] = rms_norm.op.bind(node.args, node.kwargs)
-        if len(norms) == 1 or norms and any(norms["q"][key] != norms["k"][key] for key in ("eps", "offset")):
-            raise Mismatch(anchor, "the same norm of q and k", str({n: (x["eps"], x["offset"]) for n, x in norms.items()}))
-        for name, norm in norms.items():
-            if (width := value(norm["weight"]).shape[-1]) != D:
-                raise Refused(f"{name} must be normalised head by head, {D} columns each, found a norm of {width}.", at=anchor)
-        out, gate = gated(anchor)
-        R = value(cos).shape[-1]
-        operands = {
-            "q": bring(norms["q"]["x"] if norms else q, (B, 1, H, D), "q"),
-            "k": bring(norms["k"]["x"] if norms else k, (B, 1, HKV, D), "k"),
-            "v": bring(wrote_v.args[3], (B, 1, HKV, D), "v"),
-            "cos": bring(cos, (value(cos).shape[0], 1, R), "cos"),
-            "sin": bring(sin, (value(sin).shape[0], 1, R), "sin"),
-        }
-        if gate is not None:
-            operands["gate"] = bring(gate, (B, 1, H, D), "gate")
-        if norms:
-            operands |= {f"{n}_norm_weight": Operand(norms[n]["weight"], lambda x: x) for n in ("q", "k")}
-        if is_tensor(mask := mask_of(anchor)):
-            operands["mask"] = Operand(mask, lambda x: x)
-        operands |= {"keys": Operand(keys, lambda x: x), "values": Operand(values, lambda x: x)}
-        operands["position"] = Operand(wrote_k.args[2], lambda x: x)
-        L = value(keys).shape[2]
+        operands, out, data = one_token(anchor, wrote_k.args[3], wrote_v.args[3], value(keys).shape[1])
+        operands |= {"keys": as_is(keys), "values": as_is(values), "position": as_is(wrote_k.args[2])}
         return Match(
             {name: o.node for name, o in operands.items()},
             [out],
             writes={"keys": wrote_k, "values": wrote_v},
-            data={
-                "how": {name: o.how for name, o in operands.items()},
-                "eps": norms["q"]["eps"] if norms else 0.0,
-                "offset": norms["q"]["offset"] if norms else 0.0,
-                "scale": scale_of(anchor),
-                "back": back_to(out, H, D),
-                "sdpa": anchor,
-            },
-            samplers={"mask": some, "position": functools.partial(_anywhere, L)},
+            data={**data, "how": {name: o.how for name, o in operands.items()}},
+            samplers={"mask": some, "position": functools.partial(_anywhere, value(keys).shape[2])},
         )
 
     def check(self, m):
@@ -102,15 +67,68 @@ class LiftAttentionDecode(Rule):
         require_dtype_of_q(m, "k", "v", "keys", "values", "gate")
 
     def rewrite(self, m, t):
-        how = m.data["how"]
-        given = {name: how[name](getattr(t, name)) if name in how else None for name in TENSORS}
-        given |= {"norm_eps": m.data["eps"], "norm_offset": m.data["offset"], "scale": m.data["scale"]}
-        return m.data["back"](call(attention_decode.op.overload, **given))
+        return m.data["back"](call(attention_decode.op.overload, **given(m, t)))
 
 
-TENSORS = (
-    "q", "k", "v", "gate", "q_norm_weight", "k_norm_weight", "cos", "sin", "keys", "values", "position", "mask",
-)  # fmt: skip
+def one_token(anchor: Node, new_k: Node, new_v: Node, HKV: Any) -> tuple[dict[str, Operand], Node, dict[str, Any]]:
+    """What attention of one token is made of, up to its cache.
+
+    Args:
+        anchor: attention with one query.
+        new_k, new_v: what goes into the cache, k turned.
+        HKV: key heads.
+
+    Returns:
+        The operands of attention_decode but for keys, values and position; the end of the attention; data for `given`.
+
+    Raises:
+        Mismatch, Refused: q and k are not normed and turned alike.
+    """
+    B, H, _, D = value(anchor.args[0]).shape
+    k, cos, sin = _rope(new_k, "k")
+    q, q_cos, q_sin = _rope(anchor.args[0], "q")
+    for name, mine, other in (("cos", q_cos, cos), ("sin", q_sin, sin)):
+        if peel(mine) is not peel(other):
+            raise Mismatch(mine, f"the {name} that k is turned with, {other}", str(mine))
+    norms = {}
+    for name, x in (("q", q), ("k", k)):
+        if op_name(node := peel(x)) == "gdnfuse.rms_norm":
+            norms[name] = rms_norm.op.bind(node.args, node.kwargs)
+    if len(norms) == 1 or norms and any(norms["q"][key] != norms["k"][key] for key in ("eps", "offset")):
+        raise Mismatch(anchor, "the same norm of q and k", str({n: (x["eps"], x["offset"]) for n, x in norms.items()}))
+    for name, norm in norms.items():
+        if (width := value(norm["weight"]).shape[-1]) != D:
+            raise Refused(f"{name} must be normalised head by head, {D} columns each, found a norm of {width}.", at=anchor)
+    out, gate = gated(anchor)
+    R = value(cos).shape[-1]
+    operands = {
+        "q": bring(norms["q"]["x"] if norms else q, (B, 1, H, D), "q"),
+        "k": bring(norms["k"]["x"] if norms else k, (B, 1, HKV, D), "k"),
+        "v": bring(new_v, (B, 1, HKV, D), "v"),
+        "cos": bring(cos, (value(cos).shape[0], 1, R), "cos"),
+        "sin": bring(sin, (value(sin).shape[0], 1, R), "sin"),
+    }
+    if gate is not None:
+        operands["gate"] = bring(gate, (B, 1, H, D), "gate")
+    if norms:
+        operands |= {f"{n}_norm_weight": as_is(norms[n]["weight"]) for n in ("q", "k")}
+    if is_tensor(mask := mask_of(anchor)):
+        operands["mask"] = as_is(mask)
+    data = {
+        "eps": norms["q"]["eps"] if norms else 0.0,
+        "offset": norms["q"]["offset"] if norms else 0.0,
+        "scale": scale_of(anchor),
+        "back": back_to(out, H, D),
+        "sdpa": anchor,
+    }
+    return operands, out, data
+
+
+def given(m: Match, t: SimpleNamespace) -> dict[str, Any]:
+    """The arguments of the op, by name, of a match whose data are those of `one_token` and `how` its operands are brought."""
+    tensors = {name: how(getattr(t, name)) for name, how in m.data["how"].items()}
+    numbers = {"norm_eps": m.data["eps"], "norm_offset": m.data["offset"], "scale": m.data["scale"]}
+    return {**dict.fromkeys(("gate", "q_norm_weight", "k_norm_weight", "mask")), **tensors, **numbers}
 
 
 def _anywhere(length, shape, generator):

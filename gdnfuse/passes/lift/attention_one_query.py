@@ -36,11 +36,11 @@ class LiftAttentionOneQuery(Rule):
         keys, values = (without_copies(node) for node in anchor.args[1:3])
         L = value(keys).shape[-2]
         out, gate = gated(anchor)
-        operands = {name: Operand(n, lambda x: x) for name, n in (("q", anchor.args[0]), ("keys", keys), ("values", values))}
+        operands = {"q": as_is(anchor.args[0]), "keys": as_is(keys), "values": as_is(values)}
         if gate is not None:
             operands["gate"] = bring(gate, (B, 1, H, D), "gate")
         if is_tensor(mask := mask_of(anchor)):
-            operands["mask"] = Operand(mask, lambda x: x)
+            operands["mask"] = as_is(mask)
         return Match(
             {name: o.node for name, o in operands.items()},
             [out],
@@ -56,25 +56,21 @@ class LiftAttentionOneQuery(Rule):
         )
 
     def check(self, m):
-        anchor, keys = m.data["sdpa"], value(m.inputs["keys"])
+        anchor = m.data["sdpa"]
         require_plain(anchor, m)
-        B, H, _, D = value(anchor.args[0]).shape
-        HKV = keys.shape[1] if keys.ndim == 4 else "HKV"
-        for name in ("keys", "values"):
-            wanted, found = (B, HKV, keys.shape[-2], D), value(m.inputs[name]).shape
-            if not _shaped(found, wanted, 2):
-                raise Refused(f"{name} must have the shape {shown(wanted)}, found {shown(found)}.", at=anchor)
-        if not all(isinstance(n, int) for n in (H, HKV, D)) or H % HKV:
-            raise Refused(f"Heads must be numbers, H a multiple of HKV, found H = {H}, HKV = {HKV} and D = {D}.", at=anchor)
-        size = math.prod(hint(n) for n in (B, HKV, keys.shape[2] if m.small is None else m.small, D))
-        if size > PROVED:
-            raise Refused(f"The keys must have at most {PROVED} elements to be proved, found {size}.", at=anchor)
+        require_heads(anchor, m)
+        require_provable(anchor, m)
         require_dtype_of_q(m, "keys", "values", "gate")
 
     def rewrite(self, m, t):
         given = {name: how(getattr(t, name)) for name, how in m.data["how"].items()}
         y = call(attention_one_query.op.overload, **{"gate": None, "mask": None, **given, "scale": m.data["scale"]})
         return m.data["back"](y)
+
+
+def as_is(node):
+    """An operand that has the layout an op wants."""
+    return Operand(node, lambda x: x)
 
 
 def one_query(graph):
@@ -143,10 +139,32 @@ def require_plain(anchor, m):
         raise Refused(f"The mask must be {shown((B, 1, 1, L))} or {shown((1, 1, 1, L))} of bool, found {found}.", at=anchor)
 
 
+def require_heads(anchor, m):
+    """Refuse keys and values that are not [B, HKV, L, D], H a multiple of HKV."""
+    keys = value(m.inputs["keys"])
+    B, H, _, D = value(anchor.args[0]).shape
+    HKV = keys.shape[1] if keys.ndim == 4 else "HKV"
+    for name in ("keys", "values"):
+        wanted, found = (B, HKV, keys.shape[-2], D), value(m.inputs[name]).shape
+        if not _shaped(found, wanted, 2):
+            raise Refused(f"{name} must have the shape {shown(wanted)}, found {shown(found)}.", at=anchor)
+    if not all(isinstance(n, int) for n in (H, HKV, D)) or H % HKV:
+        raise Refused(f"Heads must be numbers, H a multiple of HKV, found H = {H}, HKV = {HKV} and D = {D}.", at=anchor)
+
+
+def require_provable(anchor, m):
+    """Refuse keys too long for a proof."""
+    B, HKV, L, D = value(m.inputs["keys"]).shape
+    size = math.prod(hint(n) for n in (B, HKV, L if m.small is None else m.small, D))
+    if size > PROVED:
+        raise Refused(f"The keys must have at most {PROVED} elements to be proved, found {size}.", at=anchor)
+
+
 def require_dtype_of_q(m, *names):
     """Refuse an operand, or a result, of another dtype than q's."""
     dtype = value(m.inputs["q"]).dtype
-    for name, node in [(n, m.inputs[n]) for n in names if n in m.inputs] + [("The result", m.outputs[0])]:
+    results = zip(("The result", "The keys", "The values"), m.outputs, strict=False)
+    for name, node in [*((n, m.inputs[n]) for n in names if n in m.inputs), *results]:
         if (found := value(node).dtype) != dtype:
             raise Refused(f"{name} must have the dtype of q, {dtype}, found {found}.", at=node)
 
