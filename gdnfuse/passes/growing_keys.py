@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch._prims_common import is_contiguous_or_false
 from torch.fx import Graph, Node
 
 from gdnfuse.passes.lift.attention_one_query import without_copies
@@ -40,9 +39,10 @@ def lay_out(graph: Graph, places: Sequence[int]) -> None:
     results = list(output.args[0])
     held = Counter(storage(n) for n in [*graph.find_nodes(op="placeholder"), *(n for n in results if isinstance(n, Node))])
     for i in places:
-        if not is_contiguous_or_false(value(results[i])) and held[storage(results[i])] == 1:
+        if held[storage(results[i])] == 1:
             with graph.inserting_before(output):
-                copied = graph.call_method("contiguous", (results[i],))
+                # Also where they seem to be: Inductor lays out what follows empty keys as it came.
+                copied = graph.call_method("clone", (results[i],), {"memory_format": torch.contiguous_format})
             copied.meta |= kept(results[i]) | {"example_value": infer(copied)}
             results[i] = copied
     output.args = (type(output.args[0])(results),)

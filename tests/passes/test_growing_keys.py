@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from torch._dynamo.backends.registry import lookup_backend
 
 from gdnfuse.passes.growing_keys import growing_keys, lay_out, mark
 from tests.rewrite.captured import Captured
@@ -65,9 +66,28 @@ def test_they_are_contiguous_behind_a_prompt_as_behind_a_step():
     g.gm.graph.lint()
     g.gm.recompile()
     results = g.gm(x, weight)
-    assert found == [0, 1, 5, 6] and len(g.gm.graph.nodes) == before + 1
+    assert found == [0, 1, 5, 6] and len(g.gm.graph.nodes) == before + 2
     assert [results[i].is_contiguous() for i in (0, 1, 5, 6)] == [True, True, False, False]
     assert all(map(torch.equal, results, wanted)) and results[4].data_ptr() == results[5].data_ptr()
+
+
+def test_behind_empty_keys_they_are_contiguous_with_inductor_s_decompositions_too():
+    """Of a cat with nothing before it Inductor makes a copy that is laid out as what it copies."""
+
+    def attention(x, empty):
+        v = torch.cat([empty, heads(x.exp())], -2)
+        return v, F.scaled_dot_product_attention(heads(x), v, v)
+
+    args, laid_out = (torch.randn(B, T, HKV * D), torch.empty(0)), []
+    for places in ([], [0]):
+        gm = Captured(attention, *args).gm
+        lay_out(gm.graph, places)
+        gm.recompile()
+        with torch.no_grad():
+            results = lookup_backend("aot_eager_decomp_partition")(gm, list(args))(*args)
+        laid_out.append(results[0].is_contiguous())
+        assert torch.equal(results[0], heads(args[0].exp()))
+    assert laid_out == [False, True]
 
 
 def test_the_mark_is_a_hint():
