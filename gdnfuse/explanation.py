@@ -22,6 +22,7 @@ from torch._dynamo import utils as dynamo
 from gdnfuse.backend import rewritten_copy
 from gdnfuse.huggingface import apart, by_phase
 from gdnfuse.options import Options
+from gdnfuse.passes.growing_keys import growing_keys, mark
 from gdnfuse.report import GdnfuseError, GraphReport
 
 SCHEMA = "gdnfuse.explanation/1"
@@ -171,7 +172,14 @@ def explain(call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanati
     def backend(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         reports.append(GraphReport(len(reports), inner="eager"))
         rewritten_copy(gm, inputs, Options(inner="eager"), reports[-1], plan=True)
-        return gm.forward
+        growing = growing_keys(gm.graph) if reports[-1].phase == "prefill" else []
+
+        def call(*args: Any) -> Any:
+            results = gm.forward(*args)
+            mark(results, growing)
+            return results
+
+        return call
 
     model = _model_of(call)
     names = {f"{phase}_{next(_calls)}": phase for phase in ("decode steps", "prompts")}
@@ -184,7 +192,7 @@ def explain(call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanati
             uncompiled = model._compiled_call_impl is None and "forward" not in vars(model)
             decode, first = (torch.compile(apart(model._call_impl, name), backend=backend) for name in names)
             with _attributes_of(model):
-                model._compiled_call_impl = by_phase(decode, first)
+                model._compiled_call_impl = by_phase(decode, first, any_length=True)
                 if call is not model:
                     # Where generate compiles the decode step for itself, it would not be with this backend.
                     kwargs = {"disable_compile": True, **kwargs}

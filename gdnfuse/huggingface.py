@@ -49,7 +49,8 @@ def compile(
         model: a causal language model of transformers.
         mode: one of Inductor's. None means "reduce-overhead" (CUDA graphs) where `generate` uses a static cache, and "default"
             elsewhere.
-        fullgraph, dynamic: as in `torch.compile`.
+        fullgraph: as in `torch.compile`.
+        dynamic: as there, but that with None prompts and caches that grow are compiled for all lengths at once.
         prefill: compile calls that are no decode step too, or leave them eager. None means True, but False with `capture=False`:
             the rule would be unrolled into one graph for each length.
         state_dtype: of the recurrent states from their prompt on, see `set_state_dtype`; None leaves them as they are.
@@ -82,7 +83,7 @@ def compile(
         first = _preparing_caches(plain, fullgraph, state_dtype)
     if dynamic:
         decode, first = _with_numbers(decode), _with_numbers(first)
-    model._compiled_call_impl = by_phase(decode, first)
+    model._compiled_call_impl = by_phase(decode, first, any_length=dynamic is None)
     if getattr(model, "generation_config", None) is not None:
         from transformers import CompileConfig
 
@@ -129,24 +130,43 @@ def _no_cuda_graphs(mode: str | None, options: dict[str, Any]) -> dict[str, Any]
     return {"mode": None, "options": {**options, "inductor": {**settings, "triton.cudagraphs": False}}}
 
 
-def by_phase(decode: Callable[..., Any], first: Callable[..., Any]) -> Callable[..., Any]:
-    """Calls of one token on a filled cache go to `decode`, all others to `first`."""
+def by_phase(decode: Callable[..., Any], first: Callable[..., Any], any_length: bool = False) -> Callable[..., Any]:
+    """Calls of one token on a filled cache go to `decode`, all others to `first`.
+
+    With `any_length` either is compiled for prompts and caches of all lengths from its first call on. Dynamo alone compiles it for
+    the length that it meets first, and again at the second.
+    """
 
     def call(*args: Any, **kwargs: Any) -> Any:
         tokens = args[0] if args else kwargs.get("input_ids")
         tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
         cache = kwargs.get("past_key_values")
         step = tokens is not None and tokens.shape[1] == 1 and cache is not None and cache.is_initialized
-        mask = kwargs.get("attention_mask")
-        if step and isinstance(mask, torch.Tensor) and mask.ndim == 2 and not torch.compiler.is_compiling():
-            if not cache.is_compileable:
-                # Else the first step would be compiled for its length, the second for all; keys the backend marks. The mark
-                # goes to a view, because the tensor is the caller's.
-                kwargs["attention_mask"] = mask.view(mask.shape)
-                torch._dynamo.maybe_mark_dynamic(kwargs["attention_mask"], 1)
+        if any_length and not torch.compiler.is_compiling() and not (step and cache.is_compileable):
+            args, kwargs = _of_any_length(args, kwargs, LENGTHS_OF_STEP if step else LENGTHS)
         return (decode if step else first)(*args, **kwargs)
 
     return call
+
+
+# Which axis of what a model is called with is as long as the prompt, and of a step as the cache, whose keys the backend marks.
+LENGTHS = {"input_ids": 1, "inputs_embeds": 1, "attention_mask": 1, "position_ids": -1, "cache_position": -1}
+LENGTHS_OF_STEP = {"attention_mask": 1}
+
+
+def _of_any_length(args: Sequence[Any], kwargs: dict[str, Any], axes: dict[str, int]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same arguments, whose lengths Dynamo is told may change. The marks go to views, because the tensors are the caller's."""
+
+    def marked(name: str, x: Any) -> Any:
+        if not isinstance(x, torch.Tensor) or x.ndim == 0 or name == "attention_mask" and x.ndim != 2:
+            return x
+        x = x.view(x.shape)
+        torch._dynamo.maybe_mark_dynamic(x, axes[name] % x.ndim)
+        return x
+
+    named = {name: marked(name, x) if name in axes else x for name, x in kwargs.items()}
+    first = [marked("input_ids", args[0])] if args and "input_ids" in axes else args[:1]
+    return (*first, *args[1:]), named
 
 
 def _with_numbers(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -224,7 +244,7 @@ def _recurrent_states(cache: Any) -> list[tuple[dict[int, torch.Tensor], int]]:
     return [(states, i) for states in held for i, state in states.items() if isinstance(state, torch.Tensor)]
 
 
-# Two lengths: Dynamo makes one graph for the first and one for any length at the second.
+# Two lengths: with a static cache Dynamo makes one graph for the first and one for any length at the second.
 WARM_PROMPTS = (70, 83)
 
 

@@ -98,16 +98,24 @@ def test_generate_of_a_model_that_is_not_compiled(model):
 
 def test_a_cache_that_grows(model):
     found = gdnfuse.explain(model.generate, IDS, **GENERATE)
+    assert not found.recompiles and [r.phase for r in found.reports] == ["prefill", "decode"]
+
+
+BEAMS = {**GENERATE, "num_beams": 2}  # puts keys and values into other tensors between two steps
+
+
+def test_a_cache_that_grows_in_other_tensors(model):
+    found = gdnfuse.explain(model.generate, IDS, **BEAMS)
     (again,) = found.recompiles
     assert again.where == "decode steps" and "expected 5, actual 6" in again.cause
     assert "static" in again.fix
     # What the first explanation learned of changing sizes is not there for the second.
-    assert gdnfuse.explain(model.generate, IDS, **GENERATE).recompiles == [again]
+    assert gdnfuse.explain(model.generate, IDS, **BEAMS).recompiles == [again]
 
 
 def test_torch_gives_up(model):
     with torch._dynamo.config.patch(recompile_limit=1):
-        found = gdnfuse.explain(model.generate, IDS, **GENERATE)
+        found = gdnfuse.explain(model.generate, IDS, **BEAMS)
     (limit,) = found.recompiles
     assert limit.kind == "recompilation limit" and "recompile_limit" in limit.fix and "size mismatch" in limit.cause
     assert not found.breaks

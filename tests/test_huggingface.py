@@ -279,7 +279,7 @@ def test_every_preset_is_fused_in_every_layer(name):
 def test_warmup_compiles_all_that_generate_needs():
     model = gdnfuse.compile(zoo.causal_lm(), inner="eager")
     warm = gdnfuse.warmup(model, batch=2)
-    assert warm.graphs["prefill"] == 2 and 1 <= warm.graphs["decode"] <= 2 and warm.seconds > 0 and warm.kernels == {}
+    assert warm.graphs == {"prefill": 1, "decode": 1} and warm.seconds > 0 and warm.kernels == {}
     known = len(gdnfuse.reports())
     for length in (5, 64, 130):
         ids = zoo.prompt(2, length)[0]

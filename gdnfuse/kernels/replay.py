@@ -30,7 +30,7 @@ from gdnfuse.kernels.recorded import Differs, Launch, Recorded, Result, based, c
 MOST = 512  # layouts of one op that are kept: prompts have one per length
 MOST_MATCHES = 8  # layouts of one op that a call is compared with, one after another
 # Readings of a layout after which calls are compared with it, twice as many each time that another has to go for it.
-OFTEN = 256
+OFTEN = 64
 LENGTHS = 3  # at which a launch is recorded before all others are taken to be like it
 
 

@@ -16,7 +16,7 @@ from torch.fx import Graph, Node
 
 from gdnfuse.passes.lift.attention_one_query import without_copies
 from gdnfuse.rewrite.driver import infer
-from gdnfuse.rewrite.graph import chain, kept, op_name, same_shape, storage, value
+from gdnfuse.rewrite.graph import chain, kept, op_name, same_shape, storage, value, writes
 
 LENGTH = 2  # axis of keys and values [B, HKV, L, D]
 
@@ -30,7 +30,9 @@ def growing_keys(graph: Graph) -> list[int]:
             for given in node.args[1:3]:
                 held = without_copies(given)
                 found.update(n for n in chain(held) if value(n).ndim == 4 and same_shape(value(n).shape, value(held).shape))
-    return [i for i, n in enumerate(results) if n in found and n.op != "placeholder"]
+    # A cache of a fixed size may be made by its first prompt, which then writes into it.
+    written = {s for node in graph.nodes for s in writes(node)}
+    return [i for i, n in enumerate(results) if n in found and n.op != "placeholder" and storage(n) not in written]
 
 
 def lay_out(graph: Graph, places: Sequence[int]) -> None:

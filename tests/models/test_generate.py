@@ -65,24 +65,32 @@ def test_model_compile_takes_prefill_and_decode():
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_a_step_is_compiled_once_for_all_lengths(padded):
-    """Dynamo alone compiles it for the first length, and again for all."""
+def test_prompts_and_steps_are_compiled_once_for_all_lengths(padded):
+    """Dynamo alone compiles them for the first length, and again for all."""
     model = zoo.causal_lm()
     ours = gdnfuse.compile(copy.deepcopy(model), inner="eager")
-    wanted = generated(model, "greedy", padded=padded, cache_implementation="dynamic")
-    assert torch.equal(generated(ours, "greedy", padded=padded, cache_implementation="dynamic"), wanted)
+    for length in (7, 12, 70):
+        ids = torch.randint(0, 32, (2, length))
+        mask = torch.ones_like(ids)
+        mask[0, : 2 * padded] = 0
+        call = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False}
+        assert torch.equal(ours.generate(ids, **call), model.generate(ids, **call))
     assert [r.phase for r in gdnfuse.reports()] == ["prefill", "decode"]
     (record,) = [r for r in decode_reports()[0].all_records if r.rule == "attention_growing" and r.stage == "lift"]
     assert record.status is Status.FIRED
 
 
-def test_keys_of_a_fixed_length_are_not_marked():
+@pytest.mark.parametrize(("padded", "made"), [(True, "here"), (False, "before")])
+def test_keys_of_a_fixed_length_are_not_marked(padded, made):
     model = zoo.causal_lm()
     ours = gdnfuse.compile(copy.deepcopy(model), inner="eager")
-    ids, _ = zoo.prompt(2)
+    ids, mask = zoo.prompt(2, padded=padded)
+    mask = torch.ones_like(ids) if mask is None else mask
     for cache, marked in ((StaticCache(config=model.config, max_cache_len=32), False), (DynamicCache(config=model.config), True)):
         with torch.no_grad():
-            ours(ids, past_key_values=cache)
+            if made == "before":
+                model(ids[:, :2], attention_mask=mask[:, :2], past_key_values=cache)
+            ours(ids, attention_mask=torch.cat([mask[:, :2], mask], 1) if made == "before" else mask, past_key_values=cache)
         held = [x for layer in cache.layers for x in (getattr(layer, n, None) for n in ("keys", "values")) if x is not None]
         assert [bool(getattr(x, "_dynamo_weak_dynamic_indices", ())) for x in held if x.ndim == 4] == [marked] * 2
 
