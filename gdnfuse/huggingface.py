@@ -133,8 +133,8 @@ def _no_cuda_graphs(mode: str | None, options: dict[str, Any]) -> dict[str, Any]
 def by_phase(decode: Callable[..., Any], first: Callable[..., Any], any_length: bool = False) -> Callable[..., Any]:
     """Calls of one token on a filled cache go to `decode`, all others to `first`.
 
-    With `any_length` either is compiled for prompts and caches of all lengths from its first call on. Dynamo alone compiles it for
-    the length that it meets first, and again at the second.
+    With `any_length` either is compiled for prompts and caches of all lengths from its first call on. Dynamo alone compiles it
+    for the length that it meets first, and again at the second.
     """
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -154,8 +154,8 @@ LENGTHS = {"input_ids": 1, "inputs_embeds": 1, "attention_mask": 1, "position_id
 LENGTHS_OF_STEP = {"attention_mask": 1}
 
 
-def _of_any_length(args: Sequence[Any], kwargs: dict[str, Any], axes: dict[str, int]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The same arguments, whose lengths Dynamo is told may change. The marks go to views, because the tensors are the caller's."""
+def _of_any_length(args: tuple[Any, ...], kwargs: dict[str, Any], axes: dict[str, int]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same arguments, whose lengths Dynamo is told may change. Marks go to views, because the tensors are the caller's."""
 
     def marked(name: str, x: Any) -> Any:
         if not isinstance(x, torch.Tensor) or x.ndim == 0 or name == "attention_mask" and x.ndim != 2:
