@@ -65,10 +65,7 @@ def gdnfuse(
         _demand_fused(report, opts)
     if not report.rewritten or not report.all_records and not report.layers:
         return _inner(gm, example_inputs, opts, patches)
-    growing = growing_keys(gm.graph) if report.phase == "prefill" else []
-    with quiet_shapes(rewritten):
-        lay_out(rewritten.graph, growing)
-    return _finish(rewritten, example_inputs, packed, opts, patches, growing)
+    return _finish(rewritten, example_inputs, packed, opts, patches, _growing(gm, rewritten) if report.phase == "prefill" else [])
 
 
 def rewritten_copy(
@@ -197,6 +194,20 @@ def _demand_fused(report: GraphReport, opts: Options) -> None:
         for layer in report.layers:
             if not layer.fused:
                 raise GdnfuseError(f"strict: the GDN layer {layer.path} is not fused. {layer.why_not}")
+
+
+def _growing(gm: GraphModule, rewritten: GraphModule) -> list[int]:
+    """Which results of a prompt grow, laid out as a step leaves them; none where the user has each length compiled for itself."""
+    if not torch._dynamo.config.automatic_dynamic_shapes:
+        return []
+    try:
+        growing = growing_keys(gm.graph)
+        with quiet_shapes(rewritten):
+            lay_out(rewritten.graph, growing)
+    except Exception:
+        log.exception("gdnfuse could not tell which results of a prompt grow; its first step may be compiled twice")
+        return []
+    return growing
 
 
 def _finish(

@@ -20,7 +20,7 @@ import torch.utils._pytree as pytree
 from torch._dynamo import utils as dynamo
 
 from gdnfuse.backend import rewritten_copy
-from gdnfuse.huggingface import apart, by_phase
+from gdnfuse.huggingface import apart, by_phase, parameters_of
 from gdnfuse.options import Options
 from gdnfuse.passes.growing_keys import growing_keys, mark
 from gdnfuse.report import GdnfuseError, GraphReport
@@ -192,7 +192,7 @@ def explain(call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanati
             uncompiled = model._compiled_call_impl is None and "forward" not in vars(model)
             decode, first = (torch.compile(apart(model._call_impl, name), backend=backend) for name in names)
             with _attributes_of(model):
-                model._compiled_call_impl = by_phase(decode, first, any_length=True)
+                model._compiled_call_impl = by_phase(decode, first, parameters_of(model))
                 if call is not model:
                     # Where generate compiles the decode step for itself, it would not be with this backend.
                     kwargs = {"disable_compile": True, **kwargs}

@@ -6,11 +6,12 @@ transformers is imported inside the functions, so that importing this module sta
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -71,19 +72,19 @@ def compile(
     generate_mode = "reduce-overhead" if mode is None and parsed.inner == "inductor" else mode
     shared = {"backend": "gdnfuse", "fullgraph": fullgraph, "dynamic": dynamic}
 
-    plain = model._call_impl
+    plain, any_length = model._call_impl, dynamic is None
     decode, first = torch.compile(plain, **shared, **_mode_or_options(mode, options)), plain
     if prefill or prefill is None and parsed.capture:
         first = torch.compile(apart(plain), **shared, **_no_cuda_graphs(mode, options))
-        first = _preparing_caches(first, fullgraph, state_dtype)
+        first = _preparing_caches(first, fullgraph, state_dtype, any_length)
         if not fullgraph:
             # Where generate compiles this call itself (for prefill_chunk_size), a prompt still gets its own compilation.
             first = torch._dynamo.disable(first, recursive=False)
-    elif state_dtype is not None:
-        first = _preparing_caches(plain, fullgraph, state_dtype)
+    elif state_dtype is not None or any_length:
+        first = _preparing_caches(plain, fullgraph, state_dtype, any_length)
     if dynamic:
         decode, first = _with_numbers(decode), _with_numbers(first)
-    model._compiled_call_impl = by_phase(decode, first, any_length=dynamic is None)
+    model._compiled_call_impl = by_phase(decode, first, parameters_of(model) if any_length else ())
     if getattr(model, "generation_config", None) is not None:
         from transformers import CompileConfig
 
@@ -130,11 +131,11 @@ def _no_cuda_graphs(mode: str | None, options: dict[str, Any]) -> dict[str, Any]
     return {"mode": None, "options": {**options, "inductor": {**settings, "triton.cudagraphs": False}}}
 
 
-def by_phase(decode: Callable[..., Any], first: Callable[..., Any], any_length: bool = False) -> Callable[..., Any]:
+def by_phase(decode: Callable[..., Any], first: Callable[..., Any], any_length: Sequence[str] = ()) -> Callable[..., Any]:
     """Calls of one token on a filled cache go to `decode`, all others to `first`.
 
-    With `any_length` either is compiled for prompts and caches of all lengths from its first call on. Dynamo alone compiles it
-    for the length that it meets first, and again at the second.
+    With `any_length`, the names of their parameters, either is compiled for prompts and caches of all lengths from its first call
+    on. Dynamo alone compiles it for the length that it meets first, and again at the second.
     """
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -143,7 +144,7 @@ def by_phase(decode: Callable[..., Any], first: Callable[..., Any], any_length: 
         cache = kwargs.get("past_key_values")
         step = tokens is not None and tokens.shape[1] == 1 and cache is not None and cache.is_initialized
         if any_length and not torch.compiler.is_compiling() and not (step and cache.is_compileable):
-            args, kwargs = _of_any_length(args, kwargs, LENGTHS_OF_STEP if step else LENGTHS)
+            args, kwargs = _of_any_length(any_length, args, kwargs, LENGTHS_OF_STEP if step else LENGTHS)
         return (decode if step else first)(*args, **kwargs)
 
     return call
@@ -154,19 +155,31 @@ LENGTHS = {"input_ids": 1, "inputs_embeds": 1, "attention_mask": 1, "position_id
 LENGTHS_OF_STEP = {"attention_mask": 1}
 
 
-def _of_any_length(args: tuple[Any, ...], kwargs: dict[str, Any], axes: dict[str, int]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The same arguments, whose lengths Dynamo is told may change. Marks go to views, because the tensors are the caller's."""
+def _of_any_length(
+    parameters: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any], axes: dict[str, int]
+) -> tuple[list[Any], dict[str, Any]]:
+    """The same arguments, whose lengths Dynamo is told may change, but those of which the caller has told it something.
+
+    Marks go to views, because the tensors are the caller's.
+    """
 
     def marked(name: str, x: Any) -> Any:
-        if not isinstance(x, torch.Tensor) or x.ndim == 0 or name == "attention_mask" and x.ndim != 2:
+        if name not in axes or not isinstance(x, torch.Tensor) or any(mark.startswith("_dynamo") for mark in vars(x)):
+            return x
+        if x.ndim == 0 or name == "attention_mask" and x.ndim != 2:
             return x
         x = x.view(x.shape)
         torch._dynamo.maybe_mark_dynamic(x, axes[name] % x.ndim)
         return x
 
-    named = {name: marked(name, x) if name in axes else x for name, x in kwargs.items()}
-    first = [marked("input_ids", args[0])] if args and "input_ids" in axes else args[:1]
-    return (*first, *args[1:]), named
+    placed = [*map(marked, parameters, args), *args[len(parameters) :]]
+    return placed, {name: marked(name, x) for name, x in kwargs.items()}
+
+
+def parameters_of(model: torch.nn.Module) -> list[str]:
+    """The names of what a model may be given by position."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [p.name for p in inspect.signature(model.forward).parameters.values() if p.kind in kinds]
 
 
 def _with_numbers(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -181,26 +194,34 @@ def _with_numbers(fn: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _preparing_caches(fn: Callable[..., Any], fullgraph: bool, state_dtype: torch.dtype | None) -> Callable[..., Any]:
-    """Have the states that a prompt left kept in their dtype, and written by the CUDA graphs of later steps where they are."""
+def _preparing_caches(
+    fn: Callable[..., Any], fullgraph: bool, state_dtype: torch.dtype | None, any_length: bool
+) -> Callable[..., Any]:
+    """Have the states that a prompt left kept in their dtype, and written by the CUDA graphs of later steps where they are, and
+    keys and values that grow taken for ones of any length."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         out = fn(*args, **kwargs)
         if not (fullgraph and torch.compiler.is_compiling()):
-            _prepare(getattr(out, "past_key_values", None) or kwargs.get("past_key_values"), state_dtype)
+            _prepare(getattr(out, "past_key_values", None) or kwargs.get("past_key_values"), state_dtype, any_length)
         return out
 
     return call
 
 
 @torch.compiler.disable  # neither a mark nor another tensor in a cache can be set in a graph
-def _prepare(cache: Any, state_dtype: torch.dtype | None) -> None:
+def _prepare(cache: Any, state_dtype: torch.dtype | None, any_length: bool) -> None:
     if state_dtype is not None and _recurrent_states(cache):
         set_state_dtype(cache, state_dtype)
     for layer in getattr(cache, "layers", []):
         states = [*getattr(layer, "conv_states", {}).values(), *getattr(layer, "recurrent_states", {}).values()]
+        held = [getattr(layer, name, None) for name in ("keys", "values")]
         if layer.is_compileable:
-            states += [getattr(layer, name, None) for name in ("keys", "values", "cumulative_length")]
+            states += [*held, getattr(layer, "cumulative_length", None)]
+        elif any_length:
+            from gdnfuse.passes.growing_keys import mark
+
+            mark(held, [i for i, x in enumerate(held) if isinstance(x, torch.Tensor) and x.ndim == 4])
         for tensor in states:
             if isinstance(tensor, torch.Tensor):
                 torch._dynamo.mark_static_address(tensor)

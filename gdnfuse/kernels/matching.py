@@ -19,6 +19,7 @@ ALIGNMENT = 16  # bytes, by which Triton specialises a pointer
 TENSORS = (torch.Tensor, torch.nn.Parameter)
 PLAIN = {int, float, bool, str, type(None)}
 MISSED: Any = object()
+SPECIALISED_BY_STORAGE = torch.version.hip is not None  # there Triton has other machine codes for storages of 2 GiB and more
 
 
 def written(
@@ -32,7 +33,8 @@ def written(
 ) -> Callable[..., Any] | None:
     """A function of such arguments: if they have the layout of these and are aligned, it repeats what was recorded, else MISSED.
 
-    None where an argument is neither plain nor a tensor nor a list of one or the other, or is the same tensor as another.
+    None where an argument is neither plain nor a tensor nor a list of one or the other, or is the same tensor as another, or
+    where a machine code is chosen by what a function does not compare.
 
     Args:
         args, kwargs: of a call.
@@ -45,7 +47,7 @@ def written(
     Raises:
         Differs: no length is safe: see `longest`.
     """
-    if len({*map(id, tensors)}) < len(tensors):
+    if SPECIALISED_BY_STORAGE or len({*map(id, tensors)}) < len(tensors):
         return None
     layout = layout or [(tuple(t.shape), t.stride()) for t in tensors]
     known: dict[str, Any] = {"MISSED": MISSED}
@@ -100,8 +102,8 @@ def _repeated(recorded: Recorded, addresses: list[str], device: int, known: dict
         addresses.append(f"b{i}")
     direct = device >= 0 and all(called_as_known(launch) for launch in recorded.launches)
     if direct:
-        lines.insert(0, "if HOOKS.launch_enter_hook.calls or HOOKS.launch_exit_hook.calls:")
-        lines.insert(1, " return MISSED")
+        hooked = [f'getattr(HOOKS.launch_{when}_hook, "calls", True)' for when in ("enter", "exit")]
+        lines = [f"if {' or '.join(hooked)}:", " return MISSED", *lines]
         lines.append(f"stream = STREAM({device})")
         known["HOOKS"] = _hooks()
     for i, launch in enumerate(recorded.launches):

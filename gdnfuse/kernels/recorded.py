@@ -118,16 +118,23 @@ DIVISOR = 16  # by which Triton specialises an integer
 
 
 def longest(launches: Sequence[Launch]) -> int:
-    """The length up to which launches whose integers are lines take the machine codes that they were recorded with.
+    """The length up to which launches whose arguments are lines take the machine codes that they were recorded with.
 
     Raises:
-        Differs: it may be others at any length.
+        Differs: it may be others at any length, or what goes with the length is no argument alone.
     """
     most = INT32
     for launch in launches:
+        offsets = [offset for _, _, offset in (*launch.pointers, *launch.descriptors)]
+        if any(isinstance(x, Line) for x in (*launch.grid, *offsets)) or any(map(_has_lines, launch.arguments)):
+            raise Differs
         for place, x in enumerate(launch.arguments):
             if isinstance(x, Line):
                 if x.per < 0 or x.base < 0 or place in launch.specialised and (x.per % DIVISOR or x.base % DIVISOR):
                     raise Differs
                 most = min(most, (INT32 - x.base) // x.per)
     return most
+
+
+def _has_lines(argument: Any) -> bool:
+    return type(argument) in (tuple, list) and any(isinstance(x, Line) or _has_lines(x) for x in argument)

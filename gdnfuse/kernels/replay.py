@@ -1,7 +1,7 @@
 """Repeat a launch with other pointers: what Python and Triton do for a call depends on its layout alone, so it is done once.
 
-A launch works out grids, strides and views, allocates, and has Triton bind and specialise some twenty to forty arguments: 25 to
-220 µs of the host's time (benchmarks/launch.py), which a step without CUDA graphs and a short prompt wait for. The second call of
+A launch works out grids, strides and views, allocates, and has Triton bind and specialise some twenty to forty arguments: 26 to
+231 µs of the host's time (benchmarks/launch.py), which a step without CUDA graphs and a short prompt wait for. The second call of
 a layout is recorded: which compiled kernels ran, on what grid, with which arguments, and of every pointer from which input or
 allocation it was derived, how many bytes further on. From then on only that is repeated.
 
@@ -24,8 +24,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from gdnfuse.kernels.matching import ALIGNMENT, MISSED, written
-from gdnfuse.kernels.recorded import Differs, Launch, Recorded, Result, based, common
+from gdnfuse.kernels.matching import ALIGNMENT, MISSED, SPECIALISED_BY_STORAGE, written
+from gdnfuse.kernels.recorded import INT32, Differs, Launch, Recorded, Result, based, common
 
 MOST = 512  # layouts of one op that are kept: prompts have one per length
 MOST_MATCHES = 8  # layouts of one op that a call is compared with, one after another
@@ -63,7 +63,8 @@ class Replayed:
         standing_in: Callable[[Any], AbstractContextManager[None]],
         grows: dict[str, int] | None = None,
     ):
-        self.launch, self.standing_in, self.grows = launch, standing_in, grows or {}
+        self.launch, self.standing_in = launch, standing_in
+        self.grows = grows if grows and not SPECIALISED_BY_STORAGE else {}
         self.names = list(inspect.signature(launch).parameters) if grows else []
         self.layouts: dict[Hashable, Recorded | None] = {}
         self.met: Counter[Hashable] = Counter()  # how often a layout was read off since it was recorded
@@ -87,6 +88,8 @@ class Replayed:
         tensors: list[torch.Tensor] = []
         layout = (device, *_layout(args, tensors), *kwargs, *_layout(kwargs.values(), tensors))
         addresses = [t.data_ptr() for t in tensors]
+        if SPECIALISED_BY_STORAGE:
+            layout += tuple(t.untyped_storage().nbytes() > INT32 for t in tensors)
         key = (*layout, *[a % ALIGNMENT for a in addresses])  # a view further on is aligned or not by how far off this is
         recorded = self.layouts.get(key, self)
         if type(recorded) is Recorded:
@@ -113,13 +116,12 @@ class Replayed:
             results = self.launch(*args, **kwargs)
         self.layouts[key] = recorded = recording.finished(results) or NOT_RECORDED
         if place and type(recorded) is Recorded and not any(key[-len(tensors) :]):
-            at_lengths = self.at_lengths.setdefault(family, [])
-            if all(length != other.length for other in at_lengths):
-                at_lengths.append(_AtLength(length, [(tuple(t.shape), t.stride()) for t in tensors], recorded))
-            if len(at_lengths) == LENGTHS:
-                if match := _at_all_lengths(at_lengths, args, kwargs, tensors, device, place):
-                    self._compare_with(match, (len(args), *kwargs))
-                at_lengths.clear()
+            known = self.at_lengths.get(family, [])  # never changed but replaced: other threads may be reading it
+            if all(length != other.length for other in known):
+                known = [*known, _AtLength(length, [(tuple(t.shape), t.stride()) for t in tensors], recorded)]
+            self.at_lengths[family] = known if len(known) < LENGTHS else []
+            if len(known) >= LENGTHS and (match := _at_all_lengths(known, args, kwargs, tensors, device, place)):
+                self._compare_with(match, (len(args), *kwargs))
         return results
 
     def _family(

@@ -30,9 +30,10 @@ def growing_keys(graph: Graph) -> list[int]:
             for given in node.args[1:3]:
                 held = without_copies(given)
                 found.update(n for n in chain(held) if value(n).ndim == 4 and same_shape(value(n).shape, value(held).shape))
-    # A cache of a fixed size may be made by its first prompt, which then writes into it.
+    # A cache of a fixed size may be made by its first prompt, which then writes into it; what came in is the caller's.
     written = {s for node in graph.nodes for s in writes(node)}
-    return [i for i, n in enumerate(results) if n in found and n.op != "placeholder" and storage(n) not in written]
+    written |= {storage(n) for n in graph.find_nodes(op="placeholder")}
+    return [i for i, n in enumerate(results) if n in found and storage(n) not in written]
 
 
 def lay_out(graph: Graph, places: Sequence[int]) -> None:

@@ -3,12 +3,13 @@
 import ctypes
 import gc
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from gdnfuse.kernels import matching, replay
+from gdnfuse.kernels import matching, recorded, replay
 from gdnfuse.kernels.implementation import _standing_in, kernel_of
 from gdnfuse.kernels.recorded import INT32, Differs, Launch, Line, Recorded, Result, common, longest
 from gdnfuse.kernels.replay import Replayed
@@ -493,7 +494,7 @@ def append(kernel):
 
 
 def appended(op, L, D=16, room=0, **named):
-    """Whether a call at this length is right, and how many times the kernel was bound."""
+    """A call at this length, which must be right."""
     new, keys = torch.randn(2, D), torch.randn(2, L + room, D)[:, :L]
     _, whole, rest = op(new, keys, **named)
     torch.testing.assert_close(whole, torch.cat([keys, new[:, None]], 1), rtol=0, atol=0)
@@ -556,6 +557,30 @@ def test_what_does_not_go_with_the_length_is_read_off(kernel):
         assert not op.matches
 
 
+def test_a_length_whose_numbers_need_more_bits_is_read_off(monkeypatch):
+    monkeypatch.setattr(recorded, "INT32", 1000)
+    kernel = Append()
+    op = append(kernel)
+    for L in (5, 6, 7, 8, 9):
+        appended(op, L)
+    assert kernel.bound == 4
+    appended(op, 62)  # with a stride of 16 L
+    assert kernel.bound == 4
+    appended(op, 63)
+    assert kernel.bound == 5
+
+
+def test_threads_that_meet_lengths_at_once():
+    """However they take turns, all is right, and in the end a function is found."""
+    kernel = Append()
+    op = append(kernel)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda L: appended(op, L), [*range(5, 40)] * 3))
+    for L in range(40, 50):
+        appended(op, L)
+    assert op.matches and all(len(known) < replay.LENGTHS for known in op.at_lengths.values())
+
+
 def test_what_two_lengths_share():
     assert common([1, 2, 4], [[5, (1, "a", 3)], [5, (3, "a", 3)], [5, (7, "a", 3)]]) == [5, (Line(-1, 2), "a", 3)]
     for values in ([1, 2, 3], [1, 1.0, 1], [(1,), (1, 2), (1,)], ["a", "b", "a"], [True, False, True], [0, 1, 1]):
@@ -572,6 +597,14 @@ def test_numbers_are_of_32_bits_and_specialised_as_they_were():
     for line in (Line(8, 16), Line(16, 8), Line(0, -16), Line(-16, 16)):
         with pytest.raises(Differs):
             longest([launch(line, specialised=[0])])
+    for off in (
+        {"grid": (Line(0, 1), 1, 1)},
+        {"pointers": [(0, 0, Line(0, 16))]},
+        {"descriptors": [(0, 0, Line(0, 16))]},
+        {"arguments": [(1, [Line(0, 16)])]},
+    ):
+        with pytest.raises(Differs):
+            longest([launch(1)._replace(**off)])
 
 
 def compiled(spy):

@@ -95,11 +95,45 @@ def test_keys_of_a_fixed_length_are_not_marked(padded, made):
         assert [bool(getattr(x, "_dynamo_weak_dynamic_indices", ())) for x in held if x.ndim == 4] == [marked] * 2
 
 
-def test_the_caller_s_mask_is_not_marked():
+def test_the_caller_s_tensors_are_not_marked():
     model = gdnfuse.compile(zoo.causal_lm(), inner="eager")
     ids, mask = zoo.prompt(2, padded=True)
+    longer = torch.cat([mask, mask[:, -1:]], 1)
     with torch.no_grad():
         cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
-        mask = torch.cat([mask, mask[:, -1:]], 1)
-        model(ids[:, -1:], attention_mask=mask, past_key_values=cache)
-    assert decode_reports() and not hasattr(mask, "_dynamo_weak_dynamic_indices")
+        model(ids[:, -1:], attention_mask=longer, past_key_values=cache)
+    assert decode_reports() and not any(vars(x) for x in (ids, mask, longer))
+
+
+def prompts(model, lengths, mark=lambda ids: None, positional=False):
+    with torch.no_grad():
+        for length in lengths:
+            ids = torch.randint(0, 32, (2, length))
+            mask = torch.ones_like(ids)
+            mask[0, :2] = 0
+            mark(ids)
+            model(ids, mask) if positional else model(ids, attention_mask=mask)
+    return len(gdnfuse.reports())
+
+
+def test_a_mask_by_position_has_any_length():
+    model = gdnfuse.compile(zoo.causal_lm(), inner="eager")
+    assert prompts(model, (7, 12, 30), positional=True) == 1
+
+
+def test_what_the_caller_says_of_sizes_holds():
+    static = lambda ids: torch._dynamo.mark_static(ids, 1)  # noqa: E731
+    assert prompts(gdnfuse.compile(zoo.causal_lm(), inner="eager"), (7, 12, 30), static) == 3
+
+
+def test_without_dynamic_sizes_each_length_has_a_graph():
+    model = gdnfuse.compile(zoo.causal_lm(), inner="eager", dynamic=False)
+    ids, _ = zoo.prompt(2, 7)
+    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, min_new_tokens=4)
+    assert [r.phase for r in gdnfuse.reports()] == ["prefill", "decode", "decode", "decode"]
+
+
+def test_steps_behind_an_eager_prompt_are_compiled_once():
+    model = gdnfuse.compile(zoo.causal_lm(), inner="eager", prefill=False)
+    generated(model, "greedy", cache_implementation="dynamic")
+    assert [r.phase for r in gdnfuse.reports()] == ["decode"]
