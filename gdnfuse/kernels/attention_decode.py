@@ -16,7 +16,8 @@ attention_growing's, where the programs of a key head's first queries also copy 
 
 Layout: q, k, v, gate [B, 1, heads, D], keys and values [B, HKV, L, D], mask [B or 1, 1, 1, L], where they grow L + 1, all of any
 strides. Products, sums and the rotation are float32; q and the new key are rounded once, to their dtype, as the cache stores
-them. Where nothing may be seen the output is zero; where `position` is outside the cache nothing is written and the output is NaN.
+them. Where nothing may be seen the output is zero; where `position` is outside the cache nothing is written and the output is
+NaN.
 """
 
 from __future__ import annotations
