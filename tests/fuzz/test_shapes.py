@@ -28,7 +28,8 @@ def test_references(op, data):
     """In their own dtypes near to themselves in float64, as large as the fake says, nothing else written."""
     case = data.draw(shapes.calls(op, 2**22, 3))
     note(str(case))
-    kernel_cases.check(case, OPS[op].overload)
+    # This one rounds q and k behind the norm and again behind the rotation, by which every score is off; its kernel does it once.
+    kernel_cases.check(case, OPS[op].overload, slack=3 if op == "attention_growing" else 1)
 
 
 def test_kernels(pytestconfig):

@@ -412,8 +412,6 @@ def bound_of(case, args, got, tolerance):
         return 2 * tolerance[got.dtype]  # x is rounded, and then the sum with it
     if case.op == "split_linear":
         return 2 * tolerance[got.dtype]  # tensor cores cut the last bits of a sum off where float32 would round them
-    if case.op == "attention_growing":
-        return 3 * CHUNKED[args[2].dtype]  # q and k are rounded behind norm and rotation, by which every score is off
     if "chunk" not in case.op and not case.op.startswith("attention"):
         return tolerance[got.dtype]
     return CHUNKED[args[2].dtype]
@@ -424,7 +422,7 @@ def layout(t):
     return [(n, s if n > 1 else None) for n, s in zip(t.shape, t.stride(), strict=True)]
 
 
-def check(case, function, device="cpu", tolerance=TOLERANCE, poison=poisoned_empty):
+def check(case, function, device="cpu", tolerance=TOLERANCE, poison=poisoned_empty, slack=1):
     """Compare `function`'s outputs and what it writes, its arguments' surroundings included, with the reference in float64."""
     op = meaning(case.op)
     args, kwargs = case.call()
@@ -440,7 +438,7 @@ def check(case, function, device="cpu", tolerance=TOLERANCE, poison=poisoned_emp
     for i, (mine, fake, want) in enumerate(zip(tensors(got), tensors(fakes), tensors(expected), strict=True)):
         assert (mine.dtype, layout(mine)) == (fake.dtype, layout(fake))
         error = relative_error(mine, want) if mine.numel() else 0.0
-        assert error <= bound_of(case, args, mine, tolerance), f"output {i} is off by {error:.2e}"
+        assert error <= slack * bound_of(case, args, mine, tolerance), f"output {i} is off by {error:.2e}"
     for n, mine, reference in zip(op.arg_names, ours, exact, strict=False):
         if n in op.mutates:
             error = relative_error(whole(mine), whole(reference))
