@@ -69,7 +69,7 @@ def test_prompts_and_steps_are_compiled_once_for_all_lengths(padded):
     """Dynamo alone compiles them for the first length, and again for all."""
     model = zoo.causal_lm()
     ours = gdnfuse.compile(copy.deepcopy(model), inner="eager")
-    for length in (7, 12, 70):
+    for length in (7, 70):
         ids = torch.randint(0, 32, (2, length))
         mask = torch.ones_like(ids)
         mask[0, : 2 * padded] = 0
@@ -118,19 +118,19 @@ def prompts(model, lengths, mark=lambda ids: None, positional=False):
 
 def test_a_mask_by_position_has_any_length():
     model = gdnfuse.compile(zoo.causal_lm(), inner="eager")
-    assert prompts(model, (7, 12, 30), positional=True) == 1
+    assert prompts(model, (7, 12), positional=True) == 1
 
 
 def test_what_the_caller_says_of_sizes_holds():
     static = lambda ids: torch._dynamo.mark_static(ids, 1)  # noqa: E731
-    assert prompts(gdnfuse.compile(zoo.causal_lm(), inner="eager"), (7, 12, 30), static) == 3
+    assert prompts(gdnfuse.compile(zoo.causal_lm(), inner="eager"), (7, 12), static) == 2
 
 
 def test_without_dynamic_sizes_each_length_has_a_graph():
     model = gdnfuse.compile(zoo.causal_lm(), inner="eager", dynamic=False)
     ids, _ = zoo.prompt(2, 7)
-    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, min_new_tokens=4)
-    assert [r.phase for r in gdnfuse.reports()] == ["prefill", "decode", "decode", "decode"]
+    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, min_new_tokens=3)
+    assert [r.phase for r in gdnfuse.reports()] == ["prefill", "decode", "decode"]
 
 
 def test_steps_behind_an_eager_prompt_are_compiled_once():
