@@ -19,7 +19,7 @@ from gdnfuse.rewrite.proof import Proof
 from tests.fuzz import graphs, mutations, oracle
 
 ASKED = int(os.environ.get("GDNFUSE_FUZZ", "0"))
-COUNT = 40
+COUNT = 20
 # Edits of which most are no near miss but another graph altogether: fewer of them.
 KINDS = [k for k in mutations.KINDS for _ in range(1 if k in ("inserted", "along_an_axis", "rewired") else 2)]
 
