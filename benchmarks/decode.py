@@ -56,7 +56,7 @@ from gdnfuse.bench.measure import (
     widen,
 )
 from gdnfuse.bench.workers import answer, fla_version, run_sides, show_fla
-from gdnfuse.huggingface import load_config, random_model
+from gdnfuse.models import load_config, random_model
 
 SIDES = ("eager", "fla", "inductor", "max-autotune", "gdnfuse")
 COMPILED = ("inductor", "max-autotune", "gdnfuse")

@@ -4,7 +4,7 @@
 
 The time is that of the host alone, as a step without CUDA graphs or a short prompt waits for it: tensors are so small that the
 device keeps up, and it is waited for after every BURST calls. Medians over ROUNDS such bursts. The first is the bare
-function; the second includes torch's dispatcher, the third (kernels/inductor.py) does not.
+function; the second includes torch's dispatcher, the third (kernels/launch/inductor.py) does not.
 """
 
 from __future__ import annotations

@@ -47,7 +47,8 @@ from torch.profiler import ProfilerActivity, profile
 import gdnfuse
 from gdnfuse.bench.measure import BLOCK, Decoder
 from gdnfuse.bench.workers import answer, run_sides, show_fla
-from gdnfuse.report import GraphReport, Refused
+from gdnfuse.errors import Refused
+from gdnfuse.report.records import GraphReport
 
 SIDE = "gdnfuse"
 BESIDE = ("inductor", "max-autotune")

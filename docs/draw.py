@@ -14,8 +14,8 @@ from html import escape
 from pathlib import Path
 
 from gdnfuse.dialect import OPS
-from gdnfuse.huggingface import load_config, meta_model, trace
-from gdnfuse.report import Operation
+from gdnfuse.models import load_config, meta_model, trace
+from gdnfuse.report.records import Operation
 
 STAGES = {"normalize": "as it came", "lift": "after lift", "fuse": "after fuse", "lower": "after lower"}
 WIDTH, HEIGHT, GAP, TOP, MARGIN = 224, 17, 4, 30, 12

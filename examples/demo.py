@@ -15,7 +15,7 @@ from transformers import StaticCache
 from transformers.utils import logging
 
 import gdnfuse
-from gdnfuse.report_text import render
+from gdnfuse.report.text import render
 
 SIDES = ("eager", "Inductor", "gdnfuse")
 

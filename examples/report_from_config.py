@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Sequence
 
 from gdnfuse import GraphReport
-from gdnfuse.huggingface import load_config, meta_model, trace
+from gdnfuse.models import load_config, meta_model, trace
 
 
 def main(argv: Sequence[str] | None = None) -> list[GraphReport]:

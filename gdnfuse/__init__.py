@@ -8,15 +8,16 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from gdnfuse.report import GdnfuseError, GraphReport, LayerReport, Record, Refused, Status, clear_reports, reports
+from gdnfuse.errors import GdnfuseError, Refused
+from gdnfuse.report.records import GraphReport, LayerReport, Record, Status, clear_reports, reports
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     import torch
 
-    from gdnfuse.explanation import Explanation
-    from gdnfuse.huggingface import Warmup
+    from gdnfuse.generation.explain import Explanation
+    from gdnfuse.generation.warmup import Warmup
 
 __all__ = [
     "GdnfuseError",
@@ -42,28 +43,28 @@ def __getattr__(name: str) -> Any:
 
 
 def compile(model: torch.nn.Module, *, mode: str | None = None, **options: Any) -> torch.nn.Module:
-    """Compile a Hugging Face model in place for `generate()` and direct calls. See `gdnfuse.huggingface.compile`."""
-    from gdnfuse import huggingface
+    """Compile a Hugging Face model in place for `generate()` and direct calls. See `gdnfuse.generation.compile.compile`."""
+    from gdnfuse.generation import compile
 
-    return huggingface.compile(model, mode=mode, **options)
+    return compile.compile(model, mode=mode, **options)
 
 
 def explain(call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanation:
-    """Make a real call of a model, its `generate` or a function and say what fuses in it. See `gdnfuse.explanation.explain`."""
-    from gdnfuse import explanation
+    """Make a real call of a model, its `generate` or a function, and say what fuses in it. See `gdnfuse.generation.explain`."""
+    from gdnfuse.generation import explain
 
-    return explanation.explain(call, *args, **kwargs)
+    return explain.explain(call, *args, **kwargs)
 
 
 def set_state_dtype(cache: Any, dtype: torch.dtype) -> None:
-    """Keep the recurrent states of a filled cache in another dtype. See `gdnfuse.huggingface.set_state_dtype`."""
-    from gdnfuse import huggingface
+    """Keep the recurrent states of a filled cache in another dtype. See `gdnfuse.generation.caches.set_state_dtype`."""
+    from gdnfuse.generation import caches
 
-    huggingface.set_state_dtype(cache, dtype)
+    caches.set_state_dtype(cache, dtype)
 
 
 def warmup(model: torch.nn.Module, **options: Any) -> Warmup:
-    """Compile all that `model.generate` will need. See `gdnfuse.huggingface.warmup`."""
-    from gdnfuse import huggingface
+    """Compile all that `model.generate` will need. See `gdnfuse.generation.warmup.warmup`."""
+    from gdnfuse.generation import warmup
 
-    return huggingface.warmup(model, **options)
+    return warmup.warmup(model, **options)

@@ -13,14 +13,15 @@ from torch._logging import trace_structured
 from torch.fx import GraphModule
 
 from gdnfuse import capture, kernels, versions
-from gdnfuse.kernels.inductor import announce
+from gdnfuse.errors import GdnfuseError, Refused
+from gdnfuse.kernels.launch.inductor import announce
 from gdnfuse.options import DISABLE, Options, disabled, parse
 from gdnfuse.packing import PackedWeight, PackedWeights
 from gdnfuse.passes import verify
 from gdnfuse.passes.growing_keys import growing_keys, lay_out, mark
 from gdnfuse.pipeline import original, rewrite
-from gdnfuse.report import Comparison, GdnfuseError, GraphReport, Refused, Status, new_report, publish
-from gdnfuse.rewrite.driver import quiet_shapes
+from gdnfuse.report.records import Comparison, GraphReport, Status, new_report, publish
+from gdnfuse.rewrite.edit import quiet_shapes
 
 log = logging.getLogger(__name__)
 

@@ -24,9 +24,10 @@ import torch
 from torch._dynamo.callback import callback_handler
 
 from gdnfuse import dialect  # noqa: F401  registers torch.ops.gdnfuse
+from gdnfuse.errors import Refused
 from gdnfuse.options import disabled
-from gdnfuse.report import Refused
-from gdnfuse.rewrite.proof import Float64, compare, one_thread
+from gdnfuse.rewrite.evaluate import Float64, one_thread
+from gdnfuse.rewrite.proof import compare
 
 log = logging.getLogger(__name__)
 

@@ -28,12 +28,13 @@ from typing import Any, NoReturn
 from tabulate import tabulate
 
 from gdnfuse import versions
+from gdnfuse.errors import GdnfuseError
 from gdnfuse.files import check_writable, replacing
 from gdnfuse.options import INNER, STAGES
-from gdnfuse.progress import progress
-from gdnfuse.report import BANDWIDTH, Comparison, GdnfuseError, GraphReport, document, listening
-from gdnfuse.report_html import page
-from gdnfuse.report_text import Style, render, table
+from gdnfuse.progress import listening, progress
+from gdnfuse.report.page import page
+from gdnfuse.report.records import BANDWIDTH, Comparison, GraphReport, document
+from gdnfuse.report.text import Style, render, table
 
 DTYPES = ("bfloat16", "float16", "float32")
 VERIFICATION = "gdnfuse.verification/1"  # the schema of what verify prints as JSON
@@ -167,17 +168,17 @@ def _report(args: argparse.Namespace) -> None:
         check_writable(args.html)
     import torch
 
-    from gdnfuse import huggingface
+    from gdnfuse import models
 
     if not args.debug:
         _quiet()
     with progress() as announce, listening(announce):
         announce("read config")
-        config = huggingface.load_config(args.model)
+        config = models.load_config(args.model)
         announce("build model")
-        model = huggingface.meta_model(config, getattr(torch, args.dtype))
+        model = models.meta_model(config, getattr(torch, args.dtype))
         options = {"target": args.target, "stop_after": args.stop_after}
-        reports = huggingface.trace(model, phase=args.phase, batch=args.batch, prompt=args.prompt, **options)
+        reports = models.trace(model, phase=args.phase, batch=args.batch, prompt=args.prompt, **options)
     asked = {name: getattr(args, name) for name in ("model", "phase", "batch", "prompt", "dtype", "target")}
     about = asked | {package: versions.version(package) for package in ("gdnfuse", "torch", "transformers", "triton")}
     if args.html:
@@ -195,7 +196,7 @@ def _report(args: argparse.Namespace) -> None:
 def _verify(args: argparse.Namespace) -> int:
     import torch
 
-    from gdnfuse import huggingface
+    from gdnfuse import models
     from gdnfuse.bench.measure import machine
 
     if not args.debug:
@@ -203,12 +204,12 @@ def _verify(args: argparse.Namespace) -> int:
     device = _device(args.device)
     with progress() as announce, listening(announce):
         announce("read config")
-        config = huggingface.load_config(args.model)
+        config = models.load_config(args.model)
         announce("build model")
         torch.manual_seed(0)
-        model = huggingface.random_model(config, getattr(torch, args.dtype), device)
+        model = models.random_model(config, getattr(torch, args.dtype), device)
         announce("run a prompt and one step")
-        reports = huggingface.verify(model, batch=args.batch, prompt=args.prompt)
+        reports = models.verify(model, batch=args.batch, prompt=args.prompt)
     verified = bool(reports) and all(r.rewritten and r.comparisons for r in reports)
     if args.json:
         about = {name: getattr(args, name) for name in ("model", "batch", "prompt", "dtype")} | {"device": device}

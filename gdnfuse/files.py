@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gdnfuse.report import GdnfuseError
+from gdnfuse.errors import GdnfuseError
 
 
 def check_writable(file: Path) -> None:

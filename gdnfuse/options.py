@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
-from gdnfuse.report import GdnfuseError
+from gdnfuse.errors import GdnfuseError
 
 STAGES = ("normalize", "lift", "fuse", "lower")
 DISABLE = "GDNFUSE_DISABLE"

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from gdnfuse.report import Refused
+from gdnfuse.errors import Refused
 
 log = logging.getLogger(__name__)
 

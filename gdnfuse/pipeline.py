@@ -15,8 +15,10 @@ from gdnfuse.options import Options
 from gdnfuse.packing import PackedWeight
 from gdnfuse.passes import fuse, last_rows, lift, lower, normalize, survey
 from gdnfuse.passes.lift import gating
-from gdnfuse.report import GraphReport, LayerReport, Record, Status, announce
-from gdnfuse.rewrite.driver import Outcome, recorded, run_rules
+from gdnfuse.progress import announce
+from gdnfuse.report.records import GraphReport, LayerReport, Record, Status
+from gdnfuse.rewrite.driver import Outcome, run_rules
+from gdnfuse.rewrite.edit import recorded
 from gdnfuse.rewrite.graph import calls, is_tensor, module_stack, op_name, same, value
 
 log = logging.getLogger(__name__)

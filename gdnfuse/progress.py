@@ -40,3 +40,22 @@ def progress() -> Iterator[Callable[[str], None]]:
         if ticker.is_alive():
             ticker.join()
         bar.close()
+
+
+_listeners: list[Callable[[str], None]] = []
+
+
+def announce(step: str) -> None:
+    """Say what is done next, to whoever waits for it."""
+    for listener in _listeners:
+        listener(step)
+
+
+@contextmanager
+def listening(listener: Callable[[str], None]) -> Iterator[None]:
+    """Have `listener` called with every step that is announced."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)

@@ -40,9 +40,9 @@ def fresh():
 @pytest.fixture(scope="session")
 def decode_report():
     """The report of a decode step after 8 tokens of a model of three layers in float32, for a GPU."""
-    from gdnfuse import huggingface
+    from gdnfuse import models
     from tests.models import zoo
 
     config = zoo.causal_lm().config
-    (report,) = huggingface.trace(huggingface.meta_model(config, torch.float32), prompt=8, target="cuda")
+    (report,) = models.trace(models.meta_model(config, torch.float32), prompt=8, target="cuda")
     return report

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gdnfuse
 from gdnfuse import backend, kernels
-from gdnfuse.report import new_report
+from gdnfuse.report.records import new_report
 from tests.models import zoo
 
 

@@ -15,7 +15,7 @@ from transformers import StaticCache
 
 from gdnfuse.bench import measure, run, workers
 from gdnfuse.cli import main
-from gdnfuse.report import GdnfuseError
+from gdnfuse.errors import GdnfuseError
 from tests.models import zoo
 from tests.pages import check_reference
 from tests.terminal import Terminal

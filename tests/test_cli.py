@@ -19,7 +19,7 @@ import gdnfuse
 from gdnfuse import cli, files
 from gdnfuse.cli import main
 from gdnfuse.dialect import OPS
-from gdnfuse.huggingface import presets
+from gdnfuse.models import presets
 from gdnfuse.passes import fuse, last_rows, lift
 from gdnfuse.progress import progress
 from tests.pages import REPORT, check_reference, documented
@@ -148,7 +148,7 @@ def unwritable(tmp_path):
 
 
 def test_a_page_that_cannot_be_written_is_said_before_any_work(config_file, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("gdnfuse.huggingface.load_config", lambda name: pytest.fail("work was done"))
+    monkeypatch.setattr("gdnfuse.models.load_config", lambda name: pytest.fail("work was done"))
     for file, expected in unwritable(tmp_path).items():
         assert main(["report", str(config_file), "--html", str(file)]) == 2
         (line,) = capsys.readouterr().err.splitlines()

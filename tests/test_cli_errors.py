@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gdnfuse import cli, huggingface
+from gdnfuse import cli, models
 from gdnfuse.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -185,13 +185,13 @@ def test_what_can_happen_meanwhile(error, code, words, monkeypatch, capsys):
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(huggingface, "meta_model", fail)
+    monkeypatch.setattr(models, "meta_model", fail)
     found, line = run(["report", "tiny.json"], capsys)
     assert found == code and words in line
 
 
 def test_an_error_of_ours_says_so(monkeypatch, capsys):
-    monkeypatch.setattr(huggingface, "trace", lambda *args, **kwargs: 1 // 0)
+    monkeypatch.setattr(models, "trace", lambda *args, **kwargs: 1 // 0)
     assert main(["report", "tiny.json"]) == 1
     out, err = capsys.readouterr()
     assert (out, err) == (

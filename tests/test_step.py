@@ -13,7 +13,7 @@ import torch
 
 import gdnfuse
 from gdnfuse.bench import measure
-from gdnfuse.huggingface import load_config, meta_model, trace
+from gdnfuse.models import load_config, meta_model, trace
 from gdnfuse.passes import survey
 
 ROOT = Path(__file__).parent.parent

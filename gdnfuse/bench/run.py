@@ -33,10 +33,11 @@ from gdnfuse.bench.measure import (
     widen,
 )
 from gdnfuse.bench.workers import Interrupted, answer, fla_version, note, run_sides, show_fla
+from gdnfuse.errors import GdnfuseError
 from gdnfuse.files import check_writable, replacing
-from gdnfuse.huggingface import apart, load_config, one_line, preset, random_model
-from gdnfuse.report import GdnfuseError
-from gdnfuse.report_text import table
+from gdnfuse.generation.compile import apart
+from gdnfuse.models import load_config, one_line, preset, random_model
+from gdnfuse.report.text import table
 
 SCHEMA = "gdnfuse.bench/1"
 SIDES = ("eager", "fla", "inductor", "gdnfuse")

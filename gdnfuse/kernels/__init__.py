@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gdnfuse.report import Refused
+from gdnfuse.errors import Refused
 
 if TYPE_CHECKING:
-    from gdnfuse.kernels.implementation import Implementation
+    from gdnfuse.kernels.launch.implementation import Implementation
 
 log = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from gdnfuse.kernels.implementation import kernel_of, overlap_options, register, require_dtypes, require_static
-from gdnfuse.report import Refused
+from gdnfuse.errors import Refused
+from gdnfuse.kernels.launch.implementation import kernel_of, overlap_options, register, require_dtypes, require_static
 
 MAX_N = 2**14  # a program holds its row
 WIDE, NUM_WARPS, MORE_WARPS = 2**13, 8, 16  # a row wider than that takes more

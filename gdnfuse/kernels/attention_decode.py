@@ -29,7 +29,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from gdnfuse.kernels.implementation import (
+from gdnfuse.errors import Refused
+from gdnfuse.kernels.launch.implementation import (
     kernel_of,
     overlap_options,
     register,
@@ -38,7 +39,6 @@ from gdnfuse.kernels.implementation import (
     require_one_token,
     require_static,
 )
-from gdnfuse.report import Refused
 
 # Splits at most, on keys that grow and on a static cache; programs in all. Chosen on an H200 with 200 to 32000 positions filled.
 # benchmarks/attention.py --sweep compares the splits of a static cache; of the others no committed benchmark does.

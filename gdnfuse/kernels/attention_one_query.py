@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from gdnfuse.kernels.attention_decode import GROWS, attend, require_attention
-from gdnfuse.kernels.implementation import register
+from gdnfuse.kernels.launch.implementation import register
 
 
 def launch(

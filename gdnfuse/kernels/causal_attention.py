@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 
 from gdnfuse.dialect import causal_attention
-from gdnfuse.kernels.implementation import launching, register
-from gdnfuse.report import Refused
+from gdnfuse.errors import Refused
+from gdnfuse.kernels.launch.implementation import launching, register
 from gdnfuse.rewrite.graph import same, same_shape
 from gdnfuse.rewrite.rule import shown
 

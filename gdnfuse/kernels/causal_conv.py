@@ -12,9 +12,16 @@ import torch
 import triton
 import triton.language as tl
 
+from gdnfuse.errors import Refused
 from gdnfuse.kernels.causal_conv_update import ACTIVATIONS
-from gdnfuse.kernels.implementation import INDEX_POINTERS, kernel_of, register, require_dtypes, require_static, require_tokens
-from gdnfuse.report import Refused
+from gdnfuse.kernels.launch.implementation import (
+    INDEX_POINTERS,
+    kernel_of,
+    register,
+    require_dtypes,
+    require_static,
+    require_tokens,
+)
 
 # Channels and tokens per program, warps. Chosen on an H200, 8192 channels of 4096 and 16384 tokens, bfloat16, among (256 to 1024,
 # 8 to 32, 1 to 8); as fast is (512, 16, 4). No committed benchmark sweeps them.

@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from gdnfuse.kernels.implementation import (
+from gdnfuse.errors import Refused
+from gdnfuse.kernels.launch.implementation import (
     kernel_of,
     overlap_options,
     register,
@@ -22,7 +23,6 @@ from gdnfuse.kernels.implementation import (
     require_one_token,
     require_static,
 )
-from gdnfuse.report import Refused
 
 ACTIVATIONS = ("silu", "none")
 

@@ -31,8 +31,9 @@ import triton
 import triton.language as tl
 
 from gdnfuse.dialect.chunk_delta_rule import CHUNK, check
+from gdnfuse.errors import Refused
 from gdnfuse.kernels.delta_rule import log_decay
-from gdnfuse.kernels.implementation import (
+from gdnfuse.kernels.launch.implementation import (
     INDEX_POINTERS,
     kernel_of,
     register,
@@ -41,7 +42,6 @@ from gdnfuse.kernels.implementation import (
     require_static,
     require_tokens,
 )
-from gdnfuse.report import Refused
 
 log = logging.getLogger(__name__)
 

@@ -32,7 +32,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from gdnfuse.kernels.implementation import kernel_of, launching
+from gdnfuse.kernels.launch.implementation import kernel_of, launching
 
 # Tiles in memory, [1, 1, tokens, columns] of descriptors, and the same in shared memory.
 TILE_4D = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4))

@@ -23,8 +23,9 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from gdnfuse.errors import Refused
 from gdnfuse.kernels.gated_rms_norm import gated
-from gdnfuse.kernels.implementation import (
+from gdnfuse.kernels.launch.implementation import (
     kernel_of,
     overlap_options,
     register,
@@ -34,7 +35,6 @@ from gdnfuse.kernels.implementation import (
     require_static,
     require_tokens,
 )
-from gdnfuse.report import Refused
 
 # By the number of heads in all, up to: value columns per program (of 128 keys) and warps for the rule alone; for the rule with
 # its norm the same per tile, and whether the next tile is loaded before the one before it is done. A state is not needed again

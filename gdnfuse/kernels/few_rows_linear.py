@@ -17,7 +17,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from gdnfuse.kernels import few_rows_hopper
-from gdnfuse.kernels.implementation import kernel_of, overlap_options
+from gdnfuse.kernels.launch.implementation import kernel_of, overlap_options
 from gdnfuse.kernels.linear_configs import FewRowsConfig, few_rows_config, ring_config
 
 # Operands of products, by the weight's dtype.

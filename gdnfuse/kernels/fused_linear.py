@@ -9,12 +9,12 @@ from itertools import accumulate
 
 import torch
 
+from gdnfuse.errors import Refused
 from gdnfuse.kernels import few_rows_linear, skinny_linear
 from gdnfuse.kernels.causal_conv_update import ACTIVATIONS
 from gdnfuse.kernels.gated_rms_norm import require_gate
-from gdnfuse.kernels.implementation import register, require_dtypes, require_static
+from gdnfuse.kernels.launch.implementation import register, require_dtypes, require_static
 from gdnfuse.kernels.linear_configs import MAX_ROWS, few_rows_config
-from gdnfuse.report import Refused
 
 
 def launch(

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 
 from gdnfuse.dialect.gated_rms_norm import GATES
-from gdnfuse.kernels.implementation import kernel_of, register, require_dtypes, require_head_dims, require_static
-from gdnfuse.report import Refused
+from gdnfuse.errors import Refused
+from gdnfuse.kernels.launch.implementation import kernel_of, register, require_dtypes, require_head_dims, require_static
 
 # Chosen on an H200, 131072 rows of 128 bfloat16: (16, 4) is as fast, 4 or 64 rows are slower. No committed benchmark sweeps them.
 ROWS, NUM_WARPS = 8, 2

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from gdnfuse.report import Refused
+from gdnfuse.errors import Refused
 
 MAX_ROWS = 32
 MULTIPROCESSORS = 132  # of an H200

@@ -9,12 +9,12 @@ from __future__ import annotations
 import torch
 
 from gdnfuse.dialect.mixer_decode import columns, part_sizes, side_by_side
+from gdnfuse.errors import Refused
 from gdnfuse.kernels.causal_conv_update import launch_with as conv_with
 from gdnfuse.kernels.causal_conv_update import supports as supports_conv
 from gdnfuse.kernels.delta_rule import launch_gated, supports_packed_decode
 from gdnfuse.kernels.gated_rms_norm import require_gate
-from gdnfuse.kernels.implementation import register, require_dtypes, require_static
-from gdnfuse.report import Refused
+from gdnfuse.kernels.launch.implementation import register, require_dtypes, require_static
 
 
 def launch(

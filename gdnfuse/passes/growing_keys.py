@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from gdnfuse.passes.lift.attention_one_query import without_copies
-from gdnfuse.rewrite.driver import infer
+from gdnfuse.passes.sdpa import without_copies
+from gdnfuse.rewrite.edit import infer
 from gdnfuse.rewrite.graph import chain, kept, op_name, same_shape, storage, value, writes
 
 LENGTH = 2  # axis of keys and values [B, HKV, L, D]

@@ -15,9 +15,11 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from gdnfuse.dialect import causal_attention
-from gdnfuse.passes.lower import attention_of
-from gdnfuse.report import Refused, Status
-from gdnfuse.rewrite.driver import Outcome, infer, quiet_shapes, recorded
+from gdnfuse.errors import Refused
+from gdnfuse.passes.sdpa import attention_of
+from gdnfuse.report.records import Status
+from gdnfuse.rewrite.driver import Outcome
+from gdnfuse.rewrite.edit import infer, quiet_shapes, recorded
 from gdnfuse.rewrite.graph import is_tensor, kept, op_name, same, same_shape, storage, value, writes
 
 ELEMENTWISE = {

@@ -15,14 +15,15 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, StatefulSymbolicCo
 
 from gdnfuse import kernels
 from gdnfuse.dialect import add_rms_norm, causal_attention, op_of, packed_linear
+from gdnfuse.errors import Refused
 from gdnfuse.kernels.linear_configs import rings, split
 from gdnfuse.packing import PackedWeight, pack, settle
-from gdnfuse.report import Record, Refused
-from gdnfuse.rewrite.driver import infer, recorded
-from gdnfuse.rewrite.graph import is_plain, kept, op_name, same, storage, value, writes
+from gdnfuse.passes.sdpa import attention_of
+from gdnfuse.report.records import Record
+from gdnfuse.rewrite.edit import infer, recorded
+from gdnfuse.rewrite.graph import is_plain, kept, op_name, storage, value, writes
 
 EQUATIONS = {"linear": "x·Wᵀ", "scaled_dot_product_attention": causal_attention.op.equation}  # of what is torch's
-OPTIONS = ("attn_mask", "dropout_p", "is_causal")  # of torch's attention, by their place behind q, k and v
 MAX_SUM = 7  # terms: Inductor makes a loop of a longer sum, with a kernel of its own
 
 
@@ -95,22 +96,6 @@ def _linear(node: Node) -> tuple[str, dict[str, Any], str]:
     call = dict(zip(("x", "weights", "bias"), (*node.args, *node.kwargs.values()), strict=False))
     reason = "" if call.pop("bias", None) is None else "The kernel takes no bias, found one."
     return "fused_linear", {**call, "weights": [call["weights"]]}, reason
-
-
-def attention_of(node: Node) -> tuple[dict[str, Any], str]:
-    """The arguments of causal_attention that torch's attention has, and why it is none: its flag counts queries and keys from
-    their first."""
-    (q, k, v), options = node.args[:3], dict(zip(OPTIONS, node.args[3:], strict=False)) | node.kwargs
-    T, L = (value(x).shape[-2] for x in (q, k))
-    found = [
-        "a mask" if options.get("attn_mask") is not None else "",
-        "dropout" if isinstance(p := options.get("dropout_p", 0.0), Node) or p != 0.0 else "",
-        "" if options.get("is_causal", False) is True else "that it is not causal",
-        "" if same(T, L) else f"{T} queries and {L} keys",
-    ]
-    wanted = "Attention must be causal, of as many queries as keys, without a mask and dropout"
-    reason = f"{wanted}, found {', '.join(filter(None, found))}." if any(found) else ""
-    return {"q": q, "k": k, "v": v, "scale": options.get("scale")}, reason
 
 
 def _parts(call: dict[str, Any]) -> int:

@@ -7,7 +7,7 @@ import operator
 import torch
 from torch.fx import GraphModule, Node
 
-from gdnfuse.rewrite.driver import infer, returned
+from gdnfuse.rewrite.edit import infer, returned
 from gdnfuse.rewrite.graph import is_tensor, op_name, remove_dead, same, same_shape, storage, value, writes
 
 _CAST_METHODS = {"float": torch.float32, "half": torch.float16, "bfloat16": torch.bfloat16, "double": torch.float64}

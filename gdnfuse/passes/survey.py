@@ -20,7 +20,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from gdnfuse.dialect import OPS
-from gdnfuse.report import OUTSIDE, BlockReport, GraphReport, Operation, marks
+from gdnfuse.report.records import OUTSIDE, BlockReport, GraphReport, Operation, marks
 from gdnfuse.rewrite.graph import (
     calls,
     clean_path,

@@ -15,9 +15,10 @@ import torch.utils._pytree as pytree
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Interpreter, Node
 
-from gdnfuse.report import Comparison, Refused
+from gdnfuse.errors import Refused
+from gdnfuse.report.records import Comparison
+from gdnfuse.rewrite.evaluate import hint, in_precision
 from gdnfuse.rewrite.graph import storage, writes
-from gdnfuse.rewrite.proof import hint, in_precision
 
 # ours ≤ SLACK · theirs + FLOOR[dtype]: of one call errors are a draw, and each output was rounded once in any case.
 SLACK = 2.0

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from gdnfuse.rewrite.evaluate import evaluate_node, hint
 from gdnfuse.rewrite.graph import is_cast, is_tensor, op_name, rearranges, value
 from gdnfuse.rewrite.pattern import Mismatch
-from gdnfuse.rewrite.proof import evaluate_node, hint
 
 
 class Columns:

@@ -8,16 +8,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch._library.simple_registry import singleton
 from torch._prims_common import is_contiguous_or_false
 from torch.fx import Graph, GraphModule, Node, Proxy
 from torch.fx.node import map_aggregate
 from torch.fx.proxy import GraphAppendingTracer
 
-from gdnfuse.report import Record, Refused, Source, Status, announce
-from gdnfuse.rewrite.graph import is_plain, is_tensor, kept, module_stack, op_name, origin, remove_dead, storage, value, writes
+from gdnfuse.errors import Refused
+from gdnfuse.progress import announce
+from gdnfuse.report.records import Record, Source, Status
+from gdnfuse.rewrite.edit import infer, quiet_shapes, recorded, returned
+from gdnfuse.rewrite.graph import is_plain, is_tensor, kept, op_name, origin, remove_dead, storage, value, writes
 from gdnfuse.rewrite.pattern import Mismatch
-from gdnfuse.rewrite.proof import arguments, evaluate_node, prove
+from gdnfuse.rewrite.proof import prove
 from gdnfuse.rewrite.rule import Match, Rule
 
 log = logging.getLogger(__name__)
@@ -71,12 +73,6 @@ def run_rules(gm: GraphModule, rules: list[Rule], outcome: Outcome) -> None:
                 record.source = _where(e.node) or record.source
             log.debug("%s at %s: %s %s", record.rule, record.anchor, record.status, record.reason)
     remove_dead(gm.graph)
-
-
-def recorded(name: str, stage: str, node: Node, equation: str) -> Record:
-    """A record of what fires at a node, with what the report tells about the node's place."""
-    place = {"modules": module_stack(node), "block": node.meta.get("gdnfuse_block", ""), "source": origin(node)}
-    return Record(name, stage, Status.FIRED, node.name, equation, **place)
 
 
 def _where(node: Any) -> Source | None:
@@ -242,15 +238,6 @@ def _number(a: Any) -> Any:
     return number
 
 
-def call(target: Any, *args: Any, **kwargs: Any) -> Any:
-    """Call a dialect op's overload on tensors, or record the call when an argument is a Proxy."""
-    for a in (*args, *kwargs.values()):
-        for x in a if isinstance(a, list | tuple) else (a,):
-            if isinstance(x, Proxy):
-                return x.tracer.create_proxy("call_function", target, args, kwargs)
-    return target(*args, **kwargs)
-
-
 def _replace(gm: GraphModule, m: Match, region: Region, replacement: Graph, anchor: Node, memory: Memory) -> None:
     env: dict[Node, Node] = {}
     placeholders = iter(region.inputs)
@@ -290,29 +277,3 @@ def _added(node: Node, meta: dict[str, Any], memory: Memory) -> Node:
 
 def _contiguous(node: Node) -> bool:
     return is_tensor(node) and is_contiguous_or_false(value(node))
-
-
-def returned(node: Node) -> bool:
-    """Whether the graph returns it or a view of it."""
-    return any(u.op == "output" or storage(u) == storage(node) and returned(u) for u in node.users)
-
-
-def infer(node: Node) -> Any:
-    """The example value of a node from those of its arguments, without guards."""
-    tensors = [value(n) for n in node.all_input_nodes if is_tensor(n)]
-    mode = next((t.fake_mode for t in tensors if hasattr(t, "fake_mode")), None)
-    with mode if mode is not None else torch.no_grad(), torch.no_grad():
-        if mode is not None and op_name(node).startswith("gdnfuse."):
-            # What the dispatcher comes to, too, by a way that takes four times as long.
-            args, kwargs = arguments(node, value)
-            return singleton.find(node.target._schema.name).fake_impl.kernel.func(*args, **kwargs)
-        return evaluate_node(node, value)
-
-
-def quiet_shapes(gm: GraphModule) -> Any:
-    """Looking at symbolic shapes here must add no guards to what the user compiled."""
-    for n in gm.graph.nodes:
-        mode = getattr(value(n), "fake_mode", None)
-        if mode is not None and mode.shape_env is not None:
-            return mode.shape_env.suppress_guards()
-    return torch.no_grad()

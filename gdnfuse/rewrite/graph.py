@@ -16,7 +16,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._pytree import tree_leaves
 
-from gdnfuse.report import Source
+from gdnfuse.report.records import Source
 
 # What a node that takes another's place keeps of it, for the report.
 KEPT = ("nn_module_stack", "stack_trace", "gdnfuse_block")

@@ -10,17 +10,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
-from torch.fx.node import map_aggregate
-from torch.overrides import TorchFunctionMode
 
-from gdnfuse.report import Refused
-from gdnfuse.rewrite.graph import is_tensor, storage, value, writes
+from gdnfuse.errors import Refused
+from gdnfuse.rewrite.evaluate import evaluate, hint, in_float64, mapped, one_thread
+from gdnfuse.rewrite.graph import storage, value, writes
 from gdnfuse.rewrite.rule import Match, shown
 
 TOLERANCE = 1e-9
@@ -29,8 +27,6 @@ EXTREMES = (1e-3, 6.0)
 # Elements of all inputs up to which a proof is run on one thread.
 SMALL = 2**20
 SEQUENCES = 3  # what a symbolic number of sequences is bound to beside small lengths
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-_FLOAT_METHODS = ("float", "half", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -40,104 +36,6 @@ class Proof:
     error: float
     seconds: float
     cached: bool
-
-
-def in_float64(graph: Graph) -> Graph:
-    """A copy of a graph of functions and methods: every floating dtype constant becomes float64, every device the CPU."""
-    return in_precision(graph, torch.float64)
-
-
-def in_precision(graph: Graph, dtype: torch.dtype, devices: bool = False) -> Graph:
-    """The same for another dtype; with `devices` every device stays."""
-    new, env = Graph(), {}
-
-    def swap(a: Any) -> Any:
-        if isinstance(a, torch.device) and not devices:
-            return torch.device("cpu")
-        return dtype if isinstance(a, torch.dtype) and a in _FLOATS else a
-
-    for n in graph.nodes:
-        copy = new.node_copy(n, lambda x: env[x])
-        copy.args, copy.kwargs = map_aggregate(copy.args, swap), map_aggregate(copy.kwargs, swap)
-        numbers = all(isinstance(value(i), int | torch.SymInt) for i in n.all_input_nodes)  # not the tuple of an op's results
-        made = n.op == "call_function" and is_tensor(n) and numbers
-        if made and value(n).is_floating_point():
-            copy.kwargs = {**copy.kwargs, "dtype": dtype}
-        if copy.op == "call_method" and copy.target in _FLOAT_METHODS:
-            copy.target, copy.args = "to", (*copy.args, dtype)
-        env[n] = copy
-    return new
-
-
-class Float64(TorchFunctionMode):
-    """The same for code that is no graph: while it runs, whatever asks for a floating dtype gets float64."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        swap = lambda a: torch.float64 if isinstance(a, torch.dtype) and a in _FLOATS else a  # noqa: E731
-        if getattr(func, "__name__", "") in _FLOAT_METHODS:
-            func = torch.Tensor.double
-        return func(*map(swap, args), **{k: swap(v) for k, v in (kwargs or {}).items()})
-
-
-def evaluate(graph: Graph, inputs: list[Any], env: dict[Node, Any] | None = None) -> Any:
-    """Run a graph of placeholders, functions and methods; `env`, if given, keeps the value of every node."""
-    last = {i: n for n in graph.nodes for i in n.all_input_nodes} if env is None else {}
-    env = {} if env is None else env
-    remaining = iter(inputs)
-    load = lambda a: env[a] if isinstance(a, Node) else a  # noqa: E731
-    for n in graph.nodes:
-        if n.op == "placeholder":
-            env[n] = next(remaining)
-            continue
-        if n.op == "output":
-            return _map(n.args[0], load)
-        env[n] = evaluate_node(n, load)
-        for i in n.all_input_nodes:
-            if last.get(i) is n:
-                del env[i]
-    return None
-
-
-def evaluate_node(node: Node, load: Callable[[Any], Any]) -> Any:
-    """Run one function or method; `load` gives the value of a node and leaves all else as it is."""
-    args, kwargs = arguments(node, load)
-    if node.op == "call_function":
-        return node.target(*args, **kwargs)
-    if node.op == "call_method":
-        return getattr(args[0], node.target)(*args[1:], **kwargs)
-    raise TypeError(f"cannot evaluate a node of kind {node.op}")
-
-
-def arguments(node: Node, load: Callable[[Any], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What a node is called with; `load` as in `evaluate_node`."""
-    return _map(node.args, load), _map(node.kwargs, load)
-
-
-def _map(a: Any, f: Any) -> Any:
-    """map_aggregate that hands out plain tuples, lists, dicts and slices."""
-    if isinstance(a, tuple):
-        return tuple(_map(x, f) for x in a)
-    if isinstance(a, list):
-        return [_map(x, f) for x in a]
-    if isinstance(a, dict):
-        return {k: _map(v, f) for k, v in a.items()}
-    if isinstance(a, slice):
-        return slice(_map(a.start, f), _map(a.stop, f), _map(a.step, f))
-    return f(a)
-
-
-def hint(size: Any, bound: dict[Any, int] | None = None) -> int:
-    """The number a symbolic size stands for at compile time, or what it is when its symbols are `bound` to other numbers.
-
-    Raises:
-        Refused: the size is found when the graph runs, as that of what a mask selects.
-    """
-    if isinstance(size, int):
-        return int(size)
-    number = size.node.expr.subs(bound) if bound else size.node.hint
-    if number is None:
-        raise Refused(f"Sizes must be known before the graph runs, found {size}.")
-    return int(number)
 
 
 def _bound(inputs: list[tuple[str, Node]], m: Match) -> dict[Any, int]:
@@ -245,7 +143,7 @@ def _listing(graph: Graph) -> list[Any]:
     for n in graph.nodes:
         number[n] = f"%{len(number)}"
         target = n.target if isinstance(n.target, str) else f"{n.target!s}@{id(n.target)}"
-        arguments = _map((n.args, n.kwargs), lambda a: number[a] if isinstance(a, Node) else a)
+        arguments = mapped((n.args, n.kwargs), lambda a: number[a] if isinstance(a, Node) else a)
         lines.append((n.op, "" if n.op == "placeholder" else target, arguments))
     return lines
 
@@ -342,17 +240,6 @@ def _run(
             for name, w, g in zip(names, wanted, got, strict=True):
                 worst = max(worst, compare(name, w, g))
     return worst
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Proofs are thousands of tiny ops: starting threads for them costs more than they do, and far more on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def compare(name: str, wanted: torch.Tensor, got: torch.Tensor) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from gdnfuse.report import Refused
+from gdnfuse.errors import Refused
 from gdnfuse.rewrite.graph import chain, same, same_shape, value
 
 Sampler = Callable[[tuple[int, ...], torch.Generator], torch.Tensor]

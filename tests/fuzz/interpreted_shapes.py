@@ -6,8 +6,8 @@ from hypothesis import HealthCheck, assume, given, note, settings
 from hypothesis import strategies as st
 from interpreted import TOLERANCE
 
+from gdnfuse.errors import Refused
 from gdnfuse.kernels import implementations
-from gdnfuse.report import Refused
 from tests.fuzz import shapes
 from tests.fuzz.test_near_misses import ASKED
 

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate
 
-from gdnfuse.rewrite.driver import quiet_shapes
+from gdnfuse.rewrite.edit import quiet_shapes
+from gdnfuse.rewrite.evaluate import evaluate_node
 from gdnfuse.rewrite.graph import is_tensor, op_name, same, same_shape, storage, value, writes
-from gdnfuse.rewrite.proof import evaluate_node
 
 
 class Edit(NamedTuple):

@@ -16,9 +16,9 @@ from torch.fx import Graph, GraphModule, Node
 from gdnfuse.options import Options
 from gdnfuse.packing import PackedWeight
 from gdnfuse.pipeline import original, rewrite
-from gdnfuse.report import GraphReport, Status
+from gdnfuse.report.records import GraphReport, Status
+from gdnfuse.rewrite.evaluate import evaluate_node, in_float64
 from gdnfuse.rewrite.graph import storage
-from gdnfuse.rewrite.proof import evaluate_node, in_float64
 
 # Regions are proved to 1e-9 each; errors add up, and what an edit makes of a model may be badly conditioned.
 MATHS = 1e-7

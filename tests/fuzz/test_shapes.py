@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
 from gdnfuse.dialect import OPS
+from gdnfuse.errors import Refused
 from gdnfuse.kernels import implementations
-from gdnfuse.report import Refused
 from tests.fuzz import shapes
 from tests.fuzz.test_near_misses import ASKED
 from tests.models import zoo

@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 
 from gdnfuse.dialect import OPS
+from gdnfuse.errors import Refused
 from gdnfuse.kernels import causal_attention, implementations
 from gdnfuse.kernels.causal_attention import EIGHTHS, LONG, planned
 from gdnfuse.passes import lower
-from gdnfuse.report import Refused
 from gdnfuse.rewrite.graph import same, value
 from tests.rewrite.captured import Captured
 

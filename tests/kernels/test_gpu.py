@@ -12,8 +12,9 @@ from kernel_cases import BF16, F16, Case
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gdnfuse import dialect
-from gdnfuse.kernels import implementations, loaded, matching, replay, skinny_linear
-from gdnfuse.kernels.replay import Recorded
+from gdnfuse.kernels import implementations, loaded, skinny_linear
+from gdnfuse.kernels.launch import codegen, replay
+from gdnfuse.kernels.launch.replay import Recorded
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -135,10 +136,10 @@ def test_repeated(case, mode):
 def test_written(case, monkeypatch):
     """The call behind those for whose layout a function was written."""
     implementation, kept = implementations()[case.op], []
-    allocate, replayed = matching.empty, implementation.replayed
+    allocate, replayed = codegen.empty, implementation.replayed
     filled = lambda make: lambda *a: make(*a).fill_(float("nan"))  # noqa: E731
     monkeypatch.setattr(replay, "OFTEN", 1)
-    monkeypatch.setattr(matching, "empty", lambda device: filled(allocate(device)))
+    monkeypatch.setattr(codegen, "empty", lambda device: filled(allocate(device)))
 
     def fifth(*args, **kwargs):
         for _ in range(4):

@@ -10,7 +10,7 @@ from torch._inductor.compile_fx import compile_fx
 
 from gdnfuse.dialect import OPS
 from gdnfuse.kernels import implementations
-from gdnfuse.kernels.inductor import REPLAYED, announce
+from gdnfuse.kernels.launch.inductor import REPLAYED, announce
 
 CASES = {
     "fused_linear": kernel_cases.linear(24, 40, norm=True, residual=True),

@@ -8,10 +8,11 @@ import torch
 import torch.utils._pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gdnfuse.kernels import chunk_scan_hopper, few_rows_hopper, implementations, replay
-from gdnfuse.kernels.implementation import _stand_in, _standing_in
-from gdnfuse.kernels.replay import Recorded, Replayed
-from gdnfuse.report import Refused
+from gdnfuse.errors import Refused
+from gdnfuse.kernels import chunk_scan_hopper, few_rows_hopper, implementations
+from gdnfuse.kernels.launch import replay
+from gdnfuse.kernels.launch.implementation import _stand_in, _standing_in
+from gdnfuse.kernels.launch.replay import Recorded, Replayed
 
 
 class Kernel:

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gdnfuse.kernels import matching, recorded, replay
-from gdnfuse.kernels.implementation import _standing_in, kernel_of
-from gdnfuse.kernels.recorded import INT32, Differs, Launch, Line, Recorded, Result, common, longest
-from gdnfuse.kernels.replay import Replayed
+from gdnfuse.kernels.launch import codegen, recording, replay
+from gdnfuse.kernels.launch.implementation import _standing_in, kernel_of
+from gdnfuse.kernels.launch.recording import INT32, Differs, Launch, Line, Recorded, Result, common, longest
+from gdnfuse.kernels.launch.replay import Replayed
 
 NOTHING = Recorded([((1,), (1,), torch.float32, torch.device("cpu"))], [], [Result(0, None)], False)  # but an allocation
 
@@ -158,7 +158,7 @@ def test_another_device_is_not_taken_for_the_one_recorded(monkeypatch):
     current = [1]
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: current[0], raising=False)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
-    match = matching.written((x, y), {}, [x, y], 1, NOTHING)
+    match = codegen.written((x, y), {}, [x, y], 1, NOTHING)
     assert match(x, y).shape == (1,)
     current[0] = 0
     assert match(x, y) is replay.MISSED
@@ -225,7 +225,7 @@ def test_what_is_plain_is_compared_with_its_class(monkeypatch):
     monkeypatch.setattr(replay, "OFTEN", 1)
     x, y = some(), some()
     shape = [5, 1]
-    match = matching.written((x, y, 1.0, shape), {"flag": True}, [x, y], -1, NOTHING)
+    match = codegen.written((x, y, 1.0, shape), {"flag": True}, [x, y], -1, NOTHING)
     assert match(x, y, 1.0, [5, 1], flag=True).shape == (1,)
     shape[1] = 2
     for plain, sizes, flag in (
@@ -558,7 +558,7 @@ def test_what_does_not_go_with_the_length_is_read_off(kernel):
 
 
 def test_a_length_whose_numbers_need_more_bits_is_read_off(monkeypatch):
-    monkeypatch.setattr(recorded, "INT32", 1000)
+    monkeypatch.setattr(recording, "INT32", 1000)
     kernel = Append()
     op = append(kernel)
     for L in (5, 6, 7, 8, 9):
@@ -624,7 +624,7 @@ def test_triton_s_launcher_is_called_as_its_runner_calls_it(monkeypatch):
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 70 + device, raising=False)
     hooks, spy, x = triton.knobs.runtime, [], some()
     launch = Launch(compiled(spy), (2, 3, 1), None, [None, 5, 0.5], [(0, 0, 4)], [], frozenset())
-    match = matching.written((x,), {}, [x], 0, NOTHING._replace(launches=[launch]))
+    match = codegen.written((x,), {}, [x], 0, NOTHING._replace(launches=[launch]))
     assert match(x).shape == (1,)
     launch.compiled[launch.grid](x.data_ptr() + 4, 5, 0.5, stream=70)
     ours, theirs = spy
@@ -646,5 +646,5 @@ def test_another_runner_of_triton_s_is_called_itself(runner):
         __getitem__ = runner
 
     launch = Launch(Other(), (2, 3, 1), None, [], [], [], frozenset())
-    assert not matching.called_as_known(launch)
-    assert matching.called_as_known(launch._replace(compiled=compiled([])))
+    assert not codegen.called_as_known(launch)
+    assert codegen.called_as_known(launch._replace(compiled=compiled([])))

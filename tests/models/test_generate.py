@@ -7,7 +7,7 @@ import torch
 from transformers import CompileConfig, DynamicCache, StaticCache
 
 import gdnfuse
-from gdnfuse.report import Status
+from gdnfuse.report.records import Status
 from tests.models import zoo
 
 STRATEGIES = {

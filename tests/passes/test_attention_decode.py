@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import gdnfuse
-from gdnfuse.report import Status
+from gdnfuse.report.records import Status
 from gdnfuse.rewrite import proof
 from tests.models import zoo
 

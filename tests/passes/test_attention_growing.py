@@ -8,8 +8,9 @@ import torch.nn.functional as F
 import transformers
 
 import gdnfuse
+from gdnfuse.passes import sdpa
 from gdnfuse.passes.lift import attention_growing, attention_one_query, rms_norm
-from gdnfuse.report import Status
+from gdnfuse.report.records import Status
 from gdnfuse.rewrite import proof
 from gdnfuse.rewrite.graph import op_name
 from tests.models import zoo
@@ -248,7 +249,7 @@ def test_a_size_of_the_longer_cache_is_read_before_there_is_one(name):
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_a_long_cache_is_proved_where_its_length_is_symbolic(dynamic, monkeypatch):
-    monkeypatch.setattr(attention_one_query, "PROVED", B * HKV * 40 * D)
+    monkeypatch.setattr(sdpa, "PROVED", B * HKV * 40 * D)
     g = applied(layer(), *arguments(50, dynamic))
     if dynamic:
         assert record(g).status is Status.FIRED, record(g).reason

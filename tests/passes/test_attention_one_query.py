@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from gdnfuse.passes import sdpa
 from gdnfuse.passes.lift import attention_one_query
 from gdnfuse.passes.lift.attention_one_query import RULE
-from gdnfuse.report import Status
+from gdnfuse.report.records import Status
 from gdnfuse.rewrite import proof
 from tests.rewrite.captured import Captured
 
@@ -194,7 +195,7 @@ def test_several_queries_and_attention_without_an_axis_of_heads_need_no_record()
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_long_keys_are_proved_where_their_length_is_symbolic(dynamic, monkeypatch):
-    monkeypatch.setattr(attention_one_query, "PROVED", B * HKV * 40 * D)
+    monkeypatch.setattr(sdpa, "PROVED", B * HKV * 40 * D)
     g = applied(repeats, *arguments(50, dynamic))
     if dynamic:
         assert g.record.status is Status.FIRED, g.record.reason

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gdnfuse.passes.fuse.causal_attention import RULE
-from gdnfuse.report import Status
+from gdnfuse.passes.lift.causal_attention import RULE
+from gdnfuse.report.records import Status
 from gdnfuse.rewrite import proof
 from gdnfuse.rewrite.graph import op_name
 from tests.rewrite.captured import Captured

@@ -13,7 +13,7 @@ import gdnfuse
 from gdnfuse.dialect import mixer_decode as mixer_op
 from gdnfuse.passes.fuse import add_rms_norm, mixer_linears, norm_linear, residual_linear, swiglu_linear
 from gdnfuse.passes.lift import packed_linear, rms_norm
-from gdnfuse.report import Status
+from gdnfuse.report.records import Status
 from gdnfuse.rewrite import proof
 from gdnfuse.rewrite.graph import op_name
 from tests.models import zoo

@@ -8,7 +8,7 @@ import torch
 
 from gdnfuse.dialect import mixer_decode as mixer_op
 from gdnfuse.passes.fuse import mixer_decode, packed_decode
-from gdnfuse.report import Status
+from gdnfuse.report.records import Status
 from gdnfuse.rewrite import proof
 from tests.passes.test_fuse_linears import call_in
 from tests.rewrite.captured import Captured

@@ -10,9 +10,9 @@ import transformers
 import gdnfuse
 from gdnfuse.passes import fuse, lift
 from gdnfuse.passes.last_rows import NAME, keep_last_rows
-from gdnfuse.report import Status
+from gdnfuse.report.records import Status
+from gdnfuse.rewrite.evaluate import hint
 from gdnfuse.rewrite.graph import calls, is_tensor, op_name, value
-from gdnfuse.rewrite.proof import hint
 from tests.models import zoo
 from tests.rewrite.captured import Captured
 
@@ -102,7 +102,7 @@ def test_the_last_queries_behind_a_cache():
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
         return F.linear(y.transpose(1, 2).reshape(q.shape[0], n, -1), w)[:, -1:]
 
-    g = moved(f, of(B, 4, T, 8), of(B, 4, 30, 8), of(B, 4, 30, 8), of(N, 32), rules=[fuse.causal_attention.RULE])
+    g = moved(f, of(B, 4, T, 8), of(B, 4, 30, 8), of(B, 4, 30, 8), of(N, 32), rules=[lift.causal_attention.RULE])
     (attention,) = [n for n in g.gm.graph.nodes if "attention" in op_name(n)]
     assert list(value(attention).shape) == [B, 4, 1, 8]
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from gdnfuse.passes.lift import causal_conv_update, delta_rule, gated_rms_norm, gating, l2norm, packed_linear
-from gdnfuse.report import Status
+from gdnfuse.report.records import Status
 from gdnfuse.rewrite.graph import op_name
 from tests.rewrite.captured import Captured
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import gdnfuse
-from gdnfuse import huggingface
+from gdnfuse import models
 from gdnfuse.dialect import OPS
 from gdnfuse.dialect import attention_decode as attention_op
 from gdnfuse.dialect import attention_growing as growing_op
@@ -16,7 +16,7 @@ from gdnfuse.dialect import mixer_decode as mixer_op
 from gdnfuse.dialect import packed_decode as rule_op
 from gdnfuse.kernels.linear_configs import FILLED, split
 from gdnfuse.passes import fuse, lift, lower
-from gdnfuse.report import Status
+from gdnfuse.report.records import Status
 from gdnfuse.rewrite.graph import op_name
 from tests.models import zoo
 from tests.rewrite.captured import Captured, copied
@@ -619,9 +619,9 @@ def test_in_proj_conv_waits_for_its_state():
 def test_every_kernel_of_a_decode_step_that_can_but_the_first_overlaps(batch, monkeypatch):
     graphs, honest = [], lower.lower
     monkeypatch.setattr(lower, "lower", lambda gm, *args, **kwargs: (graphs.append(gm), honest(gm, *args, **kwargs))[1])
-    config = huggingface.load_config("qwen3.5-0.8b")
+    config = models.load_config("qwen3.5-0.8b")
     config.num_hidden_layers, config.layer_types = 8, config.layer_types[:8]
-    huggingface.trace(huggingface.meta_model(config), batch=batch, target="cuda")
+    models.trace(models.meta_model(config), batch=batch, target="cuda")
     (gm,) = graphs
     able = [n for n in gm.graph.nodes if is_kernel(n.target) and "overlap" in [a.name for a in n.target._schema.arguments]]
     assert len(able) > 8 * 3 and ["overlap" in n.kwargs for n in able] == [False] + [True] * (len(able) - 1)

@@ -5,7 +5,7 @@ import torch
 
 import gdnfuse
 from gdnfuse.dialect import fused_gating_delta_rule
-from gdnfuse.report import Status
+from gdnfuse.report.records import Status
 from gdnfuse.rewrite import columns
 
 H, HV, K, V = 2, 4, 8, 8

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import gdnfuse
-from gdnfuse import huggingface
+from gdnfuse import models
 from gdnfuse.dialect import OPS
 from gdnfuse.passes import verify
-from gdnfuse.report import Status
+from gdnfuse.report.records import Status
 from tests.models import zoo
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -110,7 +110,7 @@ def test_strict_raises_where_verifying_fails(monkeypatch):
 
 
 def test_without_data_a_graph_is_not_verified():
-    (report,) = huggingface.trace(huggingface.meta_model(zoo.causal_lm().config), verify=True)
+    (report,) = models.trace(models.meta_model(zoo.causal_lm().config), verify=True)
     assert report.rewritten and report.comparisons == []
     assert report.note == "Not verified. Verifying needs the tensors of a real call, found one without data."
 

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from gdnfuse.dialect import OPS
-from gdnfuse.report import Refused, Status
-from gdnfuse.rewrite.driver import Outcome, call, infer, run_rules
+from gdnfuse.errors import Refused
+from gdnfuse.report.records import Status
+from gdnfuse.rewrite.driver import Outcome, run_rules
+from gdnfuse.rewrite.edit import call, infer
 from gdnfuse.rewrite.graph import op_name, value
 from gdnfuse.rewrite.pattern import Op, Var
 from gdnfuse.rewrite.rule import Match, Rule, bring

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.fx import Graph
 
-from gdnfuse.report import Status
+from gdnfuse.report.records import Status
+from gdnfuse.rewrite.evaluate import evaluate, in_float64
 from gdnfuse.rewrite.graph import op_name
-from gdnfuse.rewrite.proof import evaluate, in_float64
 from gdnfuse.rewrite.rule import Match, Rule
 from tests.rewrite.captured import Captured
 

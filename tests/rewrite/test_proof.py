@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from gdnfuse.report import Refused
+from gdnfuse.errors import Refused
 from gdnfuse.rewrite import proof
 from gdnfuse.rewrite.driver import Outcome, run_rules
 from gdnfuse.rewrite.graph import op_name, storage, writes

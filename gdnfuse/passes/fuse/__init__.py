@@ -2,7 +2,6 @@
 
 from gdnfuse.passes.fuse import (
     add_rms_norm,
-    causal_attention,
     conv_context,
     gating_chunk_delta_rule,
     gating_delta_rule,
@@ -29,5 +28,4 @@ RULES = [
     swiglu_linear.RULE,
     residual_linear.RULE,
     add_rms_norm.RULE,
-    causal_attention.RULE,
 ]

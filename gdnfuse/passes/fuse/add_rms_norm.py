@@ -10,10 +10,10 @@ from __future__ import annotations
 from gdnfuse.dialect import add_rms_norm, rms_norm
 from gdnfuse.passes.fuse.linears import LINEARS, alone, is_linear
 from gdnfuse.passes.rows import few_rows, one_row
-from gdnfuse.rewrite.driver import call
+from gdnfuse.rewrite.edit import call
+from gdnfuse.rewrite.evaluate import hint
 from gdnfuse.rewrite.graph import is_tensor, op_name, same_shape, value
 from gdnfuse.rewrite.pattern import Mismatch
-from gdnfuse.rewrite.proof import hint
 from gdnfuse.rewrite.rule import Match, Rule
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 from gdnfuse.dialect import causal_conv
-from gdnfuse.report import Refused
-from gdnfuse.rewrite.driver import call
+from gdnfuse.errors import Refused
+from gdnfuse.rewrite.edit import call
+from gdnfuse.rewrite.evaluate import hint
 from gdnfuse.rewrite.graph import op_name, peel, real_users, same_shape, value
 from gdnfuse.rewrite.pattern import Mismatch
-from gdnfuse.rewrite.proof import hint
 from gdnfuse.rewrite.rule import Match, Rule
 
 CHANNELS = 8  # prove as much as any number

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from gdnfuse.dialect import delta_rule, fused_gating_delta_rule, gating
+from gdnfuse.errors import Refused
 from gdnfuse.passes.fuse.rules import two_sequences
-from gdnfuse.report import Refused
-from gdnfuse.rewrite.driver import call
+from gdnfuse.rewrite.edit import call
 from gdnfuse.rewrite.graph import op_name, peel, real_users, value
 from gdnfuse.rewrite.pattern import Alt, Const, Mismatch, Op, Var
 from gdnfuse.rewrite.rule import Match, Rule, bring

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from gdnfuse.dialect import l2norm, op_of
+from gdnfuse.errors import Refused
 from gdnfuse.passes.fuse.rules import rule_call, rule_match
-from gdnfuse.report import Refused
 from gdnfuse.rewrite.graph import op_name, peel, value
 from gdnfuse.rewrite.pattern import Mismatch
 from gdnfuse.rewrite.rule import Rule, bring

@@ -8,9 +8,9 @@ from typing import Any
 from torch.fx import Node
 
 from gdnfuse.dialect import DialectOp, fused_linear, packed_linear
+from gdnfuse.errors import Refused
 from gdnfuse.passes.rows import few_rows
-from gdnfuse.report import Refused
-from gdnfuse.rewrite.driver import call
+from gdnfuse.rewrite.edit import call
 from gdnfuse.rewrite.graph import op_name, real_users, value
 from gdnfuse.rewrite.rule import Match, Operand
 

@@ -8,10 +8,10 @@ import torch
 from torch.fx import Node
 
 from gdnfuse.dialect import causal_conv_update, gated_rms_norm, mixer_decode, packed_decode
+from gdnfuse.errors import Refused
 from gdnfuse.passes.fuse.rules import two_sequences
-from gdnfuse.report import Refused
 from gdnfuse.rewrite.columns import Columns
-from gdnfuse.rewrite.driver import call
+from gdnfuse.rewrite.edit import call
 from gdnfuse.rewrite.graph import is_tensor, op_name, peel, real_users, same, source, value
 from gdnfuse.rewrite.pattern import Mismatch
 from gdnfuse.rewrite.rule import Match, Rule, bring

@@ -7,10 +7,10 @@ the rule may be split over as many programs as a device has room for.
 from __future__ import annotations
 
 from gdnfuse.dialect import fused_linear, in_proj_conv, mixer_decode, packed_decode
+from gdnfuse.errors import Refused
 from gdnfuse.passes.fuse.linears import alone, arguments_match, arguments_of, bind, fused_call, is_linear
 from gdnfuse.passes.rows import one_row
-from gdnfuse.report import Refused
-from gdnfuse.rewrite.driver import call
+from gdnfuse.rewrite.edit import call
 from gdnfuse.rewrite.graph import op_name, peel, real_users, value
 from gdnfuse.rewrite.pattern import Mismatch
 from gdnfuse.rewrite.rule import Operand, Rule, bring

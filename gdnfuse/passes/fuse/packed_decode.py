@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from gdnfuse.dialect import fused_gating_delta_rule, packed_decode
+from gdnfuse.errors import Refused
 from gdnfuse.passes.fuse.rules import two_sequences
-from gdnfuse.report import Refused
 from gdnfuse.rewrite.columns import Columns
-from gdnfuse.rewrite.driver import call
+from gdnfuse.rewrite.edit import call
 from gdnfuse.rewrite.graph import op_name, same, value
 from gdnfuse.rewrite.pattern import Mismatch
 from gdnfuse.rewrite.rule import Match, Rule, bring

@@ -8,9 +8,9 @@ from typing import Any
 from torch.fx import Node
 
 from gdnfuse.dialect import DialectOp, op_of
-from gdnfuse.rewrite.driver import call
+from gdnfuse.rewrite.edit import call
+from gdnfuse.rewrite.evaluate import hint
 from gdnfuse.rewrite.graph import op_name, real_users, value
-from gdnfuse.rewrite.proof import hint
 from gdnfuse.rewrite.rule import Match, Operand
 
 # Sizes that prove as much as any, axis by axis: two sequences, two chunks, narrow heads of K and V columns.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 from gdnfuse.dialect import fused_linear
+from gdnfuse.errors import Refused
 from gdnfuse.passes.fuse.linears import alone, arguments_match, bind, fused_call, is_linear
-from gdnfuse.report import Refused
 from gdnfuse.rewrite.graph import op_name, peel, real_users, same, value
 from gdnfuse.rewrite.pattern import Mismatch
 from gdnfuse.rewrite.rule import Rule

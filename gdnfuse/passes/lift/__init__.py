@@ -4,6 +4,7 @@ from gdnfuse.passes.lift import (
     attention_decode,
     attention_growing,
     attention_one_query,
+    causal_attention,
     causal_conv_update,
     chunk_delta_rule,
     delta_rule,
@@ -28,5 +29,6 @@ RULES = [
     attention_decode.RULE,
     attention_growing.RULE,
     attention_one_query.RULE,
+    causal_attention.RULE,
     packed_linear.RULE,
 ]

@@ -10,7 +10,8 @@ import torch
 from torch.fx import Node
 
 from gdnfuse.dialect import attention_decode, rms_norm
-from gdnfuse.passes.lift.attention_one_query import (
+from gdnfuse.errors import Refused
+from gdnfuse.passes.sdpa import (
     SEEN_EVERY,
     as_is,
     back_to,
@@ -23,8 +24,7 @@ from gdnfuse.passes.lift.attention_one_query import (
     some,
     without_copies,
 )
-from gdnfuse.report import Refused
-from gdnfuse.rewrite.driver import call
+from gdnfuse.rewrite.edit import call
 from gdnfuse.rewrite.graph import is_tensor, op_name, peel, value
 from gdnfuse.rewrite.pattern import Mismatch, Op, Var
 from gdnfuse.rewrite.rule import Match, Operand, Rule, bring

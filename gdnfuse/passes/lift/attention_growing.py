@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from gdnfuse.dialect import attention_growing
+from gdnfuse.errors import Refused
 from gdnfuse.passes.lift.attention_decode import given, one_token
-from gdnfuse.passes.lift.attention_one_query import (
+from gdnfuse.passes.sdpa import (
     SMALL,
     as_is,
     one_query,
@@ -15,8 +16,7 @@ from gdnfuse.passes.lift.attention_one_query import (
     some,
     without_copies,
 )
-from gdnfuse.report import Refused
-from gdnfuse.rewrite.driver import call, returned
+from gdnfuse.rewrite.edit import call, returned
 from gdnfuse.rewrite.graph import op_name, peel, same, source, storage, value, writes
 from gdnfuse.rewrite.pattern import Mismatch
 from gdnfuse.rewrite.rule import Match, Rule

@@ -5,23 +5,25 @@ The keys of a cache that grows are longer at each token, and a library that plan
 
 from __future__ import annotations
 
-import math
-
-import torch
-from torch.fx import Node
-
 from gdnfuse.dialect import attention_one_query
-from gdnfuse.report import Refused
-from gdnfuse.rewrite.driver import call
-from gdnfuse.rewrite.graph import chain, is_tensor, op_name, peel, real_users, same, value
-from gdnfuse.rewrite.proof import hint
-from gdnfuse.rewrite.rule import Match, Operand, Rule, bring, shown
-
-MASK = 3
-# Elements of the keys that a proof computes attention over. Where their length is symbolic it is SMALL; a graph for one fixed
-# length serves one token of a cache that grows, which no long proof is worth.
-PROVED, SMALL = 2**22, 37
-OPTIONS = {"attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"}
+from gdnfuse.passes.sdpa import (
+    SMALL,
+    as_is,
+    back_to,
+    gated,
+    mask_of,
+    one_query,
+    require_dtype_of_q,
+    require_heads,
+    require_plain,
+    require_provable,
+    scale_of,
+    some,
+    without_copies,
+)
+from gdnfuse.rewrite.edit import call
+from gdnfuse.rewrite.graph import is_tensor, value
+from gdnfuse.rewrite.rule import Match, Rule, bring
 
 
 class LiftAttentionOneQuery(Rule):
@@ -66,125 +68,6 @@ class LiftAttentionOneQuery(Rule):
         given = {name: how(getattr(t, name)) for name, how in m.data["how"].items()}
         y = call(attention_one_query.op.overload, **{"gate": None, "mask": None, **given, "scale": m.data["scale"]})
         return m.data["back"](y)
-
-
-def as_is(node):
-    """An operand that has the layout an op wants."""
-    return Operand(node, lambda x: x)
-
-
-def one_query(graph):
-    """Attention of [B, heads, 1, D]."""
-    for node in graph.nodes:
-        if op_name(node) == "scaled_dot_product_attention" and len(node.args) >= 3:
-            shape = value(node.args[0]).shape
-            if len(shape) == 4 and same(shape[-2], 1):
-                yield node
-
-
-def without_copies(node):
-    """Keys or values, before their heads are repeated for the groups of queries that share them."""
-    piece = peel(node)
-    if op_name(piece) != "expand":
-        return node
-    return next((n for n in chain(piece.args[0]) if value(n).ndim == 4), piece.args[0])
-
-
-def mask_of(anchor):
-    return anchor.args[MASK] if len(anchor.args) > MASK else anchor.kwargs.get("attn_mask")
-
-
-def scale_of(anchor):
-    scale = anchor.kwargs.get("scale")
-    return value(anchor.args[0]).shape[-1] ** -0.5 if scale is None else scale
-
-
-def gated(anchor):
-    """The end of the layer's attention: times the sigmoid of a gate if it is, else the last view of the heads side by side."""
-    readers = list(real_users(anchor))
-    if len(readers) == 1 and op_name(readers[0]) == "mul":
-        other = next((x for x in readers[0].all_input_nodes if peel(x) is not anchor), None)
-        if other is not None and op_name(peel(other)) == "sigmoid" and same(value(other).numel(), value(anchor).numel()):
-            return readers[0], peel(other).args[0]
-    return anchor, None
-
-
-def back_to(out, H, D):
-    """How to bring the op's [B, 1, H·D] to the layout of a node."""
-    if value(out).ndim != 4:
-        return lambda y: y
-    if same(value(out).shape[1], 1):
-        return lambda y: y.reshape(-1, 1, H, D)
-    return lambda y: y.reshape(-1, 1, H, D).transpose(1, 2)
-
-
-def require_plain(anchor, m):
-    """Refuse attention with more than a mask of [B or 1, 1, 1, L] of bool, a scale and groups of queries."""
-    options = dict(zip(("attn_mask", "dropout_p", "is_causal"), anchor.args[MASK:], strict=False)) | anchor.kwargs
-    if unknown := options.keys() - OPTIONS:
-        raise Refused(f"Attention must have no options but {', '.join(sorted(OPTIONS))}, found {', '.join(unknown)}.", at=anchor)
-    if (dropout := options.get("dropout_p", 0.0)) != 0.0:
-        raise Refused(f"Attention must have no dropout, found {dropout}.", at=anchor)
-    if options.get("is_causal", False):
-        raise Refused(
-            "Attention of one query must not be causal, which would show it the first key alone; found it is.", at=anchor
-        )
-    if isinstance(m.data["scale"], Node):
-        raise Refused(f"The scale must be a number, found {m.data['scale']}.", at=anchor)
-    if "mask" not in m.inputs:
-        return
-    mask, B, L = value(m.inputs["mask"]), value(anchor.args[0]).shape[0], value(anchor.args[1]).shape[-2]
-    if mask.dtype != torch.bool or not any(_shaped(mask.shape, (n, 1, 1, L), 3) for n in (B, 1)):
-        found = f"{shown(mask.shape)} of {mask.dtype}"
-        raise Refused(f"The mask must be {shown((B, 1, 1, L))} or {shown((1, 1, 1, L))} of bool, found {found}.", at=anchor)
-
-
-def require_heads(anchor, m):
-    """Refuse keys and values that are not [B, HKV, L, D], H a multiple of HKV."""
-    keys = value(m.inputs["keys"])
-    B, H, _, D = value(anchor.args[0]).shape
-    HKV = keys.shape[1] if keys.ndim == 4 else "HKV"
-    for name in ("keys", "values"):
-        wanted, found = (B, HKV, keys.shape[-2], D), value(m.inputs[name]).shape
-        if not _shaped(found, wanted, 2):
-            raise Refused(f"{name} must have the shape {shown(wanted)}, found {shown(found)}.", at=anchor)
-    if not all(isinstance(n, int) for n in (H, HKV, D)) or H % HKV:
-        raise Refused(f"Heads must be numbers, H a multiple of HKV, found H = {H}, HKV = {HKV} and D = {D}.", at=anchor)
-
-
-def require_provable(anchor, m):
-    """Refuse keys too long for a proof."""
-    B, HKV, L, D = value(m.inputs["keys"]).shape
-    size = math.prod(hint(n) for n in (B, HKV, L if m.small is None else m.small, D))
-    if size > PROVED:
-        raise Refused(f"The keys must have at most {PROVED} elements to be proved, found {size}.", at=anchor)
-
-
-def require_dtype_of_q(m, *names):
-    """Refuse an operand, or a result, of another dtype than q's."""
-    dtype = value(m.inputs["q"]).dtype
-    results = zip(("The result", "The keys", "The values"), m.outputs, strict=False)
-    for name, node in [*((n, m.inputs[n]) for n in names if n in m.inputs), *results]:
-        if (found := value(node).dtype) != dtype:
-            raise Refused(f"{name} must have the dtype of q, {dtype}, found {found}.", at=node)
-
-
-def _shaped(found, wanted, axis):
-    """Whether two shapes are one. On one axis, the length, different symbols will do: unequal, attention fails."""
-    return len(found) == len(wanted) and all(
-        same(a, b) or i == axis and not isinstance(a, int) and not isinstance(b, int) and hint(a) == hint(b)
-        for i, (a, b) in enumerate(zip(found, wanted, strict=True))
-    )
-
-
-SEEN_EVERY = 4  # positions
-
-
-def some(shape, generator):
-    """A mask that hides about three in eight, but none where a token may be written: what is hidden may be wrong unnoticed."""
-    mask = torch.rand(shape, generator=generator) < 0.5
-    mask[..., ::SEEN_EVERY] = True
-    return mask
 
 
 RULE = LiftAttentionOneQuery()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from gdnfuse.dialect import causal_conv_update
-from gdnfuse.report import Refused
-from gdnfuse.rewrite.driver import call
+from gdnfuse.errors import Refused
+from gdnfuse.rewrite.edit import call
 from gdnfuse.rewrite.graph import is_tensor, op_name, peel, real_users, value
 from gdnfuse.rewrite.pattern import Mismatch
 from gdnfuse.rewrite.rule import Match, Rule, bring

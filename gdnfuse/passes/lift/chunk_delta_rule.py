@@ -14,12 +14,12 @@ import torch
 from torch.fx import Node
 
 from gdnfuse.dialect import chunk_delta_rule
+from gdnfuse.errors import Refused
 from gdnfuse.passes.lift.delta_rule import unit
-from gdnfuse.report import Refused
-from gdnfuse.rewrite.driver import call
+from gdnfuse.rewrite.edit import call
+from gdnfuse.rewrite.evaluate import hint
 from gdnfuse.rewrite.graph import is_tensor, op_name, peel, real_users, same, same_shape, source, value
 from gdnfuse.rewrite.pattern import Mismatch, Op, Var
-from gdnfuse.rewrite.proof import hint
 from gdnfuse.rewrite.rule import Match, Rule, shown
 
 # What a chunk changes: u and w solve the triangular system for v and k.

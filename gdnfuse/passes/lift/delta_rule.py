@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from gdnfuse.dialect import delta_rule
-from gdnfuse.report import Refused
-from gdnfuse.rewrite.driver import call
+from gdnfuse.errors import Refused
+from gdnfuse.rewrite.edit import call
 from gdnfuse.rewrite.graph import is_tensor, op_name, peel, real_users, value
 from gdnfuse.rewrite.pattern import Mismatch, Op, Var
 from gdnfuse.rewrite.rule import Match, Rule, bring

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from gdnfuse.dialect import gated_rms_norm
-from gdnfuse.rewrite.driver import call
+from gdnfuse.rewrite.edit import call
+from gdnfuse.rewrite.evaluate import hint
 from gdnfuse.rewrite.graph import chain, op_name, peel, real_users, same, same_shape, value
 from gdnfuse.rewrite.pattern import Alt, Const, Mismatch, Op, Var
-from gdnfuse.rewrite.proof import hint
 from gdnfuse.rewrite.rule import Match, Rule, bring
 
 o, w = Var("o"), Var("weight")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from gdnfuse.dialect import gating
-from gdnfuse.rewrite.driver import call
+from gdnfuse.rewrite.edit import call
 from gdnfuse.rewrite.graph import is_tensor, op_name, peel, real_users, value
 from gdnfuse.rewrite.pattern import Alt, Op, Var
 from gdnfuse.rewrite.rule import Match, Rule, bring

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gdnfuse.dialect import l2norm
-from gdnfuse.rewrite.driver import call
+from gdnfuse.rewrite.edit import call
 from gdnfuse.rewrite.graph import op_name, peel, real_users, value
 from gdnfuse.rewrite.pattern import Alt, Const, Op, Var
 from gdnfuse.rewrite.rule import Match, Rule, bring

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from gdnfuse import packing
 from gdnfuse.dialect import packed_linear
-from gdnfuse.report import Refused
-from gdnfuse.rewrite.driver import call
+from gdnfuse.errors import Refused
+from gdnfuse.rewrite.edit import call
+from gdnfuse.rewrite.evaluate import hint
 from gdnfuse.rewrite.graph import is_tensor, op_name, value
-from gdnfuse.rewrite.proof import hint
 from gdnfuse.rewrite.rule import Match, Rule
 
 # For any number of rows: benchmarks/packing.py on an H200, 1 to 16384 rows of the in_proj of 0.8B, 4B and 9B, of gate and up and

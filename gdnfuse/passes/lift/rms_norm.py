@@ -5,12 +5,12 @@ from __future__ import annotations
 from torch.fx import Node
 
 from gdnfuse.dialect import rms_norm
+from gdnfuse.errors import Refused
 from gdnfuse.passes.rows import one_row
-from gdnfuse.report import Refused
-from gdnfuse.rewrite.driver import call
+from gdnfuse.rewrite.edit import call
+from gdnfuse.rewrite.evaluate import hint
 from gdnfuse.rewrite.graph import is_tensor, op_name, peel, real_users, same, value
 from gdnfuse.rewrite.pattern import Alt, Const, Mismatch, Op, Var
-from gdnfuse.rewrite.proof import hint
 from gdnfuse.rewrite.rule import Match, Rule, bring
 
 x, w = Var("x"), Var("weight")

@@ -15,9 +15,9 @@ import torch.utils._pytree as pytree
 from torch._subclasses.fake_tensor import FakeTensor
 
 from gdnfuse.dialect import OPS
-from gdnfuse.kernels.inductor import REPLAYED
-from gdnfuse.kernels.replay import Replayed
-from gdnfuse.report import Refused
+from gdnfuse.errors import Refused
+from gdnfuse.kernels.launch.inductor import REPLAYED
+from gdnfuse.kernels.launch.replay import Replayed
 
 log = logging.getLogger(__name__)
 

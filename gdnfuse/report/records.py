@@ -1,6 +1,6 @@
 """Records of what the compiler did. Imports nothing of ours.
 
-The data is the report; report_text and report_html render it. Tests assert on the data.
+The data is the report; text.py and page.py beside this render it. Tests assert on the data.
 """
 
 from __future__ import annotations
@@ -11,30 +11,9 @@ import re
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
-
-
-class Refused(Exception):
-    """A rule, a kernel or the packing declines, with a sentence: what was required and what was found.
-
-    Args:
-        reason: the sentence.
-        at: the node it is about, or its name, if any.
-    """
-
-    def __init__(self, reason: str, at: Any = None):
-        super().__init__(reason)
-        self.reason = reason
-        self.node = at
-        self.at = None if at is None else str(at)
-
-
-class GdnfuseError(RuntimeError):
-    """An error for the user: bad options, or `strict` and a layer left unfused."""
-
 
 STAGES = ("capture", "lift", "fuse", "lower")  # of records
 
@@ -423,25 +402,6 @@ def reports() -> list[GraphReport]:
     """Reports of every graph compiled in this process, oldest first."""
     with _lock:
         return list(_reports)
-
-
-_listeners: list[Callable[[str], None]] = []
-
-
-def announce(step: str) -> None:
-    """Say what is done next, to whoever waits for it."""
-    for listener in _listeners:
-        listener(step)
-
-
-@contextmanager
-def listening(listener: Callable[[str], None]) -> Iterator[None]:
-    """Have `listener` called with every step that is announced."""
-    _listeners.append(listener)
-    try:
-        yield
-    finally:
-        _listeners.remove(listener)
 
 
 def clear_reports() -> None:

@@ -10,17 +10,8 @@ from html import escape
 from importlib import resources
 from typing import Any
 
-from gdnfuse.report import (
-    BANDWIDTH,
-    BlockReport,
-    GraphReport,
-    Operation,
-    Refusal,
-    Source,
-    Status,
-    limit_seconds,
-)
-from gdnfuse.report_text import LEGEND, MARKS, blocks_of, columns, duration, launch_rows, left, ordered, pair, ranges, size, where
+from gdnfuse.report.records import BANDWIDTH, BlockReport, GraphReport, Operation, Refusal, Source, Status, limit_seconds
+from gdnfuse.report.text import LEGEND, MARKS, blocks_of, columns, duration, launch_rows, left, ordered, pair, ranges, size, where
 
 ROW, LANE, DOT = 22, 9, 4  # pixels: a line of a graph, between two edges, half a node
 LETTERS = {"linear attention": "L", "full attention": "A", "MLP": "M", "MoE": "E", "other": "O"}
@@ -71,7 +62,7 @@ reads its tensors and writes its results once and views are free. Inductor may m
 
 
 def _asset(name: str) -> str:
-    return (resources.files("gdnfuse") / "assets" / name).read_text(encoding="utf-8")
+    return (resources.files("gdnfuse.report") / "assets" / name).read_text(encoding="utf-8")
 
 
 def _graph(report: GraphReport, bandwidth: float) -> str:

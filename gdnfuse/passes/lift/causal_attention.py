@@ -16,9 +16,9 @@ from torch.fx import Node
 from torch.fx.node import map_aggregate
 
 from gdnfuse.dialect import causal_attention
-from gdnfuse.passes.lift.attention_one_query import without_copies
-from gdnfuse.report import Refused
-from gdnfuse.rewrite.driver import call
+from gdnfuse.errors import Refused
+from gdnfuse.passes.sdpa import without_copies
+from gdnfuse.rewrite.edit import call
 from gdnfuse.rewrite.graph import is_tensor, op_name, same, storage, value, writes
 from gdnfuse.rewrite.rule import Match, Rule, shown
 
@@ -38,8 +38,8 @@ VIEWS = {  # whose numbers are sizes and axes
 }  # fmt: skip
 
 
-class FuseCausalAttention(Rule):
-    name, stage, equation = "causal_attention", "fuse", "attention(q, k, v, tril) = causal attention(q, k, v)"
+class LiftCausalAttention(Rule):
+    name, stage, equation = "causal_attention", "lift", "attention(q, k, v, tril) = causal attention(q, k, v)"
 
     def anchors(self, graph):
         """Attention of several queries under a mask."""
@@ -127,4 +127,4 @@ def _mask(node):
     return node.args[MASK] if len(node.args) > MASK else node.kwargs.get("attn_mask")
 
 
-RULE = FuseCausalAttention()
+RULE = LiftCausalAttention()

@@ -24,8 +24,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from gdnfuse.kernels.matching import ALIGNMENT, MISSED, SPECIALISED_BY_STORAGE, written
-from gdnfuse.kernels.recorded import INT32, Differs, Launch, Recorded, Result, based, common
+from gdnfuse.kernels.launch.codegen import ALIGNMENT, MISSED, SPECIALISED_BY_STORAGE, written
+from gdnfuse.kernels.launch.recording import INT32, Differs, Launch, Recorded, Result, based, common
 
 MOST = 512  # layouts of one op that are kept: prompts have one per length
 MOST_MATCHES = 8  # layouts of one op that a call is compared with, one after another

@@ -10,7 +10,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from gdnfuse.report import BANDWIDTH, COLUMNS, BlockReport, GraphReport, Refusal, Status, limit_seconds
+from gdnfuse.report.records import BANDWIDTH, COLUMNS, BlockReport, GraphReport, Refusal, Status, limit_seconds
 
 WIDTH = 60  # columns for a sentence in a table
 MARKS = {"fired": "✓", "declined": "✗", "both": "✓✗", None: "–"}

@@ -11,8 +11,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from gdnfuse.report import BlockReport, GraphReport, Operation, Record, Source, Status
-from gdnfuse.report_html import page
+from gdnfuse.report.page import page
+from gdnfuse.report.records import BlockReport, GraphReport, Operation, Record, Source, Status
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 VOID = {"meta", "link", "input", "circle", "path", "br"}

@@ -20,10 +20,11 @@ import torch.utils._pytree as pytree
 from torch._dynamo import utils as dynamo
 
 from gdnfuse.backend import rewritten_copy
-from gdnfuse.huggingface import apart, by_phase, parameters_of
+from gdnfuse.errors import GdnfuseError
+from gdnfuse.generation.compile import apart, by_phase, parameters_of
 from gdnfuse.options import Options
 from gdnfuse.passes.growing_keys import growing_keys, mark
-from gdnfuse.report import GdnfuseError, GraphReport
+from gdnfuse.report.records import GraphReport
 
 SCHEMA = "gdnfuse.explanation/1"
 METRICS = 4096  # compilations of one call that torch is asked to remember; 64 otherwise

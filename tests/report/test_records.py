@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import gdnfuse
-from gdnfuse import huggingface
+from gdnfuse import models
 from gdnfuse.cli import _parser
 from gdnfuse.dialect import OPS
 from gdnfuse.passes import fuse, lift, survey
-from gdnfuse.report import COLUMNS, Comparison, GraphReport, LayerReport, Record, Status, document, marks
-from gdnfuse.report_text import Style, pair, ranges, render, size
+from gdnfuse.report.records import COLUMNS, Comparison, GraphReport, LayerReport, Record, Status, document, marks
+from gdnfuse.report.text import Style, pair, ranges, render, size
 from tests.models import zoo
 from tests.pages import REPORT, blocks, documented, fields
 
@@ -220,7 +220,7 @@ def test_what_is_not_matched_names_its_line_and_the_nearest_node():
     assert (refusal.rule, refusal.status, refusal.count) == ("gating", Status.UNMATCHED, 2)
     assert refusal.blocks == ["layers.0", "layers.1"] and [b.kind for b in report.blocks] == ["linear attention"] * 2
     assert refusal.expected and refusal.got and refusal.at in refusal.sentence and "A_log" in refusal.equation
-    assert Path(refusal.source.file).name == "test_report.py"
+    assert Path(refusal.source.file).name == "test_records.py"
     assert (refusal.source.line, refusal.source.code) == line_of(helper, "step = ")
     assert refusal.source.place.endswith(f"test_report.py:{refusal.source.line}")
     text = render(report)
@@ -260,9 +260,7 @@ def test_a_refusal_has_the_line_of_its_node():
 
 def test_every_model_is_traced_with_its_own_sizes():
     config = zoo.causal_lm(**zoo.SMALL).config
-    (first,), (equal,), (wide,) = (
-        huggingface.trace(huggingface.meta_model(config), target="cpu", batch=batch) for batch in (1, 1, 2)
-    )
+    (first,), (equal,), (wide,) = (models.trace(models.meta_model(config), target="cpu", batch=batch) for batch in (1, 1, 2))
     assert first.launches_after == equal.launches_after and wide.bytes_after > first.bytes_after
     results = [o.result for structure in wide.structures for o in structure]
     assert all(size.strip().isdecimal() for r in results for sizes in re.findall(r"\[(.+?)\]", r) for size in sizes.split(","))

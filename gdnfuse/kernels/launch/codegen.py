@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch._C._dynamo.guards import TensorGuards
 
-from gdnfuse.kernels.recorded import Launch, Line, Pointer, Recorded, based, longest
+from gdnfuse.kernels.launch.recording import Launch, Line, Pointer, Recorded, based, longest
 
 ALIGNMENT = 16  # bytes, by which Triton specialises a pointer
 TENSORS = (torch.Tensor, torch.nn.Parameter)

@@ -10,7 +10,8 @@ import torch
 from transformers import CompileConfig, Qwen3_5Config, Qwen3_5ForCausalLM, Qwen3_5TextConfig, StaticCache
 
 import gdnfuse
-from gdnfuse import huggingface
+from gdnfuse import models
+from gdnfuse.generation import compile
 from tests.models import zoo
 
 SIZES = {
@@ -115,10 +116,10 @@ def test_prefill_is_compiled_where_it_is_captured_or_on_request(model, options, 
 
 def test_a_prompt_is_compiled_without_cuda_graphs_in_every_mode():
     for mode, options in (("reduce-overhead", {}), ("max-autotune", {}), (None, {"inductor": {"triton.cudagraphs": True}})):
-        settings = huggingface._no_cuda_graphs(mode, options)
+        settings = compile._no_cuda_graphs(mode, options)
         assert settings["mode"] is None and settings["options"]["inductor"]["triton.cudagraphs"] is False
-    assert huggingface._no_cuda_graphs("max-autotune", {})["options"]["inductor"]["max_autotune"] is True
-    assert huggingface._no_cuda_graphs(None, {}) == {"mode": None, "options": None}
+    assert compile._no_cuda_graphs("max-autotune", {})["options"]["inductor"]["max_autotune"] is True
+    assert compile._no_cuda_graphs(None, {}) == {"mode": None, "options": None}
 
 
 def test_where_generate_compiles_prompts_itself_they_keep_their_own_compilation(model):
@@ -245,33 +246,33 @@ def test_a_model_without_generate():
 
 def test_multimodal_config_gives_its_text_model():
     config = Qwen3_5Config(text_config=dict(SIZES))
-    (report,) = huggingface.trace(huggingface.meta_model(config), target="cuda")
+    (report,) = models.trace(models.meta_model(config), target="cuda")
     assert report.fused_layers == 3
 
 
 @pytest.mark.parametrize("wrong", [{"batch": 0}, {"prompt": 0}, {"phase": "sideways"}, {"targt": "cuda"}])
 def test_trace_refuses_bad_arguments(wrong):
-    model = huggingface.meta_model(Qwen3_5TextConfig(**SIZES))
+    model = models.meta_model(Qwen3_5TextConfig(**SIZES))
     with pytest.raises(gdnfuse.GdnfuseError, match=next(iter(wrong))):
-        huggingface.trace(model, **wrong)
+        models.trace(model, **wrong)
 
 
 @pytest.mark.parametrize("batch, prompt, dtype", [(1, 1, torch.bfloat16), (5, 3, torch.float16), (2, 64, torch.float32)])
 def test_trace_decode(batch, prompt, dtype):
-    model = huggingface.meta_model(Qwen3_5TextConfig(**SIZES), dtype)
-    (report,) = huggingface.trace(model, batch=batch, prompt=prompt, target="cpu")
+    model = models.meta_model(Qwen3_5TextConfig(**SIZES), dtype)
+    (report,) = models.trace(model, batch=batch, prompt=prompt, target="cpu")
     assert (report.phase, report.fused_layers) == ("decode", 3)
 
 
-@pytest.mark.parametrize("name", huggingface.presets())
+@pytest.mark.parametrize("name", models.presets())
 def test_every_preset_is_fused_in_every_layer(name):
     """Layers come in equal turns: one of them, and the first layer of the next. test_examples has a preset whole."""
-    config = huggingface.load_config(name.removeprefix("qwen3.5-"))
+    config = models.load_config(name.removeprefix("qwen3.5-"))
     turn = ["linear_attention"] * 3 + ["full_attention"]
     assert config.layer_types == turn * (config.num_hidden_layers // 4)
     config.num_hidden_layers, config.layer_types = 5, config.layer_types[:5]
-    model = huggingface.meta_model(config)
-    (report,) = huggingface.trace(model, target="cuda")
+    model = models.meta_model(config)
+    (report,) = models.trace(model, target="cuda")
     linear = model.config.layer_types.count("linear_attention")
     assert (report.fused_layers, len(report.layers)) == (linear, linear)
 

@@ -15,7 +15,7 @@ import torch
 from transformers import StaticCache
 
 import gdnfuse
-from gdnfuse import explanation
+from gdnfuse.generation import explain
 from tests.models import zoo
 from tests.pages import check_reference
 
@@ -149,7 +149,7 @@ def test_gradients_leave_a_graph_as_it_came():
 def calls_of(function, *calls):
     """What is found when a compiled function is called with each of these in turn."""
     step = torch.compile(function, backend="eager")
-    with explanation._metrics() as found:
+    with explain._metrics() as found:
         for call in calls:
             call(step)
     return found.recompilations({})
@@ -169,7 +169,7 @@ RECOMPILED = {
 def test_recompilations_have_a_fix(fix):
     found = calls_of(lambda x, n: x.sin() * n, *RECOMPILED[fix])
     assert len(found) == 1 and fix in found[0].fix and found[0].kind == "recompilation", found
-    assert "test_explanation.py" in found[0].where
+    assert "test_explain.py" in found[0].where
 
 
 def test_to_dict_is_json_with_a_version(model):
@@ -202,7 +202,7 @@ step(torch.ones(3))
 
 def test_the_report_is_in_torchs_trace(tmp_path):
     env = {**os.environ, "TORCH_TRACE": str(tmp_path)}
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     subprocess.run([sys.executable, "-c", TRACED], env=env, cwd=root, check=True, timeout=300, capture_output=True)
     (log,) = tmp_path.iterdir()
     artifacts = {}

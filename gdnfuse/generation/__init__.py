@@ -1,0 +1,1 @@
+"""generation: what generate() and decode loops need, over transformers."""

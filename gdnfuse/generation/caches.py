@@ -1,0 +1,81 @@
+"""Caches of transformers between forwards: the marks that CUDA graphs and lengths need, and the dtype of recurrent states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from gdnfuse.errors import GdnfuseError
+
+
+def preparing_caches(
+    fn: Callable[..., Any], fullgraph: bool, state_dtype: torch.dtype | None, any_length: bool
+) -> Callable[..., Any]:
+    """Have the states that a prompt left kept in their dtype, and written by the CUDA graphs of later steps where they are, and
+    keys and values that grow taken for ones of any length."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        out = fn(*args, **kwargs)
+        if not (fullgraph and torch.compiler.is_compiling()):
+            _prepare(getattr(out, "past_key_values", None) or kwargs.get("past_key_values"), state_dtype, any_length)
+        return out
+
+    return call
+
+
+@torch.compiler.disable  # neither a mark nor another tensor in a cache can be set in a graph
+def _prepare(cache: Any, state_dtype: torch.dtype | None, any_length: bool) -> None:
+    if state_dtype is not None and _recurrent_states(cache):
+        set_state_dtype(cache, state_dtype)
+    for layer in getattr(cache, "layers", []):
+        states = [*getattr(layer, "conv_states", {}).values(), *getattr(layer, "recurrent_states", {}).values()]
+        held = [getattr(layer, name, None) for name in ("keys", "values")]
+        if layer.is_compileable:
+            states += [*held, getattr(layer, "cumulative_length", None)]
+        elif any_length:
+            from gdnfuse.passes.growing_keys import mark
+
+            mark(held, [i for i, x in enumerate(held) if isinstance(x, torch.Tensor) and x.ndim == 4])
+        for tensor in states:
+            if isinstance(tensor, torch.Tensor):
+                torch._dynamo.mark_static_address(tensor)
+
+
+STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def set_state_dtype(cache: Any, dtype: torch.dtype) -> None:
+    """Keep the recurrent states of a filled cache in another dtype from here on.
+
+    A decode step reads and writes each state once, [B, HV, K, V] float32 as transformers makes it: for many sequences that is
+    most of what it moves, and bfloat16 halves it. Maths stays float32, but every step rounds the state; docs/reference.md says
+    how far that drifts. The cache's own update keeps the dtype, compiled or not.
+
+    Args:
+        cache: of transformers, after its prompt.
+        dtype: float32, bfloat16 or float16.
+
+    Raises:
+        GdnfuseError: another dtype, or a cache without recurrent states. Nothing is changed then.
+    """
+    check_state_dtype(dtype)
+    states = _recurrent_states(cache)
+    if not states:
+        raise GdnfuseError("The cache must hold recurrent states, found none: a prompt makes them.")
+    for held, i in states:
+        if held[i].dtype != dtype:
+            held[i] = held[i].to(dtype)
+            torch._dynamo.mark_static_address(held[i])
+
+
+def check_state_dtype(dtype: Any) -> None:
+    if dtype not in STATE_DTYPES:
+        raise GdnfuseError(f"state_dtype must be one of {', '.join(map(str, STATE_DTYPES))}, found {dtype!r}.")
+
+
+def _recurrent_states(cache: Any) -> list[tuple[dict[int, torch.Tensor], int]]:
+    """Where a cache holds each recurrent state: a dict and a key of it."""
+    held = [layer.recurrent_states for layer in getattr(cache, "layers", []) if hasattr(layer, "recurrent_states")]
+    return [(states, i) for states in held for i, state in states.items() if isinstance(state, torch.Tensor)]

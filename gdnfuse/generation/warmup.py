@@ -1,0 +1,58 @@
+"""gdnfuse.warmup: compile all that `generate` will need, from two short prompts."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gdnfuse import kernels
+from gdnfuse.errors import GdnfuseError
+from gdnfuse.report.records import reports
+
+# Two lengths: with a static cache Dynamo makes one graph for the first and one for any length at the second.
+WARM_PROMPTS = (70, 83)
+
+
+@dataclass(frozen=True)
+class Warmup:
+    """What a warm-up compiled: seconds it took, graphs by phase, and machine codes of each Triton kernel that are loaded."""
+
+    seconds: float
+    graphs: dict[str, int]
+    kernels: dict[str, int]
+
+
+def warmup(model: torch.nn.Module, *, batch: int = 1, new_tokens: int = 4, **generate: Any) -> Warmup:
+    """Compile all that `model.generate` will need, by generating a few tokens from two short random prompts.
+
+    Chunks are of 64 tokens whatever the prompt's length and nothing is tuned at run time, so later prompts compile nothing more.
+
+    Args:
+        model: after `gdnfuse.compile`.
+        batch: rows per prompt, as later.
+        new_tokens: generated from each.
+        generate: arguments of `model.generate` that change what is compiled, such as `cache_implementation` or `num_beams`.
+
+    Returns:
+        What it compiled.
+
+    Raises:
+        GdnfuseError: the model has no `generate`.
+    """
+    if not hasattr(model, "generate"):
+        raise GdnfuseError(f"warmup needs a model with generate, found {type(model).__name__}.")
+    known, start = len(reports()), time.perf_counter()
+    device = next(model.parameters()).device
+    vocabulary = model.config.get_text_config().vocab_size
+    for length in WARM_PROMPTS:
+        ids = torch.randint(0, vocabulary, (batch, length), device=device)
+        options = {"attention_mask": torch.ones_like(ids), "min_new_tokens": new_tokens, "max_new_tokens": new_tokens, **generate}
+        model.generate(ids, **options)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    graphs = Counter(report.phase for report in reports()[known:])
+    return Warmup(time.perf_counter() - start, dict(graphs), kernels.loaded())

@@ -1,0 +1,197 @@
+"""Models of transformers without their weights: configs and presets, random and meta models, and tracing or verifying one.
+
+transformers is imported inside the functions, so that importing this module stays cheap.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gdnfuse import options as gdnfuse_options
+from gdnfuse.errors import GdnfuseError
+from gdnfuse.generation.compile import apart
+from gdnfuse.progress import announce
+from gdnfuse.report.records import GraphReport, reports
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+PHASES = ("decode", "prefill")
+LONGEST = 300  # characters of somebody else's error in a sentence of ours
+
+
+def presets() -> list[str]:
+    """Names of the built-in configs."""
+    files = (resources.files("gdnfuse") / "presets").iterdir()
+    return sorted(f.name.removesuffix(".json") for f in files if f.name.endswith(".json"))
+
+
+def preset(name: str) -> str | None:
+    """The full name of a preset ("4b" is "qwen3.5-4b"), or None where there is none of this name."""
+    return next((full for full in (name.lower(), f"qwen3.5-{name.lower()}") if full in presets()), None)
+
+
+def load_config(name_or_path: str) -> PreTrainedConfig:
+    """The config of a preset ("qwen3.5-4b" or "4b"), a config.json, a local model folder or a hub id.
+
+    Raises:
+        GdnfuseError: with a sentence, if there is no such config or it cannot be read.
+    """
+    if name := preset(name_or_path):
+        return _from_json((resources.files("gdnfuse") / "presets" / f"{name}.json").read_text(), name)
+    path = Path(name_or_path).expanduser()
+    file = path / "config.json" if path.is_dir() else path
+    if file.is_file():
+        try:
+            text = file.read_text()
+        except (OSError, UnicodeDecodeError) as e:
+            raise GdnfuseError(f"Cannot read {file}: {e}.") from e
+        return _from_json(text, str(file))
+    if path.is_dir():
+        raise GdnfuseError(f"The folder {path} has no config.json.")
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name_or_path) or file.suffix == ".json":
+        raise GdnfuseError(
+            f"No such model: {name_or_path!r} is no file, folder or hub id (owner/name), nor one of the presets "
+            f"{', '.join(presets())}."
+        )
+    return _from_hub(name_or_path)
+
+
+def _from_json(text: str, source: str) -> PreTrainedConfig:
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as e:
+        raise GdnfuseError(f"{source} is not JSON: {e}.") from e
+    if not isinstance(data, dict) or not isinstance(data.get("model_type"), str):
+        raise GdnfuseError(f'{source} is not a model config: it has no "model_type".')
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.for_model(**data)
+    except Exception as e:  # transformers raises whatever the field's check raises
+        raise GdnfuseError(f"{source} is not a config that transformers accepts: {one_line(e)}") from e
+
+
+def _from_hub(name: str) -> PreTrainedConfig:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(name)
+    except Exception as e:  # OSError, ValueError or an error of the HTTP client, depending on what is wrong
+        raise GdnfuseError(f"Cannot get the config of {name!r} from the hub: {one_line(e)}") from e
+
+
+def one_line(error: Exception) -> str:
+    """Kind and message of an error of somebody else's."""
+    text = " ".join(str(error).split()) or "no message"
+    return f"{type(error).__name__}: {text if len(text) < LONGEST else text[:LONGEST] + '…'}"
+
+
+@contextlib.contextmanager
+def _running(tokens: int) -> Iterator[None]:
+    """What the model or torch raise is said in a sentence; memory that runs out is not of the model's making."""
+    try:
+        yield
+    except (GdnfuseError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as e:
+        raise GdnfuseError(f"The model does not run a prompt of {tokens} tokens and a step: {one_line(e)}") from e
+
+
+def meta_model(config: PreTrainedConfig, dtype: torch.dtype = torch.bfloat16) -> torch.nn.Module:
+    """The causal language model of a config on the meta device: shapes without weights. Multimodal configs give their text model.
+
+    Raises:
+        GdnfuseError: the config has no causal language model in transformers.
+    """
+    return random_model(config, dtype, "meta")
+
+
+def random_model(config: PreTrainedConfig, dtype: torch.dtype = torch.bfloat16, device: str = "cpu") -> torch.nn.Module:
+    """The same on another device, with random weights.
+
+    Raises:
+        GdnfuseError: the config has no causal language model in transformers, or the device no room for it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(config.get_text_config(decoder=True), dtype=dtype)
+    except Exception as e:  # an unknown architecture or sizes that do not fit together
+        raise GdnfuseError(f"Cannot build a causal language model from this config: {one_line(e)}") from e
+    return model.eval().requires_grad_(False)
+
+
+def verify(model: torch.nn.Module, *, batch: int = 1, prompt: int = 70, **options: Any) -> list[GraphReport]:
+    """Run a random prompt and one decode step of a model with the option `verify`, and return the reports of their graphs.
+
+    Args:
+        model: with weights, on the device to verify on. Keeps its values, and is not left compiled; sibling weights are packed.
+        batch: sequences.
+        prompt: tokens of the prompt.
+        options: see `gdnfuse.options.Options`. Graphs are rewritten but not compiled further, unless `inner` says so.
+    """
+    from transformers import StaticCache
+
+    options = {"inner": "eager", **options, "verify": True}
+    gdnfuse_options.parse(options)
+    known = {r.graph_id for r in reports()}
+    cache = StaticCache(config=model.config, max_cache_len=prompt + 1)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, model.config.vocab_size, (batch, prompt), generator=generator).to(model.device)
+    many = torch._dynamo.config.patch(recompile_limit=1000, accumulated_recompile_limit=1000)
+    with torch.no_grad(), many, _running(prompt):
+        step = torch.compile(model, backend="gdnfuse", options=options)
+        for ids in (tokens, tokens[:, :1]):
+            step(ids, past_key_values=cache, use_cache=True)
+    return [r for r in reports() if r.graph_id not in known]
+
+
+def trace(
+    model: torch.nn.Module, *, phase: str = "decode", batch: int = 1, prompt: int = 64, **options: Any
+) -> list[GraphReport]:
+    """Compile one step of a model on the meta device and return the reports of its graphs. Needs neither weights nor a GPU.
+
+    Args:
+        model: from `meta_model`.
+        phase: "decode", one token after a prompt, or "prefill", the prompt itself.
+        batch: sequences.
+        prompt: tokens of the prompt. What decodes does not depend on it.
+        options: see `gdnfuse.options.Options`; `target` names the device type to lower for.
+    """
+    from transformers import StaticCache
+
+    if phase not in PHASES:
+        raise GdnfuseError(f"phase must be one of {', '.join(PHASES)}, found {phase!r}.")
+    for name, size in (("batch", batch), ("prompt", prompt)):
+        if size < 1:
+            raise GdnfuseError(f"{name} must be at least 1, found {size}.")
+    gdnfuse_options.parse(options)
+    known = {r.graph_id for r in reports()}
+    # Only the cache is built under the device: with that mode on, Dynamo traces through it and takes four times as long.
+    with torch.device("meta"):
+        cache = StaticCache(config=model.config, max_cache_len=prompt + 1)
+    tokens = torch.zeros(batch, prompt, dtype=torch.long, device="meta")
+    # Every model of a process shares code, so reports of several models add up to the limit, and would make sizes symbolic.
+    limits = {"recompile_limit": 1000, "accumulated_recompile_limit": 1000, "automatic_dynamic_shapes": False}
+    with torch.no_grad(), torch._dynamo.config.patch(limits), _running(prompt):
+        # Code of its own: Dynamo would take an equal model, traced before, for this one, and make no graph.
+        step = torch.compile(apart(model), backend="gdnfuse", options=options or None)
+        if phase == "decode":
+            announce("run a prompt")
+            # Two tokens are enough for the cached states to exist, and keep the chunk rule to one chunk.
+            model(tokens[:, :2] if prompt > 1 else tokens, past_key_values=cache, use_cache=True)
+            tokens = tokens[:, :1]
+        announce(f"trace the {phase}")
+        step(tokens, past_key_values=cache, use_cache=True)
+    return [r for r in reports() if r.graph_id not in known]

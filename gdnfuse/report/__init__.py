@@ -1,0 +1,1 @@
+"""report: what the compiler did, as data, as text and as a page."""

@@ -1,0 +1,54 @@
+"""Editing an FX graph: new nodes and their example values, records of what was done. Knows nothing of GDN."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch._library.simple_registry import singleton
+from torch.fx import GraphModule, Node, Proxy
+
+from gdnfuse.report.records import Record, Status
+from gdnfuse.rewrite.evaluate import arguments, evaluate_node
+from gdnfuse.rewrite.graph import is_tensor, module_stack, op_name, origin, storage, value
+
+
+def recorded(name: str, stage: str, node: Node, equation: str) -> Record:
+    """A record of what fires at a node, with what the report tells about the node's place."""
+    place = {"modules": module_stack(node), "block": node.meta.get("gdnfuse_block", ""), "source": origin(node)}
+    return Record(name, stage, Status.FIRED, node.name, equation, **place)
+
+
+def call(target: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call a dialect op's overload on tensors, or record the call when an argument is a Proxy."""
+    for a in (*args, *kwargs.values()):
+        for x in a if isinstance(a, list | tuple) else (a,):
+            if isinstance(x, Proxy):
+                return x.tracer.create_proxy("call_function", target, args, kwargs)
+    return target(*args, **kwargs)
+
+
+def returned(node: Node) -> bool:
+    """Whether the graph returns it or a view of it."""
+    return any(u.op == "output" or storage(u) == storage(node) and returned(u) for u in node.users)
+
+
+def infer(node: Node) -> Any:
+    """The example value of a node from those of its arguments, without guards."""
+    tensors = [value(n) for n in node.all_input_nodes if is_tensor(n)]
+    mode = next((t.fake_mode for t in tensors if hasattr(t, "fake_mode")), None)
+    with mode if mode is not None else torch.no_grad(), torch.no_grad():
+        if mode is not None and op_name(node).startswith("gdnfuse."):
+            # What the dispatcher comes to, too, by a way that takes four times as long.
+            args, kwargs = arguments(node, value)
+            return singleton.find(node.target._schema.name).fake_impl.kernel.func(*args, **kwargs)
+        return evaluate_node(node, value)
+
+
+def quiet_shapes(gm: GraphModule) -> Any:
+    """Looking at symbolic shapes here must add no guards to what the user compiled."""
+    for n in gm.graph.nodes:
+        mode = getattr(value(n), "fake_mode", None)
+        if mode is not None and mode.shape_env is not None:
+            return mode.shape_env.suppress_guards()
+    return torch.no_grad()

@@ -1,0 +1,127 @@
+"""Running a graph or a node on values, in the dtypes that it has or in others. Knows nothing of GDN."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+from torch.fx.node import map_aggregate
+from torch.overrides import TorchFunctionMode
+
+from gdnfuse.errors import Refused
+from gdnfuse.rewrite.graph import is_tensor, value
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_FLOAT_METHODS = ("float", "half", "bfloat16")
+
+
+def in_float64(graph: Graph) -> Graph:
+    """A copy of a graph of functions and methods: every floating dtype constant becomes float64, every device the CPU."""
+    return in_precision(graph, torch.float64)
+
+
+def in_precision(graph: Graph, dtype: torch.dtype, devices: bool = False) -> Graph:
+    """The same for another dtype; with `devices` every device stays."""
+    new, env = Graph(), {}
+
+    def swap(a: Any) -> Any:
+        if isinstance(a, torch.device) and not devices:
+            return torch.device("cpu")
+        return dtype if isinstance(a, torch.dtype) and a in _FLOATS else a
+
+    for n in graph.nodes:
+        copy = new.node_copy(n, lambda x: env[x])
+        copy.args, copy.kwargs = map_aggregate(copy.args, swap), map_aggregate(copy.kwargs, swap)
+        numbers = all(isinstance(value(i), int | torch.SymInt) for i in n.all_input_nodes)  # not the tuple of an op's results
+        made = n.op == "call_function" and is_tensor(n) and numbers
+        if made and value(n).is_floating_point():
+            copy.kwargs = {**copy.kwargs, "dtype": dtype}
+        if copy.op == "call_method" and copy.target in _FLOAT_METHODS:
+            copy.target, copy.args = "to", (*copy.args, dtype)
+        env[n] = copy
+    return new
+
+
+class Float64(TorchFunctionMode):
+    """The same for code that is no graph: while it runs, whatever asks for a floating dtype gets float64."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        swap = lambda a: torch.float64 if isinstance(a, torch.dtype) and a in _FLOATS else a  # noqa: E731
+        if getattr(func, "__name__", "") in _FLOAT_METHODS:
+            func = torch.Tensor.double
+        return func(*map(swap, args), **{k: swap(v) for k, v in (kwargs or {}).items()})
+
+
+def evaluate(graph: Graph, inputs: list[Any], env: dict[Node, Any] | None = None) -> Any:
+    """Run a graph of placeholders, functions and methods; `env`, if given, keeps the value of every node."""
+    last = {i: n for n in graph.nodes for i in n.all_input_nodes} if env is None else {}
+    env = {} if env is None else env
+    remaining = iter(inputs)
+    load = lambda a: env[a] if isinstance(a, Node) else a  # noqa: E731
+    for n in graph.nodes:
+        if n.op == "placeholder":
+            env[n] = next(remaining)
+            continue
+        if n.op == "output":
+            return mapped(n.args[0], load)
+        env[n] = evaluate_node(n, load)
+        for i in n.all_input_nodes:
+            if last.get(i) is n:
+                del env[i]
+    return None
+
+
+def evaluate_node(node: Node, load: Callable[[Any], Any]) -> Any:
+    """Run one function or method; `load` gives the value of a node and leaves all else as it is."""
+    args, kwargs = arguments(node, load)
+    if node.op == "call_function":
+        return node.target(*args, **kwargs)
+    if node.op == "call_method":
+        return getattr(args[0], node.target)(*args[1:], **kwargs)
+    raise TypeError(f"cannot evaluate a node of kind {node.op}")
+
+
+def arguments(node: Node, load: Callable[[Any], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a node is called with; `load` as in `evaluate_node`."""
+    return mapped(node.args, load), mapped(node.kwargs, load)
+
+
+def mapped(a: Any, f: Any) -> Any:
+    """map_aggregate that hands out plain tuples, lists, dicts and slices."""
+    if isinstance(a, tuple):
+        return tuple(mapped(x, f) for x in a)
+    if isinstance(a, list):
+        return [mapped(x, f) for x in a]
+    if isinstance(a, dict):
+        return {k: mapped(v, f) for k, v in a.items()}
+    if isinstance(a, slice):
+        return slice(mapped(a.start, f), mapped(a.stop, f), mapped(a.step, f))
+    return f(a)
+
+
+def hint(size: Any, bound: dict[Any, int] | None = None) -> int:
+    """The number a symbolic size stands for at compile time, or what it is when its symbols are `bound` to other numbers.
+
+    Raises:
+        Refused: the size is found when the graph runs, as that of what a mask selects.
+    """
+    if isinstance(size, int):
+        return int(size)
+    number = size.node.expr.subs(bound) if bound else size.node.hint
+    if number is None:
+        raise Refused(f"Sizes must be known before the graph runs, found {size}.")
+    return int(number)
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Proofs are thousands of tiny ops: starting threads for them costs more than they do, and far more on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
