@@ -222,9 +222,9 @@ def test_what_is_not_matched_names_its_line_and_the_nearest_node():
     assert refusal.expected and refusal.got and refusal.at in refusal.sentence and "A_log" in refusal.equation
     assert Path(refusal.source.file).name == "test_records.py"
     assert (refusal.source.line, refusal.source.code) == line_of(helper, "step = ")
-    assert refusal.source.place.endswith(f"test_report.py:{refusal.source.line}")
+    assert refusal.source.place.endswith(f"test_records.py:{refusal.source.line}")
     text = render(report)
-    assert "gating unmatched, 2 times" in text and f"test_report.py:{refusal.source.line}\n   | step = F.softplus(" in text
+    assert "gating unmatched, 2 times" in text and f"test_records.py:{refusal.source.line}\n   | step = F.softplus(" in text
 
 
 class Right(nn.Module):
