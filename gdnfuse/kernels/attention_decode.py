@@ -413,4 +413,4 @@ def supports(
     require_new(q, k, v, gate, q_norm_weight, cos, sin, keys, values)
 
 
-implementation = register("attention_decode", launch, supports, mutates=("keys", "values"), early=("keys", "values"))
+implementation = register("attention_decode", launch, supports, early=("keys", "values"))

@@ -188,4 +188,4 @@ def supports(
         raise Refused(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation}.")
 
 
-implementation = register("causal_conv_update", launch, supports, mutates=("conv_state",), early=("conv_state", "weight", "bias"))
+implementation = register("causal_conv_update", launch, supports, early=("conv_state", "weight", "bias"))

@@ -421,6 +421,6 @@ def supports_packed_decode(
 
 
 EARLY = ("A_log", "dt_bias", "recurrent_state")
-STATE, SWEEP = ("recurrent_state",), "benchmarks/mixer.py --sweep"
-fused_gating_delta_rule = register("fused_gating_delta_rule", launch, supports, STATE, EARLY, SWEEP)
-packed_decode = register("packed_decode", launch_packed_decode, supports_packed_decode, STATE, EARLY, SWEEP)
+SWEEP = "benchmarks/mixer.py --sweep"
+fused_gating_delta_rule = register("fused_gating_delta_rule", launch, supports, EARLY, SWEEP)
+packed_decode = register("packed_decode", launch_packed_decode, supports_packed_decode, EARLY, SWEEP)

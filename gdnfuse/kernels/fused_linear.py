@@ -175,7 +175,6 @@ def supports_split(x, weights, parts) -> None:
 GEMM = "benchmarks/gemm.py"
 fused_linear = register("fused_linear", launch, supports, early=("weights", "norm_weight"), measured=GEMM)
 in_proj_conv = register(
-    "in_proj_conv", launch_in_proj_conv, supports_in_proj_conv, mutates=("conv_state",), early=("weights", "norm_weight"),
-    measured=GEMM,
-)  # fmt: skip
+    "in_proj_conv", launch_in_proj_conv, supports_in_proj_conv, early=("weights", "norm_weight"), measured=GEMM
+)
 split_linear = register("split_linear", launch_split, supports_split, early=("weights",), measured=GEMM)

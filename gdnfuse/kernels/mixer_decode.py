@@ -110,7 +110,6 @@ implementation = register(
     "mixer_decode",
     launch,
     supports,
-    mutates=("conv_state", "recurrent_state"),
     early=("conv_state", "conv_weight", "conv_bias", "A_log", "dt_bias", "recurrent_state"),
     measured="benchmarks/mixer.py --sweep",
 )

@@ -130,13 +130,13 @@ def register(
     name: str,
     launch: Callable[..., Any],
     supports: Callable[..., None],
-    mutates: tuple[str, ...] = (),
     early: tuple[str, ...] = (),
     measured: str = "",
     by: str = "triton",
     grows: dict[str, int] | None = None,
 ) -> Implementation:
-    """Register ``gdnfuse_triton::<name>``, opaque to compilers, with `launch` for CUDA and the dialect's fake.
+    """Register ``gdnfuse_triton::<name>``, opaque to compilers, with `launch` for CUDA and the fake and the written arguments of the
+    dialect's op.
 
     A launch may take one more argument than the op it stands for, by name: `overlap`, see `overlap_options`.
     `grows` is `Replayed`'s.
@@ -144,7 +144,8 @@ def register(
     Opaque, because a compiler that sees into a launch analyses the kernel anew for every call in a graph (about 30 ms each, three
     times per compilation: several seconds for a 32-layer model), and has nothing to fuse into it.
     """
-    _library.define(name + torch.library.infer_schema(launch, mutates_args=mutates), tags=torch.Tag.needs_fixed_stride_order)
+    schema = torch.library.infer_schema(launch, mutates_args=OPS[name].mutates)
+    _library.define(name + schema, tags=torch.Tag.needs_fixed_stride_order)
     replayed = Replayed(launch, _standing_in, grows)
     _library.impl(name, replayed, "CUDA")
     meaning = OPS[name].fake
