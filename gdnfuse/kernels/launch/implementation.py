@@ -135,8 +135,7 @@ def register(
     by: str = "triton",
     grows: dict[str, int] | None = None,
 ) -> Implementation:
-    """Register ``gdnfuse_triton::<name>``, opaque to compilers, with `launch` for CUDA and the fake and the written arguments of the
-    dialect's op.
+    """Register ``gdnfuse_triton::<name>``, opaque to compilers, with `launch` for CUDA. Fake and writes are the dialect's.
 
     A launch may take one more argument than the op it stands for, by name: `overlap`, see `overlap_options`.
     `grows` is `Replayed`'s.
