@@ -14,6 +14,7 @@ from gdnfuse.dialect import (
     causal_conv_update,
     chunk_delta_rule,
     delta_rule,
+    experts,
     fused_gating_chunk_delta_rule,
     fused_gating_delta_rule,
     fused_linear,
@@ -25,6 +26,7 @@ from gdnfuse.dialect import (
     packed_decode,
     packed_linear,
     rms_norm,
+    route,
     split_linear,
 )
 from gdnfuse.dialect.op import OPS, DialectOp, op_of
@@ -41,6 +43,7 @@ __all__ = [
     "causal_conv_update",
     "chunk_delta_rule",
     "delta_rule",
+    "experts",
     "fused_gating_chunk_delta_rule",
     "fused_gating_delta_rule",
     "fused_linear",
@@ -53,5 +56,6 @@ __all__ = [
     "packed_decode",
     "packed_linear",
     "rms_norm",
+    "route",
     "split_linear",
 ]

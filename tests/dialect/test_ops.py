@@ -15,6 +15,7 @@ from gdnfuse.dialect import (
     causal_conv_update,
     chunk_delta_rule,
     delta_rule,
+    experts,
     fused_gating_delta_rule,
     gated_rms_norm,
     gating,
@@ -23,6 +24,8 @@ from gdnfuse.dialect import (
     op_of,
     packed_decode,
     packed_linear,
+    rms_norm,
+    route,
 )
 
 EXAMPLES = [(name, i) for name, op in OPS.items() for i in range(len(op.examples()))]
@@ -56,7 +59,8 @@ def test_float64_in_float64_out_and_states_alike(name, i):
     before = {k: v.clone() for k, v in bound.items() if isinstance(v, torch.Tensor)}
     results = op.overload(**bound)
     for r in results if isinstance(results, tuple) else (results,):
-        assert r.dtype == torch.float64 and r.isfinite().all()
+        assert r.dtype == torch.float64 or not r.is_floating_point()
+        assert r.isfinite().all()
     for k, was in before.items():
         assert torch.equal(bound[k], was) == (k not in op.mutates), k
         assert bound[k].dtype == double(was).dtype
@@ -287,6 +291,77 @@ def test_packed_linear_is_the_linears_side_by_side(widths, lead):
     row = packed_linear.reference(x, weights)
     for part, w in zip(row.split(widths, -1), weights, strict=True):
         close(part, F.linear(x, w))
+
+
+def eager_experts(x, indices, weights, gate_up, down):
+    """transformers' loop (integrations/moe.py), the masked expert included."""
+    y, E = torch.zeros_like(x), gate_up.shape[0]
+    mask = F.one_hot(indices, num_classes=E + 1).permute(2, 1, 0)
+    for e in mask.sum((-1, -2)).nonzero()[:, 0].tolist():
+        if e < E:
+            at, row = torch.where(mask[e])
+            gate, up = F.linear(x[row], gate_up[e]).chunk(2, -1)
+            y.index_add_(0, row, F.linear(F.silu(gate) * up, down[e]) * weights[row, at, None])
+    return y
+
+
+@quick
+@given(st.integers(1, 7), st.integers(1, 6), st.integers(1, 5), st.data(), st.booleans())
+def test_experts_are_transformers_loop_over_them(N, E, H, data, masked):
+    """Twice the same expert for a row, all rows on one, none on most, and a masked choice are drawn too."""
+    k = data.draw(st.integers(1, E))
+    x, _, weights, gate_up, down = (double(t) for t in experts.example_call(N, H, E, k, 4)[0])
+    indices = torch.tensor(
+        data.draw(st.lists(st.lists(st.integers(0, E if masked else E - 1), min_size=k, max_size=k), min_size=N, max_size=N))
+    )
+    close(experts.reference(x, indices, weights, gate_up, down), eager_experts(x, indices, weights, gate_up, down))
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_experts_with_all_around_them_are_the_parts(gated):
+    call, around = experts.example_call(3, 8, 5, 2, 4, shared=6, gated=gated, norm=True, residual=True)
+    (x, *call), around = [double(t) for t in call], {k: double(v) for k, v in around.items()}
+    normed = rms_norm.reference(x, around["norm_weight"], 1e-6, 1.0)
+    shared = F.silu(F.linear(normed, around["shared_gate"])) * F.linear(normed, around["shared_up"])
+    shared = F.linear(shared, around["shared_down"])
+    shared = F.linear(normed, around["shared_expert_gate"]).sigmoid() * shared if gated else shared
+    close(experts.reference(x, *call, **around), around["residual"] + eager_experts(normed, *call) + shared)
+
+
+def test_experts_without_waiting_for_their_indices_are_the_same(monkeypatch):
+    """As other devices than the CPU compute few rows."""
+    call = [double(t) for t in experts.example_call(4, 8, 6, 3, 4, masked=True)[0]]
+    wanted = experts.reference(*call)
+
+    monkeypatch.setattr(experts, "HOST", ())
+    close(experts.reference(*call), wanted)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_route_is_transformers_router(normalize, dtype):
+    """Qwen3NextTopKRouter's, and its variants: logits in float32 (Lara), weights in float32 (Mixtral)."""
+    x, weight = (t.to(dtype) for t in route.example_call(4, 8, 6, 3)[0][:2])
+    wide = torch.promote_types(dtype, torch.float32)
+    for wide_logits in (True, False):
+        logits = F.linear(x.to(wide), weight.to(wide)) if wide_logits else F.linear(x, weight)
+        top, indices = torch.topk(F.softmax(logits, dtype=wide, dim=-1), 3, dim=-1)
+        top = top / top.sum(-1, keepdim=True) if normalize else top
+        for wide_weights in (True, False):
+            found = route.reference(x, weight, 3, normalize, wide_logits, wide_weights)
+            assert torch.equal(found[0], top if wide_weights else top.to(dtype)) and torch.equal(found[1], indices)
+
+
+def test_experts_and_route_say_what_they_do_not_take():
+    for top_k in (0, 7):
+        args, kwargs = route.example_call(2, 8, 6, top_k)
+        for call in (route.reference, route.fake):
+            with pytest.raises(ValueError, match=f"between 1 and the number of experts, 6, got {top_k}"):
+                call(*args, **kwargs)
+    args, kwargs = experts.example_call(2, 8, 6, 2, 4)
+    for call in (experts.reference, experts.fake):
+        with pytest.raises(ValueError, match="one of the activations silu, got relu"):
+            call(*args, "relu", **kwargs)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -1,0 +1,148 @@
+"""experts: the experts that a router chose for each row, with the shared expert, its gate and the residual, in one op."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from gdnfuse.dialect.op import acc_dtype, register
+from gdnfuse.dialect.rms_norm import reference as rms_norm
+
+ACTIVATIONS = {"silu": F.silu}
+HOST = ("cpu",)  # devices whose indices are read without waiting
+GATHERED = 256  # rows times experts up to which other devices are not waited for
+
+
+def reference(
+    x: torch.Tensor,
+    indices: torch.Tensor,
+    routing_weights: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    activation: str = "silu",
+    norm_weight: torch.Tensor | None = None,
+    norm_eps: float = 0.0,
+    norm_offset: float = 0.0,
+    shared_gate: torch.Tensor | None = None,
+    shared_up: torch.Tensor | None = None,
+    shared_down: torch.Tensor | None = None,
+    shared_expert_gate: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Σⱼ wⱼ·Dₑ·(act(Gₑ·x)·Uₑ·x) with e = indices[j], + [σ(s·x)·] the shared expert's, + residual.
+
+    Means what transformers' eager loop over experts means: weights are applied behind the down projection, and an index of E, by
+    which expert parallelism masks a choice, adds nothing. The sum is rounded once.
+
+    Args:
+        x: [N, H].
+        indices: [N, k] of int64, from 0 to E.
+        routing_weights: [N, k].
+        gate_up: [E, 2·I, H], the rows of each gate above those of its up.
+        down: [E, H, I].
+        activation: act; "silu".
+        norm_weight: [H] for an RMSNorm of x, before all that reads x, or None.
+        norm_eps, norm_offset: as for rms_norm.
+        shared_gate, shared_up: [S, H] of an expert that takes every row, or None.
+        shared_down: [H, S], or None.
+        shared_expert_gate: s, [1, H], or None where the shared expert is added as it is.
+        residual: [N, H], or None.
+
+    Returns:
+        [N, H] in x's dtype.
+
+    Raises:
+        ValueError: another activation.
+    """
+    act, dtype = _known(activation), x.dtype
+    if norm_weight is not None:
+        x = rms_norm(x, norm_weight, norm_eps, norm_offset)
+    acc = acc_dtype(x, routing_weights)
+    y = _chosen(x.to(gate_up.dtype), indices, routing_weights.to(acc), gate_up, down, act, acc)
+    if shared_down is not None:
+        wide = x.to(shared_down.dtype)
+        h = act(F.linear(wide, shared_gate).to(acc)) * F.linear(wide, shared_up).to(acc)
+        shared = F.linear(h.to(shared_down.dtype), shared_down).to(acc)
+        if shared_expert_gate is not None:
+            shared = F.linear(x.to(shared_expert_gate.dtype), shared_expert_gate).to(acc).sigmoid() * shared
+        y = y + shared
+    return (y if residual is None else residual.to(acc) + y).to(dtype)
+
+
+def _known(activation):
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"experts needs one of the activations {', '.join(ACTIVATIONS)}, got {activation}.")
+    return ACTIVATIONS[activation]
+
+
+def _chosen(x, indices, routing_weights, gate_up, down, act, acc):
+    """The sum over the chosen experts, in `acc`.
+
+    Weights are read where they lie, and those of an expert once. For that the indices are read back. A GPU would have to be
+    waited for, which CUDA graphs forbid: there a few rows take copies of their weights, as in transformers' batched_mm.
+    """
+    (N, k), E = indices.shape, gate_up.shape[0]
+    y = torch.zeros((N * k, x.shape[1]), dtype=acc, device=x.device)
+    chosen = indices.reshape(-1)
+    if x.device.type not in HOST and chosen.numel() <= GATHERED:
+        e = chosen.clamp(max=E - 1)
+        gate, up = torch.bmm(gate_up[e], x.repeat_interleave(k, 0)[..., None])[..., 0].to(acc).chunk(2, -1)
+        y = torch.bmm(down[e], (act(gate) * up).to(down.dtype)[..., None])[..., 0].to(acc).masked_fill((chosen >= E)[:, None], 0)
+    else:
+        order, start = chosen.argsort(stable=True), 0
+        for e, rows in enumerate(torch.bincount(chosen, minlength=E)[:E].tolist()):
+            if rows:
+                at = order[start : start + rows]
+                gate, up = F.linear(x[at // k], gate_up[e]).to(acc).chunk(2, -1)
+                y[at] = F.linear((act(gate) * up).to(down.dtype), down[e]).to(acc)
+            start += rows
+    return (y.view(N, k, -1) * routing_weights[..., None]).sum(1)
+
+
+def fake(
+    x, indices, routing_weights, gate_up, down, activation="silu", norm_weight=None, norm_eps=0.0, norm_offset=0.0,
+    shared_gate=None, shared_up=None, shared_down=None, shared_expert_gate=None, residual=None,
+):  # fmt: skip
+    _known(activation)
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def example_call(
+    N, H, E, top_k, intermediate, dtype=torch.float32, *, shared=0, gated=False, norm=False, residual=False, masked=False
+):  # fmt: skip
+    """A call with random inputs: `shared` columns of a shared expert, if any; `masked` gives the first row an index of E."""
+    draw = lambda *shape: (torch.randn(*shape) * shape[-1] ** -0.5).to(dtype)  # noqa: E731
+    indices = torch.rand(N, E).topk(top_k, -1).indices
+    if masked:
+        indices[0, 0] = E
+    options = {
+        "norm_weight": torch.randn(H).to(dtype) if norm else None,
+        "norm_eps": 1e-6 if norm else 0.0,
+        "norm_offset": 1.0 if norm else 0.0,
+        "shared_gate": draw(shared, H) if shared else None,
+        "shared_up": draw(shared, H) if shared else None,
+        "shared_down": draw(H, shared) if shared else None,
+        "shared_expert_gate": draw(1, H) if gated else None,
+        "residual": torch.randn(N, H).to(dtype) if residual else None,
+    }
+    weights = torch.rand(N, top_k).softmax(-1).to(dtype)
+    return (torch.randn(N, H).to(dtype), indices, weights, draw(E, 2 * intermediate, H), draw(E, H, intermediate)), options
+
+
+def examples():
+    return [
+        example_call(5, 8, 6, 2, 4, masked=True),
+        example_call(1, 8, 6, 3, 4, torch.bfloat16, shared=6, gated=True, norm=True, residual=True),
+        example_call(3, 8, 4, 2, 6, shared=4),
+    ]
+
+
+# Called and not inlined: it loops over the experts that are needed, which is known only at run time.
+op = register(
+    "experts",
+    reference,
+    fake,
+    examples,
+    equation="Σ wⱼ·Dₑ·(silu(Gₑ·x)·Uₑ·x), e = indices[j] [+ σ(s·x)·shared(x)] [+ residual]",
+    inline=False,
+)
