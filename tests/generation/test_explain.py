@@ -15,7 +15,7 @@ import torch
 from transformers import StaticCache
 
 import gdnfuse
-from gdnfuse.generation import explain
+from gdnfuse.generation import causes
 from tests.models import zoo
 from tests.pages import check_reference
 
@@ -149,7 +149,7 @@ def test_gradients_leave_a_graph_as_it_came():
 def calls_of(function, *calls):
     """What is found when a compiled function is called with each of these in turn."""
     step = torch.compile(function, backend="eager")
-    with explain._metrics() as found:
+    with causes.noted() as found:
         for call in calls:
             call(step)
     return found.recompilations({})
