@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -124,7 +123,11 @@ def cut(graph: Graph, m: Match, memory: Memory) -> Region:
     for name, n in m.inputs.items():
         if is_tensor(n) and not is_plain(value(n)):
             raise Refused(f"{name} must be a plain tensor, found {type(value(n)).__name__} in {n.name}.", at=n)
-    boundary = set(m.inputs.values())
+    names: dict[Node, str] = {}  # what is two operands is one input
+    for name, n in m.inputs.items():
+        if names.setdefault(n, name) != name and not m.writes.keys().isdisjoint((name, names[n])):
+            raise Refused(f"{n.name} must be one operand, because it is written, found that it is {names[n]} and {name}.", at=n)
+    boundary = names.keys()
     given = {storage(n) for n in boundary}
     roots = [*m.outputs, *m.writes.values()]
     end, local = max(roots), set()
@@ -157,7 +160,7 @@ def cut(graph: Graph, m: Match, memory: Memory) -> Region:
             if user not in seen and user <= point:
                 raise Refused(f"{out.name} must not be read before all operands exist, found that {user.name} reads it.", at=user)
     new, env = Graph(), {}
-    inputs = [*m.inputs.items(), *((s.name, s) for s in symbols)]
+    inputs = [*((name, n) for n, name in names.items()), *((s.name, s) for s in symbols)]
     for name, n in inputs:
         env[n] = new.placeholder(name)
         env[n].meta["example_value"] = value(n)
@@ -220,8 +223,8 @@ def _trace(rule: Rule, m: Match, region: Region) -> Graph:
     """The replacement as a graph over the region's placeholders."""
     new = Graph()
     tracer = GraphAppendingTracer(new)
-    proxies = {name: Proxy(new.placeholder(name), tracer) for name, _ in region.inputs}
-    results = rule.rewrite(m, SimpleNamespace(**proxies))
+    proxies = {node: Proxy(new.placeholder(name), tracer) for name, node in region.inputs}
+    results = rule.rewrite(m, m.brought(proxies))
     results = results if isinstance(results, tuple) else (results,)
     new.output(tuple(r.node for r in results))
     for n in new.nodes:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch.fx import Graph, Node
@@ -14,18 +14,32 @@ from gdnfuse.errors import Refused
 from gdnfuse.rewrite.graph import chain, same, same_shape, value
 
 Sampler = Callable[[tuple[int, ...], torch.Generator], torch.Tensor]
+F = TypeVar("F")  # a rule's own dataclass of static facts
+
+
+def _as_it_is(x: Any) -> Any:
+    return x
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A boundary node and how to bring its tensor to the layout that the replacement wants."""
+
+    node: Node
+    how: Callable[[Any], Any] = _as_it_is
 
 
 @dataclass
-class Match:
-    """A proposal: replace the region between `inputs` and `outputs` by what the rule's `rewrite` computes.
+class Match(Generic[F]):
+    """A proposal: replace the region between `operands` and `outputs` by what the rule's `rewrite` computes.
 
     Attributes:
-        inputs: boundary nodes by name; `rewrite` gets their tensors under these names.
+        operands: what the region reads, by name; `rewrite` gets it as `t.name`, brought. A node stands for its tensor as it is, a
+            list for a list of tensors, and None for an operand that is not there.
         outputs: nodes replaced, in the order in which `rewrite` returns their values.
-        writes: for each input written in place, the node that writes it; these nodes are part of the region.
-        data: static facts for `check` and `rewrite`.
-        samplers: how to draw an input for the proof; standard normal where not given.
+        facts: what is static about the match, for `check` and `rewrite`: a dataclass of the rule's.
+        writes: for each operand written in place, the node that writes it; these nodes are part of the region.
+        samplers: how to draw an operand for the proof; standard normal where not given. Of a list, each has its name and number.
         extremes: how to draw it for the proof's second sample, where `samplers` does not serve.
         local_writes: the region may write in place to memory it makes itself, such as a buffer filled slice by slice.
         shapes: smaller shapes for the proof where the region's maths does not depend on the size.
@@ -33,10 +47,12 @@ class Match:
             number of sequences alone to a few.
         alike: pairs of sizes, each a symbol plus a number, without whose equality the region fails, whatever their symbols are:
             with `small` the second's symbol is bound to what makes them equal.
+        inputs: the boundary node of each operand by name; "weights_0", "weights_1", … of a list.
     """
 
-    inputs: dict[str, Node]
+    operands: Mapping[str, Operand | Node | list[Operand | Node] | None]
     outputs: list[Node]
+    facts: F = None
     writes: dict[str, Node] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     samplers: dict[str, Sampler] = field(default_factory=dict)
@@ -45,9 +61,35 @@ class Match:
     local_writes: bool = False
     small: int | None = None
     alike: list[tuple[Any, Any]] = field(default_factory=list)
+    inputs: dict[str, Node] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.operands = {name: _as_operand(x) for name, x in self.operands.items()}
+        self.inputs = {}
+        for name, x in self.operands.items():
+            if isinstance(x, list):
+                self.inputs |= {f"{name}_{i}": item.node for i, item in enumerate(x)}
+            elif x is not None:
+                self.inputs[name] = x.node
+
+    def brought(self, tensors: Mapping[Node, Any]) -> SimpleNamespace:
+        """What `rewrite` gets, from the tensors of the boundary nodes."""
+
+        def bring(x: Any) -> Any:
+            if isinstance(x, list):
+                return [bring(item) for item in x]
+            return None if x is None else x.how(tensors[x.node])
+
+        return SimpleNamespace(**{name: bring(x) for name, x in self.operands.items()})
 
 
-class Rule:
+def _as_operand(x: Any) -> Any:
+    if isinstance(x, list):
+        return [_as_operand(item) for item in x]
+    return Operand(x) if isinstance(x, Node) else x
+
+
+class Rule(Generic[F]):
     """One motif. `match` says what is there, `check` whether we may, `rewrite` what to put there.
 
     `rewrite` is run twice: traced into the graph, and on float64 tensors for the proof. It neither decides nor fails.
@@ -61,24 +103,16 @@ class Rule:
         """Nodes by whose meaning the motif is recognised; each gives exactly one record."""
         raise NotImplementedError
 
-    def match(self, anchor: Node) -> Match:
+    def match(self, anchor: Node) -> Match[F]:
         """Raises Mismatch or Refused."""
         raise NotImplementedError
 
-    def check(self, m: Match) -> None:
+    def check(self, m: Match[F]) -> None:
         """Raises Refused with a sentence."""
 
-    def rewrite(self, m: Match, t: SimpleNamespace) -> Any:
-        """One tensor per output, from the tensors of the inputs."""
+    def rewrite(self, m: Match[F], t: SimpleNamespace) -> Any:
+        """One tensor per output, from those of the operands, brought."""
         raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class Operand:
-    """A boundary node and how to bring it to the layout an op wants."""
-
-    node: Node
-    how: Callable[[Any], Any]
 
 
 def bring(node: Node, shape: tuple[Any, ...], what: str) -> Operand:
@@ -92,7 +126,7 @@ def bring(node: Node, shape: tuple[Any, ...], what: str) -> Operand:
     nodes = chain(node)
     for n in reversed(nodes):
         if same_shape(value(n).shape, shape):
-            return Operand(n, lambda x: x)
+            return Operand(n)
     swapped = (shape[0], shape[2], shape[1], *shape[3:]) if len(shape) > 2 else ()
     if len(shape) > 2 and not same(shape[1], 1) and not same(shape[2], 1):
         for n in reversed(nodes):

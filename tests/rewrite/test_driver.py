@@ -1,5 +1,7 @@
 """The driver: what it refuses to touch, one record per anchor, and a graph that is valid and equal after every application."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from gdnfuse.rewrite.driver import Outcome, run_rules
 from gdnfuse.rewrite.edit import call, infer
 from gdnfuse.rewrite.graph import op_name, value
 from gdnfuse.rewrite.pattern import Op, Var
-from gdnfuse.rewrite.rule import Match, Rule, bring
+from gdnfuse.rewrite.rule import Match, Operand, Rule, bring
 from tests.rewrite.captured import Captured
 
 X, S = torch.randn(2, 3), torch.randn(2, 3)
@@ -41,7 +43,12 @@ def step(x, state):
     return new.exp()
 
 
-class Doubled(Rule):
+@dataclass(frozen=True)
+class Facts:
+    factor: float
+
+
+class Doubled(Rule[Facts]):
     """x·2 → x + x, at every product."""
 
     name, stage, equation = "doubled", "lift", ""
@@ -51,11 +58,11 @@ class Doubled(Rule):
 
     def match(self, anchor):
         env = Op("mul", Var("x")).match(anchor)
-        return Match({"x": env["x"]}, [anchor], data={"factor": anchor.args[1]})
+        return Match({"x": env["x"]}, [anchor], Facts(anchor.args[1]))
 
     def check(self, m):
-        if m.data["factor"] != 2:
-            raise Refused(f"The factor must be 2, found {m.data['factor']}.", at=m.outputs[0])
+        if m.facts.factor != 2:
+            raise Refused(f"The factor must be 2, found {m.facts.factor}.", at=m.outputs[0])
 
     def rewrite(self, m, t):
         return t.x + t.x
@@ -139,7 +146,7 @@ def test_the_result_may_depend_on_the_inputs_alone():
     class Forgetful(Step):
         def match(self, anchor):
             m = super().match(anchor)
-            return Match({"state": m.inputs["state"]}, m.outputs, m.writes)
+            return Match({"state": m.inputs["state"]}, m.outputs, writes=m.writes)
 
         def rewrite(self, m, t):
             return t.state.exp()
@@ -201,7 +208,7 @@ def test_an_anchor_that_a_match_swallowed_is_not_matched_again():
             return list(reversed([n for n in graph.nodes if op_name(n) == "mul"]))
 
         def match(self, anchor):
-            return Match({"x": Op("mul", Op("mul", Var("x"))).match(anchor)["x"]}, [anchor], data={"factor": 2})
+            return Match({"x": Op("mul", Op("mul", Var("x"))).match(anchor)["x"]}, [anchor], Facts(2))
 
         def rewrite(self, m, t):
             return t.x + t.x + t.x + t.x
@@ -240,7 +247,7 @@ def test_rules_are_applied_in_their_order():
             return [n for n in graph.nodes if op_name(n) == "add"]
 
         def match(self, anchor):
-            return Match({"x": Op("add", Var("x"), Var("x")).match(anchor)["x"]}, [anchor], data={"factor": 2})
+            return Match({"x": Op("add", Var("x"), Var("x")).match(anchor)["x"]}, [anchor], Facts(2))
 
         def rewrite(self, m, t):
             return t.x / 0.5
@@ -288,3 +295,41 @@ def test_bring_refuses_another_number_of_elements():
     node = Captured(lambda x: x[:1], X).gm.graph.output_node().args[0][0]
     with pytest.raises(Refused, match=r"q must have the shape \[2, 3\], found \[1, 3\]\."):
         bring(node, (2, 3), "q")
+
+
+class Gathered(Rule):
+    """(a + b) + c → the sum of its operands: a list, one that is brought, and one that is not there."""
+
+    name, stage, equation = "gathered", "lift", ""
+
+    def anchors(self, graph):
+        return [n for n in graph.nodes if op_name(n) == "exp"]
+
+    def match(self, anchor):
+        env = Op("exp", Op("add", Op("add", Var("a"), Var("b")), Var("c"))).match(anchor)
+        a, b, c = (env[name] for name in "abc")
+        return Match({"terms": [a, b], "c": Operand(c, lambda x: x.reshape(2, 3)), "d": None}, [anchor])
+
+    def rewrite(self, m, t):
+        return (sum([*t.terms, t.c], t.d or 0.0)).exp()
+
+
+def test_operands_come_brought_in_lists_or_not_at_all():
+    graph = Captured(lambda a, b, c: (a + b + c.reshape(2, 3)).exp(), X, S, torch.randn(6)).normalize().apply(Gathered()).equal()
+    assert graph.record.status is Status.FIRED
+    names = list(Gathered().match(next(n for n in graph.before.graph.nodes if op_name(n) == "exp")).inputs)
+    assert names == ["terms_0", "terms_1", "c"]
+
+
+def test_a_tensor_may_be_two_operands_but_not_a_state():
+    graph = Captured(lambda a, b: (a + a + b).exp(), X, S).normalize().apply(Gathered()).equal()
+    assert graph.record.status is Status.FIRED
+
+    def twice(x):
+        new = x * 2 + x
+        x.copy_(new)
+        return new.exp()
+
+    record = Captured(twice, X).normalize().apply(Step()).equal().record
+    assert record.status is Status.REFUSED
+    assert record.reason == "l_x_ must be one operand, because it is written, found that it is state and x."

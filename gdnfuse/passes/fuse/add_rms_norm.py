@@ -7,7 +7,10 @@ are, reads it twice: at 16384 rows of 2560 on an H200 less than half the time (b
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from gdnfuse.dialect import add_rms_norm, rms_norm
+from gdnfuse.errors import Refused
 from gdnfuse.passes.fuse.linears import LINEARS, alone, is_linear
 from gdnfuse.passes.rows import few_rows, one_row
 from gdnfuse.rewrite.edit import call
@@ -17,7 +20,13 @@ from gdnfuse.rewrite.pattern import Mismatch
 from gdnfuse.rewrite.rule import Match, Rule
 
 
-class FuseAddRMSNorm(Rule):
+@dataclass(frozen=True)
+class Facts:
+    eps: float
+    offset: float
+
+
+class FuseAddRMSNorm(Rule[Facts]):
     name, stage, equation = "add_rms_norm", "fuse", add_rms_norm.op.equation
 
     def anchors(self, graph):
@@ -34,6 +43,8 @@ class FuseAddRMSNorm(Rule):
             raise Mismatch(add, "a sum with a linear without bias", ", ".join(map(op_name, add.args)))
         alone(linear, add)
         residual = add.args[0] if add.args[1] is linear else add.args[1]
+        if residual is linear:
+            raise Refused(f"A residual must be another tensor than the linear's row, found {linear.name} twice.", at=add)
         for node in (residual, linear, anchor):
             if (
                 not is_tensor(node)
@@ -46,12 +57,12 @@ class FuseAddRMSNorm(Rule):
         return Match(
             {"x": linear, "residual": residual, "weight": norm["weight"]},
             [add, anchor],
-            data={"eps": norm["eps"], "offset": norm["offset"]},
+            Facts(norm["eps"], norm["offset"]),
             shapes={"x": (*lead, 8), "residual": (*lead, 8), "weight": (8,)},
         )
 
     def rewrite(self, m, t):
-        results = call(add_rms_norm.op.overload, t.x, t.residual, t.weight, m.data["eps"], m.data["offset"])
+        results = call(add_rms_norm.op.overload, t.x, t.residual, t.weight, m.facts.eps, m.facts.offset)
         return results[0], results[1]
 
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
 from gdnfuse.dialect import causal_conv_update
 from gdnfuse.errors import Refused
 from gdnfuse.rewrite.edit import call
@@ -10,7 +15,14 @@ from gdnfuse.rewrite.pattern import Mismatch
 from gdnfuse.rewrite.rule import Match, Rule, bring
 
 
-class LiftCausalConvUpdate(Rule):
+@dataclass(frozen=True)
+class Facts:
+    activation: str
+    dtype: torch.dtype
+    T: Any  # new tokens
+
+
+class LiftCausalConvUpdate(Rule[Facts]):
     name, stage, equation = "causal_conv_update", "lift", causal_conv_update.op.equation
 
     def anchors(self, graph):
@@ -40,29 +52,22 @@ class LiftCausalConvUpdate(Rule):
         if len(readers) == 1 and op_name(readers[0]) == "silu":
             out, activation = readers[0], "silu"
         D, T = value(x).shape[1:]
-        arguments = {"x": bring(x, value(x).shape, "x"), "conv_state": bring(first, value(state).shape, "conv_state")}
         weight, bias = conv.args[1], conv.args[2] if len(conv.args) > 2 else conv.kwargs.get("bias")
-        arguments["weight"] = bring(weight, (D, 1, value(weight).shape[-1]), "weight")
-        if bias is not None:
-            arguments["bias"] = bring(bias, (D,), "bias")
-        inputs = {k: o.node for k, o in arguments.items()}
-        return Match(
-            inputs,
-            [out],
-            writes={"conv_state": anchor},
-            data={"how": arguments, "activation": activation, "dtype": value(out).dtype, "T": T},
-        )
+        operands = {
+            "x": bring(x, value(x).shape, "x"),
+            "conv_state": state,
+            "weight": bring(weight, (D, 1, value(weight).shape[-1]), "weight"),
+            "bias": None if bias is None else bring(bias, (D,), "bias"),
+        }
+        return Match(operands, [out], Facts(activation, value(out).dtype, T), writes={"conv_state": anchor})
 
     def check(self, m):
-        if not isinstance(m.data["T"], int):
-            raise Refused(f"The number of new tokens must be static, found {m.data['T']}.", at=m.outputs[0])
+        if not isinstance(m.facts.T, int):
+            raise Refused(f"The number of new tokens must be static, found {m.facts.T}.", at=m.outputs[0])
 
     def rewrite(self, m, t):
-        how = m.data["how"]
-        bias = t.bias if "bias" in how else None
-        x, weight = how["x"].how(t.x), how["weight"].how(t.weight)
-        y = call(causal_conv_update.op.overload, x, t.conv_state, weight, bias, m.data["activation"])
-        return y.to(m.data["dtype"])
+        y = call(causal_conv_update.op.overload, t.x, t.conv_state, t.weight, t.bias, m.facts.activation)
+        return y.to(m.facts.dtype)
 
 
 def _reached(state):

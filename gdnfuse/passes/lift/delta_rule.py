@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 
 from gdnfuse.dialect import delta_rule
@@ -27,7 +30,15 @@ def unit(shape, generator):
     return torch.rand(shape, dtype=torch.float64, generator=generator)
 
 
-class LiftDeltaRule(Rule):
+@dataclass(frozen=True)
+class Facts:
+    scale: float
+    dtype: torch.dtype
+    shape: tuple[Any, ...]  # of the output
+    T: int
+
+
+class LiftDeltaRule(Rule[Facts]):
     name, stage, equation = "delta_rule", "lift", delta_rule.op.equation
 
     def anchors(self, graph):
@@ -55,33 +66,24 @@ class LiftDeltaRule(Rule):
         shapes = {"q": (B, T, HV, K), "k": (B, T, HV, K), "v": (B, T, HV, V), "g": (B, T, HV), "beta": (B, T, HV)}
         operands = {name: bring(node, shapes[name], name) for name, node in whole.items()}
         return Match(
-            {**{k: o.node for k, o in operands.items()}, "state": state},
+            {**operands, "state": state},
             [out],
+            Facts(scale, value(out).dtype, tuple(value(out).shape), T),
             writes={"state": anchor},
-            data={
-                "how": operands,
-                "scale": scale,
-                "dtype": value(out).dtype,
-                "shape": tuple(value(out).shape),
-                "T": T,
-            },
             samplers={"g": negative, "beta": unit},
         )
 
     def check(self, m):
-        T = m.data["T"]
-        if len(m.data["shape"]) == 3 and T > 1:
-            raise Refused(f"The outputs of {T} steps must be stacked, found that they stand alone.", at=m.outputs[0])
+        if len(m.facts.shape) == 3 and m.facts.T > 1:
+            raise Refused(f"The outputs of {m.facts.T} steps must be stacked, found that they stand alone.", at=m.outputs[0])
 
     def rewrite(self, m, t):
-        how, T = m.data["how"], m.data["T"]
-        arguments = [how[k].how(getattr(t, k)) for k in ("q", "k", "v", "g", "beta")]
-        results = call(delta_rule.op.overload, *arguments, t.state, m.data["scale"])
+        results = call(delta_rule.op.overload, t.q, t.k, t.v, t.g, t.beta, t.state, m.facts.scale)
         o, new = results[0], results[1]
         t.state.copy_(new)
-        if T > 1:
+        if m.facts.T > 1:
             o = o.transpose(1, 2)
-        return o.reshape(-1, *m.data["shape"][1:]).to(m.data["dtype"])
+        return o.reshape(-1, *m.facts.shape[1:]).to(m.facts.dtype)
 
 
 def _read_out(after, state):

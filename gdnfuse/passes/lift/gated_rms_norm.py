@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
 from gdnfuse.dialect import gated_rms_norm
 from gdnfuse.rewrite.edit import call
 from gdnfuse.rewrite.evaluate import hint
@@ -15,7 +20,15 @@ gate = Op("|".join(gated_rms_norm.GATES), Var("z"), bind="gate")
 PATTERN = Alt(Op("mul", Op("mul", w, normed), gate), Op("mul", Op("mul", normed, gate), w))
 
 
-class LiftGatedRMSNorm(Rule):
+@dataclass(frozen=True)
+class Facts:
+    eps: float
+    activation: str
+    dtype: torch.dtype
+    shape: tuple[Any, ...] | None  # of the result, where it is not o's
+
+
+class LiftGatedRMSNorm(Rule[Facts]):
     name, stage, equation = "gated_rms_norm", "lift", gated_rms_norm.op.equation
 
     def anchors(self, graph):
@@ -41,26 +54,19 @@ class LiftGatedRMSNorm(Rule):
         operands = {"o": bring(o, value(o).shape, "o"), "z": bring(z, value(o).shape, "z")}
         root = _rounded(root, value(operands["z"].node).dtype)
         operands["weight"] = bring(env["weight"], shape[-1:], "weight")
-        inputs = {k: x.node for k, x in operands.items()}
+        back = None if same_shape(value(o).shape, shape) else shape
         return Match(
-            inputs,
+            operands,
             [root],
-            data={
-                "how": operands,
-                "settings": (env["eps"], op_name(env["gate"])),
-                "dtype": value(root).dtype,
-                "shape": None if same_shape(value(o).shape, shape) else shape,
-            },
-            shapes={k: _few_rows(value(inputs[k]).shape) for k in ("o", "z")},
+            Facts(env["eps"], op_name(env["gate"]), value(root).dtype, back),
+            shapes={name: _few_rows(value(operands[name].node).shape) for name in ("o", "z")},
         )
 
     def rewrite(self, m, t):
-        how = m.data["how"]
-        tensors = (how[k].how(getattr(t, k)) for k in ("o", "z", "weight"))
-        y = call(gated_rms_norm.op.overload, *tensors, *m.data["settings"])
-        if m.data["shape"] is not None:
-            y = y.reshape(-1, *m.data["shape"][1:])
-        return y.to(m.data["dtype"])
+        y = call(gated_rms_norm.op.overload, t.o, t.z, t.weight, m.facts.eps, m.facts.activation)
+        if m.facts.shape is not None:
+            y = y.reshape(-1, *m.facts.shape[1:])
+        return y.to(m.facts.dtype)
 
 
 def _rounded(root, dtype):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from gdnfuse.dialect import gating
@@ -26,7 +28,12 @@ def small(shape, generator):
     return 0.1 * torch.randn(shape, dtype=torch.float64, generator=generator)
 
 
-class LiftGating(Rule):
+@dataclass(frozen=True)
+class Facts:
+    dtype: torch.dtype
+
+
+class LiftGating(Rule[Facts]):
     name, stage, equation = "gating", "lift", gating.op.equation
 
     def anchors(self, graph):
@@ -50,17 +57,11 @@ class LiftGating(Rule):
             "A_log": bring(env["A_log"], shape[-1:], "A_log"),
             "dt_bias": bring(env["dt_bias"], shape[-1:], "dt_bias"),
         }
-        return Match(
-            {k: o.node for k, o in operands.items()},
-            [root],
-            data={"how": operands, "dtype": value(root).dtype},
-            extremes={"a": near_the_threshold, "A_log": small, "dt_bias": small},
-        )
+        extremes = {"a": near_the_threshold, "A_log": small, "dt_bias": small}
+        return Match(operands, [root], Facts(value(root).dtype), extremes=extremes)
 
     def rewrite(self, m, t):
-        how = m.data["how"]
-        g = call(gating.op.overload, *(how[k].how(getattr(t, k)) for k in ("a", "A_log", "dt_bias")))
-        return g.to(m.data["dtype"])
+        return call(gating.op.overload, t.a, t.A_log, t.dt_bias).to(m.facts.dtype)
 
 
 RULE = LiftGating()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
+
 from gdnfuse.dialect import l2norm
 from gdnfuse.rewrite.edit import call
 from gdnfuse.rewrite.graph import op_name, peel, real_users, value
@@ -13,7 +17,13 @@ square = Op("add", Op("sum", Op("mul", x, x)), Const("eps"))
 PATTERN = Alt(Op("mul", x, Op("rsqrt", square)), Op("div", x, Op("sqrt", square)))
 
 
-class LiftL2Norm(Rule):
+@dataclass(frozen=True)
+class Facts:
+    eps: float
+    dtype: torch.dtype
+
+
+class LiftL2Norm(Rule[Facts]):
     name, stage, equation = "l2norm", "lift", l2norm.op.equation
 
     def anchors(self, graph):
@@ -26,13 +36,10 @@ class LiftL2Norm(Rule):
     def match(self, anchor):
         root = next((u for u in real_users(anchor) if op_name(u) in ("mul", "div")), anchor)
         env = PATTERN.match(root)
-        data = {"eps": env["eps"], "dtype": value(root).dtype}
-        operand = bring(env["x"], value(root).shape, "x")
-        return Match({"x": operand.node}, [root], data={**data, "x": operand.how})
+        return Match({"x": bring(env["x"], value(root).shape, "x")}, [root], Facts(env["eps"], value(root).dtype))
 
     def rewrite(self, m, t):
-        y = call(l2norm.op.overload, m.data["x"](t.x), m.data["eps"])
-        return y.to(m.data["dtype"])
+        return call(l2norm.op.overload, t.x, m.facts.eps).to(m.facts.dtype)
 
 
 RULE = LiftL2Norm()

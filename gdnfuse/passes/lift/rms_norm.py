@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch.fx import Node
 
 from gdnfuse.dialect import rms_norm
@@ -24,7 +26,13 @@ def _squared(mean: Node) -> Node:
     return next(map(peel, square.all_input_nodes), square)
 
 
-class LiftRMSNorm(Rule):
+@dataclass(frozen=True)
+class Facts:
+    eps: float
+    offset: float
+
+
+class LiftRMSNorm(Rule[Facts]):
     name, stage, equation = "rms_norm", "lift", rms_norm.op.equation
 
     def anchors(self, graph):
@@ -52,20 +60,15 @@ class LiftRMSNorm(Rule):
             raise Refused(f"The norm must be rounded to the dtype of its input, {dtype}, found {value(root).dtype}.", at=root)
         # Rows are normalised one by one, whatever their width: a few narrow ones prove as much.
         lead = [min(hint(s), 2) for s in value(operands["x"].node).shape[:-1]]
-        return Match(
-            {k: o.node for k, o in operands.items()},
-            [root],
-            data={"how": {k: o.how for k, o in operands.items()}, "eps": env["eps"], "offset": env.get("offset", 0.0)},
-            shapes={"x": (*lead, 8), "weight": (8,)},
-        )
+        facts = Facts(env["eps"], env.get("offset", 0.0))
+        return Match(operands, [root], facts, shapes={"x": (*lead, 8), "weight": (8,)})
 
     def check(self, m):
         if not same(value(m.outputs[0]).shape[-1], value(m.inputs["weight"]).numel()):
             raise Refused("The weight must have one element per column.", at=m.inputs["weight"])
 
     def rewrite(self, m, t):
-        how = m.data["how"]
-        return call(rms_norm.op.overload, how["x"](t.x), how["weight"](t.weight), m.data["eps"], m.data["offset"])
+        return call(rms_norm.op.overload, t.x, t.weight, m.facts.eps, m.facts.offset)
 
 
 RULE = LiftRMSNorm()
