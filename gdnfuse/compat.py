@@ -1,1 +1,381 @@
-"""Every private API of torch, Triton and transformers that gdnfuse uses, each with what happens without it."""
+"""Every private API of torch, Triton and transformers that gdnfuse uses, each with what happens without it.
+
+An entry is a function that is given what its decorator names, `module:attribute`, found when it is first called. Where a version
+of the library has it no more, or it is called otherwise there, the entry does what `instead` says, and one warning says what that
+costs: speed, or a row of a report. It is never the user's compilation, nor the import of gdnfuse. `missing` lists what is gone.
+
+Libraries are imported in functions only, so that importing this file imports none.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import logging
+import os
+import re
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from operator import attrgetter
+from types import SimpleNamespace
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+ENTRIES: dict[str, Entry] = {}
+GONE = (ImportError, AttributeError, TypeError)  # what a changed API raises: not there, or called otherwise
+
+
+class Entry:
+    """A private API in use.
+
+    Args:
+        use: what is done with it. Its docstring says what that gives and, after "Without it:", what is lost where it is gone.
+        paths: what `use` is given before the caller's arguments, each "module:attribute" or "module".
+        instead: takes the caller's arguments in its place.
+        gone: exceptions of `use` that mean that the API is another one in this version.
+        level: of the message that says what is lost.
+    """
+
+    def __init__(self, use: Callable[..., Any], paths: Sequence[str], instead: Callable[..., Any], gone: Any, level: int):
+        self.name, self.use, self.paths, self.instead, self.gone, self.level = use.__name__, use, paths, instead, gone, level
+        self.__doc__ = use.__doc__
+        self._said = False
+        ENTRIES[self.name] = self
+
+    @cached_property
+    def apis(self) -> tuple[Any, ...]:
+        """What `paths` name."""
+        return tuple(map(find, self.paths))
+
+    @property
+    def cost(self) -> str:
+        """A sentence on what is lost without it."""
+        return " ".join(re.split(r"Without it: *", self.__doc__ or "")[-1].split())
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self.use(*self.apis, *args, **kwargs)
+        except self.gone as e:
+            self._say(e)
+        return self.instead(*args, **kwargs)
+
+    def _say(self, error: Exception) -> None:
+        if self._said:
+            return
+        self._said = True
+        level = self.level if all(map(_installed, self.paths)) else logging.DEBUG
+        names = ", ".join(path.replace(":", ".") for path in self.paths)
+        log.log(level, "%s: %s (%s: %s)", names, self.cost, type(error).__name__, error)
+
+    def missing(self) -> bool:
+        """Whether this version of the library lacks it; not where the library, or its build for GPUs, is not here at all."""
+        try:
+            return self.apis is None
+        except GONE:
+            return all(map(_installed, self.paths))
+
+
+def private(
+    *paths: str, instead: Callable[..., Any], gone: Any = GONE, level: int = logging.WARNING
+) -> Callable[[Callable[..., Any]], Entry]:
+    """Makes a function an `Entry`."""
+    return lambda use: Entry(use, paths, instead, gone, level)
+
+
+def find(path: str) -> Any:
+    """What "module:attribute" names, or "module".
+
+    Raises:
+        ImportError, AttributeError: there is none.
+    """
+    module, _, attribute = path.partition(":")
+    found = importlib.import_module(module)
+    return attrgetter(attribute)(found) if attribute else found
+
+
+def missing() -> list[Entry]:
+    """The entries that the installed versions lack. Imports all that they name."""
+    return [entry for entry in ENTRIES.values() if entry.missing()]
+
+
+def forget() -> None:
+    """Look for everything anew."""
+    for entry in ENTRIES.values():
+        entry.__dict__.pop("apis", None)
+        entry._said = False
+
+
+def _installed(path: str) -> bool:
+    import torch
+
+    library = path.split(":")[0].split(".")[0]
+    for_gpus = path.startswith("torch._C:_cuda")
+    return importlib.util.find_spec(library) is not None and (torch.version.cuda is not None or not for_gpus)
+
+
+def nothing(*args: Any, **kwargs: Any) -> None:
+    """Instead of what only helps."""
+
+
+# Triton
+
+
+@private("triton.language.extra.cuda:gdc_launch_dependents", "triton.language.extra.cuda:gdc_wait", instead=lambda: (None, None))
+def dependent_launch(launch_dependents: Any, wait: Any) -> tuple[Any, Any]:
+    """What lets a kernel start before the one before it ends, for kernels to call: (gdc_launch_dependents, gdc_wait).
+
+    Without it: the kernels of a decode step do not overlap.
+    """
+    return launch_dependents, wait
+
+
+@private(
+    "triton.experimental.gluon",
+    "triton.experimental.gluon.language",
+    "triton.experimental.gluon.language.nvidia.ampere:async_copy",
+    "triton.experimental.gluon.language.nvidia.hopper",
+    "triton.experimental.gluon.nvidia.hopper:TensorDescriptor",
+    "triton.experimental.gluon.language.nvidia.hopper:fence_async_shared",
+    "triton.experimental.gluon.language.nvidia.hopper:mbarrier",
+    "triton.experimental.gluon.language.nvidia.hopper:tma.store_wait",
+    "triton.experimental.gluon.language.nvidia.hopper:warpgroup_mma",
+    "triton.experimental.gluon.language.nvidia.hopper:warpgroup_mma_wait",
+    "triton.experimental.gluon.language:warp_specialize",
+    "triton.experimental.gluon.language:shared_memory_descriptor._reinterpret",
+    instead=nothing,
+)
+def gluon(gluon: Any, language: Any, async_copy: Any, hopper: Any, descriptor: Any, *used: Any) -> tuple[Any, ...] | None:
+    """Gluon for Hopper, or None: (gluon, its language, async_copy, the language's hopper, TensorDescriptor).
+
+    Without it: Triton's kernels take the places of the chunk scan and of the ring that are written for Hopper.
+    """
+    return gluon, language, async_copy, hopper, descriptor
+
+
+@private("triton:knobs.runtime", instead=lambda: os.environ.get("TRITON_INTERPRET") == "1", level=logging.DEBUG)
+def interpreting(knobs: Any) -> bool:
+    """Whether Triton interprets kernels in place of compiling them.
+
+    Without it: the environment is asked, as Triton asks it.
+    """
+    return bool(knobs.interpret)
+
+
+@private(instead=nothing)
+def parameters(kernel: Any) -> list[Any] | None:
+    """The parameters of a `triton.jit` function with name, default, is_constexpr and do_not_specialize, or None.
+
+    Without it: a launch goes through its Python at each call, and reports lack how kernels share out their work.
+    """
+    return list(kernel.params)
+
+
+@private("triton.runtime.jit:JITFunction", instead=lambda kernel: 0, level=logging.DEBUG)
+def machine_codes(jit_function: Any, kernel: Any) -> int:
+    """How many machine codes of a kernel this process has; 0 for what is none.
+
+    Without it: warmup counts no kernels.
+    """
+    return sum(len(cache[0]) for cache in kernel.device_caches.values()) if isinstance(kernel, jit_function) else 0
+
+
+@private(instead=nothing)
+def runner(compiled: Any, grid: tuple[int, int, int]) -> Callable[..., None] | None:
+    """What launches a compiled kernel on a grid, its arguments as they were bound; None of what is not compiled.
+
+    Without it: a launch goes through its Python at each call.
+    """
+    return compiled[grid] if hasattr(compiled, "run") else None
+
+
+@private("triton:knobs.runtime", instead=nothing)
+def launch_hooks(knobs: Any) -> Any:
+    """Where Triton keeps the hooks that profilers add to every launch: launch_enter_hook and launch_exit_hook, or None.
+
+    Without it: launches that are repeated go through Triton's runner.
+    """
+    if not hasattr(knobs, "launch_enter_hook") or not hasattr(knobs, "launch_exit_hook"):
+        raise AttributeError("no hooks of a launch")
+    return knobs
+
+
+@private(instead=nothing, gone=Exception)
+def launcher(compiled: Any, grid: tuple[int, int, int]) -> tuple[Any, Any, Any] | None:
+    """Triton's launcher of a compiled kernel, and the function and metadata that it takes, or None.
+
+    Asked is Triton's runner: it has to call its launcher with (*grid, stream, function, metadata, None, enter hook, exit hook,
+    *arguments), as we do in its place. Where a profiler has added a hook, the runner is to call it.
+
+    Without it: launches that are repeated go through Triton's runner.
+    """
+    hooks, seen = launch_hooks(), []
+    probe = SimpleNamespace(
+        run=lambda *arguments: seen.append(arguments),
+        function=compiled.function,
+        packed_metadata=compiled.packed_metadata,
+        _init_handles=lambda: None,
+        launch_metadata=lambda *arguments: None,
+    )
+    type(compiled).__getitem__(probe, grid)("argument", stream=7)
+    expected = (*grid, 7, compiled.function, compiled.packed_metadata, None)
+    known = seen == [(*expected, hooks.launch_enter_hook, hooks.launch_exit_hook, "argument")]
+    if not known:
+        raise AttributeError("its runner calls its launcher otherwise")
+    hooked = hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls
+    return None if hooked else (compiled.run, compiled.function, compiled.packed_metadata)
+
+
+# torch: launches that are repeated
+
+
+@private(
+    "torch.utils._python_dispatch:TorchDispatchMode",
+    "torch.utils._python_dispatch:_disable_current_modes",
+    instead=lambda: (None, None),
+)
+def dispatch_mode(mode: Any, without: Any) -> tuple[Any, Any]:
+    """(TorchDispatchMode, a context without any).
+
+    Without it: a launch goes through its Python at each call.
+    """
+    return mode, without
+
+
+@private("torch._C._dynamo.guards:TensorGuards", instead=nothing)
+def tensor_guards(guards: Any, tensors: Sequence[Any], sizes: Any, strides: Any) -> Callable[..., bool] | None:
+    """Compares tensors with these: class, dispatch keys, dtype, device, and sizes and strides where these are no None.
+
+    Without it: a call's layout is read off it in Python, to be compared with those that were recorded.
+    """
+    return guards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+
+
+def _current_device() -> Callable[[], int]:
+    import torch
+
+    return torch.cuda.current_device
+
+
+@private("torch._C:_cuda_getDevice", instead=_current_device, level=logging.DEBUG)
+def current_device(get: Any) -> Callable[[], int]:
+    """Gives the index of the current GPU.
+
+    Without it: torch.cuda does, in twice the time.
+    """
+    return get
+
+
+def _current_stream() -> Callable[[int], int]:
+    import torch
+
+    return lambda device: torch.cuda.current_stream(device).cuda_stream
+
+
+@private("torch._C:_cuda_getCurrentRawStream", instead=_current_stream, level=logging.DEBUG)
+def current_stream(get: Any) -> Callable[[int], int]:
+    """Gives the handle of a GPU's current stream.
+
+    Without it: torch.cuda does, in several times the time.
+    """
+    return get
+
+
+def _empty(device: Any) -> Callable[..., Any]:
+    import torch
+
+    return lambda size, stride, dtype: torch.empty_strided(size, stride, dtype=dtype, device=device)
+
+
+@private("torch._C._dynamo.guards:_empty_strided_cuda", instead=_empty, level=logging.DEBUG)
+def empty(on_gpu: Any, device: Any) -> Callable[..., Any]:
+    """Allocates by size, stride and dtype on a device, which is the current one if it is a GPU; as Inductor's code does.
+
+    Without it: torch.empty_strided does, in several times the time.
+    """
+    return on_gpu if device.type == "cuda" else _empty(device)
+
+
+# Inductor
+
+
+@private(
+    "torch._inductor.lowering:constrain_to_fx_strides",
+    "torch._inductor.lowering:lowerings",
+    "torch._inductor.lowering:make_fallback",
+    instead=nothing,
+    gone=Exception,
+)
+def known_to_inductor(strides: Any, lowerings: Any, make_fallback: Any, op: Any, name: str) -> None:
+    """Have Inductor lay out an op's arguments as the graph does, as its tag asks for, and its code call it by an expression.
+
+    For an op that it has not heard of torch 2.11 makes a message that prints all the op depends on, again for each path to it,
+    which takes longer than the rest of its compilation of a decode step.
+
+    Without it: Inductor's code calls the kernels through torch's dispatcher.
+    """
+    if op in lowerings:
+        return
+    make_fallback(op, layout_constraint=strides, warn=False)
+    lowering = lowerings[op]
+
+    @functools.wraps(lowering)
+    def lowered(*args: Any, **kwargs: Any) -> Any:
+        results = lowering(*args, **kwargs)
+        called_by_inductor(op, name)
+        return results
+
+    lowerings[op] = lowered
+
+
+@private("torch._inductor.ir:FallbackKernel", "torch._inductor.virtualized:V", instead=nothing, gone=Exception)
+def called_by_inductor(fallback_kernel: Any, virtualized: Any, op: Any, name: str) -> None:
+    """Have the call of an op that Inductor has made last written as a call of an expression in its Python code.
+
+    Without it: Inductor's code calls the kernels through torch's dispatcher.
+    """
+    if virtualized.graph.cpp_wrapper:
+        return
+    operations = reversed(virtualized.graph.operations)
+    made = next(o for o in operations if isinstance(o, fallback_kernel) and o.op_overload is op)
+    if not hasattr(made, "python_kernel_name"):
+        raise AttributeError("the call has no name")
+    made.python_kernel_name = name
+
+
+@private("torch._inductor.runtime.triton_compat:triton_key", instead=nothing, level=logging.DEBUG)
+def triton_key(key: Any) -> Callable[[], str] | None:
+    """Makes the key of Triton's caches and keeps it, or None.
+
+    Without it: whoever asks for it first makes it.
+    """
+    return key
+
+
+# torch: attention of prompts
+
+
+@private("torch:ops.aten._scaled_dot_product_flash_attention.default", instead=nothing)
+def flash_attention(op: Any) -> Any:
+    """FlashAttention-2 as torch has it, (query, key, value, dropout_p, is_causal, return_debug_mask, *, scale), or None.
+
+    Without it: attention of prompts is torch's.
+    """
+    return _of_arguments(op, "query key value dropout_p is_causal return_debug_mask scale")
+
+
+@private("torch:ops.aten._scaled_dot_product_cudnn_attention.default", instead=nothing)
+def cudnn_attention(op: Any) -> Any:
+    """cuDNN's attention, (query, key, value, attn_bias, compute_log_sumexp, dropout_p, is_causal, return_debug_mask, *, scale).
+
+    Without it: attention of long prompts is FlashAttention-2's.
+    """
+    return _of_arguments(op, "query key value attn_bias compute_log_sumexp dropout_p is_causal return_debug_mask scale")
+
+
+def _of_arguments(op: Any, names: str) -> Any:
+    found = " ".join(argument.name for argument in op._schema.arguments)
+    if found != names:
+        raise AttributeError(f"its arguments are {found}")
+    return op

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gdnfuse import compat
 from gdnfuse.errors import Refused
 
 if TYPE_CHECKING:
@@ -81,10 +82,8 @@ def read_triton() -> None:
     Whoever asks for it first waits for that otherwise: Inductor, for the key of its own cache, and each thread of ours that
     compiles a kernel.
     """
-    with suppress(ImportError):
-        from torch._inductor.runtime.triton_compat import triton_key
-
-        _pool().submit(triton_key)
+    if key := compat.triton_key():
+        _pool().submit(key)
 
 
 def wait() -> None:
@@ -106,9 +105,9 @@ def _pool() -> ThreadPoolExecutor:
 def loaded() -> dict[str, int]:
     """How many machine codes of each of our kernels this process has compiled or loaded, by kernel; empty before any launch."""
     counts: dict[str, int] = {}
-    for module in [m for name, m in sys.modules.items() if name.startswith("gdnfuse.kernels.")]:
+    ours = [m for name, m in sys.modules.items() if name.startswith("gdnfuse.kernels.")]
+    for module in ours if "triton.runtime.jit" in sys.modules else []:
         for name, kernel in vars(module).items():
-            caches = getattr(kernel, "device_caches", None)
-            if caches and getattr(kernel, "__module__", module.__name__) == module.__name__:
-                counts[name] = sum(len(cache[0]) for cache in caches.values())
-    return {name: count for name, count in counts.items() if count}
+            if getattr(kernel, "__module__", module.__name__) == module.__name__ and (made := compat.machine_codes(kernel)):
+                counts[name] = made
+    return counts

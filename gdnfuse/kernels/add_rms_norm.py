@@ -12,10 +12,12 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from gdnfuse import compat
 from gdnfuse.errors import Refused
 from gdnfuse.kernels.launch.implementation import kernel_of, overlap_options, register, require_dtypes, require_static
+
+gdc_launch_dependents, gdc_wait = compat.dependent_launch()
 
 MAX_N = 2**14  # a program holds its row
 WIDE, NUM_WARPS, MORE_WARPS = 2**13, 8, 16  # a row wider than that takes more

@@ -27,8 +27,8 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from gdnfuse import compat
 from gdnfuse.errors import Refused
 from gdnfuse.kernels.launch.implementation import (
     kernel_of,
@@ -39,6 +39,8 @@ from gdnfuse.kernels.launch.implementation import (
     require_one_token,
     require_static,
 )
+
+gdc_launch_dependents, gdc_wait = compat.dependent_launch()
 
 # Splits at most, on keys that grow and on a static cache; programs in all. Chosen on an H200 with 200 to 32000 positions filled.
 # benchmarks/attention.py --sweep compares the splits of a static cache; of the others no committed benchmark does.

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 
+from gdnfuse import compat
 from gdnfuse.dialect import causal_attention
 from gdnfuse.errors import Refused
 from gdnfuse.kernels.launch.implementation import launching, register
@@ -25,8 +26,7 @@ from gdnfuse.rewrite.rule import shown
 LONG, EIGHTHS = 4096, 8
 WIDER_THAN, WIDEST = 128, 256  # columns per head
 HOPPER = 9
-FLASH = torch.ops.aten._scaled_dot_product_flash_attention.default
-CUDNN = torch.ops.aten._scaled_dot_product_cudnn_attention.default
+FLASH, CUDNN = compat.flash_attention(), compat.cudnn_attention()
 
 
 def launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None = None) -> torch.Tensor:
@@ -43,7 +43,7 @@ def launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | Non
     T, L = q.shape[2], k.shape[2]
     if L != v.shape[2]:
         raise ValueError(f"causal_attention needs as many keys as values, got {L} and {v.shape[2]}.")
-    if T == L >= LONG and _cudnn_takes(q, k, v):
+    if T == L >= LONG and CUDNN is not None and _cudnn_takes(q, k, v):
         more = planned(T) - T
         if more:
             q = F.pad(q.transpose(1, 2), (0, 0, 0, 0, 0, more)).transpose(1, 2)
@@ -88,7 +88,7 @@ def supports(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: Any = Non
     if any(t.stride(-1) != 1 for t in (q, k, v)):
         raise Refused(f"Rows must be contiguous, found the strides {', '.join(str(t.stride(-1)) for t in (q, k, v))}.")
     built = not torch.cuda.is_available() or torch.backends.cuda.is_flash_attention_available()
-    if not built or not torch.backends.cuda.flash_sdp_enabled():
+    if FLASH is None or not built or not torch.backends.cuda.flash_sdp_enabled():
         raise Refused("FlashAttention-2 must be part of torch and enabled, found that it is not.")
     if not _on_hopper(q.device):
         raise Refused("Which attention is faster was measured on compute capability 9.0 alone, found another device.")

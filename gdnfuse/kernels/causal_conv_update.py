@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from gdnfuse import compat
 from gdnfuse.errors import Refused
 from gdnfuse.kernels.launch.implementation import (
     kernel_of,
@@ -23,6 +23,8 @@ from gdnfuse.kernels.launch.implementation import (
     require_one_token,
     require_static,
 )
+
+gdc_launch_dependents, gdc_wait = compat.dependent_launch()
 
 ACTIVATIONS = ("silu", "none")
 

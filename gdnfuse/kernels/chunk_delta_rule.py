@@ -22,14 +22,13 @@ bfloat16 inputs; for float16, whose range the state may leave, and float32 they 
 
 from __future__ import annotations
 
-import functools
-import logging
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
+from gdnfuse import compat
 from gdnfuse.dialect.chunk_delta_rule import CHUNK, check
 from gdnfuse.errors import Refused
 from gdnfuse.kernels.delta_rule import log_decay
@@ -43,7 +42,10 @@ from gdnfuse.kernels.launch.implementation import (
     require_tokens,
 )
 
-log = logging.getLogger(__name__)
+if compat.gluon():
+    from gdnfuse.kernels import chunk_scan_hopper
+else:
+    chunk_scan_hopper = None
 
 # AMD's matrix units take float32 as it is.
 EXACT = "tf32x3" if torch.version.hip is None else "ieee"
@@ -325,10 +327,8 @@ def launch_with(
     BK = max(16, triton.next_power_of_2(K))
     operands, precision = OPERANDS.get(v.dtype, WIDE) if K == BK and abs(beta_max) <= 1 else WIDE
     new = {"device": v.device, "dtype": torch.float32}
-    hopper = _hopper()
-    on_hopper = (
-        config is None and hopper is not None and operands == torch.bfloat16 and hopper.supports_here(q, k, v, checkpoint_every)
-    )
+    hopper = chunk_scan_hopper if config is None and operands == torch.bfloat16 else None
+    on_hopper = hopper is not None and hopper.supports_here(q, k, v, checkpoint_every)
     tokens = hopper.padded(T) if on_hopper else T
     inverse = torch.empty((B, HV, tokens, CHUNK), device=v.device, dtype=operands)
     attention, factors = torch.empty_like(inverse), torch.empty((4, B, HV, tokens), **new)
@@ -355,17 +355,6 @@ def launch_with(
         V=V, BV=BV, CHECKPOINT=checkpoint_every > 0, STAGES=stages, num_warps=num_warps, **shared,
     )  # fmt: skip
     return out, last, kept
-
-
-@functools.cache
-def _hopper() -> Any:
-    """The scan written for Hopper, where Triton has Gluon."""
-    try:
-        from gdnfuse.kernels import chunk_scan_hopper
-    except ImportError as e:
-        log.warning("The scan for Hopper needs Gluon of Triton 3.6 or newer, found %s: the general one is taken.", e)
-        return None
-    return chunk_scan_hopper
 
 
 # Heads N·HV up to, value columns per program, warps, stages. Chosen on an H200, K = V = 128, T = 8192, for 32 and 128

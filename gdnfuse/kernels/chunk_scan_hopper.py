@@ -20,19 +20,13 @@ a warp for its copies.
 from __future__ import annotations
 
 import torch
-import triton
-from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from gdnfuse import compat
 from gdnfuse.kernels.launch.implementation import kernel_of, launching
+
+gluon, gl, _, hopper, TensorDescriptor = compat.gluon()  # whoever imports this has asked whether it is there
+fence_async_shared, mbarrier, tma = hopper.fence_async_shared, hopper.mbarrier, hopper.tma
+warpgroup_mma, warpgroup_mma_wait = hopper.warpgroup_mma, hopper.warpgroup_mma_wait
 
 # Tiles in memory, [1, 1, tokens, columns] of descriptors, and the same in shared memory.
 TILE_4D = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4))
@@ -278,7 +272,7 @@ def supports_here(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, checkpoint_
         v.is_cuda
         and torch.version.hip is None
         and torch.cuda.get_device_capability(v.device)[0] == 9
-        and not triton.knobs.runtime.interpret
+        and not compat.interpreting()
         and launching()
         and q.dtype == k.dtype == v.dtype == torch.bfloat16
         and q.shape[-1] == v.shape[-1] == 128

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from gdnfuse import compat
 from gdnfuse.errors import Refused
 from gdnfuse.kernels.gated_rms_norm import gated
 from gdnfuse.kernels.launch.implementation import (
@@ -35,6 +35,8 @@ from gdnfuse.kernels.launch.implementation import (
     require_static,
     require_tokens,
 )
+
+gdc_launch_dependents, gdc_wait = compat.dependent_launch()
 
 # By the number of heads in all, up to: value columns per program (of 128 keys) and warps for the rule alone; for the rule with
 # its norm the same per tile, and whether the next tile is loaded before the one before it is done. A state is not needed again

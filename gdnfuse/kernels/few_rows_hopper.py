@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import torch
 import triton
-from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from gdnfuse import compat
 from gdnfuse.kernels.launch.implementation import kernel_of, launching, overlap_options
-from gdnfuse.kernels.linear_configs import STEP, RingConfig, rings
+from gdnfuse.kernels.linear_configs import STEP, RingConfig, rings, rows_and_out
+
+gluon, gl, async_copy, hopper, _ = compat.gluon()  # whoever imports this has asked whether it is there
+fence_async_shared, warpgroup_mma, warpgroup_mma_wait = hopper.fence_async_shared, hopper.warpgroup_mma, hopper.warpgroup_mma_wait
+gdc_launch_dependents, gdc_wait = compat.dependent_launch()
 
 SLICE = gl.constexpr(64)  # columns of half a step: 128 bytes, which the swizzle of shared memory spans
 RING = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
@@ -134,17 +134,10 @@ def supports_here(rows: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether this kernel takes these rows [B, N]: half precision, a Hopper GPU, rows whose 16 bytes can be copied at once."""
     return (
         rings(weight)
-        and not triton.knobs.runtime.interpret
+        and not compat.interpreting()
         and rows.dtype == weight.dtype
         and all(t.stride(0) % 16 == 0 and (not launching() or t.data_ptr() % 16 == 0) for t in (rows, weight))
     )
-
-
-def rows_and_out(x: torch.Tensor, weight: torch.Tensor, swiglu: bool, parts: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """x as [B, N], and memory for a linear of a few rows: [parts, ..., M] in float32, or [..., M] in the weight's dtype."""
-    shape = (*x.shape[:-1], weight.shape[0] // (2 if swiglu else 1))
-    shape, dtype = ((parts, *shape), torch.float32) if parts > 1 else (shape, weight.dtype)
-    return x.reshape(-1, weight.shape[1]), torch.empty(shape, dtype=dtype, device=x.device)
 
 
 def launch_with(

@@ -14,11 +14,16 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from gdnfuse.kernels import few_rows_hopper
+from gdnfuse import compat
 from gdnfuse.kernels.launch.implementation import kernel_of, overlap_options
-from gdnfuse.kernels.linear_configs import FewRowsConfig, few_rows_config, ring_config
+from gdnfuse.kernels.linear_configs import FewRowsConfig, few_rows_config, ring_config, rows_and_out
+
+if compat.gluon():
+    from gdnfuse.kernels import few_rows_hopper
+else:
+    few_rows_hopper = None
+gdc_launch_dependents, gdc_wait = compat.dependent_launch()
 
 # Operands of products, by the weight's dtype.
 OPERANDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -83,7 +88,7 @@ def launch_with(
         overlap: whether the weight may be read while kernels before this one run.
     """
     BM, BK, num_warps, stages, parts, early = chosen
-    rows, out = few_rows_hopper.rows_and_out(x, weight, swiglu, parts)
+    rows, out = rows_and_out(x, weight, swiglu, parts)
     (B, N), M = rows.shape, out.shape[-1]
     options = overlap_options(x) if overlap else {}
     kernel_of(few_rows_linear_kernel)[(-(-M // (BM // 2 if swiglu else BM)), parts)](
@@ -99,6 +104,6 @@ def launch(x: torch.Tensor, weight: torch.Tensor, swiglu: bool = False, parts: i
     M, N = weight.shape[0] // (2 if swiglu else 1), weight.shape[1]
     rows = x.reshape(-1, N)
     x = rows.view(x.shape)  # so that what had to be copied is copied once
-    if (ring := ring_config(M, N, swiglu, parts)) and few_rows_hopper.supports_here(rows, weight):
+    if few_rows_hopper and (ring := ring_config(M, N, swiglu, parts)) and few_rows_hopper.supports_here(rows, weight):
         return few_rows_hopper.launch_with(ring, x, weight, swiglu, overlap)
     return launch_with(few_rows_config(N, rows.shape[0], swiglu, parts, weight.dtype), x, weight, swiglu, overlap)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from gdnfuse import compat
 from gdnfuse.errors import Refused
 
 MAX_ROWS = 32
@@ -52,7 +53,15 @@ def rings(weight: torch.Tensor) -> bool:
     """Whether a weight is on a GPU, and of a dtype, for which there is few_rows_hopper."""
     if weight.dtype not in (torch.bfloat16, torch.float16) or not weight.is_cuda or torch.version.hip is not None:
         return False
-    return torch.cuda.is_available() and torch.cuda.get_device_capability(weight.device)[0] == 9
+    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability(weight.device)[0] == 9
+    return hopper and compat.gluon() is not None
+
+
+def rows_and_out(x: torch.Tensor, weight: torch.Tensor, swiglu: bool, parts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """x as [B, N], and memory for a linear of a few rows: [parts, ..., M] in float32, or [..., M] in the weight's dtype."""
+    shape = (*x.shape[:-1], weight.shape[0] // (2 if swiglu else 1))
+    shape, dtype = ((parts, *shape), torch.float32) if parts > 1 else (shape, weight.dtype)
+    return x.reshape(-1, weight.shape[1]), torch.empty(shape, dtype=dtype, device=x.device)
 
 
 def ring_config(M: int, N: int, swiglu: bool = False, parts: int = 1) -> RingConfig | None:

@@ -21,10 +21,12 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from gdnfuse import compat
 from gdnfuse.kernels.gated_rms_norm import gated
 from gdnfuse.kernels.launch.implementation import kernel_of, overlap_options
+
+gdc_launch_dependents, gdc_wait = compat.dependent_launch()
 
 MAX_N = 2**15  # the loop over columns is unrolled
 MAX_PROGRAMS = 132  # per unit of programs_per_sm where there is no device to ask, an H200's multiprocessors

@@ -11,9 +11,9 @@ import triton
 from kernel_cases import BF16, F16, Case
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from gdnfuse import dialect
+from gdnfuse import compat, dialect
 from gdnfuse.kernels import implementations, loaded, skinny_linear
-from gdnfuse.kernels.launch import codegen, replay
+from gdnfuse.kernels.launch import replay
 from gdnfuse.kernels.launch.replay import Recorded
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -136,10 +136,10 @@ def test_repeated(case, mode):
 def test_written(case, monkeypatch):
     """The call behind those for whose layout a function was written."""
     implementation, kept = implementations()[case.op], []
-    allocate, replayed = codegen.empty, implementation.replayed
+    allocate, replayed = compat.empty, implementation.replayed
     filled = lambda make: lambda *a: make(*a).fill_(float("nan"))  # noqa: E731
     monkeypatch.setattr(replay, "OFTEN", 1)
-    monkeypatch.setattr(codegen, "empty", lambda device: filled(allocate(device)))
+    monkeypatch.setattr(compat, "empty", lambda device: filled(allocate(device)))
 
     def fifth(*args, **kwargs):
         for _ in range(4):

@@ -7,7 +7,9 @@ import torch.utils._pytree as pytree
 from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import compile_fx
+from torch._inductor.lowering import lowerings
 
+from gdnfuse import compat
 from gdnfuse.dialect import OPS
 from gdnfuse.kernels import implementations
 from gdnfuse.kernels.launch.inductor import REPLAYED, announce
@@ -21,8 +23,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_inductor_calls_past_the_dispatcher(name, monkeypatch):
+GONE = [("add_rms_norm", "known_to_inductor"), ("add_rms_norm", "called_by_inductor")]
+
+
+@pytest.mark.parametrize(("name", "gone"), [*((name, "") for name in CASES), *GONE])
+def test_inductor_calls_past_the_dispatcher(name, gone, monkeypatch):
+    """And through it where Inductor is another one inside."""
     op, meaning = implementations()[name].op, OPS[name]
     dispatched, direct = [], []
 
@@ -44,6 +50,10 @@ def test_inductor_calls_past_the_dispatcher(name, monkeypatch):
     args, _ = CASES[name]()
     copies = lambda: pytree.tree_map_only(torch.Tensor, torch.clone, args)  # noqa: E731
     monkeypatch.setattr(op, REPLAYED, reference(direct))
+    if gone:
+        monkeypatch.delitem(lowerings, op, raising=False)
+        monkeypatch.setattr(compat.ENTRIES[gone], "paths", ["torch._inductor:nothing"])
+        compat.forget()
     torch._dynamo.reset()
     # Code that another version left in Inductor's cache calls what that version did.
     uncached = inductor_config.patch(fx_graph_cache=False), functorch_config.patch(enable_autograd_cache=False)
@@ -56,10 +66,15 @@ def test_inductor_calls_past_the_dispatcher(name, monkeypatch):
         for calls in (1, 2):
             ours = copies()
             got = compiled(*ours)
-            assert (direct, dispatched) == ([True] * calls, [True])
+            assert (direct, dispatched) == (([], [True] * (1 + calls)) if gone else ([True] * calls, [True]))
             for mine, want in zip(pytree.tree_leaves((got, ours)), pytree.tree_leaves((wanted, theirs)), strict=True):
                 if isinstance(want, torch.Tensor):
                     torch.testing.assert_close(mine, want)
+        if gone:
+            monkeypatch.undo()
+            lowerings.pop(op, None)
+            compat.forget()
+            return
         # Code from a cache, run by a version that has no such function, means the op.
         monkeypatch.delattr(op, REPLAYED)
         compiled(*copies())

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from gdnfuse import compat
 from gdnfuse.kernels.launch import codegen, recording, replay
 from gdnfuse.kernels.launch.implementation import _standing_in, kernel_of
 from gdnfuse.kernels.launch.recording import INT32, Differs, Launch, Line, Recorded, Result, common, longest
@@ -22,6 +23,17 @@ def memory(x, n):
     x = getattr(x, "base", x)
     address = x if isinstance(x, int) else x.data_ptr()
     return torch.frombuffer((ctypes.c_float * n).from_address(address), dtype=torch.float32)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A current device, which may be changed, as torch would tell of it."""
+    current = [0]
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: current[0], raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 70 + device, raising=False)
+    compat.forget()
+    yield current
+    compat.forget()
 
 
 class Kernel:
@@ -153,14 +165,12 @@ def test_optional_tensors_are_told_from_none(monkeypatch):
     assert len(op.matches[2,]) == 2
 
 
-def test_another_device_is_not_taken_for_the_one_recorded(monkeypatch):
+def test_another_device_is_not_taken_for_the_one_recorded(gpu):
     x, y = some(), some()
-    current = [1]
-    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: current[0], raising=False)
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
+    gpu[0] = 1
     match = codegen.written((x, y), {}, [x, y], 1, NOTHING)
     assert match(x, y).shape == (1,)
-    current[0] = 0
+    gpu[0] = 0
     assert match(x, y) is replay.MISSED
 
 
@@ -617,11 +627,9 @@ def compiled(spy):
     return made
 
 
-def test_triton_s_launcher_is_called_as_its_runner_calls_it(monkeypatch):
+def test_triton_s_launcher_is_called_as_its_runner_calls_it(gpu):
     import triton
 
-    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 70 + device, raising=False)
     hooks, spy, x = triton.knobs.runtime, [], some()
     launch = Launch(compiled(spy), (2, 3, 1), None, [None, 5, 0.5], [(0, 0, 4)], [], frozenset())
     match = codegen.written((x,), {}, [x], 0, NOTHING._replace(launches=[launch]))
@@ -646,5 +654,5 @@ def test_another_runner_of_triton_s_is_called_itself(runner):
         __getitem__ = runner
 
     launch = Launch(Other(), (2, 3, 1), None, [], [], [], frozenset())
-    assert not codegen.called_as_known(launch)
-    assert codegen.called_as_known(launch._replace(compiled=compiled([])))
+    assert compat.launcher(launch.compiled, launch.grid) is None
+    assert compat.launcher(compiled([]), launch.grid)[1:] == ("function", "packed")

@@ -7,13 +7,12 @@ with Triton's launcher called as its runner does, but without what the runner lo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch._C._dynamo.guards import TensorGuards
 
-from gdnfuse.kernels.launch.recording import Launch, Line, Pointer, Recorded, based, longest
+from gdnfuse import compat
+from gdnfuse.kernels.launch.recording import Line, Pointer, Recorded, based, longest
 
 ALIGNMENT = 16  # bytes, by which Triton specialises a pointer
 TENSORS = (torch.Tensor, torch.nn.Parameter)
@@ -71,9 +70,11 @@ def written(
             return None
     fixed = [[[None if isinstance(n, Line) else n for n in numbers] for numbers in each] for each in zip(*layout, strict=True)]
     sizes, strides = fixed or ([], [])
-    known["SAME"] = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+    known["SAME"] = compat.tensor_guards(tensors, sizes, strides)
+    if known["SAME"] is None:
+        return None
     if device >= 0:  # Triton launches on the current device
-        known |= {"DEVICE": torch._C._cuda_getDevice, "STREAM": torch._C._cuda_getCurrentRawStream}
+        known |= {"DEVICE": compat.current_device(), "STREAM": compat.current_stream()}
         tests.append(f"DEVICE() == {device}")
     tests.append(f"SAME({', '.join(names)})")
     lines = [*opened, f"if not ({' and '.join(tests)}):", " return MISSED"]
@@ -96,16 +97,17 @@ def _repeated(recorded: Recorded, addresses: list[str], device: int, known: dict
     """The statements of `Recorded.repeat`, and before them one that leaves the call to it where a profiler wants to be asked."""
     lines, addresses = [], [*addresses]
     for i, (size, stride, dtype, on) in enumerate(recorded.allocations):
-        known[f"EMPTY{i}"] = empty(on)
+        known[f"EMPTY{i}"] = compat.empty(on)
         lines.append(f"m{i} = EMPTY{i}({_text(size, known)}, {_text(stride, known)}, {_text(dtype, known)})")
         lines.append(f"b{i} = m{i}.data_ptr()")
         addresses.append(f"b{i}")
-    direct = device >= 0 and all(called_as_known(launch) for launch in recorded.launches)
+    launchers = [compat.launcher(launch.compiled, launch.grid) for launch in recorded.launches] if device >= 0 else [None]
+    direct = all(launchers)
     if direct:
         hooked = [f'getattr(HOOKS.launch_{when}_hook, "calls", True)' for when in ("enter", "exit")]
         lines = [f"if {' or '.join(hooked)}:", " return MISSED", *lines]
         lines.append(f"stream = STREAM({device})")
-        known["HOOKS"] = _hooks()
+        known["HOOKS"] = compat.launch_hooks()
     for i, launch in enumerate(recorded.launches):
         texts = [_text(x, known) for x in launch.arguments]
         for place, source, offset in launch.pointers:
@@ -114,11 +116,10 @@ def _repeated(recorded: Recorded, addresses: list[str], device: int, known: dict
             known |= {"based": based, "Pointer": Pointer}
             texts[place] = f"based({texts[place]}, Pointer({addresses[source]} + {_text(offset, known)}))"
         if direct:
-            compiled = launch.compiled
-            known |= {f"RUN{i}": compiled.run, f"CODE{i}": compiled.function, f"PACKED{i}": compiled.packed_metadata}
+            known |= dict(zip((f"RUN{i}", f"CODE{i}", f"PACKED{i}"), launchers[i], strict=True))
             texts = [*map(str, launch.grid), "stream", f"CODE{i}", f"PACKED{i}", "None", "None", "None", *texts]
         else:
-            known[f"RUN{i}"] = launch.compiled[launch.grid]
+            known[f"RUN{i}"] = compat.runner(launch.compiled, launch.grid)
         lines.append(f"RUN{i}({', '.join(texts)})")
     results = [f"m{i}" if view is None else f"m{i}.as_strided{_text(view, known)}" for i, view in recorded.results]
     return [*lines, f"return ({', '.join(results)},)" if recorded.several else f"return {results[0]}"]
@@ -135,38 +136,3 @@ def _text(x: Any, known: dict[str, Any]) -> str:
     name = f"C{len(known)}"
     known[name] = x
     return name
-
-
-def empty(device: torch.device) -> Callable[..., torch.Tensor]:
-    """Allocates by size, stride and dtype on a device, which is the current one if it is a GPU; as Inductor's code does."""
-    if device.type == "cuda":
-        return torch._C._dynamo.guards._empty_strided_cuda
-    return lambda size, stride, dtype: torch.empty_strided(size, stride, dtype=dtype, device=device)
-
-
-def _hooks() -> Any:
-    """Where Triton keeps the hooks that profilers add to every launch."""
-    import triton
-
-    return triton.knobs.runtime
-
-
-def called_as_known(launch: Launch) -> bool:
-    """Whether Triton's runner calls its launcher as we do in its place: a version may change that."""
-    compiled, seen = launch.compiled, []
-    try:
-        probe = SimpleNamespace(
-            run=lambda *arguments: seen.append(arguments),
-            function=compiled.function,
-            packed_metadata=compiled.packed_metadata,
-            _init_handles=lambda: None,
-            launch_metadata=lambda *arguments: None,
-        )
-        hooks = _hooks()
-        type(compiled).__getitem__(probe, launch.grid)("argument", stream=7)
-        expected = (*launch.grid, 7, compiled.function, compiled.packed_metadata, None)
-        return seen == [(*expected, hooks.launch_enter_hook, hooks.launch_exit_hook, "argument")] and not (
-            hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls
-        )
-    except Exception:
-        return False

@@ -14,6 +14,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch._subclasses.fake_tensor import FakeTensor
 
+from gdnfuse import compat
 from gdnfuse.dialect import OPS
 from gdnfuse.errors import Refused
 from gdnfuse.kernels.launch.inductor import REPLAYED
@@ -165,6 +166,8 @@ def overlap_options(tensor: torch.Tensor, *early: torch.Tensor | None) -> dict[s
     """
     if tensor.device.type != "cuda" or torch.version.cuda is None or torch.cuda.get_device_capability(tensor.device)[0] < 9:
         return {}
+    if compat.dependent_launch() == (None, None):
+        return {}
     return {"launch_pdl": True} if all(t is None or t.is_contiguous() for t in early) else {}
 
 
@@ -191,11 +194,12 @@ class _Recorder:
         return self.record
 
     def record(self, *args: Any, **kwargs: Any) -> None:
-        names = self.kernel.arg_names
+        parameters = compat.parameters(self.kernel)
+        names = [p.name for p in parameters]
         values = dict(zip(names, args, strict=False)) | {n: v for n, v in kwargs.items() if n in names}
         options = {n: v for n, v in kwargs.items() if n not in names}
         signature, constexprs, attrs = {}, {}, {}
-        for i, param in enumerate(self.kernel.params):
+        for i, param in enumerate(parameters):
             value = values[param.name]
             if param.is_constexpr or value is None or (type(value) is int and value == 1 and not param.do_not_specialize):
                 signature[param.name], constexprs[param.name] = "constexpr", value

@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.utils._pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from gdnfuse import compat
 from gdnfuse.kernels.launch.codegen import ALIGNMENT, MISSED, SPECIALISED_BY_STORAGE, written
 from gdnfuse.kernels.launch.recording import INT32, Differs, Launch, Recorded, Result, based, common
 
@@ -32,6 +32,9 @@ MOST_MATCHES = 8  # layouts of one op that a call is compared with, one after an
 # Readings of a layout after which calls are compared with it, twice as many each time that another has to go for it.
 OFTEN = 64
 LENGTHS = 3  # at which a launch is recorded before all others are taken to be like it
+
+
+Mode, without_modes = compat.dispatch_mode()
 
 
 class _NotRecorded(Exception):
@@ -111,6 +114,9 @@ class Replayed:
                 if place:
                     self.at_lengths[family] = []
                 return self.launch(*args, **kwargs)
+        if Mode is None:
+            self.layouts[key] = NOT_RECORDED
+            return self.launch(*args, **kwargs)
         recording = _Recording(tensors)
         with self.standing_in(recording), recording:
             results = self.launch(*args, **kwargs)
@@ -195,7 +201,7 @@ def _start(x: torch.Tensor) -> int:
     return x.storage_offset() * x.itemsize
 
 
-class _Recording(TorchDispatchMode):
+class _Recording(Mode or object):
     """Notes what a launch allocates and launches, while it does; follows every tensor from the one that it is a view of."""
 
     launches_kernels = True
@@ -226,11 +232,13 @@ class _Recording(TorchDispatchMode):
         return _Noting(self, kernel)
 
     def launched(self, kernel: Any, compiled: Any, grid: Sequence[int], args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-        if not hasattr(compiled, "run"):  # under the interpreter
+        grid = (*grid, 1, 1)[:3]
+        runner, parameters = compat.runner(compiled, grid), compat.parameters(kernel)
+        if runner is None or parameters is None:  # under the interpreter, for one
             self.whole = False
             return
-        given = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
-        arguments = [given[p.name] if p.name in given else p.default for p in kernel.params]
+        given = dict(zip([p.name for p in parameters], args, strict=False)) | kwargs
+        arguments = [given[p.name] if p.name in given else p.default for p in parameters]
         pointers, descriptors = [], []
         try:
             for place, x in enumerate(arguments):
@@ -244,9 +252,8 @@ class _Recording(TorchDispatchMode):
                     raise _NotRecorded
         except _NotRecorded:
             self.whole = False
-        grid = (*grid, 1, 1)[:3]
-        specialised = frozenset(i for i, p in enumerate(kernel.params) if not getattr(p, "do_not_specialize", False))
-        self.launches.append(Launch(compiled, grid, compiled[grid], arguments, pointers, descriptors, specialised))
+        specialised = frozenset(i for i, p in enumerate(parameters) if not getattr(p, "do_not_specialize", False))
+        self.launches.append(Launch(compiled, grid, runner, arguments, pointers, descriptors, specialised))
 
     def finished(self, results: Any) -> Recorded | None:
         """What to repeat, or None where the launch did more than can be."""
@@ -285,7 +292,7 @@ class _Noting:
 
     def __getitem__(self, grid: Sequence[int]) -> Callable[..., None]:
         def run(*args: Any, **kwargs: Any) -> None:
-            with _disable_current_modes():  # what Triton does is repeated by the compiled kernel
+            with without_modes():  # what Triton does is repeated by the compiled kernel
                 compiled = self.kernel[grid](*args, **kwargs)
             self.recording.launched(self.kernel, compiled, grid, args, kwargs)
 

@@ -1,0 +1,277 @@
+"""Private APIs: each works with the installed versions, and what it costs where one is gone is what its entry says."""
+
+import logging
+import os
+import sys
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from gdnfuse import compat
+from gdnfuse.kernels import causal_attention, implementations, linear_configs
+from gdnfuse.kernels.launch import codegen, implementation, replay
+from gdnfuse.kernels.launch.inductor import announce
+from gdnfuse.kernels.launch.recording import Recorded, Result
+
+ON_GPUS = ("current_device", "current_stream")  # whose API is not in a build of torch for CPUs
+CASES = {}  # of each entry: is given whether the API is there, and says what the entry then does
+
+
+def case(function):
+    CASES[function.__name__] = function
+    return function
+
+
+@contextmanager
+def without(*names):
+    """As if the libraries had not what these entries name, or no entry's where none is named."""
+    gone, find = {path for name in names or compat.ENTRIES for path in compat.ENTRIES[name].paths}, compat.find
+
+    def missing(path):
+        if path in gone:
+            raise AttributeError(f"no {path}")
+        return find(path)
+
+    compat.find = missing
+    compat.forget()
+    try:
+        yield
+    finally:
+        compat.find = find
+        compat.forget()
+
+
+@pytest.mark.parametrize("name", compat.ENTRIES)
+def test_an_entry_works_and_without_its_api_does_what_it_says(name, caplog):
+    entry, torch_s = compat.ENTRIES[name], name not in ON_GPUS or torch.version.cuda
+    assert "Without it: " in entry.__doc__ and entry.cost.endswith(".")
+    compat.forget()
+    with caplog.at_level(logging.DEBUG, "gdnfuse.compat"):
+        if torch_s:
+            assert all(api is not None for api in entry.apis) and not entry.missing()
+            CASES[name](True)
+            assert not caplog.records
+        with without(name):
+            CASES[name](False)
+            CASES[name](False)
+            assert entry.missing() == bool(torch_s and entry.paths)
+    (record,) = [r for r in caplog.records if r.getMessage().startswith(", ".join(entry.paths).replace(":", "."))]
+    assert entry.cost in record.getMessage()
+
+
+def test_what_is_gone_is_said_once_and_listed(monkeypatch, caplog):
+    assert compat.missing() == []
+    entry = compat.ENTRIES["tensor_guards"]
+    monkeypatch.setitem(sys.modules, "torch._C._dynamo.guards", None)
+    compat.forget()
+    try:
+        assert compat.tensor_guards([], [], []) is None and compat.tensor_guards([], [], []) is None
+        assert [r.levelname for r in caplog.records] == ["WARNING"] and "import of torch._C._dynamo.guards" in caplog.text
+        assert entry in compat.missing()
+        monkeypatch.undo()
+        monkeypatch.delattr(torch._C._dynamo.guards, "TensorGuards")
+        compat.forget()
+        assert compat.tensor_guards([], [], []) is None and compat.missing() == [entry]
+    finally:
+        monkeypatch.undo()
+        compat.forget()
+
+
+def test_of_a_library_that_is_not_there_nothing_is_said_to_be_missing(monkeypatch, caplog):
+    monkeypatch.setattr(compat.importlib.util, "find_spec", lambda name: None if name == "triton" else True)
+    with without("gluon", "dependent_launch"):
+        assert compat.gluon() is None and compat.dependent_launch() == (None, None)
+        assert compat.missing() == [] and not caplog.records
+
+
+# Triton
+
+
+@case
+def dependent_launch(there):
+    assert [f is not None for f in compat.dependent_launch()] == [there, there]
+    x = SimpleNamespace(device=torch.device("cuda"), is_contiguous=lambda: True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.version, "cuda", "13.0")
+        patch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        assert implementation.overlap_options(x) == ({"launch_pdl": True} if there else {})
+
+
+@case
+def gluon(there):
+    assert (compat.gluon() is not None) == there
+    weight = SimpleNamespace(dtype=torch.bfloat16, is_cuda=True, device=None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        assert linear_configs.rings(weight) == there
+
+
+@case
+def interpreting(there):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(os.environ, "TRITON_INTERPRET", "1")
+        assert compat.interpreting()
+        patch.delitem(os.environ, "TRITON_INTERPRET")
+        assert not compat.interpreting()
+
+
+@case
+def parameters(there):
+    from gdnfuse.kernels.add_rms_norm import add_rms_norm_kernel
+
+    found = compat.parameters(add_rms_norm_kernel if there else object())
+    assert [p.name for p in found if p.is_constexpr] == ["N", "PARTS", "BN", "OVERLAP"] if there else found is None
+    arguments = {"x": torch.empty(1, 8), "residual": torch.empty(1, 8), "weight": torch.empty(8), "eps": 1e-6}
+    with torch.device("meta"), pytest.MonkeyPatch.context() as patch:
+        if not there:
+            patch.setattr(compat, "parameters", lambda kernel: None)
+        assert implementations()["add_rms_norm"].plan(arguments) == []
+
+
+@case
+def machine_codes(there):
+    from gdnfuse.kernels.add_rms_norm import add_rms_norm_kernel
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(add_rms_norm_kernel, "device_caches", {0: ({"a": 1, "b": 2}, None)})
+        assert compat.machine_codes(add_rms_norm_kernel) == (2 if there else 0)
+    assert compat.machine_codes(None) == 0
+
+
+class Compiled:
+    function, packed_metadata, run = "function", "packed", "run"
+
+    def __getitem__(self, grid):
+        hooks = compat.launch_hooks()
+        enter, leave = (hooks.launch_enter_hook, hooks.launch_exit_hook) if hooks else (None, None)
+        return lambda *args, stream: self.run(*grid, stream, self.function, self.packed_metadata, None, enter, leave, *args)
+
+
+@case
+def runner(there):
+    compiled = Compiled() if there else SimpleNamespace(run=None)
+    assert (compat.runner(compiled, (1, 1, 1)) is not None) == there
+
+
+@case
+def launch_hooks(there):
+    assert (compat.launch_hooks() is not None) == there
+    assert (compat.launcher(Compiled(), (2, 3, 1)) == ("run", "function", "packed")) == there
+
+
+@case
+def launcher(there):
+    compiled = Compiled() if there else SimpleNamespace(run=None)
+    assert compat.launcher(compiled, (2, 3, 1)) == (("run", "function", "packed") if there else None)
+
+
+# torch: launches that are repeated
+
+
+@case
+def dispatch_mode(there):
+    assert [x is not None for x in compat.dispatch_mode()] == [there, there]
+    op, x = replay.Replayed(lambda x: torch.empty_like(x).fill_(2), implementation._standing_in), torch.ones(3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(replay, "Mode", compat.dispatch_mode()[0])
+        if not there:
+            patch.setattr(replay, "_Recording", None)
+        assert [op(x).tolist() for _ in range(4)] == [[2.0] * 3] * 4
+    assert list(op.layouts.values()) == [replay.NOT_RECORDED]
+
+
+NOTHING = Recorded([((1,), (1,), torch.float32, torch.device("cpu"))], [], [Result(0, None)], False)  # but an allocation
+
+
+@case
+def tensor_guards(there):
+    x = torch.ones(2, 3)
+    match = codegen.written((x,), {}, [x], -1, NOTHING)
+    assert match(x).shape == (1,) and match(x.T) is codegen.MISSED if there else match is None
+
+
+@case
+def current_device(there):
+    assert callable(compat.current_device()) and (there or compat.current_device() is torch.cuda.current_device)
+
+
+@case
+def current_stream(there):
+    assert callable(compat.current_stream())
+
+
+@case
+def empty(there):
+    made = compat.empty(torch.device("cpu"))((2, 3), (1, 2), torch.bfloat16)
+    assert (made.shape, made.stride(), made.dtype, made.device.type) == ((2, 3), (1, 2), torch.bfloat16, "cpu")
+    assert (compat.empty(torch.device("cuda")) is torch._C._dynamo.guards._empty_strided_cuda) == there
+
+
+# Inductor
+
+
+@case
+def known_to_inductor(there):
+    from torch._inductor.lowering import lowerings
+
+    op = implementations()["add_rms_norm"].op
+    before = lowerings.pop(op, None)
+    announce(SimpleNamespace(graph=SimpleNamespace(nodes=[SimpleNamespace(op="call_function", target=op)])))
+    assert (op in lowerings) == there
+    lowerings.pop(op, None)
+    if before is not None:
+        lowerings[op] = before
+
+
+@case
+def called_by_inductor(there):
+    """See tests/kernels/test_inductor.py."""
+    made = SimpleNamespace(op_overload="op", python_kernel_name="dispatched")
+    if there:
+        from torch._inductor.ir import FallbackKernel
+        from torch._inductor.virtualized import V
+
+        operation = object.__new__(FallbackKernel)
+        operation.__dict__.update(vars(made))
+        with V.set_graph_handler(SimpleNamespace(cpp_wrapper=False, operations=[operation, object()])):
+            assert compat.called_by_inductor("op", "direct") is None
+        assert operation.python_kernel_name == "direct"
+    else:
+        assert compat.called_by_inductor("op", "direct") is None
+
+
+@case
+def triton_key(there):
+    assert callable(compat.triton_key()) == there
+
+
+# torch: attention of prompts
+
+
+@case
+def flash_attention(there):
+    assert (compat.flash_attention() is not None) == there
+    q, kv = torch.empty(1, 4, 8, 256, dtype=torch.bfloat16), torch.empty(1, 2, 8, 256, dtype=torch.bfloat16)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(causal_attention, "FLASH", compat.flash_attention())
+        patch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+        if there:
+            causal_attention.supports(q, kv, kv)
+        else:
+            with pytest.raises(causal_attention.Refused, match="FlashAttention-2 must be part of torch"):
+                causal_attention.supports(q, kv, kv)
+
+
+@case
+def cudnn_attention(there):
+    assert (compat.cudnn_attention() is not None) == there
+    q = torch.randn(1, 2, 4, 8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(causal_attention, "CUDNN", there and (lambda *args, scale: (q + 1,)) or compat.cudnn_attention())
+        patch.setattr(causal_attention, "FLASH", lambda *args, scale: (q,))
+        patch.setattr(causal_attention, "LONG", 4)
+        patch.setattr(causal_attention, "_cudnn_takes", lambda q, k, v: True)
+        torch.testing.assert_close(causal_attention.launch(q, q, q), q + there)
