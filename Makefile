@@ -29,7 +29,7 @@ test: $(VENV)/.stamp
 
 # Every test file that reaches transformers, with other versions of it. Each has a virtual environment of its own that takes all
 # but transformers, and what that asks for, from $(VENV).
-VERSIONS ?= 5.17.0 5.19.0 5.21.1 5.23.0
+VERSIONS ?= 5.17.0 5.19.0 5.21.1 5.23.0 5.24.0
 MATRIX_TESTS ?= $(shell grep -lE '\b(zoo|transformers|models)\b' -r tests --include='test_*.py' --exclude=test_architecture.py)
 
 .venv-%/.stamp: $(VENV)/.stamp

@@ -31,6 +31,7 @@ from torch._inductor.utils import fresh_cache
 import gdnfuse
 from gdnfuse.bench.measure import difference, machine, right, seconds, widen
 from gdnfuse.bench.workers import answer, fla_version, run_sides, show_fla
+from gdnfuse.generation.caches import cache_argument
 
 SIDES = ("eager", "fla", "inductor", "gdnfuse")
 CHECKED = 300
@@ -48,8 +49,8 @@ def worker(side: str, name: str, args: argparse.Namespace, folder: Path) -> dict
     tokens = torch.randint(0, model.config.vocab_size, (args.batch, longest), device=args.device, generator=generator)
 
     def run(call: Callable[..., Any], length: int, keep: int = 1) -> torch.Tensor:
-        cache = transformers.DynamicCache(config=model.config)
-        return call(tokens[:, :length], past_key_values=cache, use_cache=True, logits_to_keep=keep).logits
+        held = cache_argument(model, transformers.DynamicCache(config=model.config))
+        return call(tokens[:, :length], **held, use_cache=True, logits_to_keep=keep).logits
 
     if side == "reference":
         eager = run(model, CHECKED, CHECKED)

@@ -23,11 +23,11 @@ SIDES = ("eager", "Inductor", "gdnfuse")
 def decode(model: torch.nn.Module, step: Callable, prompt: torch.Tensor, tokens: int, room: int) -> tuple[list[int], list[float]]:
     """Greedy tokens after an eager prefill, and the seconds of each decode step. A cache of equal room means an equal graph."""
     cache = StaticCache(config=model.config, max_cache_len=prompt.shape[1] + room)
-    token = model(prompt, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+    token = model(prompt, None, None, cache).logits[:, -1:].argmax(-1)
     chosen, seconds = [token.item()], []
     for _ in range(tokens - 1):
         start = time.perf_counter()
-        token = step(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+        token = step(token, None, None, cache).logits[:, -1:].argmax(-1)
         chosen.append(token.item())  # waits for the device
         seconds.append(time.perf_counter() - start)
     return chosen, seconds

@@ -18,9 +18,9 @@ def main(argv: Sequence[str] | None = None) -> list[gdnfuse.GraphReport]:
     model = small_model()
     cache = StaticCache(config=model.config, max_cache_len=32)
     prompt = torch.randint(0, model.config.vocab_size, (1, 8))
-    token = model(prompt, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+    token = model(prompt, None, None, cache).logits[:, -1:].argmax(-1)
     gdnfuse.clear_reports()
-    torch.compile(model, backend="gdnfuse", options={"inner": "eager"})(token, past_key_values=cache, use_cache=True)
+    torch.compile(model, backend="gdnfuse", options={"inner": "eager"})(token, None, None, cache)
 
     for report in gdnfuse.reports():
         print(report.summary())

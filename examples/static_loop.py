@@ -28,11 +28,12 @@ def main(argv: Sequence[str] | None = None) -> torch.Tensor:
     step = torch.compile(model, backend="gdnfuse", options=options, fullgraph=True)
     cache = StaticCache(config=model.config, max_cache_len=prompt.shape[1] + args.tokens)
     # The prefill runs eagerly: it creates the cached states, which a CUDA graph can only write when they exist before it.
-    token = model(prompt, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+    # The cache stands behind mask and positions; its keyword is cache=, before transformers 5.24 past_key_values=.
+    token = model(prompt, None, None, cache).logits[:, -1:].argmax(-1)
     tokens = [token]
     for _ in range(args.tokens - 1):
         torch.compiler.cudagraph_mark_step_begin()
-        token = step(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+        token = step(token, None, None, cache).logits[:, -1:].argmax(-1)
         tokens.append(token)
 
     print(gdnfuse.reports()[-1].summary())

@@ -17,6 +17,7 @@ import torch
 
 from gdnfuse import options as gdnfuse_options
 from gdnfuse.errors import GdnfuseError
+from gdnfuse.generation.caches import cache_argument
 from gdnfuse.generation.compile import apart
 from gdnfuse.progress import announce
 from gdnfuse.report.records import GraphReport, reports
@@ -146,14 +147,14 @@ def verify(model: torch.nn.Module, *, batch: int = 1, prompt: int = 70, **option
     options = {"inner": "eager", **options, "verify": True}
     gdnfuse_options.parse(options)
     known = {r.graph_id for r in reports()}
-    cache = StaticCache(config=model.config, max_cache_len=prompt + 1)
+    held = cache_argument(model, StaticCache(config=model.config, max_cache_len=prompt + 1))
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, model.config.vocab_size, (batch, prompt), generator=generator).to(model.device)
     many = torch._dynamo.config.patch(recompile_limit=1000, accumulated_recompile_limit=1000)
     with torch.no_grad(), many, _running(prompt):
         step = torch.compile(model, backend="gdnfuse", options=options)
         for ids in (tokens, tokens[:, :1]):
-            step(ids, past_key_values=cache, use_cache=True)
+            step(ids, **held, use_cache=True)
     return [r for r in reports() if r.graph_id not in known]
 
 
@@ -180,7 +181,7 @@ def trace(
     known = {r.graph_id for r in reports()}
     # Only the cache is built under the device: with that mode on, Dynamo traces through it and takes four times as long.
     with torch.device("meta"):
-        cache = StaticCache(config=model.config, max_cache_len=prompt + 1)
+        held = cache_argument(model, StaticCache(config=model.config, max_cache_len=prompt + 1))
     tokens = torch.zeros(batch, prompt, dtype=torch.long, device="meta")
     # Every model of a process shares code, so reports of several models add up to the limit, and would make sizes symbolic.
     limits = {"recompile_limit": 1000, "accumulated_recompile_limit": 1000, "automatic_dynamic_shapes": False}
@@ -190,8 +191,8 @@ def trace(
         if phase == "decode":
             announce("run a prompt")
             # Two tokens are enough for the cached states to exist, and keep the chunk rule to one chunk.
-            model(tokens[:, :2] if prompt > 1 else tokens, past_key_values=cache, use_cache=True)
+            model(tokens[:, :2] if prompt > 1 else tokens, **held, use_cache=True)
             tokens = tokens[:, :1]
         announce(f"trace the {phase}")
-        step(tokens, past_key_values=cache, use_cache=True)
+        step(tokens, **held, use_cache=True)
     return [r for r in reports() if r.graph_id not in known]

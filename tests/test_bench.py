@@ -282,7 +282,7 @@ def test_bandwidth_is_that_of_a_copy(monkeypatch):
 def test_state_bytes_are_those_of_a_step():
     model = zoo.causal_lm()
     cache = StaticCache(config=model.config, max_cache_len=16)
-    model(torch.ones(2, 4, dtype=torch.long), past_key_values=cache, use_cache=True)
+    model(torch.ones(2, 4, dtype=torch.long), **zoo.held(cache))
     recurrent, conv = 2 * 4 * 16 * 16 * 4, 2 * (2 * 2 * 16 + 4 * 16) * 4 * 4
     keys = 2 * 2 * 8 * 16 * 4  # of 8 tokens
     assert measure.state_bytes(cache, 8) == 2 * zoo.GDN_LAYERS * (recurrent + conv) + 2 * keys

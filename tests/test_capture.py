@@ -393,7 +393,7 @@ results = {{}}
 with torch.no_grad():
     for name, f in (("eager", model), ("ours", run)):
         cache = zoo.new_cache(model, "static", 80)
-        first = f(input_ids=ids, past_key_values=cache, use_cache=True).logits
+        first = f(input_ids=ids, **zoo.held(cache)).logits
         called = len(calls)
         results[name] = torch.cat([first, zoo.decode(f, cache, None, zoo.tokens_for(2, 3))], 1)
         assert (len(calls) > called) == (name == "eager")
@@ -403,7 +403,7 @@ with torch.no_grad():
     torch._dynamo.reset()
     plain = torch.compile(model, backend="gdnfuse", fullgraph=True, options={{"inner": "eager", "capture": False}})
     try:
-        plain(input_ids=ids, past_key_values=zoo.new_cache(model, "static", 80), use_cache=True)
+        plain(input_ids=ids, **zoo.held(zoo.new_cache(model, "static", 80)))
     except torch._dynamo.exc.Unsupported:
         print("breaks without capture")
 """

@@ -12,7 +12,7 @@ from gdnfuse.cli import main
 
 @pytest.mark.parametrize(
     ("version", "so"),
-    [("5.16.2", "Too old: "), ("5.17.0", "In use, tested"), ("5.23.1.dev0", "In use, tested"), ("6.0", "In use, newer")],
+    [("5.16.2", "Too old: "), ("5.17.0", "In use, tested"), ("5.24.1.dev0", "In use, tested"), ("6.0", "In use, newer")],
 )
 def test_doctor_knows_the_versions_it_was_tested_with(version, so, capsys, monkeypatch):
     monkeypatch.setattr(versions, "version", lambda package: version)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, StaticCache
 
+from gdnfuse.generation.caches import cache_argument
 from gdnfuse.versions import version
 
 SLACK = 1.5  # error allowed, in units of eager's own: of a few steps it is a draw
@@ -32,12 +33,13 @@ class Decoder:
         self.step, self.prompt = step, prompt
         static = {} if dynamic else {"max_cache_len": prompt.shape[1] + room}
         self.cache = (DynamicCache if dynamic else StaticCache)(config=model.config, **static)
+        self.held = cache_argument(model, self.cache)
         # Eager, so that the cached states exist, at static addresses, before a CUDA graph is recorded.
-        model(prompt, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        model(prompt, **self.held, use_cache=True, logits_to_keep=1)
 
     def __call__(self, token: torch.Tensor) -> torch.Tensor:
         torch.compiler.cudagraph_mark_step_begin()
-        return self.step(token, past_key_values=self.cache, use_cache=True).logits
+        return self.step(token, **self.held, use_cache=True).logits
 
 
 def weight_bytes(model: torch.nn.Module, batch: int = 1) -> int:

@@ -35,6 +35,7 @@ from gdnfuse.bench.measure import (
 from gdnfuse.bench.workers import Interrupted, answer, fla_version, note, run_sides, show_fla
 from gdnfuse.errors import GdnfuseError
 from gdnfuse.files import check_writable, replacing
+from gdnfuse.generation.caches import cache_argument
 from gdnfuse.generation.compile import apart
 from gdnfuse.models import load_config, one_line, preset, random_model
 from gdnfuse.report.text import table
@@ -183,8 +184,8 @@ class Work:
 
     def fill(self, call: Callable[..., Any]) -> torch.Tensor:
         """The logits of a prompt's last tokens."""
-        cache = DynamicCache(config=self.model.config)
-        return call(self.prompt(), past_key_values=cache, use_cache=True, logits_to_keep=CHECKED).logits
+        held = cache_argument(self.model, DynamicCache(config=self.model.config))
+        return call(self.prompt(), **held, use_cache=True, logits_to_keep=CHECKED).logits
 
     def logits(self, phase: str, call: Callable[..., Any]) -> torch.Tensor:
         """Those that are compared, in float32 on the CPU."""

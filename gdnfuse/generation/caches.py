@@ -2,12 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 
 from gdnfuse.errors import GdnfuseError
+
+
+def cache_finder() -> Callable[[Iterable[Any]], Any]:
+    """A function that answers the first `transformers.Cache` among values, or None. A cache's keyword differs by version.
+
+    Dynamo traces that function where generate compiles the call, so the class is looked up here.
+    """
+    from transformers import Cache
+
+    def find(values: Iterable[Any]) -> Any:
+        for x in values:
+            if isinstance(x, Cache):
+                return x
+        return None
+
+    return find
+
+
+def cache_argument(model: torch.nn.Module, cache: Any) -> dict[str, Any]:
+    """A cache as the keyword argument that a model takes it by: `cache` since transformers 5.24, `past_key_values` before."""
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    # A model whose code came with its weights may keep the old name, and a wrapper's forward may name neither.
+    versions = [*inspect.signature(model.forward).parameters, *inspect.signature(CausalLMOutputWithPast).parameters]
+    return {next(name for name in versions if name in ("cache", "past_key_values")): cache}
 
 
 def preparing_caches(
@@ -19,14 +45,16 @@ def preparing_caches(
     def call(*args: Any, **kwargs: Any) -> Any:
         out = fn(*args, **kwargs)
         if not (fullgraph and torch.compiler.is_compiling()):
-            _prepare(getattr(out, "past_key_values", None) or kwargs.get("past_key_values"), state_dtype, any_length)
+            _prepare([*args, *kwargs.values()], out, state_dtype, any_length)
         return out
 
     return call
 
 
 @torch.compiler.disable  # neither a mark nor another tensor in a cache can be set in a graph
-def _prepare(cache: Any, state_dtype: torch.dtype | None, any_length: bool) -> None:
+def _prepare(given: list[Any], out: Any, state_dtype: torch.dtype | None, any_length: bool) -> None:
+    made = out.values() if isinstance(out, Mapping) else out if isinstance(out, tuple) else ()
+    cache = cache_finder()([*given, *made])
     if state_dtype is not None and _recurrent_states(cache):
         set_state_dtype(cache, state_dtype)
     for layer in getattr(cache, "layers", []):

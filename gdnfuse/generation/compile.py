@@ -14,7 +14,7 @@ import torch
 from gdnfuse import options as gdnfuse_options
 from gdnfuse import versions
 from gdnfuse.errors import GdnfuseError
-from gdnfuse.generation.caches import check_state_dtype, preparing_caches
+from gdnfuse.generation.caches import cache_finder, check_state_dtype, preparing_caches
 
 if TYPE_CHECKING:
     pass
@@ -128,10 +128,12 @@ def by_phase(decode: Callable[..., Any], first: Callable[..., Any], any_length: 
     on. Dynamo alone compiles it for the length that it meets first, and again at the second.
     """
 
+    find_cache = cache_finder()
+
     def call(*args: Any, **kwargs: Any) -> Any:
         tokens = args[0] if args else kwargs.get("input_ids")
         tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
-        cache = kwargs.get("past_key_values")
+        cache = find_cache([*args, *kwargs.values()])
         step = tokens is not None and tokens.shape[1] == 1 and cache is not None and cache.is_initialized
         if any_length and not torch.compiler.is_compiling() and not (step and cache.is_compileable):
             args, kwargs = _of_any_length(any_length, args, kwargs, LENGTHS_OF_STEP if step else LENGTHS)

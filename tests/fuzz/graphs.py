@@ -69,7 +69,7 @@ def graph_of(name: str) -> tuple[GraphModule, list[Sequence[Any]]]:
     with torch.no_grad(), mock.patch.dict("os.environ", {"GDNFUSE_DISABLE": "" if source.capture else "1"}):
         run = torch.compile(model, backend=backend, fullgraph=True)
         for length in source.tokens:
-            run(past_key_values=(call := _call(model, source, length)).pop("cache"), use_cache=True, **call)
+            run(**zoo.held((call := _call(model, source, length)).pop("cache")), **call)
     torch._dynamo.reset()
     assert len(calls) == max(1, len(source.tokens) - 1)
     return graphs[-1], calls

@@ -81,5 +81,5 @@ def test_no_tokens_are_refused_by_models(batch, tokens):
     ids = torch.zeros(batch, tokens, dtype=torch.long)
     for call in (model, torch.compile(model, backend="gdnfuse", options={"inner": "eager"})):
         with torch.no_grad(), pytest.raises(RuntimeError, match="0 elements|must match|Expected size"):
-            call(ids, past_key_values=cache, use_cache=True)
+            call(ids, **zoo.held(cache))
     assert all(torch.equal(zoo.flat_states(cache, kind), was) for kind, was in before.items())

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 
 import pytest
 import torch
+import transformers
 from transformers import CompileConfig, Qwen3_5Config, Qwen3_5ForCausalLM, Qwen3_5TextConfig, StaticCache
 
 import gdnfuse
@@ -79,9 +81,7 @@ def test_a_graph_of_dynamic_floats_does_not_stand_in_the_way_of_the_next(model):
         run = torch.compile(model, backend="gdnfuse", dynamic=dynamic, options={"capture": False, **EAGER})
         cache, _ = zoo.prefill(model, 2, "static")
         other = copy.deepcopy(cache)
-        torch.testing.assert_close(
-            run(PROMPT[:, :1], past_key_values=cache).logits, model(PROMPT[:, :1], past_key_values=other).logits
-        )
+        torch.testing.assert_close(run(PROMPT[:, :1], **zoo.held(cache)).logits, model(PROMPT[:, :1], **zoo.held(other)).logits)
     first, last = gdnfuse.reports()
     assert first.layers and not first.note and last.fused_layers == len(last.layers) > 0
 
@@ -97,10 +97,46 @@ def test_direct_calls_reach_the_backend(model):
     gdnfuse.compile(model, fullgraph=True, **EAGER)
     cache = StaticCache(config=model.config, max_cache_len=16)
     with torch.no_grad():
-        model(PROMPT, past_key_values=cache, use_cache=True)
+        model(PROMPT, **zoo.held(cache))
         for t in range(3):
-            model(input_ids=PROMPT[:, t : t + 1], past_key_values=cache, use_cache=True)
+            model(input_ids=PROMPT[:, t : t + 1], **zoo.held(cache))
     assert [r.phase for r in gdnfuse.reports()] == ["prefill", "decode"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+def test_a_cache_is_found_by_what_it_is(model, kind):
+    """Not by its keyword, of which there were three, nor by its place."""
+    call = compile.by_phase(lambda *args, **kwargs: "decode", lambda *args, **kwargs: "first")
+    filled, empty, token = zoo.prefill(model, 2, kind)[0], zoo.new_cache(model, kind), PROMPT[:, :1]
+    for cache, phase in ((filled, "decode"), (empty, "first"), (None, "first")):
+        assert call(token, None, None, cache) == phase
+        for name in ("cache", "past_key_values", "cache_params"):
+            assert call(token, **{name: cache}) == call(input_ids=token, use_cache=True, **{name: cache}) == phase
+    assert call(PROMPT, cache=filled) == call(PROMPT, None, None, filled) == "first"
+
+
+def test_a_cache_by_its_place_or_keyword_is_a_step_of_the_compiled_model(model):
+    gdnfuse.compile(model, prefill=False, **EAGER)
+    with torch.no_grad():
+        for by_place in (True, False):
+            gdnfuse.clear_reports()
+            cache = StaticCache(config=model.config, max_cache_len=16)
+            for ids in (PROMPT, PROMPT[:, :1]):
+                model(ids, None, None, cache) if by_place else model(ids, **zoo.held(cache))
+            assert [r.phase for r in gdnfuse.reports()] == ["decode"]
+
+
+@torch.no_grad()
+def test_no_warning_of_a_deprecated_name_is_ours(model, monkeypatch, caplog):
+    """A cache's names changed in transformers 5.24. FutureWarnings of the old ones are errors in all tests; this is the log."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "handlers", [caplog.handler])
+    transformers.utils.logging.warning_once.cache_clear()
+    gdnfuse.compile(model, state_dtype=torch.bfloat16, **EAGER)
+    generate(model, cache_implementation="static")
+    model(PROMPT, use_cache=True)
+    models.verify(model, prompt=3)
+    assert not [message for message in caplog.messages if "deprecated" in message]
 
 
 @pytest.mark.parametrize(
@@ -110,7 +146,7 @@ def test_direct_calls_reach_the_backend(model):
 def test_prefill_is_compiled_where_it_is_captured_or_on_request(model, options, compiled):
     gdnfuse.compile(model, **options, **EAGER)
     with torch.no_grad():
-        model(PROMPT, past_key_values=StaticCache(config=model.config, max_cache_len=16), use_cache=True)
+        model(PROMPT, **zoo.held(StaticCache(config=model.config, max_cache_len=16)))
     assert [r.phase for r in gdnfuse.reports()] == ["prefill"] * compiled
 
 
@@ -153,18 +189,18 @@ def test_a_cache_that_generate_made_has_the_marks_of_one_made_outside(model, chu
     kwargs = {"cache_implementation": "static", "return_dict_in_generate": True, "prefill_chunk_size": chunk}
     with torch.no_grad():
         wanted = StaticCache(config=model.config, max_cache_len=16)
-        model(PROMPT, past_key_values=wanted, use_cache=True)
+        model(PROMPT, **zoo.held(wanted))
     gdnfuse.compile(model, **EAGER)
-    found = generate(model, **kwargs).past_key_values
+    found = generate(model, **kwargs)[zoo.CACHE]
     assert gdnfuse.reports() and "unguarded" in marks(wanted) and marks(found) == marks(wanted)
 
 
 def test_a_cache_made_by_a_compiled_prompt_has_the_marks_of_one_made_outside(model):
     with torch.no_grad():
         wanted, found = (StaticCache(config=model.config, max_cache_len=16) for _ in range(2))
-        model(PROMPT, past_key_values=wanted, use_cache=True)
+        model(PROMPT, **zoo.held(wanted))
         gdnfuse.compile(model, **EAGER)
-        model(PROMPT, past_key_values=found, use_cache=True)
+        model(PROMPT, **zoo.held(found))
     assert gdnfuse.reports() and "unguarded" in marks(wanted) and marks(found) == marks(wanted)
 
 

@@ -62,9 +62,9 @@ def states(cache):
 
 def test_a_cache_that_is_given_stays_as_it_was(model):
     cache = StaticCache(config=model.config, max_cache_len=16)
-    model(IDS, past_key_values=cache, use_cache=True)
+    model(IDS, **zoo.held(cache))
     before = states(cache)
-    (report,) = gdnfuse.explain(model, IDS[:, :1], past_key_values=cache, use_cache=True).reports
+    (report,) = gdnfuse.explain(model, IDS[:, :1], **zoo.held(cache)).reports
     assert report.phase == "decode" and report.fused_layers == zoo.GDN_LAYERS
     assert len(before) > 4 and all(torch.equal(a, b) for a, b in zip(before, states(cache), strict=True))
 

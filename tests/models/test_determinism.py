@@ -13,7 +13,7 @@ from tests.models import zoo
 def outputs(run, model, ids, tokens):
     """Logits of a prompt and of the steps behind it, and the states they leave."""
     cache = zoo.new_cache(model, "static", 80)
-    prompt = run(input_ids=ids, past_key_values=cache, use_cache=True).logits
+    prompt = run(input_ids=ids, **zoo.held(cache)).logits
     steps = zoo.decode(run, cache, None, tokens)
     return [prompt, steps, *zoo.states(cache)["recurrent"], *zoo.states(cache)["conv"]]
 

@@ -75,7 +75,7 @@ def run(call, model, batch, steps, length=70, seed=0, padded=False):
     """A prompt, and tokens one by one: all logits, and the cache."""
     cache = zoo.new_cache(model, "static", length + steps)
     ids, mask = zoo.prompt(batch, length, padded=padded, seed=seed)
-    prompt = call(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True).logits
+    prompt = call(input_ids=ids, attention_mask=mask, **zoo.held(cache)).logits
     prompt = prompt if mask is None else prompt[mask.bool()]
     tokens = zoo.decode(call, cache, mask, zoo.tokens_for(batch, steps, seed))
     return torch.cat([x.flatten().double() for x in (prompt, tokens)]), cache
@@ -150,7 +150,7 @@ def test_the_shapes_of_olmo_hybrid(batch):
         # transformers 5.19 cannot trace a prompt on a filled static cache: it goes on in a dynamic one there.
         cache = zoo.new_cache(owner, "dynamic" if zoo.FILLED_STATIC_CACHE_BREAKS else "static", 96)
         with torch.no_grad():
-            prompts = [side(input_ids=zoo.prompt(batch, n)[0], past_key_values=cache, use_cache=True).logits for n in (66, 5)]
+            prompts = [side(input_ids=zoo.prompt(batch, n)[0], **zoo.held(cache)).logits for n in (66, 5)]
         sides.append((torch.cat([*prompts, zoo.decode(side, cache, None, zoo.tokens_for(batch, 2))], 1), cache))
     assert_close(*sides)
     assert_layers("decode", STEP if batch > 1 else {"fused_linear": 1, "mixer_decode": 1})

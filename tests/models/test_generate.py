@@ -89,8 +89,8 @@ def test_keys_of_a_fixed_length_are_not_marked(padded, made):
     for cache, marked in ((StaticCache(config=model.config, max_cache_len=32), False), (DynamicCache(config=model.config), True)):
         with torch.no_grad():
             if made == "before":
-                model(ids[:, :2], attention_mask=mask[:, :2], past_key_values=cache)
-            ours(ids, attention_mask=torch.cat([mask[:, :2], mask], 1) if made == "before" else mask, past_key_values=cache)
+                model(ids[:, :2], attention_mask=mask[:, :2], **zoo.held(cache))
+            ours(ids, attention_mask=torch.cat([mask[:, :2], mask], 1) if made == "before" else mask, **zoo.held(cache))
         held = [x for layer in cache.layers for x in (getattr(layer, n, None) for n in ("keys", "values")) if x is not None]
         assert [bool(getattr(x, "_dynamo_weak_dynamic_indices", ())) for x in held if x.ndim == 4] == [marked] * 2
 
@@ -100,8 +100,8 @@ def test_the_caller_s_tensors_are_not_marked():
     ids, mask = zoo.prompt(2, padded=True)
     longer = torch.cat([mask, mask[:, -1:]], 1)
     with torch.no_grad():
-        cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
-        model(ids[:, -1:], attention_mask=longer, past_key_values=cache)
+        cache = model(ids, attention_mask=mask, use_cache=True)[zoo.CACHE]
+        model(ids[:, -1:], attention_mask=longer, **zoo.held(cache))
     assert decode_reports() and not any(vars(x) for x in (ids, mask, longer))
 
 

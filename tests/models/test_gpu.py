@@ -17,7 +17,7 @@ def run(model, call, batch, padded, tokens, length=64):
     cache = zoo.new_cache(model, "static", length)
     ids, mask = zoo.prompt(batch, padded=padded)
     ids, mask = ids.cuda(), None if mask is None else mask.cuda()
-    model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+    model(input_ids=ids, attention_mask=mask, **zoo.held(cache))
 
     def step(**kwargs):
         torch.compiler.cudagraph_mark_step_begin()
@@ -57,7 +57,7 @@ def test_no_less_accurate_than_eager(dtype, batch, padded, mode):
 def generated(model, ids, tokens):
     """Logits of a prompt and of the steps behind it under gdnfuse.compile, and the states they leave."""
     cache = zoo.new_cache(model, "static", 96)
-    prompt = model(input_ids=ids, past_key_values=cache, use_cache=True).logits.clone()
+    prompt = model(input_ids=ids, **zoo.held(cache)).logits.clone()
 
     def step(**kwargs):
         torch.compiler.cudagraph_mark_step_begin()
@@ -99,7 +99,7 @@ def test_prefill_is_no_less_accurate_than_eager(dtype, batch):
         for length in (70, 5, 515, 64, 130, 63, 300, 1030):
             cache = zoo.new_cache(owner, "dynamic")
             ids, _ = zoo.prompt(batch, length, seed=length)
-            logits[name].append(call(input_ids=ids.cuda(), past_key_values=cache, use_cache=True).logits.flatten().double())
+            logits[name].append(call(input_ids=ids.cuda(), **zoo.held(cache)).logits.flatten().double())
             for kind in states[name]:
                 states[name][kind].append(zoo.flat_states(cache, kind))
     assert [report.phase for report in gdnfuse.reports()] == ["prefill", "prefill"]

@@ -48,7 +48,7 @@ def assert_fused(layers=zoo.GDN_LAYERS):
 
 @torch.no_grad()
 def forward(call, cache, ids, mask=None):
-    return call(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True).logits.clone()
+    return call(input_ids=ids, attention_mask=mask, **zoo.held(cache)).logits.clone()
 
 
 def assert_close(a, b, tolerance=1e-5):

@@ -40,17 +40,17 @@ def test_generate_keeps_the_states_of_its_prompt_in_the_dtype():
     ours = gdnfuse.compile(copy.deepcopy(model), inner="eager", state_dtype=torch.bfloat16)
     ids, _ = zoo.prompt(2)
     cache = zoo.new_cache(model, "static")
-    found = ours.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=12, do_sample=False)
+    found = ours.generate(ids, attention_mask=torch.ones_like(ids), **zoo.held(cache), max_new_tokens=12, do_sample=False)
     assert all(s.dtype == torch.bfloat16 for s in zoo.states(cache)["recurrent"])
 
     cache = zoo.new_cache(model, "static")
     wanted = [ids]
     with torch.no_grad():
-        logits = model(ids, past_key_values=cache, use_cache=True).logits
+        logits = model(ids, **zoo.held(cache)).logits
         gdnfuse.set_state_dtype(cache, torch.bfloat16)
         for _ in range(12):
             wanted.append(logits[:, -1:].argmax(-1))
-            logits = model(wanted[-1], past_key_values=cache, use_cache=True).logits
+            logits = model(wanted[-1], **zoo.held(cache)).logits
     assert torch.equal(found, torch.cat(wanted, 1))
     assert all(r.fused_layers == zoo.GDN_LAYERS for r in gdnfuse.reports())
 
@@ -60,7 +60,7 @@ def test_states_stay_float32_unless_asked():
     ours = gdnfuse.compile(model, inner="eager")
     cache = zoo.new_cache(model, "static")
     ids, _ = zoo.prompt(2)
-    ours.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=3, do_sample=False)
+    ours.generate(ids, attention_mask=torch.ones_like(ids), **zoo.held(cache), max_new_tokens=3, do_sample=False)
     assert all(s.dtype == torch.float32 for s in zoo.states(cache)["recurrent"])
 
 
@@ -98,5 +98,5 @@ def test_a_prompt_that_returns_a_tuple_leaves_its_states_in_the_dtype():
     cache = zoo.new_cache(model, "static")
     ids, _ = zoo.prompt(2)
     with torch.no_grad():
-        ours(ids, past_key_values=cache, use_cache=True, return_dict=False)
+        ours(ids, **zoo.held(cache), return_dict=False)
     assert all(s.dtype == torch.bfloat16 for s in zoo.states(cache)["recurrent"])

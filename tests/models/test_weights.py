@@ -28,7 +28,7 @@ def outputs(model, call, batch=1):
     """Logits of a prompt and of two decode steps behind another, in one vector."""
     ids = zoo.prompt(batch)[0]
     cache = zoo.new_cache(model, "static")
-    model(input_ids=ids, past_key_values=cache, use_cache=True)
+    model(input_ids=ids, **zoo.held(cache))
     steps = zoo.decode(call, cache, None, zoo.tokens_for(batch, 2))
     return torch.cat([call(input_ids=ids, use_cache=False).logits.flatten(), steps.flatten()])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 
 import torch
 import transformers
@@ -45,6 +46,14 @@ SMALL = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_atten
 # When it makes the mask of a prompt on a filled cache, this version branches on a static cache's length, a tensor: Dynamo breaks
 # the graph there, and under fullgraph raises, whatever the backend.
 FILLED_STATIC_CACHE_BREAKS = transformers.__version__.startswith("5.19.")
+
+# By what keyword models take a cache, and in what attribute they answer it.
+CACHE = "cache" if "cache" in inspect.signature(transformers.Qwen3_5ForCausalLM.forward).parameters else "past_key_values"
+
+
+def held(cache):
+    """Arguments of a model's call that uses a cache."""
+    return {CACHE: cache, "use_cache": True}
 
 
 def causal_lm(**overrides):
@@ -134,7 +143,7 @@ def prefill(model, batch, kind, padded=False, length=32, seed=1):
     """The model's own eager prefill; returns the cache and the mask for the next step."""
     cache = new_cache(model, kind, length)
     ids, mask = prompt(batch, padded=padded, seed=seed)
-    model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+    model(input_ids=ids, attention_mask=mask, **held(cache))
     return cache, mask
 
 
@@ -150,7 +159,7 @@ def decode(call, cache, mask, tokens):
     for t in range(tokens.shape[1]):
         if mask is not None and not static:
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-        out = call(input_ids=tokens[:, t : t + 1], attention_mask=mask, past_key_values=cache, use_cache=True)
+        out = call(input_ids=tokens[:, t : t + 1], attention_mask=mask, **held(cache))
         logits.append(out.logits[:, -1].clone())
     return torch.stack(logits, 1)
 

@@ -61,7 +61,7 @@ def test_several_tokens_are_left_alone():
     model = zoo.causal_lm()
     cache, _ = zoo.prefill(model, 1, "static")
     call = compiled(model, fullgraph=not zoo.FILLED_STATIC_CACHE_BREAKS)
-    call(input_ids=torch.tensor([[1, 2]]), past_key_values=cache, use_cache=True)
+    call(input_ids=torch.tensor([[1, 2]]), **zoo.held(cache))
     assert records(gdnfuse.reports()[0]) == []
 
 

@@ -324,7 +324,7 @@ def test_a_model_on_a_cache_with_a_sliding_window_is_left_to_attention_alone():
     for owner, call in ((ours, run), (model, model)):
         cache = zoo.new_cache(owner, "dynamic")
         cache.layers[-1] = transformers.cache_utils.DynamicSlidingWindowLayer(sliding_window=8)
-        owner(input_ids=zoo.prompt(2)[0], past_key_values=cache, use_cache=True)
+        owner(input_ids=zoo.prompt(2)[0], **zoo.held(cache))
         sides.append((zoo.decode(call, cache, None, tokens), cache.layers[-1].keys, cache.layers[-1].values))
     assert sides[0][1].shape[2] == 7
     for found, wanted in zip(*sides, strict=True):

@@ -236,7 +236,7 @@ def test_other_slices_are_not_looked_at(f):
 
 def prompt(model, run, cache, ids, keep):
     with torch.no_grad():
-        return run(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits
+        return run(input_ids=ids, **zoo.held(cache), logits_to_keep=keep).logits
 
 
 @pytest.mark.parametrize(("cached", "keep"), [("dynamic", 1), ("static", 3)])

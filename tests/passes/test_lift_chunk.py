@@ -372,7 +372,7 @@ def test_every_layer_of_a_prompt_is_lifted_without_capture(kind, dtype):
     for length in lengths:
         ids, _ = zoo.prompt(2, length, seed=length)
         calls = zip((run, model), caches, strict=True)
-        logits = [f(input_ids=ids, past_key_values=c, use_cache=bool(kind)).logits for f, c in calls]
+        logits = [f(input_ids=ids, **{zoo.CACHE: c}, use_cache=bool(kind)).logits for f, c in calls]
         assert zoo.relative(*logits) < close
     if kind:
         assert zoo.relative(*(zoo.flat_states(c, "recurrent") for c in caches)) < close

@@ -57,7 +57,7 @@ def test_prompts_are_verified():
     with torch.no_grad():
         for length in (70, 83):
             ids, _ = zoo.prompt(2, length)
-            call(ids, past_key_values=zoo.new_cache(model, "dynamic"), use_cache=True)
+            call(ids, **zoo.held(zoo.new_cache(model, "dynamic")))
     assert [r.phase for r in gdnfuse.reports()] == ["prefill", "prefill"]
     assert all(r.comparisons and all(c.passed for c in r.comparisons) for r in gdnfuse.reports())
 

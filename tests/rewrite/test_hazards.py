@@ -193,7 +193,7 @@ def test_a_bare_layer_is_reported_as_fused():
     model = zoo.causal_lm()
     layer = model.model.layers[0].linear_attn
     cache, _ = zoo.prefill(model, 2, "static")
-    torch.compile(layer, backend="gdnfuse", options={"inner": "eager"})(torch.randn(2, 1, 64), cache_params=copy.deepcopy(cache))
+    torch.compile(layer, backend="gdnfuse", options={"inner": "eager"})(torch.randn(2, 1, 64), copy.deepcopy(cache))
     (report,) = gdnfuse.reports()
     assert report.fused_layers == len(report.layers) == 1
     assert report.layers[0].records and report.layers[0].ops_after == ["linear", "mixer_decode", "linear"]
