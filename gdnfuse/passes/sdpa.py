@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,18 +13,28 @@ from torch.fx import Node
 from gdnfuse.errors import Refused
 from gdnfuse.rewrite.evaluate import hint
 from gdnfuse.rewrite.graph import chain, op_name, peel, real_users, same, value
-from gdnfuse.rewrite.rule import Operand, shown
+from gdnfuse.rewrite.rule import shown
 
-MASK = 3
+BY_PLACE = ("attn_mask", "dropout_p", "is_causal")  # behind q, k and v
+OPTIONS = {*BY_PLACE, "scale", "enable_gqa"}
 # Elements of the keys that a proof computes attention over. Where their length is symbolic it is SMALL; a graph for one fixed
 # length serves one token of a cache that grows, which no long proof is worth.
 PROVED, SMALL = 2**22, 37
-OPTIONS = {"attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"}
 
 
-def as_is(node):
-    """An operand that has the layout an op wants."""
-    return Operand(node, lambda x: x)
+@dataclass(frozen=True)
+class OneQuery:
+    """What rules of attention with one query know of it.
+
+    Attributes:
+        anchor: torch's attention.
+        scale: of its scores.
+        back: brings the op's [B, 1, H·D] to the layout of the match's output.
+    """
+
+    anchor: Node
+    scale: float
+    back: Callable[[Any], Any]
 
 
 def one_query(graph):
@@ -42,8 +54,13 @@ def without_copies(node):
     return next((n for n in chain(piece.args[0]) if value(n).ndim == 4), piece.args[0])
 
 
+def options_of(anchor):
+    """What attention is given beside q, k and v, by name, whether it was given by its place or by its name."""
+    return dict(zip(BY_PLACE, anchor.args[3:], strict=False)) | anchor.kwargs
+
+
 def mask_of(anchor):
-    return anchor.args[MASK] if len(anchor.args) > MASK else anchor.kwargs.get("attn_mask")
+    return options_of(anchor).get("attn_mask")
 
 
 def scale_of(anchor):
@@ -72,23 +89,29 @@ def back_to(out, H, D):
 
 def require_plain(anchor, m):
     """Refuse attention with more than a mask of [B or 1, 1, 1, L] of bool, a scale and groups of queries."""
-    options = dict(zip(("attn_mask", "dropout_p", "is_causal"), anchor.args[MASK:], strict=False)) | anchor.kwargs
+    options = options_of(anchor)
     if unknown := options.keys() - OPTIONS:
         raise Refused(f"Attention must have no options but {', '.join(sorted(OPTIONS))}, found {', '.join(unknown)}.", at=anchor)
-    if (dropout := options.get("dropout_p", 0.0)) != 0.0:
-        raise Refused(f"Attention must have no dropout, found {dropout}.", at=anchor)
+    require_numbers(anchor)
     if options.get("is_causal", False):
         raise Refused(
             "Attention of one query must not be causal, which would show it the first key alone; found it is.", at=anchor
         )
-    if isinstance(m.data["scale"], Node):
-        raise Refused(f"The scale must be a number, found {m.data['scale']}.", at=anchor)
     if "mask" not in m.inputs:
         return
     mask, B, L = value(m.inputs["mask"]), value(anchor.args[0]).shape[0], value(anchor.args[1]).shape[-2]
     if mask.dtype != torch.bool or not any(_shaped(mask.shape, (n, 1, 1, L), 3) for n in (B, 1)):
         found = f"{shown(mask.shape)} of {mask.dtype}"
         raise Refused(f"The mask must be {shown((B, 1, 1, L))} or {shown((1, 1, 1, L))} of bool, found {found}.", at=anchor)
+
+
+def require_numbers(anchor):
+    """Refuse dropout, and a scale that is no number."""
+    options = options_of(anchor)
+    if (dropout := options.get("dropout_p", 0.0)) != 0.0:
+        raise Refused(f"Attention must have no dropout, found {dropout}.", at=anchor)
+    if isinstance(scale := options.get("scale"), Node):
+        raise Refused(f"The scale must be a number, found {scale}.", at=anchor)
 
 
 def require_heads(anchor, m):
@@ -139,17 +162,14 @@ def some(shape, generator):
     return mask
 
 
-BY_PLACE = ("attn_mask", "dropout_p", "is_causal")  # of torch's attention, by their place behind q, k and v
-
-
 def attention_of(node: Node) -> tuple[dict[str, Any], str]:
     """The arguments of causal_attention that torch's attention has, and why it is none: its flag counts queries and keys from
     their first."""
-    (q, k, v), options = node.args[:3], dict(zip(BY_PLACE, node.args[3:], strict=False)) | node.kwargs
+    (q, k, v), options = node.args[:3], options_of(node)
     T, L = (value(x).shape[-2] for x in (q, k))
     found = [
         "a mask" if options.get("attn_mask") is not None else "",
-        "dropout" if isinstance(p := options.get("dropout_p", 0.0), Node) or p != 0.0 else "",
+        "dropout" if options.get("dropout_p", 0.0) != 0.0 else "",
         "" if options.get("is_causal", False) is True else "that it is not causal",
         "" if same(T, L) else f"{T} queries and {L} keys",
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from types import SimpleNamespace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from gdnfuse.dialect import attention_decode, rms_norm
 from gdnfuse.errors import Refused
 from gdnfuse.passes.sdpa import (
     SEEN_EVERY,
-    as_is,
+    OneQuery,
     back_to,
     gated,
     mask_of,
@@ -35,7 +35,20 @@ TURN = Op("add", Op("mul", Var("x"), Var("cos")), Op("mul", Op("cat"), Var("sin"
 PROVED = 2**24  # elements of a cache that a proof computes attention over
 
 
-class LiftAttentionDecode(Rule):
+@dataclass(frozen=True)
+class OneToken(OneQuery):
+    """Also of the norms of q and k, where it has them."""
+
+    norm_eps: float
+    norm_offset: float
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """Arguments of the op."""
+        return {"scale": self.scale, "norm_eps": self.norm_eps, "norm_offset": self.norm_offset}
+
+
+class LiftAttentionDecode(Rule[OneToken]):
     name, stage, equation = "attention_decode", "lift", attention_decode.op.equation
 
     def anchors(self, graph):
@@ -47,18 +60,17 @@ class LiftAttentionDecode(Rule):
         wrote_k, wrote_v = (_write(cache, name) for cache, name in ((keys, "keys"), (values, "values")))
         if wrote_v.args[2] is not wrote_k.args[2]:
             raise Mismatch(wrote_v, f"values written at {wrote_k.args[2]}, as keys are", str(wrote_v.args[2]))
-        operands, out, data = one_token(anchor, wrote_k.args[3], wrote_v.args[3], value(keys).shape[1])
-        operands |= {"keys": as_is(keys), "values": as_is(values), "position": as_is(wrote_k.args[2])}
+        operands, out, facts = one_token(anchor, wrote_k.args[3], wrote_v.args[3], value(keys).shape[1])
         return Match(
-            {name: o.node for name, o in operands.items()},
+            {**operands, "keys": keys, "values": values, "position": wrote_k.args[2]},
             [out],
+            facts,
             writes={"keys": wrote_k, "values": wrote_v},
-            data={**data, "how": {name: o.how for name, o in operands.items()}},
             samplers={"mask": some, "position": functools.partial(_anywhere, value(keys).shape[2])},
         )
 
     def check(self, m):
-        anchor = m.data["sdpa"]
+        anchor = m.facts.anchor
         require_plain(anchor, m)
         if value(m.inputs["position"]).shape != (1,):
             raise Refused(f"One token must be written, found {list(value(m.inputs['position']).shape)}.", at=anchor)
@@ -67,10 +79,10 @@ class LiftAttentionDecode(Rule):
         require_dtype_of_q(m, "k", "v", "keys", "values", "gate")
 
     def rewrite(self, m, t):
-        return m.data["back"](call(attention_decode.op.overload, **given(m, t)))
+        return m.facts.back(call(attention_decode.op.overload, **vars(t), **m.facts.numbers))
 
 
-def one_token(anchor: Node, new_k: Node, new_v: Node, HKV: Any) -> tuple[dict[str, Operand], Node, dict[str, Any]]:
+def one_token(anchor: Node, new_k: Node, new_v: Node, HKV: Any) -> tuple[dict[str, Operand | Node | None], Node, OneToken]:
     """What attention of one token is made of, up to its cache.
 
     Args:
@@ -79,7 +91,7 @@ def one_token(anchor: Node, new_k: Node, new_v: Node, HKV: Any) -> tuple[dict[st
         HKV: key heads.
 
     Returns:
-        The operands of attention_decode but for keys, values and position; the end of the attention; data for `given`.
+        The operands of attention_decode but for keys, values and position; the end of the attention; the facts.
 
     Raises:
         Mismatch, Refused: q and k are not normed and turned alike.
@@ -107,28 +119,13 @@ def one_token(anchor: Node, new_k: Node, new_v: Node, HKV: Any) -> tuple[dict[st
         "v": bring(new_v, (B, 1, HKV, D), "v"),
         "cos": bring(cos, (value(cos).shape[0], 1, R), "cos"),
         "sin": bring(sin, (value(sin).shape[0], 1, R), "sin"),
+        "gate": None if gate is None else bring(gate, (B, 1, H, D), "gate"),
+        "q_norm_weight": norms["q"]["weight"] if norms else None,
+        "k_norm_weight": norms["k"]["weight"] if norms else None,
+        "mask": mask if is_tensor(mask := mask_of(anchor)) else None,
     }
-    if gate is not None:
-        operands["gate"] = bring(gate, (B, 1, H, D), "gate")
-    if norms:
-        operands |= {f"{n}_norm_weight": as_is(norms[n]["weight"]) for n in ("q", "k")}
-    if is_tensor(mask := mask_of(anchor)):
-        operands["mask"] = as_is(mask)
-    data = {
-        "eps": norms["q"]["eps"] if norms else 0.0,
-        "offset": norms["q"]["offset"] if norms else 0.0,
-        "scale": scale_of(anchor),
-        "back": back_to(out, H, D),
-        "sdpa": anchor,
-    }
-    return operands, out, data
-
-
-def given(m: Match, t: SimpleNamespace) -> dict[str, Any]:
-    """The arguments of the op, by name, of a match whose data are those of `one_token` and `how` its operands are brought."""
-    tensors = {name: how(getattr(t, name)) for name, how in m.data["how"].items()}
-    numbers = {"norm_eps": m.data["eps"], "norm_offset": m.data["offset"], "scale": m.data["scale"]}
-    return {**dict.fromkeys(("gate", "q_norm_weight", "k_norm_weight", "mask")), **tensors, **numbers}
+    eps, offset = (norms["q"]["eps"], norms["q"]["offset"]) if norms else (0.0, 0.0)
+    return operands, out, OneToken(anchor, scale_of(anchor), back_to(out, H, D), eps, offset)
 
 
 def _anywhere(length, shape, generator):

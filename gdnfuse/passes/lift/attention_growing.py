@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from gdnfuse.dialect import attention_growing
 from gdnfuse.errors import Refused
-from gdnfuse.passes.lift.attention_decode import given, one_token
+from gdnfuse.passes.lift.attention_decode import OneToken, one_token
 from gdnfuse.passes.sdpa import (
     SMALL,
-    as_is,
     one_query,
     require_dtype_of_q,
     require_heads,
@@ -22,7 +21,7 @@ from gdnfuse.rewrite.pattern import Mismatch
 from gdnfuse.rewrite.rule import Match, Rule
 
 
-class LiftAttentionGrowing(Rule):
+class LiftAttentionGrowing(Rule[OneToken]):
     name, stage, equation = "attention_growing", "lift", attention_growing.op.equation
 
     def anchors(self, graph):
@@ -31,23 +30,22 @@ class LiftAttentionGrowing(Rule):
 
     def match(self, anchor):
         (keys, old_k, new_k), (values, old_v, new_v) = (_longer(anchor.args[i], name) for i, name in ((1, "keys"), (2, "values")))
-        operands, out, data = one_token(anchor, new_k, new_v, value(old_k).shape[1])
-        operands |= {"keys": as_is(old_k), "values": as_is(old_v)}
-        L, mask = value(old_k).shape[2], operands.get("mask")
+        operands, out, facts = one_token(anchor, new_k, new_v, value(old_k).shape[1])
+        L, mask = value(old_k).shape[2], operands["mask"]
         lengths = [(L, value(old_v).shape[2])]
         if mask is not None:
-            lengths.append((value(keys).shape[2], value(mask.node).shape[-1]))
+            lengths.append((value(keys).shape[2], value(mask).shape[-1]))
         return Match(
-            {name: o.node for name, o in operands.items()},
+            {**operands, "keys": old_k, "values": old_v},
             [out, keys, values],
-            data={**data, "how": {name: o.how for name, o in operands.items()}},
+            facts,
             samplers={"mask": _some_and_the_last},
             small=None if isinstance(L, int) else SMALL,
             alike=lengths,
         )
 
     def check(self, m):
-        anchor = m.data["sdpa"]
+        anchor = m.facts.anchor
         require_plain(anchor, m)
         require_heads(anchor, m)
         require_provable(anchor, m)
@@ -57,8 +55,8 @@ class LiftAttentionGrowing(Rule):
                 raise Refused(f"The {name} must stay in the cache whole, found that {part.name} takes a part of them.", at=part)
 
     def rewrite(self, m, t):
-        results = call(attention_growing.op.overload, **given(m, t))
-        return m.data["back"](results[0]), results[1], results[2]
+        results = call(attention_growing.op.overload, **vars(t), **m.facts.numbers)
+        return m.facts.back(results[0]), results[1], results[2]
 
 
 def _longer(node, name):

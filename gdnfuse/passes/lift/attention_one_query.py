@@ -8,7 +8,7 @@ from __future__ import annotations
 from gdnfuse.dialect import attention_one_query
 from gdnfuse.passes.sdpa import (
     SMALL,
-    as_is,
+    OneQuery,
     back_to,
     gated,
     mask_of,
@@ -26,7 +26,7 @@ from gdnfuse.rewrite.graph import is_tensor, value
 from gdnfuse.rewrite.rule import Match, Rule, bring
 
 
-class LiftAttentionOneQuery(Rule):
+class LiftAttentionOneQuery(Rule[OneQuery]):
     name, stage, equation = "attention_one_query", "lift", attention_one_query.op.equation
 
     def anchors(self, graph):
@@ -38,36 +38,32 @@ class LiftAttentionOneQuery(Rule):
         keys, values = (without_copies(node) for node in anchor.args[1:3])
         L = value(keys).shape[-2]
         out, gate = gated(anchor)
-        operands = {"q": as_is(anchor.args[0]), "keys": as_is(keys), "values": as_is(values)}
-        if gate is not None:
-            operands["gate"] = bring(gate, (B, 1, H, D), "gate")
-        if is_tensor(mask := mask_of(anchor)):
-            operands["mask"] = as_is(mask)
+        mask = mask_of(anchor)
+        operands = {
+            "q": anchor.args[0],
+            "keys": keys,
+            "values": values,
+            "gate": None if gate is None else bring(gate, (B, 1, H, D), "gate"),
+            "mask": mask if is_tensor(mask) else None,
+        }
         return Match(
-            {name: o.node for name, o in operands.items()},
+            operands,
             [out],
-            data={
-                "how": {name: o.how for name, o in operands.items()},
-                "scale": scale_of(anchor),
-                "back": back_to(out, H, D),
-                "sdpa": anchor,
-            },
+            OneQuery(anchor, scale_of(anchor), back_to(out, H, D)),
             samplers={"mask": some},
             small=None if isinstance(L, int) else SMALL,
             alike=[(L, value(n).shape[axis]) for n, axis in ((values, -2), (mask, -1)) if is_tensor(n)],
         )
 
     def check(self, m):
-        anchor = m.data["sdpa"]
+        anchor = m.facts.anchor
         require_plain(anchor, m)
         require_heads(anchor, m)
         require_provable(anchor, m)
         require_dtype_of_q(m, "keys", "values", "gate")
 
     def rewrite(self, m, t):
-        given = {name: how(getattr(t, name)) for name, how in m.data["how"].items()}
-        y = call(attention_one_query.op.overload, **{"gate": None, "mask": None, **given, "scale": m.data["scale"]})
-        return m.data["back"](y)
+        return m.facts.back(call(attention_one_query.op.overload, **vars(t), scale=m.facts.scale))
 
 
 RULE = LiftAttentionOneQuery()

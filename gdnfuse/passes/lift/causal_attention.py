@@ -9,6 +9,8 @@ right where there are as many.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,14 +19,13 @@ from torch.fx.node import map_aggregate
 
 from gdnfuse.dialect import causal_attention
 from gdnfuse.errors import Refused
-from gdnfuse.passes.sdpa import without_copies
+from gdnfuse.passes.sdpa import mask_of, options_of, require_numbers, without_copies
 from gdnfuse.rewrite.edit import call
 from gdnfuse.rewrite.graph import is_tensor, op_name, same, storage, value, writes
 from gdnfuse.rewrite.rule import Match, Rule, shown
 
 # The proof compares T × T attention in float64: symbolic lengths are bound to small ones, a fixed one must be small.
 PROVED, MAX_FIXED = 37, 1024
-MASK = 3
 # What small lengths show of a mask is all there is only if it has no window or offset of its own: a window of 4096 shows in no
 # mask of 37. So with a symbolic length a mask has these ops alone, which move rows and columns and compare them, and numbers that
 # add up to no more than in j < i + 1 or triu(1). One that scales, as (i − j) // 16 < 16 does, has its window in no number.
@@ -38,58 +39,73 @@ VIEWS = {  # whose numbers are sizes and axes
 }  # fmt: skip
 
 
-class LiftCausalAttention(Rule):
+@dataclass(frozen=True)
+class Facts:
+    """
+    Attributes:
+        attention: torch's function.
+        options: what it is given beside q, k, v and what causal attention has no need of.
+        fits: whether causal_attention takes it.
+        number: what the numbers that the mask is made with add up to.
+        strange: what the mask is made with that is no such number or op.
+    """
+
+    attention: Callable[..., Any]
+    options: dict[str, Any]
+    fits: bool
+    number: int
+    strange: set[str]
+
+
+class LiftCausalAttention(Rule[Facts]):
     name, stage, equation = "causal_attention", "lift", "attention(q, k, v, tril) = causal attention(q, k, v)"
 
     def anchors(self, graph):
         """Attention of several queries under a mask."""
         for node in graph.nodes:
-            if op_name(node) == "scaled_dot_product_attention" and is_tensor(_mask(node)):
+            if op_name(node) == "scaled_dot_product_attention" and is_tensor(mask_of(node)):
                 if not (isinstance(T := value(node.args[0]).shape[-2], int) and T == 1):
                     yield node
 
     def match(self, anchor):
-        q, k, v = anchor.args[:3]
-        kept = {name: a for name, a in anchor.kwargs.items() if name not in ("attn_mask", "is_causal")}
+        (q, k, v), mask = anchor.args[:3], mask_of(anchor)
+        options = {name: a for name, a in options_of(anchor).items() if name not in ("attn_mask", "is_causal")}
         T, L = value(q).shape[-2], value(k).shape[-2]
-        number, strange = _numbers(_mask(anchor), (T, L, L - T))
-        options = kept.keys() - {"scale", "dropout_p", "enable_gqa"}
+        number, strange = _numbers(mask, (T, L, L - T))
+        more = options.keys() - {"scale", "dropout_p", "enable_gqa"}
         ways = [(q, without_copies(k), without_copies(v)), (q, k, v)]
         # What a cache writes in place is read as it was copied.
         written = {s for n in anchor.graph.nodes for s in writes(n)}
         ways = [way for way in ways if way[1:] == (k, v) or not {*map(storage, way)} & written]
-        fitting = [way for way in ways if not options and causal_attention.takes(*map(value, way))]
+        fitting = [way for way in ways if not more and causal_attention.takes(*map(value, way))]
         q, k, v = (fitting or ways[-1:])[0]
-        data = {"target": anchor.target, "kept": kept, "number": number, "strange": strange, "fits": bool(fitting)}
-        alike = [(L, value(v).shape[-2]), (L, value(_mask(anchor)).shape[-1])]
+        facts = Facts(anchor.target, options, bool(fitting), number, strange)
+        alike = [(L, value(v).shape[-2]), (L, value(mask).shape[-1])]
         small = None if isinstance(T, int) and isinstance(L, int) else PROVED
-        return Match({"q": q, "k": k, "v": v}, [anchor], data=data, small=small, alike=alike)
+        return Match({"q": q, "k": k, "v": v}, [anchor], facts, small=small, alike=alike)
 
     def check(self, m):
         anchor = m.outputs[0]
-        if len(anchor.args) > MASK + 1 or m.data["kept"].get("dropout_p", 0.0) != 0.0:
-            raise Refused("Attention must have no dropout and its options by name, found otherwise.", at=anchor)
-        if isinstance(scale := m.data["kept"].get("scale"), Node):
-            raise Refused(f"The scale must be a number, found {scale}.", at=anchor)
+        require_numbers(anchor)
         q, k, _ = shapes = [value(n).shape for n in m.inputs.values()]
-        if not m.data["fits"] and not same(q[-2], k[-2]):
-            found = ", ".join([*map(shown, shapes), *sorted(m.data["kept"])])
+        if not m.facts.fits and not same(q[-2], k[-2]):
+            found = ", ".join([*map(shown, shapes), *sorted(m.facts.options)])
             wanted = "four axes, the same sequences, heads and columns, and no more options"
             raise Refused(f"Attention of the last tokens must have {wanted}, found {found}.", at=anchor)
-        if m.data["strange"]:
-            found = ", ".join(sorted(m.data["strange"]))
+        if m.facts.strange:
+            found = ", ".join(sorted(m.facts.strange))
             raise Refused(f"A mask must move and compare rows and columns alone, found that it reads {found}.", at=anchor)
-        if m.small is not None and (found := m.data["number"]) > MOST:
+        if m.small is not None and (found := m.facts.number) > MOST:
             raise Refused(f"The numbers in a mask must add up to at most {MOST} to be proved, found {found}.", at=anchor)
-        sizes = (*value(_mask(anchor)).shape[-2:], q[-2], k[-2], k[-2] - q[-2])
+        sizes = (*value(mask_of(anchor)).shape[-2:], q[-2], k[-2], k[-2] - q[-2])
         longest = max((n for n in map(_known, sizes) if n is not None), default=0)
         if longest > MAX_FIXED:
             raise Refused(f"A mask of fixed size must have at most {MAX_FIXED} columns to be proved, found {longest}.", at=anchor)
 
     def rewrite(self, m, t):
-        if m.data["fits"]:
-            return call(causal_attention.op.overload, t.q, t.k, t.v, m.data["kept"].get("scale"))
-        return call(m.data["target"], t.q, t.k, t.v, is_causal=True, **m.data["kept"])
+        if m.facts.fits:
+            return call(causal_attention.op.overload, t.q, t.k, t.v, m.facts.options.get("scale"))
+        return call(m.facts.attention, t.q, t.k, t.v, is_causal=True, **m.facts.options)
 
 
 def _numbers(mask: Node, lengths: tuple[Any, ...]) -> tuple[int, set[str]]:
@@ -121,10 +137,6 @@ def _numbers(mask: Node, lengths: tuple[Any, ...]) -> tuple[int, set[str]]:
 
 def _known(size: Any) -> int | None:
     return size if isinstance(size, int) else size.node.maybe_as_int()
-
-
-def _mask(node):
-    return node.args[MASK] if len(node.args) > MASK else node.kwargs.get("attn_mask")
 
 
 RULE = LiftCausalAttention()

@@ -20,7 +20,7 @@ from gdnfuse.rewrite.edit import call
 from gdnfuse.rewrite.evaluate import hint
 from gdnfuse.rewrite.graph import is_tensor, op_name, peel, real_users, same, same_shape, source, value
 from gdnfuse.rewrite.pattern import Mismatch, Op, Var
-from gdnfuse.rewrite.rule import Match, Rule, shown
+from gdnfuse.rewrite.rule import Match, Operand, Rule, shown
 
 # What a chunk changes: u and w solve the triangular system for v and k.
 CORRECTION = Op("sub", Var("u"), Op("matmul", Var("w"), Var("state")))
@@ -72,6 +72,10 @@ class Laid:
     node: Node
     time_first: bool
 
+    @property
+    def operand(self) -> Operand:
+        return Operand(self.node, self.turned)
+
     def turned(self, x: Any) -> Any:
         """From this layout to [B, T, HV, …], or back."""
         return x if self.time_first else x.transpose(1, 2)
@@ -83,7 +87,27 @@ class Laid:
         return (B, x, y, *rest) if self.time_first else (B, y, x, *rest)
 
 
-class LiftChunkDeltaRule(Rule):
+@dataclass(frozen=True)
+class Facts:
+    """
+    Attributes:
+        laid: q, k, v, g and beta by name.
+        out: all outputs.
+        scale: of q.
+        o_dtype: of the outputs.
+        state_dtype: of the state after the last chunk; None if nobody wants it.
+        decays: decays between two tokens.
+    """
+
+    laid: dict[str, Laid]
+    out: Laid
+    scale: float
+    o_dtype: torch.dtype
+    state_dtype: torch.dtype | None
+    decays: int
+
+
+class LiftChunkDeltaRule(Rule[Facts]):
     name, stage, equation = "chunk_delta_rule", "lift", chunk_delta_rule.op.equation
 
     def anchors(self, graph):
@@ -114,29 +138,21 @@ class LiftChunkDeltaRule(Rule):
         laid |= {"g": g, "beta": _laid(_climb(beta, rank)[0], 3, HV, "beta")}
         out = _output([x["o"] for x in chunks], HV, T)
         state = _uncast(first["state"])
-        inputs, writes = {n: x.node for n, x in laid.items()}, {}
-        if op_name(peel(state)) not in ("zeros", "zeros_like", "new_zeros"):
-            inputs["state"] = state
-            copies = [u for u in real_users(last) if op_name(u) == "copy_" and u.args[0] is state] if last else []
-            writes = {"state": copies[0]} if copies else {}
+        given = op_name(peel(state)) not in ("zeros", "zeros_like", "new_zeros")
+        copies = [u for u in real_users(last) if op_name(u) == "copy_" and u.args[0] is state] if given and last else []
+        o_dtype, state_dtype = value(out.node).dtype, value(last).dtype if last else None
         return Match(
-            inputs,
+            {**{name: x.operand for name, x in laid.items()}, "state": state if given else None},
             [out.node, last] if last else [out.node],
-            writes=writes,
-            data={
-                "laid": laid,
-                "out": out,
-                "scale": scale,
-                "dtypes": (value(out.node).dtype, value(last).dtype if last else None),
-                "decays": hint(value(anchor).numel()),
-            },
+            Facts(laid, out, scale, o_dtype, state_dtype, hint(value(anchor).numel())),
+            writes={"state": copies[0]} if copies else {},
             samplers={"g": mild, "beta": unit, "k": short},
             extremes={"g": sparse, "beta": double, "k": uneven},
             local_writes=True,
         )
 
     def check(self, m):
-        laid, (B, T, HV) = m.data["laid"], m.data["laid"]["g"].shape
+        laid, (B, T, HV) = m.facts.laid, m.facts.laid["g"].shape
         K, V = laid["k"].shape[-1], laid["v"].shape[-1]
         wanted = {"q": (B, T, HV, K), "k": (B, T, HV, K), "v": (B, T, HV, V), "beta": (B, T, HV)}
         for name, shape in wanted.items():
@@ -145,21 +161,18 @@ class LiftChunkDeltaRule(Rule):
         if "state" in m.inputs and not same_shape(value(m.inputs["state"]).shape, (B, HV, K, V)):
             found = shown(value(m.inputs["state"]).shape)
             raise Refused(f"The state must be {shown((B, HV, K, V))}, found {found}.", at=m.inputs["state"])
-        if m.data["decays"] > LARGEST:
-            raise Refused(f"A proof takes at most {LARGEST} decays between tokens, found {m.data['decays']}.", at=m.outputs[0])
+        if m.facts.decays > LARGEST:
+            raise Refused(f"A proof takes at most {LARGEST} decays between tokens, found {m.facts.decays}.", at=m.outputs[0])
 
     def rewrite(self, m, t):
-        laid, (o_dtype, state_dtype) = m.data["laid"], m.data["dtypes"]
-        q, k, v, g, beta = (laid[n].turned(getattr(t, n)) for n in ("q", "k", "v", "g", "beta"))
         # The op gives o in v's dtype: v is widened where the model keeps a wider o.
-        v = v.to(torch.promote_types(value(m.inputs["v"]).dtype, o_dtype))
-        state = t.state if "state" in m.inputs else None
-        results = call(chunk_delta_rule.op.overload, q, k, v, g, beta, state, m.data["scale"])
+        v = t.v.to(torch.promote_types(value(m.inputs["v"]).dtype, m.facts.o_dtype))
+        results = call(chunk_delta_rule.op.overload, t.q, t.k, v, t.g, t.beta, t.state, m.facts.scale)
         o, new = results[0], results[1]
         if m.writes:
             t.state.copy_(new)
-        o = m.data["out"].turned(o).to(o_dtype)
-        return (o, new.to(state_dtype)) if state_dtype else o
+        o = m.facts.out.turned(o).to(m.facts.o_dtype)
+        return (o, new.to(m.facts.state_dtype)) if m.facts.state_dtype else o
 
 
 def _cumulative(exp: Node) -> Node | None:

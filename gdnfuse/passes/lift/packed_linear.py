@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from gdnfuse import packing
 from gdnfuse.dialect import packed_linear
 from gdnfuse.errors import Refused
@@ -15,7 +17,12 @@ from gdnfuse.rewrite.rule import Match, Rule
 # above a thousand rows, are not those of cuBLAS on this machine.
 
 
-class LiftPackedLinear(Rule):
+@dataclass(frozen=True)
+class Facts:
+    widths: list[int]  # rows of each weight
+
+
+class LiftPackedLinear(Rule[Facts]):
     name, stage, equation = "packed_linear", "lift", packed_linear.op.equation
 
     def anchors(self, graph):
@@ -36,23 +43,21 @@ class LiftPackedLinear(Rule):
             raise apart[anchor]
         x = anchor.args[0]
         widths = [value(n.args[1]).shape[0] for n in linears]
-        weights = {f"weight_{i}": n.args[1] for i, n in enumerate(linears)}
         return Match(
-            {"x": x, **weights},
+            {"x": x, "weights": [n.args[1] for n in linears]},
             linears,
-            data={"widths": widths},
+            Facts(widths),
             # Neither the rows of the input nor its width appear in a constant: a few narrow ones prove as much.
             shapes={
                 "x": (*[min(hint(s), 2) for s in value(x).shape[:-1]], 8),
-                **{k: (w, 8) for k, w in zip(weights, widths, strict=True)},
+                **{f"weights_{i}": (width, 8) for i, width in enumerate(widths)},
             },
         )
 
     def rewrite(self, m, t):
-        weights = [getattr(t, k) for k in m.inputs if k != "x"]
-        row = call(packed_linear.op.overload, t.x, weights)
+        row = call(packed_linear.op.overload, t.x, t.weights)
         results, start = [], 0
-        for width in m.data["widths"]:
+        for width in m.facts.widths:
             results.append(row.narrow(-1, start, width))
             start += width
         return tuple(results)
