@@ -1,4 +1,4 @@
-"""Capture: transformers' rule and conv functions become one dialect op each while Dynamo traces, before any graph exists.
+"""Capture: transformers' rule, conv and experts functions become one dialect op each while Dynamo traces.
 
 Traced as it stands, the chunk rule unrolls one loop iteration per 64 tokens, with a graph per length, and a kernel library in its
 place breaks the graph. `torch.compiler.substitute_in_graph` puts a function of ours in its place, in traces only; eager calls see
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch._dynamo.callback import callback_handler
 
+from gdnfuse import capture_experts as experts
 from gdnfuse import dialect  # noqa: F401  registers torch.ops.gdnfuse
 from gdnfuse.errors import Refused
 from gdnfuse.options import disabled
@@ -135,6 +136,8 @@ class Capturable:
         positional: how many arguments may come by position.
         means: names of arguments that `call` heeds. Others that an installed kernel would heed must be None or False.
         calls: draws arguments for the proof.
+        others: functions that must compute the same, as they may be called in this one's place.
+        keep: told what was proved; may refuse it.
     """
 
     op: str
@@ -143,12 +146,15 @@ class Capturable:
     positional: int
     means: frozenset[str]
     calls: Callable[[], Iterator[tuple[list[Any], dict[str, Any]]]]
+    others: tuple[Callable[..., Any], ...] = ()
+    keep: Callable[[types.FunctionType], None] | None = None
 
 
 _RULE = frozenset(
     "query key value q k v g beta chunk_size initial_state output_final_state use_qk_l2norm_in_kernel cu_seqlens kwargs".split()
 )
 _CONV = frozenset("hidden_states x conv_state weight bias activation kwargs".split())
+_EXPERTS = frozenset("self hidden_states top_k_index top_k_weights".split())
 
 CAPTURABLE = {
     "torch_chunk_gated_delta_rule": Capturable("chunk_delta_rule", _chunk, _rule_accepts, 5, _RULE, _rule_calls),
@@ -169,7 +175,7 @@ class Capture:
         op: the dialect op it becomes.
         captured: whether it does; otherwise `reason` says why not.
         reason: a sentence, or empty.
-        proof_error: worst relative error of the float64 proof, if it ran to the end.
+        proof_error: worst relative error of the float64 proof, if it ran to the end, which what needs a GPU does not.
         seconds: time the proof took.
     """
 
@@ -185,8 +191,8 @@ class Capture:
 # comes from, as it would for the function itself.
 _originals: dict[int, types.FunctionType] = {}
 
-# Every function looked at, by its id, beside what became of it; kept alive here so that no other object gets the id.
-_seen: dict[int, tuple[Any, Capture]] = {}
+# Every function or class looked at, by its id, beside what became of it; kept alive here so that no other object gets the id.
+_seen: dict[int, tuple[Any, Capture, type | None]] = {}
 
 
 def install() -> None:
@@ -201,28 +207,39 @@ def uninstall() -> None:
     if _on_compile_start in callback_handler.start_callbacks:
         callback_handler.remove_start_callback(_on_compile_start)
         del callback_handler.clear
-    for function, capture in _seen.values():
+    for function, capture, _ in _seen.values():
         if capture.captured:
             _restore(function)
     _seen.clear()
+    experts.forget()
 
 
 def status() -> list[Capture]:
     """What was found so far and whether it is captured. Functions are looked for when something is compiled, or by `scan`."""
-    return [capture for _, capture in _seen.values()]
+    return [capture for _, capture, _ in _seen.values()]
 
 
 def scan() -> None:
     """Look at every function of a loaded module that has not been looked at, prove it and capture it."""
     for name, module in list(sys.modules.items()):
-        if not name.startswith(MODULES) or not isinstance(module, types.ModuleType):
+        if not name.startswith((*MODULES, experts.MODULES)) or not isinstance(module, types.ModuleType):
             continue
-        for attribute, capturable in CAPTURABLE.items():
-            function = vars(module).get(attribute)
-            if function is not None and id(function) not in _seen:
-                capture = _try(function, f"{name}.{attribute}", capturable)
-                _seen[id(function)] = (function, capture)
+        for attribute, function, cls in (*_named(name, module), *experts.found(name, module)):
+            if id(cls or function) not in _seen:  # classes may share a loop
+                capture = _try(function, f"{name}.{attribute}", CAPTURABLE.get(attribute) or _of_experts(attribute, cls))
+                _seen[id(cls or function)] = (function, capture, cls)
                 log.debug("%s: %s", capture.function, capture.reason or f"captured as gdnfuse.{capture.op}")
+
+
+def _of_experts(attribute: str, cls: type | None) -> Capturable:
+    others, keep = (experts.others(cls), functools.partial(experts.keep, cls)) if cls else ((), None)
+    calls = functools.partial(experts.calls, attribute, cls)
+    return Capturable("experts", experts.call, experts.accepts, 4, _EXPERTS, calls, others, keep)
+
+
+def _named(name: str, module: types.ModuleType) -> Iterator[tuple[str, Any, None]]:
+    if name.startswith(MODULES):
+        yield from ((attribute, vars(module)[attribute], None) for attribute in CAPTURABLE if vars(module).get(attribute))
 
 
 def _on_compile_start(_: Any) -> None:
@@ -245,7 +262,10 @@ def _try(function: Any, name: str, capturable: Capturable) -> Capture:
         if not isinstance(function, types.FunctionType):
             raise Refused(f"What is captured must be a plain function, found {type(function).__name__}.")
         capture.proof_error = prove(inspect.unwrap(function), capturable)
-        _substitute(function, capturable)
+        if capturable.keep:
+            capturable.keep(function)
+        if id(function) not in _originals:
+            _substitute(function, capturable)
         capture.captured = True
     except Refused as e:
         capture.reason = e.reason
@@ -255,31 +275,31 @@ def _try(function: Any, name: str, capturable: Capturable) -> Capture:
     return capture
 
 
-def prove(function: Callable[..., Any], capturable: Capturable) -> float:
-    """Run a function and what would stand for it on the same inputs in float64.
+def prove(function: Callable[..., Any], capturable: Capturable) -> float | None:
+    """Run a function, and others that may be called in its place, and what would stand for it on the same inputs in float64.
 
     Returns:
-        The worst relative error over results and written arguments.
+        The worst relative error over results and written arguments; None if there was nothing to run.
 
     Raises:
         Refused: they differ, or the function could not be run.
     """
-    worst = 0.0
+    errors = []
     with torch.no_grad(), torch.device("cpu"), one_thread():
-        for args, kwargs in capturable.calls():
-            copies = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
-            try:
-                with Float64():
-                    wanted = function(*args, **kwargs)
-            except Exception as e:
-                if args[0].ndim == 4 and args[0].shape[2] != args[2].shape[2]:
-                    continue  # a function that takes no grouped heads is never called with them
-                raise Refused(f"The proof could not be run: {type(e).__name__}: {_first_line(e)}.") from e
-            got = capturable.call(*copies, **kwargs)
-            pairs = zip(_tensors(wanted) + _tensors(args), _tensors(got) + _tensors(copies), strict=True)
-            for i, (w, g) in enumerate(pairs):
-                worst = max(worst, compare(f"result or argument {i}", w, g))
-    return worst
+        for tried in (function, *capturable.others):
+            for args, kwargs in capturable.calls():
+                copies = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
+                try:
+                    with Float64():
+                        wanted = tried(*args, **kwargs)
+                except Exception as e:
+                    if isinstance(q := args[0], torch.Tensor) and q.ndim == 4 and q.shape[2] != args[2].shape[2]:
+                        continue  # a function that takes no grouped heads is never called with them
+                    raise Refused(f"The proof could not be run: {type(e).__name__}: {_first_line(e)}.") from e
+                got = capturable.call(*copies, **kwargs)
+                pairs = zip(_tensors(wanted) + _tensors(args), _tensors(got) + _tensors(copies), strict=True)
+                errors += [compare(f"result or argument {i}", w, g) for i, (w, g) in enumerate(pairs)]
+    return max(errors, default=None)
 
 
 def _tensors(results: Any) -> list[torch.Tensor]:

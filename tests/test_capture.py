@@ -103,6 +103,7 @@ def test_every_family_that_shares_the_functions_is_captured(family):
     capture.install()
     capture.scan()
     mine = {c.function.rsplit(".", 1)[1]: c for c in capture.status() if c.function.startswith(module.__name__ + ".")}
+    mine.pop("forward", None)  # of experts, in test_capture_experts
     assert mine.keys() == OPS.keys()
     for name, c in mine.items():
         assert c.captured and c.op == OPS[name] and c.reason == ""
