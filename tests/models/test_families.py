@@ -40,9 +40,11 @@ class Family:
 
 FAMILIES = {
     "qwen3_5": Family("Qwen3_5ForCausalLM", zoo.causal_lm),
+    "qwen3_5, 27B's heads": Family("Qwen3_5ForCausalLM", partial(zoo.causal_lm, **zoo.SMALL, **zoo.HEADS_OF_27B)),
     "qwen3_5_moe": Family("Qwen3_5MoeForCausalLM", zoo.moe),
     "qwen3_next": Family("Qwen3NextForCausalLM", zoo.qwen3_next, more_in_prompt=("cat",)),
     "olmo_hybrid": Family("OlmoHybridForCausalLM", zoo.olmo_hybrid),
+    "lara_mini": Family("LaraMiniForCausalLM", zoo.lara_mini),
     "qwen4_exp": Family("Qwen4ExpForCausalLM", zoo.qwen4_exp, more_in_step_of_one=("fused_linear",), by_layer=True),
     "qwen4_exp, sigmoid": Family(
         "Qwen4ExpForCausalLM",

@@ -164,7 +164,7 @@ def test_a_prompt_of_one_token_and_of_fewer_than_the_conv_is_wide():
 
 
 def test_grouped_heads_reach_the_rule_unrepeated():
-    model = zoo.causal_lm(linear_num_key_heads=2, linear_num_value_heads=6, linear_key_head_dim=24, linear_value_head_dim=40)
+    model = zoo.causal_lm(**zoo.HEADS_OF_27B, linear_key_head_dim=24, linear_value_head_dim=40)
     ours = copy.deepcopy(model)
     ids, _ = zoo.prompt(2, 70)
     a, e = zoo.new_cache(model, "static", 80), zoo.new_cache(model, "static", 80)

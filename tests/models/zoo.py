@@ -43,6 +43,7 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 4, "moe_intermediate_size": 
 GDN_LAYERS = 2
 # Instead, where one layer of a kind will do: to trace a layer takes longer than all else that most tests do.
 SMALL = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
+HEADS_OF_27B = {"linear_num_key_heads": 2, "linear_num_value_heads": 6}  # three value heads a key head, as 48 and 16 are
 # When it makes the mask of a prompt on a filled cache, this version branches on a static cache's length, a tensor: Dynamo breaks
 # the graph there, and under fullgraph raises, whatever the backend.
 FILLED_STATIC_CACHE_BREAKS = transformers.__version__.startswith("5.19.")
@@ -101,6 +102,14 @@ def qwen4_exp(**overrides):
     }
     config = transformers.Qwen4ExpTextConfig(**{**text, **EXPERTS, **index, "hc_lowrank": 16, **overrides})
     return _built(transformers.Qwen4ExpForCausalLM, config)
+
+
+def lara_mini(**overrides):
+    """One layer of each kind, and a window shorter than most prompts."""
+    text = {k: v for k, v in TEXT.items() if k != "intermediate_size"} | {"rope_parameters": None, "sliding_window": 16}
+    layers = {"layer_types": ["linear_attention", "sliding_attention", "full_attention"]}
+    config = transformers.LaraMiniConfig(**{**text, **EXPERTS, **layers, **overrides})
+    return _built(transformers.LaraMiniForCausalLM, config)
 
 
 FAMILIES = {"causal_lm": causal_lm, "conditional_generation": conditional_generation, "moe": moe}
