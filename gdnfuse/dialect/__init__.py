@@ -27,6 +27,7 @@ from gdnfuse.dialect import (
     packed_linear,
     rms_norm,
     route,
+    routed_experts,
     split_linear,
 )
 from gdnfuse.dialect.op import OPS, DialectOp, op_of
@@ -57,5 +58,6 @@ __all__ = [
     "packed_linear",
     "rms_norm",
     "route",
+    "routed_experts",
     "split_linear",
 ]

@@ -42,9 +42,11 @@ def implementations() -> dict[str, Implementation]:
         causal_conv_update,
         chunk_delta_rule,
         delta_rule,
+        experts,
         fused_linear,
         gated_rms_norm,
         mixer_decode,
+        route,
     )
 
     found = (
@@ -59,11 +61,14 @@ def implementations() -> dict[str, Implementation]:
         chunk_delta_rule.fused_gating_chunk_delta_rule,
         delta_rule.fused_gating_delta_rule,
         delta_rule.packed_decode,
+        experts.experts,
+        experts.routed_experts,
         fused_linear.fused_linear,
         fused_linear.in_proj_conv,
         fused_linear.split_linear,
         gated_rms_norm.implementation,
         mixer_decode.implementation,
+        route.implementation,
     )
     return {kernel.name: kernel for kernel in found}
 

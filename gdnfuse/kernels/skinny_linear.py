@@ -67,7 +67,7 @@ def config(kind: str, n: int, dtype: torch.dtype = torch.bfloat16) -> Config:
 
 
 @triton.jit
-def _load_rows(weight_ptr, row, live, stride_wm, N: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr):
+def load_rows(weight_ptr, row, live, stride_wm, N: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr):
     """The rows of the weight in steps of BN columns: a tuple of [R, BN]."""
     column = tl.arange(0, BN)  # [BN]
     w_ptrs = weight_ptr + row.to(tl.int64)[:, None] * stride_wm + column[None, :]  # [R, BN]
@@ -81,7 +81,7 @@ def _load_rows(weight_ptr, row, live, stride_wm, N: tl.constexpr, BN: tl.constex
 
 
 @triton.jit
-def _load_row(ptr, N: tl.constexpr, BN: tl.constexpr):
+def load_row(ptr, N: tl.constexpr, BN: tl.constexpr):
     """A row in steps of BN columns: a tuple of [BN]."""
     column = tl.arange(0, BN)  # [BN]
     steps = ()
@@ -94,7 +94,7 @@ def _load_row(ptr, N: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
-def _dot(w, x, R: tl.constexpr, BN: tl.constexpr):
+def dot_rows(w, x, R: tl.constexpr, BN: tl.constexpr):
     """Σ over steps and columns of w·x: [R], float32."""
     acc = tl.zeros((R, BN), tl.float32)
     for i in tl.static_range(len(x)):
@@ -129,19 +129,19 @@ def skinny_linear_kernel(
     first = tl.program_id(0)
     up_ptr = weight_ptr + tl.cast(M, tl.int64) * stride_wm
     row = first * R + tl.arange(0, R)  # [R]
-    w = _load_rows(weight_ptr, row, row < M, stride_wm, N, BN, EVEN)
+    w = load_rows(weight_ptr, row, row < M, stride_wm, N, BN, EVEN)
     if SWIGLU:
-        w_up = _load_rows(up_ptr, row, row < M, stride_wm, N, BN, EVEN)
+        w_up = load_rows(up_ptr, row, row < M, stride_wm, N, BN, EVEN)
     if norm_weight_ptr is not None and gate_ptr is None:
-        norm_weight = _load_row(norm_weight_ptr, N, BN)
+        norm_weight = load_row(norm_weight_ptr, N, BN)
     if OVERLAP:
         gdc_wait()
 
-    loaded = _load_row(x_ptr, N, BN)
+    loaded = load_row(x_ptr, N, BN)
     x = ()
     factor = 1.0
     if gate_ptr is not None:
-        gates = _load_row(gate_ptr, N, BN)
+        gates = load_row(gate_ptr, N, BN)
         weight = tl.load(norm_weight_ptr + tl.arange(0, BN) % V).to(tl.float32)  # [BN]
         for i in tl.static_range(len(loaded)):
             o = loaded[i].to(tl.float32)  # [BN]
@@ -182,14 +182,14 @@ def skinny_linear_kernel(
             if conv_bias_ptr is not None:
                 acc += tl.load(conv_bias_ptr + channel, mask=convolved, other=0.0).to(tl.float32)
 
-        y = _dot(w, x, R, BN) * factor  # [R]
+        y = dot_rows(w, x, R, BN) * factor  # [R]
         if SWIGLU:
-            y = y * tl.sigmoid(y) * (_dot(w_up, x, R, BN) * factor)
+            y = y * tl.sigmoid(y) * (dot_rows(w_up, x, R, BN) * factor)
         if LOOP:
             ahead = row + programs * R
-            w = _load_rows(weight_ptr, ahead, ahead < M, stride_wm, N, BN, False)
+            w = load_rows(weight_ptr, ahead, ahead < M, stride_wm, N, BN, False)
             if SWIGLU:
-                w_up = _load_rows(up_ptr, ahead, ahead < M, stride_wm, N, BN, False)
+                w_up = load_rows(up_ptr, ahead, ahead < M, stride_wm, N, BN, False)
         if residual_ptr is not None:
             y += residual
         if conv_state_ptr is not None:

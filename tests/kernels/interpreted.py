@@ -1,5 +1,7 @@
 """Every case under Triton's interpreter; test_interpreted runs this file in processes of its own, with TRITON_INTERPRET set."""
 
+from unittest import mock
+
 import kernel_cases
 import pytest
 import torch
@@ -8,6 +10,7 @@ from gdnfuse.kernels import (
     attention_decode,
     causal_conv_update,
     chunk_delta_rule,
+    experts,
     few_rows_linear,
     implementations,
     skinny_linear,
@@ -145,3 +148,56 @@ def test_attention_decode_behind_the_end_of_the_cache_writes_nothing_and_shows(p
     keys, values = args[10].clone(), args[11].clone()
     assert implementations()["attention_decode"].launch(*args).isnan().all()
     assert torch.equal(args[10], keys) and torch.equal(args[11], values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=kernel_cases.name)
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("wide", [False, True])
+def test_of_equal_logits_the_lower_experts_are_chosen(wide, rows, dtype):
+    """Also of those of no size, of infinite ones, and of what is no number, which torch takes for the largest."""
+    nan, inf = float("nan"), float("inf")
+    for changed, wanted in (
+        ({}, [0, 2, 6, 3]),
+        ({5: inf, 1: inf}, [1, 5, 0, 2]),
+        ({2: nan, 4: nan}, [2, 4, 0, 6]),
+        ({0: -inf}, [2, 6, 3, 4]),
+    ):
+        logits = [changed.get(e, logit) for e, logit in enumerate((1.0, -2.0, 1.0, 0.0, -0.0, -2.0, 1.0))]
+        weight, x = torch.zeros(7, 64, dtype=dtype), torch.zeros(rows, 64, dtype=dtype)
+        weight[:, 5], x[:, 5] = torch.tensor(logits), 1.0
+        weights, indices = implementations()["route"].launch(x, weight, 4, True, wide)
+        assert indices.tolist() == rows * [wanted]
+        assert weights.isnan().all() == bool({2, 5} & {*changed})
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_experts_that_no_row_chose_are_not_looked_at(rows):
+    args, _ = kernel_cases.chosen(rows, 32, 16, 2, 16, shared=16, choose=lambda i: i.clamp(max=4))()
+    wanted = experts.launch(*args)
+    for weight in args[3:5]:
+        weight[5:] = float("nan")
+    assert wanted.isfinite().all() and torch.equal(experts.launch(*args), wanted)
+
+
+def test_rows_of_experts_are_independent():
+    """What a row gives is the same to the last bit whatever is in the rows beside it that chose the same experts."""
+    args, _ = kernel_cases.chosen(12, 32, 3, 2, 16, shared=16, gated=True)()
+    beside = args[0].clone()
+    beside[3] = float("nan")
+    one, other = experts.launch(*args), experts.launch(beside, *args[1:])
+    assert other[3].isnan().all() and one.isfinite().all()
+    rest = [n for n in range(12) if n != 3]
+    assert torch.equal(one[rest], other[rest])
+
+
+@pytest.mark.parametrize(("rows", "block", "norm"), [(2, 16, True), (4, 32, False)])
+def test_experts_configs(rows, block, norm):
+    """One row's steps that the columns do not fill, and tiles that the rows of a weight do not."""
+    case = kernel_cases.routed_experts(40, 5, 2, 22, shared=44, gated=True, norm=norm)
+    one_row = mock.patch.multiple(experts, DOWN=[experts.DownConfig(rows, block, 4)])
+    with one_row, mock.patch.object(experts.skinny_linear, "config", lambda *_: (rows, block, 2, 0)):
+        kernel_cases.check(kernel_cases.Case("routed_experts", "", case), implementations()["routed_experts"].launch)
+    case = kernel_cases.chosen(3, 96, 5, 2, 64, shared=32, gated=True, residual=True)
+    tile = experts.RowsConfig(8 * rows, block, 4, 3)
+    with mock.patch.multiple(experts, UP_ROWS=tile, DOWN_ROWS=tile, SUMMED=64):
+        kernel_cases.check(kernel_cases.Case("experts", "", case), implementations()["experts"].launch)

@@ -18,6 +18,7 @@ from gdnfuse.dialect import (
     attention_growing,
     attention_one_query,
     delta_rule,
+    experts,
     fused_linear,
     in_proj_conv,
     mixer_decode,
@@ -192,6 +193,48 @@ def split(n_out, n_in, parts, dtype, lead, wrap=lambda x: x):
     return make
 
 
+def routed(N, H, E, k, dtype=F32, normalize=True, wide_logits=False, wide_weights=False, norm=False, wrap=lambda x: x):
+    """A call of route whose logits are eighths that every dtype has, in each row different where they matter."""
+
+    def make():
+        weight, rows = torch.randint(-1, 2, (E, H)) / 8, []
+        scale = torch.randint(1, 3, (H,)).float() if norm else torch.ones(H)
+        while len(rows) < N:
+            x = torch.randint(0, 2, (H,)) * 2.0 - 1
+            first = ((x * scale) @ weight.T).sort(descending=True).values[: k + 1]
+            if (first.diff() < 0).all() and first.abs().max() < 32:
+                rows.append(x)
+        norms = ((scale - 1).to(dtype), 1e-6, 1.0) if norm else (None, 0.0, 0.0)
+        return (wrap(torch.stack(rows).to(dtype)), wrap(weight.to(dtype)), k, normalize, wide_logits, wide_weights, *norms), {}
+
+    return make
+
+
+def chosen(N, H, E, k, width, dtype=F32, choose=lambda i: i, wrap=lambda x: x, wrap_weight=lambda w: w, **options):
+    """A call of experts; `choose` makes other indices of the random ones."""
+
+    def make():
+        (x, indices, weights, gate_up, down), named = experts.example_call(N, H, E, k, width, dtype, **options)
+        *more, residual = named.values()
+        more = (wrap_weight(t) if isinstance(t, torch.Tensor) and t.dim() == 2 and len(t) > 1 else t for t in more)
+        residual = None if residual is None else wrap(residual)
+        return (wrap(x), choose(indices), weights, wrap_weight(gate_up), wrap_weight(down), "silu", *more, residual), {}
+
+    return make
+
+
+def routed_experts(H, E, k, width, dtype=F32, norm=False, normalize=True, wide_logits=False, wrap_weight=lambda w: w, **options):
+    def make():
+        (x, router, *_, norm_weight, eps, offset), _ = routed(1, H, E, k, dtype, norm=norm)()
+        (*_, gate_up, down, activation, _, _, _, a, b, c, d, residual), _ = chosen(
+            1, H, E, k, width, dtype, wrap_weight=wrap_weight, **options
+        )()
+        norms = (norm_weight, eps, offset)
+        return (x, router, k, normalize, gate_up, down, activation, wide_logits, False, *norms, a, b, c, d, residual), {}
+
+    return make
+
+
 def added(*sizes, **options):
     return lambda: add_rms_norm.example_call(*sizes, **options)
 
@@ -356,6 +399,26 @@ CASES = [
     Case("in_proj_conv", "head-by-head", in_proj(97, 24, 52, parts=head_by_head(2, 4, 5, 8), heads=2)),
     Case("in_proj_conv", "head-by-head-bf16", in_proj(200, 100, 88, BF16, parts=head_by_head(4, 4, 8, 6), heads=4, bias=True)),
     Case("in_proj_conv", "strided-state", in_proj(33, 24, 20, wrap_state=v_major)),
+    *(Case("route", f"{name(d)}-{n}", routed(n, 64, 12, 3, d, normalize=n == 1)) for d in (F32, BF16, F16) for n in (1, 3)),
+    Case("route", "norm", routed(1, 100, 7, 7, BF16, norm=True)),
+    Case("route", "wide", routed(5, 512, 33, 4, BF16, wide_logits=True, wide_weights=True)),
+    Case("route", "wide-strided", routed(2, 64, 5, 2, F16, wide_logits=True, wrap=padded)),
+    Case("experts", "one-row", chosen(1, 24, 6, 3, 8)),
+    Case("experts", "one-row-all", chosen(1, 50, 6, 3, 10, BF16, shared=18, gated=True, norm=True, residual=True, masked=True)),
+    Case("experts", "one-row-strided", chosen(1, 40, 3, 2, 33, F16, shared=70, wrap=strided, wrap_weight=strided)),
+    *(Case("experts", f"{name(d)}-5", chosen(5, 32, 16, 3, 16, d, shared=48, gated=True, masked=True)) for d in (F32, BF16, F16)),
+    Case("experts", "more-choices-than-experts", chosen(9, 32, 4, 3, 32, residual=True, masked=True)),
+    Case("experts", "few-choices-of-many", chosen(2, 64, 40, 2, 96, BF16, shared=32, wrap=padded, wrap_weight=padded)),
+    Case("experts", "one-expert-of-all", chosen(20, 32, 3, 2, 16, choose=lambda i: torch.tensor([[1, 2]]).repeat(20, 1))),
+    Case("experts", "one-expert-twice", chosen(3, 32, 12, 2, 16, choose=lambda i: i * 0 + 5, residual=True)),
+    Case("experts", "one-row-twice", chosen(1, 32, 12, 3, 16, choose=lambda i: i * 0 + 5)),
+    Case("experts", "none", chosen(3, 32, 12, 2, 16, choose=lambda i: i * 0 + 12, shared=16, gated=True)),
+    Case("experts", "one-row-none", chosen(1, 32, 12, 2, 16, choose=lambda i: i * 0 + 12, residual=True)),
+    Case("experts", "64-rows", chosen(64, 16, 9, 3, 16, masked=True, shared=16, residual=True)),
+    Case("routed_experts", "fp32", routed_experts(64, 12, 3, 8)),
+    Case("routed_experts", "bf16", routed_experts(100, 12, 5, 6, BF16, shared=10, gated=True, norm=True, residual=True)),
+    Case("routed_experts", "fp16", routed_experts(64, 7, 7, 9, F16, shared=6, normalize=False, wrap_weight=padded)),
+    Case("routed_experts", "wide", routed_experts(64, 12, 1, 24, BF16, wide_logits=True, normalize=False)),
 ]  # fmt: skip
 
 
@@ -388,10 +451,14 @@ def wide(value):
 
 @contextmanager
 def poisoned_empty():
-    """Allocations give NaN, so that an element nobody wrote shows."""
-    filled = lambda make: lambda *a, **k: make(*a, **k).fill_(float("nan"))  # noqa: E731
+    """Allocations give NaN, or the least integer, so that an element nobody wrote shows."""
+    filled = lambda make: lambda *a, **k: poison(make(*a, **k))  # noqa: E731
     with mock.patch.multiple(torch, empty=filled(torch.empty), empty_strided=filled(torch.empty_strided)):
         yield
+
+
+def poison(t):
+    return t.fill_(float("nan") if t.is_floating_point() else torch.iinfo(t.dtype).min)
 
 
 def relative_error(got, want):
@@ -408,8 +475,12 @@ def tensors(results):
 
 def bound_of(case, args, got, tolerance):
     """The error allowed to a result: that of its dtype, or where products of tensor cores follow each other of their operands."""
+    if not got.is_floating_point():
+        return 0.0
     if case.op == "add_rms_norm":
         return 2 * tolerance[got.dtype]  # x is rounded, and then the sum with it
+    if "experts" in case.op:
+        return 2 * tolerance[got.dtype]  # what goes into down is rounded too
     if case.op == "split_linear":
         return 2 * tolerance[got.dtype]  # tensor cores cut the last bits of a sum off where float32 would round them
     if "chunk" not in case.op and not case.op.startswith("attention"):

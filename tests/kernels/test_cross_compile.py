@@ -339,6 +339,65 @@ def test_the_norm_of_a_sum_reads_its_weight_early_and_does_not_spill(n, parts, d
     assert "ld.global" in before_the_wait(kernel)
 
 
+def of_35b(op, rows):
+    """A call at Qwen3.5-35B-A3B's sizes, as a decode step has it: one row with its norm and residual, several without norm."""
+    of = lambda *shape, dtype=BF16: torch.empty(shape, dtype=dtype, device="meta")  # noqa: E731
+    H, E, k, width = 2048, 256, 8, 512
+    norm = (of(H), 1e-6, 1.0) if rows == 1 else (None, 0.0, 0.0)
+    x, router, behind = of(rows, H), of(E, H), (of(width, H), of(width, H), of(H, width), of(1, H), of(rows, H))
+    if op == "route":
+        return x, router, k, True, False, False, *norm
+    weights = of(E, 2 * width, H), of(E, H, width)
+    if op == "routed_experts":
+        return x, router, k, True, *weights, "silu", False, False, *norm, *behind
+    return x, of(rows, k, dtype=torch.int64), of(rows, k), *weights, "silu", *norm, *behind
+
+
+@pytest.mark.parametrize(
+    ("op", "rows", "target"),
+    [
+        ("experts", 2, "sm_80"),
+        ("experts", 32, "sm_100"),
+        ("experts", 64, "gfx942"),
+        ("routed_experts", 1, "gfx942"),
+        ("route", 9, "sm_80"),
+    ],
+)
+def test_experts_compile_within_the_least_shared_memory(op, rows, target, tmp_path):
+    for spec in implementations()[op].jit_kernels(*of_35b(op, rows)):
+        assert compile_for(target, spec).metadata.shared <= 64 * 1024
+
+
+def test_the_experts_of_one_row_are_on_their_way_before_those_who_need_them_wait(tmp_path, record_property):
+    """The router's weights, the shared expert's of gate and up, and all down projections, of which the choices are known by then:
+    the launch before lets the last one start only when it has itself waited."""
+    router, up, down = on_hopper("routed_experts", *of_35b("routed_experts", 1))
+    for kernel in (router, up, down):
+        usage = resources(kernel.asm["cubin"], tmp_path)
+        record_property(kernel.metadata.name, str(usage))
+        assert (usage["STACK"], usage["LOCAL"]) == (0, 0), f"{kernel.metadata.name} spills: {usage}"
+    wait, _, behind = up.asm["ptx"].partition("griddepcontrol.wait")
+    assert "griddepcontrol.launch_dependents" not in wait and "griddepcontrol.launch_dependents" in behind
+    # 16 bytes a thread: two rows of 2048 columns by 64 threads, and the norm; two of gate and two of up; nine times four of 512.
+    early = [re.findall(r"ld\.global\S*\.v4\.b32", text) for text in (before_the_wait(router), wait, before_the_wait(down))]
+    assert [len(loads) for loads in early] == [8 + 4, 16 + 4, 9 * 2]
+    assert "redux.sync.max.s32" in up.asm["ptx"]
+
+
+@pytest.mark.parametrize("rows", [8, 32])
+def test_experts_of_several_rows_do_not_spill(rows, tmp_path, record_property):
+    up, down, total = on_hopper("experts", *of_35b("experts", rows))
+    for kernel in (up, down, total):
+        usage = resources(kernel.asm["cubin"], tmp_path)
+        record_property(kernel.metadata.name, str(usage))
+        assert (usage["STACK"], usage["LOCAL"]) == (0, 0) and usage["REG"] <= 128, f"{kernel.metadata.name}: {usage}"
+        assert kernel.metadata.shared <= 64 * 1024
+    for kernel in (up, down):  # weights go to shared memory 16 bytes at a time
+        assert {*re.findall(r"cp\.async\.c[ag]\S*", kernel.asm["ptx"])} == {"cp.async.cg.shared.global"}
+    *_, top_k = on_hopper("route", *of_35b("route", rows))
+    assert "bar.sync" not in top_k.asm["ptx"]  # one warp finds a row's largest
+
+
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize(
     "op", ["causal_conv_update", "fused_gating_delta_rule", "packed_decode", "mixer_decode", "mixer_decode head by head"]

@@ -94,9 +94,17 @@ FEW_ROWS += [
         Case("add_rms_norm", f"real-{rows}-rows", kernel_cases.added(5120, dtype=BF16, lead=(rows, 1), parts=7)),
     )
 ]
+# Qwen3.5-35B-A3B's sizes, of fewer experts.
+SIZES = {"shared": 512, "gated": True, "residual": True}
+EXPERTS = [
+    Case("routed_experts", "real", kernel_cases.routed_experts(2048, 20, 8, 512, BF16, norm=True, **SIZES)),
+    *(Case("experts", f"real-{n}", kernel_cases.chosen(n, 2048, 20, 8, 512, BF16, masked=True, **SIZES)) for n in (1, 2, 8, 32)),
+    *(Case("route", f"real-{n}", kernel_cases.routed(n, 2048, 64, 8, BF16)) for n in (1, 2, 17, 64)),
+    Case("experts", "real-fp32", kernel_cases.chosen(3, 2048, 12, 4, 512, **SIZES)),
+]
 
 
-@pytest.mark.parametrize("case", kernel_cases.CASES + REAL + CHUNKED + LINEARS + FEW_ROWS, ids=str)
+@pytest.mark.parametrize("case", kernel_cases.CASES + REAL + CHUNKED + LINEARS + FEW_ROWS + EXPERTS, ids=str)
 def test_launch(case):
     kernel_cases.check(case, implementations()[case.op].launch, "cuda")
 
@@ -107,7 +115,7 @@ def test_op(case):
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("case", kernel_cases.CASES + REAL + LINEARS + FEW_ROWS, ids=str)
+@pytest.mark.parametrize("case", kernel_cases.CASES + REAL + LINEARS + FEW_ROWS + EXPERTS, ids=str)
 def test_repeated(case, mode):
     """The last of four calls of one layout, all on tensors of their own."""
     implementation, kept = implementations()[case.op], []
@@ -132,7 +140,7 @@ def test_repeated(case, mode):
         implementation.replayed.launch = launch
 
 
-@pytest.mark.parametrize("case", kernel_cases.CASES + REAL + LINEARS + FEW_ROWS, ids=str)
+@pytest.mark.parametrize("case", kernel_cases.CASES + REAL + LINEARS + FEW_ROWS + EXPERTS, ids=str)
 def test_written(case, monkeypatch):
     """The call behind those for whose layout a function was written."""
     implementation, kept = implementations()[case.op], []
@@ -456,6 +464,41 @@ def test_overlapping_attention_copies_a_cache_that_grows_into_memory_that_was_ju
         return torch.cat([t.flatten() for t in longer])
 
     check_overlap(chain, inputs, [], 5e-2)
+
+
+def test_overlapping_experts_know_their_choices():
+    """The last launch of a block reads them before it waits, and they are others in each block; their memory is handed out again.
+    In float32, so that no rounding chooses other experts than the reference in float64."""
+    H, E, k, width, count = 256, 24, 4, 64, 20
+    torch.manual_seed(0)
+    blocks = [kernel_cases.routed_experts(H, E, k, width, shared=width, gated=True, norm=True)()[0] for _ in range(count)]
+    routers = weights(count, E, H)
+    inputs = torch.randn(1, H), [(router, *block[2:-1]) for router, block in zip(routers, blocks, strict=True)]
+
+    def chain(call, inputs, states):
+        x, blocks = inputs
+        for block in blocks:
+            x = call("routed_experts", x, *block, x)
+        return x
+
+    check_overlap(chain, inputs, [], 1e-3)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 9, 40])
+def test_overlapping_experts_of_given_choices_wait_for_each_other(rows):
+    H, E, k, width, count = 256, 24, 4, 64, 20
+    torch.manual_seed(0)
+    blocks = [kernel_cases.chosen(rows, H, E, k, width, BF16, shared=width, gated=True)()[0] for _ in range(count)]
+    inputs = torch.randn(rows, H).to(BF16), weights(count, E, H, BF16), [block[1:-1] for block in blocks]
+
+    def chain(call, inputs, states):
+        x, routers, blocks = inputs
+        for router, (indices, _, *block) in zip(routers, blocks, strict=True):
+            weights, _ = call("route", x, router, k, True)
+            x = call("experts", x, indices, weights, *block, x)
+        return x
+
+    check_overlap(chain, inputs, [], 1e-1)
 
 
 def test_state_is_written_in_place_by_compiled_code():

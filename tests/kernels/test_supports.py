@@ -46,6 +46,17 @@ def cache_in_half_precision():
     return (*args[:10], args[10].half(), *args[11:]), {}
 
 
+def with_argument(op, name, value):
+    """A call of the op's first case with another argument."""
+
+    def make():
+        args, _ = next(c for c in kernel_cases.CASES if c.op == op).call()
+        at = kernel_cases.meaning(op).arg_names.index(name)
+        return (*args[:at], value, *args[at + 1 :]), {}
+
+    return make
+
+
 REFUSED = [
     ("causal_conv", kernel_cases.prompt_conv(1, 4, 4, 4, F64), "x must be float32, bfloat16 or float16, got float64."),
     ("causal_conv", kernel_cases.prompt_conv(1, 4, 4, 4, act="gelu"), "activation must be one of silu, none, got gelu."),
@@ -137,6 +148,32 @@ REFUSED = [
     ("split_linear", kernel_cases.split(4, 512, 2, F64, (2, 1)), "x must be float32, bfloat16 or float16, got float64."),
     ("add_rms_norm", kernel_cases.added(2**14 + 1), "A row must be at most 16384 wide, got 16385."),
     ("add_rms_norm", kernel_cases.added(8, F64), "x must be float32, bfloat16 or float16, got float64."),
+    ("route", kernel_cases.routed(1, 8, 4, 2, F64), "x must be float32, bfloat16 or float16, got float64."),
+    ("route", with_argument("route", "weight", torch.zeros(4, 64, dtype=BF16)), "x and the router's weight must have one dtype"),
+    ("route", with_argument("route", "weight", torch.zeros(4, 32)), "x and the router's weight must agree on H, got 64 and 32."),
+    ("route", with_argument("route", "top_k", 33), "A row must go to 1 to 32 of at most 4096 experts, got 33 of 12."),
+    ("route", with_argument("route", "x", torch.zeros(65, 64)), "x must have 1 to 64 rows, got the sizes [65, 64]."),
+    ("route", with_argument("route", "x", torch.zeros(1, 128)[:, ::2]), "x must have contiguous rows, got the strides [128, 2]."),
+    ("route", kernel_cases.routed(2, 48, 4, 2), "The columns of a router for several rows must be a multiple of 64, got 48."),
+    ("route", kernel_cases.routed(2, 64, 4, 2, norm=True), "Several rows take no norm before the router, got one."),
+    ("experts", kernel_cases.chosen(1, 8, 4, 2, 8, F64), "routing_weights must be float32, bfloat16 or float16, got float64."),
+    ("experts", kernel_cases.chosen(65, 16, 4, 2, 16), "x must have 1 to 64 rows, got the sizes [65, 16]."),
+    ("experts", kernel_cases.chosen(2, 16, 4, 2, 16, norm=True), "Several rows take no norm before their experts, got one."),
+    ("experts", kernel_cases.chosen(2, 24, 4, 2, 16), "The columns of experts' weights for several rows must be multiples of 16"),
+    ("experts", kernel_cases.chosen(2, 16, 4, 2, 16, shared=8), "The columns of experts' weights for several rows must be multi"),
+    ("experts", with_argument("experts", "activation", "gelu"), "activation must be one of silu, got gelu."),
+    ("experts", with_argument("experts", "x", torch.zeros(1, 24, dtype=BF16)), "x and gate_up must have one dtype, got bfloat16"),
+    ("experts", with_argument("experts", "down", torch.zeros(6, 8, 24).mT), "down must have contiguous rows, got the strides"),
+    ("experts", with_argument("experts", "down", torch.zeros(6, 24, 9)), "gate_up must have the sizes [6, 18, 24], got"),
+    ("experts", with_argument("experts", "shared_up", torch.zeros(8, 24)), "A shared expert must have gate, up and down"),
+    ("experts", with_argument("experts", "indices", torch.zeros(2, 3, dtype=torch.int64)), "indices must be of int64 and like"),
+    ("experts", kernel_cases.chosen(1, 8, 2, 2, 50000), "The experts of one row must have at most 49152 columns together, got 2"),
+    ("routed_experts", with_argument("routed_experts", "x", torch.zeros(2, 64)), "x must be one row, got the sizes [2, 64]."),
+    (
+        "routed_experts",
+        with_argument("routed_experts", "router", torch.zeros(13, 64)),
+        "The router must have a row per expert, got",
+    ),
 ]
 
 

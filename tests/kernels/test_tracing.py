@@ -33,8 +33,12 @@ CALLS = {
     "in_proj_conv": kernel_cases.in_proj(7, 100, 5, torch.bfloat16),
     "split_linear": kernel_cases.split(7, 512, 2, torch.bfloat16, (3, 1)),
     "add_rms_norm": kernel_cases.added(100, torch.bfloat16, parts=3),
+    "route": kernel_cases.routed(3, 64, 6, 2, torch.bfloat16),
+    "experts": kernel_cases.chosen(3, 32, 6, 2, 16, torch.bfloat16, shared=16, gated=True, residual=True),
+    "routed_experts": kernel_cases.routed_experts(64, 6, 2, 16, torch.bfloat16, norm=True),
 }
-BATCHED = [op for op in CALLS if op not in ("fused_linear", "in_proj_conv", "split_linear", "add_rms_norm")]
+STATIC = ("fused_linear", "in_proj_conv", "split_linear", "add_rms_norm", "route", "experts", "routed_experts")
+BATCHED = [op for op in CALLS if op not in STATIC]
 # The axis of time of what a prompt, or the keys of all tokens, is made of, by the ops that take any length.
 TIME = dict.fromkeys(("q", "k", "v", "g", "beta", "a", "b"), 1)
 KEYS = {"keys": 2, "values": 2, "mask": 3}

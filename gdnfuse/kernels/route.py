@@ -1,0 +1,233 @@
+"""The router of a mixture of experts: top-k of softmax(x·Wᵀ) (Shazeer et al. 2017, arXiv:1701.06538), for the rows of a step.
+
+Two launches: logits, of one row as skinny_linear streams a weight, of several in parts of the columns as few_rows_linear does;
+then a program per row adds the parts up and takes the largest. Nothing is sorted. A logit and its expert are one integer, so that
+the largest of a row is one reduction; of equal logits the lower expert is first, and what is no number is larger than all.
+
+Where the experts follow (experts.py) the second launch falls away for one row: whoever needs an expert finds it from the logits.
+
+Layout: x [N, H] with contiguous rows, weight [E, H] with contiguous rows any distance apart; logits [parts, N, E] in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from gdnfuse.errors import Refused
+from gdnfuse.kernels import few_rows_linear
+from gdnfuse.kernels.launch.implementation import kernel_of, overlap_options, register, require_dtypes, require_static
+from gdnfuse.kernels.linear_configs import FewRowsConfig
+from gdnfuse.kernels.skinny_linear import MAX_N, dot_rows, load_row, load_rows
+
+MAX_ROWS = 64
+MAX_EXPERTS = 4096  # a program holds the logits of a row
+MAX_TOP_K = 32  # the loop over them is unrolled
+LOWEST, HIGHEST = tl.constexpr(-(2**31)), tl.constexpr(2**31 - 1)
+ROUNDED = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+# Rows of the weight per program, columns per step and warps, for one row of x.
+ONE_ROW = (2, 512, 2)
+# For several: rows of the weight per tile, and into how many parts the columns go, of which that many programs stream one step.
+TILE, PARTS = 32, (8, 4, 2)
+
+
+@triton.jit
+def keys(logit, e, E, ROUND: tl.constexpr):
+    """An integer for each logit, in their order, the largest for what is no number. Of 16 bits the expert is in it too."""
+    if ROUND == tl.float32:
+        bits = logit.to(tl.int32, bitcast=True)
+        key = tl.where(logit == logit, bits ^ ((bits >> 31) & 0x7FFFFFFF), HIGHEST)
+    else:
+        bits = logit.to(ROUND).to(tl.int16, bitcast=True).to(tl.int32)
+        key = tl.where(logit == logit, bits ^ ((bits >> 15) & 0x7FFF), 0x7FFF)
+        key = (key << 16) | (0xFFFF - e)
+    return tl.where(e < E, key, LOWEST)
+
+
+@triton.jit
+def largest(key, e, ROUND: tl.constexpr):
+    """The logit and the expert of the largest key."""
+    top = tl.max(key, 0)
+    if ROUND == tl.float32:
+        bits = top ^ ((top >> 31) & 0x7FFFFFFF)
+        return bits.to(tl.float32, bitcast=True), tl.min(tl.where(key == top, e, HIGHEST), 0)
+    else:
+        high = top >> 16
+        bits = (high ^ ((high >> 15) & 0x7FFF)).to(tl.int16)
+        return bits.to(ROUND, bitcast=True).to(tl.float32), 0xFFFF - (top & 0xFFFF)
+
+
+@triton.jit
+def router_logits_kernel(
+    x_ptr, weight_ptr, norm_weight_ptr, logits_ptr, norm_eps, norm_offset, E, stride_w,
+    H: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    if OVERLAP:
+        gdc_launch_dependents()
+    row = tl.program_id(0) * R + tl.arange(0, R)  # [R]
+    w = load_rows(weight_ptr, row, row < E, stride_w, H, BN, EVEN)
+    if norm_weight_ptr is not None:
+        norm_weight = load_row(norm_weight_ptr, H, BN)
+    else:
+        norm_weight = ()
+    if OVERLAP:
+        gdc_wait()
+    x, factor = normed(load_row(x_ptr, H, BN), norm_weight, norm_eps, norm_offset, H, BN)
+    tl.store(logits_ptr + row, dot_rows(w, x, R, BN) * factor, mask=row < E)
+
+
+@triton.jit
+def normed(row, norm_weight, eps, offset, N: tl.constexpr, BN: tl.constexpr):
+    """A row in steps of [BN], in float32 and times its norm's weights, if any; and the factor of the norm that is missing."""
+    x = ()
+    factor = 1.0
+    square = tl.zeros((BN,), tl.float32)
+    for i in tl.static_range(len(row)):
+        step = row[i].to(tl.float32)  # [BN]
+        if len(norm_weight) > 0:
+            square += step * step
+            step = step * (tl.cast(offset, tl.float32) + norm_weight[i].to(tl.float32))
+        x = x + (step,)
+    if len(norm_weight) > 0:
+        factor = tl.rsqrt(tl.sum(square, 0) / N + tl.cast(eps, tl.float32))
+    return x, factor
+
+
+@triton.jit
+def top_k_kernel(
+    logits_ptr, weights_ptr, indices_ptr, N, E,
+    K: tl.constexpr, BK: tl.constexpr, BE: tl.constexpr, PARTS: tl.constexpr, ROUND: tl.constexpr, NORMALIZE: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
+    n = tl.program_id(0)
+    e = tl.arange(0, BE)  # [BE]
+    logit = tl.load(logits_ptr + n * E + e, mask=e < E, other=-float("inf"))  # [BE]
+    for part in tl.static_range(1, PARTS):
+        logit += tl.load(logits_ptr + (part * N + n) * E + e, mask=e < E, other=0.0)
+    logit = logit.to(ROUND).to(tl.float32)
+    key = keys(logit, e, E, ROUND)
+    j = tl.arange(0, BK)  # [BK]
+    experts = tl.zeros((BK,), tl.int32)
+    values = tl.full((BK,), -float("inf"), tl.float32)
+    for i in tl.static_range(K):
+        value, expert = largest(key, e, ROUND)
+        key = tl.where(e == expert, LOWEST, key)
+        experts = tl.where(j == i, expert, experts)
+        values = tl.where(j == i, value, values)
+        if i == 0:
+            most = value
+    weights = tl.exp(values - most)
+    total = tl.sum(weights, 0) if NORMALIZE else tl.sum(tl.exp(logit - most), 0)
+    at = n * K + j
+    tl.store(weights_ptr + at, (weights / total).to(weights_ptr.dtype.element_ty), mask=j < K)
+    tl.store(indices_ptr + at, experts.to(tl.int64), mask=j < K)
+
+
+def logits_of(
+    x: torch.Tensor, weight: torch.Tensor, norm_weight: torch.Tensor | None, norm_eps: float, norm_offset: float, overlap: bool
+) -> torch.Tensor:
+    """x·Wᵀ in float32, not rounded: [parts, N, E]."""
+    (N, H), E = x.shape, weight.shape[0]
+    if N > 1:
+        parts = next(n for n in PARTS if H % (n * SMALLEST_STEP) == 0)
+        config = FewRowsConfig(TILE, step(H // parts, weight.dtype), 4, 2, parts, True)
+        return few_rows_linear.launch_with(config, x, weight, overlap=overlap)
+    R, BN, num_warps = ONE_ROW
+    logits = torch.empty((1, 1, E), dtype=torch.float32, device=x.device)
+    options = overlap_options(x, norm_weight) if overlap else {}
+    kernel_of(router_logits_kernel)[(-(-E // R),)](
+        x, weight, None if norm_weight is None else norm_weight.contiguous(), logits, norm_eps, norm_offset, E, weight.stride(0),
+        H=H, R=R, BN=min(BN, triton.next_power_of_2(H)), EVEN=E % R == 0, OVERLAP=bool(options), num_warps=num_warps, **options,
+    )  # fmt: skip
+    return logits
+
+
+SMALLEST_STEP, LARGEST_STEP = 32, 256  # columns of two bytes
+
+
+def step(columns: int, dtype: torch.dtype) -> int:
+    """The most columns of a step that fill so many."""
+    block = LARGEST_STEP * 2 // dtype.itemsize
+    while columns % block:
+        block //= 2
+    return block
+
+
+def rounded(weight: torch.Tensor, wide_logits: bool) -> tl.dtype:
+    """What logits are rounded to."""
+    return tl.float32 if wide_logits else ROUNDED[weight.dtype]
+
+
+def launch(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    top_k: int,
+    normalize: bool,
+    wide_logits: bool = False,
+    wide_weights: bool = False,
+    norm_weight: torch.Tensor | None = None,
+    norm_eps: float = 0.0,
+    norm_offset: float = 0.0,
+    *,
+    overlap: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The dialect's route for at most MAX_ROWS rows.
+
+    Args:
+        x, weight, top_k, normalize, wide_logits, wide_weights, norm_weight, norm_eps, norm_offset: as there.
+        overlap: whether weight and norm_weight may be read while kernels before this one run.
+
+    Returns:
+        routing weights and indices, contiguous.
+    """
+    (N, _), E = x.shape, weight.shape[0]
+    logits = logits_of(x, weight, norm_weight, norm_eps, norm_offset, overlap)
+    weights = torch.empty((N, top_k), dtype=torch.float32 if wide_weights else x.dtype, device=x.device)
+    indices = torch.empty((N, top_k), dtype=torch.int64, device=x.device)
+    options = overlap_options(x) if overlap else {}
+    kernel_of(top_k_kernel)[(N,)](
+        logits, weights, indices, N, E,
+        K=top_k, BK=triton.next_power_of_2(top_k), BE=triton.next_power_of_2(E), PARTS=logits.shape[0],
+        ROUND=rounded(weight, wide_logits), NORMALIZE=normalize, OVERLAP=bool(options), num_warps=1, **options,
+    )  # fmt: skip
+    return weights, indices
+
+
+def supports(
+    x, weight, top_k, normalize, wide_logits=False, wide_weights=False, norm_weight=None, norm_eps=0.0, norm_offset=0.0
+) -> None:
+    """Raises Refused unless there are at most MAX_ROWS rows, sizes are static, dtypes are float32, bfloat16 or float16, of x and
+    weight alike, rows are contiguous, and E and top_k are within what a program holds; several rows take no norm."""
+    require_dtypes(x=x, weight=weight, norm_weight=norm_weight)
+    if x.dtype != weight.dtype:
+        both = " and ".join(str(t.dtype).removeprefix("torch.") for t in (x, weight))
+        raise Refused(f"x and the router's weight must have one dtype, got {both}.")
+    if x.dim() != 2 or weight.dim() != 2:
+        raise Refused(f"x and the router's weight must have two dimensions, got {x.dim()} and {weight.dim()}.")
+    N, (E, H) = x.shape[0], weight.shape
+    require_static(E=E, H=H)
+    require_static(**{"x's last size": x.shape[-1]})
+    if x.shape[-1] != H:
+        raise Refused(f"x and the router's weight must agree on H, got {x.shape[-1]} and {H}.")
+    if not 1 <= top_k <= min(E, MAX_TOP_K) or E > MAX_EXPERTS:
+        raise Refused(f"A row must go to 1 to {MAX_TOP_K} of at most {MAX_EXPERTS} experts, got {top_k} of {E}.")
+    for name, t in (("x", x), ("The router's weight", weight)):
+        if not isinstance(t.stride(-1), int) or t.stride(-1) != 1:
+            raise Refused(f"{name} must have contiguous rows, got the strides {list(t.stride())}.")
+    if not isinstance(N, int) or not 1 <= N <= MAX_ROWS:
+        raise Refused(f"x must have 1 to {MAX_ROWS} rows, got the sizes {list(x.shape)}.")
+    if N > 1 and norm_weight is not None:
+        raise Refused("Several rows take no norm before the router, got one.")
+    if N > 1 and H % (PARTS[-1] * SMALLEST_STEP):
+        raise Refused(f"The columns of a router for several rows must be a multiple of {PARTS[-1] * SMALLEST_STEP}, got {H}.")
+    if N == 1 and H > MAX_N:
+        raise Refused(f"One row must be at most {MAX_N} wide, got {H}.")
+
+
+implementation = register("route", launch, supports, early=("weight", "norm_weight"), measured="benchmarks/experts.py")
