@@ -22,6 +22,7 @@ from gdnfuse.passes.growing_keys import growing_keys, lay_out, mark
 from gdnfuse.pipeline import original, rewrite
 from gdnfuse.report.records import Comparison, GraphReport, Status, new_report, publish
 from gdnfuse.rewrite.edit import quiet_shapes
+from gdnfuse.rewrite.graph import is_tensor, value
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ capture.install()
 for sentence in versions.too_old():
     log.warning("%s Matches are proved all the same, but more may stay unfused.", sentence)
 
-MODE_CHANGES = ("_enter_autocast", "_exit_autocast", "_enter_inference_mode")
+MODE_CHANGES = ("_enter_autocast", "_exit_autocast", "_enter_inference_mode", "_jvp_increment_nesting")
 
 
 def gdnfuse(
@@ -176,6 +177,8 @@ def _why_untouched(gm: GraphModule, example_inputs: Sequence[Any]) -> str:
                     "Inference must run without gradients (torch.no_grad or requires_grad_(False)), "
                     "found grad mode on and an input or parameter that requires it."
                 )
+    if computed := next((n for n in gm.graph.nodes if is_tensor(n) and value(n).grad_fn is not None), None):
+        return f"Inference must run without gradients in the graph too, found that {computed.name} has one to compute."
     devices = {str(x.device) for x in example_inputs if isinstance(x, torch.nn.Parameter)}
     if len(devices) > 1:
         return f"The parameters of a graph must be on one device, found {' and '.join(sorted(devices))}."

@@ -63,6 +63,31 @@ def test_with_gradients_nothing_is_rewritten_and_they_flow(caplog):
         compiled(ours, strict=True)(input_ids=ids, use_cache=False)
 
 
+@torch._dynamo.allow_in_graph
+def loads():
+    """As a kernel is fetched: its node has no value."""
+
+
+def replaces_weight(module, args):
+    loads()
+    torch._assert_async(module.weight.isfinite().all())
+    module.weight.data = module.weight * 1.0
+
+
+def test_what_nobody_knows_in_a_model_costs_no_fusion():
+    """A hook that marks embeddings for gradients, a kernel that is fetched, an assertion, and weights that a forward replaces."""
+    model = zoo.causal_lm(**zoo.SMALL)
+    wanted = step(model, copy.deepcopy(model))
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable()
+    for module in (model.model.layers[0].mlp.up_proj, model.lm_head):
+        module.register_forward_pre_hook(replaces_weight)
+    assert zoo.relative(step(model, compiled(model, strict=True)), wanted) < 1e-5
+    (report,) = gdnfuse.reports()
+    (refused,) = {r.reason for r in report.all_records if r.rule == "packed_linear" and r.status is gdnfuse.Status.REFUSED}
+    assert report.fused_layers == 1 and "up_proj_parameters_weight_ must not be written in place" in refused
+
+
 def test_strict_names_the_layer_and_the_reason(small):
     run = compiled(small, strict=True, stop_after="lift")
     with pytest.raises(Exception, match=r"strict: the GDN layer model\.layers\.0\.linear_attn is not fused\. .+\."):

@@ -21,7 +21,7 @@ from gdnfuse.packing import PackedWeight, pack, settle
 from gdnfuse.passes.sdpa import attention_of
 from gdnfuse.report.records import Record
 from gdnfuse.rewrite.edit import infer, recorded
-from gdnfuse.rewrite.graph import is_plain, kept, op_name, storage, value, writes
+from gdnfuse.rewrite.graph import held, is_plain, kept, op_name, storage, value, writes
 
 EQUATIONS = {"linear": "x·Wᵀ", "scaled_dot_product_attention": causal_attention.op.equation}  # of what is torch's
 MAX_SUM = 7  # terms: Inductor makes a loop of a longer sum, with a kernel of its own
@@ -130,15 +130,14 @@ class _Touched:
     """Who reads and who writes the memory of a graph's inputs."""
 
     def __init__(self, graph: Graph):
-        inputs = [storage(n) for n in graph.nodes if n.op in ("placeholder", "get_attr")]
-        self.inputs = Counter(s for s in inputs if s is not None)
+        self.inputs = Counter(s for n in graph.nodes if n.op in ("placeholder", "get_attr") for s in held(n))
         self.writers: dict[int, set[Node]] = {}
         self.readers: dict[int, set[Node]] = {}
         for node in graph.nodes:
             for s in writes(node):
                 self.writers.setdefault(s, set()).add(node)
             for n in node.all_input_nodes:
-                if (s := storage(n)) is not None and storage(node) != s:
+                for s in held(n) - held(node):
                     self.readers.setdefault(s, set()).add(node)
 
     def may_overlap(self, node: Node, kernel: Any, call: dict[str, Any]) -> bool:

@@ -16,7 +16,19 @@ from gdnfuse.errors import Refused
 from gdnfuse.progress import announce
 from gdnfuse.report.records import Record, Source, Status
 from gdnfuse.rewrite.edit import infer, quiet_shapes, recorded, returned
-from gdnfuse.rewrite.graph import is_plain, is_tensor, kept, op_name, origin, remove_dead, storage, value, writes
+from gdnfuse.rewrite.graph import (
+    foreign,
+    held,
+    is_plain,
+    is_tensor,
+    kept,
+    op_name,
+    origin,
+    remove_dead,
+    storage,
+    value,
+    writes,
+)
 from gdnfuse.rewrite.pattern import Mismatch
 from gdnfuse.rewrite.proof import prove
 from gdnfuse.rewrite.rule import Match, Rule
@@ -88,7 +100,7 @@ class Memory:
             self.add(n)
 
     def add(self, node: Node) -> None:
-        for s in {storage(i) for i in node.all_input_nodes} - {None}:
+        for s in {s for i in node.all_input_nodes for s in held(i)}:
             self.users.setdefault(s, []).append(node)
         for s in writes(node):
             self.writers.setdefault(s, []).append(node)
@@ -117,12 +129,15 @@ def cut(graph: Graph, m: Match, memory: Memory) -> Region:
     the region too.
 
     Raises:
-        Refused: an input is a tensor subclass, the region depends on something that is no input, or something outside reads or
-            writes a state in between.
+        Refused: an input is a tensor subclass or no tensor, the region depends on something that is no input or computed by code
+            that is not torch's, or something outside reads or writes a state in between.
     """
     for name, n in m.inputs.items():
+        if not is_tensor(n) and not isinstance(value(n), int | float | torch.SymInt | torch.SymFloat):
+            raise Refused(f"{name} must be a tensor or a number, found what {op_name(n)} gives in {n.name}.", at=n)
         if is_tensor(n) and not is_plain(value(n)):
-            raise Refused(f"{name} must be a plain tensor, found {type(value(n)).__name__} in {n.name}.", at=n)
+            kind = type(value(n)).__name__ if storage(n) is not None else "one without memory of its own"
+            raise Refused(f"{name} must be a plain tensor, found {kind} in {n.name}.", at=n)
     names: dict[Node, str] = {}  # what is two operands is one input
     for name, n in m.inputs.items():
         if names.setdefault(n, name) != name and not m.writes.keys().isdisjoint((name, names[n])):
@@ -144,6 +159,8 @@ def cut(graph: Graph, m: Match, memory: Memory) -> Region:
             continue
         if n.op not in ("call_function", "call_method"):
             raise Refused(f"The result must depend on {', '.join(m.inputs)} alone, found that it reads {n.name} too.", at=n)
+        if foreign(n):
+            raise Refused(f"The result must be computed by torch's own operations, found {op_name(n)} in {n.name}.", at=n)
         seen.add(n)
         todo.extend(n.all_input_nodes)
         if m.local_writes and storage(n) not in given | local:
@@ -168,6 +185,10 @@ def cut(graph: Graph, m: Match, memory: Memory) -> Region:
         env[n] = new.node_copy(n, lambda x: env[x])
     new.output(tuple(env[o] for o in m.outputs))
     return Region(nodes, inputs, new, point)
+
+
+def _writes(writer: Node) -> str:
+    return "may write" if foreign(writer) else "writes"
 
 
 def _last_placeholder(graph: Graph) -> list[Node]:
@@ -198,7 +219,7 @@ def _check_states(m: Match, nodes: list[Node], memory: Memory) -> None:
         allowed = seen if m.local_writes and storage(n) not in given else set(m.writes.values())
         for writer in memory.writers.get(storage(n), ()):
             if writer not in allowed and not writer._erased:
-                raise Refused(f"{n.name} must not be written in place, found that {writer.name} writes it.", at=writer)
+                raise Refused(f"{n.name} must not be written in place, found that {writer.name} {_writes(writer)} it.", at=writer)
 
 
 def _check_local_writes(m: Match, nodes: list[Node], given: set[int | None], memory: Memory) -> None:

@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Node, Proxy
 
 from gdnfuse.report.records import Record, Status
 from gdnfuse.rewrite.evaluate import arguments, evaluate_node
-from gdnfuse.rewrite.graph import is_tensor, module_stack, op_name, origin, storage, value
+from gdnfuse.rewrite.graph import held, is_tensor, module_stack, op_name, origin, storage, value
 
 
 def recorded(name: str, stage: str, node: Node, equation: str) -> Record:
@@ -30,7 +30,7 @@ def call(target: Any, *args: Any, **kwargs: Any) -> Any:
 
 def returned(node: Node) -> bool:
     """Whether the graph returns it or a view of it."""
-    return any(u.op == "output" or storage(u) == storage(node) and returned(u) for u in node.users)
+    return any(u.op == "output" or storage(node) in held(u) and returned(u) for u in node.users)
 
 
 def infer(node: Node) -> Any:
@@ -38,7 +38,7 @@ def infer(node: Node) -> Any:
     tensors = [value(n) for n in node.all_input_nodes if is_tensor(n)]
     mode = next((t.fake_mode for t in tensors if hasattr(t, "fake_mode")), None)
     with mode if mode is not None else torch.no_grad(), torch.no_grad():
-        if mode is not None and op_name(node).startswith("gdnfuse."):
+        if mode is not None and isinstance(node.target, torch._ops.OpOverload) and op_name(node).startswith("gdnfuse."):
             # What the dispatcher comes to, too, by a way that takes four times as long.
             args, kwargs = arguments(node, value)
             return singleton.find(node.target._schema.name).fake_impl.kernel.func(*args, **kwargs)

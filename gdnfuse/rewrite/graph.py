@@ -32,6 +32,11 @@ SYNONYMS = {
     "permute": "transpose",
 }
 
+# Packages whose functions do what their names say, and write what ends in an underscore.
+TORCH = ("torch", "_operator", "builtins", "math", "")
+# Namespaces of registered ops that may run on any values: a proof must not call what talks to other devices or prints.
+_PLAIN = ("aten", "prims", "gdnfuse")
+
 # Ops whose result holds the elements of their first argument, in some order, when the number of elements is unchanged.
 _VIEWS = {
     "transpose", "reshape", "view", "unsqueeze", "squeeze", "flatten", "unflatten", "contiguous", "getitem", "select",
@@ -41,10 +46,14 @@ _VIEWS = {
 _PARTS = {"split", "chunk", "unbind", "tensor_split"}
 _CASTS = {"to", "float", "half", "bfloat16", "double", "type", "type_as"}
 _REARRANGING = _VIEWS | _PARTS
-_READING = _REARRANGING | _CASTS  # what only reads, whatever it is given
+# What only reads, whatever it is given, though its result may be its input's memory or its name end in an underscore.
+_READING = _REARRANGING | _CASTS | {
+    "getattr", "real", "imag", "diagonal", "unfold", "as_strided", "split_with_sizes", "moveaxis", "ravel", "broadcast_to",
+    "expand_as", "conj", "resolve_conj", "resolve_neg", "view_as_real", "view_as_complex", "as_tensor", "requires_grad_",
+}  # fmt: skip
 
 # Without side effects: may be dropped when nobody reads the result. Whatever is not listed stays.
-_PURE = _VIEWS | _CASTS | {
+PURE = _VIEWS | _CASTS | {
     "add", "sub", "mul", "div", "neg", "exp", "rsqrt", "sqrt", "pow", "square", "sum", "mean", "softplus", "sigmoid", "silu",
     "cat", "split", "chunk", "conv1d", "linear", "zeros_like", "zeros", "empty", "empty_like", "repeat_interleave", "log",
     "matmul",
@@ -52,22 +61,45 @@ _PURE = _VIEWS | _CASTS | {
 
 
 def op_name(node: Any) -> str:
-    """The one name of what a node computes: "mul" for operator.mul, torch.mul and Tensor.mul; "gdnfuse.x" for dialect ops."""
+    """The one name of what a node computes: "mul" for operator.mul, torch.mul and Tensor.mul.
+
+    What is not torch's has its namespace or package in front, "gdnfuse.x" for dialect ops, so that no name makes it torch's.
+    """
     if not isinstance(node, Node):
         return type(node).__name__
     if node.op not in ("call_function", "call_method"):
         return node.op
     target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return _overload_name(target)
-    name = target if isinstance(target, str) else getattr(target, "__name__", None) or str(target)
-    return SYNONYMS.get(name, name)
+    if isinstance(target, str):
+        return SYNONYMS.get(target, target)
+    if _schemas(target):
+        return _registered_name(target)
+    name = getattr(target, "__name__", None) or str(target)
+    return SYNONYMS.get(name, name) if (package := _package(target)) in TORCH else f"{package}.{name}"
+
+
+def _schemas(target: Any) -> tuple[Any, ...]:
+    """Of an op registered with torch, all overloads where it does not say which; none of a function."""
+    registered = isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket)
+    return _schemas_of(target) if registered else ()
 
 
 @functools.cache
-def _overload_name(target: torch._ops.OpOverload) -> str:
-    namespace, name = target._schema.name.split("::")
+def _schemas_of(target: torch._ops.OpOverload | torch._ops.OpOverloadPacket) -> tuple[Any, ...]:
+    if isinstance(target, torch._ops.OpOverload):
+        return (target._schema,)
+    return tuple(getattr(target, overload)._schema for overload in target.overloads())
+
+
+@functools.cache
+def _registered_name(target: torch._ops.OpOverload | torch._ops.OpOverloadPacket) -> str:
+    namespace, name = _schemas_of(target)[0].name.split("::")
     return name if namespace == "aten" else f"{namespace}.{name}"
+
+
+def _package(target: Any) -> str:
+    """The package that a function comes from; empty for a built-in of none."""
+    return (getattr(target, "__module__", None) or "").split(".")[0]
 
 
 def value(node: Any) -> Any:
@@ -80,8 +112,15 @@ def is_tensor(node: Any) -> bool:
 
 
 def is_plain(tensor: Any) -> bool:
-    """Whether a tensor is its storage, no subclass that holds or means something else (quantized, distributed)."""
-    return type(tensor) in (torch.Tensor, torch.nn.Parameter, FakeTensor)
+    """Whether a tensor is its storage, and nothing that holds or means something else (quantized, distributed, sparse)."""
+    return type(tensor) in (torch.Tensor, torch.nn.Parameter, FakeTensor) and _address(tensor) is not None
+
+
+def _address(tensor: torch.Tensor) -> int | None:
+    try:
+        return tensor.untyped_storage()._cdata
+    except NotImplementedError:  # sparse, or of an axis that vmap hides
+        return None
 
 
 def same(a: Any, b: Any) -> bool:
@@ -133,49 +172,70 @@ def real_users(node: Node) -> Iterator[Node]:
 
 
 def storage(node: Any) -> int | None:
-    """Identity of the memory a tensor node lives in; views of one tensor share it."""
-    return node.meta["example_value"].untyped_storage()._cdata if is_tensor(node) else None
+    """Identity of the memory a tensor node lives in; views of one tensor share it. None for what has no memory of that kind."""
+    return _address(node.meta["example_value"]) if is_tensor(node) else None
+
+
+def held(node: Any) -> set[int]:
+    """Storages that may be reached through a node: its tensor's, those of several, or, of a value that nobody knows, those of all
+    that it was made of."""
+    if not isinstance(node, Node):
+        return set()
+    v = value(node)
+    found = set() if v is None else {_address(t) for t in tensors_of(v)}
+    if (v is None or None in found) and node.op in ("call_function", "call_method", "call_module"):
+        found = found.union(*map(held, node.all_input_nodes))
+    return found - {None}
 
 
 def writes(node: Node) -> set[int]:
     """Storages this node may write. Generous: what is not known to be a pure op or a view counts as writing what it could."""
     if node.op not in ("call_function", "call_method"):
-        return set() if node.op in ("placeholder", "get_attr", "output") else _storages(node.all_input_nodes)
+        return set() if node.op in ("placeholder", "get_attr", "output") else _held(node.all_input_nodes)
     name, target = op_name(node), node.target
-    if isinstance(target, torch._ops.OpOverload):
-        arguments = target._schema.arguments
-        marked = [a.alias_info is not None and a.alias_info.is_write for a in arguments]
-        found = [x for x, w in zip(node.args, marked, strict=False) if w]
-        found += [node.kwargs[a.name] for a, w in zip(arguments, marked, strict=True) if w and a.name in node.kwargs]
-        return _storages(found)
+    if schemas := _schemas(target):
+        return _held([x for schema in schemas for x in _marked(schema, node)])
     if name == "embedding" and (node.args[3] if len(node.args) > 3 else node.kwargs.get("max_norm")) is not None:
-        return _storages(node.all_input_nodes)  # it scales rows of its weight
+        return _held(node.all_input_nodes)  # it scales rows of its weight
     if node.kwargs.get("out") is not None:
-        out = node.kwargs["out"]
-        return _storages(out if isinstance(out, list | tuple) else [out])
+        return _held([node.kwargs["out"]])
     # operator.and_ and or_ have their underscore from the keywords of Python.
     in_place = name.endswith("_") and not name.endswith("__") and target not in (operator.and_, operator.or_, operator.not_)
-    if name == "setitem" or in_place:
-        return _storages(node.args[:1])
+    if foreign(node):
+        return _held(node.all_input_nodes)
     if name in _READING:
         return set()
-    if not _known_module(target):
-        return _storages(node.all_input_nodes)
+    if name == "setitem" or in_place:
+        return _held(node.args[:1])
     # An op that is no view and yet returns its input's memory, as relu(x, True) does, has written it.
-    return {storage(node)} & _storages(node.all_input_nodes) if is_tensor(node) else set()
+    return {storage(node)} & _held(node.all_input_nodes) if is_tensor(node) else set()
 
 
-def _storages(nodes: Sequence[Any]) -> set[int]:
-    """Of tensors, and of those in lists."""
+def _marked(schema: Any, node: Node) -> Iterator[Any]:
+    """The arguments of a call that its schema says are written."""
+    for i, a in enumerate(schema.arguments):
+        if a.alias_info is not None and a.alias_info.is_write:
+            if i < len(node.args) and not a.kwarg_only:
+                yield node.args[i]
+            elif a.name in node.kwargs:
+                yield node.kwargs[a.name]
+
+
+def _held(nodes: Sequence[Any]) -> set[int]:
+    """Of nodes, and of those in lists."""
     leaves = nodes if all(isinstance(n, Node) for n in nodes) else tree_leaves(list(nodes))
-    return {s for n in leaves if (s := storage(n)) is not None}
+    return {s for n in leaves for s in held(n)}
 
 
-def _known_module(target: Any) -> bool:
-    """Whether a function or method is torch's or Python's own, and no higher-order or foreign op that may do anything."""
-    module = getattr(target, "__module__", None) or ""
-    foreign = isinstance(target, torch._ops.HigherOrderOperator | torch._ops.OpOverloadPacket)
-    return isinstance(target, str) or (not foreign and module.split(".")[0] in ("torch", "_operator", "builtins", "math", ""))
+def foreign(node: Node) -> bool:
+    """Whether a call is of code that is neither torch's nor Python's own, and no op of the dialect: a function or op of somebody
+    else's, one that takes functions, or a method of something that is no tensor."""
+    target = node.target
+    if schemas := _schemas(target):
+        return schemas[0].name.split("::")[0] not in _PLAIN
+    if isinstance(target, str):
+        return bool(node.args) and isinstance(node.args[0], Node) and value(node.args[0]) is None
+    return isinstance(target, torch._ops.HigherOrderOperator) or _package(target) not in TORCH
 
 
 def remove_dead(graph: Graph) -> None:
@@ -183,7 +243,7 @@ def remove_dead(graph: Graph) -> None:
     for node in reversed(list(graph.nodes)):
         if not node.users and node.op in ("call_function", "call_method"):
             name = op_name(node)
-            if (name in _PURE or name.startswith("gdnfuse.")) and not writes(node):
+            if (name in PURE or name.startswith("gdnfuse.")) and not writes(node):
                 graph.erase_node(node)
 
 
@@ -208,13 +268,7 @@ def computes(node: Node) -> bool:
     view = name in _REARRANGING and name not in ("stack", "contiguous", "clone") and not gather
     if node.op not in ("call_function", "call_method") or view or name in ("empty", "empty_like"):
         return False
-    given = {s for n in node.all_input_nodes for s in _memory(n)}
-    return not _memory(node) <= given or bool(writes(node))
-
-
-def _memory(node: Node) -> set[int]:
-    """Storages of what a node gives: a tensor, or several."""
-    return {t.untyped_storage()._cdata for t in tensors_of(value(node))}
+    return not held(node) <= _held(node.all_input_nodes) or bool(writes(node))
 
 
 def tensors_of(v: Any) -> list[torch.Tensor]:

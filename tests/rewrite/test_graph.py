@@ -2,12 +2,16 @@
 
 import pytest
 import torch
+from torch.fx import Graph
 
 from gdnfuse.dialect import OPS
 from gdnfuse.rewrite.graph import (
     calls,
     chain,
     clean_path,
+    foreign,
+    held,
+    is_plain,
     is_tensor,
     module_stack,
     op_name,
@@ -49,6 +53,67 @@ def test_op_name_is_one_name_for_every_spelling(f, name):
 def test_op_name_of_what_is_no_call():
     everything, _ = nodes(lambda x: x + 1)
     assert op_name(everything[0]) == "placeholder" and op_name(everything[-1]) == "output" and op_name(1.5) == "float"
+
+
+def silu(x):
+    """Of somebody else's, whatever it does."""
+
+
+def by_hand(target, *args, method=False, **kwargs):
+    """A call of which no trace was made, and its first argument, x; the second is y. Neither has the call a value."""
+    graph = Graph()
+    nodes = [graph.placeholder(name) for name in "xy"]
+    for node in nodes:
+        node.meta["example_value"] = torch.rand(2, 3)
+    given = {"x": nodes[0], "y": nodes[1], "list": nodes, "held": graph.call_function(silu, (nodes[0],))}
+    make = graph.call_method if method else graph.call_function
+    return make(target, tuple(given.get(a, a) for a in args), {k: given.get(a, a) for k, a in kwargs.items()}), *nodes
+
+
+COLLECTIVES = torch.ops._c10d_functional
+
+
+@pytest.mark.parametrize(
+    ("target", "name"),
+    [(silu, "tests.silu"), (torch.ops.aten.silu, "silu"), (COLLECTIVES.all_reduce, "_c10d_functional.all_reduce")],
+)
+def test_op_name_of_what_is_not_torchs_is_none_of_torchs(target, name):
+    node, *_ = by_hand(target, "x")
+    assert op_name(node) == name and foreign(node) == (name != "silu")
+
+
+@pytest.mark.parametrize(
+    ("call", "written"),
+    [
+        (by_hand(torch.ops.aten.mul, "x", "y"), ""),
+        (by_hand(torch.ops.aten.mul, "x", "y", out="y"), "y"),
+        (by_hand(torch.ops.aten.add_, "x", "y"), "x"),
+        (by_hand(COLLECTIVES.all_reduce, "x", "sum", "0"), ""),
+        (by_hand(COLLECTIVES.all_reduce_, input="x", reduce_op="sum", group_name="0"), "x"),
+        (by_hand(COLLECTIVES.all_reduce_coalesced_, "list", "sum", "0"), "xy"),
+        (by_hand(torch.ops.gdnfuse.fused_linear, "x", "list"), ""),
+        (by_hand(torch.ops.higher_order.cond, "x", silu, silu, "list"), "xy"),
+        (by_hand(silu, "x", 3, other="y"), "xy"),
+        (by_hand(silu, "held"), "x"),
+        (by_hand("add", "held", "y", method=True), "xy"),
+        (by_hand("requires_grad_", "x", method=True), ""),
+        (by_hand(getattr, "x", "mT"), ""),
+        (by_hand(torch._assert_async, "x"), ""),
+    ],
+    ids=lambda call: str(call[0]) if isinstance(call, tuple) else None,
+)
+def test_writes_of_what_is_registered_are_its_schemas_and_of_what_is_foreign_all_it_could_write(call, written):
+    node, x, y = call
+    assert writes(node) == {storage({"x": x, "y": y}[name]) for name in written}
+
+
+def test_what_is_reached_through_a_value_that_nobody_knows_is_what_it_was_made_of():
+    node, x, y = by_hand(silu, "held", "y")
+    assert held(node) == {storage(x), storage(y)} and storage(node) is None
+    node.meta["example_value"] = [value(y), None, 3]
+    assert held(node) == {storage(y)}
+    node.meta["example_value"] = value(y).to_sparse()  # which has no memory of the kind that is known
+    assert held(node) == {storage(x), storage(y)} and storage(node) is None and not is_plain(value(node))
 
 
 @pytest.mark.parametrize(

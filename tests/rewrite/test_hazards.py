@@ -163,6 +163,112 @@ def test_siblings_whose_weights_have_symbolic_sizes():
     same_as_eager(lambda x, v, w: (F.linear(x, v), F.linear(x, w), gate(x)), torch.randn(3, 1, 4), W6, W8, dynamic=True)
 
 
+# Nodes that nobody knows: passed over, and what touches them is refused.
+
+
+@torch._dynamo.allow_in_graph
+def loads():
+    """As a kernel is fetched: no argument, no result."""
+
+
+@torch._dynamo.allow_in_graph
+def doubles(x):
+    x.mul_(2)
+
+
+@torch._dynamo.allow_in_graph
+def several(x):
+    return [x + 1, None, 3, x.view(-1)]
+
+
+@torch._dynamo.allow_in_graph
+def linear(x, weight):
+    """Has the name of torch's, and no more."""
+    return x.new_ones(*x.shape[:-1], weight.shape[0])
+
+
+@torch._dynamo.allow_in_graph
+def keyword(weight, *, input):
+    return input @ weight.T
+
+
+@torch.library.custom_op("gdnfuse_tests::bump", mutates_args=("x",))
+def bump(x: torch.Tensor) -> None:
+    x.add_(1)
+
+
+class Twice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * 2
+
+
+def bumped(x):
+    y = x * 1.5
+    torch.ops.gdnfuse_tests.bump(y)
+    return l2norm(y), gate(x)
+
+
+def of_several(x):
+    first, _, number, flat = several(x)
+    return gate(first), l2norm(flat.view(2, 3, 4)), number
+
+
+def of_a_branch(x):
+    y = torch.cond(x.sum() > 0, lambda x: x + 1, lambda x: x - 1, (x,))
+    return gate(y), l2norm(y)
+
+
+def requires_grad(x):
+    y = x.clone()
+    y.requires_grad_()
+    return gate(y), l2norm(y)
+
+
+def vmapped(x):
+    return torch.vmap(lambda y: gate(y) + l2norm(y))(x), gate(x), l2norm(x)
+
+
+FIRED, WRITTEN, BATCHED = "", "must not be written in place, found that", "must be a plain tensor, found one without memory"
+FOREIGN = [
+    (lambda x: (torch._assert_async((x * x).sum() >= 0), gate(x), l2norm(x)), [FIRED], [FIRED]),
+    (lambda x: (loads(), gate(x), l2norm(x)), [FIRED], [FIRED]),
+    (lambda x: (doubles(x), gate(x), l2norm(x)), [WRITTEN], [WRITTEN]),
+    (of_several, [FIRED], [WRITTEN]),
+    (lambda x: (linear(x + 1, W6), linear(x + 2, W8), gate(x)), [FIRED], []),
+    (lambda x: (keyword(input=x + 1, weight=W6), gate(x)), [FIRED], []),
+    (bumped, [FIRED], [WRITTEN]),
+    (of_a_branch, [FIRED], [FIRED]),
+    (lambda x: gate(Twice.apply(x)), [FIRED], []),
+    (requires_grad, [FIRED], [FIRED]),
+    (lambda x: (gate(torch.as_tensor(x.numpy() * 2)), l2norm(x)), [FIRED], [FIRED]),
+    (vmapped, [BATCHED, FIRED], [BATCHED, FIRED]),
+]
+
+
+@pytest.mark.parametrize(("f", "gates", "norms"), FOREIGN)
+def test_what_nobody_knows_is_passed_over(f, gates, norms):
+    same_as_eager(f, torch.randn(2, 3, 4))
+    found = [r for r in gdnfuse.reports()[0].all_records if r.stage == "lift"]
+    for rule, wanted in (("gating", gates), ("l2norm", norms)):
+        reasons = [r.reason for r in found if r.rule == rule]
+        assert len(reasons) == len(wanted) and all(w in r if w else not r for w, r in zip(wanted, reasons, strict=True))
+
+
+def test_gradients_of_a_graph_s_own_leave_it_as_it_came():
+    """Our ops have no gradient, whoever asks for it."""
+    f = lambda x: gate(torch.func.grad(lambda y: l2norm(y).sum())(x))  # noqa: E731
+    x = torch.randn(2, 3, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(f, backend="gdnfuse", options={"inner": "eager"})(x), f(x))
+    (report,) = gdnfuse.reports()
+    assert not report.rewritten and "without gradients in the graph too" in report.note
+
+
 # The report and side effects.
 
 
