@@ -13,7 +13,7 @@ from torch._logging import trace_structured
 from torch.fx import GraphModule
 
 from gdnfuse import capture, kernels, versions
-from gdnfuse.errors import GdnfuseError, Refused
+from gdnfuse.errors import GdnfuseError, Refused, one_line
 from gdnfuse.kernels.launch.inductor import announce
 from gdnfuse.options import DISABLE, Options, disabled, parse
 from gdnfuse.packing import PackedWeight, PackedWeights
@@ -94,7 +94,7 @@ def rewritten_copy(
         # A bug of ours must not cost the user the model: it runs as it came, and says so.
         log.exception("gdnfuse failed on this graph, which is compiled by %s as it came", opts.inner)
         report.rewritten, report.layers, report.records = False, [], []
-        report.note = f"A pass failed: {type(e).__name__}: {e}."
+        report.note = f"A pass failed: {one_line(e)}."
         return gm, []
 
 
@@ -115,7 +115,7 @@ def _verify(gm: GraphModule, rewritten: GraphModule, example_inputs: Sequence[An
     try:
         report.comparisons = _compared(gm, rewritten, example_inputs)
     except Exception as e:  # out of memory, for one: what was asked for was a check, not to lose the model
-        report.note = f"Not verified. {e.reason if isinstance(e, Refused) else f'{type(e).__name__}: {e}.'}"
+        report.note = f"Not verified. {e.reason if isinstance(e, Refused) else f'{one_line(e)}.'}"
         log.warning(report.note)
         return
     worst = max((c for c in report.comparisons if not c.passed), key=lambda c: c.error, default=None)
@@ -162,7 +162,7 @@ def _blame(gm: GraphModule, example_inputs: Sequence[Any], opts: Options) -> str
         last = [r for r in last if r.stage in ("lift", "fuse")]
         return f"The first rewrite with which it does so is number {bad}, {last[0].rule} at {last[0].anchor}." if last else ""
     except Exception as e:
-        return f"Which rewrite it comes from was not found. {e.reason if isinstance(e, Refused) else f'{type(e).__name__}: {e}.'}"
+        return f"Which rewrite it comes from was not found. {e.reason if isinstance(e, Refused) else f'{one_line(e)}.'}"
 
 
 def _why_untouched(gm: GraphModule, example_inputs: Sequence[Any]) -> str:

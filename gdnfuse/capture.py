@@ -25,7 +25,7 @@ from torch._dynamo.callback import callback_handler
 
 from gdnfuse import capture_experts as experts
 from gdnfuse import dialect  # noqa: F401  registers torch.ops.gdnfuse
-from gdnfuse.errors import Refused
+from gdnfuse.errors import Refused, one_line
 from gdnfuse.options import disabled
 from gdnfuse.rewrite.evaluate import Float64, one_thread
 from gdnfuse.rewrite.proof import compare
@@ -270,7 +270,7 @@ def _try(function: Any, name: str, capturable: Capturable) -> Capture:
     except Refused as e:
         capture.reason = e.reason
     except Exception as e:
-        capture.reason = f"The function could not be substituted: {type(e).__name__}: {_first_line(e)}."
+        capture.reason = f"The function could not be substituted: {one_line(e)}."
     capture.seconds = time.perf_counter() - start
     return capture
 
@@ -295,7 +295,7 @@ def prove(function: Callable[..., Any], capturable: Capturable) -> float | None:
                 except Exception as e:
                     if isinstance(q := args[0], torch.Tensor) and q.ndim == 4 and q.shape[2] != args[2].shape[2]:
                         continue  # a function that takes no grouped heads is never called with them
-                    raise Refused(f"The proof could not be run: {type(e).__name__}: {_first_line(e)}.") from e
+                    raise Refused(f"The proof could not be run: {one_line(e)}.") from e
                 got = capturable.call(*copies, **kwargs)
                 pairs = zip(_tensors(wanted) + _tensors(args), _tensors(got) + _tensors(copies), strict=True)
                 errors += [compare(f"result or argument {i}", w, g) for i, (w, g) in enumerate(pairs)]
@@ -305,10 +305,6 @@ def prove(function: Callable[..., Any], capturable: Capturable) -> float | None:
 def _tensors(results: Any) -> list[torch.Tensor]:
     results = results if isinstance(results, list | tuple) else [results]
     return [x for x in results if isinstance(x, torch.Tensor)]
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0].rstrip(".")
 
 
 def _substitute(function: types.FunctionType, capturable: Capturable) -> None:

@@ -28,7 +28,7 @@ from typing import Any, NoReturn
 from tabulate import tabulate
 
 from gdnfuse import versions
-from gdnfuse.errors import GdnfuseError
+from gdnfuse.errors import GdnfuseError, one_line
 from gdnfuse.files import check_writable, replacing
 from gdnfuse.options import INNER, STAGES
 from gdnfuse.progress import listening, progress
@@ -86,7 +86,7 @@ def _sentence(e: BaseException) -> tuple[int, str]:
         return 2, f"Cannot {f'read or write {e.filename}' if e.filename else 'write the output'}: {e.strerror}."
     if isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError":
         return 1, f"Out of memory. {text[:200]}".strip()
-    return 1, f"internal error, {type(e).__name__}: {text[:200]} (--debug shows where)"
+    return 1, f"internal error, {one_line(e)} (--debug shows where)"
 
 
 def _parser() -> _Parser:
@@ -261,7 +261,7 @@ def _device(given: str | None) -> str:
     try:
         torch.zeros(1, device=device).item()
     except Exception as e:  # no such device, or not in this build of torch
-        raise GdnfuseError(f"Cannot use the device {device!r}: {str(e).splitlines()[0]}") from e
+        raise GdnfuseError(f"Cannot use the device {device!r}: {one_line(e)}.") from e
     return device
 
 

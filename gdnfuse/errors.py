@@ -20,5 +20,18 @@ class Refused(Exception):
         self.at = None if at is None else str(at)
 
 
+LONGEST = 300  # characters of somebody else's error in a sentence of ours
+
+
+def one_line(error: BaseException) -> str:
+    """Kind and message of somebody else's error, for a sentence of ours: one line, without a full stop behind it."""
+    try:
+        text = " ".join(str(error).split())
+    except Exception:  # an error that cannot say what it is about
+        text = ""
+    text = text if len(text) < LONGEST else text[:LONGEST] + "…"
+    return f"{type(error).__name__}: {text.rstrip('.') or 'no message'}"
+
+
 class GdnfuseError(RuntimeError):
     """An error for the user: bad options, or `strict` and a layer left unfused."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gdnfuse import options as gdnfuse_options
-from gdnfuse.errors import GdnfuseError
+from gdnfuse.errors import GdnfuseError, one_line
 from gdnfuse.generation.caches import cache_argument
 from gdnfuse.generation.compile import apart
 from gdnfuse.progress import announce
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 
 PHASES = ("decode", "prefill")
-LONGEST = 300  # characters of somebody else's error in a sentence of ours
 
 
 def presets() -> list[str]:
@@ -79,7 +78,7 @@ def _from_json(text: str, source: str) -> PreTrainedConfig:
     try:
         return AutoConfig.for_model(**data)
     except Exception as e:  # transformers raises whatever the field's check raises
-        raise GdnfuseError(f"{source} is not a config that transformers accepts: {one_line(e)}") from e
+        raise GdnfuseError(f"{source} is not a config that transformers accepts: {one_line(e)}.") from e
 
 
 def _from_hub(name: str) -> PreTrainedConfig:
@@ -88,13 +87,7 @@ def _from_hub(name: str) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(name)
     except Exception as e:  # OSError, ValueError or an error of the HTTP client, depending on what is wrong
-        raise GdnfuseError(f"Cannot get the config of {name!r} from the hub: {one_line(e)}") from e
-
-
-def one_line(error: Exception) -> str:
-    """Kind and message of an error of somebody else's."""
-    text = " ".join(str(error).split()) or "no message"
-    return f"{type(error).__name__}: {text if len(text) < LONGEST else text[:LONGEST] + '…'}"
+        raise GdnfuseError(f"Cannot get the config of {name!r} from the hub: {one_line(e)}.") from e
 
 
 @contextlib.contextmanager
@@ -105,7 +98,7 @@ def _running(tokens: int) -> Iterator[None]:
     except (GdnfuseError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as e:
-        raise GdnfuseError(f"The model does not run a prompt of {tokens} tokens and a step: {one_line(e)}") from e
+        raise GdnfuseError(f"The model does not run a prompt of {tokens} tokens and a step: {one_line(e)}.") from e
 
 
 def meta_model(config: PreTrainedConfig, dtype: torch.dtype = torch.bfloat16) -> torch.nn.Module:
@@ -129,7 +122,7 @@ def random_model(config: PreTrainedConfig, dtype: torch.dtype = torch.bfloat16, 
         with torch.device(device):
             model = AutoModelForCausalLM.from_config(config.get_text_config(decoder=True), dtype=dtype)
     except Exception as e:  # an unknown architecture or sizes that do not fit together
-        raise GdnfuseError(f"Cannot build a causal language model from this config: {one_line(e)}") from e
+        raise GdnfuseError(f"Cannot build a causal language model from this config: {one_line(e)}.") from e
     return model.eval().requires_grad_(False)
 
 

@@ -33,11 +33,11 @@ from gdnfuse.bench.measure import (
     widen,
 )
 from gdnfuse.bench.workers import Interrupted, answer, fla_version, note, run_sides, show_fla
-from gdnfuse.errors import GdnfuseError
+from gdnfuse.errors import GdnfuseError, one_line
 from gdnfuse.files import check_writable, replacing
 from gdnfuse.generation.caches import cache_argument
 from gdnfuse.generation.compile import apart
-from gdnfuse.models import load_config, one_line, preset, random_model
+from gdnfuse.models import load_config, preset, random_model
 from gdnfuse.report.text import table
 
 SCHEMA = "gdnfuse.bench/1"
@@ -135,7 +135,7 @@ def build(settings: Settings) -> torch.nn.Module:
             folder, config=config_of(settings), dtype=dtype, local_files_only=True, output_loading_info=True
         )
     except Exception as e:  # whatever is wrong with a checkpoint
-        raise GdnfuseError(f"Cannot load {folder}: {one_line(e)}") from e
+        raise GdnfuseError(f"Cannot load {folder}: {one_line(e)}.") from e
     if missing := sorted(found["missing_keys"]):
         others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
         raise GdnfuseError(f"{folder} must hold all weights of the model, found no {missing[0]}{others}.")

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from gdnfuse.errors import one_line
 from gdnfuse.progress import progress
 
 STEP = "step"  # the file of the shared folder in which a worker says what it does
@@ -175,5 +176,5 @@ def answer(work: Callable[[], dict[str, Any]]) -> None:
         result = work()
     except Exception as e:
         traceback.print_exc()
-        sys.exit(f"{type(e).__name__}: {str(e).strip().partition(chr(10))[0]}")
+        sys.exit(one_line(e))
     print(json.dumps(result))

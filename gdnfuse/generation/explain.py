@@ -17,7 +17,7 @@ import torch
 import torch.utils._pytree as pytree
 
 from gdnfuse.backend import rewritten_copy
-from gdnfuse.errors import GdnfuseError
+from gdnfuse.errors import GdnfuseError, one_line
 from gdnfuse.generation.causes import Finding, left, noted
 from gdnfuse.generation.compile import apart, by_phase, parameters_of
 from gdnfuse.options import Options
@@ -170,7 +170,7 @@ def _copied(args: Any, kwargs: Any) -> Any:
     try:
         return copy.deepcopy((args, kwargs), known)
     except Exception as e:
-        raise GdnfuseError(f"explain needs arguments that can be copied, found {type(e).__name__}: {e}") from e
+        raise GdnfuseError(f"explain needs arguments that can be copied, found {one_line(e)}.") from e
 
 
 @contextlib.contextmanager

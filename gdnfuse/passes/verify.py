@@ -15,7 +15,7 @@ import torch.utils._pytree as pytree
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Interpreter, Node
 
-from gdnfuse.errors import Refused
+from gdnfuse.errors import Refused, one_line
 from gdnfuse.report.records import Comparison
 from gdnfuse.rewrite.evaluate import hint, in_precision
 from gdnfuse.rewrite.graph import storage, writes
@@ -91,7 +91,7 @@ def _run(gm: GraphModule, arguments: list[Any], kept: dict[int, str]) -> dict[st
         with torch.no_grad(), torch.random.fork_rng(devices=[d for d in devices if d is not None]):
             outputs = pytree.tree_leaves(Interpreter(gm).run(*arguments))
     except Exception as e:
-        raise Refused(f"Verifying needs graphs that run by themselves, found {type(e).__name__}: {_first_line(e)}.") from e
+        raise Refused(f"Verifying needs graphs that run by themselves, found {one_line(e)}.") from e
     found = {f"output {i}": x for i, x in enumerate(outputs) if isinstance(x, torch.Tensor)}
     return found | {name: arguments[i] for i, name in kept.items()}
 
@@ -114,7 +114,3 @@ def _error(found: torch.Tensor, exact: torch.Tensor) -> float:
     """‖found − exact‖ / ‖exact‖."""
     found, exact = found.double(), exact.double()
     return float((found - exact).norm() / exact.norm().clamp_min(1e-30))
-
-
-def _first_line(e: Exception) -> str:
-    return (str(e).strip().splitlines() or ["no message"])[0].rstrip(".")

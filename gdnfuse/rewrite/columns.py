@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from gdnfuse.errors import one_line
 from gdnfuse.rewrite.evaluate import evaluate_node, hint
 from gdnfuse.rewrite.graph import is_cast, is_tensor, op_name, rearranges, value
 from gdnfuse.rewrite.pattern import Mismatch
@@ -34,7 +35,7 @@ class Columns:
         try:
             numbers = self._of(node).reshape(hint(sequences), -1)
         except (RuntimeError, IndexError, TypeError, AttributeError) as e:
-            raise Mismatch(node, "views that can be run on numbers of columns", str(e).split("\n")[0]) from e
+            raise Mismatch(node, "views that can be run on numbers of columns", one_line(e)) from e
         if not torch.equal(numbers, numbers[:1] + _sequences(len(numbers))):
             raise Mismatch(node, "the same columns of every sequence, each in its place", "others")
         return numbers[0]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from gdnfuse.errors import Refused
+from gdnfuse.errors import Refused, one_line
 from gdnfuse.rewrite.evaluate import evaluate, hint, in_float64, mapped, one_thread
 from gdnfuse.rewrite.graph import storage, value, writes
 from gdnfuse.rewrite.rule import Match, shown
@@ -228,7 +228,7 @@ def _run(
             except Refused:
                 raise
             except Exception as e:
-                raise _NotRun(f"The proof could not be run: {type(e).__name__}: {str(e).splitlines()[0]}.") from e
+                raise _NotRun(f"The proof could not be run: {one_line(e)}.") from e
             if values is not None:
                 _same_memory(region, values)
             names = [f"output {i}" for i in range(len(wanted))]
