@@ -226,8 +226,10 @@ def _finish(
     placeholders = gm.graph.find_nodes(op="placeholder")
     keep = [i for i, n in enumerate(placeholders[: len(example_inputs)]) if n.users]
     # What the compiled graph keeps must not keep the weights alive.
-    real = [n.meta.pop("gdnfuse_real") for n in placeholders]
-    inputs = [example_inputs[i] for i in keep] + real[len(example_inputs) :]
+    for n in placeholders:
+        n.meta.pop("gdnfuse_real")
+    # Of packed weights the fake tensors: of real ones, which are not Dynamo's, AOTAutograd would take the sizes for symbolic.
+    inputs = [example_inputs[i] for i in keep] + [value(n) for n in placeholders[len(example_inputs) :]]
     for n in placeholders:
         if not n.users:
             gm.graph.erase_node(n)

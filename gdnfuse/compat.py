@@ -66,7 +66,7 @@ class Entry:
             return
         self._said = True
         level = self.level if all(map(_installed, self.paths)) else logging.DEBUG
-        names = ", ".join(path.replace(":", ".") for path in self.paths)
+        names = ", ".join(path.replace(":", ".") for path in self.paths) or self.name
         log.log(level, "%s: %s (%s: %s)", names, self.cost, type(error).__name__, error)
 
     def missing(self) -> bool:
@@ -117,6 +117,146 @@ def _installed(path: str) -> bool:
 
 def nothing(*args: Any, **kwargs: Any) -> None:
     """Instead of what only helps."""
+
+
+# torch: tensors
+
+
+@private("torch._subclasses.fake_tensor:FakeTensor", instead=lambda tensor: hasattr(tensor, "fake_mode"), level=logging.DEBUG)
+def is_fake(fake_tensor: Any, tensor: Any) -> bool:
+    """Whether a tensor has a shape, a dtype and a device, and no elements.
+
+    Without it: it is told by its attribute fake_mode.
+    """
+    return isinstance(tensor, fake_tensor)
+
+
+def _empty_in(mode: Any, tensor: Any) -> Any:
+    import torch
+
+    with mode:
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+
+
+@private(instead=_empty_in, level=logging.DEBUG)
+def fake(mode: Any, tensor: Any) -> Any:
+    """A fake tensor like a real one, with its sizes.
+
+    Without it: it is allocated in the mode.
+    """
+    return mode.from_tensor(tensor, static_shapes=True)
+
+
+@private("torch:UntypedStorage._cdata", instead=lambda tensor: id(tensor.untyped_storage()), level=logging.DEBUG)
+def memory_of(address: Any, tensor: Any) -> int:
+    """Which memory a tensor lives in, fake or real: a number that views of it share.
+
+    Without it: the Python object tells it, of which torch keeps one for each storage.
+    """
+    return tensor.untyped_storage()._cdata
+
+
+@private("torch._C:_storage_Use_Count", "torch:UntypedStorage._cdata", instead=nothing)
+def holders(count: Any, address: Any, tensor: Any) -> int | None:
+    """How many tensors have this one's storage.
+
+    Without it: weights are not packed.
+    """
+    import torch
+
+    new = torch.empty(1)  # what asking adds to the count, it adds here too
+    held, one = (count(t.untyped_storage()._cdata) for t in (tensor, new))
+    return held - one + 1
+
+
+def _map(x: Any, change: Callable[[Any], Any]) -> Any:
+    if isinstance(x, list | tuple):
+        return type(x)(*(_map(y, change) for y in x)) if hasattr(x, "_fields") else type(x)(_map(y, change) for y in x)
+    return {k: _map(v, change) for k, v in x.items()} if isinstance(x, dict) else change(x)
+
+
+def _leaves(x: Any) -> list[Any]:
+    found: list[Any] = []
+    _map(x, found.append)
+    return found
+
+
+@private("torch.utils._pytree:tree_leaves", instead=_leaves, level=logging.DEBUG)
+def tree_leaves(leaves: Any, x: Any) -> list[Any]:
+    """What stands in nested lists, tuples and dicts, in order.
+
+    Without it: other classes that hold several things are not looked into.
+    """
+    return leaves(x)
+
+
+@private(
+    "torch.utils._pytree:tree_map_only",
+    instead=lambda kind, change, x: _map(x, lambda y: change(y) if isinstance(y, kind) else y),
+    level=logging.DEBUG,
+)
+def tree_map_only(tree_map_only: Any, kind: Any, change: Callable[[Any], Any], x: Any) -> Any:
+    """Nested lists, tuples and dicts with each thing of a kind replaced.
+
+    Without it: other classes that hold several things are not looked into.
+    """
+    return tree_map_only(kind, change, x)
+
+
+# torch: graphs
+
+
+def _graph_module(root: Any, graph: Any) -> Any:
+    import torch
+
+    return torch.fx.GraphModule(root, graph)
+
+
+@private("torch.fx._lazy_graph_module:_LazyGraphModule", instead=_graph_module, level=logging.DEBUG)
+def graph_module(lazy: Any, root: Any, graph: Any) -> Any:
+    """A GraphModule whose code is made when it is asked for.
+
+    Without it: code is made of every stage, though of most nobody asks for it.
+    """
+    return lazy(root, graph)
+
+
+@private("torch._guards:TracingContext", instead=nothing)
+def keep_sources(tracing: Any, placed: dict[Any, Any], gm: Any, copy: Any) -> None:
+    """Keep in a copy of Dynamo's graph where its inputs come from: AOTAutograd asks, and takes none for static otherwise.
+
+    Without it: there are no CUDA graphs.
+    """
+    if not hasattr(gm, "_param_name_to_source"):
+        if tracing.try_get() is not None:
+            raise AttributeError("no _param_name_to_source in Dynamo's graph")
+        return
+    placeholders = {old: new for old, new in placed.items() if old.op == "placeholder"}
+    for old, new in placeholders.items():
+        new._dynamo_source = old._dynamo_source
+    copy._param_name_to_source = dict(gm._param_name_to_source)  # last: AOTAutograd then demands the others
+
+
+@private("torch._dynamo.source:ConstantSource", instead=lambda gm, node: vars(gm).pop("_param_name_to_source", None))
+def like_a_parameter(constant: Any, gm: Any, node: Any) -> None:
+    """Have AOTAutograd treat a new input as Dynamo's Parameters: it has a source, and its address is fixed.
+
+    Without it: there are no CUDA graphs.
+    """
+    node._dynamo_source = constant(node.name)
+    node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+
+
+@private(instead=lambda node: str(node.target), level=logging.DEBUG)
+def source_name(node: Any) -> str:
+    """What Dynamo calls the input that a placeholder stands for ("L['self']...").
+
+    Without it: reports name inputs as the graph does.
+    """
+    if not hasattr(node, "_dynamo_source"):
+        return str(node.target)
+    name = node._dynamo_source.name
+    return name() if callable(name) else name
 
 
 # Triton

@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 
+from gdnfuse import compat
 from gdnfuse.errors import Refused
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ def check(weights: Sequence[torch.Tensor]) -> None:
         Refused: with what was required and what was found.
     """
     for w in weights:
-        if isinstance(w, FakeTensor) or type(w) in (torch.Tensor, torch.nn.Parameter) and w.is_meta:
+        if compat.is_fake(w) or type(w) in (torch.Tensor, torch.nn.Parameter) and w.is_meta:
             continue
         if type(w) not in (torch.Tensor, torch.nn.Parameter):
             raise Refused(f"Packed weights must be plain tensors, found {type(w).__name__}.")
@@ -49,19 +49,14 @@ def check(weights: Sequence[torch.Tensor]) -> None:
         # weight what they write.
         if w.device.type == "cpu" and w.is_shared():
             raise Refused("Packed weights must be this process's own, found one in shared memory.")
-        if (holders := _holders(w)) > 1:
+        if (holders := compat.holders(w)) is None:
+            raise Refused("How many tensors share the memory of a packed weight must be known, found that torch does not say.")
+        if holders > 1:
             raise Refused(f"The memory of a packed weight must be one tensor's, found that {holders} tensors share it.")
     if len({w.is_inference() for w in weights}) > 1:
         raise Refused("Packed weights must all be ordinary or all be made under torch.inference_mode, found both.")
     if len({id(w) for w in weights}) < len(weights):
         raise Refused("Each part of a packed weight must be a weight of its own, found one twice.")
-
-
-def _holders(w: torch.Tensor) -> int:
-    """How many tensors have this one's storage."""
-    new = torch.empty(1)  # what asking adds to the count, it adds here too
-    count, one = (torch._C._storage_Use_Count(t.untyped_storage()._cdata) for t in (w, new))
-    return count - one + 1
 
 
 @dataclass
@@ -135,7 +130,7 @@ def pack(weights: Sequence[torch.Tensor]) -> torch.Tensor:
         Refused: as `check` does; nothing was changed then.
     """
     first, rows = weights[0], [w.shape[0] for w in weights]
-    if any(isinstance(w, FakeTensor) or w.is_meta for w in weights):
+    if any(compat.is_fake(w) or w.is_meta for w in weights):
         check(weights)
         return torch.empty((sum(rows), first.shape[1]), dtype=first.dtype, device="meta")
     with _packing, torch.inference_mode(first.is_inference()), torch.no_grad():
@@ -164,7 +159,7 @@ def settle(tensors: Iterable[Any]) -> None:
         if type(w) is not torch.nn.Parameter or w.is_meta or w.untyped_storage() not in _ranges:
             continue
         with _packing, torch.inference_mode(w.is_inference()), torch.no_grad():
-            if _holders(w) == 1 and not any(_covers(buffer, w) for buffer in list(_buffers.values())):
+            if compat.holders(w) == 1 and not any(_covers(buffer, w) for buffer in list(_buffers.values())):
                 w.data = w.detach().clone()
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
-from torch.fx._lazy_graph_module import _LazyGraphModule
 
+from gdnfuse import compat
 from gdnfuse.dialect import op_of
 from gdnfuse.options import Options
 from gdnfuse.packing import PackedWeight
@@ -153,12 +153,7 @@ def original(gm: GraphModule) -> GraphModule:
     graph, env = torch.fx.Graph(), {}
     output = graph.graph_copy(gm.graph, env)
     graph.output(output)
-    for old, new in env.items():
-        # AOTAutograd asks where Dynamo's inputs come from; without an answer it takes none for static, and CUDA graphs are off.
-        if hasattr(old, "_dynamo_source"):
-            new._dynamo_source = old._dynamo_source
-    copy = _LazyGraphModule(gm, graph)  # whose code is made once it is asked for: of most stages nobody does
+    copy = compat.graph_module(gm, graph)
     copy.meta = dict(gm.meta)
-    if hasattr(gm, "_param_name_to_source"):
-        copy._param_name_to_source = dict(gm._param_name_to_source)
+    compat.keep_sources(env, gm, copy)
     return copy

@@ -1,19 +1,25 @@
 """Private APIs: each works with the installed versions, and what it costs where one is gone is what its entry says."""
 
+import functools
 import logging
 import os
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._dynamo.backends.common import aot_autograd
+from torch._guards import TracingContext
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from gdnfuse import compat
+from gdnfuse import clear_reports, compat, packing, reports
+from gdnfuse.errors import Refused
 from gdnfuse.kernels import causal_attention, implementations, linear_configs
 from gdnfuse.kernels.launch import codegen, implementation, replay
 from gdnfuse.kernels.launch.inductor import announce
 from gdnfuse.kernels.launch.recording import Recorded, Result
+from tests.models import zoo
 
 ON_GPUS = ("current_device", "current_stream")  # whose API is not in a build of torch for CPUs
 CASES = {}  # of each entry: is given whether the API is there, and says what the entry then does
@@ -52,13 +58,12 @@ def test_an_entry_works_and_without_its_api_does_what_it_says(name, caplog):
         if torch_s:
             assert all(api is not None for api in entry.apis) and not entry.missing()
             CASES[name](True)
-            assert not caplog.records
+            assert "gdnfuse.compat" not in {r.name for r in caplog.records}
         with without(name):
             CASES[name](False)
-            CASES[name](False)
             assert entry.missing() == bool(torch_s and entry.paths)
-    (record,) = [r for r in caplog.records if r.getMessage().startswith(", ".join(entry.paths).replace(":", "."))]
-    assert entry.cost in record.getMessage()
+    messages = [r.getMessage() for r in caplog.records if r.name == "gdnfuse.compat"]
+    assert entry.cost in " ".join(messages) and (entry.paths or [name])[0].replace(":", ".") in " ".join(messages)
 
 
 def test_what_is_gone_is_said_once_and_listed(monkeypatch, caplog):
@@ -84,6 +89,109 @@ def test_of_a_library_that_is_not_there_nothing_is_said_to_be_missing(monkeypatc
     with without("gluon", "dependent_launch"):
         assert compat.gluon() is None and compat.dependent_launch() == (None, None)
         assert compat.missing() == [] and not caplog.records
+
+
+# torch: tensors
+
+
+def faked():
+    with FakeTensorMode() as mode:
+        return mode, torch.empty(2, 3)
+
+
+@case
+def is_fake(there):
+    assert compat.is_fake(faked()[1]) and not compat.is_fake(torch.ones(1)) and not compat.is_fake(torch.ones(1, device="meta"))
+
+
+@case
+def fake(there):
+    mode, real = faked()[0] if there else nullcontext(), torch.empty(2, 3, dtype=torch.bfloat16).T
+    made = compat.fake(mode, real)
+    assert compat.is_fake(made) == there and (made.shape, made.stride(), made.dtype) == ((3, 2), (1, 3), torch.bfloat16)
+
+
+@case
+def memory_of(there):
+    for made in (torch.ones(2, 3), faked()[1]):
+        assert compat.memory_of(made) == compat.memory_of(made[1:].T) != compat.memory_of(torch.ones(2, 3))
+
+
+@case
+def holders(there):
+    weight = torch.nn.Parameter(torch.ones(2, 3))
+    assert compat.holders(weight) == (1 if there else None)
+    if there:
+        packing.check([weight])
+        view = weight[1:]
+        assert compat.holders(view) == 2
+    else:
+        with pytest.raises(Refused, match="must be known, found that torch does not say"):
+            packing.check([weight])
+
+
+@case
+def tree_leaves(there):
+    assert compat.tree_leaves([1, (2, {"a": None, "b": [3]}), Result(4, None)]) == [1, 2, None, 3, 4, None]
+
+
+@case
+def tree_map_only(there):
+    changed = compat.tree_map_only(int, lambda n: n + 1, [1, ("a", {"b": 2.0, "c": 3}), Result(4, None)])
+    assert changed == [2, ("a", {"b": 2.0, "c": 4}), Result(5, None)] and type(changed[2]) is Result
+
+
+# torch: graphs
+
+
+@case
+def graph_module(there):
+    gm = torch.fx.symbolic_trace(lambda x: x + 1)
+    made = compat.graph_module(gm, gm.graph)
+    assert made(1) == 2 and (type(made).__mro__[1] is torch.fx.GraphModule) != there
+
+
+@functools.cache
+def model():
+    return zoo.causal_lm(**zoo.SMALL)
+
+
+def static_inputs():
+    """How many inputs of a decode step AOTAutograd finds at fixed addresses. Its logits are eager's, and all layers fused."""
+    found = []
+
+    def inner(name):
+        return aot_autograd(fw_compiler=lambda gm, _: found.append(TracingContext.get().fw_metadata.static_input_indices) or gm)
+
+    tokens = zoo.tokens_for(2, 1)
+    (theirs, mask), (ours, _) = zoo.prefill(model(), 2, "static"), zoo.prefill(model(), 2, "static")
+    torch._dynamo.reset()
+    clear_reports()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gdnfuse.backend.lookup_backend", inner)
+        run = torch.compile(model(), backend="gdnfuse", fullgraph=True, options={"strict": True})
+        assert zoo.relative(zoo.decode(run, ours, mask, tokens), zoo.decode(model(), theirs, mask, tokens)) < 1e-5
+    (report,) = reports()
+    assert report.fused_layers == 1 and report.rewritten
+    return len(found[0])
+
+
+@case
+def keep_sources(there):
+    assert there or static_inputs() == 0  # with it: as the next
+
+
+@case
+def like_a_parameter(there):
+    assert static_inputs() > 10 if there else static_inputs() == 0
+
+
+@case
+def source_name(there):
+    node = torch.fx.Graph().placeholder("x")
+    assert compat.source_name(node) == "x"
+    node._dynamo_source = SimpleNamespace(name="L['self'].weight") if there else object()
+    assert compat.source_name(node) == ("L['self'].weight" if there else "x")
 
 
 # Triton

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,10 +34,11 @@ class DialectOp:
     equation: str
     inline: bool = True
     arg_names: tuple[str, ...] = field(default=())
+    defaults: dict[str, Any] = field(default_factory=dict)
 
     def bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Arguments of a call by name, defaults included."""
-        bound = {a.name: a.default_value for a in self.overload._schema.arguments if a.has_default_value()}
+        bound = dict(self.defaults)
         bound.update(zip(self.arg_names, args, strict=False))
         bound.update(kwargs)
         return bound
@@ -58,18 +60,17 @@ def register(
     """Register ``gdnfuse::<name>`` with torch.library; the reference is its implementation on every device."""
     custom = torch.library.custom_op(f"gdnfuse::{name}", reference, mutates_args=mutates)
     custom.register_fake(fake)
-    overload = custom._opoverload
-    arg_names = tuple(a.name for a in overload._schema.arguments)
-    op = DialectOp(name, reference, fake, overload, mutates, examples, equation, inline, arg_names)
+    overload = getattr(torch.ops.gdnfuse, name).default
+    parameters = inspect.signature(reference).parameters.values()
+    arg_names, defaults = tuple(p.name for p in parameters), {p.name: p.default for p in parameters if p.default is not p.empty}
+    op = DialectOp(name, reference, fake, overload, mutates, examples, equation, inline, arg_names, defaults)
     OPS[name] = op
     return op
 
 
 def op_of(target: Any) -> DialectOp | None:
     """The dialect op whose overload ``target`` is, or None."""
-    if isinstance(target, torch._ops.OpOverload) and target.namespace == "gdnfuse":
-        return OPS.get(target._schema.name.split("::")[1])
-    return None
+    return OPS.get(target.name().removeprefix("gdnfuse::")) if getattr(target, "namespace", None) == "gdnfuse" else None
 
 
 def need_tokens(op: str, T: Any) -> None:

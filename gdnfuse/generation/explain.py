@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 
+from gdnfuse import compat
 from gdnfuse.backend import rewritten_copy
 from gdnfuse.errors import GdnfuseError, one_line
 from gdnfuse.generation.causes import Finding, left, noted
@@ -162,7 +162,7 @@ def _model_of(call: Callable[..., Any]) -> torch.nn.Module | None:
 def _copied(args: Any, kwargs: Any) -> Any:
     """Arguments that the call may write; modules among them stay who they are."""
     known: dict[int, Any] = {}
-    for x in pytree.tree_leaves((args, kwargs)):
+    for x in compat.tree_leaves((args, kwargs)):
         if isinstance(x, torch.nn.Module):
             known[id(x)] = x
         elif isinstance(x, torch.Tensor) and not x.is_leaf:  # which deepcopy refuses

@@ -6,14 +6,9 @@ from collections import Counter
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
-from torch._dynamo.source import ConstantSource
-from torch._guards import TracingContext
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import DimDynamic, StatefulSymbolicContext
 
-from gdnfuse import kernels
+from gdnfuse import compat, kernels
 from gdnfuse.dialect import add_rms_norm, causal_attention, op_of, packed_linear
 from gdnfuse.errors import Refused
 from gdnfuse.kernels.linear_configs import rings, split
@@ -72,7 +67,7 @@ def lower(gm: GraphModule, target: str | None, linears: bool = False, ahead: boo
             if name == "split_linear":
                 _add_up(node, call["parts"], values["weights"][0].dtype)
             behind.add(node)
-            key = f"{name} {pytree.tree_map_only(torch.Tensor, _layout, {**values, **early})}"
+            key = f"{name} {compat.tree_map_only(torch.Tensor, _layout, {**values, **early})}"
             if key not in launched:
                 launched[key] = kernel, values | early, kernel.plan(values | early)
             record.launches, record.measured = launched[key][2], kernel.measured
@@ -150,7 +145,7 @@ class _Touched:
             return False
         written = writes(node)
         for name in kernel.early:
-            for n in pytree.tree_leaves(call.get(name)):
+            for n in compat.tree_leaves(call.get(name)):
                 if not isinstance(n, Node):
                     continue
                 s = storage(n)
@@ -167,7 +162,7 @@ def _layout(t: torch.Tensor) -> tuple[Any, ...]:
 def _kernel(name: str, device: str, arguments: dict[str, Any]) -> Any:
     if device != "cuda":
         raise Refused(f"A Triton kernel needs a GPU, found tensors on {device}.")
-    for x in pytree.tree_leaves(arguments):
+    for x in compat.tree_leaves(arguments):
         if isinstance(x, torch.Tensor) and not is_plain(x):
             raise Refused(f"A Triton kernel needs plain tensors, found a {type(x).__name__}.")
     kernel = kernels.implementations().get(name)
@@ -224,13 +219,9 @@ def _input(gm: GraphModule, name: str, tensor: torch.Tensor, like: torch.Tensor)
     with gm.graph.inserting_after(gm.graph.find_nodes(op="placeholder")[-1]):
         node = gm.graph.placeholder(name)
     mode = getattr(like, "fake_mode", None)
-    fake = tensor if mode is None or isinstance(tensor, FakeTensor) else mode.from_tensor(tensor, static_shapes=True)
-    # AOTAutograd asks for the source, for the mark by which CUDA graphs take the address as given, and how to treat the sizes.
-    node._dynamo_source = ConstantSource(name)
-    if context := TracingContext.try_get():
-        static = [DimDynamic.STATIC] * tensor.ndim
-        context.tensor_to_context[tensor] = StatefulSymbolicContext(static, tensor_source=node._dynamo_source)
-    node.meta.update(example_value=fake, gdnfuse_real=tensor, tensor_dict={"_dynamo_static_input_type": "unguarded"})
+    fake = tensor if mode is None or compat.is_fake(tensor) else compat.fake(mode, tensor)
+    node.meta.update(example_value=fake, gdnfuse_real=tensor)
+    compat.like_a_parameter(gm, node)
     return node
 
 

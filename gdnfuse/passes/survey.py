@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from gdnfuse import compat
 from gdnfuse.dialect import OPS
 from gdnfuse.report.records import OUTSIDE, BlockReport, GraphReport, Operation, marks
 from gdnfuse.rewrite.graph import (
@@ -206,9 +207,7 @@ def _base(node: Node) -> Node:
 
 def _label(node: Node) -> str:
     """What a graph input is called below its layer ("linear_attn.in_proj_z.weight", "conv_states"), the same in each layer."""
-    source = getattr(node, "_dynamo_source", None)
-    name = getattr(source, "name", None) or str(node.target)
-    path = clean_path(name() if callable(name) else name)
+    path = clean_path(compat.source_name(node))
     path = re.sub(r"^.*?\.\d+\.(?=[^\d])", "", path)
     return re.sub(r"([._]\d+)+$", "", path)
 

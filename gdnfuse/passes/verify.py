@@ -11,10 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Interpreter, Node
 
+from gdnfuse import compat
 from gdnfuse.errors import Refused, one_line
 from gdnfuse.report.records import Comparison
 from gdnfuse.rewrite.evaluate import hint, in_precision
@@ -42,7 +41,7 @@ def verify(before: GraphModule, after: GraphModule, inputs: Sequence[Any], more:
         Refused: they cannot be run here: an input is fake or on the meta device, two written inputs share memory, a graph raised.
     """
     for x in (*inputs, *more):
-        if isinstance(x, FakeTensor) or isinstance(x, torch.Tensor) and x.is_meta:
+        if isinstance(x, torch.Tensor) and (compat.is_fake(x) or x.is_meta):
             raise Refused("Verifying needs the tensors of a real call, found one without data.")
     placeholders = before.graph.find_nodes(op="placeholder")
     written = _written(before, placeholders)
@@ -89,7 +88,7 @@ def _run(gm: GraphModule, arguments: list[Any], kept: dict[int, str]) -> dict[st
     devices = {x.device.index for x in arguments if isinstance(x, torch.Tensor) and x.device.type == "cuda"}
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[d for d in devices if d is not None]):
-            outputs = pytree.tree_leaves(Interpreter(gm).run(*arguments))
+            outputs = compat.tree_leaves(Interpreter(gm).run(*arguments))
     except Exception as e:
         raise Refused(f"Verifying needs graphs that run by themselves, found {one_line(e)}.") from e
     found = {f"output {i}": x for i, x in enumerate(outputs) if isinstance(x, torch.Tensor)}

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from gdnfuse import compat
 from gdnfuse.errors import Refused, one_line
 from gdnfuse.rewrite.evaluate import evaluate, hint, in_float64, mapped, one_thread
 from gdnfuse.rewrite.graph import storage, value, writes
@@ -161,7 +162,7 @@ def _same_memory(region: Graph, values: dict[Node, Any]) -> None:
     In float64 a cast may copy nothing, and other strides may make a view of what was a copy: a write would reach other tensors.
     """
     lives = dict(_local_memory(region))
-    memory = {i: x.untyped_storage()._cdata for i, x in enumerate(values.values()) if isinstance(x, torch.Tensor)}
+    memory = {i: compat.memory_of(x) for i, x in enumerate(values.values()) if isinstance(x, torch.Tensor)}
     home = {where: memory[i] for i, where in lives.items()}
     for i, cdata in memory.items():
         if {where for where, c in home.items() if c == cdata} != ({lives[i]} if i in lives else set()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
@@ -11,8 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
-from torch._subclasses.fake_tensor import FakeTensor
 
 from gdnfuse import compat
 from gdnfuse.dialect import OPS
@@ -75,7 +74,7 @@ class Implementation:
 
     @property
     def arg_names(self) -> tuple[str, ...]:
-        return tuple(a.name for a in self.op._schema.arguments)
+        return tuple(inspect.signature(self.launch).parameters)
 
     def jit_kernels(self, *args: Any, **kwargs: Any) -> list[CompileSpec]:
         """The specialisations that a call with these arguments launches, in order; tensors on device "meta" will do."""
@@ -90,7 +89,7 @@ class Implementation:
         Empty where that depends on sizes known at run time only, or on a device that is not there.
         """
         specs: list[CompileSpec] = []
-        tensors = [t for t in pytree.tree_leaves(arguments) if isinstance(t, FakeTensor)]
+        tensors = [t for t in compat.tree_leaves(arguments) if isinstance(t, torch.Tensor) and compat.is_fake(t)]
         if tensors and all(isinstance(n, int) for t in tensors for n in (*t.shape, *t.stride())):
             with _standing_in(lambda kernel: _Recorder(kernel, specs)), tensors[0].fake_mode:
                 try:
@@ -113,9 +112,9 @@ class Implementation:
         Not those that want real tensors, as descriptors do: they are compiled when they are launched.
         """
         pending: list[Future[Any]] = []
-        tensors = [t for t in pytree.tree_leaves(arguments) if isinstance(t, torch.Tensor)]
+        tensors = [t for t in compat.tree_leaves(arguments) if isinstance(t, torch.Tensor)]
         numbers = [n for t in tensors for n in (*t.shape, *t.stride())]
-        if all(isinstance(n, int) for n in numbers) and isinstance(tensors[0], FakeTensor) and tensors[0].device.type == "cuda":
+        if all(isinstance(n, int) for n in numbers) and compat.is_fake(tensors[0]) and tensors[0].device.type == "cuda":
             with _standing_in(lambda kernel: _Ahead(kernel, tensors[0].device, pool, pending)), tensors[0].fake_mode:
                 try:
                     self.launch(**arguments)

@@ -21,7 +21,6 @@ from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
-import torch.utils._pytree as pytree
 
 from gdnfuse import compat
 from gdnfuse.kernels.launch.codegen import ALIGNMENT, MISSED, SPECIALISED_BY_STORAGE, written
@@ -193,7 +192,7 @@ def _layout(arguments: Any, tensors: list[torch.Tensor]) -> list[Hashable]:
 def _one_storage(view: torch.Tensor, base: torch.Tensor) -> bool:
     """Whether it is a view. In inference mode, and behind another mode, composite ops come whole: contiguous, reshape and to,
     which declare one and may copy."""
-    return view.untyped_storage()._cdata == base.untyped_storage()._cdata
+    return compat.memory_of(view) == compat.memory_of(base)
 
 
 def _start(x: torch.Tensor) -> int:
@@ -248,7 +247,7 @@ class _Recording(Mode or object):
                 elif isinstance(getattr(x, "base", None), torch.Tensor):
                     descriptors.append((place, *self._source(x.base)))
                     arguments[place] = based(x, None)
-                elif any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(x)):
+                elif any(isinstance(leaf, torch.Tensor) for leaf in compat.tree_leaves(x)):
                     raise _NotRecorded
         except _NotRecorded:
             self.whole = False
@@ -257,7 +256,7 @@ class _Recording(Mode or object):
 
     def finished(self, results: Any) -> Recorded | None:
         """What to repeat, or None where the launch did more than can be."""
-        leaves = pytree.tree_leaves(results)
+        leaves = compat.tree_leaves(results)
         try:
             found = [self._result(t) for t in leaves]
         except _NotRecorded:
