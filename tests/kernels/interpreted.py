@@ -16,6 +16,7 @@ from gdnfuse.kernels import (
     skinny_linear,
 )
 from gdnfuse.kernels.linear_configs import FewRowsConfig
+from tests.sweeps import pairs
 
 # The interpreter multiplies the bits of bfloat16 as integers, so products get float32 operands here.
 chunk_delta_rule.OPERANDS.clear()
@@ -32,9 +33,7 @@ def test_launch(case):
     kernel_cases.check(case, implementations()[case.op].launch, tolerance=TOLERANCE)
 
 
-@pytest.mark.parametrize("n", [16, 100, 128])
-@pytest.mark.parametrize("m", [1, 7, 8])
-@pytest.mark.parametrize("config", [(1, 64, 4, 0), (2, 32, 4, 0), (4, 64, 4, 1)], ids=str)
+@pytest.mark.parametrize(*pairs(config=[(1, 64, 4, 0), (2, 32, 4, 0), (4, 64, 4, 1)], m=[1, 7, 8], n=[16, 100, 128]))
 def test_fused_linear_configs(config, m, n, monkeypatch):
     """One tile per program, and a few programs that take several each."""
     monkeypatch.setattr(skinny_linear, "MAX_PROGRAMS", 2)
@@ -48,21 +47,19 @@ def check_few_rows(case, config, swiglu=False):
     kernel_cases.check(case, lambda x, w, *_: few_rows_linear.launch_with(config, x, *w, swiglu), tolerance=TOLERANCE)
 
 
-@pytest.mark.parametrize("early", [False, True])
-@pytest.mark.parametrize("block", [64, 128])
-@pytest.mark.parametrize("tile", [32, 64])
-@pytest.mark.parametrize(("swiglu", "rows"), [(False, 3), (False, 11), (True, 2), (True, 5), (True, 19)])
-def test_fused_linear_configs_of_a_few_rows(swiglu, rows, tile, block, early):
+KINDS = [(False, 3), (False, 11), (True, 2), (True, 5), (True, 19)]  # SwiGLU or not, and rows
+
+
+@pytest.mark.parametrize(*pairs(kind=KINDS, tile=[32, 64], block=[64, 128], early=[False, True]))
+def test_fused_linear_configs_of_a_few_rows(kind, tile, block, early):
     """Tiles that the weight does not fill, and one step, that none is left behind where it is loaded early, or three."""
+    swiglu, rows = kind
     for m, n in ((tile + 9, 3 * block), (tile // 2, block), (7, 2 * block)):
         case = kernel_cases.Case("fused_linear", "config", kernel_cases.linear(m, n, torch.bfloat16, (rows, 1), swiglu=swiglu))
         check_few_rows(case, FewRowsConfig(tile, block, 4, 3, 1, early), swiglu)
 
 
-@pytest.mark.parametrize("early", [False, True])
-@pytest.mark.parametrize("block", [64, 128])
-@pytest.mark.parametrize("tile", [32, 64])
-@pytest.mark.parametrize("rows", [2, 13])
+@pytest.mark.parametrize(*pairs(rows=[2, 13], tile=[32, 64], block=[64, 128], early=[False, True]))
 def test_split_linear_configs(rows, tile, block, early):
     for m, parts, steps in ((tile + 9, 3, 1), (7, 3, 2), (tile, 2, 1)):
         case = kernel_cases.Case(
@@ -118,10 +115,8 @@ def test_causal_conv_update_windows_of_another_length_are_read_one_by_one():
         assert not causal_conv_update.packed(torch.empty(2, 6, length))
 
 
-@pytest.mark.parametrize("programs", [1, 16])  # at most: with one there are no splits
-@pytest.mark.parametrize("heads", [2, 12])  # of two key heads: six queries of one are two programs'
-@pytest.mark.parametrize("L", [1, 2, 4, 5, 8, 33])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=kernel_cases.name)
+# Heads are of two key heads: six queries of one are two programs'. With at most one program there are no splits.
+@pytest.mark.parametrize(*pairs(L=[1, 2, 4, 5, 8, 33], dtype=[torch.float32, torch.bfloat16], heads=[2, 12], programs=[1, 16]))
 def test_attention_growing_copies_every_bit_and_hides_what_is_no_number(dtype, L, heads, programs, monkeypatch):
     monkeypatch.setattr(attention_decode, "PROGRAMS", programs)
     args, _ = kernel_cases.growing(2, heads, 2, 24, L, dtype, R=6, hidden=L // 2, wrap=kernel_cases.strided)()
