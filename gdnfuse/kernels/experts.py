@@ -63,6 +63,7 @@ REGISTERS = 384  # bytes of weight that a thread holds at most
 UP_ROWS, DOWN_ROWS = RowsConfig(64, 128, 4, 3), RowsConfig(64, 128, 4, 3)
 LEAST, MOST = 8, 16  # rows that a program takes at once
 SUMMED = 1024  # columns per program of the sum
+LINES = 64  # of 128 bytes of the shared expert's down projection that a waiting program has brought to the L2; 0 for none
 
 
 @triton.jit
@@ -81,13 +82,25 @@ def _rows_where(steps, weight_ptr, row, live, stride_wm, N: tl.constexpr, BN: tl
 
 
 @triton.jit
+def _prefetch(weight_ptr, part, M, N, stride_wm, LINES: tl.constexpr):
+    """Have a part of so many lines of 128 bytes of a weight [M, N] brought to the L2."""
+    LINE: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth  # elements
+    i = (part * LINES + tl.arange(0, LINES)) * LINE  # [LINES]
+    i = tl.where(i < M * N, i, 0)
+    address = (weight_ptr + (i // N).to(tl.int64) * stride_wm + i % N).to(tl.int64)
+    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [address], tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
 def experts_up_kernel(
     x_ptr, norm_weight_ptr, logits_ptr, indices_ptr, gate_up_ptr, shared_gate_ptr, shared_up_ptr, shared_expert_gate_ptr,
-    h_ptr, shared_h_ptr, open_ptr,
-    norm_eps, norm_offset, E, I, S, tiles, shared_tiles, stride_e, stride_w, stride_sg, stride_su,
-    H: tl.constexpr, BE: tl.constexpr, ROUND: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, OVERLAP: tl.constexpr,
+    shared_down_ptr, h_ptr, shared_h_ptr, open_ptr,
+    norm_eps, norm_offset, E, I, S, tiles, shared_tiles, fetching, stride_e, stride_w, stride_sg, stride_su, stride_sd,
+    H: tl.constexpr, BE: tl.constexpr, ROUND: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, LINES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One row: R columns of SwiGLU of the shared expert, whose programs are first, or of one choice."""
+    """One row: R columns of SwiGLU of the shared expert, whose programs are first, or of one choice. While these have nothing to
+    do but wait, the first of them have the shared expert's down projection brought to the L2, LINES lines of 128 bytes each."""
     pid = tl.program_id(0)
     shared = pid < shared_tiles
     choice = (pid - shared_tiles) // tiles
@@ -100,6 +113,9 @@ def experts_up_kernel(
     if norm_weight_ptr is not None:
         norm_weight = load_row(norm_weight_ptr, H, BN)
     if OVERLAP:
+        if shared_down_ptr is not None and LINES > 0:
+            if (pid >= shared_tiles) & (pid < shared_tiles + fetching):
+                _prefetch(shared_down_ptr, pid - shared_tiles, H, S, stride_sd, LINES)
         gdc_wait()
         gdc_launch_dependents()
 
@@ -415,10 +431,8 @@ def launch_row(
     shared: Shared,
     residual: torch.Tensor | None,
     overlap: bool,
-    up_config: skinny_linear.Config | None = None,
-    down_config: DownConfig | None = None,
 ) -> torch.Tensor:
-    """experts of one row, whose choices may still be the router's logits; with other configs than the chosen ones."""
+    """experts of one row, whose choices may still be the router's logits."""
     K = routing.top_k
     (E, _, H), I, S, shared = gate_up.shape, down.shape[2], shared.width, shared.contiguous()
     h, out = (torch.empty(n, dtype=t.dtype, device=x.device) for n, t in ((K * I, gate_up), (x.shape, x)))
@@ -427,17 +441,18 @@ def launch_row(
     norm_weight = None if norm_weight is None else norm_weight.contiguous()
     BE = 1 if routing.logits is None else triton.next_power_of_2(E)
 
-    R, BN, num_warps, _ = up_config or skinny_linear.config("swiglu", H, gate_up.dtype)
+    R, BN, num_warps, _ = config_of_up(H, gate_up.dtype)
     tiles, shared_tiles = -(-I // R), -(-S // R)
+    fetching = -(-H * S * down.dtype.itemsize // (128 * LINES)) if LINES else 0
     options = overlap_options(x, norm_weight) if overlap else {}
     kernel_of(experts_up_kernel)[(shared_tiles + K * tiles,)](
         x, norm_weight, routing.logits, routing.indices, gate_up, shared.gate, shared.up, shared.expert_gate,
-        h, shared_h, opening,
-        norm_eps, norm_offset, E, I, S, tiles, shared_tiles, gate_up.stride(0), gate_up.stride(1), *shared.strides()[:2],
-        H=H, BE=BE, ROUND=routing.round, R=R, BN=BN, OVERLAP=bool(options), num_warps=num_warps, **options,
+        shared.down, h, shared_h, opening,
+        norm_eps, norm_offset, E, I, S, tiles, shared_tiles, fetching, gate_up.stride(0), gate_up.stride(1), *shared.strides(),
+        H=H, BE=BE, ROUND=routing.round, R=R, BN=BN, LINES=LINES, OVERLAP=bool(options), num_warps=num_warps, **options,
     )  # fmt: skip
 
-    R, BN, num_warps = down_config or config_of_down(K, I, S, down.dtype)
+    R, BN, num_warps = config_of_down(K, I, S, down.dtype)
     kernel_of(experts_down_kernel)[(-(-H // R),)](
         h, shared_h, opening, routing.logits, routing.indices, routing.weights, down, shared.down, residual, out,
         E, H, down.stride(0), down.stride(1), shared.strides()[2],
@@ -445,6 +460,11 @@ def launch_row(
         R=R, BN=BN, OVERLAP=bool(options), num_warps=num_warps, **options,
     )  # fmt: skip
     return out
+
+
+def config_of_up(H: int, dtype: torch.dtype) -> skinny_linear.Config:
+    """skinny_linear's for a weight of gate and up of H columns, one tile per program."""
+    return *skinny_linear.config("swiglu", H, dtype)[:3], 0
 
 
 def config_of_down(K: int, I: int, S: int, dtype: torch.dtype) -> DownConfig:
@@ -471,10 +491,8 @@ def launch_rows(
     shared: Shared,
     residual: torch.Tensor | None,
     overlap: bool,
-    up_config: RowsConfig | None = None,
-    down_config: RowsConfig | None = None,
 ) -> torch.Tensor:
-    """experts of several rows; with other configs than the chosen ones."""
+    """experts of several rows."""
     (N, K), (E, _, H), I, S = indices.shape, gate_up.shape, down.shape[2], shared.width
     indices, weights, shared = indices.contiguous(), weights.contiguous(), shared.contiguous()
     empty = lambda *shape, dtype=gate_up.dtype: torch.empty(shape, dtype=dtype, device=x.device)  # noqa: E731
@@ -491,7 +509,7 @@ def launch_rows(
     common |= {"BB": LEAST if N <= LEAST else MOST}
     options = overlap_options(x) if overlap else {}
 
-    BM, BK, num_warps, stages = up_config or config_of_rows(UP_ROWS, gate_up.dtype, H)
+    BM, BK, num_warps, stages = config_of_rows(UP_ROWS, gate_up.dtype, H)
     tiles, shared_tiles = -(-I // (BM // 2)), -(-S // (BM // 2)) + (opening is not None)
     kernel_of(experts_up_rows_kernel)[(shared_tiles + entries * tiles,)](
         x, indices, gate_up, shared.gate, shared.up, shared.expert_gate, h, shared_h, opening,
@@ -499,7 +517,7 @@ def launch_rows(
         **common, BM=BM, BK=BK, STAGES=stages, OVERLAP=bool(options), num_warps=num_warps, **options,
     )  # fmt: skip
 
-    BM, BK, num_warps, stages = down_config or config_of_rows(DOWN_ROWS, down.dtype, *(n for n in (I, S) if n))
+    BM, BK, num_warps, stages = config_of_rows(DOWN_ROWS, down.dtype, *(n for n in (I, S) if n))
     tiles = -(-H // BM)
     shared_tiles = tiles if S else 0
     kernel_of(experts_down_rows_kernel)[(shared_tiles + entries * tiles,)](

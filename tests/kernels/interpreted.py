@@ -189,8 +189,8 @@ def test_rows_of_experts_are_independent():
 def test_experts_configs(rows, block, norm):
     """One row's steps that the columns do not fill, and tiles that the rows of a weight do not."""
     case = kernel_cases.routed_experts(40, 5, 2, 22, shared=44, gated=True, norm=norm)
-    one_row = mock.patch.multiple(experts, DOWN=[experts.DownConfig(rows, block, 4)])
-    with one_row, mock.patch.object(experts.skinny_linear, "config", lambda *_: (rows, block, 2, 0)):
+    down = experts.DownConfig(rows, block, 4)
+    with mock.patch.multiple(experts, config_of_up=lambda *_: (rows, block, 2, 0), config_of_down=lambda *_: down):
         kernel_cases.check(kernel_cases.Case("routed_experts", "", case), implementations()["routed_experts"].launch)
     case = kernel_cases.chosen(3, 96, 5, 2, 64, shared=32, gated=True, residual=True)
     tile = experts.RowsConfig(8 * rows, block, 4, 3)

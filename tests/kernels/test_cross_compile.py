@@ -382,6 +382,7 @@ def test_the_experts_of_one_row_are_on_their_way_before_those_who_need_them_wait
     early = [re.findall(r"ld\.global\S*\.v4\.b32", text) for text in (before_the_wait(router), wait, before_the_wait(down))]
     assert [len(loads) for loads in early] == [8 + 4, 16 + 4, 9 * 2]
     assert "redux.sync.max.s32" in up.asm["ptx"]
+    assert "prefetch.global.L2" in wait  # of the shared expert's down projection
 
 
 @pytest.mark.parametrize("rows", [8, 32])
