@@ -1,4 +1,4 @@
-"""Which versions of what this builds on are tested (`make test-matrix` for transformers), and what to say of others."""
+"""Which versions of what this builds on are tested (`make test-matrix`), and what to say of others."""
 
 from __future__ import annotations
 

@@ -296,6 +296,8 @@ def clean_path(path: str) -> str:
     parts = [p for p in path.split(".") if p]
     if "__self__" in parts:  # a bound method: the module follows
         parts = parts[parts.index("__self__") + 1 :]
+    if parts[:3] == ["L", "args", "0"]:  # self, where a decorator of forward takes it: transformers 5.24's does
+        parts = parts[3:]
     while parts and parts[0] in ("L", "G", "self", "fn", "args", "_orig_mod"):
         parts.pop(0)
     return ".".join(parts) or "(root)"

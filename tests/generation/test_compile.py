@@ -101,6 +101,8 @@ def test_direct_calls_reach_the_backend(model):
         for t in range(3):
             model(input_ids=PROMPT[:, t : t + 1], **zoo.held(cache))
     assert [r.phase for r in gdnfuse.reports()] == ["prefill", "decode"]
+    for report in gdnfuse.reports():  # however many decorators the model's forward has
+        assert [layer.path for layer in report.layers] == [f"model.layers.{i}.linear_attn" for i in range(3)]
 
 
 @torch.no_grad()

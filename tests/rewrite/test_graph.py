@@ -205,7 +205,12 @@ def test_setitem_writes_and_pure_ops_do_not():
         ("L['decode']._torchdynamo_inline.__self__.model.norm", "model.norm"),
         ("G['model'].layers[11]", "model.layers.11"),
         ("L['self']._orig_mod.a._parameters['weight']", "a.weight"),
+        ("L['args'][0].model.layers.0.linear_attn", "model.layers.0.linear_attn"),
+        ("L['args'][0]._modules['layers']._modules['0']", "layers.0"),
+        ("L['args'][1].norm", "1.norm"),
+        ("L['self'][0].norm", "0.norm"),
         ("L['self']", "(root)"),
+        ("L['args'][0]", "(root)"),
     ],
 )
 def test_clean_path(path, clean):
