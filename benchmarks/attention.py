@@ -32,11 +32,11 @@ from typing import Any
 from unittest import mock
 
 import torch
-from mixer import COLD_BYTES, microseconds
+from mixer import microseconds
 from tabulate import tabulate
 from tqdm import tqdm
 
-from gdnfuse.bench.measure import bandwidth, machine
+from gdnfuse.bench.measure import COLD_BYTES, bandwidth, machine
 from gdnfuse.dialect import attention_decode
 from gdnfuse.kernels import implementations
 from gdnfuse.progress import hidden

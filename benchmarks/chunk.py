@@ -30,14 +30,13 @@ import torch
 from tabulate import tabulate
 from tqdm import tqdm
 
-from gdnfuse.bench.measure import bandwidth, machine
+from gdnfuse.bench.measure import COLD_BYTES, bandwidth, machine, replayed
 from gdnfuse.dialect import chunk_delta_rule
 from gdnfuse.kernels import implementations
 from gdnfuse.progress import hidden
 
 H, HV, K, V = 16, 32, 128, 128
 SIDES = ("fla", "gdnfuse")
-COLD_BYTES = 4 * 60e6
 REPLAYS = 15
 SEGMENT = 1024
 TOLERANCE = 2e-2  # ‖found − wanted‖ / ‖wanted‖ against float64, for bfloat16 operands
@@ -75,23 +74,7 @@ def error(call: Callable[..., Any], args: tuple[torch.Tensor, ...]) -> float:
 
 
 def microseconds(call: Callable[..., Any], sets: Sequence[tuple[torch.Tensor, ...]]) -> list[float]:
-    for args in sets:
-        call(*args)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for args in sets:
-            call(*args)
-    graph.replay()
-    times = []
-    for _ in range(REPLAYS):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(1e3 * start.elapsed_time(end) / len(sets))
-    return times
+    return replayed(lambda args: call(*args), sets, replays=REPLAYS)
 
 
 def peak(call: Callable[..., Any], args: tuple[torch.Tensor, ...]) -> int:

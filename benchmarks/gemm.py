@@ -51,7 +51,7 @@ from tabulate import tabulate
 from torch.nn.functional import linear
 from tqdm import tqdm
 
-from gdnfuse.bench.measure import bandwidth, machine
+from gdnfuse.bench.measure import COLD_BYTES, bandwidth, machine, replayed
 from gdnfuse.dialect import fused_linear, in_proj_conv
 from gdnfuse.kernels import few_rows_hopper, few_rows_linear, skinny_linear
 from gdnfuse.kernels.linear_configs import STEP, FewRowsConfig, RingConfig, few_rows_config, ring_config, rings, split
@@ -121,7 +121,6 @@ TILE = 64  # bytes of weight per thread at least: fewer leave the memory idle
 REGISTERS, LOOPED_REGISTERS = 768, 512
 PADDING = 1.25  # columns loaded per column there is, at most
 SM = 132  # to tell apart configs that launch alike
-COLD_BYTES = 4 * 60e6  # four times an H200's L2
 LAUNCHES = 48
 REPLAYS = 9
 KEPT = 12  # configs of a linear whose times the JSON keeps, best first
@@ -272,24 +271,7 @@ def compile_all(linears: Sequence[Linear], sweep: bool) -> None:
 
 def microseconds(function: Callable[[Any, Any], Any], x: Any, sets: Sequence[Any]) -> float:
     """Median time of function(x, each) over the rotated sets, such as weights."""
-    passes = math.ceil(LAUNCHES / len(sets))
-    function(x, sets[0])
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(passes):
-            for each in sets:
-                function(x, each)
-    graph.replay()
-    times = []
-    for _ in range(REPLAYS):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(1e3 * start.elapsed_time(end) / (passes * len(sets)))
-    return statistics.median(times)
+    return statistics.median(replayed(partial(function, x), sets, LAUNCHES, REPLAYS))
 
 
 def conv_of(each: dict[str, Any]) -> torch.Tensor | None:

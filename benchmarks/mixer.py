@@ -42,7 +42,7 @@ import torch
 from tabulate import tabulate
 from tqdm import tqdm
 
-from gdnfuse.bench.measure import bandwidth, machine
+from gdnfuse.bench.measure import COLD_BYTES, bandwidth, machine, replayed
 from gdnfuse.dialect import gated_rms_norm, mixer_decode, packed_decode
 from gdnfuse.kernels import implementations
 from gdnfuse.progress import hidden
@@ -55,9 +55,7 @@ SCALE, EPS = K**-0.5, 1e-6
 SIDES = ("fla", "mixer_decode", "packed_decode", "packed_decode_gated")
 STATES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MARKS_US = {1: 4, 16: 20, 64: 68, 256: 265}
-COLD_BYTES = 4 * 60e6
-LAUNCHES = 24
-REPLAYS = 15
+LAUNCHES, REPLAYS = 24, 15
 # ‖found − wanted‖ / ‖wanted‖ against float64 for bfloat16 rows, by the state's dtype: a narrower one is rounded when stored.
 TOLERANCE = {torch.float32: 2e-2, torch.bfloat16: 2e-2 + 2.0**-8}
 DEVICE = "cuda"
@@ -226,23 +224,7 @@ def error(side: Side, s: Step) -> float:
 
 
 def microseconds(call: Callable[[Any], Any], sets: Sequence[Any]) -> list[float]:
-    passes = math.ceil(LAUNCHES / len(sets))
-    call(sets[0])
-    torch.cuda.synchronize()
-    graph, kept = torch.cuda.CUDAGraph(), []
-    with torch.cuda.graph(graph):
-        for _ in range(passes):
-            kept += [call(each) for each in sets]
-    graph.replay()
-    times = []
-    for _ in range(REPLAYS):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(1e3 * start.elapsed_time(end) / (passes * len(sets)))
-    return times
+    return replayed(call, sets, LAUNCHES, REPLAYS, keep=True)
 
 
 def run_batch(

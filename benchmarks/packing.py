@@ -17,11 +17,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from gemm import COLD_BYTES, microseconds
+from gemm import microseconds
 from tabulate import tabulate
 from torch.nn.functional import linear
 
-from gdnfuse.bench.measure import machine
+from gdnfuse.bench.measure import COLD_BYTES, machine
 
 # Widths of the parts, and columns: qkv, z, b, a of a GDN layer; gate and up.
 GROUPS = {

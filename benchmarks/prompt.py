@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
-from gdnfuse.bench.measure import bandwidth, machine
+from gdnfuse.bench.measure import bandwidth, machine, replayed
 from gdnfuse.dialect import add_rms_norm
 from gdnfuse.kernels import implementations
 from gdnfuse.kernels.causal_attention import CUDNN, FLASH
@@ -36,21 +36,7 @@ BF16 = torch.bfloat16
 
 
 def microseconds(function: Callable[..., Any], sets: Sequence[Sequence[torch.Tensor]]) -> float:
-    function(*sets[0])
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for each in sets:
-            function(*each)
-    times = []
-    for _ in range(REPLAYS + 1):  # one to warm up
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(1e3 * start.elapsed_time(end) / len(sets))
-    return statistics.median(times[1:])
+    return statistics.median(replayed(lambda each: function(*each), sets, replays=REPLAYS))
 
 
 def first_ms(function: Callable[..., Any], arguments: Sequence[torch.Tensor]) -> float:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import sys
 import tempfile
 import time
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -293,3 +296,35 @@ def test_plot(here, folder, tmp_path, capsys):
     target = tmp_path / "figure.png"
     assert main(["bench", str(folder), *QUICK, "--sides", "eager", "--prompt", "4", "--plot", str(target)]) == 0
     assert target.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize(("launches", "passes"), [(1, 1), (3, 1), (4, 2), (7, 3)])
+def test_calls_of_a_graph_go_through_all_sets_in_turn(launches, passes, keep, monkeypatch):
+    """And are timed by replays behind one that is not, whose results are there all along where they are kept."""
+    events, alive = [], []
+
+    class Result:
+        def __init__(self, each):
+            events.append(each)
+            alive.append(weakref.ref(self))
+
+    def event(enable_timing):
+        return SimpleNamespace(
+            record=lambda: None, synchronize=lambda: None, elapsed_time=lambda end: float(events.count("replay"))
+        )
+
+    def replay():
+        events.append("replay")
+        assert sum(ref() is not None for ref in alive) == (3 * passes if keep else 0)
+
+    for name, stub in {
+        "synchronize": lambda: events.append("waited"),
+        "CUDAGraph": lambda: SimpleNamespace(replay=replay),
+        "graph": lambda graph: contextlib.nullcontext(),
+        "Event": event,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stub)
+    times = measure.replayed(Result, "abc", launches, replays=2, keep=keep)
+    assert events == [*"abc", "waited", *"abc" * passes, *3 * ["replay"]]
+    assert times == [1e3 * n / (3 * passes) for n in (2, 3)]

@@ -1,16 +1,17 @@
 """What is measured and how: a decode step, a prompt, the logits that must be right first, and the bandwidth that limits a step.
 
 Times are medians. A decode step is timed in blocks of steps, each block between two events with nothing waited for inside, as a
-decode loop runs; a prompt is waited for.
+decode loop runs; a prompt is waited for; a kernel's calls are timed in a CUDA graph.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ SLACK = 1.5  # error allowed, in units of eager's own: of a few steps it is a dr
 FLOOR = 1e-5  # relative error allowed whatever eager's is: a float32 model is its own reference
 BLOCK = 8
 COPIED = {"cuda": 2**30, "cpu": 2**28}  # bytes, more than caches hold
+COLD_BYTES = 4 * 60e6  # four times an H200's L2: what is read behind so many other bytes comes from memory
 COPIES, ROUNDS = {"cuda": 10, "cpu": 1}, 10  # copies that are timed together, and how many times
 
 
@@ -96,6 +98,41 @@ def bandwidth(device: str) -> float:
         else:
             times.append(seconds(lambda: [target.copy_(source) for _ in range(copies)], device))
     return copies * 2 * source.nbytes / statistics.median(times[1:])
+
+
+def replayed(
+    call: Callable[[Any], Any], sets: Sequence[Any], launches: int = 1, replays: int = 15, keep: bool = False
+) -> list[float]:
+    """Microseconds per call of each replay of a CUDA graph that calls with one set of arguments after another.
+
+    The host has no part in it, and a set is cold when its turn comes if all of them together exceed COLD_BYTES.
+
+    Args:
+        call: takes a set.
+        sets: of arguments, in turn.
+        launches: calls in the graph at least; the sets are gone through as often as that takes, whole.
+        replays: that are timed, after one that is not.
+        keep: whether each result has memory of its own; else a call may write where an earlier result was.
+    """
+    for each in sets:
+        call(each)
+    torch.cuda.synchronize()
+    passes = math.ceil(launches / len(sets))
+    graph, kept = torch.cuda.CUDAGraph(), []
+    with torch.cuda.graph(graph):
+        for each in itertools.chain.from_iterable(itertools.repeat(sets, passes)):
+            kept.append(call(each))
+            if not keep:
+                kept.clear()
+    times = []
+    for _ in range(replays + 1):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(1e3 * start.elapsed_time(end) / (passes * len(sets)))
+    return times[1:]
 
 
 def synchronize(device: str) -> None:
