@@ -53,7 +53,7 @@ from tqdm import tqdm
 
 from gdnfuse.bench.measure import COLD_BYTES, bandwidth, machine, replayed
 from gdnfuse.dialect import fused_linear, in_proj_conv
-from gdnfuse.kernels import few_rows_hopper, few_rows_linear, skinny_linear
+from gdnfuse.kernels import devices, few_rows_hopper, few_rows_linear, skinny_linear
 from gdnfuse.kernels.linear_configs import STEP, FewRowsConfig, RingConfig, few_rows_config, ring_config, rings, split
 from gdnfuse.progress import hidden
 
@@ -151,7 +151,7 @@ def chosen(of: Linear) -> Config:
     ring = on_a_ring()
     parts = 1 if of.role == "swiglu" else split(of.rows, of.columns, of.sequences, ring)
     taken = ring_config(of.outputs, of.columns, of.role == "swiglu", parts) if ring else None
-    return taken or few_rows_config(of.columns, of.sequences, of.role == "swiglu", parts)
+    return taken or few_rows_config(of.columns, of.sequences, of.role == "swiglu", parts, device=devices.of(torch.device(DEVICE)))
 
 
 def configs(of: Linear, sweep: bool = True) -> Iterator[Config]:

@@ -52,7 +52,7 @@ ROWS: dict[str, list[str]] = {
     ],
     f"Near misses of real graphs ({NEAR_MISSES} of them), shapes and layouts": ["tests/fuzz"],
     "Operations' references": ["tests/dialect"],
-    "Kernels compiled for sm_80, sm_90, sm_100 and gfx942": ["tests/kernels/test_cross_compile.py"],
+    "Kernels compiled for sm_80, 86, 89, 90, 100, 120 and gfx942": ["tests/kernels/test_cross_compile.py"],
     "Each motif: hits, and refusals with a sentence": ["tests/passes/test_lift.py", "tests/passes/test_lift_chunk.py"],
     "Functions that are captured": ["tests/test_capture.py"],
     "Sequences are not mixed": ["tests/passes/test_sequences.py"],

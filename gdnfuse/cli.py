@@ -333,7 +333,7 @@ def _kernels_for(capability: int, triton: bool) -> str:
         return "Triton kernels that overlap, and a chunk scan of its own in Gluon."
     if capability >= 10:
         return "Triton kernels that overlap; compiled for it in tests, not measured."
-    return "Triton kernels; compiled for sm_80 and gfx942 in tests, not measured."
+    return "Triton kernels; compiled for sm_80, sm_86, sm_89 and gfx942 in tests, not measured."
 
 
 def _quiet() -> None:

@@ -34,9 +34,11 @@ def causal_conv_kernel(
     T, N, stride_xb, stride_xd, stride_xt, stride_cb, stride_cd, stride_cs, stride_wd, stride_ww,
     D: tl.constexpr, S: tl.constexpr, W: tl.constexpr, SILU: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    batch = tl.program_id(2).to(tl.int64)
-    d = tl.program_id(0).to(tl.int64) * BD + tl.arange(0, BD)  # [BD]
-    first = tl.program_id(1).to(tl.int64) * BT
+    # All programs are on one axis of the grid: the others take 65535, which a long prompt has more blocks than.
+    block = tl.program_id(0) // tl.cdiv(D, BD)
+    d = (tl.program_id(0) % tl.cdiv(D, BD)).to(tl.int64) * BD + tl.arange(0, BD)  # [BD]
+    batch = (block // tl.cdiv(T, BT)).to(tl.int64)
+    first = (block % tl.cdiv(T, BT)).to(tl.int64) * BT
     live = d < D
     taps = ()
     for j in tl.static_range(W):
@@ -101,7 +103,7 @@ def launch(
     B, D, T = x.shape
     out = torch.empty((B, T, D), dtype=x.dtype, device=x.device)
     S = 0 if context is None else context.shape[-1]
-    kernel_of(causal_conv_kernel)[(-(-D // BLOCK_D), -(-T // BLOCK_T), B)](
+    kernel_of(causal_conv_kernel)[(-(-D // BLOCK_D) * -(-T // BLOCK_T) * B,)](
         x, context, weight, None if bias is None else bias.contiguous(), cu_seqlens, out,
         T, 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
         *x.stride(), *((0,) * 3 if context is None else context.stride()), *weight.stride(),

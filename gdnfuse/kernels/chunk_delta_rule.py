@@ -31,7 +31,9 @@ import triton.language as tl
 from gdnfuse import compat
 from gdnfuse.dialect.chunk_delta_rule import CHUNK, check
 from gdnfuse.errors import Refused
+from gdnfuse.kernels import devices
 from gdnfuse.kernels.delta_rule import log_decay
+from gdnfuse.kernels.devices import Device
 from gdnfuse.kernels.launch.implementation import (
     INDEX_POINTERS,
     kernel_of,
@@ -105,9 +107,11 @@ def chunk_prepare_kernel(
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
     L2NORM: tl.constexpr, GATED: tl.constexpr, BETA_SCALE: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    chunk = tl.program_id(0)
-    n, hv = (tl.program_id(1) // HV).to(tl.int64), (tl.program_id(1) % HV).to(tl.int64)
+    # All programs are on one axis of the grid: the others take 65535, and there may be more heads, as there may be more chunks.
+    chunk, head = tl.program_id(0) % tl.cdiv(T, 64), tl.program_id(0) // tl.cdiv(T, 64)
+    n, hv = (head // HV).to(tl.int64), (head % HV).to(tl.int64)
     h = hv // (HV // H)
+    plane = tl.cast(plane, tl.int64)
     batch, start, T = _bounds(cu_seqlens_ptr, n, T, VARLEN)
     if chunk * 64 >= T:
         return
@@ -171,12 +175,14 @@ def chunk_scan_kernel(
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     VARLEN: tl.constexpr, CHECKPOINT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    n, hv = (tl.program_id(1) // HV).to(tl.int64), (tl.program_id(1) % HV).to(tl.int64)
+    column, head = tl.program_id(0) % tl.cdiv(V, BV), tl.program_id(0) // tl.cdiv(V, BV)
+    n, hv = (head // HV).to(tl.int64), (head % HV).to(tl.int64)
     h = hv // (HV // H)
+    plane = tl.cast(plane, tl.int64)
     batch, start, T = _bounds(cu_seqlens_ptr, n, T, VARLEN)
     r = tl.arange(0, 64)
     i_k = tl.arange(0, BK)
-    i_v = tl.program_id(0) * BV + tl.arange(0, BV)
+    i_v = column * BV + tl.arange(0, BV)
     live_k, live_v = i_k < K, i_v < V
     dtype = inverse_ptr.dtype.element_ty
     # A scalar start moves and 32-bit offsets inside a chunk stay, which takes fewer registers than 64-bit pointers that move.
@@ -325,7 +331,7 @@ def launch_with(
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     check(v, state, cu_seqlens, checkpoint_every)
     BK = max(16, triton.next_power_of_2(K))
-    operands, precision = OPERANDS.get(v.dtype, WIDE) if K == BK and abs(beta_max) <= 1 else WIDE
+    operands, precision = _operands(v.dtype, K, beta_max)
     new = {"device": v.device, "dtype": torch.float32}
     hopper = chunk_scan_hopper if config is None and operands == torch.bfloat16 else None
     on_hopper = hopper is not None and hopper.supports_here(q, k, v, checkpoint_every)
@@ -336,7 +342,7 @@ def launch_with(
     checkpoints = T // (CHUNK * checkpoint_every) if checkpoint_every else 0
     kept = torch.empty((B, checkpoints, HV, K, V), **new)
     shared = {"H": H, "HV": HV, "K": K, "BK": BK, "VARLEN": cu_seqlens is not None, "PRECISION": precision}
-    kernel_of(chunk_prepare_kernel)[(-(-T // CHUNK), N * HV)](
+    kernel_of(chunk_prepare_kernel)[(-(-T // CHUNK) * N * HV,)](
         q, k, a, b, None if A_log is None else A_log.contiguous(), None if dt_bias is None else dt_bias.contiguous(),
         cu_seqlens, inverse, attention, factors,
         scale, 0.0 if l2norm_eps is None else l2norm_eps, T, tokens, B * HV * tokens,
@@ -346,9 +352,9 @@ def launch_with(
     if on_hopper:
         hopper.launch_scan(q, k, v, inverse, attention, factors, state, cu_seqlens, out, last)
         return out, last, kept
-    columns, num_warps, stages = _config(operands, N * HV, K) if config is None else config
-    BV = min(columns, max(16, triton.next_power_of_2(V)))
-    kernel_of(chunk_scan_kernel)[(-(-V // BV), N * HV)](
+    columns, num_warps, stages = _config(operands, N * HV, BK, V, devices.of(v.device)) if config is None else config
+    BV = _tile(columns, V)
+    kernel_of(chunk_scan_kernel)[(-(-V // BV) * N * HV,)](
         q, k, v, inverse, attention, factors, state, cu_seqlens, out, last, kept,
         T, tokens, B * HV * tokens, checkpoint_every, checkpoints,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *((0,) * 4 if state is None else state.stride()),
@@ -357,15 +363,49 @@ def launch_with(
     return out, last, kept
 
 
+def _operands(dtype: torch.dtype, K: int, beta_max: float) -> tuple[torch.dtype, str]:
+    """Dtype of the operands of products and precision of products, for q, k, v of a dtype."""
+    return OPERANDS.get(dtype, WIDE) if K == max(16, triton.next_power_of_2(K)) and abs(beta_max) <= 1 else WIDE
+
+
 # Heads N·HV up to, value columns per program, warps, stages. Chosen on an H200, K = V = 128, T = 8192, for 32 and 128
 # heads; 64 or 128 columns and 8 warps are slower. No committed benchmark sweeps them.
 SCAN_CONFIGS = ((64, 32, 4, 3), (float("inf"), 32, 4, 2))
 
 
-def _config(operands: torch.dtype, heads: int, K: int) -> tuple[int, int, int]:
+def _config(operands: torch.dtype, heads: int, BK: int, V: int, device: Device) -> tuple[int, int, int]:
+    """Value columns per program, warps, and as many stages as there is shared memory for."""
     if operands == torch.float32:
         return 16, 4, 1
-    return (32, 4, 2) if K > 128 else next(config[1:] for config in SCAN_CONFIGS if heads <= config[0])
+    columns, num_warps, stages = (32, 4, 2) if BK > 128 else next(config[1:] for config in SCAN_CONFIGS if heads <= config[0])
+    while stages > 1 and scan_bytes(BK, _tile(columns, V), stages, device.amd) > device.shared_memory:
+        stages -= 1
+    return columns, num_warps, stages
+
+
+def _tile(columns: int, V: int) -> int:
+    return min(columns, max(16, triton.next_power_of_2(V)))
+
+
+def scan_bytes(BK: int, BV: int, stages: int, amd: bool) -> int:
+    """Bytes of shared memory per program of chunk_scan_kernel with bfloat16 operands, as Triton 3.6 to 3.8 lay it out.
+
+    These are what is loaded of the chunks ahead, and the largest operand that is made. On NVIDIA k has one tile whatever the
+    stages, because it is stored there from registers; on AMD v and the factors stay in registers. On sm_90 and sm_100, where
+    products read shared memory themselves, it is more, and there is room for it. Operands of float32 take 40 KiB at most.
+    """
+    made, k, squares = max(BK, CHUNK) * BV, CHUNK * BK, 2 * CHUNK * CHUNK
+    ahead = stages - 1
+    if amd:
+        return 2 * (made + ahead * (2 * k + squares)) if ahead else 2 * max(k, made)
+    if not ahead:
+        return 2 * (made + 2 * k + squares)
+    return 2 * (made + k + ahead * (k + CHUNK * BV + squares)) + 4 * ahead * (3 * CHUNK + 1)
+
+
+def prepare_bytes(BK: int, amd: bool) -> int:
+    """The same of chunk_prepare_kernel, at most: k and q, on AMD one of them, in padded rows."""
+    return 2 * CHUNK * (BK + 16) * (1 if amd else 2)
 
 
 def _aligned(x: torch.Tensor) -> bool:
@@ -389,7 +429,7 @@ def supports(
     beta_max: float = 2.0,
 ) -> None:
     """Raises Refused unless T ≥ 1, dtypes are float32, bfloat16 or float16, the same for q, k and v, heads static, K, V ≤ 256,
-    K ≤ 128 where operands are float32, HV a multiple of H and cu_seqlens int32 or int64."""
+    K ≤ 128 where operands are float32, HV a multiple of H, cu_seqlens int32 or int64, and programs fit the device."""
     require_dtypes(q=q, k=k, v=v, g=g, beta=beta, state=state)
     H, HV = q.shape[2], v.shape[2]
     require_tokens(v.shape[1])
@@ -400,11 +440,15 @@ def supports(
     if not q.dtype == k.dtype == v.dtype:
         raise Refused(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}.")
     K = k.shape[-1]
-    if K > MAX_WIDE and (q.dtype not in OPERANDS or K != triton.next_power_of_2(K) or abs(beta_max) > 1):
+    if K > MAX_WIDE and _operands(q.dtype, K, beta_max) == WIDE:
         found = f"K = {K}, {q.dtype} and β up to {beta_max:g}"
         raise Refused(f"K above {MAX_WIDE} must be 256, q, k and v bfloat16 and β at most 1; got {found}.")
     if cu_seqlens is not None and cu_seqlens.dtype not in INDEX_POINTERS:
         raise Refused(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}.")
+    BK, device = max(16, triton.next_power_of_2(K)), devices.of(v.device)
+    if _operands(v.dtype, K, beta_max)[0] != torch.float32:
+        needed = max(scan_bytes(BK, _tile(32, v.shape[-1]), 1, device.amd), prepare_bytes(BK, device.amd))
+        devices.require_shared(f"The chunked rule with K = {K}", needed, device)
 
 
 def supports_gated(

@@ -22,6 +22,7 @@ from __future__ import annotations
 import torch
 
 from gdnfuse import compat
+from gdnfuse.kernels import devices
 from gdnfuse.kernels.launch.implementation import kernel_of, launching
 
 gluon, gl, _, hopper, TensorDescriptor = compat.gluon()  # whoever imports this has asked whether it is there
@@ -112,7 +113,9 @@ def _consumer(
     if not VARLEN:
         # From memory, a chunk ahead. The read from shared memory is slower: registers are allotted so that the warp that
         # issues the copy of the output waits for it (about 400 cycles), and the others for that warp.
-        decay_ptr = factors_ptr + (plane.to(gl.int64) * 3 + (n * HV + hv).to(gl.int64) * (plane // gl.num_programs(1)))
+        decay_ptr = factors_ptr + (
+            plane.to(gl.int64) * 3 + (n * HV + hv).to(gl.int64) * (plane // (gl.num_programs(0) // (V // BV)))
+        )
         decay = gl.load(decay_ptr + gl.minimum(T, 64) - 1)
 
     mbarrier.wait(full.index(0), 0, pred=chunks > 0)
@@ -220,10 +223,11 @@ def chunk_scan_hopper_kernel(
     T, plane, stride_sb, stride_sh, stride_sk, stride_sv,
     H: gl.constexpr, HV: gl.constexpr, BV: gl.constexpr, STAGES: gl.constexpr, VARLEN: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
-    n = gl.program_id(1) // HV
-    hv = gl.program_id(1) % HV
+    head = gl.program_id(0) // (128 // BV)
+    n = head // HV
+    hv = head % HV
     h = hv // (HV // H)
-    column = gl.program_id(0) * BV
+    column = gl.program_id(0) % (128 // BV) * BV
     batch = n
     start = n * 0
     if VARLEN:
@@ -295,7 +299,7 @@ def _descriptor(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
 
 def _config(heads: int, varlen: bool, device: torch.device) -> tuple[int, int]:
     """Value columns per program (64 per warpgroup) and slots of the ring; of either there is one program to an SM."""
-    sms = torch.cuda.get_device_properties(device).multi_processor_count
+    sms = devices.of(device).multiprocessors
     # Twice the columns are slower where all programs run at once, and with cu_seqlens spill registers.
     return (64, 3) if varlen or -(-2 * heads // sms) < 2 * -(-heads // sms) else (128, 2)
 
@@ -326,7 +330,7 @@ def launch_scan(
     H, N = q.shape[2], last.shape[0]
     BV, stages = _config(N * HV, cu_seqlens is not None, v.device) if config is None else config
     by_head = [x.permute(0, 2, 1, 3) for x in (q, k, v, out)]  # [B, heads, T, columns]
-    kernel_of(chunk_scan_hopper_kernel)[(V // BV, N * HV)](
+    kernel_of(chunk_scan_hopper_kernel)[(V // BV * N * HV,)](
         _descriptor(by_head[0], 64, 64), _descriptor(by_head[1], 64, 64), _descriptor(by_head[2], 64, BV),
         _descriptor(inverse[:, :, :T], 64, 64), _descriptor(attention[:, :, :T], 64, 64),
         _descriptor(factors.permute(1, 2, 0, 3)[..., :T], 4, 64), _descriptor(by_head[3], 64, BV),

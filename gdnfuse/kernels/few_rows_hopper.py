@@ -13,11 +13,10 @@ dtype, none for split_linear.
 from __future__ import annotations
 
 import torch
-import triton
 
 from gdnfuse import compat
 from gdnfuse.kernels.launch.implementation import kernel_of, launching, overlap_options
-from gdnfuse.kernels.linear_configs import STEP, RingConfig, rings, rows_and_out
+from gdnfuse.kernels.linear_configs import STEP, RingConfig, columns_of, rings, rows_and_out
 
 gluon, gl, async_copy, hopper, _ = compat.gluon()  # whoever imports this has asked whether it is there
 fence_async_shared, warpgroup_mma, warpgroup_mma_wait = hopper.fence_async_shared, hopper.warpgroup_mma, hopper.warpgroup_mma_wait
@@ -158,7 +157,7 @@ def launch_with(
     options = overlap_options(x) if overlap else {}
     kernel_of(few_rows_hopper_kernel)[(-(-M // (live * tiles)), parts)](
         rows, weight, out, B, M, live, N // parts // STEP, rows.stride(0), weight.stride(0),
-        SWIGLU=swiglu, TILES=tiles, BB=max(8, triton.next_power_of_2(B)), STAGES=stages,
+        SWIGLU=swiglu, TILES=tiles, BB=columns_of(B), STAGES=stages,
         OVERLAP=bool(options), num_warps=4, **options,
     )  # fmt: skip
     return out

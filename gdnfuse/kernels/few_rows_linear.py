@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 
 from gdnfuse import compat
+from gdnfuse.kernels import devices
 from gdnfuse.kernels.launch.implementation import kernel_of, overlap_options
-from gdnfuse.kernels.linear_configs import FewRowsConfig, few_rows_config, ring_config, rows_and_out
+from gdnfuse.kernels.linear_configs import FewRowsConfig, columns_of, few_rows_config, ring_config, rows_and_out
 
 if compat.gluon():
     from gdnfuse.kernels import few_rows_hopper
@@ -93,7 +94,7 @@ def launch_with(
     options = overlap_options(x) if overlap else {}
     kernel_of(few_rows_linear_kernel)[(-(-M // (BM // 2 if swiglu else BM)), parts)](
         rows, weight, out, B, M, N // parts, rows.stride(0), weight.stride(0),
-        SWIGLU=swiglu, OPERAND=OPERANDS[weight.dtype], BM=BM, BK=BK, BB=max(8, triton.next_power_of_2(B)),
+        SWIGLU=swiglu, OPERAND=OPERANDS[weight.dtype], BM=BM, BK=BK, BB=columns_of(B),
         STAGES=stages, EARLY=early, OVERLAP=bool(options), num_warps=num_warps, **options,
     )  # fmt: skip
     return out
@@ -106,4 +107,5 @@ def launch(x: torch.Tensor, weight: torch.Tensor, swiglu: bool = False, parts: i
     x = rows.view(x.shape)  # so that what had to be copied is copied once
     if few_rows_hopper and (ring := ring_config(M, N, swiglu, parts)) and few_rows_hopper.supports_here(rows, weight):
         return few_rows_hopper.launch_with(ring, x, weight, swiglu, overlap)
-    return launch_with(few_rows_config(N, rows.shape[0], swiglu, parts, weight.dtype), x, weight, swiglu, overlap)
+    config = few_rows_config(N, rows.shape[0], swiglu, parts, weight.dtype, devices.of(x.device))
+    return launch_with(config, x, weight, swiglu, overlap)

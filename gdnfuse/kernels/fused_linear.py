@@ -10,7 +10,7 @@ from itertools import accumulate
 import torch
 
 from gdnfuse.errors import Refused
-from gdnfuse.kernels import few_rows_linear, skinny_linear
+from gdnfuse.kernels import devices, few_rows_linear, skinny_linear
 from gdnfuse.kernels.causal_conv_update import ACTIVATIONS
 from gdnfuse.kernels.gated_rms_norm import require_gate
 from gdnfuse.kernels.launch.implementation import register, require_dtypes, require_static
@@ -114,7 +114,7 @@ def supports(
     contiguous and there is one weight, of x's dtype but behind a gated norm.
 
     One row must be at most MAX_N wide and heads under a gate fill the steps over columns; several rows must fill the steps over
-    columns and have neither norm before nor residual behind.
+    columns and have neither norm before nor residual behind, and a device with shared memory for a step.
     """
     if len(weights) != 1:
         raise Refused(f"There must be one weight, packed if there are several, got {len(weights)}.")
@@ -141,7 +141,7 @@ def supports(
         around = {"norm or gate before": norm_weight, "residual behind": residual}
         if given := [name for name, t in around.items() if t is not None]:
             raise Refused(f"Several rows take SwiGLU behind their linear and nothing else, got a {given[0]} it.")
-        few_rows_config(N, _rows(x), swiglu, parts, weight.dtype)
+        few_rows_config(N, _rows(x), swiglu, parts, weight.dtype, devices.of(x.device))
     elif N > skinny_linear.MAX_N:
         raise Refused(f"One row must be at most {skinny_linear.MAX_N} wide, got {N}.")
     if gate is not None:

@@ -12,9 +12,10 @@ import torch
 
 from gdnfuse import compat
 from gdnfuse.errors import Refused
+from gdnfuse.kernels.devices import H200, Device, require_shared
 
 MAX_ROWS = 32
-MULTIPROCESSORS = 132  # of an H200
+MULTIPROCESSORS = H200.multiprocessors
 FILLED = 100  # tiles of rows from which on splitting the columns too is not worth the sum
 MOST = 330  # programs beyond which more parts are not worth the sum
 PARTS = (8, 7, 6, 5, 4, 3, 2)
@@ -29,6 +30,14 @@ class FewRowsConfig(NamedTuple):
     stages: int
     parts: int
     early: bool
+
+    def shared_memory(self, rows: int, itemsize: int) -> int:
+        """Bytes of shared memory per program for so many rows: the tiles of weight and x of all stages but the one that is used.
+
+        Where products read shared memory themselves, on sm_90 and sm_100, there are up to two stages more: there is room for
+        them on these devices.
+        """
+        return max(self.stages - 1, 1) * (self.BM + columns_of(rows)) * self.BK * itemsize
 
 
 class RingConfig(NamedTuple):
@@ -83,17 +92,23 @@ def ring_config(M: int, N: int, swiglu: bool = False, parts: int = 1) -> RingCon
     return RingConfig(tiles, -(-each // tiles), min(3 if tiles > 2 else 4, N // parts // STEP + 1), parts)
 
 
+def columns_of(rows: int) -> int:
+    """Columns of a product on tensor cores that has so many rows of x."""
+    return max(8, 1 << (rows - 1).bit_length())
+
+
 def few_rows_config(
-    N: int, rows: int, swiglu: bool = False, parts: int = 1, dtype: torch.dtype = torch.bfloat16
+    N: int, rows: int, swiglu: bool = False, parts: int = 1, dtype: torch.dtype = torch.bfloat16, device: Device = H200
 ) -> FewRowsConfig:
-    """The config for `rows` rows times a weight of N columns.
+    """The config for `rows` rows times a weight of N columns, with as many stages as the device has shared memory for.
 
     Args:
         swiglu: whether the weight is of gate and up.
         parts: of split_linear.
+        device: that it runs on.
 
     Raises:
-        Refused: N, or a part of it, does not fill the steps over columns.
+        Refused: N, or a part of it, does not fill the steps over columns, or a step does not fit the shared memory.
     """
     few = rows <= 8
     if parts > 1 and few:
@@ -113,7 +128,11 @@ def few_rows_config(
         block //= 2
     if N % (block * parts):
         raise Refused(f"The columns of a weight for several rows must be a multiple of {block * parts}, got {N}.")
-    return config._replace(BK=block)
+    config = config._replace(BK=block)
+    while config.stages > 2 and config.shared_memory(rows, dtype.itemsize) > device.shared_memory:
+        config = config._replace(stages=config.stages - 1)
+    require_shared("few_rows_linear", config.shared_memory(rows, dtype.itemsize), device)
+    return config
 
 
 def split(M: int, N: int, rows: int, ring: bool = False) -> int:

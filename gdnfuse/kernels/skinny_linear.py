@@ -15,7 +15,6 @@ float32; one rounding, to the weight's dtype, none for in_proj_conv.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -23,13 +22,13 @@ import triton
 import triton.language as tl
 
 from gdnfuse import compat
+from gdnfuse.kernels import devices
 from gdnfuse.kernels.gated_rms_norm import gated
 from gdnfuse.kernels.launch.implementation import kernel_of, overlap_options
 
 gdc_launch_dependents, gdc_wait = compat.dependent_launch()
 
 MAX_N = 2**15  # the loop over columns is unrolled
-MAX_PROGRAMS = 132  # per unit of programs_per_sm where there is no device to ask, an H200's multiprocessors
 
 # By what is fused around a linear: N up to; rows per tile (of gate and of up each with SwiGLU), columns per step, warps, programs
 # per multiprocessor (0: one per tile). The first line that fits is taken. Chosen on an H200 for bfloat16; benchmarks/gemm.py
@@ -206,11 +205,6 @@ def skinny_linear_kernel(
         tl.store(out_ptr + place, y.to(out_ptr.dtype.element_ty), mask=live & (place >= 0))
 
 
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else MAX_PROGRAMS
-
-
 def launch_with(
     chosen: Config, x, weight, norm_weight=None, norm_eps=0.0, norm_offset=0.0, gate=None, swiglu=False, residual=None,
     gate_activation="silu", conv=None, parts=None, heads=1, overlap=False,
@@ -223,7 +217,7 @@ def launch_with(
     N = weight.shape[1]
     M = weight.shape[0] // (2 if swiglu else 1)
     tiles = -(-M // R)
-    programs = min(tiles, per_sm * _multiprocessors(x.device)) if per_sm else tiles
+    programs = min(tiles, per_sm * devices.of(x.device).multiprocessors) if per_sm else tiles
     state, taps, bias, conv_offset, activation = (None, None, None, 0, "none") if conv is None else conv
     columns = M if parts is None else heads * sum(width for _, width, *_ in parts)
     out = torch.empty((*x.shape[:-1], columns), dtype=weight.dtype if conv is None else torch.float32, device=x.device)

@@ -10,6 +10,7 @@ from gdnfuse.kernels import (
     attention_decode,
     causal_conv_update,
     chunk_delta_rule,
+    devices,
     experts,
     few_rows_linear,
     implementations,
@@ -36,11 +37,9 @@ def test_launch(case):
 @pytest.mark.parametrize(*pairs(config=[(1, 64, 4, 0), (2, 32, 4, 0), (4, 64, 4, 1)], m=[1, 7, 8], n=[16, 100, 128]))
 def test_fused_linear_configs(config, m, n, monkeypatch):
     """One tile per program, and a few programs that take several each."""
-    monkeypatch.setattr(skinny_linear, "MAX_PROGRAMS", 2)
-    skinny_linear._multiprocessors.cache_clear()
+    monkeypatch.setattr(devices, "of", lambda device: devices.H200._replace(multiprocessors=2))
     case = kernel_cases.Case("fused_linear", "config", kernel_cases.linear(m, n, torch.bfloat16, norm=True, swiglu=True))
     kernel_cases.check(case, lambda x, w, *rest: skinny_linear.launch_with(config, x, *w, *rest), tolerance=TOLERANCE)
-    skinny_linear._multiprocessors.cache_clear()
 
 
 def check_few_rows(case, config, swiglu=False):

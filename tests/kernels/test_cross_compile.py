@@ -1,5 +1,9 @@
-"""Kernels compiled without a device, at the shapes of real models; registers and spills are read off the machine code."""
+"""Kernels compiled without a device, at the shapes of real models; registers and spills are read off the machine code.
 
+`GDNFUSE_FUZZ=1 pytest tests/kernels/test_cross_compile.py` compiles all for every target, which takes a quarter of an hour.
+"""
+
+import os
 import re
 import subprocess
 from dataclasses import replace
@@ -14,15 +18,17 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from gdnfuse.dialect.mixer_decode import layout, part_sizes
-from gdnfuse.kernels import chunk_scan_hopper, few_rows_hopper, implementations
-from gdnfuse.kernels.linear_configs import few_rows_config, ring_config, split
+from gdnfuse.kernels import chunk_scan_hopper, devices, few_rows_hopper, implementations
+from gdnfuse.kernels.chunk_delta_rule import prepare_bytes, scan_bytes
+from gdnfuse.kernels.devices import H200, Device
+from gdnfuse.kernels.linear_configs import FewRowsConfig, few_rows_config, ring_config, split
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
+SWEEP = "GDNFUSE_FUZZ" in os.environ
+TARGETS = {f"sm_{n}": GPUTarget("cuda", n, 32) for n in (80, 86, 89, 90, 100, 120)} | {"gfx942": GPUTarget("hip", "gfx942", 64)}
+SHARED = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}  # KiB per program
+CARDS = {target: Device(1024 * n, H200.multiprocessors, target.startswith("gfx")) for target, n in SHARED.items()}
+SMALL = [target for target in CARDS if CARDS[target].shared_memory < 100 * 1024]
+MAX_THREADS = 1024  # of a program
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 H, W = 16, 4
 BF16 = torch.bfloat16
@@ -129,13 +135,13 @@ def calls(B, HV, K=128, V=128, state_dtype=torch.float32):
 
 LAUNCHES = {"attention_decode": 2, "attention_growing": 2, "attention_one_query": 2, "mixer_decode": 2}
 MODELS = {"4B": (1, 32), "4B-batched": (32, 32), "27B": (2, 48)}
-# Every op at every model's shapes for sm_90, where nothing may spill, and for each other target at those of one model in turn.
+# Every op at every model's shapes for sm_90, where nothing may spill, and for sm_80, sm_100 and gfx942 at those of one in turn.
 CASES = [
     (model, op, target)
     for i, op in enumerate(calls(1, 32))
     for j, target in enumerate(TARGETS)
     for k, model in enumerate(MODELS)
-    if target == "sm_90" or (i + j + k) % len(MODELS) == 0
+    if SWEEP or target == "sm_90" or target not in ("sm_86", "sm_89", "sm_120") and (i + j + k) % len(MODELS) == 0
 ]
 
 
@@ -146,9 +152,17 @@ def compile_for(target, spec):
     return triton.compile(source, target=TARGETS[target], options=spec.options)
 
 
-def compiled(model, op, target):
-    specs = implementations()[op.split()[0]].jit_kernels(*calls(*MODELS[model])[op])
-    return [compile_for(target, spec) for spec in specs]
+@pytest.fixture
+def on(monkeypatch):
+    """Makes the device one of CARDS."""
+    return lambda target: monkeypatch.setattr(devices, "of", lambda device: CARDS[target])
+
+
+def supported(op, *args, **kwargs):
+    """What a call launches, which is supported."""
+    implementation = implementations()[op.split()[0]]
+    implementation.supports(*args, **kwargs)
+    return implementation.jit_kernels(*args, **kwargs)
 
 
 def resources(cubin, tmp_path):
@@ -160,12 +174,15 @@ def resources(cubin, tmp_path):
 
 
 @pytest.mark.parametrize(("model", "op", "target"), CASES, ids=["-".join(c) for c in CASES])
-def test_compiles(model, op, target, tmp_path, record_property):
-    kernels = compiled(model, op, target)
+def test_compiles(model, op, target, on, tmp_path, record_property):
+    on(target)
+    kernels = [compile_for(target, spec) for spec in supported(op, *calls(*MODELS[model])[op])]
     assert len(kernels) == LAUNCHES.get(op.split()[0], 2 if "chunk" in op else 1)
     few_rows = [kernel.metadata.name == "few_rows_linear_kernel" for kernel in kernels]
     assert any(few_rows) == (op == "split_linear" or op.startswith("fused_linear of rows"))
     for kernel in kernels:
+        assert kernel.metadata.shared <= CARDS[target].shared_memory
+        assert kernel.metadata.num_warps * TARGETS[target].warp_size <= MAX_THREADS
         if target == "gfx942":
             assert kernel.asm["hsaco"]
             continue
@@ -176,15 +193,88 @@ def test_compiles(model, op, target, tmp_path, record_property):
             assert (usage["STACK"], usage["LOCAL"]) == (0, 0), f"{kernel.metadata.name} spills: {usage}"
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-def test_the_chunked_rule_compiles_for_wider_operands(dtype, target):
-    """They are slow and may spill; K = V = 64 keeps the test short."""
+def linear_of(rows, n, swiglu=False):
+    of = lambda *shape: torch.empty(shape, dtype=BF16, device="meta")  # noqa: E731
+    return (of(rows, 1, n), [of(12352, n)], None, 0.0, 0.0, None, swiglu)
+
+
+def split_of(rows, n):
+    of = lambda *shape: torch.empty(shape, dtype=BF16, device="meta")  # noqa: E731
+    return (of(rows, 1, n), [of(2560, n)], split(2560, n, rows))
+
+
+def chunks_of(K, V=128):
+    of = lambda *shape: torch.empty(shape, dtype=BF16, device="meta")  # noqa: E731
+    q, v, gate = of(1, 1000, H, K), of(1, 1000, 32, V), of(1, 1000, 32)
+    return (q, q, v, gate, gate, None, K**-0.5, 1e-6, None, 0, 1.0)
+
+
+# What takes most shared memory, by op, and how many stages fit 99 and 64 KiB.
+TIGHT = {
+    "fused_linear of 2 rows": (linear_of(2, 2560), 3, 2),
+    "fused_linear of 2 rows and swiglu": (linear_of(2, 2560, True), 4, 4),
+    "fused_linear of 16 rows": (linear_of(16, 2560), 3, 3),
+    "fused_linear of 32 rows": (linear_of(32, 2560), 3, 3),
+    "fused_linear of 32 rows and swiglu": (linear_of(32, 2560, True), 4, 3),
+    "split_linear of 2 rows": (split_of(2, 9216), 3, 2),
+    "split_linear of 32 rows": (split_of(32, 9216), 3, 3),
+    "chunk_delta_rule of 64": (chunks_of(64, 64), 3, 2),
+    "chunk_delta_rule of 128": (chunks_of(128), 3, 2),
+    "chunk_delta_rule of 256": (chunks_of(256), 1, 1),
+}
+BY_DEFAULT = [
+    *(("fused_linear of 2 rows", target) for target in SMALL),
+    *(("split_linear of 2 rows", target) for target in ("sm_120", "gfx942")),
+    ("fused_linear of 32 rows and swiglu", "gfx942"),
+    *(("chunk_delta_rule of 128", target) for target in ("sm_86", "gfx942")),
+    *(("chunk_delta_rule of 256", target) for target in ("sm_120", "gfx942")),
+]
+
+
+@pytest.mark.parametrize(("op", "target"), [(op, t) for op in TIGHT for t in SMALL] if SWEEP else BY_DEFAULT)
+def test_there_are_as_many_stages_as_a_card_has_shared_memory_for(op, target, on):
+    """The formulas by which they are counted are at least what is compiled; with one stage more it would not fit, where that was
+    the reason to take fewer."""
+    card, (args, *stages) = CARDS[target], TIGHT[op]
+    wanted = implementations()[op.split()[0]].jit_kernels(*args)[-1].constexprs["STAGES"]
+    on(target)
+    specs = supported(op, *args)
+    chosen = specs[-1].constexprs["STAGES"]
+    assert chosen == stages[card.amd] <= wanted
+    for spec in specs:
+        needed, shared = needs(spec, card.amd), compile_for(target, spec).metadata.shared
+        assert shared <= needed <= card.shared_memory
+    if chosen < wanted:
+        more = replace(specs[-1], constexprs={**specs[-1].constexprs, "STAGES": chosen + 1})
+        assert compile_for(target, more).metadata.shared > card.shared_memory
+
+
+def needs(spec, amd):
+    """By the formula beside the kernel's configs."""
+    c = spec.constexprs
+    if spec.kernel.__name__ == "few_rows_linear_kernel":
+        return FewRowsConfig(c["BM"], c["BK"], 4, c["STAGES"], 1, c["EARLY"]).shared_memory(c["BB"], 2)
+    if spec.kernel.__name__ == "chunk_prepare_kernel":
+        return prepare_bytes(c["BK"], amd)
+    return scan_bytes(c["BK"], c["BV"], c["STAGES"], amd)
+
+
+WIDER = [(torch.float16, "sm_80"), (torch.float16, "gfx942"), (torch.float32, "sm_90"), (torch.float32, "sm_100")]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "target"), [(d, t) for d in (torch.float16, torch.float32) for t in TARGETS] if SWEEP else WIDER, ids=str
+)
+def test_the_chunked_rule_compiles_for_wider_operands(dtype, target, on):
+    """They are slow and may spill; K = V = 32 keeps the test short."""
+    on(target)
     of = lambda *shape: torch.empty(shape, dtype=dtype, device="meta")  # noqa: E731
-    q, v, gate = of(1, 70, 2, 64), of(1, 70, 4, 64), of(1, 70, 4)
+    K = V = 128 if SWEEP else 32
+    q, v, gate = of(1, 70, 2, K), of(1, 70, 4, V), of(1, 70, 4)
     every = {"cu_seqlens": torch.empty(3, dtype=torch.int32, device="meta")}
-    specs = implementations()["chunk_delta_rule"].jit_kernels(q, q, v, gate, gate, None, 0.1, None, **every)
-    assert [compile_for(target, spec).metadata.name for spec in specs] == ["chunk_prepare_kernel", "chunk_scan_kernel"]
+    kernels = [compile_for(target, spec) for spec in supported("chunk_delta_rule", q, q, v, gate, gate, None, 0.1, None, **every)]
+    assert [kernel.metadata.name for kernel in kernels] == ["chunk_prepare_kernel", "chunk_scan_kernel"]
+    assert all(kernel.metadata.shared <= CARDS[target].shared_memory for kernel in kernels)
 
 
 @pytest.mark.parametrize(("columns", "slots", "varlen"), [(64, 3, False), (64, 3, True), (128, 2, False)])
@@ -210,6 +300,7 @@ def test_the_hopper_scan_does_not_spill(columns, slots, varlen, tmp_path, record
     usage = resources(compiled.asm["cubin"], tmp_path)
     record_property("resources", str(usage))
     assert (usage["STACK"], usage["LOCAL"]) == (0, 0), f"{usage}"
+    assert compiled.metadata.shared <= CARDS["sm_90"].shared_memory
 
 
 # SwiGLU or not × M × N × parts of the columns, of a few rows: one, two and three tiles, with and without parts, and a short ring.
@@ -234,7 +325,7 @@ def test_the_ring_of_weights_is_full_before_the_wait_and_nothing_spills(swiglu, 
     usage = resources(compiled.asm["cubin"], tmp_path)
     record_property("resources", str(usage))
     assert (usage["STACK"], usage["LOCAL"]) == (0, 0), f"{usage}"
-    assert compiled.metadata.shared <= 227 * 1024
+    assert compiled.metadata.shared <= CARDS["sm_90"].shared_memory
     # A slot is written anew only once all warps have read it: each passes the barrier behind its products of the step before.
     steps = re.sub(r"//.*", "", compiled.asm["ptx"]).split("cp.async.wait_group")
     assert len(steps) == 3 and re.match(r"\s+\d+;\s*bar\.sync\s+0;", steps[1])
@@ -322,7 +413,7 @@ def test_linears_of_a_few_rows_do_not_spill(swiglu, m, n, dtype, rows, tmp_path,
     usage = resources(kernel.asm["cubin"], tmp_path)
     record_property("resources", str(usage))
     assert (usage["STACK"], usage["LOCAL"]) == (0, 0), f"{usage}"
-    assert usage["SHARED"] <= 227 * 1024
+    assert kernel.metadata.shared <= CARDS["sm_90"].shared_memory  # of the cubin it is no part
     loads = re.findall(r"(?:ld\.global|cp\.async)\S*", before_the_wait(kernel))
     early = few_rows_config(n, rows, swiglu, parts, dtype).early
     assert bool(loads) == early and all("v4" in load or "cg" in load for load in loads)
