@@ -1,4 +1,4 @@
-"""normalize: one spelling for casts, commuted operands, squares, local buffers and dead ops. Exact to the last bit."""
+"""normalize: one spelling for casts, commuted operands, squares, local buffers, sums in place and dead ops. Exact to the bit."""
 
 from __future__ import annotations
 
@@ -12,11 +12,20 @@ from gdnfuse.rewrite.graph import PURE, is_tensor, op_name, remove_dead, same, s
 
 _CAST_METHODS = {"float": torch.float32, "half": torch.float16, "bfloat16": torch.bfloat16, "double": torch.float64}
 _OPERANDS = {"linear": ("input", "weight", "bias"), "conv1d": ("input", "weight", "bias"), "cat": ("tensors", "dim")}
+_IN_PLACE = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+    "clamp_": "clamp",
+    "masked_fill_": "masked_fill",
+}
 _BUFFERS = ("zeros_like", "zeros", "empty", "empty_like")
 
 
 def normalize(gm: GraphModule) -> None:
     """Rewrite `gm` in place into the one spelling that lift's patterns are written in."""
+    _out_of_place(gm)
     written = {s: n for n in gm.graph.nodes for s in writes(n)}
     for node in list(gm.graph.nodes):
         if op_name(node) == "_log_api_usage_once":
@@ -150,6 +159,42 @@ def _rejoined(gm: GraphModule, node: Node, written: dict[int, Node]) -> None:
         return
     new = _become(gm, node, "narrow", (row, -1, start, end - start), method=True)
     new.meta["example_value"] = infer(new)
+
+
+def _out_of_place(gm: GraphModule) -> None:
+    """x /= y is x / y where the graph makes x's memory, no view of it from before is read later, and nobody else writes it."""
+    found = [n for n in gm.graph.nodes if n.target in _IN_PLACE and n.op.startswith("call_") and is_tensor(n)]
+    order = {n: i for i, n in enumerate(gm.graph.nodes)} if found else {}
+    homes: dict[int | None, list[Node]] = {}
+    for n in order:
+        homes.setdefault(storage(n), []).append(n)
+    for node in found:
+        x = node.args[0]
+        home = storage(x)
+        here = [n for n in homes[home] if not n._erased]
+        later = {n: [u for u in n.users if order[u] > order[node]] for n in here if order[n] < order[node]}
+        views = any(readers for n, readers in later.items() if n is not x)
+        written = any(home in writes(u) and u.target not in _IN_PLACE for n in here for u in n.users if u is not node)
+        # A node's memory is not known where it is older than what the node is called with.
+        if storage(node) != home or views or written or not all(n.op.startswith("call_") for n in here):
+            continue
+        with gm.graph.inserting_before(node):
+            new = gm.graph.create_node(node.op, _IN_PLACE[node.target], node.args, node.kwargs)
+        new.meta.update(node.meta)
+        new.meta["example_value"] = infer(new)
+        if value(new).dtype != value(node).dtype or not same_shape(value(new).shape, value(node).shape):
+            gm.graph.erase_node(new)  # in place it is cast or broadcast to x
+            continue
+        order[new] = order[node]
+        homes[storage(new)] = [new]
+        for reader in later[x]:
+            reader.replace_input_with(x, new)
+        node.replace_all_uses_with(new)
+        gm.graph.erase_node(node)
+        for view in [n for n in here if not n._erased and order[n] > order[new]]:
+            view.meta["example_value"] = infer(view)
+            homes[home].remove(view)
+            homes[storage(new)].append(view)
 
 
 def _buffer_to_stack(gm: GraphModule, buffer: Node, written: dict[int, Node]) -> None:

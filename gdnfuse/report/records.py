@@ -234,9 +234,11 @@ COLUMNS = {
     "gated norm": ("gated_rms_norm",),
     "mixer": ("mixer_decode", "mixer_linears"),
     "attention": ("attention_decode", "attention_growing", "attention_one_query", "causal_attention"),
-    "norm": ("rms_norm", "norm_linear", "add_rms_norm"),
+    "router": ("route", "route_experts"),
+    "experts": ("experts", "shared_expert"),
+    "norm": ("rms_norm", "norm_linear", "norm_experts", "add_rms_norm"),
     "SwiGLU": ("swiglu_linear",),
-    "residual": ("residual_linear",),
+    "residual": ("residual_linear", "residual_experts"),
 }
 _COLUMN = {rule: column for column, rules in COLUMNS.items() for rule in rules}
 

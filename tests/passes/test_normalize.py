@@ -69,6 +69,43 @@ def test_numbers_stand_on_the_right_of_what_commutes(f):
                 assert isinstance(n.args[0], torch.fx.Node) and isinstance(n.args[1], int | float)
 
 
+def in_place(x, y):
+    z = x + y
+    z /= z.sum(-1, keepdim=True)
+    z *= 2
+    z.clamp_(max=0.5).masked_fill_(y > 1, 0.0)
+    return z.transpose(0, 1) * 3
+
+
+def read_before(x, y):
+    z = x + y
+    w = z.transpose(0, 1)
+    z *= 2
+    return w + 1, z
+
+
+def cast_in_place(x, y):
+    z = x.half() + 1
+    z += y
+    return z
+
+
+@pytest.mark.parametrize("f", [in_place, read_before, cast_in_place, lambda x, y: x.mul_(y) + x])
+def test_what_is_written_in_place(f):
+    """It stays so where something shows that it is: views from before that are read behind it, a cast, memory of the caller's."""
+    ops = normal(f, X, X + 1).ops()
+    assert not any(op.endswith("_") or op.startswith("i") for op in ops) == (f in (in_place,))
+
+
+def test_the_topk_of_a_router_is_divided_out_of_place():
+    def f(x):
+        top, _ = torch.topk(x.softmax(-1), 2)
+        top /= top.sum(-1, keepdim=True)
+        return top.to(torch.bfloat16)
+
+    assert normal(f, X).ops() == ["softmax", "topk", "getitem", "sum", "div", "to"]
+
+
 ROWS = torch.randn(2, 3, 10)
 
 
@@ -82,7 +119,7 @@ ROWS = torch.randn(2, 3, 10)
 def test_neighbouring_columns_put_together_are_columns(f):
     assert normal(lambda x: f(x).exp(), ROWS).ops() == ["narrow", "exp"]
     assert "cat" in normal(f, ROWS).ops()  # what a graph returns is memory of its own
-    assert "cat" in normal(lambda x: f(x).mul_(2).exp(), ROWS).ops()
+    assert "cat" in normal(lambda x: f(x).relu_().exp(), ROWS).ops()
 
 
 @pytest.mark.parametrize(

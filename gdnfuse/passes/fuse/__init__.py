@@ -8,10 +8,13 @@ from gdnfuse.passes.fuse import (
     l2norm_delta_rule,
     mixer_decode,
     mixer_linears,
+    norm_experts,
     norm_linear,
     packed_decode,
     repeat_delta_rule,
+    residual_experts,
     residual_linear,
+    route_experts,
     swiglu_linear,
 )
 
@@ -23,9 +26,12 @@ RULES = [
     conv_context.RULE,
     packed_decode.RULE,
     mixer_decode.RULE,
+    route_experts.RULE,
+    norm_experts.RULE,
     norm_linear.RULE,
     mixer_linears.RULE,
     swiglu_linear.RULE,
     residual_linear.RULE,
+    residual_experts.RULE,
     add_rms_norm.RULE,
 ]

@@ -1,4 +1,4 @@
-"""rms_norm(residual + linear(x))  →  add_rms_norm, for more than one row
+"""rms_norm(residual + linear(x)), or experts(x)  →  add_rms_norm, for more than one row
 
 One row has both in its linears. A few have them as one kernel between two linears, which adds up what the first left in parts and
 lets the second start early. For many, as a prompt has, it reads each row once, where Inductor, if it does not know how many there
@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 from gdnfuse.dialect import add_rms_norm, rms_norm
 from gdnfuse.errors import Refused
+from gdnfuse.passes.experts import op_of_experts
 from gdnfuse.passes.fuse.linears import LINEARS, alone, is_linear
 from gdnfuse.passes.rows import few_rows, one_row
 from gdnfuse.rewrite.edit import call
 from gdnfuse.rewrite.evaluate import hint
-from gdnfuse.rewrite.graph import is_tensor, op_name, same_shape, value
+from gdnfuse.rewrite.graph import is_tensor, op_name, peel, same_shape, value
 from gdnfuse.rewrite.pattern import Mismatch
 from gdnfuse.rewrite.rule import Match, Rule
 
@@ -33,14 +34,14 @@ class FuseAddRMSNorm(Rule[Facts]):
         """A norm of several rows behind a sum."""
         norms = [n for n in graph.nodes if op_name(n) == "gdnfuse.rms_norm" and not one_row(n)]
         sums = [(n, x) for n in norms if op_name(x := _bound(n)["x"]) == "add"]
-        return [n for n, x in sums if few_rows(n) or any(op_name(a) in LINEARS for a in x.args)]
+        return [n for n, x in sums if few_rows(n) or any(_ends(a) for a in x.args)]
 
     def match(self, anchor):
         norm = _bound(anchor)
         add = norm["x"]
-        linear = next((a for a in reversed(add.args) if is_linear(a) or not few_rows(a) and op_name(a) in LINEARS), None)
+        linear = next((a for a in reversed(add.args) if is_linear(a) or not few_rows(a) and _ends(a) or _experts(a)), None)
         if linear is None or len(add.args) != 2 or add.kwargs:
-            raise Mismatch(add, "a sum with a linear without bias", ", ".join(map(op_name, add.args)))
+            raise Mismatch(add, "a sum with a linear without bias, or with experts", ", ".join(map(op_name, add.args)))
         alone(linear, add)
         residual = add.args[0] if add.args[1] is linear else add.args[1]
         if residual is linear:
@@ -64,6 +65,15 @@ class FuseAddRMSNorm(Rule[Facts]):
     def rewrite(self, m, t):
         results = call(add_rms_norm.op.overload, t.x, t.residual, t.weight, m.facts.eps, m.facts.offset)
         return results[0], results[1]
+
+
+def _experts(node):
+    return is_tensor(node) and op_of_experts(peel(node)) is not None
+
+
+def _ends(node):
+    """Whether a node may end a block: a linear, or experts."""
+    return op_name(node) in LINEARS or _experts(node)
 
 
 def _bound(norm):

@@ -13,6 +13,8 @@ from gdnfuse.passes.lift import (
     l2norm,
     packed_linear,
     rms_norm,
+    route,
+    shared_expert,
 )
 
 # l2norm stands before the rules that read it, and the chunked rule before the other, whose anchor is any copy into a state;
@@ -30,5 +32,7 @@ RULES = [
     attention_growing.RULE,
     attention_one_query.RULE,
     causal_attention.RULE,
+    route.RULE,
+    shared_expert.RULE,
     packed_linear.RULE,
 ]

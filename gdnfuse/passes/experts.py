@@ -1,0 +1,95 @@
+"""What rules around experts share: experts, with or without their router, as a match, and the call that takes their place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from gdnfuse.dialect import DialectOp, experts, op_of, routed_experts
+from gdnfuse.errors import Refused
+from gdnfuse.rewrite.edit import call
+from gdnfuse.rewrite.graph import is_tensor, op_name, peel, real_users, same, value
+from gdnfuse.rewrite.rule import Match, Operand
+
+OPS = (experts.op, routed_experts.op)
+# In proofs: experts, columns inside them and inside the shared one. A model's own have gigabytes.
+FEW, WIDTH, SHARED = 4, 2, 3
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The op to call, its arguments that are no tensors, and the shape of the result if not [N, H]."""
+
+    op: DialectOp
+    constants: dict[str, Any]
+    shape: tuple[Any, ...] | None
+
+
+def op_of_experts(node: Any) -> DialectOp | None:
+    op = op_of(node.target) if isinstance(node, Node) and node.op == "call_function" else None
+    return op if op in OPS else None
+
+
+def bind(node: Node) -> dict[str, Any]:
+    return op_of_experts(node).bind(node.args, node.kwargs)
+
+
+def as_rows(node: Node, like: torch.Tensor, what: str) -> Operand:
+    """A tensor [..., H] as rows [N, H].
+
+    Raises:
+        Refused: it has not as many elements, or another dtype.
+    """
+    v = value(node)
+    if not same(v.numel(), like.numel()) or not same(v.shape[-1], like.shape[-1]) or v.dtype != like.dtype:
+        found = f"{list(v.shape)} of {v.dtype}"
+        raise Refused(f"{what} must be like the experts' rows, {list(like.shape)} of {like.dtype}, found {found}.", at=node)
+    return Operand(node) if v.ndim == 2 else Operand(node, lambda x: x.flatten(0, -2))
+
+
+def experts_match(output: Node, op: DialectOp, arguments: dict[str, Any]) -> Match[Facts]:
+    """A match that replaces what `output` computes by a call of `op`, whose arguments are nodes, Operands, numbers or None."""
+    tensors = {name: x for name, x in arguments.items() if isinstance(x, Node | Operand)}
+    constants = {name: x for name, x in arguments.items() if name not in tensors}
+    rows, out = value(arguments["gate_up"]).shape[2], value(output)
+    E = max(FEW, constants.get("top_k", 0))
+    narrow = {
+        "router": (E, rows), "gate_up": (E, 2 * WIDTH, rows), "down": (E, rows, WIDTH),
+        "shared_gate": (SHARED, rows), "shared_up": (SHARED, rows), "shared_down": (rows, SHARED),
+    }  # fmt: skip
+    return Match(
+        tensors,
+        [output],
+        Facts(op, constants, None if out.ndim == 2 else tuple(out.shape)),
+        samplers={"indices": _indices},
+        shapes={name: shape for name, shape in narrow.items() if name in tensors},
+    )
+
+
+def experts_call(m: Match[Facts], t: Any) -> Any:
+    """The call itself."""
+    y = call(m.facts.op.overload, **vars(t), **m.facts.constants)
+    return y if m.facts.shape is None else y.reshape(m.facts.shape)
+
+
+def read_by(node: Node, reader: Node) -> None:
+    """Raises Refused unless nothing but `reader` reads what `node` computes."""
+    others = [u for u in real_users(node) if u is not reader]
+    if others:
+        raise Refused(f"{node.name} must be read by {reader.name} alone, found that {others[0].name} reads it too.", at=others[0])
+
+
+def sum_of(experts_node: Node) -> tuple[Node, Node] | None:
+    """The sum of experts and another tensor that is the first to read them, and that tensor; None where there is none."""
+    root = next(iter(real_users(experts_node)), None)
+    if op_name(root) != "add" or len(root.args) != 2 or root.kwargs:
+        return None
+    others = [n for n in root.args if peel(n) is not experts_node]
+    return (root, others[0]) if len(others) == 1 and is_tensor(others[0]) else None
+
+
+def _indices(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    return torch.randint(0, FEW, shape, generator=generator)
