@@ -191,6 +191,8 @@ def _why_untouched(gm: GraphModule, example_inputs: Sequence[Any]) -> str:
 def _demand_fused(report: GraphReport, opts: Options) -> None:
     if not report.rewritten:
         raise GdnfuseError(f"strict: the graph was not rewritten. {report.note}")
+    if failed := next((r for r in report.all_records if r.failed), None):
+        raise GdnfuseError(f"strict: {failed.reason}")
     if opts.verify and report.all_records and not report.comparisons:
         raise GdnfuseError(f"strict: the graph was not verified. {report.note}")
     # Without capture a prompt is traced as one motif per chunk; only a decode step can be expected to be recognised then.

@@ -168,6 +168,20 @@ def test_a_pass_that_fails_under_strict_raises_and_the_next_compilation_is_whole
     assert right(model, compiled(model, strict=True))
 
 
+def test_a_rule_that_fails_costs_what_it_would_have_rewritten_and_strict_raises(monkeypatch):
+    model = zoo.causal_lm(**zoo.SMALL)
+    monkeypatch.setattr("gdnfuse.passes.lift.packed_linear.LiftPackedLinear.check", broken)
+    assert right(model, compiled(model))
+    (report,) = gdnfuse.reports()
+    fired = {r.rule for r in report.all_records if r.status is gdnfuse.Status.FIRED and r.stage in ("lift", "fuse")}
+    failed = {(r.rule, r.reason) for r in report.all_records if r.failed}
+    assert report.rewritten and "mixer_decode" in fired and "packed_linear" not in fired
+    assert failed == {("packed_linear", "The rule packed_linear failed: ZeroDivisionError: broken on purpose.")}
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="strict: The rule packed_linear failed: ZeroDivisionError: broken on purpose."):
+        decoded(model, compiled(model, strict=True))
+
+
 def test_an_interrupt_is_the_users():
     """It is no failure of a pass: it ends the call, and the next one compiles."""
     model = zoo.causal_lm(**zoo.SMALL)

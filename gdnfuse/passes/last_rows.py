@@ -17,9 +17,8 @@ from torch.fx.node import map_arg
 from gdnfuse.dialect import causal_attention
 from gdnfuse.errors import Refused
 from gdnfuse.passes.sdpa import attention_of
-from gdnfuse.report.records import Status
-from gdnfuse.rewrite.driver import Outcome
-from gdnfuse.rewrite.edit import infer, quiet_shapes, recorded
+from gdnfuse.rewrite.driver import Outcome, deciding
+from gdnfuse.rewrite.edit import infer, inserting, quiet_shapes, recorded
 from gdnfuse.rewrite.graph import is_tensor, kept, op_name, same, same_shape, storage, value, writes
 
 ELEMENTWISE = {
@@ -37,14 +36,9 @@ def keep_last_rows(gm: GraphModule, outcome: Outcome) -> None:
             continue
         record = recorded(NAME, "fuse", node, EQUATION)
         outcome.records.append(record)
-        try:
-            if len(outcome.rewrites) == outcome.fuel:
-                raise Refused(f"The option fuel must leave a rewrite, found that all {outcome.fuel} are made.")
-            with quiet_shapes(gm):
-                _Rows(gm.graph, node, axis).move_up()
-            outcome.rewrites.append(record)
-        except Refused as e:
-            record.status, record.reason, record.at = Status.REFUSED, e.reason, e.at or node.name
+        with deciding(record, outcome), quiet_shapes(gm):
+            outcome.need_fuel()
+            _Rows(gm.graph, node, axis).move_up()
 
 
 def _sliced(node: Node) -> int | None:
@@ -107,7 +101,7 @@ class _Rows:
         seen = [n for n in self.order if storage(n) == storage(self.end) and n < self.end and n not in self.inside]
         if seen:
             raise Refused(f"Rows must be computed, found that they are a view of {seen[-1].name}.", at=self.end)
-        with self.graph.inserting_before(self.end):
+        with inserting(self.graph, self.end.prev):
             last = self._last(first)
             # Of few rows a copy may have become a view, which shows what is written to the memory later.
             if storage(last) in {storage(n) for n in self.order}:

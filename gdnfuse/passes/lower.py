@@ -15,7 +15,8 @@ from gdnfuse.kernels.linear_configs import rings, split
 from gdnfuse.packing import PackedWeight, pack, settle
 from gdnfuse.passes.sdpa import attention_of
 from gdnfuse.report.records import Record
-from gdnfuse.rewrite.edit import infer, recorded
+from gdnfuse.rewrite.driver import failed
+from gdnfuse.rewrite.edit import infer, inserting, recorded
 from gdnfuse.rewrite.graph import held, is_plain, kept, op_name, storage, value, writes
 
 EQUATIONS = {"linear": "x·Wᵀ", "scaled_dot_product_attention": causal_attention.op.equation}  # of what is torch's
@@ -53,6 +54,7 @@ def lower(gm: GraphModule, target: str | None, linears: bool = False, ahead: boo
         device = target or next(v.device.type for v in values.values() if isinstance(v, torch.Tensor))
         if op is None and device != "cuda":
             continue
+        as_it_was = node.target, node.args, node.kwargs, value(node)
         try:
             if reason:
                 raise Refused(reason)
@@ -62,18 +64,22 @@ def lower(gm: GraphModule, target: str | None, linears: bool = False, ahead: boo
             kernel = _kernel(name, device, values)
             # What came before the graph has ended when its first kernel starts, so the others may start before that one ends.
             early = {"overlap": True} if node in behind and touched.may_overlap(node, kernel, call) else {}
-            node.target, node.args, node.kwargs = kernel.op, (), {**call, **early}
-            record.chosen = kernel.by
-            if name == "split_linear":
-                _add_up(node, call["parts"], values["weights"][0].dtype)
-            behind.add(node)
             key = f"{name} {compat.tree_map_only(torch.Tensor, _layout, {**values, **early})}"
             if key not in launched:
                 launched[key] = kernel, values | early, kernel.plan(values | early)
+            node.target, node.args, node.kwargs = kernel.op, (), {**call, **early}
+            if name == "split_linear":
+                _add_up(node, call["parts"], values["weights"][0].dtype)
+            behind.add(node)
+            record.chosen = kernel.by
             record.launches, record.measured = launched[key][2], kernel.measured
             node.meta["gdnfuse_launches"] = len(record.launches) or 1
-        except Refused as e:
-            record.reason = e.reason
+        except Exception as e:
+            if isinstance(e, Refused):
+                record.reason = e.reason
+            else:
+                failed(record, e)
+            node.target, node.args, node.kwargs, node.meta["example_value"] = as_it_was
             if op is None:
                 record.chosen = "library"
             elif op.inline:
@@ -110,7 +116,7 @@ def _add_up(node: Node, parts: int, dtype: torch.dtype) -> None:
         call = add_rms_norm.op.bind(readers[0].args, readers[0].kwargs)
         if call["x"] is node and call["residual"] is not node:
             return  # which adds up itself
-    with graph.inserting_before(node.next):
+    with inserting(graph, node):
         steps = [("sum", 0), ("to", dtype)]
         if parts > MAX_SUM:
             steps = [("unflatten", 0, (2, parts // 2)), ("sum", 0), *steps]

@@ -65,6 +65,8 @@ class Record:
         launches: one line per Triton kernel that a lowered op launches, with how it shares out the work; empty where that is
             known at run time only.
         measured: the benchmark that compares these configs, or empty.
+        failed: the rule, or the choice of an implementation, raised an error, which is a bug of ours; `reason` has it, and the
+            graph stays there as it was.
     """
 
     rule: str
@@ -85,6 +87,7 @@ class Record:
     chosen: str | None = None
     launches: list[str] = field(default_factory=list)
     measured: str = ""
+    failed: bool = False
 
 
 @dataclass(frozen=True)

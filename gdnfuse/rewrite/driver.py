@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,10 +14,10 @@ from torch.fx import Graph, GraphModule, Node, Proxy
 from torch.fx.node import map_aggregate
 from torch.fx.proxy import GraphAppendingTracer
 
-from gdnfuse.errors import Refused
+from gdnfuse.errors import Refused, one_line
 from gdnfuse.progress import announce
 from gdnfuse.report.records import Record, Source, Status
-from gdnfuse.rewrite.edit import infer, quiet_shapes, recorded, returned
+from gdnfuse.rewrite.edit import infer, inserting, quiet_shapes, recorded, returned
 from gdnfuse.rewrite.graph import (
     foreign,
     held,
@@ -48,21 +50,33 @@ class Outcome:
     proofs: int = 0
     proof_seconds: float = 0.0
 
+    def need_fuel(self) -> None:
+        """Raises Refused if no further rewrite may be made."""
+        if len(self.rewrites) == self.fuel:
+            raise Refused(f"The option fuel must leave a rewrite, found that all {self.fuel} are made.")
+
 
 def run_rules(gm: GraphModule, rules: list[Rule], outcome: Outcome) -> None:
-    """Apply each rule at each of its anchors, in order. The graph is valid after every single application."""
+    """Apply each rule at each of its anchors, in order. The graph is valid after every single application.
+
+    A rule that fails is a bug of ours. It costs what it would have rewritten there, and nothing else.
+    """
     memory = Memory(gm.graph)
     for rule in rules:
         announce(f"{rule.stage} {rule.name}")
-        for anchor in list(rule.anchors(gm.graph)):
+        try:
+            anchors = list(rule.anchors(gm.graph))
+        except Exception as e:
+            outcome.records.append(failed(Record(rule.name, rule.stage, Status.REFUSED, "", rule.equation), e))
+            continue
+        for anchor in anchors:
             record = recorded(rule.name, rule.stage, anchor, rule.equation)
             outcome.records.append(record)
             if anchor._erased:
                 record.status, record.reason = Status.SHADOWED, f"An earlier match of {rule.name} took {anchor.name} in."
                 continue
-            try:
-                if len(outcome.rewrites) == outcome.fuel:
-                    raise Refused(f"The option fuel must leave a rewrite, found that all {outcome.fuel} are made.")
+            with deciding(record, outcome):
+                outcome.need_fuel()
                 m = rule.match(anchor)
                 rule.check(m)
                 region = cut(gm.graph, m, memory)
@@ -70,20 +84,37 @@ def run_rules(gm: GraphModule, rules: list[Rule], outcome: Outcome) -> None:
                     replacement = _trace(rule, m, region)
                     proof = prove(region.graph, replacement, region.inputs, m, extremes=rule.stage == "lift")
                     _replace(gm, m, region, replacement, anchor, memory)
-                outcome.rewrites.append(record)
                 record.proof_error, record.proof_cached = proof.error, proof.cached
                 outcome.proofs += not proof.cached
                 outcome.proof_seconds += proof.seconds
-            except Mismatch as e:
-                record.status = Status.UNMATCHED
-                record.at, record.expected, record.got = str(e.node), e.expected, e.got
-                record.reason = f"Expected {e.expected} at {e.node}, found {e.got}."
-                record.source = _where(e.node) or record.source
-            except Refused as e:
-                record.status, record.reason, record.at = Status.REFUSED, e.reason, e.at or anchor.name
-                record.source = _where(e.node) or record.source
             log.debug("%s at %s: %s %s", record.rule, record.anchor, record.status, record.reason)
     remove_dead(gm.graph)
+
+
+@contextlib.contextmanager
+def deciding(record: Record, outcome: Outcome) -> Iterator[None]:
+    """One rewrite at one anchor, which counts if the block ends well; else its record says why not."""
+    try:
+        yield
+        outcome.rewrites.append(record)
+    except Mismatch as e:
+        record.status = Status.UNMATCHED
+        record.at, record.expected, record.got = str(e.node), e.expected, e.got
+        record.reason = f"Expected {e.expected} at {e.node}, found {e.got}."
+        record.source = _where(e.node) or record.source
+    except Refused as e:
+        record.status, record.reason, record.at = Status.REFUSED, e.reason, e.at or record.anchor
+        record.source = _where(e.node) or record.source
+    except Exception as e:
+        failed(record, e)
+
+
+def failed(record: Record, error: Exception) -> Record:
+    """The record of a bug of ours, which the log has in full."""
+    log.error("the rule %s failed at %s, which stays as it was", record.rule, record.anchor or "all its anchors", exc_info=error)
+    record.status, record.reason, record.at = Status.REFUSED, f"The rule {record.rule} failed: {one_line(error)}.", record.anchor
+    record.failed = True
+    return record
 
 
 def _where(node: Any) -> Source | None:
@@ -267,7 +298,7 @@ def _replace(gm: GraphModule, m: Match, region: Region, replacement: Graph, anch
     placeholders = iter(region.inputs)
     results: tuple[Node, ...] = ()
     meta = kept(anchor)
-    with gm.graph.inserting_before(region.point.next):
+    with inserting(gm.graph, region.point):
         for n in replacement.nodes:
             if n.op == "placeholder":
                 env[n] = next(placeholders)[1]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch._library.simple_registry import singleton
-from torch.fx import GraphModule, Node, Proxy
+from torch.fx import Graph, GraphModule, Node, Proxy
 
 from gdnfuse.report.records import Record, Status
 from gdnfuse.rewrite.evaluate import arguments, evaluate_node
@@ -17,6 +19,19 @@ def recorded(name: str, stage: str, node: Node, equation: str) -> Record:
     """A record of what fires at a node, with what the report tells about the node's place."""
     place = {"modules": module_stack(node), "block": node.meta.get("gdnfuse_block", ""), "source": origin(node)}
     return Record(name, stage, Status.FIRED, node.name, equation, **place)
+
+
+@contextlib.contextmanager
+def inserting(graph: Graph, after: Node) -> Iterator[None]:
+    """Nodes made inside stand behind a node; if the block raises, they go again."""
+    following = after.next
+    with graph.inserting_before(following):
+        try:
+            yield
+        except BaseException:
+            while following.prev is not after:
+                graph.erase_node(following.prev)
+            raise
 
 
 def call(target: Any, *args: Any, **kwargs: Any) -> Any:

@@ -11,6 +11,7 @@ import gdnfuse
 from gdnfuse.passes import fuse, lift
 from gdnfuse.passes.last_rows import NAME, keep_last_rows
 from gdnfuse.report.records import Status
+from gdnfuse.rewrite.edit import infer
 from gdnfuse.rewrite.evaluate import hint
 from gdnfuse.rewrite.graph import calls, is_tensor, op_name, value
 from tests.models import zoo
@@ -203,6 +204,20 @@ def test_rows_that_are_keys_as_well_are_kept():
 
     g = moved(f, of(B, 4, T, 8), of(B, 4, T, 8))
     assert [r.status for r in records(g)] == [Status.FIRED] and whole(g) == ["exp"]
+
+
+def test_what_fails_half_way_leaves_all_rows(monkeypatch):
+    def broken(node):
+        if op_name(node) == "silu":
+            raise ZeroDivisionError
+        return infer(node)
+
+    monkeypatch.setattr("gdnfuse.passes.last_rows.infer", broken)
+    args = of(B, T, N), of(N, N), of(N, N)
+    g = moved(FIRES["mlp and residual"], *args)
+    (record,) = records(g)
+    assert record.failed and record.reason == "The rule last_rows failed: ZeroDivisionError: no message."
+    assert g.ops() == Captured(FIRES["mlp and residual"], *args).normalize().ops()
 
 
 def test_a_copy_stays_a_copy():

@@ -183,6 +183,20 @@ def test_kernels_read_what_a_split_linear_gives(name, parts):
     assert graph.names[0] == "split_linear"
 
 
+@pytest.mark.parametrize("broken", ["_kernel", "_add_up"])
+def test_a_kernel_whose_choice_fails_leaves_its_op(broken, monkeypatch):
+    """Also where the op had become a call of the kernel by then."""
+
+    def fails(*args):
+        raise ZeroDivisionError("broken on purpose")
+
+    monkeypatch.setattr(lower, broken, fails)
+    graph = Lowered(lambda x, w: F.linear(x, w).exp(), of(2, 1, 4096), weight(M, 4096))
+    (record,) = graph.right().records
+    assert graph.names == [] and graph.ops() == ["linear", "exp"] and (record.chosen, record.failed) == ("library", True)
+    assert record.reason == "The rule linear failed: ZeroDivisionError: broken on purpose."
+
+
 def test_a_mixer_reads_what_a_split_linear_gives():
     """The in_proj of a small model has few tiles too."""
     args, _ = mixer_op.example_call(2, 1, 2, 16, 16)

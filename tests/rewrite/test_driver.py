@@ -259,6 +259,81 @@ def test_rules_are_applied_in_their_order():
     graph.equal()
 
 
+@torch.library.custom_op("gdnfuse_tests::no_fake", mutates_args=())
+def no_fake(x: torch.Tensor) -> torch.Tensor:
+    """Runs in a proof; what it gives in a graph nobody can tell."""
+    return x.exp()
+
+
+class Broken(Step):
+    """A rule with a bug, at the second of its anchors or at `where` it is asked for them."""
+
+    def __init__(self, where, error=ZeroDivisionError):
+        self.where, self.error, self.matched = where, error, 0
+
+    def _at(self, where):
+        if where == self.where and self.matched == 2:
+            raise self.error
+
+    def anchors(self, graph):
+        if self.where == "anchors":
+            raise self.error
+        return super().anchors(graph)
+
+    def match(self, anchor):
+        self.matched += 1
+        self._at("match")
+        return super().match(anchor)
+
+    def check(self, m):
+        self._at("check")
+
+    def rewrite(self, m, t):
+        self._at("rewrite")
+        new = t.x + t.state + t.state
+        t.state.copy_(new)
+        return torch.ops.gdnfuse_tests.no_fake(new) if (self.where, self.matched) == ("a value", 2) else new.exp()
+
+
+def three_steps(x, y, z, s, t, u):
+    return step(x, s), step(y, t), step(z, u)
+
+
+@pytest.mark.parametrize("where", ["match", "check", "rewrite", "a value"])
+def test_a_rule_that_fails_costs_one_anchor_and_leaves_the_graph_there_as_it_was(where, caplog):
+    graph = Captured(three_steps, *(torch.randn(2, 3) for _ in range(6))).normalize()
+    graph.apply(Broken(where), Step()).close()
+    first, broken, third, *others = graph.outcome.records
+    (again,) = [r for r in others if r.status is Status.FIRED]  # by the rule without the bug, at the anchor that is left
+    assert (first.status, broken.status, third.status) == ("fired", "refused", "fired")
+    assert [r for r in graph.outcome.records if r.failed] == [broken]
+    assert again.anchor == broken.anchor == broken.at and broken.reason.startswith("The rule step failed: ")
+    assert "mul" not in graph.ops() and graph.ops().count("copy_") == 3 and "gdnfuse_tests.no_fake" not in graph.ops()
+    (logged,) = [r for r in caplog.records if r.name == "gdnfuse.rewrite.driver"]
+    assert logged.exc_info and broken.anchor in logged.getMessage()
+
+
+def test_a_rule_that_cannot_say_where_it_looks_costs_nobody_else_a_rewrite():
+    graph = Captured(step, X, S).normalize().apply(Broken("anchors"), Step()).close()
+    broken, fired = graph.outcome.records
+    assert broken.failed and broken.reason == "The rule step failed: ZeroDivisionError: no message." and fired.status == "fired"
+
+
+def test_an_interrupted_rewrite_leaves_the_graph_as_it_was(monkeypatch):
+    graph = Captured(step, X, S).normalize()
+    before = str(graph.gm.graph)
+
+    def interrupted(node):
+        if op_name(node) == "exp":
+            raise KeyboardInterrupt
+        return infer(node)
+
+    monkeypatch.setattr("gdnfuse.rewrite.driver.infer", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        graph.apply(Step())
+    assert str(graph.gm.graph) == before
+
+
 def test_call_runs_on_tensors_and_records_on_proxies():
     op = OPS["l2norm"].overload
     torch.testing.assert_close(call(op, X, 1e-6), torch.nn.functional.normalize(X, dim=-1))
