@@ -271,16 +271,21 @@ def _check_local_writes(m: Match, nodes: list[Node], given: set[int | None], mem
                 raise Refused(f"{n.name} must not be read before it is complete, found that {user.name} reads it.", at=user)
 
 
+class _Tracer(GraphAppendingTracer):
+    """Makes nodes whose sizes are numbers: from torch 2.13 on a graph warns of symbols that are no nodes."""
+
+    def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any, **named: Any) -> Node:
+        return super().create_node(kind, target, *map_aggregate((args, kwargs), _number), *more, **named)
+
+
 def _trace(rule: Rule, m: Match, region: Region) -> Graph:
     """The replacement as a graph over the region's placeholders."""
     new = Graph()
-    tracer = GraphAppendingTracer(new)
+    tracer = _Tracer(new)
     proxies = {node: Proxy(new.placeholder(name), tracer) for name, node in region.inputs}
     results = rule.rewrite(m, m.brought(proxies))
     results = results if isinstance(results, tuple) else (results,)
     new.output(tuple(r.node for r in results))
-    for n in new.nodes:
-        n.args, n.kwargs = map_aggregate((n.args, n.kwargs), _number)
     return new
 
 
