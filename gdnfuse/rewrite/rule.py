@@ -54,7 +54,6 @@ class Match(Generic[F]):
     outputs: list[Node]
     facts: F = None
     writes: dict[str, Node] = field(default_factory=dict)
-    data: dict[str, Any] = field(default_factory=dict)
     samplers: dict[str, Sampler] = field(default_factory=dict)
     extremes: dict[str, Sampler] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -87,6 +86,16 @@ def _as_operand(x: Any) -> Any:
     if isinstance(x, list):
         return [_as_operand(item) for item in x]
     return Operand(x) if isinstance(x, Node) else x
+
+
+def tensors_and_numbers(arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments of an op: those that can be a match's operands, None among them, and the others."""
+
+    def tensors(x: Any) -> bool:
+        return all(map(tensors, x)) if isinstance(x, list | tuple) else x is None or isinstance(x, Operand | Node)
+
+    operands = {name: list(x) if isinstance(x, tuple) else x for name, x in arguments.items() if tensors(x)}
+    return operands, {name: x for name, x in arguments.items() if name not in operands}
 
 
 class Rule(Generic[F]):

@@ -105,9 +105,10 @@ def test_the_proof_refuses_another_place(part, monkeypatch):
     for change, i in itertools.product((-1, 1), (0, 1)):
 
         def rewrite(m, t, change=change, i=i):
-            where = [list(x) for x in m.data["where"]]
+            where = [[*m.facts.offsets], [*m.facts.strides]]
             where[i][part] += change
-            return honest(dataclasses.replace(m, data=m.data | {"where": where}), t)
+            facts = dataclasses.replace(m.facts, offsets=where[0], strides=where[1])
+            return honest(dataclasses.replace(m, facts=facts), t)
 
         monkeypatch.setattr(mixer_decode.RULE, "rewrite", rewrite)
         inputs = arguments(torch.randn(B, 1, N + 2))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from gdnfuse.dialect import causal_conv
@@ -15,7 +17,13 @@ from gdnfuse.rewrite.rule import Match, Rule
 CHANNELS = 8  # prove as much as any number
 
 
-class FuseConvContext(Rule):
+@dataclass(frozen=True)
+class Facts:
+    activation: str
+    width: int  # of the state
+
+
+class FuseConvContext(Rule[Facts]):
     name, stage = "conv_context", "fuse"
     equation = "causal_conv([state | x])[−T:] = causal_conv(x, context=state)"
 
@@ -42,19 +50,14 @@ class FuseConvContext(Rule):
         copies = [u for k in kept for u in real_users(k) if op_name(u) == "copy_" and u.args[0] is state]
         if len(copies) != 1:
             raise Refused(f"The new window must be copied once into the state, found {len(copies)} copies.", at=window)
-        inputs = {"x": x, "state": state, "weight": conv["weight"], "bias": conv["bias"]}
-        inputs = {k: n for k, n in inputs.items() if n is not None}
-        return Match(
-            inputs,
-            cut,
-            writes={"state": copies[0]},
-            data={"activation": conv["activation"], "width": value(state).shape[-1]},
-            shapes={k: _narrow(n, 1 if k in ("x", "state") else 0) for k, n in inputs.items()},
-        )
+        operands = {"x": x, "state": state, "weight": conv["weight"], "bias": conv["bias"]}
+        m = Match(operands, cut, Facts(conv["activation"], value(state).shape[-1]), writes={"state": copies[0]})
+        m.shapes |= {name: _narrow(n, 1 if name in ("x", "state") else 0) for name, n in m.inputs.items()}
+        return m
 
     def rewrite(self, m, t):
-        S = m.data["width"]
-        out = call(causal_conv.op.overload, t.x, t.weight, getattr(t, "bias", None), m.data["activation"], t.state)
+        S = m.facts.width
+        out = call(causal_conv.op.overload, t.x, t.weight, t.bias, m.facts.activation, t.state)
         t.state.copy_(torch.cat([t.state, t.x[..., -S:]], -1)[..., -S:])
         return out
 

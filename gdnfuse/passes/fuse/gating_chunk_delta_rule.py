@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from gdnfuse.dialect import chunk_delta_rule, fused_gating_chunk_delta_rule
 from gdnfuse.passes.fuse.gating_delta_rule import gate_operands
-from gdnfuse.passes.fuse.rules import rule_call, rule_match
+from gdnfuse.passes.fuse.rules import RuleCall, rule_call, rule_match
 from gdnfuse.rewrite.graph import op_name
 from gdnfuse.rewrite.rule import Rule
 
 
-class FuseGatingChunkDeltaRule(Rule):
+class FuseGatingChunkDeltaRule(Rule[RuleCall]):
     name, stage, equation = "gating_chunk_delta_rule", "fuse", fused_gating_chunk_delta_rule.op.equation
 
     def anchors(self, graph):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gdnfuse.dialect import delta_rule, fused_gating_delta_rule, gating
 from gdnfuse.errors import Refused
-from gdnfuse.passes.fuse.rules import two_sequences
+from gdnfuse.passes.fuse.rules import Step, two_sequences
 from gdnfuse.rewrite.edit import call
 from gdnfuse.rewrite.graph import op_name, peel, real_users, value
 from gdnfuse.rewrite.pattern import Alt, Const, Mismatch, Op, Var
@@ -14,7 +14,7 @@ SIGMOID = Op("sigmoid", Var("b"))
 BETA = Alt(SIGMOID, Op("mul", SIGMOID, Const("scale")))
 
 
-class FuseGatingDeltaRule(Rule):
+class FuseGatingDeltaRule(Rule[Step]):
     name, stage, equation = "gating_delta_rule", "fuse", fused_gating_delta_rule.op.equation
 
     def anchors(self, graph):
@@ -24,22 +24,15 @@ class FuseGatingDeltaRule(Rule):
         bound = delta_rule.op.bind(anchor.args, anchor.kwargs)
         gates = gate_operands(bound)
         o, write = _results(anchor, bound["state"])
-        operands = {k: gates[k] for k in ("a", "b")}
-        inputs = {k: bound[k] for k in ("q", "k", "v")} | {k: x.node for k, x in operands.items()}
-        inputs |= {"A_log": gates["A_log"], "dt_bias": gates["dt_bias"], "recurrent_state": bound["state"]}
-        return Match(
-            inputs,
-            [o],
-            writes={"recurrent_state": write},
-            data={"how": operands, "settings": [bound["scale"], bound["l2norm_eps"], gates["beta_scale"]]},
-            shapes=two_sequences(inputs, "q", "k", "v", "a", "b", "recurrent_state"),
-        )
+        operands = {name: bound[name] for name in ("q", "k", "v")}
+        operands |= {name: gates[name] for name in ("a", "b", "A_log", "dt_bias")} | {"recurrent_state": bound["state"]}
+        facts = Step(bound["scale"], bound["l2norm_eps"], gates["beta_scale"])
+        m = Match(operands, [o], facts, writes={"recurrent_state": write})
+        return two_sequences(m, "q", "k", "v", "a", "b", "recurrent_state")
 
     def rewrite(self, m, t):
-        how = m.data["how"]
-        a, b = how["a"].how(t.a), how["b"].how(t.b)
-        arguments = (t.q, t.k, t.v, a, b, t.A_log, t.dt_bias, t.recurrent_state)
-        return call(fused_gating_delta_rule.op.overload, *arguments, *m.data["settings"])
+        tensors = (t.q, t.k, t.v, t.a, t.b, t.A_log, t.dt_bias, t.recurrent_state)
+        return call(fused_gating_delta_rule.op.overload, *tensors, m.facts.scale, m.facts.l2norm_eps, m.facts.beta_scale)
 
 
 def gate_operands(bound):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gdnfuse.dialect import l2norm, op_of
 from gdnfuse.errors import Refused
-from gdnfuse.passes.fuse.rules import rule_call, rule_match
+from gdnfuse.passes.fuse.rules import RuleCall, rule_call, rule_match
 from gdnfuse.rewrite.graph import op_name, peel, value
 from gdnfuse.rewrite.pattern import Mismatch
 from gdnfuse.rewrite.rule import Rule, bring
@@ -12,7 +12,7 @@ from gdnfuse.rewrite.rule import Rule, bring
 RULES = ("gdnfuse.fused_gating_delta_rule", "gdnfuse.chunk_delta_rule", "gdnfuse.fused_gating_chunk_delta_rule")
 
 
-class FuseL2NormDeltaRule(Rule):
+class FuseL2NormDeltaRule(Rule[RuleCall]):
     name, stage, equation = "l2norm_delta_rule", "fuse", "rule(l2norm(q), l2norm(k), …) = rule(q, k, …, l2norm_eps)"
 
     def anchors(self, graph):
@@ -31,14 +31,9 @@ class FuseL2NormDeltaRule(Rule):
             normalised = l2norm.op.bind(norm.args, norm.kwargs)
             eps[name] = normalised["eps"]
             operands[name] = bring(normalised["x"], value(bound[name]).shape, name)
-        m = rule_match(anchor, op, {**operands, "l2norm_eps": eps["q"]})
-        m.data["eps"] = eps
-        return m
-
-    def check(self, m):
-        eps = m.data["eps"]
         if eps["q"] != eps["k"]:
-            raise Refused(f"q and k must be normalised with one eps, found {eps['q']} and {eps['k']}.", at=m.outputs[0])
+            raise Refused(f"q and k must be normalised with one eps, found {eps['q']} and {eps['k']}.", at=anchor)
+        return rule_match(anchor, op, {**operands, "l2norm_eps": eps["q"]})
 
     def rewrite(self, m, t):
         return rule_call(m, t)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 from torch.fx import Node
 
-from gdnfuse.dialect import DialectOp, fused_linear, packed_linear
+from gdnfuse.dialect import fused_linear, packed_linear
 from gdnfuse.errors import Refused
 from gdnfuse.passes.rows import few_rows
 from gdnfuse.rewrite.edit import call
 from gdnfuse.rewrite.graph import op_name, real_users, value
-from gdnfuse.rewrite.rule import Match, Operand
+from gdnfuse.rewrite.rule import Match, tensors_and_numbers
 
 LINEARS = ("linear", "gdnfuse.packed_linear", "gdnfuse.fused_linear")
 # In proofs these have so many columns: no constant of a fusion depends on how many there are.
@@ -43,57 +44,56 @@ def alone(node: Node, reader: Node) -> None:
         raise Refused(f"{node.name} must be read by {reader.name} alone, found that {others[0].name} reads it too.", at=others[0])
 
 
-def arguments_match(outputs: list[Node], calls: dict[str, tuple[DialectOp, dict[str, Any]]], **options: Any) -> Match:
-    """A match whose inputs are all tensors among the arguments of the calls that will take the region's place.
+@dataclass(frozen=True)
+class LinearCall:
+    """The fused_linear that takes a region's place.
+
+    Attributes:
+        numbers: those of its arguments that are no operands.
+        shape: of the result, where it is not the linear's.
+    """
+
+    numbers: dict[str, Any]
+    shape: tuple[Any, ...] | None
+
+
+def linear_match(output: Node, arguments: dict[str, Any], shape: tuple[Any, ...] | None = None) -> Match[LinearCall]:
+    """A match that replaces the region of `output` by a fused_linear.
 
     Args:
-        outputs: as of Match.
-        calls: by label, ops with their arguments: nodes, Operands, lists of nodes, numbers, or None.
-        options: further attributes of Match.
+        output: as of Match.
+        arguments: of fused_linear, by name: nodes, Operands, lists of nodes, numbers, or None.
+        shape: to which the result is brought, where it is not the linear's.
     """
-    names: dict[Node, str] = {}
-    narrow: dict[Node, set[bool]] = {}
-    for label, (_, arguments) in calls.items():
-        for name, x in arguments.items():
-            for i, item in enumerate(x if isinstance(x, list | tuple) else [x]):
-                node = item.node if isinstance(item, Operand) else item
-                if isinstance(node, Node):
-                    names.setdefault(node, f"{label}_{name}_{i}")
-                    heads = arguments.get("gate", None) is not None or "norm_weight" in arguments and "x" not in arguments
-                    narrow.setdefault(node, set()).add(name in NARROW and not heads)
-    # A tensor in two roles keeps its size, and with it all that it is multiplied with.
-    mixed = any(len(roles) > 1 for roles in narrow.values())
-    shapes = {names[n]: (*value(n).shape[:-1], COLUMNS) for n, roles in narrow.items() if roles == {True} and not mixed}
-    inputs = {name: node for node, name in names.items()}
-    return Match(inputs, outputs, data={"calls": calls, "names": names}, shapes=shapes, **options)
+    operands, numbers = tensors_and_numbers(arguments)
+    return narrow(Match(operands, [output], LinearCall(numbers, shape)))
 
 
-def few_outputs(m: Match, bound: dict[str, Any]) -> Match:
-    """Where the whole row of a linear is an output, a few columns of it prove as much."""
-    names, weights = m.data["names"], bound["weights"]
-    residual = bound["residual"].node if isinstance(bound["residual"], Operand) else bound["residual"]
-    whole = [n for n in weights if names[n] not in m.shapes]
-    if (not whole or bound["gate"] is not None) and len({*weights}) == len(weights) and m.data.get("shape") is None:
-        m.shapes |= {names[w]: (COLUMNS, *m.shapes.get(names[w], value(w).shape)[1:]) for w in weights}
-        if residual is not None:
-            columns = COLUMNS * len(weights) // (2 if bound["swiglu"] else 1)
-            m.shapes[names[residual]] = (*value(residual).shape[:-1], columns)
+def linear_call(m: Match[LinearCall], t: SimpleNamespace) -> Any:
+    """The call itself."""
+    y = call(fused_linear.op.overload, **vars(t), **m.facts.numbers)
+    return y if m.facts.shape is None else y.reshape(m.facts.shape)
+
+
+def narrow(m: Match) -> Match:
+    """In the proof a linear has few columns, but where its x is normalised head by head, or a tensor is an operand of another
+    kind too: it keeps its size, and with it all that it is multiplied with."""
+    roles: dict[Node, set[bool]] = {}
+    for name, x in m.operands.items():
+        for operand in x if isinstance(x, list) else [x] if x is not None else []:
+            roles.setdefault(operand.node, set()).add(name in NARROW)
+    if m.operands.get("gate") is None and all(len(kinds) == 1 for kinds in roles.values()):
+        m.shapes |= {name: (*value(n).shape[:-1], COLUMNS) for name, n in m.inputs.items() if roles[n] == {True}}
     return m
 
 
-def arguments_of(m: Match, t: SimpleNamespace, label: str) -> dict[str, Any]:
-    """The arguments of one of the calls of `arguments_match`, tensors in their places."""
-
-    def given(item: Any) -> Any:
-        if isinstance(item, Operand):
-            return item.how(given(item.node))
-        return getattr(t, m.data["names"][item]) if isinstance(item, Node) else item
-
-    _, arguments = m.data["calls"][label]
-    return {name: [given(y) for y in x] if isinstance(x, list | tuple) else given(x) for name, x in arguments.items()}
-
-
-def fused_call(m: Match, t: SimpleNamespace, label: str = "y", **more: Any) -> Any:
-    """The call itself."""
-    op, _ = m.data["calls"][label]
-    return call(op.overload, **arguments_of(m, t, label), **more)
+def few_outputs(m: Match[LinearCall]) -> Match[LinearCall]:
+    """Where the whole row of a linear is an output, a few columns of it prove as much."""
+    weights = {f"weights_{i}": w.node for i, w in enumerate(m.operands["weights"])}
+    known = weights.keys() <= m.shapes.keys() or m.operands["gate"] is not None
+    if known and len({*weights.values()}) == len(weights) and m.facts.shape is None:
+        m.shapes |= {name: (COLUMNS, *m.shapes.get(name, value(w).shape)[1:]) for name, w in weights.items()}
+        if m.operands["residual"] is not None:
+            columns = COLUMNS * len(weights) // (2 if m.facts.numbers["swiglu"] else 1)
+            m.shapes["residual"] = (*value(m.inputs["residual"]).shape[:-1], columns)
+    return m

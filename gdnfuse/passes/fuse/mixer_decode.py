@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -16,10 +18,25 @@ from gdnfuse.rewrite.graph import is_tensor, op_name, peel, real_users, same, so
 from gdnfuse.rewrite.pattern import Mismatch
 from gdnfuse.rewrite.rule import Match, Rule, bring
 
-TENSORS = ("conv_state", "conv_weight", "conv_bias", "A_log", "dt_bias", "recurrent_state", "norm_weight")
+
+@dataclass(frozen=True)
+class Facts:
+    """
+    Attributes:
+        offsets, strides: where q, k, v, z, b and a of each key head are in the row.
+        numbers: the other arguments of mixer_decode that are no operands.
+        shape: of the result, where it is not [B, 1, HV·V].
+        dtype: of the result.
+    """
+
+    offsets: list[int]
+    strides: list[int]
+    numbers: dict[str, Any]
+    shape: tuple[Any, ...] | None
+    dtype: torch.dtype
 
 
-class FuseMixerDecode(Rule):
+class FuseMixerDecode(Rule[Facts]):
     name, stage, equation = "mixer_decode", "fuse", mixer_decode.op.equation
 
     def anchors(self, graph):
@@ -40,15 +57,16 @@ class FuseMixerDecode(Rule):
         if None in (heads, *widths):
             raise Refused("The heads of the states must have static sizes, found symbolic ones.", at=anchor)
         B, columns = value(rule["recurrent_state"]).shape[0], Columns()
-        numbers = torch.cat([columns.of(node, B) for node in (conv["x"], norm["z"], rule["b"], rule["a"])])
-        numbers = dict(zip("qkvzba", numbers.split([heads * width for width in widths]), strict=True))
-        where = [_where(norm_node, name, numbers[name], heads) for name in numbers]
-        settings = [conv["activation"], rule["scale"], rule["l2norm_eps"], norm["eps"], rule["beta_scale"], norm["activation"]]
+        found = torch.cat([columns.of(node, B) for node in (conv["x"], norm["z"], rule["b"], rule["a"])])
+        found = dict(zip("qkvzba", found.split([heads * width for width in widths]), strict=True))
+        where = [_where(norm_node, name, of_part, heads) for name, of_part in found.items()]
+        numbers = {name: rule[name] for name in ("scale", "l2norm_eps", "beta_scale")} | {
+            "activation": conv["activation"], "norm_eps": norm["eps"], "gate_activation": norm["activation"],
+        }  # fmt: skip
         out = _end(norm_node)
-        operands = {f"row_{i}": bring(row, (B, 1, width), "row") for i, (row, width) in enumerate(columns.rows.items())}
-        operands["conv_weight"] = bring(conv["weight"], value(conv["weight"]).shape, "conv_weight")
-        inputs = {
-            **{k: x.node for k, x in operands.items()},
+        operands = {
+            "row": [bring(row, (B, 1, width), "row") for row, width in columns.rows.items()],
+            "conv_weight": bring(conv["weight"], value(conv["weight"]).shape, "conv_weight"),
             "conv_state": conv["conv_state"],
             "conv_bias": conv["bias"],
             "A_log": rule["A_log"],
@@ -56,32 +74,22 @@ class FuseMixerDecode(Rule):
             "recurrent_state": rule["recurrent_state"],
             "norm_weight": norm["weight"],
         }
-        inputs = {k: n for k, n in inputs.items() if n is not None}
-        return Match(
-            inputs,
+        shape = None if value(out).ndim == 3 and same(value(out).shape[1], 1) else tuple(value(out).shape)
+        m = Match(
+            operands,
             [out],
-            shapes=two_sequences(inputs, *(k for k in inputs if k.startswith("row_")), "conv_state", "recurrent_state"),
+            Facts(*(list(x) for x in zip(*where, strict=True)), numbers, shape, value(out).dtype),
             writes={"conv_state": conv_node, "recurrent_state": anchor},
-            data={
-                "how": {k: x.how for k, x in operands.items()},
-                "rows": len(columns.rows),
-                "where": [list(x) for x in zip(*where, strict=True)],
-                "settings": settings,
-                "shape": None if value(out).ndim == 3 and same(value(out).shape[1], 1) else tuple(value(out).shape),
-                "dtype": value(out).dtype,
-            },
         )
+        return two_sequences(m, *(name for name in m.inputs if name.startswith("row_")), "conv_state", "recurrent_state")
 
     def rewrite(self, m, t):
-        how = m.data["how"]
-        given = lambda k: how[k](getattr(t, k)) if k in how else getattr(t, k, None)  # noqa: E731
-        rows = [given(f"row_{i}") for i in range(m.data["rows"])]
-        row = rows[0] if len(rows) == 1 else torch.cat(rows, -1)
-        y = call(mixer_decode.op.overload, row, *map(given, TENSORS), *m.data["where"], *m.data["settings"])
-        if m.data["shape"] is not None:
-            shape = m.data["shape"]
-            y = y.reshape(-1, *shape[1:])
-        return y.to(m.data["dtype"])
+        row = t.row[0] if len(t.row) == 1 else torch.cat(t.row, -1)
+        tensors = vars(t) | {"row": row}
+        y = call(mixer_decode.op.overload, **tensors, offsets=m.facts.offsets, strides=m.facts.strides, **m.facts.numbers)
+        if m.facts.shape is not None:
+            y = y.reshape(-1, *m.facts.shape[1:])
+        return y.to(m.facts.dtype)
 
 
 def _one_reader(rule):

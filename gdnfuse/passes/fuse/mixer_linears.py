@@ -6,19 +6,38 @@ the rule may be split over as many programs as a device has room for.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 from gdnfuse.dialect import fused_linear, in_proj_conv, mixer_decode, packed_decode
 from gdnfuse.errors import Refused
-from gdnfuse.passes.fuse.linears import alone, arguments_match, arguments_of, bind, fused_call, is_linear
+from gdnfuse.passes.fuse.linears import alone, bind, is_linear, narrow
 from gdnfuse.passes.rows import one_row
 from gdnfuse.rewrite.edit import call
 from gdnfuse.rewrite.graph import op_name, peel, real_users, value
 from gdnfuse.rewrite.pattern import Mismatch
-from gdnfuse.rewrite.rule import Operand, Rule, bring
-
-RULE_ARGUMENTS = ("A_log", "dt_bias", "recurrent_state", "scale", "l2norm_eps", "beta_scale")
+from gdnfuse.rewrite.rule import Match, Rule, bring
 
 
-class FuseMixerLinears(Rule):
+@dataclass(frozen=True)
+class Facts:
+    """
+    Attributes:
+        in_proj, rule, out_proj: arguments of in_proj_conv, packed_decode and fused_linear that are no operands.
+        parts: offset and width of each part in in_proj's result.
+        width: columns of the rule's result, HV·V.
+        shape: of the result, where it is not out_proj's.
+    """
+
+    in_proj: dict[str, Any]
+    rule: dict[str, Any]
+    out_proj: dict[str, Any]
+    parts: dict[str, tuple[int, int]]
+    width: int
+    shape: tuple[Any, ...] | None
+
+
+class FuseMixerLinears(Rule[Facts]):
     name, stage = "mixer_linears", "fuse"
     equation = "out_proj(mixer_decode(in_proj(x))) = fused_linear(packed_decode(in_proj_conv(x)), gated norm)"
 
@@ -44,41 +63,53 @@ class FuseMixerLinears(Rule):
         B, HV, _, V = value(mixer["recurrent_state"]).shape
         if V & (V - 1):  # which its kernel adds up in registers
             raise Refused(f"Heads must be a power of two wide for out_proj to normalise them, found {V}.", at=anchor)
-        projection = {k: before[k] for k in ("weights", "norm_weight", "norm_eps", "norm_offset")} | {
-            "x": bring(before["x"], (B, 1, value(before["x"]).shape[-1]), "x"),
-            "conv_state": mixer["conv_state"],
-            "conv_weight": mixer["conv_weight"],
-            "conv_bias": mixer["conv_bias"],
-            "activation": mixer["activation"],
-        }
-        where, layout = _layout(mixer)
-        projection |= layout
-        rule = {k: mixer[k] for k in RULE_ARGUMENTS}
-        out = {k: behind[k] for k in ("weights", "swiglu", "residual")} | {
-            "norm_weight": mixer["norm_weight"], "norm_eps": mixer["norm_eps"], "gate_activation": mixer["gate_activation"],
-        }  # fmt: skip
-        m = arguments_match(
+        parts, layout = _layout(mixer)
+        m = Match(
+            {
+                "x": bring(before["x"], (B, 1, value(before["x"]).shape[-1]), "x"),
+                **{name: before[name] for name in ("weights", "norm_weight")},
+                **{name: mixer[name] for name in ("conv_state", "conv_weight", "conv_bias")},
+                **{name: mixer[name] for name in ("A_log", "dt_bias", "recurrent_state")},
+                "gated_norm_weight": mixer["norm_weight"],
+                "out_weights": behind["weights"],
+                "residual": behind["residual"],
+            },
             [last],
-            {"row": (in_proj_conv.op, projection), "rule": (packed_decode.op, rule), "y": (fused_linear.op, out)},
-            writes={"row_conv_state_0": anchor, "rule_recurrent_state_0": anchor},
+            Facts(
+                {name: before[name] for name in ("norm_eps", "norm_offset")} | {"activation": mixer["activation"]} | layout,
+                {name: mixer[name] for name in ("scale", "l2norm_eps", "beta_scale")},
+                {"swiglu": behind["swiglu"], "norm_eps": mixer["norm_eps"], "gate_activation": mixer["gate_activation"]},
+                parts,
+                HV * V,
+                None if value(last).ndim == 3 else (*value(last).shape[:-1], -1),
+            ),
+            writes={"conv_state": anchor, "recurrent_state": anchor},
         )
+        narrow(m)
         # The columns of out_proj are the heads; of its rows a few prove as much.
-        names = m.data["names"]
-        for node, shape in ((behind["weights"][0], (8, HV * V)), (behind["residual"], (B, 1, 8))):
-            if node is not None:
-                m.shapes[names[node.node if isinstance(node, Operand) else node]] = shape
-        m.data["parts"] = where
-        m.data["shape"] = None if value(last).ndim == 3 else (*value(last).shape[:-1], -1)
-        m.data["heads"] = HV * V
+        m.shapes |= {"out_weights_0": (8, HV * V), "residual": (B, 1, 8)}
         return m
 
     def rewrite(self, m, t):
-        row = fused_call(m, t, "row")
-        parts = {k: row.narrow(-1, *where) for k, where in m.data["parts"].items()}
+        row = call(
+            in_proj_conv.op.overload,
+            **{name: getattr(t, name) for name in ("x", "weights", "norm_weight", "conv_state", "conv_weight", "conv_bias")},
+            **m.facts.in_proj,
+        )
+        parts = {name: row.narrow(-1, *where) for name, where in m.facts.parts.items()}
         gate = parts.pop("gate")
-        o = call(packed_decode.op.overload, **parts, **arguments_of(m, t, "rule"))
-        y = fused_call(m, t, "y", x=o.reshape(-1, 1, m.data["heads"]), gate=gate)
-        return y if m.data["shape"] is None else y.reshape(m.data["shape"])
+        rule = {"A_log": t.A_log, "dt_bias": t.dt_bias, "recurrent_state": t.recurrent_state, **m.facts.rule}
+        o = call(packed_decode.op.overload, **parts, **rule)
+        y = call(
+            fused_linear.op.overload,
+            x=o.reshape(-1, 1, m.facts.width),
+            weights=t.out_weights,
+            norm_weight=t.gated_norm_weight,
+            gate=gate,
+            residual=t.residual,
+            **m.facts.out_proj,
+        )
+        return y if m.facts.shape is None else y.reshape(m.facts.shape)
 
 
 def _layout(mixer):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from gdnfuse.dialect import fused_linear, rms_norm
-from gdnfuse.passes.fuse.linears import alone, arguments_match, bind, few_outputs, fused_call, is_linear
+from gdnfuse.dialect import rms_norm
+from gdnfuse.passes.fuse.linears import LinearCall, alone, bind, few_outputs, is_linear, linear_call, linear_match
 from gdnfuse.passes.rows import one_row
 from gdnfuse.rewrite.graph import op_name, peel, value
 from gdnfuse.rewrite.rule import Rule, bring
 
 
-class FuseNormLinear(Rule):
+class FuseNormLinear(Rule[LinearCall]):
     name, stage, equation = "norm_linear", "fuse", "linear(rms_norm(x), W) = fused_linear(x, W, norm)"
 
     def anchors(self, graph):
@@ -23,10 +23,10 @@ class FuseNormLinear(Rule):
         inner = rms_norm.op.bind(norm.args, norm.kwargs)
         x = bring(inner["x"], value(bound["x"]).shape, "x")
         more = {"x": x, "norm_weight": inner["weight"], "norm_eps": inner["eps"], "norm_offset": inner["offset"]}
-        return few_outputs(arguments_match([anchor], {"y": (fused_linear.op, bound | more)}), bound)
+        return few_outputs(linear_match(anchor, bound | more))
 
     def rewrite(self, m, t):
-        return fused_call(m, t)
+        return linear_call(m, t)
 
 
 RULE = FuseNormLinear()

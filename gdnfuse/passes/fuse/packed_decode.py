@@ -6,7 +6,7 @@ import torch
 
 from gdnfuse.dialect import fused_gating_delta_rule, packed_decode
 from gdnfuse.errors import Refused
-from gdnfuse.passes.fuse.rules import two_sequences
+from gdnfuse.passes.fuse.rules import Step, two_sequences
 from gdnfuse.rewrite.columns import Columns
 from gdnfuse.rewrite.edit import call
 from gdnfuse.rewrite.graph import op_name, same, value
@@ -14,10 +14,9 @@ from gdnfuse.rewrite.pattern import Mismatch
 from gdnfuse.rewrite.rule import Match, Rule, bring
 
 GATES = ("a", "b", "A_log", "dt_bias", "recurrent_state")
-SETTINGS = ("scale", "l2norm_eps", "beta_scale")
 
 
-class FusePackedDecode(Rule):
+class FusePackedDecode(Rule[Step]):
     name, stage, equation = "packed_decode", "fuse", packed_decode.op.equation
 
     def anchors(self, graph):
@@ -34,23 +33,18 @@ class FusePackedDecode(Rule):
         row, *others = columns.rows
         if others or columns.rows[row] != D or not torch.equal(found, torch.arange(D)):
             raise Mismatch(anchor, f"q, k and v one behind the other as all {D} columns of one row", "others")
-        operand = bring(row, (B, 1, D), "mixed_qkv")
-        inputs = {"mixed_qkv": operand.node, **{k: bound[k] for k in GATES}}
-        return Match(
-            inputs,
-            [anchor],
-            shapes=two_sequences(inputs, "mixed_qkv", "a", "b", "recurrent_state"),
-            writes={"recurrent_state": anchor},
-            data={"how": operand.how, "settings": [bound[k] for k in SETTINGS]},
-        )
+        operands = {"mixed_qkv": bring(row, (B, 1, D), "mixed_qkv"), **{name: bound[name] for name in GATES}}
+        facts = Step(bound["scale"], bound["l2norm_eps"], bound["beta_scale"])
+        m = Match(operands, [anchor], facts, writes={"recurrent_state": anchor})
+        return two_sequences(m, "mixed_qkv", "a", "b", "recurrent_state")
 
     def check(self, m):
-        if m.data["settings"][1] is None:
+        if m.facts.l2norm_eps is None:
             raise Refused("q and k must be l2-normalised before the rule, found that they are not.", at=m.outputs[0])
 
     def rewrite(self, m, t):
-        gates = [getattr(t, k) for k in GATES]
-        return call(packed_decode.op.overload, m.data["how"](t.mixed_qkv), *gates, *m.data["settings"])
+        tensors = (t.mixed_qkv, t.a, t.b, t.A_log, t.dt_bias, t.recurrent_state)
+        return call(packed_decode.op.overload, *tensors, m.facts.scale, m.facts.l2norm_eps, m.facts.beta_scale)
 
 
 RULE = FusePackedDecode()

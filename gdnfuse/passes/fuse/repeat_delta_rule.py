@@ -5,13 +5,13 @@ from __future__ import annotations
 from gdnfuse.dialect import op_of
 from gdnfuse.errors import Refused
 from gdnfuse.passes.fuse.l2norm_delta_rule import RULES
-from gdnfuse.passes.fuse.rules import rule_call, rule_match
+from gdnfuse.passes.fuse.rules import RuleCall, rule_call, rule_match
 from gdnfuse.rewrite.graph import op_name, peel, value
 from gdnfuse.rewrite.pattern import Mismatch
 from gdnfuse.rewrite.rule import Rule, bring
 
 
-class FuseRepeatDeltaRule(Rule):
+class FuseRepeatDeltaRule(Rule[RuleCall]):
     name, stage, equation = "repeat_delta_rule", "fuse", "rule(repeat(q), repeat(k), …) = rule(q, k, …) with grouped heads"
 
     def anchors(self, graph):

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from gdnfuse.dialect import fused_linear
-from gdnfuse.passes.fuse.linears import alone, arguments_match, bind, few_outputs, fused_call, is_linear
+from gdnfuse.passes.fuse.linears import LinearCall, alone, bind, few_outputs, is_linear, linear_call, linear_match
 from gdnfuse.passes.rows import one_row
 from gdnfuse.rewrite.graph import is_tensor, op_name, peel, same_shape, value
 from gdnfuse.rewrite.pattern import Mismatch
 from gdnfuse.rewrite.rule import Operand, Rule
 
 
-class FuseResidualLinear(Rule):
+class FuseResidualLinear(Rule[LinearCall]):
     name, stage, equation = "residual_linear", "fuse", "residual + linear(x, W) = fused_linear(x, W, residual)"
 
     def anchors(self, graph):
@@ -28,15 +27,12 @@ class FuseResidualLinear(Rule):
             raise Mismatch(anchor, f"a residual of {value(linear).dtype}", str(value(residual).dtype))
         # As it is read here, casts and all: its dtype is the sum's.
         there = same_shape(value(residual).shape, shape)
-        operand = Operand(residual, (lambda x: x) if there else (lambda x: x.reshape(shape)))
-        bound = bind(linear) | {"residual": operand}
-        m = arguments_match([anchor], {"y": (fused_linear.op, bound)})
-        m.data["shape"] = None if same_shape(value(anchor).shape, shape) else tuple(value(anchor).shape)
-        return few_outputs(m, bound)
+        operand = residual if there else Operand(residual, lambda x: x.reshape(shape))
+        back = None if same_shape(value(anchor).shape, shape) else tuple(value(anchor).shape)
+        return few_outputs(linear_match(anchor, bind(linear) | {"residual": operand}, back))
 
     def rewrite(self, m, t):
-        y = fused_call(m, t)
-        return y if m.data["shape"] is None else y.reshape(m.data["shape"])
+        return linear_call(m, t)
 
 
 def _linear(node):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,24 +12,50 @@ from gdnfuse.dialect import DialectOp, op_of
 from gdnfuse.rewrite.edit import call
 from gdnfuse.rewrite.evaluate import hint
 from gdnfuse.rewrite.graph import op_name, real_users, value
-from gdnfuse.rewrite.rule import Match, Operand
+from gdnfuse.rewrite.rule import Match, tensors_and_numbers
 
 # Sizes that prove as much as any, axis by axis: two sequences, two chunks, narrow heads of K and V columns.
 B, T, K, V, ALL = 2, 70, 8, 6, 1 << 30
 LIMITS = {"q": (B, T, ALL, K), "k": (B, T, ALL, K), "v": (B, T, ALL, V), "state": (B, ALL, K, V), "a": (B, T)}
 
 
-def two_sequences(inputs: dict[str, Node], *batched: str) -> dict[str, tuple[int, ...]]:
-    """Shapes for the proof of a step whose inputs of these names have the batch in front: two sequences prove as much as any."""
+def two_sequences(m: Match, *batched: str) -> Match:
+    """The match of a step whose inputs of these names have the batch in front, proved with two: they prove as much as any."""
     shapes = {}
     for name in batched:
-        size = value(inputs[name]).shape
+        size = value(m.inputs[name]).shape
         if all(isinstance(n, int) for n in size) and size[0] > B:
             shapes[name] = (B, *size[1:])
-    return shapes if len(shapes) == len(batched) else {}
+    if len(shapes) == len(batched):
+        m.shapes |= shapes
+    return m
 
 
-def rule_match(rule: Node, new: DialectOp, operands: dict[str, Any]) -> Match:
+@dataclass(frozen=True)
+class Step:
+    """The numbers of a rule's step in a decode graph."""
+
+    scale: float
+    l2norm_eps: float | None
+    beta_scale: float
+
+
+@dataclass(frozen=True)
+class RuleCall:
+    """The call that takes a rule's place.
+
+    Attributes:
+        op: what is called.
+        numbers: those of its arguments that are no operands.
+        taken: which of its results are wanted.
+    """
+
+    op: DialectOp
+    numbers: dict[str, Any]
+    taken: tuple[int, ...]
+
+
+def rule_match(rule: Node, new: DialectOp, operands: dict[str, Any]) -> Match[RuleCall]:
     """A match that replaces a rule by a call of `new`.
 
     Args:
@@ -39,10 +66,9 @@ def rule_match(rule: Node, new: DialectOp, operands: dict[str, Any]) -> Match:
     old = op_of(rule.target)
     bound = old.bind(rule.args, rule.kwargs)
     arguments = {name: operands[name] if name in operands else bound[name] for name in new.arg_names}
-    inputs = {name: x.node if isinstance(x, Operand) else x for name, x in arguments.items() if isinstance(x, Operand | Node)}
-    data = {"op": new, "arguments": arguments}
+    tensors, numbers = tensors_and_numbers(arguments)
     if old.mutates:
-        return Match(inputs, [rule], writes=dict.fromkeys(old.mutates, rule), data=data)
+        return Match(tensors, [rule], RuleCall(new, numbers, (0,)), writes=dict.fromkeys(old.mutates, rule))
     taken = {u.args[1]: u for u in rule.users if op_name(u) == "getitem"}
     writes, state = {}, arguments["state"]
     if isinstance(state, Node) and 1 in taken:
@@ -52,30 +78,28 @@ def rule_match(rule: Node, new: DialectOp, operands: dict[str, Any]) -> Match:
         writes = {"state": copies[0]} if copies else {}
         if copies and readers == copies[:1]:
             del taken[1]
-    data["taken"] = sorted(taken)
-    return Match(inputs, [taken[i] for i in sorted(taken)], writes=writes, data=data, shapes=_small(arguments))
+    facts = RuleCall(new, numbers, tuple(sorted(taken)))
+    m = Match(tensors, [taken[i] for i in facts.taken], facts, writes=writes)
+    m.shapes |= _small(m.inputs)
+    return m
 
 
-def rule_call(m: Match, t: SimpleNamespace) -> Any:
+def rule_call(m: Match[RuleCall], t: SimpleNamespace) -> Any:
     """The call that takes the rule's place, one result per output of the match."""
-    op, arguments = m.data["op"], []
-    for name, x in m.data["arguments"].items():
-        given = getattr(t, name) if name in m.inputs else x
-        arguments.append(x.how(given) if isinstance(x, Operand) else given)
-    results = call(op.overload, *arguments)
+    op, given = m.facts.op, vars(t) | m.facts.numbers
+    results = call(op.overload, *(given[name] for name in op.arg_names))
     if op.mutates:
         return results
     if "state" in m.writes:
         t.state.copy_(results[1])
-    return tuple(results[i] for i in m.data["taken"])
+    return tuple(results[i] for i in m.facts.taken)
 
 
-def _small(arguments: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+def _small(inputs: dict[str, Node]) -> dict[str, tuple[int, ...]]:
     """Shapes for the proof: what fusions replace treats sequences, tokens and the columns of heads alike, however many."""
     shapes = {}
-    for name, x in arguments.items():
-        node = x.node if isinstance(x, Operand) else x
-        if isinstance(node, Node) and value(node).ndim > 2:
+    for name, node in inputs.items():
+        if value(node).ndim > 2:
             shape = [hint(s) for s in value(node).shape]
             limits = LIMITS.get(name, LIMITS["a"])
             shapes[name] = tuple(map(min, shape, [*limits, *shape[len(limits) :]]))

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 
-from gdnfuse.dialect import fused_linear
 from gdnfuse.errors import Refused
-from gdnfuse.passes.fuse.linears import alone, arguments_match, bind, fused_call, is_linear
+from gdnfuse.passes.fuse.linears import LinearCall, alone, bind, is_linear, linear_call, linear_match
 from gdnfuse.rewrite.graph import op_name, peel, real_users, same, value
 from gdnfuse.rewrite.pattern import Mismatch
 from gdnfuse.rewrite.rule import Rule
 
 
-class FuseSwiGLULinear(Rule):
+class FuseSwiGLULinear(Rule[LinearCall]):
     name, stage, equation = "swiglu_linear", "fuse", "silu(x·W₀ᵀ) · (x·W₁ᵀ) = fused_linear(x, [W₀, W₁], swiglu)"
 
     def anchors(self, graph):
@@ -44,13 +43,11 @@ class FuseSwiGLULinear(Rule):
         bound = bind(row)
         if bound["residual"] is not None or bound["swiglu"]:
             raise Refused("The row must be a linear's alone, found something fused behind it.", at=row)
-        m = arguments_match([root], {"y": (fused_linear.op, bound | {"swiglu": True})})
-        m.data["shape"] = None if value(root).ndim == value(row).ndim else tuple(value(root).shape)
-        return m
+        back = None if value(root).ndim == value(row).ndim else tuple(value(root).shape)
+        return linear_match(root, bound | {"swiglu": True}, back)
 
     def rewrite(self, m, t):
-        y = fused_call(m, t)
-        return y if m.data["shape"] is None else y.reshape(m.data["shape"])
+        return linear_call(m, t)
 
 
 def _row(node):
