@@ -46,9 +46,10 @@ _VIEWS = {
 _PARTS = {"split", "chunk", "unbind", "tensor_split"}
 _CASTS = {"to", "float", "half", "bfloat16", "double", "type", "type_as"}
 _REARRANGING = _VIEWS | _PARTS
-# What only reads, whatever it is given, though its result may be its input's memory or its name end in an underscore.
+# What only reads, whatever it is given, though its result may be its input's memory or its name end in an underscore. as_strided
+# is not among them: it reads memory and not elements, so that what it is given must stay as it is.
 _READING = _REARRANGING | _CASTS | {
-    "getattr", "real", "imag", "diagonal", "unfold", "as_strided", "split_with_sizes", "moveaxis", "ravel", "broadcast_to",
+    "getattr", "real", "imag", "diagonal", "unfold", "split_with_sizes", "moveaxis", "ravel", "broadcast_to",
     "expand_as", "conj", "resolve_conj", "resolve_neg", "view_as_real", "view_as_complex", "as_tensor", "requires_grad_",
 }  # fmt: skip
 
