@@ -89,7 +89,7 @@ def run(title: str, arguments: Sequence[str], workers: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "results.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-n", str(workers), f"--junitxml={file}", *arguments]
-        env = os.environ | {"GDNFUSE_FUZZ": NEAR_MISSES}
+        env = os.environ | {"GDNFUSE_FUZZ": NEAR_MISSES, "GDNFUSE_SWEEP": "1"}
         run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
         if run.returncode:
             print(run.stdout, file=sys.stderr)  # whole: of what was drawn at random the example is nowhere else
