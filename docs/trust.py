@@ -79,6 +79,7 @@ ROWS: dict[str, list[str]] = {
         "tests/test_backend.py",
     ],
     "Bit-identical from run to run": ["tests/models/test_determinism.py"],
+    "Benchmarks: no speed of what is wrong": ["tests/test_benchmarks.py"],
 }
 GPU = {"Kernels and whole models on a GPU": ["-m", "gpu", "tests"]}
 
@@ -88,7 +89,7 @@ def run(title: str, arguments: Sequence[str], workers: int) -> dict[str, Any]:
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "results.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-n", str(workers), f"--junitxml={file}", *arguments]
+        command = [sys.executable, "-m", "pytest", "-q", "-n", str(workers), f"--junitxml={file}", "-m", "", *arguments]
         env = os.environ | {"GDNFUSE_FUZZ": NEAR_MISSES, "GDNFUSE_SWEEP": "1"}
         run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
         if run.returncode:

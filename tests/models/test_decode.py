@@ -7,14 +7,16 @@ import torch
 
 import gdnfuse
 from tests.models import zoo
+from tests.sweeps import pairs
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SHAPES = [(1, False), (2, True), (5, False), (1, True), (2, False), (5, True)]
+# Each family with each cache, dtype, and with and without capture, and what rounds with what pads and repeats.
 CASES = [
-    (family, cache, dtype, *SHAPES[(i + j + k) % len(SHAPES)], (i + j + k) % 2 == 0)
-    for i, family in enumerate(zoo.FAMILIES)
-    for j, cache in enumerate(("static", "dynamic"))
-    for k, dtype in enumerate(DTYPES)
+    (family, cache, dtype, *SHAPES[i % len(SHAPES)], capture)
+    for i, (family, cache, dtype, capture) in enumerate(
+        pairs(family=list(zoo.FAMILIES), cache=["static", "dynamic"], dtype=list(DTYPES), capture=[False, True])[1]
+    )
 ]
 
 

@@ -1,0 +1,466 @@
+"""Every benchmark runs, with settings that keep it quick, and reports no speed of what is wrong.
+
+They are no part of the product, so `make trust` runs these tests and `make test` does not.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import gdnfuse
+from gdnfuse.bench import measure
+from tests.models import zoo
+from tests.test_examples import main_of
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.sweep
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    torch.compiler.reset()
+    gdnfuse.clear_reports()
+
+
+BENCHMARK = ["--models", "tiny", "--dtype", "float32", "--prompt", "4", "--warmup", "1", "--steps", "16", "--device", "cpu"]
+PREFILL = ["--models", "tiny", "--dtype", "float32", "--lengths", "70", "--device", "cpu"]
+
+
+@pytest.fixture
+def workers(monkeypatch, capsys):
+    """The workers of benchmarks, in this process: starting one takes as long as all that a test has it do."""
+    workers = importlib.import_module("gdnfuse.bench.workers")
+
+    def spawn(program, side, model, argv, folder, *_):
+        try:
+            main_of(Path(program[0]).stem)([*argv, "--worker", side, model, folder])
+        except SystemExit as e:
+            return {"side": side, "failed": str(e)}
+        return json.loads(capsys.readouterr().out.strip().rsplit("\n", 1)[-1])
+
+    monkeypatch.setitem(sys.modules, "fla", None)  # as a worker sets it, and restored
+    monkeypatch.setitem(measure.COPIED, "cpu", 2**20)
+    monkeypatch.setattr(workers, "spawn", spawn)
+    return workers
+
+
+def quickly_compiled(side, model, mode):
+    return model if side in ("eager", "fla") else torch.compile(model, backend=side, options={"inner": "eager"}, fullgraph=True)
+
+
+def test_decode_benchmark(workers, tmp_path, monkeypatch, capsys):
+    decode, file = importlib.import_module("decode"), tmp_path / "figures.json"
+    monkeypatch.setattr(decode, "compiled", quickly_compiled)
+    assert decode.main([*BENCHMARK, "--batch", "2", "--sides", "eager,gdnfuse", "--json", str(file)]) == 0
+    data = json.loads(file.read_text())
+    (result,) = data["results"]
+    assert data["machine"]["torch"] == torch.__version__ and "worker" not in data["arguments"]
+    assert [row["side"] for row in result["sides"]] == ["eager", "gdnfuse"]
+    assert "3/3 GDN layers fused" in result["sides"][1]["summary"]
+    for row in result["sides"]:
+        assert row["tokens_per_second"] == pytest.approx(2 * 1e3 / row["ms"])
+    weights, states, rate = (result[name] for name in ("weight_bytes", "state_bytes", "bytes_per_second"))
+    assert result["limit_ms"] == pytest.approx(1e3 * weights / rate)
+    assert result["limit_with_states_ms"] == pytest.approx(1e3 * (weights + states) / rate)
+    recurrent = 2 * 3 * 2 * 4 * 32 * 32 * 4  # both ways, layers, sequences, heads, sizes of a head, bytes
+    assert recurrent < states < 2 * recurrent
+    out = capsys.readouterr().out
+    assert "ms per step" in out and "tokens/s" in out and f"{rate / 1e9:.0f} GB/s, a copy's rate here" in out
+    assert "second process" not in out
+
+
+def test_decode_benchmark_starts_a_second_process_that_finds_the_caches(workers, tmp_path, monkeypatch, capsys):
+    decode, file, found = importlib.import_module("decode"), tmp_path / "figures.json", []
+
+    def compiled(side, model, mode):
+        folder = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+        found.append((side, folder.name, [p.name for p in folder.iterdir()] if folder.exists() else []))
+        folder.mkdir(exist_ok=True)
+        (folder / "code").touch()
+        return quickly_compiled(side, model, mode)
+
+    monkeypatch.setattr(decode, "compiled", compiled)
+    assert decode.main([*BENCHMARK, "--sides", "eager,gdnfuse", "--second", "--json", str(file)]) == 0
+    eager, ours = json.loads(file.read_text())["results"][0]["sides"]
+    assert "second_first_call_seconds" not in eager and ours["second_first_call_seconds"] > 0 and ours["ms"]
+    assert found[1:] == [("gdnfuse", "caches_gdnfuse", []), ("gdnfuse", "caches_gdnfuse", ["code"])]
+    assert found[0][0] == "eager" and found[0][2] == [] and "second process (s)" in capsys.readouterr().out
+
+
+def test_decode_benchmark_starts_no_second_process_on_caches_of_one_that_failed(workers, tmp_path, monkeypatch, capsys):
+    decode, file = importlib.import_module("decode"), tmp_path / "figures.json"
+
+    def compiled(side, model, mode):
+        sys.exit("It ran out of memory.")
+
+    monkeypatch.setattr(decode, "compiled", compiled)
+    assert decode.main([*BENCHMARK, "--sides", "gdnfuse", "--second", "--json", str(file)]) == 1
+    (row,) = json.loads(file.read_text())["results"][0]["sides"]
+    assert row == {"side": "gdnfuse", "failed": "It ran out of memory.", "second_failed": "The first process left no caches."}
+    assert "No second process reported of tiny, gdnfuse: The first process left no caches." in capsys.readouterr().err
+
+
+def test_decode_benchmark_ends_a_side_that_takes_too_long(monkeypatch, tmp_path, capsys):
+    decode, workers = importlib.import_module("decode"), importlib.import_module("gdnfuse.bench.workers")
+    given = []
+
+    def spawn(program, side, model, argv, folder, say, timeout):
+        given.append((side, timeout))
+        return {"side": side, "failed": "no"}
+
+    monkeypatch.setattr(workers, "spawn", spawn)
+    assert decode.main([*BENCHMARK, "--sides", "eager", "--timeout", "7"]) == 1
+    assert given == [("reference", 7.0)]
+
+
+@pytest.mark.parametrize(("mode", "graphs"), [("reduce-overhead", True), ("default", False)])
+def test_decode_benchmark_takes_the_best_of_inductor(mode, graphs, monkeypatch):
+    decode, given = importlib.import_module("decode"), []
+    monkeypatch.setattr(torch, "compile", lambda model, **how: given.append(how))
+    decode.compiled("max-autotune", torch.nn.Identity(), mode)
+    options = {"max_autotune": True, "coordinate_descent_tuning": True, "triton.cudagraphs": graphs}
+    assert given == [{"options": options, "fullgraph": True}]
+
+
+def test_decode_benchmark_refuses_a_wrong_side(workers, monkeypatch, capsys):
+    decode = importlib.import_module("decode")
+    monkeypatch.setattr(decode, "compiled", lambda side, model, mode: lambda *a, **k: _doubled(model(*a, **k)))
+    assert decode.main([*BENCHMARK, "--sides", "eager"]) == 1
+    assert "No speed reported" in capsys.readouterr().err
+
+
+def _doubled(output):
+    output.logits = 2 * output.logits
+    return output
+
+
+@pytest.mark.parametrize("name", ["decode", "prefill"])
+def test_benchmarks_of_models_say_that_fla_is_missing(name, workers, tmp_path, capsys):
+    file = tmp_path / "figures.json"
+    assert main_of(name)([*(BENCHMARK if name == "decode" else PREFILL), "--sides", "eager,fla", "--json", str(file)]) == 1
+    eager, fla = json.loads(file.read_text())["results"][0]["sides"]
+    assert eager["ms"] and fla == {"side": "fla", "failed": "flash-linear-attention is not installed."}
+    assert "flash-linear-attention is not installed." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["decode", "prefill"])
+def test_benchmarks_of_models_report_that_the_reference_failed(name, workers, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(workers, "spawn", lambda program, side, *_: {"side": side, "failed": f"{side} ran out of memory."})
+    file = tmp_path / "figures.json"
+    assert main_of(name)(["--models", "tiny", "--sides", "eager,gdnfuse", "--json", str(file)]) == 1
+    (result,) = json.loads(file.read_text())["results"]
+    assert result["sides"] == [{"side": side, "failed": "reference ran out of memory."} for side in ("eager", "gdnfuse")]
+    assert "reference ran out of memory." in capsys.readouterr().out
+
+
+SCRIPT = """
+import sys
+from gdnfuse.bench.workers import answer, show_fla
+
+def work():
+    side, model, folder = sys.argv[-3:]
+    show_fla(side)
+    if side == "broken":
+        raise ValueError("not so\\nand more")
+    print("something else")
+    return {"side": side, "argv": sys.argv[1:-4], "model": model, "fla": "fla" in sys.modules}
+
+answer(work)
+"""
+
+
+def test_worker_answers_from_a_process_of_its_own(tmp_path, monkeypatch):
+    workers, script = importlib.import_module("gdnfuse.bench.workers"), tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    run = lambda side: workers.spawn([str(script)], side, "tiny", ["--batch", "2"], str(tmp_path))  # noqa: E731
+    assert run("eager") == {"side": "eager", "argv": ["--batch", "2"], "model": "tiny", "fla": True}
+    broken = run("broken")
+    assert "Traceback" in broken.pop("stderr") and broken == {"side": "broken", "step": "", "failed": "ValueError: not so"}
+
+
+def test_decode_benchmark_widens_one_layer_after_another():
+    decode = importlib.import_module("decode")
+    model, wide = (decode.build("tiny", torch.bfloat16, "cpu") for _ in range(2))
+    args, tokens = SimpleNamespace(prompt=4), torch.randint(0, 512, (4 + decode.CHECKED, 2, 1))
+    with torch.no_grad():
+        decode.widen(model)
+        assert torch.equal(decode.logits(model, args, tokens), decode.logits(wide.float(), args, tokens))
+    assert {p.dtype for p in model.get_decoder().layers.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_tokens_of_each_step_are_aligned(batch):
+    decode, tokens = importlib.import_module("decode"), torch.arange(5 * batch).view(5, batch, 1)
+    found = decode.aligned(tokens)
+    assert torch.equal(found, tokens) and all(step.data_ptr() % 16 == 0 and step.is_contiguous() for step in found)
+
+
+def test_weight_bytes_counts_what_a_step_reads():
+    decode = importlib.import_module("decode")
+    model = decode.build("tiny", torch.float32, "cpu")
+    assert model.config.tie_word_embeddings
+    assert decode.weight_bytes(model) == sum(4 * p.numel() for p in model.parameters())
+
+
+def test_weight_bytes_counts_the_experts_that_a_step_chooses():
+    decode = importlib.import_module("decode")
+    model = zoo.moe(num_experts=4, num_experts_per_tok=1)
+    experts = sum(4 * p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    rest = sum(4 * p.numel() for name, p in model.named_parameters() if ".experts." not in name and "embed" not in name)
+    assert decode.weight_bytes(model) == rest + experts // 4
+    assert decode.weight_bytes(model, batch=2) == rest + experts * 7 // 16
+
+
+def test_unknown_side_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        main_of("decode")(["--sides", "eager,jax"])
+    assert "jax" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["chunk", "gemm", "mixer", "packing", "prompt"])
+def test_benchmarks_of_kernels_need_a_device(name, monkeypatch, capsys):
+    main = main_of(name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        main([])
+    assert "a CUDA device is needed" in capsys.readouterr().err
+
+
+COMMANDS = [
+    "gemm --roles jax",
+    "gemm --models jax",
+    "gemm --rows jax",
+    "gemm --rows 33",
+    "decode --batch 0",
+    "prefill --sides jax",
+]
+COMMANDS += ["mixer --sides jax", "mixer --batches jax", "mixer --state float16", "decode --steps 3"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_benchmarks_name_a_bad_argument(command, capsys):
+    name, option, given = command.split()
+    with pytest.raises(SystemExit):
+        main_of(name)([option, given])
+    err = capsys.readouterr().err
+    assert option in err.splitlines()[-1] or given in err.splitlines()[-1]
+
+
+def test_gemm_benchmark_sweeps_configs_that_the_kernel_takes():
+    gemm = importlib.import_module("gemm")
+    for of in gemm.LINEARS:
+        configs = list(gemm.configs(of))
+        assert configs[0] == gemm.skinny_linear.config(of.role, of.columns)
+        assert list(gemm.configs(of, sweep=False)) == configs[:1]
+        assert len(configs) == len({*configs}) > 10, of
+        assert all(n == 1 << n.bit_length() - 1 for config in configs for n in config[:3]), of
+        assert any(per_sm for *_, per_sm in configs) and not all(per_sm for *_, per_sm in configs), of
+        if of.role == "gate":
+            assert all(of.columns % block == 0 and block % gemm.HEAD == 0 for _, block, *_ in configs)
+
+
+@pytest.mark.parametrize("rows", [2, 16, 32])
+def test_gemm_benchmark_sweeps_configs_of_several_rows(rows):
+    gemm = importlib.import_module("gemm")
+    for of in (linear.of_rows(rows) for linear in gemm.LINEARS):
+        configs = list(gemm.configs(of))
+        parts = 1 if of.role == "swiglu" else gemm.split(of.rows, of.columns, rows)
+        assert configs[0] == gemm.chosen(of) and configs[0].parts == parts
+        assert len(configs) == len({*configs}) > 10 and {c.early for c in configs} == {False, True}, of
+        assert of.role in ("swiglu", "plain") and all(c.parts == 1 for c in configs if of.role == "swiglu")
+        for c in configs:
+            assert of.columns % (c.BK * c.parts) == 0
+            assert (c.BM + max(8, rows)) * c.BK * 2 * c.stages <= 150 * 1024
+
+
+@pytest.mark.parametrize("rows", [2, 32])
+def test_gemm_benchmark_sweeps_rings_where_there_are_some(rows, monkeypatch):
+    gemm = importlib.import_module("gemm")
+    monkeypatch.setattr(gemm, "on_a_ring", lambda: True)
+    for of in (linear.of_rows(rows) for linear in gemm.LINEARS):
+        configs = list(gemm.configs(of))
+        assert configs[0] == gemm.chosen(of) and isinstance(configs[0], gemm.RingConfig) == ("head" not in of.whose), of
+        found = [c for c in configs if isinstance(c, gemm.RingConfig)]
+        assert len(configs) == len({*configs}) and (len(found) > 2 or "head" in of.whose), of
+        assert any(isinstance(c, gemm.FewRowsConfig) for c in configs), of
+        for tiles, live, stages, parts in found:
+            steps, rest = divmod(of.columns, gemm.STEP * parts)
+            assert rest == 0 and stages <= steps + 1 and live <= (32 if of.role == "swiglu" else 64)
+            assert 2 * gemm.STEP * stages * (64 * tiles + max(8, rows)) <= 220 * 1024
+
+
+@pytest.mark.parametrize("role", ["swiglu", "plain"])
+def test_gemm_benchmark_adds_up_the_parts_of_several_rows(role, monkeypatch):
+    gemm = importlib.import_module("gemm")
+    of = gemm.Linear(role, "nobody", 48, 256).of_rows(3)
+    configs = [gemm.FewRowsConfig(32, 64, 4, 2, parts, False) for parts in (1, 2, 4)]
+
+    def kernel(config, x, weight, swiglu=False, overlap=False):
+        """The reference, of which the last config loses a part."""
+        parts = config.parts - (config == configs[-1])
+        (y,) = gemm.exact(x, {"weight": weight, "swiglu": swiglu})
+        return torch.stack([y / config.parts] * parts).float() if config.parts > 1 else y.bfloat16()
+
+    monkeypatch.setattr(gemm.few_rows_linear, "launch_with", kernel)
+    _stub_sweep(gemm, monkeypatch, configs)
+    result = gemm.run(of, 2e12)
+    assert result["limit_us"] == pytest.approx(2 * 48 * 256 / 2e6)
+    assert result["rows"] == 3 and result["wrong"] == ["32×64×4×2×4×0"]
+    assert list(result["configs_us"]) == ["32×64×4×2×1×0", "32×64×4×2×2×0"] and "nobody" in gemm.table([result], 2e12)
+
+
+def _stub_sweep(gemm, monkeypatch, configs):
+    """Let it run on the CPU, a figure being the number of calls."""
+    for name, stub in {
+        "DEVICE": "cpu", "COLD_BYTES": 1e5, "configs": lambda of, sweep: iter(configs),
+        "microseconds": lambda function, x, sets: float(len([function(x, each) for each in sets])),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(gemm, name, stub)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**30, 2**30))
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("role", ["conv", "norm", "gate", "swiglu", "plain"])
+def test_gemm_benchmark_reports_no_speed_of_a_wrong_config(role, monkeypatch):
+    gemm = importlib.import_module("gemm")
+    of = gemm.Linear(role, "nobody", 48, 256, 16)
+
+    def kernel(config, x, each):
+        """The reference, of which the first config has another output, and the second does not write the conv state."""
+        y, *states = gemm.exact(x, each)
+        if states and config != configs[1]:
+            each["conv"][0].copy_(states[0])
+        return (1.1 * y if config == configs[0] else y).to(torch.float32 if role == "conv" else torch.bfloat16)
+
+    configs = [(8, 256, 4, 4), (4, 256, 4, 0), (2, 256, 2, 0)]
+    monkeypatch.setattr(gemm, "run_with", kernel)
+    _stub_sweep(gemm, monkeypatch, configs)
+    result = gemm.run(of, 2e12)
+    wrong = 2 if role == "conv" else 1
+    assert result["wrong"] == [gemm.label(c) for c in configs[:wrong]]
+    assert result["configs_us"] == {gemm.label(c): float(result["copies"]) for c in configs[wrong:]} and result["copies"] > 1
+    table = gemm.table([result], 2e12)
+    assert f"{result['copies']:.2f}" in table and "2000 GB/s, a copy's rate here" in table
+
+
+@pytest.mark.parametrize("state", ["float32", "bfloat16"])
+@pytest.mark.parametrize("factor", [1.0, 1.1])
+def test_mixer_benchmark_reports_no_speed_of_a_wrong_side(factor, state, monkeypatch):
+    mixer = importlib.import_module("mixer")
+    op = SimpleNamespace(op=lambda *args: factor * mixer.mixer_decode.reference(*args))
+    _stub_mixer(mixer, monkeypatch, {"mixer_decode": op})
+    result = mixer.run_batch(1, ["mixer_decode"], 2e12, mixer.STATES[state])
+    (row,) = result["sides"]
+    assert ("us" in row) == (factor == 1.0) and (row["error"] > 0.05) == (factor != 1.0)
+    assert ("refused: wrong" in mixer.table([result], 2e12)) == (factor != 1.0)
+    assert result["mark_us"] == (4 if state == "float32" else None)
+    assert result["limit_us"] == pytest.approx(2 * 32 * 128 * 128 * (4 if state == "float32" else 2) / 2e6)
+
+
+def _stub_mixer(mixer, monkeypatch, implementations):
+    for name, stub in {
+        "DEVICE": "cpu", "COLD_BYTES": 1.0, "implementations": lambda: implementations,
+        "microseconds": lambda call, sets: [float(len([call(each) for each in sets]))],
+    }.items():  # fmt: skip
+        monkeypatch.setattr(mixer, name, stub)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_mixer_benchmark_of_the_rule_with_and_without_its_norm(overlap, monkeypatch):
+    mixer, delta_rule = importlib.import_module("mixer"), pytest.importorskip("gdnfuse.kernels.delta_rule")
+    given = []
+
+    def rule(*args, **options):
+        given.append(options)
+        return mixer.packed_decode.reference(*args)
+
+    def gated(qkv, z, a, b, A_log, dt_bias, state, norm_weight, scale, l2norm_eps, norm_eps, **options):
+        o = rule(qkv, a, b, A_log, dt_bias, state, scale, l2norm_eps, **options)
+        return mixer.gated_rms_norm.reference(o, z.unflatten(-1, o.shape[-2:]), norm_weight, norm_eps).flatten(-2)
+
+    monkeypatch.setattr(delta_rule, "launch_gated", gated)
+    _stub_mixer(mixer, monkeypatch, {"packed_decode": SimpleNamespace(launch=rule)})
+    result = mixer.run_batch(2, ["packed_decode", "packed_decode_gated"], 2e12, torch.bfloat16, overlap)
+    assert all("us" in row for row in result["sides"])
+    assert given and all(options == ({"overlap": True} if overlap else {}) for options in given)
+
+
+def test_mixer_benchmark_sweeps_what_the_kernel_then_reads(monkeypatch):
+    """Of two configs the first gives a wrong result: only the other has a figure."""
+    mixer, delta_rule = importlib.import_module("mixer"), pytest.importorskip("gdnfuse.kernels.delta_rule")
+    monkeypatch.setattr(mixer, "SWEEP", {"packed_decode": ("RULE_CONFIGS", [(16, 1), (64, 2)])})
+
+    def rule(*args, overlap):
+        ((_, config),) = delta_rule.RULE_CONFIGS
+        return mixer.packed_decode.reference(*args) * (1.0 if config == (64, 2) else 1.1)
+
+    _stub_mixer(mixer, monkeypatch, {"packed_decode": SimpleNamespace(launch=rule)})  # an op repeats its first config
+    assert list(mixer.sweep_batch(1)["packed_decode"]["configs_us"]) == ["64×2"]
+
+
+MACHINE = {"gpu": "Some GPU", "cpu": "x86_64", "cpu_threads": 2, "torch": "2.0", "transformers": "5.0"}
+FIGURES = {
+    "decode": (
+        {"dtype": "bfloat16", "batch": 1},
+        {"model": "tiny", "limit_ms": 1.0, "sides": [{"side": "eager", "ms": 2.0}, {"side": "fla", "failed": "It is missing."}]},
+    ),
+    "prefill": (
+        {"dtype": "bfloat16", "batch": 1, "lengths": [64]},
+        {"model": "tiny", "sides": [{"side": "eager", "ms": {"64": 3.0}}, {"side": "gdnfuse"}]},
+    ),
+    "chunk": ({}, {"batch": 1, "tokens": 64, "limit_us": 1.0, "sides": [{"side": "gdnfuse", "us": 2.0}]}),
+    "mixer": ({}, {"batch": 1, "limit_us": 1.0, "mark_us": 4, "sides": [{"side": "fla", "us": 2.0}, {"side": "mixer_decode"}]}),
+    "attention": ({}, {"batch": 1, "tokens": 8, "limit_us": 1.0, "sides": {"reference": {"us": 2.0}, "attention_decode": {}}}),
+}
+
+
+def _write_figures(folder, names):
+    for name in names:
+        arguments, result = FIGURES[name]
+        data = {"machine": MACHINE, "arguments": arguments, "results": [result]}
+        (folder / f"{name}.json").write_text(json.dumps(data))
+
+
+def test_plots(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    _write_figures(tmp_path, FIGURES)
+    assert main_of("plot")(["--results", str(tmp_path), "--out", str(tmp_path / "plots")]) == 0
+    assert sorted(p.stem for p in (tmp_path / "plots").glob("*.png")) == sorted(FIGURES)
+    assert not capsys.readouterr().err
+
+
+def test_plots_of_the_results_there_are(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    _write_figures(tmp_path, ["chunk"])
+    assert main_of("plot")(["--results", str(tmp_path), "--out", str(tmp_path)]) == 0
+    assert [p.name for p in tmp_path.glob("*.png")] == ["chunk.png"]
+    assert "has no decode.json, so there is no plot of it." in capsys.readouterr().err
+
+
+def test_plots_tell_where_they_were_measured():
+    plot = importlib.import_module("plot")
+    text = plot.caption({"machine": MACHINE}, ["bfloat16", "", "batch 1"])
+    assert text == "Some GPU; bfloat16; batch 1\ntorch 2.0, transformers 5.0"
+
+
+def test_plots_tell_at_which_rate_their_limits_are():
+    plot = importlib.import_module("plot")
+    assert plot.rate({"results": [{}, {}]}) == "4.3 TB/s"
+    assert plot.rate({"results": [{}, {"bytes_per_second": 2.913e12}]}) == "2913 GB/s, measured with a copy"
+    assert plot.rate({"bytes_per_second": 4.29e12, "results": [{}]}) == "4290 GB/s, measured with a copy"
+
+
+def test_plots_need_matplotlib(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main_of("plot")(["--out", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == "plot.py needs matplotlib, which is not installed: pip install 'gdnfuse[plot]'\n"
