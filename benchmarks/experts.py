@@ -54,14 +54,14 @@ from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeRMSNo
 from gdnfuse.bench.measure import bandwidth, machine
 from gdnfuse.dialect import routed_experts
 from gdnfuse.errors import Refused
-from gdnfuse.kernels import experts, few_rows_hopper, few_rows_linear, implementations, route
+from gdnfuse.kernels import experts, few_rows_hopper, few_rows_linear, grouped_experts, implementations, route
 from gdnfuse.models import load_config
 from gdnfuse.progress import hidden
 
 MODEL = "qwen3.5-35b-a3b"
 SIDES = ("gdnfuse", "grouped_mm", "inductor")
 ROWS = (1, 2, 4, 8, 16, 32, 64, 512, 2048, 4096, 16384)
-SWEPT = (1, 8, 32)
+SWEPT = (1, 8, 32, 512, 4096)
 BLOCKS = 3
 SETS = {1: 24, 64: 6}  # calls that a graph holds, by rows up to; of more rows 2
 FAR = 0.06  # between the logits of the last choice and of the next, several roundings of bfloat16
@@ -231,12 +231,21 @@ BYTES = range(64, 385)
 # For several: rows of the weight per tile, columns per step, warps, stages; bytes of shared memory per program.
 TILES = tuple(itertools.product((32, 64, 128), (64, 128, 256), (4, 8), (2, 3, 4, 5)))
 SHARED = range(32 * 1024, 116 * 1024)
+# For prompts: rows of the weight per tile and warps, choices per tile, columns per step, stages; bytes of shared memory, sums per thread.
+GROUPED = tuple(itertools.product(((64, 4), (128, 4), (256, 8)), (16, 32, 64, 128, 256), (64, 128), (3, 4)))
+GROUPED_SHARED, SUMS = range(32 * 1024, 220 * 1024), range(16, 129)
 
 
 def configs(launch: str, H: int, width: int, choices: int) -> Iterator[tuple[int, ...]]:
-    """Worth measuring, of a launch of one row (router, up, lines, down) or of several (up_rows, down_rows)."""
+    """Worth measuring, of one row (router, up, lines, down), of several (up_rows, down_rows) or of a prompt (grouped)."""
     if launch == "lines":
         yield from ((0,), (32,), (64,), (128,))
+        return
+    if launch == "grouped":
+        for (BM, warps), BB, BK, stages in GROUPED:
+            config = grouped_experts.GroupedConfig(BM, BB, BK, warps, stages)
+            if config.shared_memory(2) in GROUPED_SHARED and BM * BB // (32 * warps) in SUMS:
+                yield config
         return
     if launch.endswith("rows"):
         for BM, BK, warps, stages in TILES:
@@ -257,6 +266,8 @@ def with_config(launch: str, config: Sequence[int]) -> contextlib.AbstractContex
         return mock.patch.object(route, "ONE_ROW", config)
     if launch == "lines":
         return mock.patch.object(experts, "LINES", *config)
+    if launch == "grouped":
+        return mock.patch.object(grouped_experts, "config_for", lambda *_: grouped_experts.GroupedConfig(*config))
     if launch == "up":
         return mock.patch.object(experts, "config_of_up", lambda *_: (*config, 0))
     if launch == "down":
@@ -265,8 +276,10 @@ def with_config(launch: str, config: Sequence[int]) -> contextlib.AbstractContex
     return mock.patch.object(experts, name, experts.RowsConfig(*config))
 
 
-def chosen(launch: str, H: int, width: int, choices: int) -> tuple[int, ...]:
+def chosen(launch: str, H: int, width: int, choices: int, N: int, E: int) -> tuple[int, ...]:
     """The config that a model gets."""
+    if launch == "grouped":
+        return grouped_experts.config_for(N, choices - 1, E, 2, experts.shared_memory(torch.device(DEVICE)))
     if launch == "router":
         return route.ONE_ROW
     if launch == "lines":
@@ -288,10 +301,10 @@ def sweep(blocks: Sequence[Block], N: int, rate: float) -> dict[str, Any]:
     wanted = exact(*sets[0]) - sets[0][1].double()
     count = statistics.mean(needed(*each) for each in sets)
     call, results = partial(ours, swept=True), []
-    launches = ("up", "down", "router", "lines") if N == 1 else ("up_rows", "down_rows")
+    launches = ("up", "down", "router", "lines") if N == 1 else ("up_rows", "down_rows") if N <= route.MAX_ROWS else ("grouped",)
     with contextlib.ExitStack() as best_so_far:
         for launch in launches:
-            first = chosen(launch, *sizes)
+            first = chosen(launch, *sizes, N, len(down))
             tried = [first, *(c for c in configs(launch, *sizes) if c != first)]
             compile_all(launch, tried, sets[0])
             times, off = {}, []
@@ -312,7 +325,7 @@ def sweep(blocks: Sequence[Block], N: int, rate: float) -> dict[str, Any]:
 
 def compile_all(launch: str, tried: Sequence[Sequence[int]], each: tuple[Block, torch.Tensor]) -> None:
     """Side by side."""
-    modules = (experts, route, few_rows_linear, few_rows_hopper)
+    modules = (experts, grouped_experts, route, few_rows_linear, few_rows_hopper)
     with contextlib.ExitStack() as patched, ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
         for module in modules:
             patched.enter_context(mock.patch.object(module, "kernel_of", Ahead))
@@ -364,8 +377,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = args.rows.split(",") if args.rows else list(map(str, SWEPT if args.sweep else ROWS))
     if not all(n.isdecimal() and int(n) > 0 for n in given):
         parser.error(f"--rows must be numbers of at least 1 by comma, got {args.rows}")
-    if args.sweep and any(int(n) > route.MAX_ROWS for n in given):
-        parser.error(f"--sweep is of 1 to {route.MAX_ROWS} rows, got {args.rows}")
     if not torch.cuda.is_available():
         parser.error("a CUDA device is needed")
 

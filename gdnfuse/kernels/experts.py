@@ -22,20 +22,22 @@ What goes from SwiGLU into down is rounded to the weights' dtype, and so is the 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from gdnfuse import compat
 from gdnfuse.dialect.experts import ACTIVATIONS
 from gdnfuse.errors import Refused
-from gdnfuse.kernels import route, skinny_linear
+from gdnfuse.kernels import grouped_experts, route, skinny_linear
 from gdnfuse.kernels.few_rows_linear import OPERANDS
 from gdnfuse.kernels.launch.implementation import kernel_of, overlap_options, register, require_dtypes, require_static
 from gdnfuse.kernels.route import LOWEST, MAX_EXPERTS, MAX_ROWS, MAX_TOP_K, keys, largest, normed
 from gdnfuse.kernels.skinny_linear import load_row, load_rows
+
+gdc_launch_dependents, gdc_wait = compat.dependent_launch()
 
 COMPARED = 128  # choices that a program compares with its expert at once
 
@@ -434,7 +436,7 @@ def launch_row(
 ) -> torch.Tensor:
     """experts of one row, whose choices may still be the router's logits."""
     K = routing.top_k
-    (E, _, H), I, S, shared = gate_up.shape, down.shape[2], shared.width, shared.contiguous()
+    (E, _, H), I, S = gate_up.shape, down.shape[2], shared.width
     h, out = (torch.empty(n, dtype=t.dtype, device=x.device) for n, t in ((K * I, gate_up), (x.shape, x)))
     shared_h = torch.empty(S, dtype=gate_up.dtype, device=x.device) if S else None
     opening = torch.empty(1, dtype=torch.float32, device=x.device) if shared.expert_gate is not None else None
@@ -494,7 +496,7 @@ def launch_rows(
 ) -> torch.Tensor:
     """experts of several rows."""
     (N, K), (E, _, H), I, S = indices.shape, gate_up.shape, down.shape[2], shared.width
-    indices, weights, shared = indices.contiguous(), weights.contiguous(), shared.contiguous()
+    indices, weights = indices.contiguous(), weights.contiguous()
     empty = lambda *shape, dtype=gate_up.dtype: torch.empty(shape, dtype=dtype, device=x.device)  # noqa: E731
     h, parts, out = empty(N * K, I), empty(K + (S > 0), N, H, dtype=torch.float32), empty(N, H, dtype=x.dtype)
     shared_h = empty(N, S) if S else None
@@ -552,6 +554,14 @@ def config_of_rows(config: RowsConfig, dtype: torch.dtype, *columns: int) -> Row
 SMALLEST = 16  # columns of a step
 
 
+def shared_memory(device: torch.device) -> int:
+    """Bytes of it that a program may take; where there is no GPU, an H200's."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return 227 * 1024
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", 0) or 64 * 1024
+
+
 def launch(
     x: torch.Tensor,
     indices: torch.Tensor,
@@ -570,7 +580,7 @@ def launch(
     *,
     overlap: bool = False,
 ) -> torch.Tensor:
-    """The dialect's experts for at most MAX_ROWS rows.
+    """The dialect's experts. Those of more than MAX_ROWS rows are grouped_experts.py's.
 
     Args:
         x, indices, routing_weights, gate_up, down, activation, norm_weight, norm_eps, norm_offset, shared_gate, shared_up,
@@ -580,7 +590,12 @@ def launch(
     Returns:
         [N, H] in x's dtype, contiguous.
     """
-    shared = Shared(shared_gate, shared_up, shared_down, shared_expert_gate)
+    shared = Shared(shared_gate, shared_up, shared_down, shared_expert_gate).contiguous()
+    if x.shape[0] != indices.shape[0] or residual is not None and residual.shape[0] != x.shape[0]:
+        raise ValueError(f"experts needs as many rows of indices and residual as of x, {x.shape[0]}.")
+    if x.shape[0] > MAX_ROWS:
+        memory = shared_memory(x.device)
+        return grouped_experts.launch(x, indices, routing_weights, gate_up, down, shared, residual, memory)
     if x.shape[0] > 1:
         return launch_rows(x, indices, routing_weights, gate_up, down, shared, residual, overlap)
     routing = Routing(None, indices.contiguous(), routing_weights.contiguous(), indices.shape[1], False, tl.float32)
@@ -620,7 +635,7 @@ def launch_routed(
     """
     logits = route.logits_of(x, router, norm_weight, norm_eps, norm_offset, overlap)
     routing = Routing(logits, None, None, top_k, normalize, route.rounded(router, wide_logits))
-    shared = Shared(shared_gate, shared_up, shared_down, shared_expert_gate)
+    shared = Shared(shared_gate, shared_up, shared_down, shared_expert_gate).contiguous()
     return launch_row(routing, x, gate_up, down, norm_weight, norm_eps, norm_offset, shared, residual, overlap)
 
 
@@ -628,7 +643,7 @@ def supports(
     x, indices, routing_weights, gate_up, down, activation="silu", norm_weight=None, norm_eps=0.0, norm_offset=0.0,
     shared_gate=None, shared_up=None, shared_down=None, shared_expert_gate=None, residual=None,
 ) -> None:  # fmt: skip
-    """Raises Refused unless there are at most MAX_ROWS rows, sizes are static, x and all weights have one dtype of float32,
+    """Raises Refused unless there are rows, sizes but their number are static, x and all weights have one dtype of float32,
     bfloat16 and float16, and rows are contiguous; several rows take no norm and must fill the steps over columns."""
     require_dtypes(routing_weights=routing_weights)
     if indices.dim() != 2 or routing_weights.shape != indices.shape or indices.dtype not in (torch.int32, torch.int64):
@@ -638,8 +653,7 @@ def supports(
     _require(
         x, gate_up, down, k, activation, norm_weight, Shared(shared_gate, shared_up, shared_down, shared_expert_gate), residual
     )
-    if x.shape[0] != N:
-        raise Refused(f"x and indices must have as many rows, got {x.shape[0]} and {N}.")
+    require_alike("indices", (x.shape[0],), (N,))
 
 
 def supports_routed(
@@ -679,23 +693,30 @@ def _require(x, gate_up, down, k, activation, norm_weight, shared, residual) -> 
     wanted = {"x": (N, H), "down": (E, H, I), "gate_up": (E, 2 * I, H), "residual": (N, H)}
     wanted |= {"shared_gate": (S, H), "shared_up": (S, H), "shared_down": (H, S), "shared_expert_gate": (1, H)}
     for name, t in {"x": x, **tensors}.items():
-        if t is not None and tuple(t.shape) != wanted[name]:
-            raise Refused(f"{name} must have the sizes {list(wanted[name])}, got {list(t.shape)}.")
+        if t is not None:
+            require_alike(name, wanted[name], tuple(t.shape))
     if activation not in ACTIVATIONS:
         raise Refused(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation}.")
     if not 1 <= k <= MAX_TOP_K or E > MAX_EXPERTS:
         raise Refused(f"A row must go to 1 to {MAX_TOP_K} of at most {MAX_EXPERTS} experts, got {k} of {E}.")
-    if not isinstance(N, int) or not 1 <= N <= MAX_ROWS:
-        raise Refused(f"x must have 1 to {MAX_ROWS} rows, got the sizes {list(x.shape)}.")
-    if N > 1:
+    route.require_rows(x)
+    one, few = isinstance(N, int) and N == 1, not isinstance(N, int) or N <= MAX_ROWS
+    if not one:
         if norm_weight is not None:
             raise Refused("Several rows take no norm before their experts, got one.")
         config_of_rows(UP_ROWS, x.dtype, H)
         config_of_rows(DOWN_ROWS, x.dtype, *(n for n in (I, S) if n))
-    else:
+    if few:
         if H > skinny_linear.MAX_N:
             raise Refused(f"One row must be at most {skinny_linear.MAX_N} wide, got {H}.")
         config_of_down(k, I, S, x.dtype)
+
+
+def require_alike(name: str, wanted: tuple[Any, ...], found: tuple[Any, ...]) -> None:
+    """Refuse other sizes than those wanted. Symbolic ones are compared when the kernel is called, which adds no guard."""
+    differ = (isinstance(m, int) and isinstance(n, int) and m != n for m, n in zip(wanted, found, strict=False))
+    if len(wanted) != len(found) or any(differ):
+        raise Refused(f"{name} must have the sizes {list(wanted)}, got {list(found)}.")
 
 
 MEASURED = "benchmarks/experts.py --sweep"

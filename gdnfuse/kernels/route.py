@@ -1,8 +1,9 @@
-"""The router of a mixture of experts: top-k of softmax(x·Wᵀ) (Shazeer et al. 2017, arXiv:1701.06538), for the rows of a step.
+"""The router of a mixture of experts: top-k of softmax(x·Wᵀ) (Shazeer et al. 2017, arXiv:1701.06538).
 
-Two launches: logits, of one row as skinny_linear streams a weight, of several in parts of the columns as few_rows_linear does;
-then a program per row adds the parts up and takes the largest. Nothing is sorted. A logit and its expert are one integer, so that
-the largest of a row is one reduction; of equal logits the lower expert is first, and what is no number is larger than all.
+Two launches for the rows of a step: logits, of one row as skinny_linear streams a weight, of several in parts of the columns as
+few_rows_linear does; then a program per row adds the parts up and takes the largest. The logits of a prompt are torch's. Nothing
+is sorted. A logit and its expert are one integer, so that the largest of a row is one reduction; of equal logits the lower expert
+is first, and what is no number is larger than all.
 
 Where the experts follow (experts.py) the second launch falls away for one row: whoever needs an expert finds it from the logits.
 
@@ -12,15 +13,18 @@ Layout: x [N, H] with contiguous rows, weight [E, H] with contiguous rows any di
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from gdnfuse import compat
 from gdnfuse.errors import Refused
 from gdnfuse.kernels import few_rows_linear
 from gdnfuse.kernels.launch.implementation import kernel_of, overlap_options, register, require_dtypes, require_static
 from gdnfuse.kernels.linear_configs import FewRowsConfig
 from gdnfuse.kernels.skinny_linear import MAX_N, dot_rows, load_row, load_rows
+
+gdc_launch_dependents, gdc_wait = compat.dependent_launch()
 
 MAX_ROWS = 64
 MAX_EXPERTS = 4096  # a program holds the logits of a row
@@ -105,9 +109,9 @@ def top_k_kernel(
     if OVERLAP:
         gdc_launch_dependents()
         gdc_wait()
-    n = tl.program_id(0)
+    n = tl.program_id(0).to(tl.int64)
     e = tl.arange(0, BE)  # [BE]
-    logit = tl.load(logits_ptr + n * E + e, mask=e < E, other=-float("inf"))  # [BE]
+    logit = tl.load(logits_ptr + n * E + e, mask=e < E, other=-float("inf")).to(tl.float32)  # [BE]
     for part in tl.static_range(1, PARTS):
         logit += tl.load(logits_ptr + (part * N + n) * E + e, mask=e < E, other=0.0)
     logit = logit.to(ROUND).to(tl.float32)
@@ -132,7 +136,7 @@ def top_k_kernel(
 def logits_of(
     x: torch.Tensor, weight: torch.Tensor, norm_weight: torch.Tensor | None, norm_eps: float, norm_offset: float, overlap: bool
 ) -> torch.Tensor:
-    """x·Wᵀ in float32, not rounded: [parts, N, E]."""
+    """x·Wᵀ of at most MAX_ROWS rows, in float32, not rounded: [parts, N, E]."""
     (N, H), E = x.shape, weight.shape[0]
     if N > 1:
         parts = next(n for n in PARTS if H % (n * SMALLEST_STEP) == 0)
@@ -177,7 +181,7 @@ def launch(
     *,
     overlap: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The dialect's route for at most MAX_ROWS rows.
+    """The dialect's route. The logits of more than MAX_ROWS rows are torch's.
 
     Args:
         x, weight, top_k, normalize, wide_logits, wide_weights, norm_weight, norm_eps, norm_offset: as there.
@@ -187,7 +191,10 @@ def launch(
         routing weights and indices, contiguous.
     """
     (N, _), E = x.shape, weight.shape[0]
-    logits = logits_of(x, weight, norm_weight, norm_eps, norm_offset, overlap)
+    if N <= MAX_ROWS:
+        logits = logits_of(x, weight, norm_weight, norm_eps, norm_offset, overlap)
+    else:
+        logits = (F.linear(x.float(), weight.float()) if wide_logits else F.linear(x, weight))[None]
     weights = torch.empty((N, top_k), dtype=torch.float32 if wide_weights else x.dtype, device=x.device)
     indices = torch.empty((N, top_k), dtype=torch.int64, device=x.device)
     options = overlap_options(x) if overlap else {}
@@ -199,10 +206,16 @@ def launch(
     return weights, indices
 
 
+def require_rows(x: torch.Tensor) -> None:
+    """Refuse no rows at all; a symbolic number of them passes."""
+    if isinstance(x.shape[0], int) and x.shape[0] < 1:
+        raise Refused(f"x must have at least one row, got the sizes {list(x.shape)}.")
+
+
 def supports(
     x, weight, top_k, normalize, wide_logits=False, wide_weights=False, norm_weight=None, norm_eps=0.0, norm_offset=0.0
 ) -> None:
-    """Raises Refused unless there are at most MAX_ROWS rows, sizes are static, dtypes are float32, bfloat16 or float16, of x and
+    """Raises Refused unless there are rows, sizes but their number are static, dtypes are float32, bfloat16 or float16, of x and
     weight alike, rows are contiguous, and E and top_k are within what a program holds; several rows take no norm."""
     require_dtypes(x=x, weight=weight, norm_weight=norm_weight)
     if x.dtype != weight.dtype:
@@ -220,13 +233,13 @@ def supports(
     for name, t in (("x", x), ("The router's weight", weight)):
         if not isinstance(t.stride(-1), int) or t.stride(-1) != 1:
             raise Refused(f"{name} must have contiguous rows, got the strides {list(t.stride())}.")
-    if not isinstance(N, int) or not 1 <= N <= MAX_ROWS:
-        raise Refused(f"x must have 1 to {MAX_ROWS} rows, got the sizes {list(x.shape)}.")
-    if N > 1 and norm_weight is not None:
+    require_rows(x)
+    one, few = isinstance(N, int) and N == 1, not isinstance(N, int) or N <= MAX_ROWS
+    if not one and norm_weight is not None:
         raise Refused("Several rows take no norm before the router, got one.")
-    if N > 1 and H % (PARTS[-1] * SMALLEST_STEP):
+    if few and not one and H % (PARTS[-1] * SMALLEST_STEP):
         raise Refused(f"The columns of a router for several rows must be a multiple of {PARTS[-1] * SMALLEST_STEP}, got {H}.")
-    if N == 1 and H > MAX_N:
+    if few and H > MAX_N:
         raise Refused(f"One row must be at most {MAX_N} wide, got {H}.")
 
 

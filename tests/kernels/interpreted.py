@@ -13,6 +13,7 @@ from gdnfuse.kernels import (
     devices,
     experts,
     few_rows_linear,
+    grouped_experts,
     implementations,
     skinny_linear,
 )
@@ -195,3 +196,25 @@ def test_experts_configs(rows, block, norm):
     tile = experts.RowsConfig(8 * rows, block, 4, 3)
     with mock.patch.multiple(experts, UP_ROWS=tile, DOWN_ROWS=tile, SUMMED=64):
         kernel_cases.check(kernel_cases.Case("experts", "", case), implementations()["experts"].launch)
+
+
+def test_experts_of_a_prompt_in_turns():
+    """Rows that are not taken all at once, choices that are not read all at once, tiles that nothing fills."""
+    case = kernel_cases.chosen(70, 48, 5, 2, 80, shared=40, gated=True, residual=True, masked=True)
+    small = {"ROWS": 50, "LISTED": 32, "SUMMED": 32, "WIDE": grouped_experts.GroupedConfig(32, 16, 16, 4, 2)}
+    with mock.patch.multiple(grouped_experts, **small):
+        kernel_cases.check(kernel_cases.Case("experts", "", case), implementations()["experts"].launch)
+
+
+def test_the_order_of_choices_is_by_expert_and_then_as_they_come():
+    indices = torch.randint(-1, 8, (40, 3))  # of 7 experts
+    order, tiles = torch.full((120,), -1, dtype=torch.int32), torch.full((3, 120 // 8 + 7), -1, dtype=torch.int32)
+    grouped_experts.group_choices_kernel[(7,)](indices, order, tiles, 120, 7, tiles.shape[1], BB=8, BLOCK=16, STAGES=1)
+    flat = indices.flatten()
+    wanted = torch.cat([(flat == e).nonzero()[:, 0] for e in range(7)])
+    assert order[: len(wanted)].tolist() == wanted.tolist() and (order[len(wanted) :] == -1).all()
+    covered = []
+    for expert, first, last in tiles.T.tolist():
+        assert 0 <= last - first <= 8 and (flat[order[first:last]] == expert).all()
+        covered += range(first, last)
+    assert covered == list(range(len(wanted)))

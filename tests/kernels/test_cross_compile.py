@@ -452,9 +452,11 @@ def of_35b(op, rows):
         ("experts", 64, "gfx942"),
         ("routed_experts", 1, "gfx942"),
         ("route", 9, "sm_80"),
+        ("experts", 8192, "gfx942"),
     ],
 )
-def test_experts_compile_within_the_least_shared_memory(op, rows, target, tmp_path):
+def test_experts_compile_within_the_least_shared_memory(op, rows, target, tmp_path, monkeypatch):
+    monkeypatch.setattr("gdnfuse.kernels.experts.shared_memory", lambda device: 64 * 1024)
     for spec in implementations()[op].jit_kernels(*of_35b(op, rows)):
         assert compile_for(target, spec).metadata.shared <= 64 * 1024
 
@@ -488,6 +490,21 @@ def test_experts_of_several_rows_do_not_spill(rows, tmp_path, record_property):
         assert {*re.findall(r"cp\.async\.c[ag]\S*", kernel.asm["ptx"])} == {"cp.async.cg.shared.global"}
     *_, top_k = on_hopper("route", *of_35b("route", rows))
     assert "bar.sync" not in top_k.asm["ptx"]  # one warp finds a row's largest
+
+
+@pytest.mark.parametrize("rows", [100, 600, 1800, 8192])
+def test_experts_of_a_prompt_fit_twice_and_do_not_spill(rows, tmp_path, record_property):
+    """Weights and rows go to shared memory 16 bytes at a time, several steps ahead of products that are not waited for."""
+    _, *products, _ = implementations()["experts"].jit_kernels(*of_35b("experts", rows))
+    for spec in products:
+        kernel = compile_for("sm_90", spec)
+        usage = resources(kernel.asm["cubin"], tmp_path)
+        record_property(kernel.metadata.name, str(usage))
+        assert (usage["STACK"], usage["LOCAL"]) == (0, 0), f"{kernel.metadata.name} spills: {usage}"
+        assert usage["REG"] <= 255 and kernel.metadata.shared <= 113 * 1024
+        ptx = kernel.asm["ptx"]
+        assert {*re.findall(r"cp\.async\.c[ag]\S*", ptx)} == {"cp.async.cg.shared.global"}
+        assert int(re.search(r"wgmma\.wait_group\S* (\d)", ptx)[1]) > 0
 
 
 @pytest.mark.parametrize("model", MODELS)

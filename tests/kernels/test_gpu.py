@@ -98,8 +98,11 @@ FEW_ROWS += [
 SIZES = {"shared": 512, "gated": True, "residual": True}
 EXPERTS = [
     Case("routed_experts", "real", kernel_cases.routed_experts(2048, 20, 8, 512, BF16, norm=True, **SIZES)),
-    *(Case("experts", f"real-{n}", kernel_cases.chosen(n, 2048, 20, 8, 512, BF16, masked=True, **SIZES)) for n in (1, 2, 8, 32)),
-    *(Case("route", f"real-{n}", kernel_cases.routed(n, 2048, 64, 8, BF16)) for n in (1, 2, 17, 64)),
+    *(
+        Case("experts", f"real-{n}", kernel_cases.chosen(n, 2048, 20, 8, 512, BF16, masked=True, **SIZES))
+        for n in (1, 2, 8, 32, 65, 200, 1000)
+    ),
+    *(Case("route", f"real-{n}", kernel_cases.routed(n, 2048, 64, 8, BF16)) for n in (1, 2, 17, 64, 300)),
     Case("experts", "real-fp32", kernel_cases.chosen(3, 2048, 12, 4, 512, **SIZES)),
 ]
 

@@ -57,6 +57,12 @@ def with_argument(op, name, value):
     return make
 
 
+def two_rows_of_indices():
+    (x, *_), _ = kernel_cases.chosen(1, 16, 4, 2, 16)()
+    (_, *rest), _ = kernel_cases.chosen(2, 16, 4, 2, 16)()
+    return (x, *rest), {}
+
+
 REFUSED = [
     ("causal_conv", kernel_cases.prompt_conv(1, 4, 4, 4, F64), "x must be float32, bfloat16 or float16, got float64."),
     ("causal_conv", kernel_cases.prompt_conv(1, 4, 4, 4, act="gelu"), "activation must be one of silu, none, got gelu."),
@@ -152,12 +158,12 @@ REFUSED = [
     ("route", with_argument("route", "weight", torch.zeros(4, 64, dtype=BF16)), "x and the router's weight must have one dtype"),
     ("route", with_argument("route", "weight", torch.zeros(4, 32)), "x and the router's weight must agree on H, got 64 and 32."),
     ("route", with_argument("route", "top_k", 33), "A row must go to 1 to 32 of at most 4096 experts, got 33 of 12."),
-    ("route", with_argument("route", "x", torch.zeros(65, 64)), "x must have 1 to 64 rows, got the sizes [65, 64]."),
+    ("route", with_argument("route", "x", torch.zeros(0, 64)), "x must have at least one row, got the sizes [0, 64]."),
     ("route", with_argument("route", "x", torch.zeros(1, 128)[:, ::2]), "x must have contiguous rows, got the strides [128, 2]."),
     ("route", kernel_cases.routed(2, 48, 4, 2), "The columns of a router for several rows must be a multiple of 64, got 48."),
     ("route", kernel_cases.routed(2, 64, 4, 2, norm=True), "Several rows take no norm before the router, got one."),
     ("experts", kernel_cases.chosen(1, 8, 4, 2, 8, F64), "routing_weights must be float32, bfloat16 or float16, got float64."),
-    ("experts", kernel_cases.chosen(65, 16, 4, 2, 16), "x must have 1 to 64 rows, got the sizes [65, 16]."),
+    ("experts", kernel_cases.chosen(0, 16, 4, 2, 16), "x must have at least one row, got the sizes [0, 16]."),
     ("experts", kernel_cases.chosen(2, 16, 4, 2, 16, norm=True), "Several rows take no norm before their experts, got one."),
     ("experts", kernel_cases.chosen(2, 24, 4, 2, 16), "The columns of experts' weights for several rows must be multiples of 16"),
     ("experts", kernel_cases.chosen(2, 16, 4, 2, 16, shared=8), "The columns of experts' weights for several rows must be multi"),
@@ -166,7 +172,8 @@ REFUSED = [
     ("experts", with_argument("experts", "down", torch.zeros(6, 8, 24).mT), "down must have contiguous rows, got the strides"),
     ("experts", with_argument("experts", "down", torch.zeros(6, 24, 9)), "gate_up must have the sizes [6, 18, 24], got"),
     ("experts", with_argument("experts", "shared_up", torch.zeros(8, 24)), "A shared expert must have gate, up and down"),
-    ("experts", with_argument("experts", "indices", torch.zeros(2, 3, dtype=torch.int64)), "indices must be of int64 and like"),
+    ("experts", two_rows_of_indices, "indices must have the sizes [1], got"),
+    ("experts", with_argument("experts", "routing_weights", torch.zeros(1, 2)), "indices must be of int64 and like"),
     ("experts", kernel_cases.chosen(1, 8, 2, 2, 50000), "The experts of one row must have at most 49152 columns together, got 2"),
     ("routed_experts", with_argument("routed_experts", "x", torch.zeros(2, 64)), "x must be one row, got the sizes [2, 64]."),
     (
@@ -242,6 +249,14 @@ def test_lengths_that_differ_are_an_error(op):
         implementations()[op].launch(*args[:at], args[at][:, :, 1:], *args[at + 1 :])
     with pytest.raises(ValueError, match="must be of one length"):
         implementations()[op].launch(*args[: at - 1], *(x[:, :, 1:] for x in args[at - 1 : at + 1]), *args[at + 1 :])
+
+
+def test_rows_that_differ_are_an_error():
+    """Symbols of different names may be one number, which shows when the kernel is called with them."""
+    args, _ = kernel_cases.chosen(2, 16, 4, 2, 16, residual=True)()
+    for at in (0, 13):
+        with pytest.raises(ValueError, match="experts needs as many rows of indices and residual as of x"):
+            implementations()["experts"].launch(*args[:at], args[at][:1], *args[at + 1 :])
 
 
 def test_a_norm_of_symbolic_width_is_refused():

@@ -37,7 +37,7 @@ CALLS = {
     "experts": kernel_cases.chosen(3, 32, 6, 2, 16, torch.bfloat16, shared=16, gated=True, residual=True),
     "routed_experts": kernel_cases.routed_experts(64, 6, 2, 16, torch.bfloat16, norm=True),
 }
-STATIC = ("fused_linear", "in_proj_conv", "split_linear", "add_rms_norm", "route", "experts", "routed_experts")
+STATIC = ("fused_linear", "in_proj_conv", "split_linear", "add_rms_norm", "routed_experts")
 BATCHED = [op for op in CALLS if op not in STATIC]
 # The axis of time of what a prompt, or the keys of all tokens, is made of, by the ops that take any length.
 TIME = dict.fromkeys(("q", "k", "v", "g", "beta", "a", "b"), 1)
@@ -49,6 +49,7 @@ TIMES = {
     "causal_conv": {"x": 2},
     "chunk_delta_rule": TIME,
     "fused_gating_chunk_delta_rule": TIME,
+    "experts": dict.fromkeys(("x", "indices", "routing_weights", "residual"), 0),
 }
 
 
