@@ -46,15 +46,14 @@ from unittest import mock
 import torch
 import triton
 from gemm import Ahead
-from mixer import microseconds
 from tabulate import tabulate
 from tqdm import tqdm
 from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeRMSNorm, Qwen3_5MoeSparseMoeBlock
 
-from gdnfuse.bench.measure import bandwidth, machine
+from gdnfuse.bench.measure import bandwidth, machine, replayed
 from gdnfuse.dialect import routed_experts
 from gdnfuse.errors import Refused
-from gdnfuse.kernels import experts, few_rows_hopper, few_rows_linear, grouped_experts, implementations, route
+from gdnfuse.kernels import devices, experts, few_rows_hopper, few_rows_linear, grouped_experts, implementations, route
 from gdnfuse.models import load_config
 from gdnfuse.progress import hidden
 
@@ -175,7 +174,7 @@ def products(of: Block, N: int) -> float:
 def arithmetic() -> float:
     """Floating point operations per second of one large product."""
     a, b = torch.randn(2, LARGE, LARGE, device=DEVICE).bfloat16()
-    return 1e6 * 2 * LARGE**3 / statistics.median(microseconds(lambda each: a @ each, [b]))
+    return 1e6 * 2 * LARGE**3 / statistics.median(replayed(lambda each: a @ each, [b], launches=8))
 
 
 def error(call: Callable[[Block, torch.Tensor], torch.Tensor], of: Block, x: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -196,7 +195,7 @@ def sets_for(blocks: Sequence[Block], N: int) -> Sets:
 def timed(call: Callable[[Block, torch.Tensor], torch.Tensor], sets: Sets, wanted: torch.Tensor) -> dict[str, Any]:
     row: dict[str, Any] = {"error": error(call, *sets[0], wanted)}
     if row["error"] <= TOLERANCE:
-        times = microseconds(lambda each: call(*each), sets)
+        times = replayed(lambda each: call(*each), sets)
         row |= {"us": statistics.median(times), "us_min": min(times), "us_max": max(times)}
     return row
 
@@ -231,7 +230,8 @@ BYTES = range(64, 385)
 # For several: rows of the weight per tile, columns per step, warps, stages; bytes of shared memory per program.
 TILES = tuple(itertools.product((32, 64, 128), (64, 128, 256), (4, 8), (2, 3, 4, 5)))
 SHARED = range(32 * 1024, 116 * 1024)
-# For prompts: rows of the weight per tile and warps, choices per tile, columns per step, stages; bytes of shared memory, sums per thread.
+# For prompts: rows of the weight per tile and warps, choices per tile, columns per step, stages; bytes of shared memory and sums
+# per thread.
 GROUPED = tuple(itertools.product(((64, 4), (128, 4), (256, 8)), (16, 32, 64, 128, 256), (64, 128), (3, 4)))
 GROUPED_SHARED, SUMS = range(32 * 1024, 220 * 1024), range(16, 129)
 
@@ -279,7 +279,7 @@ def with_config(launch: str, config: Sequence[int]) -> contextlib.AbstractContex
 def chosen(launch: str, H: int, width: int, choices: int, N: int, E: int) -> tuple[int, ...]:
     """The config that a model gets."""
     if launch == "grouped":
-        return grouped_experts.config_for(N, choices - 1, E, 2, experts.shared_memory(torch.device(DEVICE)))
+        return grouped_experts.config_for(N, choices - 1, E, 2, devices.of(torch.device(DEVICE)).shared_memory)
     if launch == "router":
         return route.ONE_ROW
     if launch == "lines":

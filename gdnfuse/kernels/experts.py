@@ -31,7 +31,7 @@ import triton.language as tl
 from gdnfuse import compat
 from gdnfuse.dialect.experts import ACTIVATIONS
 from gdnfuse.errors import Refused
-from gdnfuse.kernels import grouped_experts, route, skinny_linear
+from gdnfuse.kernels import devices, grouped_experts, route, skinny_linear
 from gdnfuse.kernels.few_rows_linear import OPERANDS
 from gdnfuse.kernels.launch.implementation import kernel_of, overlap_options, register, require_dtypes, require_static
 from gdnfuse.kernels.route import LOWEST, MAX_EXPERTS, MAX_ROWS, MAX_TOP_K, keys, largest, normed
@@ -554,14 +554,6 @@ def config_of_rows(config: RowsConfig, dtype: torch.dtype, *columns: int) -> Row
 SMALLEST = 16  # columns of a step
 
 
-def shared_memory(device: torch.device) -> int:
-    """Bytes of it that a program may take; where there is no GPU, an H200's."""
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return 227 * 1024
-    properties = torch.cuda.get_device_properties(device)
-    return getattr(properties, "shared_memory_per_block_optin", 0) or 64 * 1024
-
-
 def launch(
     x: torch.Tensor,
     indices: torch.Tensor,
@@ -594,7 +586,7 @@ def launch(
     if x.shape[0] != indices.shape[0] or residual is not None and residual.shape[0] != x.shape[0]:
         raise ValueError(f"experts needs as many rows of indices and residual as of x, {x.shape[0]}.")
     if x.shape[0] > MAX_ROWS:
-        memory = shared_memory(x.device)
+        memory = devices.of(x.device).shared_memory
         return grouped_experts.launch(x, indices, routing_weights, gate_up, down, shared, residual, memory)
     if x.shape[0] > 1:
         return launch_rows(x, indices, routing_weights, gate_up, down, shared, residual, overlap)

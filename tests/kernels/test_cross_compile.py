@@ -456,7 +456,7 @@ def of_35b(op, rows):
     ],
 )
 def test_experts_compile_within_the_least_shared_memory(op, rows, target, tmp_path, monkeypatch):
-    monkeypatch.setattr("gdnfuse.kernels.experts.shared_memory", lambda device: 64 * 1024)
+    monkeypatch.setattr(devices, "of", lambda device: devices.H200._replace(shared_memory=64 * 1024))
     for spec in implementations()[op].jit_kernels(*of_35b(op, rows)):
         assert compile_for(target, spec).metadata.shared <= 64 * 1024
 
