@@ -16,6 +16,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from operator import attrgetter
 from types import SimpleNamespace
@@ -204,6 +205,93 @@ def tree_map_only(tree_map_only: Any, kind: Any, change: Callable[[Any], Any], x
 
 
 # torch: graphs
+
+
+@private("torch.fx.experimental.symbolic_shapes:statically_known_true", instead=lambda x: isinstance(x, bool) and x)
+def known_true(known: Any, x: Any) -> bool:
+    """Whether a bool, or a SymBool without a guard, is true.
+
+    Without it: nothing is known of symbolic sizes, and less is fused where there are any.
+    """
+    return bool(known(x))
+
+
+@private(instead=lambda mode: nullcontext(), level=logging.DEBUG)
+def without_guards(mode: Any) -> Any:
+    """A context in which to look at the sizes of a mode's fake tensors adds no guard to what the user compiled.
+
+    Without it: more may be compiled again.
+    """
+    return mode.shape_env.suppress_guards() if mode.shape_env is not None else nullcontext()
+
+
+def _contiguous(tensor: Any) -> bool:
+    step = 1
+    for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
+        if not known_true(size == 1) and not known_true(stride == step):
+            return False
+        step *= size
+    return True
+
+
+@private("torch._prims_common:is_contiguous_or_false", instead=_contiguous, level=logging.DEBUG)
+def is_contiguous(or_false: Any, tensor: Any) -> bool:
+    """Whether a tensor of symbolic sizes is known to be contiguous.
+
+    Without it: sizes and strides are compared one by one.
+    """
+    return or_false(tensor)
+
+
+@private(instead=nothing)
+def written_by(overload: Any) -> list[tuple[int | None, str]] | None:
+    """What a registered op writes: of each such argument its place, None for one that is given by keyword only, and its name.
+
+    Without it: an op is taken to write all that it is given, and less is fused.
+    """
+    marked = [(i, a) for i, a in enumerate(overload._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
+    return [(None if a.kwarg_only else i, a.name) for i, a in marked]
+
+
+def _is_operator(target: Any) -> bool:
+    import torch
+
+    return isinstance(target, type(torch.ops.aten.add.Tensor).__mro__[1])
+
+
+@private("torch._ops:HigherOrderOperator", instead=_is_operator, level=logging.DEBUG)
+def is_higher_order(higher_order: Any, target: Any) -> bool:
+    """Whether a call is of an op that takes functions. Not asked of OpOverloads.
+
+    Without it: it is told by the class that it shares with them.
+    """
+    return isinstance(target, higher_order)
+
+
+@private(
+    "torch.fx:Node._erased",
+    instead=lambda node: node not in node.graph.find_nodes(op=node.op, target=node.target, sort=False),
+    level=logging.DEBUG,
+)
+def is_erased(erased: Any, node: Any) -> bool:
+    """Whether a node has been taken out of its graph.
+
+    Without it: the graph is searched for it.
+    """
+    return node._erased
+
+
+@private(
+    "torch._library.simple_registry:singleton",
+    instead=lambda overload, args, kwargs: overload(*args, **kwargs),
+    level=logging.DEBUG,
+)
+def fake_result(registry: Any, overload: Any, args: Any, kwargs: Any) -> Any:
+    """What a registered op of ours gives of fake tensors.
+
+    Without it: the dispatcher comes to the same, in four times the time.
+    """
+    return registry.find(overload.name()).fake_impl.kernel.func(*args, **kwargs)
 
 
 def _graph_module(root: Any, graph: Any) -> Any:

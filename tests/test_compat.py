@@ -10,8 +10,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.source import ConstantSource
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from gdnfuse import clear_reports, compat, packing, reports
 from gdnfuse.errors import Refused
@@ -19,6 +21,7 @@ from gdnfuse.kernels import causal_attention, implementations, linear_configs
 from gdnfuse.kernels.launch import codegen, implementation, replay
 from gdnfuse.kernels.launch.inductor import announce
 from gdnfuse.kernels.launch.recording import Recorded, Result
+from gdnfuse.rewrite.graph import storage, writes
 from tests.models import zoo
 
 ON_GPUS = ("current_device", "current_stream")  # whose API is not in a build of torch for CPUs
@@ -142,6 +145,77 @@ def tree_map_only(there):
 
 
 # torch: graphs
+
+
+def symbolic():
+    """A tensor [s, 4] of any number of rows, and its mode."""
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    context = StatelessSymbolicContext([DimDynamic.DYNAMIC, DimDynamic.STATIC])
+    return mode.from_tensor(torch.empty(5, 4), symbolic_context=context, source=ConstantSource("x")), mode
+
+
+@case
+def known_true(there):
+    rows = symbolic()[0].shape[0]
+    assert compat.known_true(True) and not compat.known_true(False) and not compat.known_true(rows == 3)
+    assert compat.known_true(rows + 1 == rows + 1) == there
+
+
+@case
+def without_guards(there):
+    x, mode = symbolic()
+    with compat.without_guards(mode if there else object()):
+        assert x.shape[0] > 3
+    assert (mode.shape_env.guards == []) == there
+
+
+@case
+def is_contiguous(there):
+    x, _ = symbolic()
+    assert all(map(compat.is_contiguous, (x, x[:1], torch.empty(2, 1, 3))))
+    assert not any(map(compat.is_contiguous, (x.T, x[:, :2], x[:, :1])))
+
+
+@case
+def written_by(there):
+    assert compat.written_by(torch.ops.aten.add_.Tensor) == [(0, "self")]
+    assert compat.written_by(torch.ops.aten.add.out) == [(None, "out")] and compat.written_by(torch.ops.aten.add.Tensor) == []
+    if not there:
+        assert compat.written_by(object()) is None
+        graph = torch.fx.Graph()
+        x, y = graph.placeholder("x"), graph.placeholder("y")
+        x.meta["example_value"], y.meta["example_value"] = torch.ones(2), torch.ones(2)
+        node = graph.call_function(torch.ops.aten.add_.Tensor, (x, y))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("gdnfuse.rewrite.graph._written", lambda overload: None)
+            assert writes(node) == {storage(x), storage(y)}
+        assert writes(node) == {storage(x)}
+
+
+@case
+def is_higher_order(there):
+    assert compat.is_higher_order(torch.ops.higher_order.cond)
+    assert not any(map(compat.is_higher_order, (torch.add, torch.ops.aten.add, "add", torch.nn.functional.silu, compat.find)))
+
+
+@case
+def is_erased(there):
+    graph = torch.fx.Graph()
+    nodes = [graph.placeholder("x"), graph.get_attr("w")]
+    nodes += [graph.call_function(torch.add, (nodes[0], 1)), graph.call_method("add", (nodes[0], 1))]
+    nodes += [graph.call_function(torch.add, (nodes[0], 1)), graph.call_method("add", (nodes[0], 1))]
+    for node in nodes[2:4]:
+        graph.erase_node(node)
+    assert list(map(compat.is_erased, nodes)) == [False, False, True, True, False, False]
+
+
+@case
+def fake_result(there):
+    mode, x = faked()
+    with mode:
+        op = torch.ops.gdnfuse.rms_norm.default
+        made = compat.fake_result(op, (x, torch.empty(3), 1e-6, 0.0), {})
+    assert compat.is_fake(made) and made.shape == (2, 3)
 
 
 @case

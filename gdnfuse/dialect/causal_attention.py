@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from gdnfuse import compat
 from gdnfuse.dialect.op import register
 
 
@@ -23,7 +23,7 @@ def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | 
     T, L = q.shape[2], k.shape[2]
     # Repeated here: not every kernel of torch's takes fewer heads of keys, and the one that takes all keeps all scores.
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) if x.shape[1] != q.shape[1] else x for x in (k, v))
-    if statically_known_true(T == L):
+    if compat.known_true(T == L):
         o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     else:
         seen = torch.arange(L, device=q.device)[None, :] <= torch.arange(T, device=q.device)[:, None] + (L - T)
@@ -38,7 +38,7 @@ def fake(q, k, v, scale=None):
 
 def takes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
     """Whether they are [B, H, T, D] and twice [B, HKV, L, D] of one dtype. Two symbols may be L: unequal, attention fails."""
-    same = lambda a, b: statically_known_true(a == b)  # noqa: E731
+    same = lambda a, b: compat.known_true(a == b)  # noqa: E731
     if not q.ndim == k.ndim == v.ndim == 4 or not all(same(k.shape[i], v.shape[i]) for i in (0, 1, 3)):
         return False
     (B, H, _, D), (sequences, HKV, _, columns) = q.shape, k.shape

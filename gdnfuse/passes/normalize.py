@@ -7,8 +7,9 @@ import operator
 import torch
 from torch.fx import GraphModule, Node
 
+from gdnfuse import compat
 from gdnfuse.rewrite.edit import infer, returned
-from gdnfuse.rewrite.graph import PURE, is_tensor, op_name, remove_dead, same, same_shape, storage, value, writes
+from gdnfuse.rewrite.graph import PURE, is_overload, is_tensor, op_name, remove_dead, same, same_shape, storage, value, writes
 
 _CAST_METHODS = {"float": torch.float32, "half": torch.float16, "bfloat16": torch.bfloat16, "double": torch.float64}
 _OPERANDS = {"linear": ("input", "weight", "bias"), "conv1d": ("input", "weight", "bias"), "cat": ("tensors", "dim")}
@@ -69,7 +70,7 @@ def _become(gm: GraphModule, node: Node, target, args, method=False) -> Node:
 
 def _positional(node: Node) -> None:
     """Operands given by keyword take the places that patterns read them from."""
-    if node.op == "call_function" and not isinstance(node.target, torch._ops.OpOverload) and op_name(node) in PURE:
+    if node.op == "call_function" and not is_overload(node.target) and op_name(node) in PURE:
         kwargs, args = dict(node.kwargs), list(node.args)
         names = _OPERANDS.get(op_name(node), ("input",))
         while len(args) < len(names) and names[len(args)] in kwargs:
@@ -118,21 +119,21 @@ def _cast(gm: GraphModule, node: Node) -> None:
 
 
 def _square(gm: GraphModule, node: Node) -> None:
-    if node._erased or node.kwargs:
+    if compat.is_erased(node) or node.kwargs:
         return
     if (op_name(node) == "pow" and len(node.args) == 2 and node.args[1] == 2) or op_name(node) == "square":
         _become(gm, node, operator.mul, (node.args[0], node.args[0]))
 
 
 def _commute(node: Node) -> None:
-    if node._erased or node.kwargs:
+    if compat.is_erased(node) or node.kwargs:
         return
     if op_name(node) in ("add", "mul") and len(node.args) == 2 and not isinstance(node.args[0], Node):
         node.args = node.args[::-1]
 
 
 def _full_slice(gm: GraphModule, node: Node) -> None:
-    if node._erased or op_name(node) != "getitem" or not is_tensor(node.args[0]):
+    if compat.is_erased(node) or op_name(node) != "getitem" or not is_tensor(node.args[0]):
         return
     index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
     if all(i is Ellipsis or i == slice(None) for i in index):
@@ -142,7 +143,7 @@ def _full_slice(gm: GraphModule, node: Node) -> None:
 
 def _rejoined(gm: GraphModule, node: Node, written: dict[int, Node]) -> None:
     """Neighbouring columns of one row, put together again, are columns of it, where nobody minds that they are its memory."""
-    if node._erased or op_name(node) != "cat" or node.kwargs or len(node.args) < 2:
+    if compat.is_erased(node) or op_name(node) != "cat" or node.kwargs or len(node.args) < 2:
         return
     pieces, axis = node.args
     if axis not in (-1, value(node).ndim - 1) or not all(
@@ -171,7 +172,7 @@ def _out_of_place(gm: GraphModule) -> None:
     for node in found:
         x = node.args[0]
         home = storage(x)
-        here = [n for n in homes[home] if not n._erased]
+        here = [n for n in homes[home] if not compat.is_erased(n)]
         later = {n: [u for u in n.users if order[u] > order[node]] for n in here if order[n] < order[node]}
         views = any(readers for n, readers in later.items() if n is not x)
         written = any(home in writes(u) and u.target not in _IN_PLACE for n in here for u in n.users if u is not node)
@@ -191,7 +192,7 @@ def _out_of_place(gm: GraphModule) -> None:
             reader.replace_input_with(x, new)
         node.replace_all_uses_with(new)
         gm.graph.erase_node(node)
-        for view in [n for n in here if not n._erased and order[n] > order[new]]:
+        for view in [n for n in here if not compat.is_erased(n) and order[n] > order[new]]:
             view.meta["example_value"] = infer(view)
             homes[home].remove(view)
             homes[storage(new)].append(view)

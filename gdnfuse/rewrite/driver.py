@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch._prims_common import is_contiguous_or_false
 from torch.fx import Graph, GraphModule, Node, Proxy
 from torch.fx.node import map_aggregate
 from torch.fx.proxy import GraphAppendingTracer
 
+from gdnfuse import compat
 from gdnfuse.errors import Refused, one_line
 from gdnfuse.progress import announce
 from gdnfuse.report.records import Record, Source, Status
@@ -72,7 +72,7 @@ def run_rules(gm: GraphModule, rules: list[Rule], outcome: Outcome) -> None:
         for anchor in anchors:
             record = recorded(rule.name, rule.stage, anchor, rule.equation)
             outcome.records.append(record)
-            if anchor._erased:
+            if compat.is_erased(anchor):
                 record.status, record.reason = Status.SHADOWED, f"An earlier match of {rule.name} took {anchor.name} in."
                 continue
             with deciding(record, outcome):
@@ -196,7 +196,7 @@ def cut(graph: Graph, m: Match, memory: Memory) -> Region:
         todo.extend(n.all_input_nodes)
         if m.local_writes and storage(n) not in given | local:
             local.add(storage(n))
-            todo.extend(w for w in memory.writers.get(storage(n), ()) if not w._erased and w < end)
+            todo.extend(w for w in memory.writers.get(storage(n), ()) if not compat.is_erased(w) and w < end)
     nodes = sorted(seen)
     _check_states(m, nodes, memory)
     _check_local_writes(m, nodes, given, memory)
@@ -231,7 +231,7 @@ def _check_states(m: Match, nodes: list[Node], memory: Memory) -> None:
     for name, write in m.writes.items():
         state = m.inputs[name]
         for user in memory.users.get(storage(state), ()):
-            if user not in seen and not user._erased and user.op != "output" and op_name(user) not in METADATA:
+            if user not in seen and not compat.is_erased(user) and user.op != "output" and op_name(user) not in METADATA:
                 raise Refused(f"{name} must be read and written here alone, found that {user.name} uses it too.", at=user)
         derived = {state}
         for n in nodes:
@@ -249,7 +249,7 @@ def _check_states(m: Match, nodes: list[Node], memory: Memory) -> None:
     for n in [*m.inputs.values(), *nodes]:
         allowed = seen if m.local_writes and storage(n) not in given else set(m.writes.values())
         for writer in memory.writers.get(storage(n), ()):
-            if writer not in allowed and not writer._erased:
+            if writer not in allowed and not compat.is_erased(writer):
                 raise Refused(f"{n.name} must not be written in place, found that {writer.name} {_writes(writer)} it.", at=writer)
 
 
@@ -324,7 +324,7 @@ def _replace(gm: GraphModule, m: Match, region: Region, replacement: Graph, anch
         if op_name(write) == "copy_":
             write.replace_all_uses_with(m.inputs[name])
     for n in reversed(region.nodes):
-        if not n._erased and not n.users:
+        if not compat.is_erased(n) and not n.users:
             gm.graph.erase_node(n)
 
 
@@ -336,4 +336,4 @@ def _added(node: Node, meta: dict[str, Any], memory: Memory) -> Node:
 
 
 def _contiguous(node: Node) -> bool:
-    return is_tensor(node) and is_contiguous_or_false(value(node))
+    return is_tensor(node) and compat.is_contiguous(value(node))

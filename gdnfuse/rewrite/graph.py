@@ -11,11 +11,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
-from torch.utils._pytree import tree_leaves
 
+from gdnfuse import compat
 from gdnfuse.report.records import Source
 
 # What a node that takes another's place keeps of it, for the report.
@@ -34,6 +32,8 @@ SYNONYMS = {
 
 # Packages whose functions do what their names say, and write what ends in an underscore.
 TORCH = ("torch", "_operator", "builtins", "math", "")
+# The classes of what torch.ops gives.
+_OVERLOAD, _PACKET = type(torch.ops.aten.add.Tensor), type(torch.ops.aten.add)
 # Namespaces of registered ops that may run on any values: a proof must not call what talks to other devices or prints.
 _PLAIN = ("aten", "prims", "gdnfuse")
 
@@ -73,29 +73,32 @@ def op_name(node: Any) -> str:
     target = node.target
     if isinstance(target, str):
         return SYNONYMS.get(target, target)
-    if _schemas(target):
+    if _overloads(target):
         return _registered_name(target)
     name = getattr(target, "__name__", None) or str(target)
     return SYNONYMS.get(name, name) if (package := _package(target)) in TORCH else f"{package}.{name}"
 
 
-def _schemas(target: Any) -> tuple[Any, ...]:
-    """Of an op registered with torch, all overloads where it does not say which; none of a function."""
-    registered = isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket)
-    return _schemas_of(target) if registered else ()
+def is_overload(target: Any) -> bool:
+    """Whether a call is of one overload of an op registered with torch."""
+    return isinstance(target, _OVERLOAD)
+
+
+def _overloads(target: Any) -> tuple[Any, ...]:
+    """Of an op registered with torch, all where it does not say which; none of a function."""
+    if isinstance(target, _OVERLOAD):
+        return (target,)
+    return tuple(getattr(target, overload) for overload in target.overloads()) if isinstance(target, _PACKET) else ()
 
 
 @functools.cache
-def _schemas_of(target: torch._ops.OpOverload | torch._ops.OpOverloadPacket) -> tuple[Any, ...]:
-    if isinstance(target, torch._ops.OpOverload):
-        return (target._schema,)
-    return tuple(getattr(target, overload)._schema for overload in target.overloads())
-
-
-@functools.cache
-def _registered_name(target: torch._ops.OpOverload | torch._ops.OpOverloadPacket) -> str:
-    namespace, name = _schemas_of(target)[0].name.split("::")
+def _registered_name(target: Any) -> str:
+    namespace, name = _overloads(target)[0].name().split("::")
+    name = name.split(".")[0]
     return name if namespace == "aten" else f"{namespace}.{name}"
+
+
+_written = functools.cache(compat.written_by)
 
 
 def _package(target: Any) -> str:
@@ -114,19 +117,20 @@ def is_tensor(node: Any) -> bool:
 
 def is_plain(tensor: Any) -> bool:
     """Whether a tensor is its storage, and nothing that holds or means something else (quantized, distributed, sparse)."""
-    return type(tensor) in (torch.Tensor, torch.nn.Parameter, FakeTensor) and _address(tensor) is not None
+    known = type(tensor) in (torch.Tensor, torch.nn.Parameter) or isinstance(tensor, torch.Tensor) and compat.is_fake(tensor)
+    return known and _address(tensor) is not None
 
 
 def _address(tensor: torch.Tensor) -> int | None:
     try:
-        return tensor.untyped_storage()._cdata
+        return compat.memory_of(tensor)
     except NotImplementedError:  # sparse, or of an axis that vmap hides
         return None
 
 
 def same(a: Any, b: Any) -> bool:
     """a == b is known without a guard."""
-    return bool(statically_known_true(a == b))
+    return compat.known_true(a == b)
 
 
 def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
@@ -194,8 +198,8 @@ def writes(node: Node) -> set[int]:
     if node.op not in ("call_function", "call_method"):
         return set() if node.op in ("placeholder", "get_attr", "output") else _held(node.all_input_nodes)
     name, target = op_name(node), node.target
-    if schemas := _schemas(target):
-        return _held([x for schema in schemas for x in _marked(schema, node)])
+    if overloads := _overloads(target):
+        return set().union(*(_held(_marked(overload, node)) for overload in overloads))
     if name == "embedding" and (node.args[3] if len(node.args) > 3 else node.kwargs.get("max_norm")) is not None:
         return _held(node.all_input_nodes)  # it scales rows of its weight
     if node.kwargs.get("out") is not None:
@@ -212,19 +216,17 @@ def writes(node: Node) -> set[int]:
     return {storage(node)} & _held(node.all_input_nodes) if is_tensor(node) else set()
 
 
-def _marked(schema: Any, node: Node) -> Iterator[Any]:
-    """The arguments of a call that its schema says are written."""
-    for i, a in enumerate(schema.arguments):
-        if a.alias_info is not None and a.alias_info.is_write:
-            if i < len(node.args) and not a.kwarg_only:
-                yield node.args[i]
-            elif a.name in node.kwargs:
-                yield node.kwargs[a.name]
+def _marked(overload: Any, node: Node) -> list[Any]:
+    """The arguments of a call that its schema says are written; all where it cannot be asked."""
+    if (written := _written(overload)) is None:
+        return node.all_input_nodes
+    found = [node.args[i] for i, _ in written if i is not None and i < len(node.args)]
+    return found + [node.kwargs[name] for _, name in written if name in node.kwargs]
 
 
 def _held(nodes: Sequence[Any]) -> set[int]:
     """Of nodes, and of those in lists."""
-    leaves = nodes if all(isinstance(n, Node) for n in nodes) else tree_leaves(list(nodes))
+    leaves = nodes if all(isinstance(n, Node) for n in nodes) else compat.tree_leaves(list(nodes))
     return {s for n in leaves for s in held(n)}
 
 
@@ -232,11 +234,11 @@ def foreign(node: Node) -> bool:
     """Whether a call is of code that is neither torch's nor Python's own, and no op of the dialect: a function or op of somebody
     else's, one that takes functions, or a method of something that is no tensor."""
     target = node.target
-    if schemas := _schemas(target):
-        return schemas[0].name.split("::")[0] not in _PLAIN
+    if overloads := _overloads(target):
+        return overloads[0].namespace not in _PLAIN
     if isinstance(target, str):
         return bool(node.args) and isinstance(node.args[0], Node) and value(node.args[0]) is None
-    return isinstance(target, torch._ops.HigherOrderOperator) or _package(target) not in TORCH
+    return compat.is_higher_order(target) or _package(target) not in TORCH
 
 
 def remove_dead(graph: Graph) -> None:
@@ -276,7 +278,7 @@ def tensors_of(v: Any) -> list[torch.Tensor]:
     """The tensors of an example value: itself, or those in it."""
     if isinstance(v, torch.Tensor):  # nearly always, and a tree takes longer to look at than all else here
         return [v]
-    return [t for t in tree_leaves(v) if isinstance(t, torch.Tensor)]
+    return [t for t in compat.tree_leaves(v) if isinstance(t, torch.Tensor)]
 
 
 def calls(gm: GraphModule) -> list[Node]:
