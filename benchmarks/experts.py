@@ -317,7 +317,8 @@ def sweep(blocks: Sequence[Block], N: int, rate: float) -> dict[str, Any]:
                 times |= {config: row["us"]} if "us" in row else {}
                 off += [] if "us" in row else [label(config)]
             ordered = sorted(times, key=times.__getitem__)
-            best_so_far.enter_context(with_config(launch, ordered[0]))
+            if ordered:
+                best_so_far.enter_context(with_config(launch, ordered[0]))
             results.append({"launch": launch, "chosen": label(first), "chosen_us": times.get(first), "wrong": off})
             results[-1]["configs_us"] = {label(c): times[c] for c in ordered}
     return {"rows": N, "experts": count, "limit_us": 1e6 * moved(blocks[0], count) / rate, "launches": results}

@@ -17,6 +17,7 @@ import torch
 
 import gdnfuse
 from gdnfuse.bench import measure
+from gdnfuse.dialect import OPS
 from tests.models import zoo
 from tests.test_examples import main_of
 
@@ -244,6 +245,7 @@ COMMANDS = [
     "decode --batch 0",
     "prefill --sides jax",
 ]
+COMMANDS += ["experts --sides jax", "experts --rows 0", "experts --rows many"]
 COMMANDS += ["mixer --sides jax", "mixer --batches jax", "mixer --state float16", "decode --steps 3"]
 
 
@@ -406,6 +408,72 @@ def test_mixer_benchmark_sweeps_what_the_kernel_then_reads(monkeypatch):
 
     _stub_mixer(mixer, monkeypatch, {"packed_decode": SimpleNamespace(launch=rule)})  # an op repeats its first config
     assert list(mixer.sweep_batch(1)["packed_decode"]["configs_us"]) == ["64×2"]
+
+
+@pytest.fixture
+def experts_benchmark(monkeypatch):
+    """The benchmark of experts on a CPU, with a block of a few, and the dialect's ops in the kernels' place."""
+    experts = importlib.import_module("experts")
+    kernels, made = experts.implementations(), {}
+
+    def operation(name):
+        call = lambda *args, overlap, name=name: made.get(name, 1.0) * OPS[name].overload(*args)  # noqa: E731
+        if name == "route":
+            call = lambda *args, overlap: OPS["route"].overload(*args)  # noqa: E731
+        return SimpleNamespace(op=call, launch=call, supports=kernels[name].supports)
+
+    stubs = {name: operation(name) for name in ("route", "experts", "routed_experts")}
+    for name, stub in {
+        "DEVICE": "cpu", "implementations": lambda: stubs, "compile_all": lambda *_: None,
+        "replayed": lambda call, sets, **_: [float(len([call(each) for each in sets]))],
+    }.items():  # fmt: skip
+        monkeypatch.setattr(experts, name, stub)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    config = experts.load_config(experts.MODEL)
+    config.update({"hidden_size": 64, "num_experts": 16, "num_experts_per_tok": 2, "moe_intermediate_size": 32})
+    config.shared_expert_intermediate_size = 32
+    with torch.no_grad():
+        yield experts, [experts.block(config, seed) for seed in range(2)], made
+
+
+def test_experts_benchmark_reports_no_speed_of_a_wrong_side(experts_benchmark):
+    experts, blocks, made = experts_benchmark
+    made["experts"] = 1.1
+    results = [experts.run(blocks, N, ["gdnfuse", "grouped_mm"], 4e12, 6e14) for N in (1, 3, 80)]
+    assert ["us" in r["sides"]["gdnfuse"] for r in results] == [True, False, False]
+    assert all("us" in r["sides"]["grouped_mm"] for r in results)
+    assert 2 <= results[1]["experts"] <= 6 and results[0]["experts"] == 2
+    once = 2 * (16 * 64 + 3 * 32 * 64 + 64)
+    assert results[0]["bytes_us"] == pytest.approx(1e6 * (once + 2 * 2 * 3 * 32 * 64) / 4e12)
+    assert experts.table(results, 4e12).count("refused: wrong") == 2
+
+
+def test_experts_benchmark_sweeps_each_launch_with_the_best_of_those_before(experts_benchmark, monkeypatch):
+    experts, blocks, _ = experts_benchmark
+    tried = []
+    monkeypatch.setattr(experts, "configs", lambda launch, *sizes: [(7, 64, 1)] if launch in ("up", "down") else [])
+
+    def replayed(call, sets, **_):
+        found = experts.experts
+        tried.append((found.config_of_up(64, torch.bfloat16)[0], found.config_of_down(2, 32, 32, torch.bfloat16)[0]))
+        return [sum(tried[-1])]
+
+    monkeypatch.setattr(experts, "replayed", replayed)
+    up, down, *_ = experts.sweep(blocks, 1, 4e12)["launches"]
+    (chosen_up, chosen_down), *_ = tried
+    assert tried == [(chosen_up, chosen_down), (7, chosen_down), (chosen_up, chosen_down), (chosen_up, 7), *tried[-2:]]
+    assert up["chosen_us"] == chosen_up + chosen_down and up["configs_us"]["7×64×1"] == 7 + chosen_down
+    assert list(down["configs_us"].values()) == sorted(down["configs_us"].values())
+    assert "7×64×1: " in experts.swept_table([{"rows": 1, "limit_us": 1.0, "launches": [up, down]}])
+
+
+@pytest.mark.parametrize("launch", ["router", "up", "lines", "down", "up_rows", "down_rows", "grouped"])
+def test_experts_benchmark_sweeps_configs_that_the_kernels_take(launch):
+    experts = importlib.import_module("experts")
+    sizes = 2048, 512, 9
+    configs = list(experts.configs(launch, *sizes))
+    assert experts.chosen(launch, *sizes, 4096, 256) in configs and len(configs) == len({*configs})
+    assert launch == "lines" or len(configs) > 10
 
 
 MACHINE = {"gpu": "Some GPU", "cpu": "x86_64", "cpu_threads": 2, "torch": "2.0", "transformers": "5.0"}

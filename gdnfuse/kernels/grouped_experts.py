@@ -7,8 +7,8 @@ are as large as they may have to be, and programs that find no rows end at once.
 A program of the first launch is an expert. It counts the choices of the experts before it and then writes down its own, in their
 order, so that nothing is sorted and nothing is atomic. Programs of the products take a tile of an expert's choices, for which
 they gather rows of x. SwiGLU's result stands by expert; what down makes of it goes to its choice's place, times the choice's
-weight. The shared expert is one more, chosen by all rows. Products are on tensor cores with the weight's rows as the product's
-rows, so that experts that few rows chose are no more work than they need.
+weight. The shared expert is one more, chosen by all rows, whose gate is in the sum. Products are on tensor cores with the
+weight's rows as the product's rows, so that experts that few rows chose are no more work than they need.
 
 Rows are taken up to ROWS at a time: what is kept of each choice is then bounded, whatever the length of a prompt.
 
@@ -21,7 +21,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -152,11 +151,11 @@ def grouped_up_kernel(
 
 @triton.jit
 def grouped_down_kernel(
-    h_ptr, shared_h_ptr, open_ptr, order_ptr, tiles_ptr, weights_ptr, down_ptr, shared_down_ptr, parts_ptr,
+    h_ptr, shared_h_ptr, order_ptr, tiles_ptr, weights_ptr, down_ptr, shared_down_ptr, parts_ptr,
     N, NK, T, M, I, S, tiles, shared_programs, stride_e, stride_w, stride_s,
     OPERAND: tl.constexpr, BM: tl.constexpr, BB: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """BM columns of BB choices' parts of the result, or of the shared expert's for BB rows, each times its weight."""
+    """BM columns of BB choices' parts of the result, times their weights, or of the shared expert's for BB rows."""
     pid = tl.program_id(0)
     k = tl.arange(0, BK)  # [BK]
     shared = pid < shared_programs
@@ -177,9 +176,6 @@ def grouped_down_kernel(
         weight_ptr = tl.where(shared, shared_down_ptr, weight_ptr)
         in_ptr = tl.where(shared, shared_h_ptr, h_ptr)
         choice = tl.where(shared, NK + at, choice)
-        if open_ptr is not None:
-            opening = tl.load(open_ptr + at, mask=live & shared, other=0.0).to(tl.float32)  # [BB]
-            factor = tl.where(shared, tl.sigmoid(opening), factor)
     w_ptrs = weight_ptr + tl.where(row < M, row, 0).to(tl.int64)[:, None] * stride + k[None, :]  # [BM, BK]
     h_ptrs = in_ptr + tl.where(live, at, first).to(tl.int64)[None, :] * width + k[:, None]  # [BK, BB]
     acc = tl.zeros((BM, BB), tl.float32)
@@ -193,10 +189,10 @@ def grouped_down_kernel(
 
 @triton.jit
 def grouped_sum_kernel(
-    parts_ptr, indices_ptr, residual_ptr, out_ptr, NK, E, M, stride_r,
+    parts_ptr, indices_ptr, x_ptr, shared_expert_gate_ptr, residual_ptr, out_ptr, NK, E, M, stride_x, stride_r,
     K: tl.constexpr, SHARED: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """BN columns of a row's result, of all choices that there is an expert behind."""
+    """BN columns of a row's result, of all choices that there is an expert behind, and of the shared expert times its gate."""
     n = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BN + tl.arange(0, BN)  # [BN]
     live = column < M
@@ -208,7 +204,15 @@ def grouped_sum_kernel(
         inside = live & (expert >= 0) & (expert < E)
         y += tl.load(parts_ptr + (n * K + j) * M + column, mask=inside, other=0.0).to(tl.float32)
     if SHARED:
-        y += tl.load(parts_ptr + (NK + n) * M + column, mask=live, other=0.0).to(tl.float32)
+        part = tl.load(parts_ptr + (NK + n) * M + column, mask=live, other=0.0).to(tl.float32)
+        if shared_expert_gate_ptr is not None:
+            opening = tl.zeros((BN,), tl.float32)
+            for start in range(0, M, BN):
+                i = start + tl.arange(0, BN)  # [BN]
+                s = tl.load(shared_expert_gate_ptr + i, mask=i < M, other=0.0).to(tl.float32)
+                opening += s * tl.load(x_ptr + n * stride_x + i, mask=i < M, other=0.0).to(tl.float32)
+            part = part * tl.sigmoid(tl.sum(opening, 0))
+        y += part
     tl.store(out_ptr + n * M + column, y.to(out_ptr.dtype.element_ty), mask=live)
 
 
@@ -243,9 +247,10 @@ def launch(
     """The dialect's experts without norm for any number of rows, on a device whose programs may take so much shared memory."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     indices, weights = indices.contiguous(), weights.contiguous()
-    for start in range(0, x.shape[0], ROWS):
+    N = x.shape[0]
+    for start in range(0, N, ROWS):
         given = (x, indices, weights, residual, out)
-        part = (None if t is None else t[start : start + ROWS] for t in given)
+        part = (None if t is None else t.narrow(0, start, min(ROWS, N - start)) for t in given)
         _launch(*part, gate_up, down, shared, shared_memory)
     return out
 
@@ -273,19 +278,19 @@ def _launch(x, indices, weights, residual, out, gate_up, down, shared: Shared, s
     )  # fmt: skip
 
     BM, BB, BK, num_warps, stages = fitting(config, *(n for n in (I, S) if n))
-    opening = None if shared.expert_gate is None else F.linear(x, shared.expert_gate)
     parts = empty(N * K + (N if S else 0), H)
     tiles = -(-H // BM)
     shared_programs = shared_groups * tiles
     kernel_of(grouped_down_kernel)[(shared_programs + T * tiles,)](
-        h, shared_h, opening, order, of_tiles, weights, down, shared.down, parts,
+        h, shared_h, order, of_tiles, weights, down, shared.down, parts,
         N, N * K, T, H, I, S, tiles, shared_programs, down.stride(0), down.stride(1), shared.strides()[2],
         OPERAND=operand, BM=BM, BB=BB, BK=BK, STAGES=stages, num_warps=num_warps,
     )  # fmt: skip
 
     BN = min(SUMMED, triton.next_power_of_2(H))
     kernel_of(grouped_sum_kernel)[(N, -(-H // BN))](
-        parts, indices, residual, out, N * K, E, H, 0 if residual is None else residual.stride(0),
+        parts, indices, x, shared.expert_gate, residual, out,
+        N * K, E, H, x.stride(0), 0 if residual is None else residual.stride(0),
         K=K, SHARED=S > 0, BN=BN, num_warps=4,
     )  # fmt: skip
 

@@ -1,7 +1,7 @@
 """The router of a mixture of experts: top-k of softmax(x·Wᵀ) (Shazeer et al. 2017, arXiv:1701.06538).
 
 Two launches for the rows of a step: logits, of one row as skinny_linear streams a weight, of several in parts of the columns as
-few_rows_linear does; then a program per row adds the parts up and takes the largest. The logits of a prompt are torch's. Nothing
+few_rows_linear does; of many in tiles of rows; then a program per row adds the parts up and takes the largest. Nothing
 is sorted. A logit and its expert are one integer, so that the largest of a row is one reduction; of equal logits the lower expert
 is first, and what is no number is larger than all.
 
@@ -13,13 +13,13 @@ Layout: x [N, H] with contiguous rows, weight [E, H] with contiguous rows any di
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 
 from gdnfuse import compat
 from gdnfuse.errors import Refused
 from gdnfuse.kernels import few_rows_linear
+from gdnfuse.kernels.few_rows_linear import OPERANDS
 from gdnfuse.kernels.launch.implementation import kernel_of, overlap_options, register, require_dtypes, require_static
 from gdnfuse.kernels.linear_configs import FewRowsConfig
 from gdnfuse.kernels.skinny_linear import MAX_N, dot_rows, load_row, load_rows
@@ -36,6 +36,8 @@ ROUNDED = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16
 ONE_ROW = (2, 512, 2)
 # For several: rows of the weight per tile, and into how many parts the columns go, of which that many programs stream one step.
 TILE, PARTS = 32, (8, 4, 2)
+# For many: experts and rows per tile, and bytes of a step.
+MANY, BYTES = (64, 64), 128
 
 
 @triton.jit
@@ -81,6 +83,27 @@ def router_logits_kernel(
         gdc_wait()
     x, factor = normed(load_row(x_ptr, H, BN), norm_weight, norm_eps, norm_offset, H, BN)
     tl.store(logits_ptr + row, dot_rows(w, x, R, BN) * factor, mask=row < E)
+
+
+@triton.jit
+def router_logits_rows_kernel(
+    x_ptr, weight_ptr, logits_ptr, N, E, H, stride_x, stride_w,
+    OPERAND: tl.constexpr, BM: tl.constexpr, BB: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """BM experts' logits of BB rows, the weight's rows as the product's rows."""
+    experts = tl.cdiv(E, BM)
+    e = tl.program_id(0) % experts * BM + tl.arange(0, BM)  # [BM]
+    n = tl.program_id(0) // experts * BB + tl.arange(0, BB)  # [BB]
+    k = tl.arange(0, BK)  # [BK]
+    w_ptrs = weight_ptr + tl.where(e < E, e, 0).to(tl.int64)[:, None] * stride_w + k[None, :]  # [BM, BK]
+    x_ptrs = x_ptr + tl.where(n < N, n, 0).to(tl.int64)[None, :] * stride_x + k[:, None]  # [BK, BB]
+    acc = tl.zeros((BM, BB), tl.float32)
+    for start in tl.range(0, H, BK, num_stages=STAGES):
+        w = tl.load(w_ptrs + start)
+        x = tl.load(x_ptrs + start)
+        acc = tl.dot(w.to(OPERAND), x.to(OPERAND), acc, input_precision="ieee")
+    logits_ptrs = logits_ptr + n.to(tl.int64)[None, :] * E + e[:, None]
+    tl.store(logits_ptrs, acc, mask=(e < E)[:, None] & (n < N)[None, :])
 
 
 @triton.jit
@@ -136,8 +159,16 @@ def top_k_kernel(
 def logits_of(
     x: torch.Tensor, weight: torch.Tensor, norm_weight: torch.Tensor | None, norm_eps: float, norm_offset: float, overlap: bool
 ) -> torch.Tensor:
-    """x·Wᵀ of at most MAX_ROWS rows, in float32, not rounded: [parts, N, E]."""
+    """x·Wᵀ in float32, not rounded: [parts, N, E]."""
     (N, H), E = x.shape, weight.shape[0]
+    if N > MAX_ROWS:
+        logits = torch.empty((1, N, E), dtype=torch.float32, device=x.device)
+        BM, BB = MANY
+        kernel_of(router_logits_rows_kernel)[(-(-E // BM) * -(-N // BB),)](
+            x, weight, logits, N, E, H, x.stride(0), weight.stride(0),
+            OPERAND=OPERANDS[weight.dtype], BM=BM, BB=BB, BK=step(H, weight.dtype, BYTES), STAGES=3, num_warps=4,
+        )  # fmt: skip
+        return logits
     if N > 1:
         parts = next(n for n in PARTS if H % (n * SMALLEST_STEP) == 0)
         config = FewRowsConfig(TILE, step(H // parts, weight.dtype), 4, 2, parts, True)
@@ -152,12 +183,12 @@ def logits_of(
     return logits
 
 
-SMALLEST_STEP, LARGEST_STEP = 32, 256  # columns of two bytes
+SMALLEST_STEP = 32  # columns
 
 
-def step(columns: int, dtype: torch.dtype) -> int:
-    """The most columns of a step that fill so many."""
-    block = LARGEST_STEP * 2 // dtype.itemsize
+def step(columns: int, dtype: torch.dtype, most: int = 512) -> int:
+    """The most columns of a step, of so many bytes at most, that fill so many."""
+    block = most // dtype.itemsize
     while columns % block:
         block //= 2
     return block
@@ -181,7 +212,7 @@ def launch(
     *,
     overlap: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The dialect's route. The logits of more than MAX_ROWS rows are torch's.
+    """The dialect's route.
 
     Args:
         x, weight, top_k, normalize, wide_logits, wide_weights, norm_weight, norm_eps, norm_offset: as there.
@@ -191,10 +222,7 @@ def launch(
         routing weights and indices, contiguous.
     """
     (N, _), E = x.shape, weight.shape[0]
-    if N <= MAX_ROWS:
-        logits = logits_of(x, weight, norm_weight, norm_eps, norm_offset, overlap)
-    else:
-        logits = (F.linear(x.float(), weight.float()) if wide_logits else F.linear(x, weight))[None]
+    logits = logits_of(x, weight, norm_weight, norm_eps, norm_offset, overlap)
     weights = torch.empty((N, top_k), dtype=torch.float32 if wide_weights else x.dtype, device=x.device)
     indices = torch.empty((N, top_k), dtype=torch.int64, device=x.device)
     options = overlap_options(x) if overlap else {}
@@ -237,7 +265,7 @@ def supports(
     one, few = isinstance(N, int) and N == 1, not isinstance(N, int) or N <= MAX_ROWS
     if not one and norm_weight is not None:
         raise Refused("Several rows take no norm before the router, got one.")
-    if few and not one and H % (PARTS[-1] * SMALLEST_STEP):
+    if not one and H % (PARTS[-1] * SMALLEST_STEP):
         raise Refused(f"The columns of a router for several rows must be a multiple of {PARTS[-1] * SMALLEST_STEP}, got {H}.")
     if few and H > MAX_N:
         raise Refused(f"One row must be at most {MAX_N} wide, got {H}.")
