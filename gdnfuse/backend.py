@@ -8,11 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch._dynamo.backends.registry import lookup_backend
-from torch._logging import trace_structured
 from torch.fx import GraphModule
 
-from gdnfuse import capture, kernels, versions
+from gdnfuse import capture, compat, kernels, versions
 from gdnfuse.errors import GdnfuseError, Refused, one_line
 from gdnfuse.kernels.launch.inductor import announce
 from gdnfuse.options import DISABLE, Options, disabled, parse
@@ -102,7 +100,7 @@ def _to_trace(report: GraphReport) -> None:
     """Hand the report to torch's structured trace (TORCH_TRACE), so that tlparse lists it with the compilation it belongs to."""
     artifacts = (("gdnfuse_report", "json", report.to_dict), ("gdnfuse_summary", "string", lambda: _as_text(report)))
     for name, encoding, payload in artifacts:
-        trace_structured("artifact", metadata_fn=lambda n=name, e=encoding: {"name": n, "encoding": e}, payload_fn=payload)
+        compat.add_to_trace(name, encoding, payload)
 
 
 def _as_text(report: GraphReport) -> str:
@@ -204,7 +202,7 @@ def _demand_fused(report: GraphReport, opts: Options) -> None:
 
 def _growing(gm: GraphModule, rewritten: GraphModule) -> list[int]:
     """Which results of a prompt grow, laid out as a step leaves them; none where the user has each length compiled for itself."""
-    if not torch._dynamo.config.automatic_dynamic_shapes:
+    if not compat.dynamo_setting("automatic_dynamic_shapes", True):
         return []
     try:
         growing = growing_keys(gm.graph)
@@ -254,7 +252,7 @@ def _inner(gm: GraphModule, inputs: Sequence[Any], opts: Options, patches: dict[
     extra = {"config_patches": patches} if patches else {}
     if opts.inner == "inductor":
         announce(gm)
-    return lookup_backend(opts.inner)(gm, list(inputs), **extra)
+    return compat.lookup_backend(opts.inner)(gm, list(inputs), **extra)
 
 
 def _inductor_patches(mode: str | None, opts: Options) -> dict[str, Any]:
@@ -262,17 +260,15 @@ def _inductor_patches(mode: str | None, opts: Options) -> dict[str, Any]:
         if mode not in (None, "default"):
             raise GdnfuseError(f"mode={mode!r} is Inductor's and needs inner='inductor', found inner={opts.inner!r}.")
         return {}
-    from torch import _inductor
-
     patches: dict[str, Any] = {}
     if mode not in (None, "default"):
-        modes = _inductor.list_mode_options()
+        modes = compat.modes()
         if mode not in modes:
             raise GdnfuseError(f"Unknown mode {mode!r}; the valid ones are {', '.join(modes)}.")
         patches.update(modes[mode])
-    known = _inductor.config.get_config_copy()
+    known = compat.inductor_options()
     for key, setting in opts.inductor.items():
-        if key not in known:
+        if known is not None and key not in known:
             raise GdnfuseError(f"Unknown Inductor option {key!r} in the option inductor; see torch._inductor.list_options().")
         patches[key] = setting
     return patches

@@ -21,10 +21,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._dynamo.callback import callback_handler
 
 from gdnfuse import capture_experts as experts
-from gdnfuse import dialect  # noqa: F401  registers torch.ops.gdnfuse
+from gdnfuse import (
+    compat,
+    dialect,  # noqa: F401  registers torch.ops.gdnfuse
+)
 from gdnfuse.errors import Refused, one_line
 from gdnfuse.options import disabled
 from gdnfuse.rewrite.evaluate import Float64, one_thread
@@ -195,21 +197,25 @@ _originals: dict[int, types.FunctionType] = {}
 _seen: dict[int, tuple[Any, Capture, type | None]] = {}
 
 
+_active = False  # what cannot be restored calls its function itself meanwhile
+
+
 def install() -> None:
     """Look for functions to capture at the start of every compilation, so that modules loaded later are seen too."""
-    if _on_compile_start not in callback_handler.start_callbacks:
-        callback_handler.register_start_callback(_on_compile_start)
-        callback_handler.clear = _clear_others
+    global _active
+    _active = True
+    if not compat.at_compile_start(_on_compile_start):
+        _on_compile_start()
 
 
 def uninstall() -> None:
     """Undo every substitution. Graphs compiled before stay as they are; `torch._dynamo.reset()` drops them."""
-    if _on_compile_start in callback_handler.start_callbacks:
-        callback_handler.remove_start_callback(_on_compile_start)
-        del callback_handler.clear
+    global _active
+    _active = False
+    compat.not_at_compile_start(_on_compile_start)
     for function, capture, _ in _seen.values():
-        if capture.captured:
-            _restore(function)
+        if capture.captured and compat.undo_substitution(function):
+            _originals.pop(id(function), None)
     _seen.clear()
     experts.forget()
 
@@ -242,17 +248,11 @@ def _named(name: str, module: types.ModuleType) -> Iterator[tuple[str, Any, None
         yield from ((attribute, vars(module)[attribute], None) for attribute in CAPTURABLE if vars(module).get(attribute))
 
 
-def _on_compile_start(_: Any) -> None:
+def _on_compile_start(*_: Any) -> None:
     try:
         scan()
     except Exception:  # whatever is compiled here need not be ours, and must not fail because of us
         log.exception("gdnfuse could not look for functions to capture")
-
-
-def _clear_others() -> None:
-    """`torch._dynamo.reset()` drops every callback; this one outlives it, as the substitutions do."""
-    type(callback_handler).clear(callback_handler)
-    callback_handler.register_start_callback(_on_compile_start)
 
 
 def _try(function: Any, name: str, capturable: Capturable) -> Capture:
@@ -327,24 +327,6 @@ def _substitute(function: types.FunctionType, capturable: Capturable) -> None:
     _originals[key] = original
 
 
-def _restore(function: types.FunctionType) -> None:
-    """Undo `torch.compiler.substitute_in_graph`, which has no inverse of its own."""
-    from torch._dynamo.trace_rules import _polyfilled_function_ids, get_torch_obj_rule_map
-    from torch._dynamo.variables import PolyfilledFunctionVariable
-    from torch._dynamo.variables.builder import VariableBuilder
-
-    handlers = PolyfilledFunctionVariable._get_polyfill_handlers()
-    for known in (function, handlers.get(function)):
-        if known is not None:
-            VariableBuilder._id_dispatch().pop(id(known), None)
-            if id(known) in _polyfilled_function_ids():
-                _polyfilled_function_ids.remove(id(known))
-            get_torch_obj_rule_map().pop(known, None)
-    for known in (handlers.get(function), function):
-        handlers.pop(known, None)
-    _originals.pop(id(function), None)
-
-
 def _plain(args, kwargs, foreign):
     """Whether nothing asks for gradients, and no argument that only another implementation knows is given."""
     for name in foreign:
@@ -364,26 +346,22 @@ def _wanted() -> bool:
     torch hands a backend its options only with the finished graph, so they are read off the tracer. Where that cannot be done, as
     under a backend that somebody wrote around ours, the answer is yes: the ops are right under every backend.
     """
-    if disabled() or torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
+    if not _active or disabled() or torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
         return False
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if compat.under_functorch():
         return False
-    try:
-        from torch._dynamo.symbolic_convert import InstructionTranslator
-
-        output = InstructionTranslator.current_tx().output
-        if output.export:
-            return False
-        backend, options = output.compiler_fn, {}
-    except AttributeError:
+    if (found := compat.compiling_for()) is None:
         return True
+    (backend, exporting), options = found, {}
+    if exporting:
+        return False
     while True:
         if isinstance(backend, functools.partial):
             options = {**backend.keywords.get("options", {}), **options}
             inner = backend.func
         else:
             options = {**(getattr(backend, "kwargs", {}).get("options") or {}), **options}
-            inner = getattr(backend, "_torchdynamo_orig_backend", None) or getattr(backend, "compiler_fn", None)
+            inner = compat.wrapped_backend(backend)
         if inner is None or inner is backend:
             break
         backend = inner

@@ -15,8 +15,9 @@ import importlib.util
 import logging
 import os
 import re
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from operator import attrgetter
 from types import SimpleNamespace
@@ -347,6 +348,212 @@ def source_name(node: Any) -> str:
     return name() if callable(name) else name
 
 
+# Dynamo
+
+
+@private("torch._dynamo:mark_static_address", instead=nothing)
+def mark_static_address(mark: Any, tensor: Any) -> None:
+    """Tell CUDA graphs that a tensor stays where it is.
+
+    Without it: they copy a cache's states at each step.
+    """
+    mark(tensor)
+
+
+@private("torch._dynamo:maybe_mark_dynamic", instead=nothing)
+def mark_any_length(mark: Any, tensor: Any, axis: int) -> None:
+    """Tell Dynamo that an axis may have other lengths; where it has to be one number, it specialises.
+
+    Without it: what has a length is compiled for the first that it meets, and once more at the second.
+    """
+    mark(tensor, axis)
+
+
+def is_marked(tensor: Any) -> bool:
+    """Whether somebody has told Dynamo something of a tensor. Without it: told by us of the same axis, it is told twice."""
+    return any(name.startswith("_dynamo") for name in vars(tensor))
+
+
+@private("torch._dynamo:config", instead=lambda name, default: default)
+def dynamo_setting(config: Any, name: str, default: Any) -> Any:
+    """A setting of Dynamo's.
+
+    Without it: it is taken to be as torch has it by itself.
+    """
+    return getattr(config, name)
+
+
+@private("torch._dynamo:config", instead=lambda **settings: nullcontext())
+def dynamo_settings(config: Any, **settings: Any) -> Any:
+    """A context with other settings of Dynamo's.
+
+    Without it: they stay as they are, and what is to be compiled at once may be compiled again, or left eager at a limit.
+    """
+    for name in settings:
+        getattr(config, name)
+    return config.patch(settings)
+
+
+@private("torch._dynamo.callback:callback_handler", instead=lambda callback: False)
+def at_compile_start(handler: Any, callback: Callable[..., None]) -> bool:
+    """Have a function called whenever a compilation starts, after `torch._dynamo.reset()` too. Whether that is so.
+
+    Without it: of modules that are loaded after the backend nothing is captured.
+    """
+
+    def clear() -> None:
+        type(handler).clear(handler)
+        handler.register_start_callback(callback)
+
+    if callback not in handler.start_callbacks:
+        handler.register_start_callback(callback)
+        handler.clear = clear
+    return True
+
+
+@private("torch._dynamo.callback:callback_handler", instead=nothing, level=logging.DEBUG)
+def not_at_compile_start(handler: Any, callback: Callable[..., None]) -> None:
+    """Undo `at_compile_start`.
+
+    Without it: there is nothing to undo.
+    """
+    if callback in handler.start_callbacks:
+        handler.remove_start_callback(callback)
+        del handler.clear
+
+
+@private(
+    "torch._dynamo.trace_rules:_polyfilled_function_ids",
+    "torch._dynamo.trace_rules:get_torch_obj_rule_map",
+    "torch._dynamo.variables:PolyfilledFunctionVariable._get_polyfill_handlers",
+    "torch._dynamo.variables.builder:VariableBuilder._id_dispatch",
+    instead=lambda function: False,
+)
+def undo_substitution(ids: Any, rules: Any, handlers_of: Any, dispatch: Any, function: Any) -> bool:
+    """Undo `torch.compiler.substitute_in_graph`, which has no inverse of its own. Whether that is done.
+
+    Without it: what was captured stays substituted, by what calls the function itself.
+    """
+    handlers = handlers_of()
+    for known in (function, handlers.get(function)):
+        if known is not None:
+            dispatch().pop(id(known), None)
+            if id(known) in ids():
+                ids.remove(id(known))
+            rules().pop(known, None)
+    for known in (handlers.get(function), function):
+        handlers.pop(known, None)
+    return True
+
+
+@private("torch._C._functorch:peek_interpreter_stack", instead=lambda: True)
+def under_functorch(peek: Any) -> bool:
+    """Whether a transform of functorch is on, such as vmap, under which our ops have no rules.
+
+    Without it: nothing is captured.
+    """
+    return peek() is not None
+
+
+@private("torch._dynamo.symbolic_convert:InstructionTranslator.current_tx", instead=nothing)
+def compiling_for(current: Any) -> tuple[Any, bool] | None:
+    """The backend for which Dynamo traces in this thread, and whether it exports; None where it does not trace.
+
+    Without it: functions are captured for torch's own backends too.
+    """
+    try:
+        output = current().output
+    except AttributeError:  # it does not trace
+        return None
+    return output.compiler_fn, output.export
+
+
+def wrapped_backend(backend: Any) -> Any:
+    """The backend that one of torch's wrappers holds, if any. Without it: a wrapper counts as a backend of torch's."""
+    return getattr(backend, "_torchdynamo_orig_backend", None) or getattr(backend, "compiler_fn", None)
+
+
+@private("torch._inductor:compile", instead=nothing)
+def inductor(compile: Any) -> Callable[..., Any] | None:
+    """Compiles a graph with Inductor, or None.
+
+    Without it: graphs run as they are rewritten.
+    """
+    return lambda gm, inputs, config_patches=None: compile(gm, inputs, options=config_patches)
+
+
+def _lookup(name: str) -> Callable[..., Any]:
+    return name == "inductor" and inductor() or (lambda gm, inputs, **options: gm.forward)
+
+
+@private("torch._dynamo.backends.registry:lookup_backend", instead=_lookup)
+def lookup_backend(lookup: Any, name: str) -> Callable[..., Any]:
+    """A backend of torch.compile by its name.
+
+    Without it: Inductor is found otherwise, and for others graphs run as they are rewritten.
+    """
+    return lookup(name)
+
+
+@private("torch._logging:trace_structured", instead=nothing, gone=Exception, level=logging.DEBUG)
+def add_to_trace(trace: Any, name: str, encoding: str, payload: Callable[[], Any]) -> None:
+    """Add something to torch's structured trace (TORCH_TRACE), for tlparse.
+
+    Without it: tlparse lists no reports.
+    """
+    trace("artifact", metadata_fn=lambda: {"name": name, "encoding": encoding}, payload_fn=payload)
+
+
+# Inductor
+
+
+MODES = {
+    "default": {},
+    "reduce-overhead": {"triton.cudagraphs": True},
+    "max-autotune-no-cudagraphs": {"max_autotune": True, "coordinate_descent_tuning": True},
+    "max-autotune": {"max_autotune": True, "triton.cudagraphs": True, "coordinate_descent_tuning": True},
+}
+
+
+@private("torch._inductor:list_mode_options", instead=lambda: MODES)
+def modes(options: Any) -> dict[str, dict[str, Any]]:
+    """What each mode of torch.compile stands for, as options of Inductor's.
+
+    Without it: they stand for what they do in torch 2.13.
+    """
+    return options()
+
+
+@private("torch._inductor:config.get_config_copy", instead=nothing, level=logging.DEBUG)
+def inductor_options(get: Any) -> dict[str, Any] | None:
+    """Inductor's options by name, or None.
+
+    Without it: it is Inductor that names an unknown one.
+    """
+    return get()
+
+
+@contextmanager
+def _fresh_cache() -> Iterator[None]:
+    before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+        try:
+            yield
+        finally:
+            del os.environ["TORCHINDUCTOR_CACHE_DIR"]
+            os.environ.update({"TORCHINDUCTOR_CACHE_DIR": before} if before else {})
+
+
+@private("torch._inductor.utils:fresh_cache", instead=_fresh_cache, level=logging.DEBUG)
+def fresh_cache(fresh: Any) -> Any:
+    """A context in which Inductor finds nothing that it compiled before.
+
+    Without it: its cache is another folder.
+    """
+    return fresh()
+
+
 # Triton
 
 
@@ -523,9 +730,6 @@ def empty(on_gpu: Any, device: Any) -> Callable[..., Any]:
     Without it: torch.empty_strided does, in several times the time.
     """
     return on_gpu if device.type == "cuda" else _empty(device)
-
-
-# Inductor
 
 
 @private(

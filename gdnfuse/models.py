@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gdnfuse import compat
 from gdnfuse import options as gdnfuse_options
 from gdnfuse.errors import GdnfuseError, one_line
 from gdnfuse.generation.caches import cache_argument
@@ -143,7 +144,7 @@ def verify(model: torch.nn.Module, *, batch: int = 1, prompt: int = 70, **option
     held = cache_argument(model, StaticCache(config=model.config, max_cache_len=prompt + 1))
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, model.config.vocab_size, (batch, prompt), generator=generator).to(model.device)
-    many = torch._dynamo.config.patch(recompile_limit=1000, accumulated_recompile_limit=1000)
+    many = compat.dynamo_settings(recompile_limit=1000, accumulated_recompile_limit=1000)
     with torch.no_grad(), many, _running(prompt):
         step = torch.compile(model, backend="gdnfuse", options=options)
         for ids in (tokens, tokens[:, :1]):
@@ -178,7 +179,7 @@ def trace(
     tokens = torch.zeros(batch, prompt, dtype=torch.long, device="meta")
     # Every model of a process shares code, so reports of several models add up to the limit, and would make sizes symbolic.
     limits = {"recompile_limit": 1000, "accumulated_recompile_limit": 1000, "automatic_dynamic_shapes": False}
-    with torch.no_grad(), torch._dynamo.config.patch(limits), _running(prompt):
+    with torch.no_grad(), compat.dynamo_settings(**limits), _running(prompt):
         # Code of its own: Dynamo would take an equal model, traced before, for this one, and make no graph.
         step = torch.compile(apart(model), backend="gdnfuse", options=options or None)
         if phase == "decode":

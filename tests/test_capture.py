@@ -16,7 +16,7 @@ from transformers.models.qwen3_5 import modeling_qwen3_5 as modeling
 
 import gdnfuse
 import gdnfuse.backend
-from gdnfuse import Refused, capture
+from gdnfuse import Refused, capture, compat
 
 ROOT = Path(__file__).parent.parent
 CHUNK, RECURRENT, CONV, UPDATE = capture.CAPTURABLE
@@ -292,7 +292,8 @@ def test_an_argument_that_only_an_installed_kernel_knows_goes_to_it():
         assert captured(recorder.graphs) == [OPS[CHUNK]]
         close(found, getattr(modeling, CHUNK)(*args, **kwargs))
     finally:
-        capture._restore(function)
+        compat.undo_substitution(function)
+        capture._originals.pop(id(function))
 
 
 def test_packed_sequences_are_kept_apart():

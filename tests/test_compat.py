@@ -1,9 +1,11 @@
 """Private APIs: each works with the installed versions, and what it costs where one is gone is what its entry says."""
 
 import functools
+import inspect
 import logging
 import os
 import sys
+import types
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
@@ -14,13 +16,15 @@ from torch._dynamo.source import ConstantSource
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from transformers.models.qwen3_5 import modeling_qwen3_5 as modeling
 
-from gdnfuse import clear_reports, compat, packing, reports
-from gdnfuse.errors import Refused
+from gdnfuse import backend, capture, clear_reports, compat, packing, reports
+from gdnfuse.errors import GdnfuseError, Refused
 from gdnfuse.kernels import causal_attention, implementations, linear_configs
 from gdnfuse.kernels.launch import codegen, implementation, replay
 from gdnfuse.kernels.launch.inductor import announce
 from gdnfuse.kernels.launch.recording import Recorded, Result
+from gdnfuse.options import Options
 from gdnfuse.rewrite.graph import storage, writes
 from tests.models import zoo
 
@@ -242,7 +246,7 @@ def static_inputs():
     torch._dynamo.reset()
     clear_reports()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gdnfuse.backend.lookup_backend", inner)
+        patch.setattr(compat, "lookup_backend", inner)
         run = torch.compile(model(), backend="gdnfuse", fullgraph=True, options={"strict": True})
         assert zoo.relative(zoo.decode(run, ours, mask, tokens), zoo.decode(model(), theirs, mask, tokens)) < 1e-5
     (report,) = reports()
@@ -266,6 +270,171 @@ def source_name(there):
     assert compat.source_name(node) == "x"
     node._dynamo_source = SimpleNamespace(name="L['self'].weight") if there else object()
     assert compat.source_name(node) == ("L['self'].weight" if there else "x")
+
+
+# Dynamo
+
+
+@case
+def mark_static_address(there):
+    x = torch.ones(2)
+    compat.mark_static_address(x)
+    assert compat.is_marked(x) == there == (getattr(x, "_dynamo_static_input_type", None) == "unguarded")
+
+
+@case
+def mark_any_length(there):
+    x = torch.ones(2, 3)
+    compat.mark_any_length(x, 1)
+    assert compat.is_marked(x) == there and getattr(x, "_dynamo_weak_dynamic_indices", set()) == ({1} if there else set())
+
+
+@case
+def dynamo_setting(there):
+    with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
+        assert compat.dynamo_setting("automatic_dynamic_shapes", True) != there
+
+
+@case
+def dynamo_settings(there):
+    before = torch._dynamo.config.recompile_limit
+    with compat.dynamo_settings(recompile_limit=77):
+        assert torch._dynamo.config.recompile_limit == (77 if there else before)
+    assert torch._dynamo.config.recompile_limit == before
+
+
+@contextmanager
+def captured(**options):
+    """A function of a model is loaded, and gives what is captured when it is compiled."""
+    name = "torch_chunk_gated_delta_rule"
+    late = types.ModuleType("transformers.models.late.modeling_late")
+    old = inspect.unwrap(getattr(modeling, name))
+    function = types.FunctionType(old.__code__, old.__globals__, old.__name__, old.__defaults__)
+    setattr(late, name, function)
+    q, k, v = (torch.randn(1, 5, 2, 4) for _ in range(3))
+    g, beta = -torch.rand(1, 5, 2), torch.rand(1, 5, 2)
+
+    def run(backend="gdnfuse"):
+        torch._dynamo.reset()
+        clear_reports()
+        options = {"inner": "eager"} if backend == "gdnfuse" else None
+        compiled = torch.compile(lambda: function(q, k, v, g=g, beta=beta), backend=backend, fullgraph=True, options=options)
+        torch.testing.assert_close(compiled()[0], function(q, k, v, g=g, beta=beta)[0])
+        return [r.rule for report in reports() for r in report.all_records if r.stage == "capture"]
+
+    capture.uninstall()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, late.__name__, late)
+        capture.install()
+        yield run
+        capture.uninstall()
+    capture.install()
+
+
+@case
+def at_compile_start(there):
+    with captured() as run:  # what is there when the backend is loaded is captured in any case
+        assert run() == ["chunk_delta_rule"]
+    calls = []
+    note = lambda *_: calls.append(1)  # noqa: E731
+    assert compat.at_compile_start(note) == there
+    for _ in range(2):
+        torch._dynamo.reset()
+        torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1))
+    assert calls == [1, 1] * there
+    compat.not_at_compile_start(note)
+    if there:
+        capture.install()
+
+
+@case
+def not_at_compile_start(there):
+    note = lambda *_: None  # noqa: E731
+    if there:
+        compat.at_compile_start(note)
+    compat.not_at_compile_start(note)
+    assert note not in torch._dynamo.callback.callback_handler.start_callbacks
+
+
+@case
+def undo_substitution(there):
+    with captured() as run:
+        assert run() == ["chunk_delta_rule"]
+        capture.uninstall()
+        assert run() == [] and bool(capture._originals) != there
+        capture.install()
+        assert run() == ["chunk_delta_rule"]
+
+
+@case
+def under_functorch(there):
+    with captured() as run:
+        assert run() == ["chunk_delta_rule"] * there
+
+
+@case
+def compiling_for(there):
+    assert compat.compiling_for() is None
+    seen = []
+    with captured() as run, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compat, "compiling_for", lambda: seen.append(found()) or seen[-1])
+        found = compat.ENTRIES["compiling_for"]
+        assert run() == ["chunk_delta_rule"] and run("eager") == []
+    assert all(x is not None for x in seen) == there
+
+
+@case
+def lookup_backend(there):
+    gm, x = torch.fx.symbolic_trace(lambda x: (x @ x,)), torch.ones(2, 2)  # no code for Inductor to compile
+    for name in ("eager", "aot_eager", "inductor"):
+        assert compat.lookup_backend(name)(gm, [x])(x)[0].tolist() == [[2, 2]] * 2
+    if there:
+        with pytest.raises(Exception, match="nonsense"):
+            compat.lookup_backend("nonsense")
+
+
+@case
+def inductor(there):
+    gm, x = torch.fx.symbolic_trace(lambda x: (x @ x,)), torch.ones(2, 2)
+    run = compat._lookup("inductor")(gm, [x], config_patches={"max_autotune": False})
+    assert run(x)[0].tolist() == [[2, 2]] * 2 and (run == gm.forward) != there
+
+
+@case
+def add_to_trace(there):
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        if there:
+            patch.setattr(compat.ENTRIES["add_to_trace"], "apis", (lambda *args, **kwargs: found.append(kwargs["payload_fn"]()),))
+        compat.add_to_trace("gdnfuse_report", "json", lambda: {"a": 1})
+    assert found == [{"a": 1}] * there
+
+
+# Inductor
+
+
+@case
+def modes(there):
+    assert compat.modes()["reduce-overhead"] == {"triton.cudagraphs": True} and compat.modes()["default"] == {}
+    assert compat.MODES.items() <= torch._inductor.list_mode_options().items()
+
+
+@case
+def inductor_options(there):
+    known = compat.inductor_options()
+    assert "triton.cudagraphs" in known if there else known is None
+    with pytest.raises(GdnfuseError, match="Unknown Inductor option") if there else nullcontext():
+        patches = backend._inductor_patches(None, Options(inductor={"nonsense": 1}))
+        assert patches == {"nonsense": 1}
+
+
+@case
+def fresh_cache(there):
+    before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    with compat.fresh_cache():
+        within = os.environ["TORCHINDUCTOR_CACHE_DIR"]
+        assert within != before and os.path.isdir(within)
+    assert os.environ.get("TORCHINDUCTOR_CACHE_DIR") == before
 
 
 # Triton
@@ -390,9 +559,6 @@ def empty(there):
     made = compat.empty(torch.device("cpu"))((2, 3), (1, 2), torch.bfloat16)
     assert (made.shape, made.stride(), made.dtype, made.device.type) == ((2, 3), (1, 2), torch.bfloat16, "cpu")
     assert (compat.empty(torch.device("cuda")) is torch._C._dynamo.guards._empty_strided_cuda) == there
-
-
-# Inductor
 
 
 @case

@@ -93,7 +93,7 @@ def test_an_unknown_option_of_inductor_is_named():
 
 def test_mode_and_options_of_inductor_reach_inductor(monkeypatch):
     seen = []
-    monkeypatch.setattr("gdnfuse.backend.lookup_backend", lambda name: lambda gm, inputs, **kw: seen.append((name, kw)) or gm)
+    monkeypatch.setattr("gdnfuse.compat.lookup_backend", lambda name: lambda gm, inputs, **kw: seen.append((name, kw)) or gm)
     compile_with(mode="reduce-overhead", options={"inductor": {"max_autotune": True}})
     compile_with()
     (name, with_mode), (_, plain) = seen

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._inductor.utils import fresh_cache
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import gdnfuse
+from gdnfuse import compat
 from gdnfuse.bench.measure import (
     BLOCK,
     Decoder,
@@ -222,7 +222,7 @@ class Work:
         shared = torch.load(self.shared)
         # Prompts first: CUDA graphs of the steps keep their memory.
         for phase in sorted(self.settings.phases, reverse=True):
-            with fresh_cache():
+            with compat.fresh_cache():
                 try:
                     row[phase] = self.measure(phase, side, shared["exact"][phase], shared["errors"][phase])
                 except Exception as e:  # the other phase may still be measured

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from gdnfuse import compat
 from gdnfuse.errors import GdnfuseError
 
 
@@ -68,7 +69,7 @@ def _prepare(given: list[Any], out: Any, state_dtype: torch.dtype | None, any_le
             mark(held, [i for i, x in enumerate(held) if isinstance(x, torch.Tensor) and x.ndim == 4])
         for tensor in states:
             if isinstance(tensor, torch.Tensor):
-                torch._dynamo.mark_static_address(tensor)
+                compat.mark_static_address(tensor)
 
 
 STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -95,7 +96,7 @@ def set_state_dtype(cache: Any, dtype: torch.dtype) -> None:
     for held, i in states:
         if held[i].dtype != dtype:
             held[i] = held[i].to(dtype)
-            torch._dynamo.mark_static_address(held[i])
+            compat.mark_static_address(held[i])
 
 
 def check_state_dtype(dtype: Any) -> None:

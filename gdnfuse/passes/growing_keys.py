@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from gdnfuse import compat
 from gdnfuse.passes.sdpa import without_copies
 from gdnfuse.rewrite.edit import infer
 from gdnfuse.rewrite.graph import chain, kept, op_name, same_shape, storage, value, writes
@@ -54,4 +55,4 @@ def lay_out(graph: Graph, places: Sequence[int]) -> None:
 def mark(results: Sequence[Any], places: Sequence[int]) -> None:
     """Tell Dynamo that the length of these results may change; it takes that for a hint, and specialises where it has to."""
     for i in places:
-        torch._dynamo.maybe_mark_dynamic(results[i], LENGTH)
+        compat.mark_any_length(results[i], LENGTH)
