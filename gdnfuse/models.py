@@ -102,6 +102,17 @@ def _running(tokens: int) -> Iterator[None]:
         raise GdnfuseError(f"The model does not run a prompt of {tokens} tokens and a step: {one_line(e)}.") from e
 
 
+@contextlib.contextmanager
+def _experts_of_any_dtype(model: torch.nn.Module) -> Iterator[None]:
+    """transformers' default for experts, grouped_mm, takes bfloat16 alone on the meta device."""
+    before = model.get_experts_implementation()
+    model.set_experts_implementation("batched_mm")
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)
+
+
 def meta_model(config: PreTrainedConfig, dtype: torch.dtype = torch.bfloat16) -> torch.nn.Module:
     """The causal language model of a config on the meta device: shapes without weights. Multimodal configs give their text model.
 
@@ -185,7 +196,8 @@ def trace(
         if phase == "decode":
             announce("run a prompt")
             # Two tokens are enough for the cached states to exist, and keep the chunk rule to one chunk.
-            model(tokens[:, :2] if prompt > 1 else tokens, **held, use_cache=True)
+            with _experts_of_any_dtype(model):
+                model(tokens[:, :2] if prompt > 1 else tokens, **held, use_cache=True)
             tokens = tokens[:, :1]
         announce(f"trace the {phase}")
         step(tokens, **held, use_cache=True)

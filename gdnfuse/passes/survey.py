@@ -4,8 +4,9 @@ Only for the report: nothing is decided here, and the graph keeps nothing of it 
 
 The bytes of a graph follow one model, before and after: every operation that needs a kernel reads each of its tensors once and
 writes its results once, as if nothing stayed in a cache. Views are free; an expanded tensor counts what it holds, a lookup the
-rows that it takes, experts as many as can be chosen. What several kernels of one operation hand to each other is not counted, nor
-what Inductor will merge, on either side. Symbolic sizes count as the sizes of the first call.
+rows that it takes, and of experts as many count as rows that choose independently are expected to need. What several kernels of
+one operation hand to each other is not counted, nor what Inductor will merge, on either side. Symbolic sizes count as the sizes of
+the first call.
 """
 
 from __future__ import annotations
@@ -177,9 +178,19 @@ def _read(node: Node, given: Node) -> int:
     if name in LOOKUPS and size == max(map(_nbytes, node.all_input_nodes)):
         return min(size, _nbytes(node))
     if name in GROUPED and value(given).ndim == 3:
-        experts, rows = _size(value(given).shape[0]), _size(value(node.args[0]).shape[-2])
-        return size * min(experts, rows) // max(experts, 1)
+        return round(size * _needed(value(given).shape[0], value(node.args[0]).shape[-2], 1))
+    op = OPS.get(op_label(node))
+    if op is not None and "gate_up" in op.arg_names:
+        call = op.bind(node.args, node.kwargs)
+        if given in (call["gate_up"], call["down"]):
+            top_k = call["top_k"] if "top_k" in call else value(call["indices"]).shape[1]
+            return round(size * _needed(value(given).shape[0], value(call["x"]).shape[0], top_k))
     return size
+
+
+def _needed(experts: Any, rows: Any, top_k: Any) -> float:
+    """The share of experts that so many rows are expected to need, each of which chooses top_k of them independently."""
+    return 1 - (1 - _size(top_k) / max(_size(experts), 1)) ** _size(rows)
 
 
 def _written(node: Node) -> dict[Node, int]:

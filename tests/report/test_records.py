@@ -9,6 +9,7 @@ import re
 import shlex
 from pathlib import Path
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -172,6 +173,31 @@ def test_the_limit_is_weights_states_and_caches_once(decode_report):
     small = 8 + 2 * 8 + model.model.rotary_emb.inv_freq.nbytes  # the token, the cache's position, the rotary frequencies
     assert decode_report.limit_bytes == 4 * (weights + embedded + states + cache) + small
     assert decode_report.limit_bytes <= decode_report.bytes_after
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_experts_count_as_many_as_rows_are_expected_to_need(batch):
+    """A block of experts, its columns, kernels and bytes; batch 4 needs 1 − (1 − 2/8)⁴ of the experts."""
+    model = zoo.moe(num_experts=8, num_experts_per_tok=2, **zoo.SMALL).to("meta")
+    (report,) = models.trace(model, batch=batch, prompt=8, target="cuda")
+    block, other = [b for b in report.blocks if b.kind == "MoE"]
+    assert (block.before, block.after) == (other.before, other.after)
+    assert block.marks == dict.fromkeys(("router", "experts", "norm", *["residual"][: batch == 1]), "fired")
+    ops = {o.op: o for o in report.structures[block.after] if o.kernels}
+    assert list(ops) == (["routed_experts"] if batch == 1 else ["add_rms_norm", "route", "experts"])
+    assert block.launches_before > 20 and block.launches_after == (3 if batch == 1 else 6)
+    parts = dict(model.model.layers[0].mlp.named_parameters())
+    share = 2 / 8 if batch == 1 else 1 - (6 / 8) ** 4
+    experts = sum(round(p.nbytes * share) for name, p in parts.items() if "experts." in name)
+    beside = sum(p.nbytes for name, p in parts.items() if "experts." not in name and (batch == 1 or name != "gate.weight"))
+    rows = batch * 64 * 4
+    chosen = 0 if batch == 1 else batch * 2 * (4 + 8)  # weights and indices
+    norm = 64 * 4 if batch == 1 else 0
+    moved = experts + beside + chosen + norm + 2 * rows
+    assert ops["routed_experts" if batch == 1 else "experts"].bytes == moved
+    unneeded = 2 * sum(p.nbytes - round(p.nbytes * share) for name, p in parts.items() if "experts." in name)
+    everything = sum(p.nbytes for p in model.parameters()) - model.model.embed_tokens.weight.nbytes
+    assert 0 < report.limit_bytes - (everything - unneeded) < batch * 40_000  # states, caches and the rows of the table
 
 
 class Gate(nn.Module):
