@@ -144,7 +144,7 @@ def _finish(gm: GraphModule, report: GraphReport, outcome: Outcome) -> None:
             layer.note = f"A fused prefill has its conv, rule and norm as one op each, found no {' and no '.join(missing)}."
         else:
             layer.fused = True
-    report.nodes_after = len(calls(gm)) if report.layers else report.nodes_before
+    report.nodes_after = len(calls(gm)) if report.layers or outcome.records else report.nodes_before
     report.proofs, report.proof_seconds = outcome.proofs, outcome.proof_seconds
 
 

@@ -4,9 +4,9 @@ Only for the report: nothing is decided here, and the graph keeps nothing of it 
 
 The bytes of a graph follow one model, before and after: every operation that needs a kernel reads each of its tensors once and
 writes its results once, as if nothing stayed in a cache. Views are free; an expanded tensor counts what it holds, a lookup the
-rows that it takes, and of experts as many count as rows that choose independently are expected to need. What several kernels of
-one operation hand to each other is not counted, nor what Inductor will merge, on either side. Symbolic sizes count as the sizes of
-the first call.
+rows that it takes, and of experts as many count as rows that choose independently are expected to need. What several kernels
+of one operation hand to each other is not counted, nor what Inductor will merge, on either side. Symbolic sizes count as those
+of the first call.
 """
 
 from __future__ import annotations

@@ -315,10 +315,11 @@ class GraphReport:
         """The one line logged per compiled graph."""
         if not self.rewritten:
             return f"graph {self.graph_id} ({self.phase}): not rewritten. {self.note}"
-        if not self.layers:
+        if not self.layers and not any(r.status is Status.FIRED for r in self.records):
             return f"graph {self.graph_id} ({self.phase}): no GDN layer found; compiled by {self.inner} as it came."
+        fused = f"{self.fused_layers}/{len(self.layers)} GDN layers fused" if self.layers else "no GDN layer found"
         line = (
-            f"graph {self.graph_id} ({self.phase}): {self.fused_layers}/{len(self.layers)} GDN layers fused, "
+            f"graph {self.graph_id} ({self.phase}): {fused}, "
             f"{self.nodes_before} → {self.nodes_after} nodes, {self.launches_before} → {self.launches_after} kernels, "
             f"{self.proofs} proofs in {self.proof_seconds:.2f} s"
         )
