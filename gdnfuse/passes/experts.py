@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch.fx import Node
 from gdnfuse.dialect import DialectOp, experts, op_of, routed_experts
 from gdnfuse.errors import Refused
 from gdnfuse.rewrite.edit import call
-from gdnfuse.rewrite.graph import is_tensor, op_name, peel, real_users, same, value
+from gdnfuse.rewrite.graph import chain, is_cast, is_tensor, op_name, peel, real_users, same, source, value
 from gdnfuse.rewrite.rule import Match, Operand
 
 OPS = (experts.op, routed_experts.op)
@@ -48,6 +49,12 @@ def as_rows(node: Node, like: torch.Tensor, what: str) -> Operand:
         found = f"{list(v.shape)} of {v.dtype}"
         raise Refused(f"{what} must be like the experts' rows, {list(like.shape)} of {like.dtype}, found {found}.", at=node)
     return Operand(node) if v.ndim == 2 else Operand(node, lambda x: x.flatten(0, -2))
+
+
+def rows_of(node: Node) -> Operand:
+    """Experts' rows, from what they are a view of: others may read that, or another view of it."""
+    nodes = list(itertools.takewhile(lambda n: not is_cast(n), chain(node)[:-1]))
+    return as_rows(source(nodes[-1]) if nodes else node, value(node), "What experts read")
 
 
 def experts_match(output: Node, op: DialectOp, arguments: dict[str, Any]) -> Match[Facts]:

@@ -216,6 +216,20 @@ def test_a_shared_expert(N, gated):
     assert (given(graph, "experts")["shared_expert_gate"] is not None) == gated
 
 
+@pytest.mark.parametrize("N", [1, 4])
+def test_a_shared_expert_of_tokens_and_experts_of_their_rows(N):
+    """As DeepSeek has it: the shared expert reads [B, T, H] from before the view."""
+
+    def f(h, router, gate_up, down, *more):
+        weights, indices = qwen(h.view(-1, H), router)
+        return chosen(h.view(-1, H), indices, weights, gate_up, down).view(h.shape) + shared(h, router, gate_up, down, *more)
+
+    x, *rest = tensors(N)
+    graph = Captured(f, x[:, None], *rest, dynamic=False)
+    graph.normalize().apply(route.RULE, shared_expert.RULE, route_experts.RULE).close()
+    assert [r.status for r in graph.outcome.records] == [Status.FIRED] * (3 if N == 1 else 2), graph.outcome.records
+
+
 def test_the_shared_expert_of_many_rows_is_left_to_others():
     graph = Captured(block, *tensors(33)).normalize().apply(shared_expert.RULE)
     assert graph.outcome.records == []

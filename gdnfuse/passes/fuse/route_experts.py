@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gdnfuse.dialect import experts, op_of, route, routed_experts
 from gdnfuse.errors import Refused
-from gdnfuse.passes.experts import Facts, bind, experts_call, experts_match, op_of_experts, read_by
+from gdnfuse.passes.experts import Facts, bind, experts_call, experts_match, op_of_experts, read_by, rows_of
 from gdnfuse.passes.rows import one_row
 from gdnfuse.rewrite.graph import op_name, peel, value
 from gdnfuse.rewrite.rule import Rule
@@ -34,7 +34,8 @@ class FuseRouteExperts(Rule[Facts]):
             raise Refused(f"A router must have a row per expert, found {found}.", at=router)
         options = {name: routing[name] for name in ("top_k", "normalize", "wide_logits", "wide_weights")}
         arguments = {name: bound[name] for name in routed_experts.op.arg_names if name in bound}
-        return experts_match(anchor, routed_experts.op, {**arguments, "router": routing["weight"], **options})
+        more = {"x": rows_of(bound["x"]), "router": routing["weight"]}
+        return experts_match(anchor, routed_experts.op, arguments | more | options)
 
     def rewrite(self, m, t):
         return experts_call(m, t)

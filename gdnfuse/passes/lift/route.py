@@ -42,7 +42,7 @@ class LiftRoute(Rule[Facts]):
                 yield node
 
     def match(self, anchor):
-        scores, top_k = _arguments(anchor)
+        scores = _given(anchor)["input"]
         before = peel(scores)
         after = _softmax_behind(anchor)
         if op_name(before) == "softmax":
@@ -55,6 +55,7 @@ class LiftRoute(Rule[Facts]):
             raise Mismatch(before, "softmax", op_name(before))
         if op_name(linear) != "linear":
             raise Mismatch(linear, "a linear", op_name(linear))
+        top_k = _arguments(anchor)
         x, weight, *bias = (*linear.args, *linear.kwargs.values())
         if any(b is not None for b in bias):
             raise Refused("A router must have no bias, found one.", at=linear)
@@ -103,14 +104,14 @@ def _given(topk: Node) -> dict:
     return dict(zip(("input", "k", "dim", "largest", "sorted"), topk.args, strict=False)) | topk.kwargs
 
 
-def _arguments(topk: Node) -> tuple[Node, int]:
-    """What the top-k is of, and k; raises Mismatch unless it takes the largest along the last axis, in order."""
+def _arguments(topk: Node) -> int:
+    """k; raises Mismatch unless the top-k is of the largest along the last axis, in order."""
     given = {"dim": -1, "largest": True, "sorted": True} | _given(topk)
-    scores, k = given["input"], given["k"]
-    if not isinstance(k, int) or given["dim"] not in (-1, value(scores).ndim - 1) or not given["largest"] or not given["sorted"]:
+    k, last = given["k"], (-1, value(given["input"]).ndim - 1)
+    if not isinstance(k, int) or given["dim"] not in last or not given["largest"] or not given["sorted"]:
         found = ", ".join(f"{name}={given[name]}" for name in ("k", "dim", "largest", "sorted"))
         raise Mismatch(topk, "the k largest along the last axis, in order", found)
-    return scores, k
+    return k
 
 
 def _result(topk: Node, i: int) -> Node:

@@ -6,7 +6,7 @@ For many its linears are cuBLAS's, packed, and the sum the compiler's.
 from __future__ import annotations
 
 from gdnfuse.errors import Refused
-from gdnfuse.passes.experts import Facts, as_rows, bind, experts_call, experts_match, op_of_experts, read_by, sum_of
+from gdnfuse.passes.experts import Facts, as_rows, bind, experts_call, experts_match, op_of_experts, read_by, rows_of, sum_of
 from gdnfuse.passes.rows import few_rows
 from gdnfuse.rewrite.graph import op_name, peel, same_shape, value
 from gdnfuse.rewrite.pattern import Alt, Op, Var
@@ -43,7 +43,7 @@ class LiftSharedExpert(Rule[Facts]):
             if linear is not None and any(b is not None for b in (*linear.args[2:], *linear.kwargs.values())):
                 raise Refused("A shared expert must have no bias, found one.", at=linear)
         weights = {f"shared_{name}": env.get(name) for name in ("gate", "up", "down", "expert_gate")}
-        return experts_match(root, op_of_experts(anchor), bound | weights)
+        return experts_match(root, op_of_experts(anchor), bound | weights | {"x": rows_of(bound["x"])})
 
     def check(self, m):
         H, S = value(m.inputs["gate_up"]).shape[2], value(m.inputs["shared_down"]).shape[1]
