@@ -274,8 +274,6 @@ def experts_up_rows_kernel(
         gdc_launch_dependents()
     pid = tl.program_id(0)
     BO: tl.constexpr = BM // 2
-    i = tl.arange(0, BM)  # [BM]
-    o = tl.arange(0, BO)  # [BO]
     k = tl.arange(0, BK)  # [BK]
     b = tl.arange(0, BB)  # [BB]
     shared = pid < shared_tiles
@@ -294,30 +292,30 @@ def experts_up_rows_kernel(
         stride_gate, stride_up = tl.where(shared, stride_sg, stride_w), tl.where(shared, stride_su, stride_w)
         out_ptr = tl.where(shared, shared_h_ptr, h_ptr)
         count = tl.where(shared, N, count)
-    # The second half of a tile is the rows of up that belong to the rows of gate in the first.
-    row = tile * BO + i % BO  # [BM]
-    row = tl.where((row >= 0) & (row < width), row, 0).to(tl.int64)
     if shared_expert_gate_ptr is not None:
         gate_ptr, up_ptr = tl.where(opens, shared_expert_gate_ptr, gate_ptr), tl.where(opens, shared_expert_gate_ptr, up_ptr)
-    w_ptrs = tl.where(i < BO, gate_ptr + row * stride_gate, up_ptr + row * stride_up)[:, None] + k[None, :]  # [BM, BK]
-    out_row = tile * BO + o  # [BO]
+    row = tile * BO + tl.arange(0, BO)  # [BO]
+    inside = (row >= 0) & (row < width)  # [BO]
+    w_row = tl.where(inside, row, 0).to(tl.int64)  # [BO]
+    gate_ptrs = gate_ptr + w_row[:, None] * stride_gate + k[None, :]  # [BO, BK]
+    up_ptrs = up_ptr + w_row[:, None] * stride_up + k[None, :]  # [BO, BK]
     for first in range(0, count, BB):
         at = _next(indices_ptr, expert, first, NK, P, BB)  # [BB]
         at = tl.where(shared, first + b, at)
         n = tl.where(shared, at, at // K)  # [BB]
         live = first + b < count  # [BB]
         x_ptrs = x_ptr + tl.where(live, n, 0).to(tl.int64)[None, :] * stride_x + k[:, None]  # [BK, BB]
-        acc = tl.zeros((BM, BB), tl.float32)
+        gate = tl.zeros((BO, BB), tl.float32)
+        up = tl.zeros((BO, BB), tl.float32)
         for start in tl.range(0, columns, BK, num_stages=STAGES):
-            w = tl.load(w_ptrs + start)
-            x = tl.load(x_ptrs + start, mask=live[None, :], other=0.0)
-            acc = tl.dot(w.to(OPERAND), x.to(OPERAND), acc, input_precision="ieee")
+            x = tl.load(x_ptrs + start, mask=live[None, :], other=0.0).to(OPERAND)
+            gate = tl.dot(tl.load(gate_ptrs + start).to(OPERAND), x, gate, input_precision="ieee")
+            up = tl.dot(tl.load(up_ptrs + start).to(OPERAND), x, up, input_precision="ieee")
         if shared_expert_gate_ptr is not None:
-            tl.store(open_ptr + at, tl.sum(tl.where(i[:, None] == 0, acc, 0.0), 0), mask=opens & live)
-        gate, up = tl.split(tl.permute(tl.reshape(acc, (2, BO, BB)), (1, 2, 0)))
+            tl.store(open_ptr + at, tl.sum(tl.where(row[:, None] == -BO, gate, 0.0), 0), mask=opens & live)
         y = gate * tl.sigmoid(gate) * up  # [BO, BB]
-        out_ptrs = out_ptr + at.to(tl.int64)[None, :] * width + out_row[:, None]
-        tl.store(out_ptrs, y.to(h_ptr.dtype.element_ty), mask=((out_row >= 0) & (out_row < width))[:, None] & live[None, :])
+        out_ptrs = out_ptr + at.to(tl.int64)[None, :] * width + row[:, None]
+        tl.store(out_ptrs, y.to(h_ptr.dtype.element_ty), mask=inside[:, None] & live[None, :])
 
 
 @triton.jit
