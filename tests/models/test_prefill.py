@@ -137,7 +137,7 @@ def test_a_filled_cache_is_continued(kind):
     assert not any(continued(layer) for layer in first.layers)
     assert others and all(continued(layer) for r in others for layer in r.layers)
     if kind == "dynamic":
-        told = [[r.status for r in report.all_records if r.rule == "causal_attention" and r.stage == "fuse"] for report in others]
+        told = [[r.status for r in report.all_records if r.rule == "causal_attention" and r.stage == "lift"] for report in others]
         assert told == [["fired"] * (len(model.config.layer_types) - zoo.GDN_LAYERS)] * len(others)
 
 
