@@ -58,7 +58,7 @@ from gdnfuse.kernels.linear_configs import STEP, FewRowsConfig, RingConfig, few_
 from gdnfuse.progress import hidden
 
 ROLES = ("conv", "norm", "gate", "swiglu", "plain")
-MODELS = ("0.8b", "4b", "9b")
+MODELS = ("0.8b", "4b", "9b", "35b-a3b")
 HEAD = 128  # columns of a head of a gated norm
 WINDOW = 4  # columns of a conv state, and taps of the conv
 EPS = 1e-6
@@ -96,6 +96,7 @@ class Linear:
 
 LINEARS = [
     Linear("conv", "0.8B GDN in_proj", 8224, 1024, 6144, ("0.8b",)),
+    Linear("conv", "35B-A3B GDN in_proj", 12352, 2048, 8192, ("35b-a3b",)),
     Linear("conv", "4B GDN in_proj", 12352, 2560, 8192, ("4b",)),
     Linear("conv", "9B GDN in_proj", 12352, 4096, 8192, ("9b",)),
     Linear("norm", "4B attention qkv", 10240, 2560, 0, ("4b",)),
@@ -103,6 +104,7 @@ LINEARS = [
     Linear("norm", "4B head", 248320, 2560, 0, ("4b",)),
     Linear("norm", "9B head", 248320, 4096, 0, ("9b",)),
     Linear("gate", "0.8B out_proj", 1024, 2048, 0, ("0.8b",)),
+    Linear("gate", "35B-A3B out_proj", 2048, 4096, 0, ("35b-a3b",)),
     Linear("gate", "4B out_proj", 2560, 4096, 0, ("4b",)),
     Linear("gate", "9B out_proj", 4096, 4096, 0, ("9b",)),
     Linear("swiglu", "0.8B gate and up", 7168, 1024, 0, ("0.8b",)),
