@@ -14,12 +14,11 @@ from gdnfuse import capture, compat, kernels, versions
 from gdnfuse.errors import GdnfuseError, Refused, one_line
 from gdnfuse.kernels.launch.inductor import announce
 from gdnfuse.options import DISABLE, Options, disabled, parse
-from gdnfuse.packing import PackedWeight, PackedWeights
+from gdnfuse.packing import PackedWeights
 from gdnfuse.passes import verify
-from gdnfuse.passes.growing_keys import growing_keys, lay_out, mark
-from gdnfuse.pipeline import original, rewrite
+from gdnfuse.passes.growing_keys import mark
+from gdnfuse.pipeline import Compilation, original, rewrite
 from gdnfuse.report.records import Comparison, GraphReport, Status, new_report, publish
-from gdnfuse.rewrite.edit import quiet_shapes
 from gdnfuse.rewrite.graph import is_tensor, value
 
 log = logging.getLogger(__name__)
@@ -55,9 +54,9 @@ def gdnfuse(
         kernels.read_triton()
     report = new_report()
     report.inner = opts.inner
-    rewritten, packed = rewritten_copy(gm, example_inputs, opts, report)
+    done = rewritten_copy(gm, example_inputs, opts, report)
     if opts.verify and report.rewritten and report.all_records:
-        _verify(gm, rewritten, example_inputs, opts, report)
+        _verify(gm, done.gm, example_inputs, opts, report)
     publish(report)
     log.info(report.summary())
     _to_trace(report)
@@ -65,35 +64,34 @@ def gdnfuse(
         _demand_fused(report, opts)
     if not report.rewritten or not report.all_records and not report.layers:
         return _inner(gm, example_inputs, opts, patches)
-    return _finish(rewritten, example_inputs, packed, opts, patches, _growing(gm, rewritten) if report.phase == "prefill" else [])
+    return _finish(done, example_inputs, patches)
 
 
 def rewritten_copy(
     gm: GraphModule, example_inputs: Sequence[Any], opts: Options, report: GraphReport, plan: bool = False
-) -> tuple[GraphModule, list[PackedWeight]]:
-    """A copy of `gm` after all passes and its packed weights, or `gm` itself where it has to stay as it came.
+) -> Compilation:
+    """A copy of `gm` after all stages, or `gm` itself where it has to stay as it came.
 
     Args:
         gm: left as it is.
         example_inputs: its inputs.
         opts: of the backend.
         report: filled in; `rewritten` and `note` say whether it was rewritten, and if not why.
-        plan: see `pipeline.rewrite`.
+        plan: as of Compilation.
     """
     report.note = _why_untouched(gm, example_inputs)
     report.rewritten = not report.note
+    as_it_came = Compilation(gm, opts, report, plan)
     if not report.rewritten:
-        return gm, []
-    copy = original(gm)
-    placeholders = [n for n in copy.graph.nodes if n.op == "placeholder"]
+        return as_it_came
     try:
-        return copy, rewrite(copy, dict(zip(placeholders, example_inputs, strict=True)), opts, report, plan)
+        return rewrite(original(gm), example_inputs, opts, report, plan)
     except Exception as e:
         # A bug of ours must not cost the user the model: it runs as it came, and says so.
         log.exception("gdnfuse failed on this graph, which is compiled by %s as it came", opts.inner)
         report.rewritten, report.layers, report.records = False, [], []
         report.note = f"A pass failed: {one_line(e)}."
-        return gm, []
+        return as_it_came
 
 
 def _to_trace(report: GraphReport) -> None:
@@ -142,9 +140,7 @@ def _blame(gm: GraphModule, example_inputs: Sequence[Any], opts: Options) -> str
 
     def attempt(fuel: int | None) -> tuple[bool, GraphReport]:
         trial, copy = GraphReport(-1), original(gm)
-        placeholders = [n for n in copy.graph.nodes if n.op == "placeholder"]
-        limited = dataclasses.replace(opts, fuel=fuel)
-        rewrite(copy, dict(zip(placeholders, example_inputs, strict=True)), limited, trial)
+        rewrite(copy, example_inputs, dataclasses.replace(opts, fuel=fuel), trial)
         return all(c.passed for c in _compared(gm, copy, example_inputs)), trial
 
     try:
@@ -200,29 +196,9 @@ def _demand_fused(report: GraphReport, opts: Options) -> None:
                 raise GdnfuseError(f"strict: the GDN layer {layer.path} is not fused. {layer.why_not}")
 
 
-def _growing(gm: GraphModule, rewritten: GraphModule) -> list[int]:
-    """Which results of a prompt grow, laid out as a step leaves them; none where the user has each length compiled for itself."""
-    if not compat.dynamo_setting("automatic_dynamic_shapes", True):
-        return []
-    try:
-        growing = growing_keys(gm.graph)
-        with quiet_shapes(rewritten):
-            lay_out(rewritten.graph, growing)
-    except Exception:
-        log.exception("gdnfuse could not tell which results of a prompt grow; its first step may be compiled twice")
-        return []
-    return growing
-
-
-def _finish(
-    gm: GraphModule,
-    example_inputs: Sequence[Any],
-    packed: list[PackedWeight],
-    opts: Options,
-    patches: dict[str, Any],
-    growing: Sequence[int],
-) -> Callable[..., Any]:
+def _finish(done: Compilation, example_inputs: Sequence[Any], patches: dict[str, Any]) -> Callable[..., Any]:
     """Drop inputs that only packing read, compile the rest, hand it the packed weights at every call and mark what grows."""
+    gm, growing = done.gm, done.growing
     placeholders = gm.graph.find_nodes(op="placeholder")
     keep = [i for i, n in enumerate(placeholders[: len(example_inputs)]) if n.users]
     # What the compiled graph keeps must not keep the weights alive.
@@ -235,7 +211,7 @@ def _finish(
             gm.graph.erase_node(n)
     gm.graph.lint()
     gm.recompile()
-    inner, weights = _inner(gm, inputs, opts, patches), PackedWeights(packed)
+    inner, weights = _inner(gm, inputs, done.options, patches), PackedWeights(done.packed)
 
     def compiled(*args: Any) -> Any:
         kernels.wait()

@@ -9,7 +9,7 @@ from typing import Any
 
 from gdnfuse.errors import GdnfuseError
 
-STAGES = ("normalize", "lift", "fuse", "lower")
+STAGES = ("normalize", "lift", "fuse", "lay_out", "lower")
 DISABLE = "GDNFUSE_DISABLE"
 INNER = ("inductor", "aot_eager", "eager")
 
@@ -23,7 +23,7 @@ class Options:
         inductor: options handed to Inductor as they are, e.g. {"max_autotune": True}.
         strict: raise when a GDN layer of a decode graph, or with `capture` of a prefill graph, stays unfused.
         capture: while Dynamo traces for this backend, let transformers' rule and conv functions become dialect ops.
-        stop_after: stop after "normalize", "lift", "fuse" or "lower"; the graph of that stage runs and is in the report.
+        stop_after: a stage, one of STAGES, to stop after; its graph runs and is in the report.
         verify: run the rewritten graph and the graph as it came on copies of the first call's inputs, and compile the latter if
             ours is less accurate.
         fuel: rewrites that may be made, None for all of them; which one a difference comes from is found with it.

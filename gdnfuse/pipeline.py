@@ -1,9 +1,12 @@
-"""The compiler on one screen: normalize → lift → fuse → lower, each with a spec checked on the way out."""
+"""The compiler on one screen: normalize → lift → fuse → lay_out → lower, each with a spec checked on the way out."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,82 +16,128 @@ from gdnfuse import compat
 from gdnfuse.dialect import op_of
 from gdnfuse.options import Options
 from gdnfuse.packing import PackedWeight
-from gdnfuse.passes import fuse, last_rows, lift, lower, normalize, survey
+from gdnfuse.passes import fuse, growing_keys, last_rows, lift, lower, normalize, survey
 from gdnfuse.passes.lift import gating
 from gdnfuse.progress import announce
 from gdnfuse.report.records import GraphReport, LayerReport, Record, Status
 from gdnfuse.rewrite.driver import Outcome, run_rules
 from gdnfuse.rewrite.edit import recorded
 from gdnfuse.rewrite.graph import calls, is_tensor, module_stack, op_name, same, value
+from gdnfuse.rewrite.spec import Spec
 
 log = logging.getLogger(__name__)
 
 
-def rewrite(
-    gm: GraphModule, real: dict[Node, Any], options: Options, report: GraphReport, plan: bool = False
-) -> list[PackedWeight]:
-    """Run the passes over `gm` in place and fill `report`.
+@dataclass
+class Compilation:
+    """One graph on its way through the stages, and what they hand on.
 
-    Args:
-        gm: a torch-level graph of Dynamo's.
-        real: the example input of every placeholder.
-        options: stop_after and target are read here.
+    Attributes:
+        gm: a torch-level graph of Dynamo's, rewritten in place.
+        options: stop_after, fuel and target are read here.
         report: filled in.
         plan: leave the model's weights where they are and compile no kernel: for the report alone, as `gm` cannot run then.
+        real: the example input of every placeholder.
+        outcome: what the rules did.
+        growing: places, among the results of a prompt, of keys and values that the next step finds longer.
+        packed: the packed weights, inputs that stand behind all others in `gm`.
+    """
 
-    Returns:
-        The packed weights, inputs that stand behind all others in `gm`.
+    gm: GraphModule
+    options: Options
+    report: GraphReport
+    plan: bool = False
+    real: dict[Node, Any] = field(default_factory=dict)
+    outcome: Outcome = field(init=False)
+    growing: list[int] = field(default_factory=list)
+    packed: list[PackedWeight] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.outcome = Outcome(self.options.fuel)
+
+
+def rewrite(
+    gm: GraphModule, example_inputs: Sequence[Any], options: Options, report: GraphReport, plan: bool = False
+) -> Compilation:
+    """Run the stages over `gm` in place and fill `report`. Arguments are as of Compilation.
+
+    Raises:
+        AssertionError: a stage broke its spec.
     """
     start = time.perf_counter()
     announce("normalize")
+    real = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
     for node, tensor in real.items():
         node.meta["gdnfuse_real"] = tensor
-    outcome, packed = Outcome(options.fuel), []
+    c = Compilation(gm, options, report, plan, real)
     report.nodes_before = len(calls(gm))
     before = _survey(gm, mark=True)
-    for stage in _stages(gm, real, options, report, outcome, packed, plan):
+    for stage, checks in _stages(c):
+        for check in checks:
+            check(gm)
         log.debug("after %s:\n%s", stage, gm.graph)
         if stage == options.stop_after:
             report.stage_code = str(gm.graph)
             break
-    _finish(gm, report, outcome)
+    _finish(gm, report, c.outcome)
     if before is not None and (after := _survey(gm)) is not None:
         survey.fill(report, before, after)
     report.pass_seconds = time.perf_counter() - start
-    return packed
+    return c
 
 
-def _survey(gm: GraphModule, mark: bool = False) -> survey.Survey | None:
-    """What the graph needs; None where it cannot be told, because a report must cost no fusion."""
-    try:
-        if mark:
-            survey.mark_blocks(gm)
-        return survey.take(gm)
-    except Exception:
-        log.exception("gdnfuse could not tell what a graph needs; its report lacks kernels, bytes and blocks")
-        return None
-
-
-def _stages(gm, real, options, report, outcome, packed, plan):
+def _stages(c: Compilation) -> Iterator[tuple[str, list[Callable[[GraphModule], None]]]]:
+    """The name of each stage when it is done, and what checks its spec."""
+    gm, outcome, spec = c.gm, c.outcome, Spec(c.gm)
     normalize.normalize(gm)
-    normalize.check(gm)
-    _find_layers(gm, report)
-    outcome.records += _captured(gm)
-    yield "normalize"
-    if not report.layers and not outcome.records:
+    _look(c)
+    yield "normalize", [spec.check, normalize.check]
+    if not c.report.layers and not outcome.records:
         return
     run_rules(gm, lift.RULES, outcome)
     normalize.normalize(gm)
-    yield "lift"
+    yield "lift", [spec.check]
     run_rules(gm, fuse.RULES, outcome)
     last_rows.keep_last_rows(gm, outcome)
     normalize.normalize(gm)
-    yield "fuse"
+    yield "fuse", [spec.check]
+    with _costing_no_fusion("could not lay out the results of a prompt that grow; its first step may be compiled twice"):
+        growing_keys.lay_out(gm, c.growing)
+    yield "lay_out", [spec.check]
     announce("lower")
-    packed += lower.pack_weights(gm, real, plan)
-    outcome.records += lower.lower(gm, options.target, linears=report.phase == "decode", ahead=not plan)
-    lower.check(gm)
-    yield "lower"
+    c.packed += lower.pack_weights(gm, c.real, c.plan)
+    outcome.records += lower.lower(gm, c.options.target, linears=c.report.phase == "decode", ahead=not c.plan)
+    yield "lower", [lower.check]
+
+
+@contextlib.contextmanager
+def _costing_no_fusion(consequence: str) -> Iterator[None]:
+    """What the report or a hint needs, and no rewrite: if it fails, the log says so and the graph is rewritten all the same."""
+    try:
+        yield
+    except Exception:
+        log.exception("gdnfuse %s", consequence)
+
+
+def _survey(gm: GraphModule, mark: bool = False) -> survey.Survey | None:
+    """What the graph needs; None where it cannot be told."""
+    with _costing_no_fusion("could not tell what a graph needs; its report lacks kernels, bytes and blocks"):
+        if mark:
+            survey.mark_blocks(gm)
+        return survey.take(gm)
+    return None
+
+
+def _look(c: Compilation) -> None:
+    """What is in the graph: GDN layers and the phase they are in, ops that were captured, and what of a prompt's results grows.
+
+    Nothing has to be known to grow where the user has each length compiled for itself.
+    """
+    _find_layers(c.gm, c.report)
+    c.outcome.records += _captured(c.gm)
+    if c.report.phase == "prefill" and compat.dynamo_setting("automatic_dynamic_shapes", True):
+        with _costing_no_fusion("could not tell which results of a prompt grow; its first step may be compiled twice"):
+            c.growing += growing_keys.growing_keys(c.gm.graph)
 
 
 def _find_layers(gm: GraphModule, report: GraphReport) -> None:

@@ -139,7 +139,7 @@ def test_layers_compiled_one_by_one_inside_a_model_that_is_not():
     assert any(report.phase == "decode" and report.fused_layers for report in gdnfuse.reports())
 
 
-PASSES = ["normalize.normalize", "run_rules", "lower.pack_weights", "lower.lower", "lower.check"]
+PASSES = ["normalize.normalize", "run_rules", "Spec.check", "lower.pack_weights", "lower.lower", "lower.check"]
 
 
 @pytest.mark.parametrize("name", PASSES)

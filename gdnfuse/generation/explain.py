@@ -21,7 +21,7 @@ from gdnfuse.errors import GdnfuseError, one_line
 from gdnfuse.generation.causes import Finding, left, noted
 from gdnfuse.generation.compile import apart, by_phase, parameters_of
 from gdnfuse.options import Options
-from gdnfuse.passes.growing_keys import growing_keys, mark
+from gdnfuse.passes.growing_keys import mark
 from gdnfuse.report.records import GraphReport
 
 SCHEMA = "gdnfuse.explanation/1"
@@ -103,8 +103,7 @@ def explain(call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanati
 
     def backend(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         reports.append(GraphReport(len(reports), inner="eager"))
-        rewritten_copy(gm, inputs, Options(inner="eager"), reports[-1], plan=True)
-        growing = growing_keys(gm.graph) if reports[-1].phase == "prefill" else []
+        growing = rewritten_copy(gm, inputs, Options(inner="eager"), reports[-1], plan=True).growing
 
         def call(*args: Any) -> Any:
             results = gm.forward(*args)

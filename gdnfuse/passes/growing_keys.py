@@ -12,18 +12,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 
 from gdnfuse import compat
 from gdnfuse.passes.sdpa import without_copies
-from gdnfuse.rewrite.edit import infer
+from gdnfuse.rewrite.edit import infer, quiet_shapes
 from gdnfuse.rewrite.graph import chain, kept, op_name, same_shape, storage, value, writes
 
 LENGTH = 2  # axis of keys and values [B, HKV, L, D]
 
 
 def growing_keys(graph: Graph) -> list[int]:
-    """The places, among what a graph as Dynamo made it returns, of keys and values [B, HKV, L, D] of its attention."""
+    """The places, among what a graph returns that nothing is fused in yet, of keys and values [B, HKV, L, D] of its attention."""
     (results,) = graph.find_nodes(op="output")[0].args
     found: set[Node] = set()
     for node in graph.nodes:
@@ -37,17 +37,18 @@ def growing_keys(graph: Graph) -> list[int]:
     return [i for i, n in enumerate(results) if n in found and storage(n) not in written]
 
 
-def lay_out(graph: Graph, places: Sequence[int]) -> None:
+def lay_out(gm: GraphModule, places: Sequence[int]) -> None:
     """Have the results at these places contiguous, as a step leaves them, but those whose memory somebody else has too."""
-    output = graph.find_nodes(op="output")[0]
+    graph = gm.graph
+    output = graph.output_node()
     results = list(output.args[0])
     held = Counter(storage(n) for n in [*graph.find_nodes(op="placeholder"), *(n for n in results if isinstance(n, Node))])
     for i in places:
         if held[storage(results[i])] == 1:
-            with graph.inserting_before(output):
+            with graph.inserting_before(output), quiet_shapes(gm):
                 # Also where they seem to be: Inductor lays out what follows empty keys as it came.
                 copied = graph.call_method("clone", (results[i],), {"memory_format": torch.contiguous_format})
-            copied.meta |= kept(results[i]) | {"example_value": infer(copied)}
+                copied.meta |= kept(results[i]) | {"example_value": infer(copied)}
             results[i] = copied
     output.args = (type(output.args[0])(results),)
 

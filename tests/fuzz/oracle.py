@@ -100,8 +100,7 @@ def check(gm: GraphModule, calls: Sequence[Sequence[Any]]) -> Verdict:
 
 def _rewritten(gm: GraphModule, given: list[Any], target: str | None) -> tuple[GraphModule, list[PackedWeight], GraphReport]:
     ours, report = original(gm), GraphReport(-1)
-    real = dict(zip(ours.graph.find_nodes(op="placeholder"), given, strict=True))
-    packed = rewrite(ours, real, Options(target=target), report)
+    packed = rewrite(ours, given, Options(target=target), report).packed
     for r in report.all_records:
         if r.status is not Status.FIRED or r.reason:
             _sentence(r.reason)

@@ -62,7 +62,7 @@ def test_they_are_contiguous_behind_a_prompt_as_behind_a_step():
     g = Captured(attention, x, weight)
     wanted, before = attention(x, weight), len(g.gm.graph.nodes)
     found = growing_keys(g.gm.graph)
-    lay_out(g.gm.graph, found)
+    lay_out(g.gm, found)
     g.gm.graph.lint()
     g.gm.recompile()
     results = g.gm(x, weight)
@@ -81,7 +81,7 @@ def test_behind_empty_keys_they_are_contiguous_with_inductor_s_decompositions_to
     args, laid_out = (torch.randn(B, T, HKV * D), torch.empty(0)), []
     for places in ([], [0]):
         gm = Captured(attention, *args).gm
-        lay_out(gm.graph, places)
+        lay_out(gm, places)
         gm.recompile()
         with torch.no_grad():
             results = lookup_backend("aot_eager_decomp_partition")(gm, list(args))(*args)

@@ -1,0 +1,84 @@
+"""What no stage may change of a graph, checked on the way out of each. Knows nothing of GDN."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from gdnfuse.rewrite.graph import calls, foreign, held, value, writes
+
+Versions = dict[int, int]  # how often memory was written, by its storage
+
+
+class Spec:
+    """Of a graph as it came: what it returns, how often the memory of its inputs is written, and which of these writes each call
+    sees that uses such memory."""
+
+    def __init__(self, gm: GraphModule):
+        self.valued = {n: "example_value" in n.meta for n in calls(gm)}
+        self.results = [_kind(r) for r in _results(gm)]
+        self.written, self.seen = _versions(gm)
+
+    def check(self, gm: GraphModule) -> None:
+        """The spec on the way out of a stage: what it added is torch's or the dialect's and knows its example value, and nothing
+        has lost its own; results are of the same kinds; inputs are written as often; what is left sees the writes that it saw.
+
+        Raises:
+            AssertionError: names the node that breaks it.
+        """
+        for n in calls(gm):
+            valued = "example_value" in n.meta
+            assert valued or not self.valued.get(n, True), f"{n} has no example value"
+            assert n in self.valued or not foreign(n), f"{n} must be torch's or the dialect's, found {n.target}"
+            self.valued[n] = valued
+        for wanted, result in zip(self.results, _results(gm), strict=True):
+            assert _fits(_kind(result), wanted), f"the result {result} must be {wanted}, found {_kind(result)}"
+        written, seen = _versions(gm)
+        wanted, found = sorted(self.written.values()), sorted(written.values())
+        assert written == self.written, f"inputs must be written {wanted} times, found {found}"
+        for n in seen.keys() & self.seen.keys():
+            wanted, found = list(self.seen[n].values()), list(seen[n].values())
+            assert seen[n] == self.seen[n], f"{n} must see {wanted} writes of what it reads, found {found}"
+
+
+def _versions(gm: GraphModule) -> tuple[Versions, dict[Node, Versions]]:
+    """How often each input is written, and of each call that uses written ones how often they were until then."""
+    inputs = [n for n in gm.graph.nodes if n.op in ("placeholder", "get_attr")]
+    memory = {
+        n: held(n) for n in inputs
+    }  # of what lives in the inputs' memory, found from them downward: weights have few readers
+    mine, used = set().union(*memory.values()), {}
+    for n in inputs:
+        for user in n.users:
+            used.setdefault(user, set()).update(memory[n])
+            if user not in memory and (inside := held(user) & mine):
+                memory[user] = inside
+                inputs.append(user)
+    by = {n: here for n, touched in used.items() if (here := writes(n) & touched)}
+    ever = set().union(*by.values())
+    written: Counter[int] = Counter()
+    seen: dict[Node, Versions] = {}
+    for n in sorted(n for n, touched in used.items() if touched & ever):
+        seen[n] = {s: written[s] for s in used[n] & ever}
+        written.update(by.get(n, ()))
+    return dict(written), seen
+
+
+def _results(gm: GraphModule) -> list[Any]:
+    (results,) = gm.graph.output_node().args
+    return list(results) if isinstance(results, list | tuple) else [results]
+
+
+def _kind(result: Any) -> tuple[Any, ...]:
+    """Of a tensor its dtype, device and sizes."""
+    v = value(result)
+    return (v.dtype, v.device, *v.shape) if isinstance(v, torch.Tensor) else (type(v),)
+
+
+def _fits(found: tuple[Any, ...], wanted: tuple[Any, ...]) -> bool:
+    """Symbols are not compared: one size may have several."""
+    pairs = zip(found, wanted, strict=False)
+    return len(found) == len(wanted) and all(f == w for f, w in pairs if torch.SymInt not in (type(f), type(w)))
