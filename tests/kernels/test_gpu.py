@@ -323,7 +323,7 @@ AHEAD = [c for c in kernel_cases.CASES if str(c) in ATTENTION]
 AHEAD += [c for c in REAL if c.label == "real-B2" and c.op in ("causal_conv_update", "mixer_decode")]
 
 
-@pytest.mark.parametrize("case", LINEARS[-5:] + FEW_ROWS[12:16] + AHEAD, ids=str)
+@pytest.mark.parametrize("case", LINEARS[-5:] + FEW_ROWS[12:16] + EXPERTS[:3] + AHEAD, ids=str)
 def test_what_is_compiled_ahead_is_what_is_launched(case):
     implementation, (args, _) = implementations()[case.op], case.call()
     args = pytree.tree_map_only(torch.Tensor, torch.Tensor.cuda, list(args))
