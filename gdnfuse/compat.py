@@ -14,7 +14,6 @@ import importlib
 import importlib.util
 import logging
 import os
-import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -22,6 +21,8 @@ from functools import cached_property
 from operator import attrgetter
 from types import SimpleNamespace
 from typing import Any
+
+from gdnfuse.errors import one_line
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ class Entry:
     @property
     def cost(self) -> str:
         """A sentence on what is lost without it."""
-        return " ".join(re.split(r"Without it: *", self.__doc__ or "")[-1].split())
+        return " ".join((self.__doc__ or "").split()).split("Without it: ")[-1]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -68,15 +69,13 @@ class Entry:
             return
         self._said = True
         level = self.level if all(map(_installed, self.paths)) else logging.DEBUG
-        names = ", ".join(path.replace(":", ".") for path in self.paths) or self.name
-        log.log(level, "%s: %s (%s: %s)", names, self.cost, type(error).__name__, error)
+        path = next((path for path in self.paths if _raises(find, path)), next(iter(self.paths), self.name))
+        sentence = "%s must be as in the versions that gdnfuse is tested with, found %s; without it %s"
+        log.log(level, sentence, path.replace(":", "."), one_line(error), self.cost)
 
     def missing(self) -> bool:
         """Whether this version of the library lacks it; not where the library, or its build for GPUs, is not here at all."""
-        try:
-            return self.apis is None
-        except GONE:
-            return all(map(_installed, self.paths))
+        return any(_raises(find, path) for path in self.paths) and all(map(_installed, self.paths))
 
 
 def private(
@@ -109,6 +108,14 @@ def forget() -> None:
         entry._said = False
 
 
+def _raises(call: Callable[..., Any], *args: Any) -> bool:
+    try:
+        call(*args)
+    except GONE:
+        return True
+    return False
+
+
 def _installed(path: str) -> bool:
     import torch
 
@@ -126,10 +133,8 @@ def nothing(*args: Any, **kwargs: Any) -> None:
 
 @private("torch._subclasses.fake_tensor:FakeTensor", instead=lambda tensor: hasattr(tensor, "fake_mode"), level=logging.DEBUG)
 def is_fake(fake_tensor: Any, tensor: Any) -> bool:
-    """Whether a tensor has a shape, a dtype and a device, and no elements.
-
-    Without it: it is told by its attribute fake_mode.
-    """
+    """Whether a tensor has a shape, a dtype and a device, and no elements. Without it: fake tensors are told by their attribute
+    fake_mode."""
     return isinstance(tensor, fake_tensor)
 
 
@@ -142,28 +147,20 @@ def _empty_in(mode: Any, tensor: Any) -> Any:
 
 @private(instead=_empty_in, level=logging.DEBUG)
 def fake(mode: Any, tensor: Any) -> Any:
-    """A fake tensor like a real one, with its sizes.
-
-    Without it: it is allocated in the mode.
-    """
+    """A fake tensor like a real one, with its sizes. Without it: fake tensors are allocated in their mode."""
     return mode.from_tensor(tensor, static_shapes=True)
 
 
 @private("torch:UntypedStorage._cdata", instead=lambda tensor: id(tensor.untyped_storage()), level=logging.DEBUG)
 def memory_of(address: Any, tensor: Any) -> int:
-    """Which memory a tensor lives in, fake or real: a number that views of it share.
-
-    Without it: the Python object tells it, of which torch keeps one for each storage.
-    """
+    """Which memory a tensor lives in, fake or real: a number that views of it share. Without it: memory is told by a storage's
+    Python object, of which torch keeps one."""
     return tensor.untyped_storage()._cdata
 
 
 @private("torch._C:_storage_Use_Count", "torch:UntypedStorage._cdata", instead=nothing)
 def holders(count: Any, address: Any, tensor: Any) -> int | None:
-    """How many tensors have this one's storage.
-
-    Without it: weights are not packed.
-    """
+    """How many tensors have this one's storage. Without it: weights are not packed."""
     import torch
 
     new = torch.empty(1)  # what asking adds to the count, it adds here too
@@ -185,10 +182,8 @@ def _leaves(x: Any) -> list[Any]:
 
 @private("torch.utils._pytree:tree_leaves", instead=_leaves, level=logging.DEBUG)
 def tree_leaves(leaves: Any, x: Any) -> list[Any]:
-    """What stands in nested lists, tuples and dicts, in order.
-
-    Without it: other classes that hold several things are not looked into.
-    """
+    """What stands in nested lists, tuples and dicts, in order. Without it: other classes that hold several things are not looked
+    into."""
     return leaves(x)
 
 
@@ -198,10 +193,8 @@ def tree_leaves(leaves: Any, x: Any) -> list[Any]:
     level=logging.DEBUG,
 )
 def tree_map_only(tree_map_only: Any, kind: Any, change: Callable[[Any], Any], x: Any) -> Any:
-    """Nested lists, tuples and dicts with each thing of a kind replaced.
-
-    Without it: other classes that hold several things are not looked into.
-    """
+    """Nested lists, tuples and dicts with each thing of a kind replaced. Without it: other classes that hold several things are
+    not looked into."""
     return tree_map_only(kind, change, x)
 
 
@@ -210,19 +203,15 @@ def tree_map_only(tree_map_only: Any, kind: Any, change: Callable[[Any], Any], x
 
 @private("torch.fx.experimental.symbolic_shapes:statically_known_true", instead=lambda x: isinstance(x, bool) and x)
 def known_true(known: Any, x: Any) -> bool:
-    """Whether a bool, or a SymBool without a guard, is true.
-
-    Without it: nothing is known of symbolic sizes, and less is fused where there are any.
-    """
+    """Whether a bool, or a SymBool without a guard, is true. Without it: nothing is known of symbolic sizes, and less is fused
+    where there are any."""
     return bool(known(x))
 
 
 @private(instead=lambda mode: nullcontext(), level=logging.DEBUG)
 def without_guards(mode: Any) -> Any:
-    """A context in which to look at the sizes of a mode's fake tensors adds no guard to what the user compiled.
-
-    Without it: more may be compiled again.
-    """
+    """A context in which to look at the sizes of a mode's fake tensors adds no guard to what the user compiled. Without it: more
+    may be compiled again."""
     return mode.shape_env.suppress_guards() if mode.shape_env is not None else nullcontext()
 
 
@@ -237,19 +226,14 @@ def _contiguous(tensor: Any) -> bool:
 
 @private("torch._prims_common:is_contiguous_or_false", instead=_contiguous, level=logging.DEBUG)
 def is_contiguous(or_false: Any, tensor: Any) -> bool:
-    """Whether a tensor of symbolic sizes is known to be contiguous.
-
-    Without it: sizes and strides are compared one by one.
-    """
+    """Whether a tensor of symbolic sizes is known to be contiguous. Without it: sizes and strides are compared one by one."""
     return or_false(tensor)
 
 
 @private(instead=nothing)
 def written_by(overload: Any) -> list[tuple[int | None, str]] | None:
     """What a registered op writes: of each such argument its place, None for one that is given by keyword only, and its name.
-
-    Without it: an op is taken to write all that it is given, and less is fused.
-    """
+    Without it: an op is taken to write all that it is given, and less is fused."""
     marked = [(i, a) for i, a in enumerate(overload._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
     return [(None if a.kwarg_only else i, a.name) for i, a in marked]
 
@@ -262,10 +246,8 @@ def _is_operator(target: Any) -> bool:
 
 @private("torch._ops:HigherOrderOperator", instead=_is_operator, level=logging.DEBUG)
 def is_higher_order(higher_order: Any, target: Any) -> bool:
-    """Whether a call is of an op that takes functions. Not asked of OpOverloads.
-
-    Without it: it is told by the class that it shares with them.
-    """
+    """Whether a call is of an op that takes functions. Not asked of OpOverloads. Without it: ops that take functions are told by
+    the class that they share with all ops."""
     return isinstance(target, higher_order)
 
 
@@ -275,10 +257,7 @@ def is_higher_order(higher_order: Any, target: Any) -> bool:
     level=logging.DEBUG,
 )
 def is_erased(erased: Any, node: Any) -> bool:
-    """Whether a node has been taken out of its graph.
-
-    Without it: the graph is searched for it.
-    """
+    """Whether a node has been taken out of its graph. Without it: graphs are searched for nodes that may be gone."""
     return node._erased
 
 
@@ -288,10 +267,8 @@ def is_erased(erased: Any, node: Any) -> bool:
     level=logging.DEBUG,
 )
 def fake_result(registry: Any, overload: Any, args: Any, kwargs: Any) -> Any:
-    """What a registered op of ours gives of fake tensors.
-
-    Without it: the dispatcher comes to the same, in four times the time.
-    """
+    """What a registered op of ours gives of fake tensors. Without it: the dispatcher tells what our ops give of fake tensors, in
+    four times the time."""
     return registry.find(overload.name()).fake_impl.kernel.func(*args, **kwargs)
 
 
@@ -303,19 +280,15 @@ def _graph_module(root: Any, graph: Any) -> Any:
 
 @private("torch.fx._lazy_graph_module:_LazyGraphModule", instead=_graph_module, level=logging.DEBUG)
 def graph_module(lazy: Any, root: Any, graph: Any) -> Any:
-    """A GraphModule whose code is made when it is asked for.
-
-    Without it: code is made of every stage, though of most nobody asks for it.
-    """
+    """A GraphModule whose code is made when it is asked for. Without it: code is made of every stage, though of most nobody asks
+    for it."""
     return lazy(root, graph)
 
 
 @private("torch._guards:TracingContext", instead=nothing)
 def keep_sources(tracing: Any, placed: dict[Any, Any], gm: Any, copy: Any) -> None:
-    """Keep in a copy of Dynamo's graph where its inputs come from: AOTAutograd asks, and takes none for static otherwise.
-
-    Without it: there are no CUDA graphs.
-    """
+    """Keep in a copy of Dynamo's graph where its inputs come from: AOTAutograd asks, and takes none for static otherwise. Without
+    it: there are no CUDA graphs."""
     if not hasattr(gm, "_param_name_to_source"):
         if tracing.try_get() is not None:
             raise AttributeError("no _param_name_to_source in Dynamo's graph")
@@ -328,24 +301,27 @@ def keep_sources(tracing: Any, placed: dict[Any, Any], gm: Any, copy: Any) -> No
 
 @private("torch._dynamo.source:ConstantSource", instead=lambda gm, node: vars(gm).pop("_param_name_to_source", None))
 def like_a_parameter(constant: Any, gm: Any, node: Any) -> None:
-    """Have AOTAutograd treat a new input as Dynamo's Parameters: it has a source, and its address is fixed.
-
-    Without it: there are no CUDA graphs.
-    """
+    """Have AOTAutograd treat a new input as Dynamo's Parameters: it has a source, and its address is fixed. Without it: there are
+    no CUDA graphs."""
     node._dynamo_source = constant(node.name)
     node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
 
 
 @private(instead=lambda node: str(node.target), level=logging.DEBUG)
 def source_name(node: Any) -> str:
-    """What Dynamo calls the input that a placeholder stands for ("L['self']...").
-
-    Without it: reports name inputs as the graph does.
-    """
+    """What Dynamo calls the input that a placeholder stands for ("L['self']..."). Without it: reports name inputs as the graph
+    does."""
     if not hasattr(node, "_dynamo_source"):
         return str(node.target)
     name = node._dynamo_source.name
     return name() if callable(name) else name
+
+
+@private("torch:_grouped_mm", instead=nothing, level=logging.DEBUG)
+def grouped_mm(grouped_mm: Any) -> Any:
+    """The function that transformers calls where torch.nn.functional has no grouped_mm, or None. Without it: it is not called
+    either."""
+    return grouped_mm
 
 
 # Dynamo
@@ -353,19 +329,14 @@ def source_name(node: Any) -> str:
 
 @private("torch._dynamo:mark_static_address", instead=nothing)
 def mark_static_address(mark: Any, tensor: Any) -> None:
-    """Tell CUDA graphs that a tensor stays where it is.
-
-    Without it: they copy a cache's states at each step.
-    """
+    """Tell CUDA graphs that a tensor stays where it is. Without it: steps on a cache that a prompt made have no CUDA graphs."""
     mark(tensor)
 
 
 @private("torch._dynamo:maybe_mark_dynamic", instead=nothing)
 def mark_any_length(mark: Any, tensor: Any, axis: int) -> None:
-    """Tell Dynamo that an axis may have other lengths; where it has to be one number, it specialises.
-
-    Without it: what has a length is compiled for the first that it meets, and once more at the second.
-    """
+    """Tell Dynamo that an axis may have other lengths; where it has to be one number, it specialises. Without it: prompts and
+    caches that grow are compiled for the first length, and again at the second."""
     mark(tensor, axis)
 
 
@@ -376,19 +347,14 @@ def is_marked(tensor: Any) -> bool:
 
 @private("torch._dynamo:config", instead=lambda name, default: default)
 def dynamo_setting(config: Any, name: str, default: Any) -> Any:
-    """A setting of Dynamo's.
-
-    Without it: it is taken to be as torch has it by itself.
-    """
+    """A setting of Dynamo's. Without it: Dynamo's settings are taken to be torch's own."""
     return getattr(config, name)
 
 
 @private("torch._dynamo:config", instead=lambda **settings: nullcontext())
 def dynamo_settings(config: Any, **settings: Any) -> Any:
-    """A context with other settings of Dynamo's.
-
-    Without it: they stay as they are, and what is to be compiled at once may be compiled again, or left eager at a limit.
-    """
+    """A context with other settings of Dynamo's. Without it: what is to be compiled once may be compiled again, or left eager at
+    a limit."""
     for name in settings:
         getattr(config, name)
     return config.patch(settings)
@@ -396,10 +362,8 @@ def dynamo_settings(config: Any, **settings: Any) -> Any:
 
 @private("torch._dynamo.callback:callback_handler", instead=lambda callback: False)
 def at_compile_start(handler: Any, callback: Callable[..., None]) -> bool:
-    """Have a function called whenever a compilation starts, after `torch._dynamo.reset()` too. Whether that is so.
-
-    Without it: of modules that are loaded after the backend nothing is captured.
-    """
+    """Have a function called whenever a compilation starts, after `torch._dynamo.reset()` too. Whether that is so. Without it: of
+    modules that are loaded after the backend nothing is captured."""
 
     def clear() -> None:
         type(handler).clear(handler)
@@ -413,10 +377,7 @@ def at_compile_start(handler: Any, callback: Callable[..., None]) -> bool:
 
 @private("torch._dynamo.callback:callback_handler", instead=nothing, level=logging.DEBUG)
 def not_at_compile_start(handler: Any, callback: Callable[..., None]) -> None:
-    """Undo `at_compile_start`.
-
-    Without it: there is nothing to undo.
-    """
+    """Undo `at_compile_start`. Without it: there is nothing to undo."""
     if callback in handler.start_callbacks:
         handler.remove_start_callback(callback)
         del handler.clear
@@ -430,10 +391,8 @@ def not_at_compile_start(handler: Any, callback: Callable[..., None]) -> None:
     instead=lambda function: False,
 )
 def undo_substitution(ids: Any, rules: Any, handlers_of: Any, dispatch: Any, function: Any) -> bool:
-    """Undo `torch.compiler.substitute_in_graph`, which has no inverse of its own. Whether that is done.
-
-    Without it: what was captured stays substituted, by what calls the function itself.
-    """
+    """Undo `torch.compiler.substitute_in_graph`, which has no inverse of its own. Whether that is done. Without it: what was
+    captured stays substituted, by what calls the function itself."""
     handlers = handlers_of()
     for known in (function, handlers.get(function)):
         if known is not None:
@@ -448,19 +407,15 @@ def undo_substitution(ids: Any, rules: Any, handlers_of: Any, dispatch: Any, fun
 
 @private("torch._C._functorch:peek_interpreter_stack", instead=lambda: True)
 def under_functorch(peek: Any) -> bool:
-    """Whether a transform of functorch is on, such as vmap, under which our ops have no rules.
-
-    Without it: nothing is captured.
-    """
+    """Whether a transform of functorch is on, such as vmap, under which our ops have no rules. Without it: functions are not
+    captured."""
     return peek() is not None
 
 
 @private("torch._dynamo.symbolic_convert:InstructionTranslator.current_tx", instead=nothing)
 def compiling_for(current: Any) -> tuple[Any, bool] | None:
-    """The backend for which Dynamo traces in this thread, and whether it exports; None where it does not trace.
-
-    Without it: functions are captured for torch's own backends too.
-    """
+    """The backend for which Dynamo traces in this thread, and whether it exports; None where it does not trace. Without it:
+    functions are captured for torch's own backends too."""
     try:
         output = current().output
     except AttributeError:  # it does not trace
@@ -475,10 +430,7 @@ def wrapped_backend(backend: Any) -> Any:
 
 @private("torch._inductor:compile", instead=nothing)
 def inductor(compile: Any) -> Callable[..., Any] | None:
-    """Compiles a graph with Inductor, or None.
-
-    Without it: graphs run as they are rewritten.
-    """
+    """Compiles a graph with Inductor, or None. Without it: rewritten graphs run without Inductor."""
     return lambda gm, inputs, config_patches=None: compile(gm, inputs, options=config_patches)
 
 
@@ -488,19 +440,13 @@ def _lookup(name: str) -> Callable[..., Any]:
 
 @private("torch._dynamo.backends.registry:lookup_backend", instead=_lookup)
 def lookup_backend(lookup: Any, name: str) -> Callable[..., Any]:
-    """A backend of torch.compile by its name.
-
-    Without it: Inductor is found otherwise, and for others graphs run as they are rewritten.
-    """
+    """A backend of torch.compile by its name. Without it: rewritten graphs run without the inner backend, but for Inductor."""
     return lookup(name)
 
 
 @private("torch._logging:trace_structured", instead=nothing, gone=Exception, level=logging.DEBUG)
 def add_to_trace(trace: Any, name: str, encoding: str, payload: Callable[[], Any]) -> None:
-    """Add something to torch's structured trace (TORCH_TRACE), for tlparse.
-
-    Without it: tlparse lists no reports.
-    """
+    """Add something to torch's structured trace (TORCH_TRACE), for tlparse. Without it: tlparse lists no reports."""
     trace("artifact", metadata_fn=lambda: {"name": name, "encoding": encoding}, payload_fn=payload)
 
 
@@ -517,19 +463,14 @@ MODES = {
 
 @private("torch._inductor:list_mode_options", instead=lambda: MODES)
 def modes(options: Any) -> dict[str, dict[str, Any]]:
-    """What each mode of torch.compile stands for, as options of Inductor's.
-
-    Without it: they stand for what they do in torch 2.13.
-    """
+    """What each mode of torch.compile stands for, as options of Inductor's. Without it: modes of torch.compile stand for what
+    they do in torch 2.13."""
     return options()
 
 
 @private("torch._inductor:config.get_config_copy", instead=nothing, level=logging.DEBUG)
 def inductor_options(get: Any) -> dict[str, Any] | None:
-    """Inductor's options by name, or None.
-
-    Without it: it is Inductor that names an unknown one.
-    """
+    """Inductor's options by name, or None. Without it: unknown options are named by Inductor."""
     return get()
 
 
@@ -547,10 +488,8 @@ def _fresh_cache() -> Iterator[None]:
 
 @private("torch._inductor.utils:fresh_cache", instead=_fresh_cache, level=logging.DEBUG)
 def fresh_cache(fresh: Any) -> Any:
-    """A context in which Inductor finds nothing that it compiled before.
-
-    Without it: its cache is another folder.
-    """
+    """A context in which Inductor finds nothing that it compiled before. Without it: Inductor's cache is another folder
+    meanwhile."""
     return fresh()
 
 
@@ -559,10 +498,8 @@ def fresh_cache(fresh: Any) -> Any:
 
 @private("triton.language.extra.cuda:gdc_launch_dependents", "triton.language.extra.cuda:gdc_wait", instead=lambda: (None, None))
 def dependent_launch(launch_dependents: Any, wait: Any) -> tuple[Any, Any]:
-    """What lets a kernel start before the one before it ends, for kernels to call: (gdc_launch_dependents, gdc_wait).
-
-    Without it: the kernels of a decode step do not overlap.
-    """
+    """What lets a kernel start before the one before it ends, for kernels to call: (gdc_launch_dependents, gdc_wait). Without it:
+    the kernels of a decode step do not overlap."""
     return launch_dependents, wait
 
 
@@ -582,55 +519,42 @@ def dependent_launch(launch_dependents: Any, wait: Any) -> tuple[Any, Any]:
     instead=nothing,
 )
 def gluon(gluon: Any, language: Any, async_copy: Any, hopper: Any, descriptor: Any, *used: Any) -> tuple[Any, ...] | None:
-    """Gluon for Hopper, or None: (gluon, its language, async_copy, the language's hopper, TensorDescriptor).
-
-    Without it: Triton's kernels take the places of the chunk scan and of the ring that are written for Hopper.
-    """
+    """Gluon for Hopper, or None: (gluon, its language, async_copy, the language's hopper, TensorDescriptor). Without it: Triton's
+    kernels take the places of the chunk scan and of the ring that are written for Hopper."""
     return gluon, language, async_copy, hopper, descriptor
 
 
 @private("triton:knobs.runtime", instead=lambda: os.environ.get("TRITON_INTERPRET") == "1", level=logging.DEBUG)
 def interpreting(knobs: Any) -> bool:
-    """Whether Triton interprets kernels in place of compiling them.
-
-    Without it: the environment is asked, as Triton asks it.
-    """
+    """Whether Triton interprets kernels in place of compiling them. Without it: the environment tells whether Triton interprets
+    kernels."""
     return bool(knobs.interpret)
 
 
 @private(instead=nothing)
 def parameters(kernel: Any) -> list[Any] | None:
-    """The parameters of a `triton.jit` function with name, default, is_constexpr and do_not_specialize, or None.
-
-    Without it: a launch goes through its Python at each call, and reports lack how kernels share out their work.
-    """
+    """The parameters of a `triton.jit` function with name, default, is_constexpr and do_not_specialize, or None. Without it: a
+    launch goes through its Python at each call, and reports lack how kernels share out their work."""
     return list(kernel.params)
 
 
 @private("triton.runtime.jit:JITFunction", instead=lambda kernel: 0, level=logging.DEBUG)
 def machine_codes(jit_function: Any, kernel: Any) -> int:
-    """How many machine codes of a kernel this process has; 0 for what is none.
-
-    Without it: warmup counts no kernels.
-    """
+    """How many machine codes of a kernel this process has; 0 for what is none. Without it: warmup counts no kernels."""
     return sum(len(cache[0]) for cache in kernel.device_caches.values()) if isinstance(kernel, jit_function) else 0
 
 
 @private(instead=nothing)
 def runner(compiled: Any, grid: tuple[int, int, int]) -> Callable[..., None] | None:
-    """What launches a compiled kernel on a grid, its arguments as they were bound; None of what is not compiled.
-
-    Without it: a launch goes through its Python at each call.
-    """
+    """What launches a compiled kernel on a grid, its arguments as they were bound; None of what is not compiled. Without it: a
+    launch goes through its Python at each call."""
     return compiled[grid] if hasattr(compiled, "run") else None
 
 
 @private("triton:knobs.runtime", instead=nothing)
 def launch_hooks(knobs: Any) -> Any:
-    """Where Triton keeps the hooks that profilers add to every launch: launch_enter_hook and launch_exit_hook, or None.
-
-    Without it: launches that are repeated go through Triton's runner.
-    """
+    """Where Triton keeps the hooks that profilers add to every launch: launch_enter_hook and launch_exit_hook, or None. Without
+    it: launches that are repeated go through Triton's runner."""
     if not hasattr(knobs, "launch_enter_hook") or not hasattr(knobs, "launch_exit_hook"):
         raise AttributeError("no hooks of a launch")
     return knobs
@@ -638,13 +562,10 @@ def launch_hooks(knobs: Any) -> Any:
 
 @private(instead=nothing, gone=Exception)
 def launcher(compiled: Any, grid: tuple[int, int, int]) -> tuple[Any, Any, Any] | None:
-    """Triton's launcher of a compiled kernel, and the function and metadata that it takes, or None.
-
-    Asked is Triton's runner: it has to call its launcher with (*grid, stream, function, metadata, None, enter hook, exit hook,
-    *arguments), as we do in its place. Where a profiler has added a hook, the runner is to call it.
-
-    Without it: launches that are repeated go through Triton's runner.
-    """
+    """Triton's launcher of a compiled kernel, and the function and metadata that it takes, or None. Asked is Triton's runner: it
+    has to call its launcher with (*grid, stream, function, metadata, None, enter hook, exit hook, *arguments), as we do in its
+    place. Where a profiler has added a hook, the runner is to call it. Without it: launches that are repeated go through Triton's
+    runner."""
     hooks, seen = launch_hooks(), []
     probe = SimpleNamespace(
         run=lambda *arguments: seen.append(arguments),
@@ -671,19 +592,14 @@ def launcher(compiled: Any, grid: tuple[int, int, int]) -> tuple[Any, Any, Any] 
     instead=lambda: (None, None),
 )
 def dispatch_mode(mode: Any, without: Any) -> tuple[Any, Any]:
-    """(TorchDispatchMode, a context without any).
-
-    Without it: a launch goes through its Python at each call.
-    """
+    """(TorchDispatchMode, a context without any). Without it: a launch goes through its Python at each call."""
     return mode, without
 
 
 @private("torch._C._dynamo.guards:TensorGuards", instead=nothing)
 def tensor_guards(guards: Any, tensors: Sequence[Any], sizes: Any, strides: Any) -> Callable[..., bool] | None:
-    """Compares tensors with these: class, dispatch keys, dtype, device, and sizes and strides where these are no None.
-
-    Without it: a call's layout is read off it in Python, to be compared with those that were recorded.
-    """
+    """Compares tensors with these: class, dispatch keys, dtype, device, and sizes and strides where these are no None. Without
+    it: a call's layout is read off it in Python, to be compared with those that were recorded."""
     return guards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
 
 
@@ -695,10 +611,7 @@ def _current_device() -> Callable[[], int]:
 
 @private("torch._C:_cuda_getDevice", instead=_current_device, level=logging.DEBUG)
 def current_device(get: Any) -> Callable[[], int]:
-    """Gives the index of the current GPU.
-
-    Without it: torch.cuda does, in twice the time.
-    """
+    """Gives the index of the current GPU. Without it: torch.cuda tells the current GPU, in twice the time."""
     return get
 
 
@@ -710,10 +623,7 @@ def _current_stream() -> Callable[[int], int]:
 
 @private("torch._C:_cuda_getCurrentRawStream", instead=_current_stream, level=logging.DEBUG)
 def current_stream(get: Any) -> Callable[[int], int]:
-    """Gives the handle of a GPU's current stream.
-
-    Without it: torch.cuda does, in several times the time.
-    """
+    """Gives the handle of a GPU's current stream. Without it: torch.cuda tells the current stream, in several times the time."""
     return get
 
 
@@ -725,10 +635,8 @@ def _empty(device: Any) -> Callable[..., Any]:
 
 @private("torch._C._dynamo.guards:_empty_strided_cuda", instead=_empty, level=logging.DEBUG)
 def empty(on_gpu: Any, device: Any) -> Callable[..., Any]:
-    """Allocates by size, stride and dtype on a device, which is the current one if it is a GPU; as Inductor's code does.
-
-    Without it: torch.empty_strided does, in several times the time.
-    """
+    """Allocates by size, stride and dtype on a device, which is the current one if it is a GPU; as Inductor's code does. Without
+    it: launches that are repeated allocate by torch.empty_strided, in several times the time."""
     return on_gpu if device.type == "cuda" else _empty(device)
 
 
@@ -740,13 +648,10 @@ def empty(on_gpu: Any, device: Any) -> Callable[..., Any]:
     gone=Exception,
 )
 def known_to_inductor(strides: Any, lowerings: Any, make_fallback: Any, op: Any, name: str) -> None:
-    """Have Inductor lay out an op's arguments as the graph does, as its tag asks for, and its code call it by an expression.
-
-    For an op that it has not heard of torch 2.11 makes a message that prints all the op depends on, again for each path to it,
-    which takes longer than the rest of its compilation of a decode step.
-
-    Without it: Inductor's code calls the kernels through torch's dispatcher.
-    """
+    """Have Inductor lay out an op's arguments as the graph does, as its tag asks for, and its code call it by an expression. For
+    an op that it has not heard of torch 2.11 makes a message that prints all the op depends on, again for each path to it, which
+    takes longer than the rest of its compilation of a decode step. Without it: Inductor's code calls the kernels through torch's
+    dispatcher."""
     if op in lowerings:
         return
     make_fallback(op, layout_constraint=strides, warn=False)
@@ -763,10 +668,8 @@ def known_to_inductor(strides: Any, lowerings: Any, make_fallback: Any, op: Any,
 
 @private("torch._inductor.ir:FallbackKernel", "torch._inductor.virtualized:V", instead=nothing, gone=Exception)
 def called_by_inductor(fallback_kernel: Any, virtualized: Any, op: Any, name: str) -> None:
-    """Have the call of an op that Inductor has made last written as a call of an expression in its Python code.
-
-    Without it: Inductor's code calls the kernels through torch's dispatcher.
-    """
+    """Have the call of an op that Inductor has made last written as a call of an expression in its Python code. Without it:
+    Inductor's code calls the kernels through torch's dispatcher."""
     if virtualized.graph.cpp_wrapper:
         return
     operations = reversed(virtualized.graph.operations)
@@ -778,10 +681,8 @@ def called_by_inductor(fallback_kernel: Any, virtualized: Any, op: Any, name: st
 
 @private("torch._inductor.runtime.triton_compat:triton_key", instead=nothing, level=logging.DEBUG)
 def triton_key(key: Any) -> Callable[[], str] | None:
-    """Makes the key of Triton's caches and keeps it, or None.
-
-    Without it: whoever asks for it first makes it.
-    """
+    """Makes the key of Triton's caches and keeps it, or None. Without it: the key of Triton's caches is made by whoever asks for
+    it first."""
     return key
 
 
@@ -790,19 +691,15 @@ def triton_key(key: Any) -> Callable[[], str] | None:
 
 @private("torch:ops.aten._scaled_dot_product_flash_attention.default", instead=nothing)
 def flash_attention(op: Any) -> Any:
-    """FlashAttention-2 as torch has it, (query, key, value, dropout_p, is_causal, return_debug_mask, *, scale), or None.
-
-    Without it: attention of prompts is torch's.
-    """
+    """FlashAttention-2 as torch has it, (query, key, value, dropout_p, is_causal, return_debug_mask, *, scale), or None. Without
+    it: attention of prompts is torch's."""
     return _of_arguments(op, "query key value dropout_p is_causal return_debug_mask scale")
 
 
 @private("torch:ops.aten._scaled_dot_product_cudnn_attention.default", instead=nothing)
 def cudnn_attention(op: Any) -> Any:
     """cuDNN's attention, (query, key, value, attn_bias, compute_log_sumexp, dropout_p, is_causal, return_debug_mask, *, scale).
-
-    Without it: attention of long prompts is FlashAttention-2's.
-    """
+    Without it: attention of long prompts is FlashAttention-2's."""
     return _of_arguments(op, "query key value attn_bias compute_log_sumexp dropout_p is_causal return_debug_mask scale")
 
 

@@ -4,9 +4,11 @@ import functools
 import inspect
 import logging
 import os
+import subprocess
 import sys
 import types
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -58,19 +60,62 @@ def without(*names):
 
 @pytest.mark.parametrize("name", compat.ENTRIES)
 def test_an_entry_works_and_without_its_api_does_what_it_says(name, caplog):
-    entry, torch_s = compat.ENTRIES[name], name not in ON_GPUS or torch.version.cuda
-    assert "Without it: " in entry.__doc__ and entry.cost.endswith(".")
+    entry, here = compat.ENTRIES[name], name not in ON_GPUS or torch.version.cuda
+    assert "Without it: " in " ".join(entry.__doc__.split()) and entry.cost.endswith(".")
     compat.forget()
     with caplog.at_level(logging.DEBUG, "gdnfuse.compat"):
-        if torch_s:
+        if here:
             assert all(api is not None for api in entry.apis) and not entry.missing()
             CASES[name](True)
             assert "gdnfuse.compat" not in {r.name for r in caplog.records}
         with without(name):
             CASES[name](False)
-            assert entry.missing() == bool(torch_s and entry.paths)
-    messages = [r.getMessage() for r in caplog.records if r.name == "gdnfuse.compat"]
-    assert entry.cost in " ".join(messages) and (entry.paths or [name])[0].replace(":", ".") in " ".join(messages)
+            assert entry.missing() == bool(here and entry.paths)
+    said = "\n".join(r.getMessage() for r in caplog.records if r.name == "gdnfuse.compat")
+    assert f"{(entry.paths or [name])[0].replace(':', '.')} must be as" in said and f"without it {entry.cost}" in said
+
+
+def test_without_any_of_them_a_model_is_imported_compiled_and_right():
+    done = subprocess.run([sys.executable, "-c", WITHOUT_ANY], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split() == ["prefill", "decode", "True"]
+    for sentence in ("weights are not packed.", "functions are not captured.", "there are no CUDA graphs."):
+        assert done.stderr.count(f"without it {sentence}") == 1
+
+
+ROOT = Path(__file__).parent.parent
+WITHOUT_ANY = """
+import logging
+
+from gdnfuse import compat
+
+def find(path):
+    raise AttributeError(f"no {path}")
+
+compat.find = find
+logging.basicConfig(level=logging.WARNING)
+
+import torch
+import triton
+
+import gdnfuse
+from gdnfuse import kernels
+from tests.models import zoo
+
+model = zoo.causal_lm(**zoo.SMALL)
+ids, _ = zoo.prompt(2, 7)
+asked = {"max_new_tokens": 3, "do_sample": False, "cache_implementation": "static"}
+wanted = model.generate(ids, **asked)
+gdnfuse.compile(model, inner="aot_eager")
+assert torch.equal(model.generate(ids, **asked), wanted)
+print(*(report.phase for report in gdnfuse.reports() if report.rewritten))
+
+x, weight = torch.empty(2, 1, 64, device="meta"), torch.empty(64, device="meta")
+(kernel,) = kernels.implementations()["add_rms_norm"].jit_kernels(x, x, weight, 1e-6, 1.0, overlap=True)
+source = triton.compiler.ASTSource(kernel.kernel, kernel.signature, kernel.constexprs, kernel.attrs)
+target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
+print("cubin" in triton.compile(source, target=target, options=kernel.options).asm)
+"""
 
 
 def test_what_is_gone_is_said_once_and_listed(monkeypatch, caplog):
@@ -270,6 +315,11 @@ def source_name(there):
     assert compat.source_name(node) == "x"
     node._dynamo_source = SimpleNamespace(name="L['self'].weight") if there else object()
     assert compat.source_name(node) == ("L['self'].weight" if there else "x")
+
+
+@case
+def grouped_mm(there):
+    assert (compat.grouped_mm() is torch._grouped_mm) == there
 
 
 # Dynamo

@@ -11,6 +11,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate
 from torch.overrides import TorchFunctionMode
 
+from gdnfuse import compat
 from gdnfuse.errors import Refused
 from gdnfuse.rewrite.graph import is_tensor, value
 
@@ -27,11 +28,8 @@ def grouped_mm(x: torch.Tensor, weight: torch.Tensor, *, offs: torch.Tensor, bia
     return y
 
 
-_IN_FLOAT64 = {
-    given: grouped_mm
-    for given in (getattr(torch.nn.functional, "grouped_mm", None), getattr(torch, "_grouped_mm", None))
-    if given is not None
-}
+_GIVEN = getattr(torch.nn.functional, "grouped_mm", None), compat.grouped_mm()
+_IN_FLOAT64 = {given: grouped_mm for given in _GIVEN if given is not None}
 
 
 def in_float64(graph: Graph) -> Graph:
