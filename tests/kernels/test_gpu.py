@@ -148,7 +148,7 @@ def test_written(case, monkeypatch):
     """The call behind those for whose layout a function was written."""
     implementation, kept = implementations()[case.op], []
     allocate, replayed = compat.empty, implementation.replayed
-    filled = lambda make: lambda *a: make(*a).fill_(float("nan"))  # noqa: E731
+    filled = lambda make: lambda *a: kernel_cases.poison(make(*a))  # noqa: E731
     monkeypatch.setattr(replay, "OFTEN", 1)
     monkeypatch.setattr(compat, "empty", lambda device: filled(allocate(device)))
 
@@ -489,10 +489,10 @@ def test_overlapping_experts_know_their_choices():
 
 @pytest.mark.parametrize("rows", [1, 2, 9, 40])
 def test_overlapping_experts_of_given_choices_wait_for_each_other(rows):
-    H, E, k, width, count = 256, 24, 4, 64, 20
+    H, E, k, width, count = 256, 24, 4, 64, 6  # a block's result grows with the square of what it is given
     torch.manual_seed(0)
     blocks = [kernel_cases.chosen(rows, H, E, k, width, BF16, shared=width, gated=True)()[0] for _ in range(count)]
-    inputs = torch.randn(rows, H).to(BF16), weights(count, E, H, BF16), [block[1:-1] for block in blocks]
+    inputs = (0.3 * torch.randn(rows, H)).to(BF16), weights(count, E, H, BF16), [block[1:-1] for block in blocks]
 
     def chain(call, inputs, states):
         x, routers, blocks = inputs
