@@ -12,7 +12,13 @@ from gdnfuse.rewrite.edit import infer, returned
 from gdnfuse.rewrite.graph import PURE, is_overload, is_tensor, op_name, remove_dead, same, same_shape, storage, value, writes
 
 _CAST_METHODS = {"float": torch.float32, "half": torch.float16, "bfloat16": torch.bfloat16, "double": torch.float64}
-_OPERANDS = {"linear": ("input", "weight", "bias"), "conv1d": ("input", "weight", "bias"), "cat": ("tensors", "dim")}
+_OPERANDS = {
+    "linear": ("input", "weight", "bias"),
+    "conv1d": ("input", "weight", "bias"),
+    "cat": ("tensors", "dim"),
+    "scaled_dot_product_attention": ("query", "key", "value"),
+}
+_BY_KEYWORD = PURE | _OPERANDS.keys()  # whose operands may be
 _IN_PLACE = {
     operator.iadd: operator.add,
     operator.isub: operator.sub,
@@ -70,7 +76,7 @@ def _become(gm: GraphModule, node: Node, target, args, method=False) -> Node:
 
 def _positional(node: Node) -> None:
     """Operands given by keyword take the places that patterns read them from."""
-    if node.op == "call_function" and not is_overload(node.target) and op_name(node) in PURE:
+    if node.op == "call_function" and not is_overload(node.target) and op_name(node) in _BY_KEYWORD:
         kwargs, args = dict(node.kwargs), list(node.args)
         names = _OPERANDS.get(op_name(node), ("input",))
         while len(args) < len(names) and names[len(args)] in kwargs:

@@ -30,7 +30,7 @@ def repeats(q, k, v, gate, mask):
 
 
 def groups(q, k, v, gate, mask):
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=0.0, is_causal=False, enable_gqa=True)
+    return F.scaled_dot_product_attention(query=q, key=k, value=v, dropout_p=0.0, is_causal=False, enable_gqa=True)
 
 
 def one_head_each(q, k, v, gate, mask):

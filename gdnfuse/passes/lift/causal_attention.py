@@ -63,7 +63,7 @@ class LiftCausalAttention(Rule[Facts]):
     def anchors(self, graph):
         """Attention of several queries under a mask."""
         for node in graph.nodes:
-            if op_name(node) == "scaled_dot_product_attention" and is_tensor(mask_of(node)):
+            if op_name(node) == "scaled_dot_product_attention" and len(node.args) >= 3 and is_tensor(mask_of(node)):
                 if not (isinstance(T := value(node.args[0]).shape[-2], int) and T == 1):
                     yield node
 
