@@ -27,7 +27,7 @@ from typing import Any, NoReturn
 
 from tabulate import tabulate
 
-from gdnfuse import versions
+from gdnfuse import compat, versions
 from gdnfuse.errors import GdnfuseError, one_line
 from gdnfuse.files import check_writable, replacing
 from gdnfuse.options import INNER, STAGES
@@ -315,6 +315,10 @@ def _findings() -> Iterator[tuple[str, str, str]]:
         architecture = getattr(properties, "gcnArchName", "") if torch.version.hip else f"sm_{properties.major}{properties.minor}"
         found = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, {architecture}"
         yield f"GPU {i}", found, _kernels_for(0 if torch.version.hip else properties.major, triton)
+    gone = compat.missing()
+    lost = " ".join(f"Without {entry.missing()} {entry.cost}" for entry in gone)
+    found = f"{len(compat.ENTRIES) - len(gone)} of {len(compat.ENTRIES)}"
+    yield "private APIs", found, lost or "All are as in the versions that are tested."
     for package, captured in (("fla", "rule"), ("causal_conv1d", "convolution")):
         here = importlib.util.find_spec(package) is not None
         so = (

@@ -54,7 +54,7 @@ class Entry:
 
     @property
     def cost(self) -> str:
-        """A sentence on what is lost without it."""
+        """What is lost without it, the end of a sentence."""
         return " ".join((self.__doc__ or "").split()).split("Without it: ")[-1]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -69,13 +69,14 @@ class Entry:
             return
         self._said = True
         level = self.level if all(map(_installed, self.paths)) else logging.DEBUG
-        path = next((path for path in self.paths if _raises(find, path)), next(iter(self.paths), self.name))
+        name = self.missing() or next(iter(self.paths), self.name).replace(":", ".")
         sentence = "%s must be as in the versions that gdnfuse is tested with, found %s; without it %s"
-        log.log(level, sentence, path.replace(":", "."), one_line(error), self.cost)
+        log.log(level, sentence, name, one_line(error), self.cost)
 
-    def missing(self) -> bool:
-        """Whether this version of the library lacks it; not where the library, or its build for GPUs, is not here at all."""
-        return any(_raises(find, path) for path in self.paths) and all(map(_installed, self.paths))
+    def missing(self) -> str:
+        """What of `paths` this version of the library lacks; empty where the library, or its build for GPUs, is not here."""
+        gone = next((path for path in self.paths if _raises(find, path)), "")
+        return gone.replace(":", ".") if all(map(_installed, self.paths)) else ""
 
 
 def private(

@@ -16,7 +16,7 @@ import torch
 import transformers
 
 import gdnfuse
-from gdnfuse import cli, files
+from gdnfuse import cli, compat, files
 from gdnfuse.cli import main
 from gdnfuse.dialect import OPS
 from gdnfuse.models import presets
@@ -296,9 +296,13 @@ def test_doctor_says_what_follows_from_what_is_here(capsys, monkeypatch):
     assert all(row["so"].endswith(".") for row in rows.values())
     if not torch.cuda.is_available():
         assert rows["GPU"]["found"] == "none"
+    assert rows["private APIs"]["so"] == "All are as in the versions that are tested."
     monkeypatch.setenv("GDNFUSE_DISABLE", "1")
+    monkeypatch.setattr(compat.ENTRIES["holders"], "paths", ["torch._C:_nothing"])
     assert main(["doctor"]) == 0
-    assert "Every graph is left as it came: GDNFUSE_DISABLE is set." in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "Every graph is left as it came: GDNFUSE_DISABLE is set." in out
+    assert "Without torch._C._nothing weights are not packed." in out
 
 
 @pytest.mark.parametrize("capability", [0, 8, 9, 10])

@@ -70,13 +70,18 @@ def test_an_entry_works_and_without_its_api_does_what_it_says(name, caplog):
             assert "gdnfuse.compat" not in {r.name for r in caplog.records}
         with without(name):
             CASES[name](False)
-            assert entry.missing() == bool(here and entry.paths)
+            assert bool(entry.missing()) == bool(here and entry.paths)
     said = "\n".join(r.getMessage() for r in caplog.records if r.name == "gdnfuse.compat")
     assert f"{(entry.paths or [name])[0].replace(':', '.')} must be as" in said and f"without it {entry.cost}" in said
 
 
-def test_without_any_of_them_a_model_is_imported_compiled_and_right():
-    done = subprocess.run([sys.executable, "-c", WITHOUT_ANY], cwd=ROOT, capture_output=True, text=True, timeout=300)
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.mark.parametrize("on", ["cpu aot_eager", pytest.param("cuda inductor", marks=GPU)])
+def test_without_any_of_them_a_model_is_imported_compiled_and_right(on):
+    command = [sys.executable, "-c", WITHOUT_ANY, *on.split()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split() == ["prefill", "decode", "True"]
     for sentence in ("weights are not packed.", "functions are not captured.", "there are no CUDA graphs."):
@@ -86,8 +91,11 @@ def test_without_any_of_them_a_model_is_imported_compiled_and_right():
 ROOT = Path(__file__).parent.parent
 WITHOUT_ANY = """
 import logging
+import sys
 
 from gdnfuse import compat
+
+device, inner = sys.argv[1:]
 
 def find(path):
     raise AttributeError(f"no {path}")
@@ -102,11 +110,11 @@ import gdnfuse
 from gdnfuse import kernels
 from tests.models import zoo
 
-model = zoo.causal_lm(**zoo.SMALL)
-ids, _ = zoo.prompt(2, 7)
+model = zoo.causal_lm(**zoo.SMALL).to(device)
+ids = zoo.prompt(2, 7)[0].to(device)
 asked = {"max_new_tokens": 3, "do_sample": False, "cache_implementation": "static"}
 wanted = model.generate(ids, **asked)
-gdnfuse.compile(model, inner="aot_eager")
+gdnfuse.compile(model, inner=inner)
 assert torch.equal(model.generate(ids, **asked), wanted)
 print(*(report.phase for report in gdnfuse.reports() if report.rewritten))
 
