@@ -20,7 +20,7 @@ _FLOAT_METHODS = ("float", "half", "bfloat16")
 
 
 def grouped_mm(x: torch.Tensor, weight: torch.Tensor, *, offs: torch.Tensor, bias: None = None, out_dtype: Any = None) -> Any:
-    """torch's grouped_mm, which takes no float64: rows of x [S, N] up to offs[e], from offs[e − 1] on, times weight[e] [N, M]."""
+    """torch's grouped_mm, which takes half precision alone: x [S, N], rows offs[e − 1] to offs[e], times weight[e] [N, M]."""
     y, start = x.new_zeros(x.shape[0], weight.shape[2]), 0
     for e, end in enumerate(offs.tolist()):
         y[start:end] = x[start:end] @ weight[e]
@@ -29,7 +29,7 @@ def grouped_mm(x: torch.Tensor, weight: torch.Tensor, *, offs: torch.Tensor, bia
 
 
 _GIVEN = getattr(torch.nn.functional, "grouped_mm", None), compat.grouped_mm()
-_IN_FLOAT64 = {given: grouped_mm for given in _GIVEN if given is not None}
+_WIDE = {given: grouped_mm for given in _GIVEN if given is not None}
 
 
 def in_float64(graph: Graph) -> Graph:
@@ -55,8 +55,8 @@ def in_precision(graph: Graph, dtype: torch.dtype, devices: bool = False) -> Gra
             copy.kwargs = {**copy.kwargs, "dtype": dtype}
         if copy.op == "call_method" and copy.target in _FLOAT_METHODS:
             copy.target, copy.args = "to", (*copy.args, dtype)
-        if dtype == torch.float64 and copy.op == "call_function":
-            copy.target = _IN_FLOAT64.get(copy.target, copy.target)
+        if dtype.itemsize > 2 and copy.op == "call_function":
+            copy.target = _WIDE.get(copy.target, copy.target)
         env[n] = copy
     return new
 
@@ -68,7 +68,7 @@ class Float64(TorchFunctionMode):
         swap = lambda a: torch.float64 if isinstance(a, torch.dtype) and a in _FLOATS else a  # noqa: E731
         if getattr(func, "__name__", "") in _FLOAT_METHODS:
             func = torch.Tensor.double
-        func = _IN_FLOAT64.get(func, func)
+        func = _WIDE.get(func, func)
         return func(*map(swap, args), **{k: swap(v) for k, v in (kwargs or {}).items()})
 
 

@@ -36,6 +36,7 @@ TORCH = ("torch", "_operator", "builtins", "math", "")
 _OVERLOAD, _PACKET = type(torch.ops.aten.add.Tensor), type(torch.ops.aten.add)
 # Namespaces of registered ops that may run on any values: a proof must not call what talks to other devices or prints.
 _PLAIN = ("aten", "prims", "gdnfuse")
+_PLAIN_OPS = ("transformers::grouped_mm_fallback",)  # of other namespaces
 
 # Ops whose result holds the elements of their first argument, in some order, when the number of elements is unchanged.
 _VIEWS = {
@@ -57,7 +58,7 @@ _READING = _REARRANGING | _CASTS | {
 PURE = _VIEWS | _CASTS | {
     "add", "sub", "mul", "div", "neg", "exp", "rsqrt", "sqrt", "pow", "square", "sum", "mean", "softplus", "sigmoid", "silu",
     "cat", "split", "chunk", "conv1d", "linear", "zeros_like", "zeros", "empty", "empty_like", "repeat_interleave", "log",
-    "matmul",
+    "matmul", "clamp", "masked_fill", "sort",
 }  # fmt: skip
 
 
@@ -235,7 +236,7 @@ def foreign(node: Node) -> bool:
     else's, one that takes functions, or a method of something that is no tensor."""
     target = node.target
     if overloads := _overloads(target):
-        return overloads[0].namespace not in _PLAIN
+        return overloads[0].namespace not in _PLAIN and overloads[0]._schema.name not in _PLAIN_OPS
     if isinstance(target, str):
         return bool(node.args) and isinstance(node.args[0], Node) and value(node.args[0]) is None
     return compat.is_higher_order(target) or _package(target) not in TORCH
