@@ -59,10 +59,10 @@ class RowsConfig(NamedTuple):
     stages: int
 
 
-# By bytes of weight per thread: more rows per program where they fit.
-DOWN = (DownConfig(4, 512, 4), DownConfig(2, 512, 4), DownConfig(1, 512, 4), DownConfig(1, 1024, 8), DownConfig(1, 2048, 16))
+# By bytes of weight per thread: the first that fits. Chosen on an H200, as all below, with benchmarks/experts.py --sweep.
+DOWN = (DownConfig(2, 512, 2), DownConfig(2, 512, 4), DownConfig(1, 512, 4), DownConfig(1, 1024, 8), DownConfig(1, 2048, 16))
 REGISTERS = 384  # bytes of weight that a thread holds at most
-UP_ROWS, DOWN_ROWS = RowsConfig(64, 128, 4, 3), RowsConfig(64, 128, 4, 3)
+UP_ROWS = DOWN_ROWS = RowsConfig(128, 64, 4, 3)
 LEAST, MOST = 8, 16  # rows that a program takes at once
 SUMMED = 1024  # columns per program of the sum
 LINES = 64  # of 128 bytes of the shared expert's down projection that a waiting program has brought to the L2; 0 for none
@@ -463,8 +463,9 @@ def launch_row(
 
 
 def config_of_up(H: int, dtype: torch.dtype) -> skinny_linear.Config:
-    """skinny_linear's for a weight of gate and up of H columns, one tile per program."""
-    return *skinny_linear.config("swiglu", H, dtype)[:3], 0
+    """skinny_linear's for a weight of gate and up of H columns, one tile per program, with longer steps at 2048 columns."""
+    R, BN, num_warps, _ = skinny_linear.config("swiglu", H, dtype)
+    return R, 1024 if 1024 < H <= 2048 else BN, num_warps, 0
 
 
 def config_of_down(K: int, I: int, S: int, dtype: torch.dtype) -> DownConfig:

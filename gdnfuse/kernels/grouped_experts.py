@@ -51,8 +51,8 @@ class GroupedConfig(NamedTuple):
 # By how many choices an expert has on average, up to. Two programs fit a multiprocessor of Hopper.
 CONFIGS = (
     (12, GroupedConfig(128, 16, 128, 4, 3)),
-    (24, GroupedConfig(128, 32, 64, 4, 4)),
-    (64, GroupedConfig(128, 64, 64, 4, 4)),
+    (24, GroupedConfig(128, 32, 64, 4, 3)),
+    (64, GroupedConfig(128, 64, 64, 4, 3)),
     (float("inf"), GroupedConfig(128, 128, 64, 4, 3)),
 )
 WIDE = GroupedConfig(64, 32, 32, 4, 2)  # for float32, of which larger tiles would spill

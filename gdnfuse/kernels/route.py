@@ -33,7 +33,7 @@ LOWEST, HIGHEST = tl.constexpr(-(2**31)), tl.constexpr(2**31 - 1)
 ROUNDED = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 # Rows of the weight per program, columns per step and warps, for one row of x.
-ONE_ROW = (2, 512, 2)
+ONE_ROW = (8, 256, 4)
 # For several: rows of the weight per tile, and into how many parts the columns go, of which that many programs stream one step.
 TILE, PARTS = 32, (8, 4, 2)
 # For many: experts and rows per tile, and bytes of a step.

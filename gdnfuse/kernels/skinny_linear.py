@@ -34,7 +34,7 @@ MAX_N = 2**15  # the loop over columns is unrolled
 # per multiprocessor (0: one per tile). The first line that fits is taken. Chosen on an H200 for bfloat16; benchmarks/gemm.py
 # sweeps them.
 CONFIGS = {
-    "conv": ((1024, (8, 256, 4, 4)), (2560, (8, 256, 4, 2)), (float("inf"), (4, 1024, 4, 0))),
+    "conv": ((1024, (8, 256, 4, 4)), (2048, (8, 256, 4, 3)), (2560, (8, 256, 4, 2)), (float("inf"), (4, 1024, 4, 0))),
     "norm": ((1024, (8, 256, 4, 4)), (2560, (2, 512, 2, 0)), (float("inf"), (4, 1024, 4, 0))),
     "gate": ((2048, (4, 512, 8, 2)), (float("inf"), (4, 512, 4, 2))),
     "swiglu": ((1024, (4, 256, 2, 0)), (2560, (2, 512, 2, 0)), (float("inf"), (2, 4096, 8, 0))),

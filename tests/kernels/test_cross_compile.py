@@ -6,6 +6,7 @@
 import os
 import re
 import subprocess
+from collections import Counter
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -471,9 +472,10 @@ def test_the_experts_of_one_row_are_on_their_way_before_those_who_need_them_wait
         assert (usage["STACK"], usage["LOCAL"]) == (0, 0), f"{kernel.metadata.name} spills: {usage}"
     wait, _, behind = up.asm["ptx"].partition("griddepcontrol.wait")
     assert "griddepcontrol.launch_dependents" not in wait and "griddepcontrol.launch_dependents" in behind
-    # 16 bytes a thread: two rows of 2048 columns by 64 threads, and the norm; two of gate and two of up; nine times four of 512.
+    # 16 bytes a thread: eight rows of 2048 columns by 128 threads; two of gate and two of up, and the norm; nine times two of 512
+    # by 64 threads, and the logits of the choices.
     early = [re.findall(r"ld\.global\S*\.v4\.b32", text) for text in (before_the_wait(router), wait, before_the_wait(down))]
-    assert [len(loads) for loads in early] == [8 + 4, 16 + 4, 9 * 2]
+    assert [len(loads) for loads in early] == [16, 16 + 4, 9 * 2 + 1]
     assert "redux.sync.max.s32" in up.asm["ptx"]
     assert "prefetch.global.L2" in wait  # of the shared expert's down projection
 
@@ -487,8 +489,9 @@ def test_experts_of_several_rows_fit_three_times(rows, tmp_path, record_property
         # Some versions of Triton leave a few pointers on the stack before the loop over columns.
         assert usage["STACK"] <= 16 and usage["LOCAL"] == 0 and usage["REG"] <= 168, f"{kernel.metadata.name}: {usage}"
         assert kernel.metadata.shared <= 64 * 1024
-    for kernel in (up, down):  # weights go to shared memory 16 bytes at a time
-        assert {*re.findall(r"cp\.async\.c[ag]\S*", kernel.asm["ptx"])} == {"cp.async.cg.shared.global"}
+    for kernel in (up, down):  # weights go to shared memory 16 bytes at a time; of eight rows a thread has 8
+        copies = Counter(re.findall(r"cp\.async\.c[ag]\S*", kernel.asm["ptx"]))
+        assert copies["cp.async.cg.shared.global"] >= 8 * copies["cp.async.ca.shared.global"] > 0 or rows > 8 and len(copies) == 1
     *_, top_k = on_hopper("route", *of_35b("route", rows))
     assert "bar.sync" not in top_k.asm["ptx"]  # one warp finds a row's largest
 
