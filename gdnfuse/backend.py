@@ -19,7 +19,8 @@ from gdnfuse.passes import verify
 from gdnfuse.passes.growing_keys import mark
 from gdnfuse.pipeline import Compilation, original, rewrite
 from gdnfuse.report.records import Comparison, GraphReport, Status, new_report, publish
-from gdnfuse.rewrite.graph import is_tensor, value
+from gdnfuse.rewrite.graph import is_tensor, module_stack, value
+from gdnfuse.runs import RUNS
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,30 @@ def gdnfuse(
         _demand_fused(report, opts)
     if not report.rewritten or not report.all_records and not report.layers:
         return _inner(gm, example_inputs, opts, patches)
-    return _finish(done, example_inputs, patches)
+    return _finish(done, example_inputs, patches, noting(gm, report))
+
+
+def noting(gm: GraphModule, report: GraphReport) -> Callable[[Sequence[Any]], None]:
+    """What a graph has to call with its inputs whenever it runs, so that it can be told which layers ran fused (`gdnfuse.runs`).
+
+    Args:
+        gm: as it came. Dynamo may run one graph for several layers of a class, so layers are known by what is handed in.
+        report: of it.
+    """
+    fused = {layer.path for layer in report.layers if layer.fused}
+    unfused = {layer.path: layer.why_not for layer in report.layers if not layer.fused}
+    placeholders = gm.graph.find_nodes(op="placeholder") if fused else []
+    read = [i for i, n in enumerate(placeholders) if any(not fused.isdisjoint(module_stack(user)) for user in n.users)]
+    times, layers = len(fused), len(report.layers)
+
+    def note(args: Sequence[Any]) -> None:
+        if layers:
+            RUNS.fused += times
+            RUNS.unfused = unfused
+            if RUNS.watched is not None:
+                RUNS.watched += [args[i] for i in read]
+
+    return note
 
 
 def rewritten_copy(
@@ -196,7 +220,9 @@ def _demand_fused(report: GraphReport, opts: Options) -> None:
                 raise GdnfuseError(f"strict: the GDN layer {layer.path} is not fused. {layer.why_not}")
 
 
-def _finish(done: Compilation, example_inputs: Sequence[Any], patches: dict[str, Any]) -> Callable[..., Any]:
+def _finish(
+    done: Compilation, example_inputs: Sequence[Any], patches: dict[str, Any], note: Callable[[Sequence[Any]], None]
+) -> Callable[..., Any]:
     """Drop inputs that only packing read, compile the rest, hand it the packed weights at every call and mark what grows."""
     gm, growing = done.gm, done.growing
     placeholders = gm.graph.find_nodes(op="placeholder")
@@ -217,6 +243,7 @@ def _finish(done: Compilation, example_inputs: Sequence[Any], patches: dict[str,
         kernels.wait()
         results = inner(*[args[i] for i in keep], *weights.current(args))
         mark(results, growing)
+        note(args)
         return results
 
     return compiled

@@ -709,3 +709,15 @@ def _of_arguments(op: Any, names: str) -> Any:
     if found != names:
         raise AttributeError(f"its arguments are {found}")
     return op
+
+
+# torch: modules
+
+
+@private("torch.nn.modules.module:_global_forward_pre_hooks", "torch.nn.modules.module:_global_forward_hooks", instead=lambda: ())
+def global_hooks(before: Any, after: Any) -> tuple[int, ...]:
+    """The numbers of the handles of forward hooks that all modules have.
+
+    Without it: such hooks do not run in graphs that were traced before they were registered.
+    """
+    return (*before, *after)

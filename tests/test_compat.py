@@ -681,3 +681,14 @@ def cudnn_attention(there):
         patch.setattr(causal_attention, "LONG", 4)
         patch.setattr(causal_attention, "_cudnn_takes", lambda q, k, v: True)
         torch.testing.assert_close(causal_attention.launch(q, q, q), q + there)
+
+
+# torch: modules
+
+
+@case
+def global_hooks(there):
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *args: None)
+    assert compat.global_hooks() == ((handle.id,) if there else ())
+    handle.remove()
+    assert compat.global_hooks() == ()

@@ -19,7 +19,19 @@ from gdnfuse.report.records import GraphReport
 METRICS = 4096  # compilations of one call that torch is asked to remember; 64 otherwise
 
 # What is found in torch's words → what to do. The first that matches holds; torch's own hint otherwise.
+HOOKS = (  # that libraries put around every module
+    (
+        r"accelerate[/.]hooks|AlignDevicesHook",
+        "accelerate's hooks, which a device_map over several devices and offloading put around every module, are never traced: "
+        'load the model on one device, with device_map={"": 0} or none.',
+    ),
+    (
+        r"compressed_tensors",
+        "Load the weights decompressed: CompressedTensorsConfig(dequantize=True), run_compressed=False in older versions.",
+    ),
+)
 BREAKS = (
+    *HOOKS,
     (r"generic_jump|[Dd]ata-dependent", "Decide it outside the compiled call, or without a branch: torch.where, torch.cond."),
     (
         r"\.item|scalar",
@@ -56,12 +68,13 @@ RECOMPILES = (
         "A Python number is a constant of its graph: hand over one that changes as a tensor, or compile with dynamic=True.",
     ),
 )
-LIMIT = "Remove the causes of the recompilations above; if all are wanted, raise torch._dynamo.config.{}."
+LIMIT = "Remove what compiles it again; if all of it is wanted, raise torch._dynamo.config.{}."
 NOTES = (
     (r"without gradients", "Call under torch.no_grad() or torch.inference_mode(), or model.requires_grad_(False)."),
     (r"autocast", "Leave autocast out and load the model in the dtype it should run in."),
     (r"one mode from start to end", "Enter autocast or inference mode around the compiled call, not inside it."),
     (r"leave graphs alone", "Unset GDNFUSE_DISABLE."),
+    (r"on one device", 'Load the model on one device, with device_map={"": 0} or none.'),
 )
 
 
@@ -70,10 +83,10 @@ class Finding:
     """Something between the call and one fused graph.
 
     Attributes:
-        kind: "graph break", "frame left eager", "recompilation", "recompilation limit", "graph left as it came" or
-            "not compiled".
+        kind: "layers not fused", "graph break", "frame left eager", "recompilation", "recompilation limit", "graph left as it
+            came" or "not compiled".
         cause: in torch's words or ours.
-        where: "file:line in function", what was compiled again, or the graph.
+        where: "file:line in function", what was called or compiled again, or the graph.
         fix: a suggestion, or empty where there is none.
         count: how often.
     """
@@ -93,6 +106,14 @@ class Found:
         self.reasons: list[Any] = []
         self.metrics: list[Any] = []
 
+    @classmethod
+    def ever(cls) -> Found:
+        """All that Dynamo still remembers."""
+        found = cls()
+        found._known = []
+        found.read()
+        return found
+
     def read(self) -> None:
         known = {id(x) for x in self._known}
         self.reasons = [r for r in dynamo.graph_break_reasons if id(r) not in known]
@@ -105,13 +126,15 @@ class Found:
             frame = reason.user_stack[-1] if reason.user_stack else None
             where = f"{frame.filename}:{frame.lineno} in {_function(frame.name)}" if frame else "unknown"
             cause = "Data-dependent branching." if reason.reason.startswith("generic_jump") else _cause(reason.reason)
-            found[where] = Finding("graph break", cause, where, remedy(BREAKS, reason.reason))
+            found[where] = Finding("graph break", cause, where, remedy(BREAKS, f"{where} {reason.reason}"))
         for m in self.metrics:
             if m.fail_reason and not _limit(m):
                 at = (m.fail_user_frame_filename, m.fail_user_frame_lineno)
                 file, line = at if all(at) else (m.co_filename, m.co_firstlineno)
                 where = f"{file}:{line} in {_function(m.co_name)}"
-                found[where] = Finding("frame left eager", _cause(m.fail_reason), where, remedy(BREAKS, m.fail_reason))
+                found[where] = Finding(
+                    "frame left eager", _cause(m.fail_reason), where, remedy(BREAKS, f"{where} {m.fail_reason}")
+                )
         return list(found.values())
 
     def recompilations(self, names: dict[str, str]) -> list[Finding]:
@@ -121,20 +144,14 @@ class Found:
             names: of the code that we compile, and what it stands for.
         """
         found: dict[Finding, int] = {}
-        for m in self.metrics:
-            reason = _reason(m.recompile_reason or "")
-            # Of code that was compiled before, by somebody else, Dynamo has nothing better to say.
-            if not reason or "BACKEND_MATCH" in reason or "Unable to find" in reason:
-                continue
-            where = names.get(m.co_name) or f"{m.co_filename}:{m.co_firstlineno} in {_function(m.co_name)}"
-            if limit := _limit(m):
-                one = Finding(
-                    "recompilation limit", f"torch left it eager at {limit}. Last cause: {reason}", where, LIMIT.format(limit)
-                )
-            else:
-                one = Finding("recompilation", reason, where, remedy(RECOMPILES, reason))
-            found[one] = found.get(one, 0) + 1
+        for one in (_again(m, names) for m in self.metrics):
+            if one is not None:
+                found[one] = found.get(one, 0) + 1
         return [Finding(f.kind, f.cause, f.where, f.fix, n) for f, n in found.items()]
+
+    def limit(self) -> Finding | None:
+        """Where torch gave up last."""
+        return next((_again(m, {}) for m in reversed(self.metrics) if _limit(m)), None)
 
 
 @contextlib.contextmanager
@@ -156,17 +173,79 @@ def left(reports: Sequence[GraphReport]) -> list[Finding]:
     return [Finding("graph left as it came", r.note, f"graph {r.graph_id}", remedy(NOTES, r.note)) for r in not_rewritten]
 
 
+NOT_TRACED = (
+    "No graph was made of it.",
+    "See whether compilation is off (TORCH_COMPILE_DISABLE, torch.compiler.set_stance, torch._dynamo.config.disable).",
+)
+
+LATER = ("At its first call they did.", "gdnfuse.explain of this call says what has changed.")
+NOT_KNOWN = ("In its graphs no rule finds the gates of a GDN layer.", "gdnfuse.explain lists what the rules saw.")
+
+
+def likeliest(found: Found | None, graphs: Sequence[GraphReport], missing: Sequence[str]) -> tuple[str, str]:
+    """Why layers did not run fused in a call, and what to do about it, each in sentences.
+
+    Args:
+        found: what Dynamo noted of the call; None where that is not known, but for what it still remembers of limits.
+        graphs: compiled by the call, or before it if it compiled none.
+        missing: paths of the layers.
+    """
+    if came := left(graphs):
+        return came[-1].cause, came[-1].fix
+    unfused = {layer.path: layer.why_not for graph in graphs for layer in graph.layers if not layer.fused}
+    # A layer that a graph holds as a whole has the path that it has in the model. One in pieces has not: the break is to blame.
+    if whole := next((unfused[path] for path in missing if path in unfused), ""):
+        return whole, ""
+    limit = (found or Found.ever()).limit()
+    at, fix = first_break(found) if found is not None else ("", "")
+    if limit and fix not in [fix for _, fix in HOOKS]:  # hooks around all modules hit the limit too
+        return limit.cause, limit.fix
+    if at:
+        return at, fix
+    if unfused:
+        return next(iter(unfused.values())), ""
+    if found is None:
+        return LATER
+    return NOT_KNOWN if graphs else NOT_TRACED
+
+
+def first_break(found: Found) -> tuple[str, str]:
+    """Where a call left its graph and why, and what to do about it, each in sentences; two empty ones where it did not.
+
+    The first place, or one of a library's hooks where there are any: those are at every module.
+    """
+    breaks = found.breaks()
+    if not breaks:
+        return "", ""
+    first = next((b for b in breaks if any(b.fix == fix for _, fix in HOOKS)), breaks[0])
+    more = f" That is one of {len(breaks)} such places." if len(breaks) > 1 else ""
+    return f"{first.kind.capitalize()} at {first.where}: {first.cause}{more}", first.fix
+
+
 def remedy(known: Sequence[tuple[str, str]], text: str) -> str:
     """What one of these lists says about a text, or the hint in it."""
     hint = re.search(r"^ *Hint: (.+)", text, re.MULTILINE)
     return next((fix for pattern, fix in known if re.search(pattern, text)), hint[1].strip() if hint else "")
 
 
+def _again(m: Any, names: dict[str, str]) -> Finding | None:
+    """The recompilation that a metric is of, if it is of one and the cause is known, or the limit that torch hit there."""
+    reason = _reason(m.recompile_reason or "")
+    where = names.get(m.co_name) or f"{m.co_filename}:{m.co_firstlineno} in {_function(m.co_name)}"
+    # Of code that was compiled before, by somebody else, Dynamo has nothing better to say.
+    unknown = not reason or "BACKEND_MATCH" in reason or "Unable to find" in reason
+    if limit := _limit(m):
+        last = "" if unknown else f" Last cause: {reason}."
+        return Finding("recompilation limit", f"torch left it eager at {limit}.{last}", where, LIMIT.format(limit))
+    return None if unknown else Finding("recompilation", reason, where, remedy(RECOMPILES, reason))
+
+
 def _cause(text: str) -> str:
     """The first line of torch's message, and its explanation."""
     explanation = re.search(r"^ *Explanation: (.+)", text, re.MULTILINE)
-    first = (text.strip().splitlines() or ["unknown"])[0].rstrip(".")
-    return f"{first}. {explanation[1].strip()}" if explanation else f"{first}."
+    lines = text.strip().splitlines() or ["unknown"]
+    first = (lines[1] if lines[1:] and lines[0].endswith("raised:") else lines[0]).rstrip(".")
+    return f"{first}. {explanation[1].strip().rstrip('.')}." if explanation else f"{first}."
 
 
 def _reason(text: str) -> str:

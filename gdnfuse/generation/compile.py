@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -15,9 +16,9 @@ from gdnfuse import options as gdnfuse_options
 from gdnfuse import versions
 from gdnfuse.errors import GdnfuseError
 from gdnfuse.generation.caches import cache_finder, check_state_dtype, preparing_caches
-
-if TYPE_CHECKING:
-    pass
+from gdnfuse.generation.coverage import PROMPT, STEP, Coverage
+from gdnfuse.generation.hooks import Hooks
+from gdnfuse.generation.wrappers import compiled_models, handing_on
 
 
 def compile(
@@ -35,9 +36,10 @@ def compile(
     `torch.compile(model).generate()` never reaches any backend, because `generate` stays bound to the inner model. Here the
     model's own call is compiled, and so is the call that `generate(cache_implementation="static")` compiles for itself. Prompts
     are compiled without CUDA graphs whatever the mode: there would be one for each length, and a prompt keeps a GPU busy without.
+    A copy or a pickle of the model is not compiled.
 
     Args:
-        model: a causal language model of transformers.
+        model: a causal language model of transformers, or a module that hands its calls to one, as peft's.
         mode: one of Inductor's. None means "reduce-overhead" (CUDA graphs) where `generate` uses a static cache, and "default"
             elsewhere.
         fullgraph: as in `torch.compile`.
@@ -51,7 +53,8 @@ def compile(
         The same model.
 
     Raises:
-        GdnfuseError: a bad option or mode, or a version of torch or transformers that is too old. The model is as it was then.
+        GdnfuseError: a bad option or mode, a wrapper that cannot hand calls on, or a version of torch or transformers that is too
+            old. The model is as it was then.
     """
     if sentences := versions.too_old():
         raise GdnfuseError(" ".join(sentences))
@@ -59,29 +62,96 @@ def compile(
     _check_mode(mode, parsed)
     if state_dtype is not None:
         check_state_dtype(state_dtype)
-    generate_mode = "reduce-overhead" if mode is None and parsed.inner == "inductor" else mode
-    shared = {"backend": "gdnfuse", "fullgraph": fullgraph, "dynamic": dynamic}
-
-    plain, any_length = model._call_impl, dynamic is None
-    decode, first = torch.compile(plain, **shared, **_mode_or_options(mode, options)), plain
-    if prefill or prefill is None and parsed.capture:
-        first = torch.compile(apart(plain), **shared, **_no_cuda_graphs(mode, options))
-        first = preparing_caches(first, fullgraph, state_dtype, any_length)
-        if not fullgraph:
-            # Where generate compiles this call itself (for prefill_chunk_size), a prompt still gets its own compilation.
-            first = torch._dynamo.disable(first, recursive=False)
-    elif state_dtype is not None or any_length:
-        first = preparing_caches(plain, fullgraph, state_dtype, any_length)
-    if dynamic:
-        decode, first = _with_numbers(decode), _with_numbers(first)
-    model._compiled_call_impl = by_phase(decode, first, parameters_of(model) if any_length else ())
-    if getattr(model, "generation_config", None) is not None:
-        from transformers import CompileConfig
-
-        config = CompileConfig(**shared, **_mode_or_options(generate_mode, options))
-        config._compile_all_devices = True  # otherwise generate warns on CPU that it ignores this config
-        model.generation_config.compile_config = config
+    models = compiled_models(model)
+    settings = _Settings(mode, fullgraph, dynamic, prefill or prefill is None and parsed.capture, state_dtype, options)
+    coverages = [_compile(one, settings, parsed) for one in models]
+    if model not in models:
+        model._compiled_call_impl = handing_on(model, models, coverages[0].say)
     return model
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """Arguments of `compile`, once they are known to be good."""
+
+    mode: str | None
+    fullgraph: bool
+    dynamic: bool | None
+    prefill: bool
+    state_dtype: torch.dtype | None
+    options: dict[str, Any]
+
+
+def _compile(model: torch.nn.Module, settings: _Settings, parsed: gdnfuse_options.Options) -> Coverage:
+    """Have the calls of one model compiled: its own, and those that its `generate` asks for."""
+    mode, options, fullgraph, dynamic = settings.mode, settings.options, settings.fullgraph, settings.dynamic
+    shared = {"backend": "gdnfuse", "fullgraph": fullgraph, "dynamic": dynamic}
+    plain, any_length = model._call_impl, dynamic is None
+    coverage = Coverage(model, parsed)
+    hooks = Hooks(model, coverage.say)
+
+    def checked(call: Callable[..., Any], phase: str) -> Callable[..., Any]:
+        return coverage.checked(_with_numbers(call) if dynamic else call, phase)
+
+    first = plain
+    if settings.prefill:
+        first = torch.compile(apart(plain), **shared, **_no_cuda_graphs(mode, options))
+        first = checked(preparing_caches(first, fullgraph, settings.state_dtype, any_length), PROMPT)
+        if not fullgraph:
+            # Where generate is given a compile_config of its own (and prefill_chunk_size), a prompt still gets our compilation.
+            first = torch._dynamo.disable(first)
+    elif settings.state_dtype is not None or any_length:
+        first = preparing_caches(plain, fullgraph, settings.state_dtype, any_length)
+
+    parameters = parameters_of(model) if any_length else ()
+    own = _mode_or_options(mode, options)
+    decode = checked(torch.compile(plain, **shared, **own), STEP)
+    model._compiled_call_impl = hooks.heeded(by_phase(decode, first, parameters))
+    model._compiled_call_impl.coverage = coverage
+    if hasattr(type(model), "get_compiled_call"):
+        in_generate = _mode_or_options(_mode_of_generate(mode, parsed), options)
+        if in_generate != own:
+            decode = checked(torch.compile(apart(plain, "in_generate"), **shared, **in_generate), STEP)
+        in_generate = hooks.heeded(by_phase(decode, first, parameters))
+        model.get_compiled_call = CompiledCall(model, in_generate, coverage)
+        # Ours is in place of both: a config of the user's for it, and a call that generate has compiled before.
+        if getattr(model, "generation_config", None) is not None:
+            model.generation_config.compile_config = None
+        vars(model).pop("_compiled_call", None)
+    return coverage
+
+
+class CompiledCall:
+    """What `generate` gets where it asks its model for a compiled call, as it does before steps with a static cache on a GPU.
+
+    It stands on the instance, before the method of transformers, so it does not matter which generation config a call runs with.
+    A copy of the model is not compiled, and has the method: torch leaves the compiled call out of copies and pickles too.
+    """
+
+    def __init__(self, model: torch.nn.Module, call: Callable[..., Any], coverage: Coverage):
+        self.model, self.call, self.coverage = model, call, coverage
+        self._theirs: tuple[Any, Callable[..., Any]] | None = None
+
+    def __call__(self, compile_config: Any = None) -> Callable[..., Any]:
+        if compile_config is None:
+            return self.call
+        if self._theirs is None or self._theirs[0] != compile_config:
+            self._theirs = compile_config, self._compiled(compile_config)
+        return self._theirs[1]
+
+    def _compiled(self, compile_config: Any) -> Callable[..., Any]:
+        """The user's own compilation, as transformers makes it, of steps that are asked for their layers as ours are."""
+        call, backend = torch.compile(self.model.__call__, **compile_config.to_dict()), compile_config.backend
+        cause = f"generate was given a compile_config of its own, with backend {getattr(backend, '__name__', backend)!r}."
+        why = None if backend == "gdnfuse" else (cause, "Leave compile_config away: generate then uses what gdnfuse compiled.")
+        return by_phase(self.coverage.checked(call, STEP, why), call)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self.model, "get_compiled_call")
+
+
+def _mode_of_generate(mode: str | None, parsed: gdnfuse_options.Options) -> str | None:
+    return "reduce-overhead" if mode is None and parsed.inner == "inductor" else mode
 
 
 def _check_mode(mode: str | None, parsed: gdnfuse_options.Options) -> None:

@@ -16,10 +16,12 @@ from typing import Any
 import torch
 
 from gdnfuse import compat
-from gdnfuse.backend import rewritten_copy
+from gdnfuse.backend import noting, rewritten_copy
 from gdnfuse.errors import GdnfuseError, one_line
 from gdnfuse.generation.causes import Finding, left, noted
 from gdnfuse.generation.compile import apart, by_phase, parameters_of
+from gdnfuse.generation.coverage import PROMPT, STEP, Coverage
+from gdnfuse.generation.wrappers import compiled_models, is_compiled
 from gdnfuse.options import Options
 from gdnfuse.passes.growing_keys import mark
 from gdnfuse.report.records import GraphReport
@@ -104,31 +106,47 @@ def explain(call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanati
     def backend(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         reports.append(GraphReport(len(reports), inner="eager"))
         growing = rewritten_copy(gm, inputs, Options(inner="eager"), reports[-1], plan=True).growing
+        note = noting(gm, reports[-1])
 
         def call(*args: Any) -> Any:
             results = gm.forward(*args)
             mark(results, growing)
+            note(args)
             return results
 
         return call
 
     model = _model_of(call)
-    names = {f"{phase}_{next(_calls)}": phase for phase in ("decode steps", "prompts")}
-    with noted() as found, _random_states():
+    models = [] if model is None else compiled_models(model)
+    uncompiled = not any(map(is_compiled, models))
+    coverages = [Coverage(m, Options(), lambda: reports, quiet=True) for m in models]
+    names: dict[str, str] = {}
+    with contextlib.ExitStack() as stack:
+        found = stack.enter_context(noted())
+        stack.enter_context(_random_states())
         if model is None:
             name = f"call_{next(_calls)}"
             names[name] = getattr(call, "__name__", "the call")
             torch.compile(apart(call, name), backend=backend)(*args, **kwargs)
         else:
-            uncompiled = model._compiled_call_impl is None and "forward" not in vars(model)
-            decode, first = (torch.compile(apart(model._call_impl, name), backend=backend) for name in names)
-            with _attributes_of(model):
-                model._compiled_call_impl = by_phase(decode, first, parameters_of(model))
-                if call is not model:
-                    # Where generate compiles the decode step for itself, it would not be with this backend.
-                    kwargs = {"disable_compile": True, **kwargs}
-                call(*args, **kwargs)
-    findings = [*left(reports), *found.breaks(), *found.recompilations(names)]
+            for one in {id(m): m for m in (model, *models)}.values():
+                stack.enter_context(_attributes_of(one))
+            for one, coverage in zip(models, coverages, strict=True):
+                phases = []
+                for phase in (STEP, PROMPT):
+                    names[name := f"{phase}_{next(_calls)}".replace(" ", "_")] = f"{phase}s"
+                    phases.append(coverage.checked(torch.compile(apart(one._call_impl, name), backend=backend), phase))
+                one._compiled_call_impl = by_phase(*phases, parameters_of(one))
+            if call is not model:
+                # Where generate compiles the decode step for itself, it would not be with this backend.
+                kwargs = {"disable_compile": True, **kwargs}
+            call(*args, **kwargs)
+    unfused = [
+        Finding("layers not fused", f"{m.counts} run fused. {m.cause}", f"{phase}s", m.fix)
+        for coverage in coverages
+        for phase, m in coverage.missing.items()
+    ]
+    findings = [*unfused, *left(reports), *found.breaks(), *found.recompilations(names)]
     if not reports:
         findings.append(Finding("not compiled", "Dynamo made no graph of this call.", "the call", ""))
     elif model is not None and call is not model and uncompiled:

@@ -11,6 +11,7 @@ import torch
 
 from gdnfuse import kernels
 from gdnfuse.errors import GdnfuseError
+from gdnfuse.generation.wrappers import compiled_models, is_compiled
 from gdnfuse.report.records import reports
 
 # Two lengths: with a static cache Dynamo makes one graph for the first and one for any length at the second.
@@ -19,11 +20,20 @@ WARM_PROMPTS = (70, 83)
 
 @dataclass(frozen=True)
 class Warmup:
-    """What a warm-up compiled: seconds it took, graphs by phase, and machine codes of each Triton kernel that are loaded."""
+    """What a warm-up compiled.
+
+    Attributes:
+        seconds: that it took.
+        graphs: how many, by phase.
+        kernels: machine codes of each Triton kernel that are loaded.
+        unfused: paths of the Gated DeltaNet layers that do not run fused, by "prompt" and "decode step"; empty where all do, and
+            where the model was not compiled by `gdnfuse.compile`.
+    """
 
     seconds: float
     graphs: dict[str, int]
     kernels: dict[str, int]
+    unfused: dict[str, list[str]]
 
 
 def warmup(model: torch.nn.Module, *, batch: int = 1, new_tokens: int = 4, **generate: Any) -> Warmup:
@@ -41,10 +51,14 @@ def warmup(model: torch.nn.Module, *, batch: int = 1, new_tokens: int = 4, **gen
         What it compiled.
 
     Raises:
-        GdnfuseError: the model has no `generate`.
+        GdnfuseError: the model has no `generate`, or is not compiled.
     """
     if not hasattr(model, "generate"):
         raise GdnfuseError(f"warmup needs a model with generate, found {type(model).__name__}.")
+    models = compiled_models(model)
+    given = generate.get("compile_config") or getattr(getattr(model, "generation_config", None), "compile_config", None)
+    if not given and not any(map(is_compiled, models)):
+        raise GdnfuseError(f"warmup needs a compiled model, found {type(model).__name__} as it came: gdnfuse.compile(model).")
     known, start = len(reports()), time.perf_counter()
     device = next(model.parameters()).device
     vocabulary = model.config.get_text_config().vocab_size
@@ -55,4 +69,6 @@ def warmup(model: torch.nn.Module, *, batch: int = 1, new_tokens: int = 4, **gen
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     graphs = Counter(report.phase for report in reports()[known:])
-    return Warmup(time.perf_counter() - start, dict(graphs), kernels.loaded())
+    coverages = [getattr(m._compiled_call_impl, "coverage", None) for m in models]
+    unfused = {phase: missing.layers for c in coverages if c is not None for phase, missing in c.missing.items()}
+    return Warmup(time.perf_counter() - start, dict(graphs), kernels.loaded(), unfused)

@@ -140,10 +140,11 @@ def test_graph_breaks_have_place_cause_and_fix(model):
 
 
 def test_gradients_leave_a_graph_as_it_came():
-    model = zoo.causal_lm().requires_grad_(True)
-    found = gdnfuse.explain(model, IDS)
-    (finding,) = found.findings
-    assert finding.kind == "graph left as it came" and finding.where == "graph 0" and "torch.no_grad()" in finding.fix
+    found = gdnfuse.explain(zoo.causal_lm().requires_grad_(True), IDS)
+    unfused, left = found.findings
+    assert (unfused.kind, unfused.where) == ("layers not fused", "prompts") and "torch.no_grad()" in unfused.fix
+    assert unfused.cause.startswith(f"0 of {zoo.GDN_LAYERS} in a prompt (not model.layers.0.linear_attn and 1 more) run fused. ")
+    assert (left.kind, left.where) == ("graph left as it came", "graph 0") and "torch.no_grad()" in left.fix
 
 
 def calls_of(function, *calls):

@@ -32,7 +32,7 @@ def decode_reports():
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_tokens_are_eagers(strategy, cache):
     model = zoo.causal_lm()
-    ours = gdnfuse.compile(copy.deepcopy(model), inner="eager")
+    ours = gdnfuse.compile(copy.deepcopy(model), inner="eager", strict=True)
     wanted = generated(model, strategy, cache_implementation=cache)
     assert torch.equal(generated(ours, strategy, cache_implementation=cache), wanted)
     assert decode_reports() and all(r.fused_layers == zoo.GDN_LAYERS for r in decode_reports())

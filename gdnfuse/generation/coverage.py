@@ -1,0 +1,163 @@
+"""Coverage: whether every Gated DeltaNet layer of a model runs fused, asked at each call, and said with its cause where not.
+
+The graphs count the fused layers that they run (`gdnfuse.runs`), so a call needs to compare two numbers only. The first call of
+each compilation is watched: which layers they were, and what Dynamo noted meanwhile.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gdnfuse.errors import GdnfuseError
+from gdnfuse.generation.causes import Found, first_break, likeliest, noted
+from gdnfuse.generation.wrappers import gdn_layers
+from gdnfuse.options import Options, disabled
+from gdnfuse.report.records import GraphReport, reports
+from gdnfuse.runs import RUNS
+
+log = logging.getLogger(__name__)
+
+PROMPT, STEP = "prompt", "decode step"
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """Of one call: what Dynamo noted, the ids of the inputs that fused layers read, and the graphs that were compiled."""
+
+    found: Found
+    inputs: set[int]
+    graphs: list[GraphReport]
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Layers that did not run fused.
+
+    Attributes:
+        layers: their paths, as far as is known which they were.
+        counts: how many of how many did, in words.
+        cause, fix: why, and what to do about it.
+    """
+
+    layers: list[str]
+    counts: str
+    cause: str
+    fix: str
+
+
+class Coverage:
+    """What is known of the GDN layers of one model.
+
+    Args:
+        model: whose calls are compiled.
+        options: with `strict` a call in which one of them did not run fused raises at its end; otherwise it is logged, once for
+            each cause. Nobody asks where options leave layers unfused on purpose, nor of prompts without `capture`.
+        reports: where the reports of its graphs are.
+        quiet: log nothing.
+
+    Attributes:
+        missing: by what was called, "prompt" or "decode step"; nothing where all layers ran fused.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        options: Options,
+        reports: Callable[[], Sequence[GraphReport]] = reports,
+        quiet: bool = False,
+    ):
+        self.model, self.strict, self.reports, self.quiet = model, options.strict, reports, quiet
+        self.missing: dict[str, Missing] = {}
+        on_purpose = disabled() or options.stop_after is not None or options.fuel is not None
+        asked = len(gdn_layers(model)) if options.strict or not on_purpose else 0
+        self._wanted = {STEP: asked, PROMPT: asked if options.capture else 0}
+        self._said: set[str] = set()
+
+    def checked(self, fn: Callable[..., Any], phase: str, cause: tuple[str, str] | None = None) -> Callable[..., Any]:
+        """The same compiled call, after which is asked whether all layers were fused in it.
+
+        Args:
+            fn: compiled.
+            phase: what is called: "prompt" or "decode step".
+            cause: why they may not be and what to do about it, where that is known ahead.
+
+        Raises:
+            GdnfuseError: from the call, if `strict` and a layer was not.
+        """
+        wanted, first = self._wanted[phase], True
+        if not wanted:
+            return fn
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal wanted, first
+            if torch.compiler.is_compiling():  # by somebody around us, to whom it is an ordinary function
+                return fn(*args, **kwargs)
+            before = RUNS.fused
+            watched = None
+            if first:
+                out, watched = self._watched(fn, args, kwargs)
+                first = False
+            else:
+                out = fn(*args, **kwargs)
+            if (ran := RUNS.fused - before) < wanted:
+                wanted = wanted if self.strict else ran
+                self._examine(phase, ran, watched, cause)
+            return out
+
+        return call
+
+    def _watched(self, fn: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, _Watched]:
+        """The call's result, and what was seen of it."""
+        outer, RUNS.watched = RUNS.watched, []
+        known = len(self.reports())
+        try:
+            with noted() as found:
+                out = fn(*args, **kwargs)
+        except Exception as e:
+            if isinstance(refused := getattr(e, "inner_exception", None), GdnfuseError):  # by the backend, under strict
+                raise GdnfuseError(f"{refused} {' '.join(first_break(found))}".rstrip()) from e
+            raise
+        else:
+            return out, _Watched(found, {id(x) for x in RUNS.watched}, list(self.reports()[known:]))
+        finally:
+            if outer is not None:
+                outer.extend(RUNS.watched)
+            RUNS.watched = outer
+
+    def _examine(self, phase: str, ran: int, watched: _Watched | None, cause: tuple[str, str] | None) -> None:
+        """Say which layers did not run fused and why, if the model still has as many as it had."""
+        layers = gdn_layers(self.model)
+        if ran >= len(layers):
+            return
+        missing = list(layers)
+        if watched is not None:
+            missing = [path for path, A_log in layers.items() if id(A_log) not in watched.inputs]
+        elif ran:
+            missing = [path for path in layers if path in RUNS.unfused]
+        if cause is None and watched is None and phase in self.missing:
+            cause = self.missing[phase].cause, self.missing[phase].fix
+        found, graphs = (watched.found, watched.graphs or self.reports()) if watched else (None, self.reports()[-1:])
+        why, fix = cause or likeliest(found, graphs, missing)
+        counts = f"{ran} of {len(layers)} in a {phase}{some(missing)}"
+        self.missing[phase] = Missing(missing, counts, why, fix)
+        name = type(self.model).__name__
+        self.say(f"Every GDN layer of {name} must run fused, found {counts}. {why} {fix}".rstrip(), why)
+
+    def say(self, sentence: str, cause: str = "") -> None:
+        """Raise it if `strict`, and otherwise log it, once for each cause."""
+        if self.strict:
+            raise GdnfuseError(f"strict: {sentence}")
+        if cause not in self._said:
+            self._said.add(cause)
+            log.log(logging.DEBUG if self.quiet else logging.WARNING, sentence)
+
+
+def some(layers: Sequence[str]) -> str:
+    """The first of the layers that are missing, and how many more, in parentheses; nothing if it is not known which."""
+    more = f" and {len(layers) - 1} more" if layers[1:] else ""
+    return f" (not {layers[0]}{more})" if layers else ""

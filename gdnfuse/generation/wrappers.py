@@ -1,0 +1,110 @@
+"""Wrappers: which models inside a module are the ones whose calls are compiled.
+
+peft, torch's DistributedDataParallel and many a class of one's own hand their calls to a model of transformers inside them, whose
+`generate` calls that model and never the wrapper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from gdnfuse.errors import GdnfuseError
+
+
+def gdn_layers(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The A_log of every Gated DeltaNet layer of a model, by the layer's path.
+
+    A layer is known by what it owns: A_log and dt_bias, one number per value head [HV]. Mamba2 has a D beside them, and Kimi's
+    delta attention another dt_bias.
+    """
+    found = {}
+    for path, module in model.named_modules():
+        A_log, dt_bias = (module._parameters.get(name) for name in ("A_log", "dt_bias"))
+        if A_log is not None and dt_bias is not None and A_log.ndim == 1 and A_log.shape == dt_bias.shape:
+            if "D" not in module._parameters:
+                found[path] = A_log
+    return found
+
+
+def compiled_models(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The models whose calls have to be compiled for the calls and the `generate` of `model` to be.
+
+    That is `model` itself, unless it hands its calls on: then it is every model inside that has Gated DeltaNet layers and
+    transformers' `generate`.
+
+    Raises:
+        GdnfuseError: a module that cannot hand calls to a compiled model.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise GdnfuseError(f"gdnfuse.compile needs a torch.nn.Module, found {type(model).__name__}.")
+    inner = [] if _generates(model) else [m for m in model.modules() if m is not model and _generates(m) and gdn_layers(m)]
+    for module in model.modules():
+        if module not in inner and (module is model or any(m in inner for m in module.modules())):
+            _check(module)
+    return inner or [model]
+
+
+def is_compiled(model: torch.nn.Module) -> bool:
+    """Whether calls of a model go through torch.compile, however that was asked for."""
+    return model._compiled_call_impl is not None or hasattr(model.forward, "_torchdynamo_orig_callable")
+
+
+def _generates(module: torch.nn.Module) -> bool:
+    """Whether `module.generate` is transformers' own and so calls this very module."""
+    if not hasattr(type(module), "get_compiled_call"):  # which is what that generate asks the model for
+        return False
+    from transformers import GenerationMixin
+
+    return getattr(type(module), "generate", None) is GenerationMixin.generate
+
+
+def _check(wrapper: torch.nn.Module) -> None:
+    if isinstance(wrapper, torch._dynamo.OptimizedModule):
+        raise GdnfuseError(
+            "gdnfuse.compile needs a model that torch.compile has not wrapped, found an OptimizedModule, whose calls go to "
+            "torch.compile's backend and whose generate goes round it: hand over the model that torch.compile was given."
+        )
+    if isinstance(wrapper, torch.nn.DataParallel) and len(wrapper.device_ids) > 1:
+        raise GdnfuseError(
+            f"gdnfuse.compile needs a model that runs where its weights are, found DataParallel, which copies it to "
+            f"{len(wrapper.device_ids)} devices at each call: use a process per device, or hand over the model inside."
+        )
+
+
+def handing_on(wrapper: torch.nn.Module, inner: Sequence[torch.nn.Module], say: Callable[[str], None]) -> Callable[..., Any]:
+    """The wrapper's own call, which says once it has run if it reached none of the compiled models."""
+    plain, reached = wrapper._call_impl, False
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal reached
+        if reached or torch.compiler.is_compiling():
+            return plain(*args, **kwargs)
+        compiled = [m._compiled_call_impl for m in inner]
+
+        def noting(impl: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                nonlocal reached
+                reached = True
+                return impl(*args, **kwargs)
+
+            return call
+
+        for m, impl in zip(inner, compiled, strict=True):
+            m._compiled_call_impl = noting(impl)
+        try:
+            out = plain(*args, **kwargs)
+        finally:
+            for m, impl in zip(inner, compiled, strict=True):
+                m._compiled_call_impl = impl
+        if not reached:
+            name, called = type(wrapper).__name__, type(inner[0]).__name__
+            say(
+                f"A call of {name} must reach the call of the {called} inside it, which is what is compiled, found that it goes "
+                f"round it, as a call of its forward does. Call the {called} itself; generate is compiled."
+            )
+        return out
+
+    return call

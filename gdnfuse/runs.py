@@ -1,0 +1,25 @@
+"""What ran: how many fused Gated DeltaNet layers the graphs of a thread have run, for whoever asks whether a call was fused."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+
+class Runs(threading.local):
+    """Of one thread.
+
+    Attributes:
+        fused: how many times graphs have run a fused layer so far.
+        unfused: of the last graph with layers, why each of those that are not fused is not, by path.
+        watched: the inputs that fused layers read, while somebody watches; None otherwise.
+    """
+
+    fused: int = 0
+    unfused: Mapping[str, str] = MappingProxyType({})
+    watched: list[Any] | None = None
+
+
+RUNS = Runs()
