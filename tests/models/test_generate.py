@@ -31,11 +31,11 @@ def decode_reports():
 @pytest.mark.parametrize("cache", ["static", "dynamic"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_tokens_are_eagers(strategy, cache):
-    model = zoo.causal_lm()
+    model = zoo.causal_lm(**zoo.SMALL)
     ours = gdnfuse.compile(copy.deepcopy(model), inner="eager", strict=True)
     wanted = generated(model, strategy, cache_implementation=cache)
     assert torch.equal(generated(ours, strategy, cache_implementation=cache), wanted)
-    assert decode_reports() and all(r.fused_layers == zoo.GDN_LAYERS for r in decode_reports())
+    assert decode_reports() and all(r.fused_layers == 1 for r in decode_reports())
 
 
 @pytest.mark.parametrize("family", ["conditional_generation", "moe"])
@@ -48,16 +48,16 @@ def test_other_families_generate_eagers_tokens(family):
 
 
 def test_compile_config_reaches_the_backend_by_name():
-    model = zoo.causal_lm()
+    model = zoo.causal_lm(**zoo.SMALL)
     config = CompileConfig(backend="gdnfuse", mode=None, options={"inner": "eager"}, fullgraph=True)
     config._compile_all_devices = True
     wanted = generated(copy.deepcopy(model), "greedy", cache_implementation="static")
     assert torch.equal(generated(model, "greedy", cache_implementation="static", compile_config=config), wanted)
-    assert len(decode_reports()) == 1 and decode_reports()[0].fused_layers == zoo.GDN_LAYERS
+    assert len(decode_reports()) == 1 and decode_reports()[0].fused_layers == 1
 
 
 def test_model_compile_takes_prefill_and_decode():
-    model = zoo.causal_lm()
+    model = zoo.causal_lm(**zoo.SMALL)
     ours = copy.deepcopy(model)
     ours.compile(backend="gdnfuse", options={"inner": "eager"})
     assert torch.equal(generated(ours, "greedy", padded=False), generated(model, "greedy", padded=False))
@@ -67,7 +67,7 @@ def test_model_compile_takes_prefill_and_decode():
 @pytest.mark.parametrize("padded", [False, True])
 def test_prompts_and_steps_are_compiled_once_for_all_lengths(padded):
     """Dynamo alone compiles them for the first length, and again for all."""
-    model = zoo.causal_lm()
+    model = zoo.causal_lm(**zoo.SMALL)
     ours = gdnfuse.compile(copy.deepcopy(model), inner="eager")
     for length in (7, 70):
         ids = torch.randint(0, 32, (2, length))
@@ -82,7 +82,7 @@ def test_prompts_and_steps_are_compiled_once_for_all_lengths(padded):
 
 @pytest.mark.parametrize(("padded", "made"), [(True, "here"), (False, "before")])
 def test_keys_of_a_fixed_length_are_not_marked(padded, made):
-    model = zoo.causal_lm()
+    model = zoo.causal_lm(**zoo.SMALL)
     ours = gdnfuse.compile(copy.deepcopy(model), inner="eager")
     ids, mask = zoo.prompt(2, padded=padded)
     mask = torch.ones_like(ids) if mask is None else mask
@@ -96,7 +96,7 @@ def test_keys_of_a_fixed_length_are_not_marked(padded, made):
 
 
 def test_the_caller_s_tensors_are_not_marked():
-    model = gdnfuse.compile(zoo.causal_lm(), inner="eager")
+    model = gdnfuse.compile(zoo.causal_lm(**zoo.SMALL), inner="eager")
     ids, mask = zoo.prompt(2, padded=True)
     longer = torch.cat([mask, mask[:, -1:]], 1)
     with torch.no_grad():
@@ -117,23 +117,23 @@ def prompts(model, lengths, mark=lambda ids: None, positional=False):
 
 
 def test_a_mask_by_position_has_any_length():
-    model = gdnfuse.compile(zoo.causal_lm(), inner="eager")
+    model = gdnfuse.compile(zoo.causal_lm(**zoo.SMALL), inner="eager")
     assert prompts(model, (7, 12), positional=True) == 1
 
 
 def test_what_the_caller_says_of_sizes_holds():
     static = lambda ids: torch._dynamo.mark_static(ids, 1)  # noqa: E731
-    assert prompts(gdnfuse.compile(zoo.causal_lm(), inner="eager"), (7, 12), static) == 2
+    assert prompts(gdnfuse.compile(zoo.causal_lm(**zoo.SMALL), inner="eager"), (7, 12), static) == 2
 
 
 def test_without_dynamic_sizes_each_length_has_a_graph():
-    model = gdnfuse.compile(zoo.causal_lm(), inner="eager", dynamic=False)
+    model = gdnfuse.compile(zoo.causal_lm(**zoo.SMALL), inner="eager", dynamic=False)
     ids, _ = zoo.prompt(2, 7)
     model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, min_new_tokens=3)
     assert [r.phase for r in gdnfuse.reports()] == ["prefill", "decode", "decode"]
 
 
 def test_steps_behind_an_eager_prompt_are_compiled_once():
-    model = gdnfuse.compile(zoo.causal_lm(), inner="eager", prefill=False)
+    model = gdnfuse.compile(zoo.causal_lm(**zoo.SMALL), inner="eager", prefill=False)
     generated(model, "greedy", cache_implementation="dynamic")
     assert [r.phase for r in gdnfuse.reports()] == ["decode"]

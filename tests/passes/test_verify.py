@@ -34,13 +34,13 @@ def spoil(monkeypatch, name, how):
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_decode_step_is_verified_and_changes_nothing(dtype, batch):
-    model = zoo.causal_lm().to(dtype)
+    model = zoo.causal_lm(**zoo.SMALL).to(dtype)
     logits, cache = decoded(model, compiled(copy.deepcopy(model), verify=True, strict=True), batch)
     (report,) = gdnfuse.reports()
-    assert report.fused_layers == zoo.GDN_LAYERS and not report.note
+    assert report.fused_layers == 1 and not report.note
     assert all(c.passed for c in report.comparisons)
     written = [c.name for c in report.comparisons if not c.name.startswith("output")]
-    assert sum("recurrent" in name for name in written) == sum("conv" in name for name in written) == zoo.GDN_LAYERS
+    assert sum("recurrent" in name for name in written) == sum("conv" in name for name in written) == 1
     assert any(c.error > 0 for c in report.comparisons)
 
     gdnfuse.clear_reports()
@@ -52,7 +52,7 @@ def test_a_decode_step_is_verified_and_changes_nothing(dtype, batch):
 
 
 def test_prompts_are_verified():
-    model = zoo.causal_lm()
+    model = zoo.causal_lm(**zoo.SMALL)
     call = compiled(model, verify=True, strict=True)
     with torch.no_grad():
         for length in (70, 83):
@@ -72,7 +72,7 @@ SPOILT = {
 @pytest.mark.parametrize("name", SPOILT)
 def test_a_wrong_kernel_is_found_named_and_not_used(name, monkeypatch, caplog):
     op, how, rule = SPOILT[name]
-    model = zoo.causal_lm()
+    model = zoo.causal_lm(**zoo.SMALL)
     wanted, _ = decoded(model, model)
     spoil(monkeypatch, op, how)
     found, _ = decoded(model, compiled(copy.deepcopy(model), verify=True))
@@ -86,7 +86,7 @@ def test_a_wrong_kernel_is_found_named_and_not_used(name, monkeypatch, caplog):
 
 
 def test_a_wrong_state_is_found(monkeypatch):
-    model = zoo.causal_lm()
+    model = zoo.causal_lm(**zoo.SMALL)
     wanted, _ = decoded(model, model)
     op = OPS["mixer_decode"]
 
@@ -99,25 +99,25 @@ def test_a_wrong_state_is_found(monkeypatch):
     found, _ = decoded(model, compiled(copy.deepcopy(model), verify=True))
     assert zoo.relative(found, wanted) < 2e-6
     failed = [c.name for c in gdnfuse.reports()[0].comparisons if not c.passed]
-    assert len(failed) == zoo.GDN_LAYERS and all("recurrent" in name for name in failed)
+    assert len(failed) == 1 and all("recurrent" in name for name in failed)
 
 
 def test_strict_raises_where_verifying_fails(monkeypatch):
     spoil(monkeypatch, "mixer_decode", lambda y: -y)
-    model = zoo.causal_lm()
+    model = zoo.causal_lm(**zoo.SMALL)
     with pytest.raises(Exception, match="strict: the graph was not rewritten. Not verified: "):
         decoded(model, compiled(model, verify=True, strict=True))
 
 
 def test_without_data_a_graph_is_not_verified():
-    (report,) = models.trace(models.meta_model(zoo.causal_lm().config), verify=True)
+    (report,) = models.trace(models.meta_model(zoo.causal_lm(**zoo.SMALL).config), verify=True)
     assert report.rewritten and report.comparisons == []
     assert report.note == "Not verified. Verifying needs the tensors of a real call, found one without data."
 
 
 @pytest.mark.parametrize("fuel", [0, 1, 7])
 def test_fuel_is_how_many_rewrites_are_made(fuel):
-    model = zoo.causal_lm()
+    model = zoo.causal_lm(**zoo.SMALL)
     wanted, _ = decoded(model, model)
     found, _ = decoded(model, compiled(copy.deepcopy(model), fuel=fuel, capture=False))
     assert zoo.relative(found, wanted) < 1e-5
@@ -132,7 +132,7 @@ def test_a_rewritten_graph_that_raises_is_not_used(monkeypatch):
     def broken(*args, **kwargs):
         raise ValueError("no such kernel")
 
-    model = zoo.causal_lm()
+    model = zoo.causal_lm(**zoo.SMALL)
     wanted, _ = decoded(model, model)
     monkeypatch.setitem(OPS, "mixer_decode", dataclasses.replace(OPS["mixer_decode"], reference=broken))
     found, _ = decoded(model, compiled(copy.deepcopy(model), verify=True))
@@ -146,7 +146,7 @@ def test_what_cannot_be_verified_for_want_of_memory_still_runs(monkeypatch):
         raise torch.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr(verify, "_copies", full)
-    model = zoo.causal_lm()
+    model = zoo.causal_lm(**zoo.SMALL)
     decoded(model, compiled(model, verify=True))
     (report,) = gdnfuse.reports()
     assert report.rewritten and report.note == "Not verified. OutOfMemoryError: out of memory."
