@@ -25,7 +25,7 @@ GENERATE = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
 
 @pytest.fixture(scope="module")
 def model():
-    return zoo.causal_lm()
+    return zoo.causal_lm(**zoo.SMALL)
 
 
 def plain(reports):
@@ -36,10 +36,10 @@ def plain(reports):
 def test_says_what_the_compilation_says(model):
     found = gdnfuse.explain(model.generate, IDS, cache_implementation="static", **GENERATE)
     assert gdnfuse.reports() == []
-    gdnfuse.compile(ours := zoo.causal_lm(), inner="eager")
+    gdnfuse.compile(ours := zoo.causal_lm(**zoo.SMALL), inner="eager")
     ours.generate(IDS, cache_implementation="static", **GENERATE)
     assert plain(found.reports) == plain(gdnfuse.reports())
-    assert [r.fused_layers for r in found.reports] == [zoo.GDN_LAYERS] * 2
+    assert [r.fused_layers for r in found.reports] == [1] * 2
     assert not found.breaks and not found.recompiles
     assert found.summary().startswith("2 graphs, 4/4 GDN layers fused, 0 graph breaks, 0 recompilations.\n")
 
@@ -65,12 +65,12 @@ def test_a_cache_that_is_given_stays_as_it_was(model):
     model(IDS, **zoo.held(cache))
     before = states(cache)
     (report,) = gdnfuse.explain(model, IDS[:, :1], **zoo.held(cache)).reports
-    assert report.phase == "decode" and report.fused_layers == zoo.GDN_LAYERS
+    assert report.phase == "decode" and report.fused_layers == 1
     assert len(before) > 4 and all(torch.equal(a, b) for a, b in zip(before, states(cache), strict=True))
 
 
 def test_leaves_a_compiled_model_compiled():
-    model = gdnfuse.compile(zoo.causal_lm(), inner="eager")
+    model = gdnfuse.compile(zoo.causal_lm(**zoo.SMALL), inner="eager")
     call = model._compiled_call_impl
     tokens = model.generate(IDS, cache_implementation="static", **GENERATE)
     compiled = len(gdnfuse.reports())
@@ -82,7 +82,7 @@ def test_leaves_a_compiled_model_compiled():
 
 
 def test_leaves_packed_weights_where_they_are_after_one_has_left():
-    model = gdnfuse.compile(zoo.causal_lm(), inner="eager")
+    model = gdnfuse.compile(zoo.causal_lm(**zoo.SMALL), inner="eager")
     model(IDS)
     mlp = model.model.layers[0].mlp
     mlp.gate_proj.weight = torch.nn.Parameter(mlp.gate_proj.weight.clone(), requires_grad=False)
@@ -140,10 +140,10 @@ def test_graph_breaks_have_place_cause_and_fix(model):
 
 
 def test_gradients_leave_a_graph_as_it_came():
-    found = gdnfuse.explain(zoo.causal_lm().requires_grad_(True), IDS)
+    found = gdnfuse.explain(zoo.causal_lm(**zoo.SMALL).requires_grad_(True), IDS)
     unfused, left = found.findings
     assert (unfused.kind, unfused.where) == ("layers not fused", "prompts") and "torch.no_grad()" in unfused.fix
-    assert unfused.cause.startswith(f"0 of {zoo.GDN_LAYERS} in a prompt (not model.layers.0.linear_attn and 1 more) run fused. ")
+    assert unfused.cause.startswith(f"0 of {1} in a prompt (not model.layers.0.linear_attn and 1 more) run fused. ")
     assert (left.kind, left.where) == ("graph left as it came", "graph 0") and "torch.no_grad()" in left.fix
 
 
