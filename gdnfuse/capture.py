@@ -69,9 +69,13 @@ def _recurrent(
 
 
 def _rule_accepts(query, key, value, g, beta, initial_state=None, cu_seqlens=None, **others):
+    if not (query.ndim == 4 and key.ndim == 4 and value.ndim == 4 and g.ndim == 3 and beta.ndim == 3):
+        return False
+    if initial_state is None:
+        return True
     # Comparing sizes also tells Dynamo that they are one where it has two symbols for them, as the function's own code would.
-    own = initial_state is None or cu_seqlens is not None or initial_state.shape[0] == query.shape[0]
-    return own and query.ndim == 4 and key.ndim == 4 and value.ndim == 4 and g.ndim == 3 and beta.ndim == 3
+    heads = initial_state.ndim == 4 and initial_state.shape[1:] == (value.shape[2], key.shape[3], value.shape[3])
+    return heads and (cu_seqlens is not None or initial_state.shape[0] == query.shape[0])
 
 
 def _conv(hidden_states, weight, bias=None, activation=None, cu_seq_lens_q=None, **ignored):
@@ -92,8 +96,10 @@ def _update(hidden_states, conv_state, weight, bias=None, activation=None, **ign
 
 def _update_accepts(hidden_states, conv_state, weight, bias=None, activation=None, **others):
     shapes = hidden_states.ndim == 3 and conv_state.ndim == 3 and weight.ndim == 2
-    shapes = shapes and conv_state.shape[0] == hidden_states.shape[0] and conv_state.shape[-1] >= weight.shape[-1] - 1
-    return shapes and activation in ACTIVATIONS
+    shapes = shapes and conv_state.shape[:2] == hidden_states.shape[:2]
+    # The first comparison makes a number of a symbol, wherever it holds.
+    width = shapes and (conv_state.shape[-1] == weight.shape[-1] or conv_state.shape[-1] >= weight.shape[-1] - 1)
+    return width and activation in ACTIVATIONS
 
 
 # What is drawn for the proofs: calls (args, kwargs) in float64.

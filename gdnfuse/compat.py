@@ -429,6 +429,23 @@ def wrapped_backend(backend: Any) -> Any:
     return getattr(backend, "_torchdynamo_orig_backend", None) or getattr(backend, "compiler_fn", None)
 
 
+@private("torch._guards:GuardSource.LOCAL", instead=lambda node: False)
+def of_the_model(argument: Any, node: Any) -> bool:
+    """Whether what a placeholder stands for is no argument of the compiled call, but found in a module or a global. Without it:
+    dynamic=True leaves norms unfused, whose eps may then be any."""
+    if not hasattr(node, "_dynamo_source"):
+        return False
+    where = node._dynamo_source.guard_source
+    return (where() if callable(where) else where) is not argument
+
+
+@private("torch._dynamo.symbolic_convert:TensorifyState", instead=nothing, level=logging.DEBUG)
+def is_number(state: Any, symbol: Any) -> None:
+    """Tell AOTAutograd that a symbolic float has become a number, or it has Dynamo trace anew. Without it: with dynamic=True each
+    graph is traced twice."""
+    state.specialize(symbol.node._expr.name)
+
+
 @private("torch._inductor:compile", instead=nothing)
 def inductor(compile: Any) -> Callable[..., Any] | None:
     """Compiles a graph with Inductor, or None. Without it: rewritten graphs run without Inductor."""

@@ -16,7 +16,7 @@ from gdnfuse import compat
 from gdnfuse.dialect import op_of
 from gdnfuse.options import Options
 from gdnfuse.packing import PackedWeight
-from gdnfuse.passes import fuse, growing_keys, last_rows, lift, lower, normalize, survey
+from gdnfuse.passes import constants, fuse, growing_keys, last_rows, lift, lower, normalize, survey
 from gdnfuse.passes.lift import gating
 from gdnfuse.progress import announce
 from gdnfuse.report.records import GraphReport, LayerReport, Record, Status
@@ -94,6 +94,8 @@ def _stages(c: Compilation) -> Iterator[tuple[str, list[Callable[[GraphModule], 
     yield "normalize", [spec.check, normalize.check]
     if not c.report.layers and not outcome.records:
         return
+    if constants.make_numbers(gm):
+        normalize.normalize(gm)
     run_rules(gm, lift.RULES, outcome)
     normalize.normalize(gm)
     yield "lift", [spec.check]

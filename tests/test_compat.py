@@ -13,9 +13,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.source import ConstantSource
-from torch._guards import TracingContext
+from torch._guards import GuardSource, TracingContext
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from transformers.models.qwen3_5 import modeling_qwen3_5 as modeling
@@ -493,6 +494,30 @@ def fresh_cache(there):
         within = os.environ["TORCHINDUCTOR_CACHE_DIR"]
         assert within != before and os.path.isdir(within)
     assert os.environ.get("TORCHINDUCTOR_CACHE_DIR") == before
+
+
+@case
+def of_the_model(there):
+    node = torch.fx.Graph().placeholder("eps")
+    assert not compat.of_the_model(node)
+    source = GuardSource.LOCAL_UNSPECIALIZED_NN_MODULE
+    for said in (source, lambda: source):  # an attribute, or a method as in torch 2.11
+        node._dynamo_source = SimpleNamespace(guard_source=said)
+        assert compat.of_the_model(node) == there
+    node._dynamo_source = SimpleNamespace(guard_source=GuardSource.LOCAL)
+    assert not compat.of_the_model(node)
+
+
+@case
+def is_number(there):
+    module = torch.nn.LayerNorm(4, eps=1e-5).requires_grad_(False)
+    module.forward = lambda x: x * torch.rsqrt((x * x).mean(-1, keepdim=True) + module.eps)
+    gate = lambda x: -x[0].exp() * F.softplus(module(x) + x[1])  # noqa: E731
+    torch._dynamo.reset()
+    clear_reports()
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(torch.compile(gate, backend="gdnfuse", dynamic=True, options={"inner": "aot_eager"})(x), gate(x))
+    assert len(reports()) == (1 if there else 2)
 
 
 # Triton

@@ -90,13 +90,10 @@ def _compile(model: torch.nn.Module, settings: _Settings, parsed: gdnfuse_option
     coverage = Coverage(model, parsed)
     hooks = Hooks(model, coverage.say)
 
-    def checked(call: Callable[..., Any], phase: str) -> Callable[..., Any]:
-        return coverage.checked(_with_numbers(call) if dynamic else call, phase)
-
     first = plain
     if settings.prefill:
         first = torch.compile(apart(plain), **shared, **_no_cuda_graphs(mode, options))
-        first = checked(preparing_caches(first, fullgraph, settings.state_dtype, any_length), PROMPT)
+        first = coverage.checked(preparing_caches(first, fullgraph, settings.state_dtype, any_length), PROMPT)
         if not fullgraph:
             # Where generate is given a compile_config of its own (and prefill_chunk_size), a prompt still gets our compilation.
             first = torch._dynamo.disable(first)
@@ -105,13 +102,13 @@ def _compile(model: torch.nn.Module, settings: _Settings, parsed: gdnfuse_option
 
     parameters = parameters_of(model) if any_length else ()
     own = _mode_or_options(mode, options)
-    decode = checked(torch.compile(plain, **shared, **own), STEP)
+    decode = coverage.checked(torch.compile(plain, **shared, **own), STEP)
     model._compiled_call_impl = hooks.heeded(by_phase(decode, first, parameters))
     model._compiled_call_impl.coverage = coverage
     if hasattr(type(model), "get_compiled_call"):
         in_generate = _mode_or_options(_mode_of_generate(mode, parsed), options)
         if in_generate != own:
-            decode = checked(torch.compile(apart(plain, "in_generate"), **shared, **in_generate), STEP)
+            decode = coverage.checked(torch.compile(apart(plain, "in_generate"), **shared, **in_generate), STEP)
         in_generate = hooks.heeded(by_phase(decode, first, parameters))
         model.get_compiled_call = CompiledCall(model, in_generate, coverage)
         # Ours is in place of both: a config of the user's for it, and a call that generate has compiled before.
@@ -242,15 +239,3 @@ def parameters_of(model: torch.nn.Module) -> list[str]:
     """The names of what a model may be given by position."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return [p.name for p in inspect.signature(model.forward).parameters.values() if p.kind in kinds]
-
-
-def _with_numbers(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """The same, traced with floats for the numbers that they are: dynamic=True would make an eps an input of the graph."""
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return fn(*args, **kwargs)
-        with torch._dynamo.config.patch(specialize_float=True):
-            return fn(*args, **kwargs)
-
-    return call

@@ -164,7 +164,7 @@ def cut(graph: Graph, m: Match, memory: Memory) -> Region:
             that is not torch's, or something outside reads or writes a state in between.
     """
     for name, n in m.inputs.items():
-        if not is_tensor(n) and not isinstance(value(n), int | float | torch.SymInt | torch.SymFloat):
+        if not is_tensor(n) and not isinstance(value(n), int | torch.SymInt):
             raise Refused(f"{name} must be a tensor or a number, found what {op_name(n)} gives in {n.name}.", at=n)
         if is_tensor(n) and not is_plain(value(n)):
             kind = type(value(n)).__name__ if storage(n) is not None else "one without memory of its own"

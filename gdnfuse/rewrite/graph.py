@@ -51,7 +51,7 @@ _REARRANGING = _VIEWS | _PARTS
 # is not among them: it reads memory and not elements, so that what it is given must stay as it is.
 _READING = _REARRANGING | _CASTS | {
     "getattr", "real", "imag", "diagonal", "unfold", "split_with_sizes", "moveaxis", "ravel", "broadcast_to",
-    "expand_as", "conj", "resolve_conj", "resolve_neg", "view_as_real", "view_as_complex", "as_tensor", "requires_grad_",
+    "expand_as", "conj", "resolve_conj", "resolve_neg", "view_as_real", "as_tensor", "requires_grad_",
 }  # fmt: skip
 
 # Without side effects: may be dropped when nobody reads the result. Whatever is not listed stays.

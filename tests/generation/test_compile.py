@@ -60,30 +60,33 @@ def test_generate_reaches_the_backend_once_and_agrees(model, cache):
         assert decode_reports()  # a growing cache may be compiled again with a symbolic length
 
 
-def test_with_dynamic_sizes_one_prompt_graph_does_and_all_is_fused(model):
-    """Sizes that a trace finds to be numbers, and floats that are numbers, must not be taken for symbols."""
+def test_with_dynamic_sizes_one_prompt_graph_does_and_all_is_fused():
+    """Lengths and the number of sequences may change; heads that a state has, and floats that a norm has, are the model's."""
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "linear_num_key_heads": 2}
+    model = zoo.causal_lm(**zoo.SMALL, **heads, linear_num_value_heads=2)
     other = copy.deepcopy(model)
-    gdnfuse.compile(model, dynamic=True, **EAGER)
-    for length in (6, 71):
-        prompt = torch.randint(2, 128, (2, length))
-        kwargs = {"max_new_tokens": 4, "do_sample": False}
-        assert torch.equal(model.generate(prompt, **kwargs), other.generate(prompt, **kwargs))
-    assert [r.phase for r in gdnfuse.reports()] == ["prefill", "decode"]
-    assert all(r.layers and r.fused_layers == len(r.layers) and not r.note for r in gdnfuse.reports())
+    gdnfuse.compile(model, dynamic=True, strict=True, **EAGER)
+    for cache in (None, "static"):
+        gdnfuse.clear_reports()
+        for rows, length in ((3, 7), (5, 71)):
+            prompt = torch.randint(2, 128, (rows, length))
+            kwargs = {"max_new_tokens": 4, "do_sample": False, "cache_implementation": cache}
+            assert torch.equal(model.generate(prompt, **kwargs), other.generate(prompt, **kwargs))
+        assert [r.phase for r in gdnfuse.reports()] == ["prefill", "decode"]
+        assert all(r.fused_layers == len(r.layers) == 1 and not r.note for r in gdnfuse.reports())
 
 
 @torch.no_grad()
 @pytest.mark.filterwarnings("error:Raw Sym")  # torch's, of a graph whose sizes are neither numbers nor nodes
-def test_a_graph_of_dynamic_floats_does_not_stand_in_the_way_of_the_next(model):
-    """torch.compile with dynamic=True makes inputs of floats: fewer rewrites, but no pass fails and no proof is remembered."""
+def test_floats_of_the_model_are_numbers_with_dynamic_sizes_too(model):
+    """torch.compile with dynamic=True makes inputs of floats; in a step traced as it stands, without capture, too."""
     for dynamic in (True, None):
         torch.compiler.reset()
         run = torch.compile(model, backend="gdnfuse", dynamic=dynamic, options={"capture": False, **EAGER})
         cache, _ = zoo.prefill(model, 2, "static")
         other = copy.deepcopy(cache)
         torch.testing.assert_close(run(PROMPT[:, :1], **zoo.held(cache)).logits, model(PROMPT[:, :1], **zoo.held(other)).logits)
-    first, last = gdnfuse.reports()
-    assert first.layers and not first.note and last.fused_layers == len(last.layers) > 0
+    assert [(r.fused_layers, len(r.layers), r.note) for r in gdnfuse.reports()] == [(3, 3, "")] * 2
 
 
 def test_beams_reach_the_backend(model):

@@ -27,7 +27,7 @@ from gdnfuse.passes.sdpa import (
 from gdnfuse.rewrite.edit import call
 from gdnfuse.rewrite.graph import is_tensor, op_name, peel, value
 from gdnfuse.rewrite.pattern import Mismatch, Op, Var
-from gdnfuse.rewrite.rule import Match, Operand, Rule, bring
+from gdnfuse.rewrite.rule import Match, Operand, Rule, bring, shown
 
 TURN = Op("add", Op("mul", Var("x"), Var("cos")), Op("mul", Op("cat"), Var("sin")))
 
@@ -74,7 +74,10 @@ class LiftAttentionDecode(Rule[OneToken]):
         require_plain(anchor, m)
         if value(m.inputs["position"]).shape != (1,):
             raise Refused(f"One token must be written, found {list(value(m.inputs['position']).shape)}.", at=anchor)
-        if not isinstance(size := value(m.inputs["keys"]).numel(), int) or size > PROVED:
+        if not isinstance(size := value(m.inputs["keys"]).numel(), int):
+            found = shown(value(m.inputs["keys"]).shape)
+            raise Refused(f"The cache must have a length and a number of sequences that are known, found {found}.", at=anchor)
+        if size > PROVED:
             raise Refused(f"The keys must have at most {PROVED} elements to be proved, found {size}.", at=anchor)
         require_dtype_of_q(m, "k", "v", "keys", "values", "gate")
 
