@@ -1,4 +1,4 @@
-"""Real graphs of a tiny Qwen3.5 to mutate: decode steps and prompts, captured and not, in float32 and bfloat16."""
+"""Real graphs of a tiny Qwen3.5, some with experts, to mutate: steps and prompts, captured and not, in float32 and bfloat16."""
 
 from __future__ import annotations
 
@@ -19,6 +19,10 @@ SIZES = {
     "hidden_size": 24, "intermediate_size": 20, "linear_num_key_heads": 2, "linear_num_value_heads": 6, "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
 }  # fmt: skip
+# Fewer are chosen than there are, which a rounding can flip: in float32 none did.
+EXPERTS = {
+    "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 10, **zoo.SMALL,
+}  # fmt: skip
 LENGTH = 96  # of a static cache
 
 
@@ -33,6 +37,7 @@ class Source:
     capture: bool = False
     dtype: torch.dtype = torch.float32
     padded: bool = False
+    experts: bool = False
 
 
 BF16 = torch.bfloat16
@@ -45,6 +50,8 @@ SOURCES = {
     "captured prompt": Source(2, (13, 9, 70), filled=False, capture=True, padded=True),
     "captured continuation": Source(2, (11, 7, 66), cache="dynamic", capture=True, dtype=BF16),
     "prompt": Source(2, (70,), cache="dynamic", filled=False),
+    "step of experts": Source(1, experts=True),
+    "captured step of experts": Source(3, experts=True, capture=True),
 }
 
 
@@ -65,7 +72,7 @@ def graph_of(name: str) -> tuple[GraphModule, list[Sequence[Any]]]:
 
     torch._dynamo.reset()
     torch.manual_seed(0)
-    model = zoo.causal_lm(**SIZES).to(source.dtype)
+    model = (zoo.moe(**SIZES, **EXPERTS) if source.experts else zoo.causal_lm(**SIZES)).to(source.dtype)
     with torch.no_grad(), mock.patch.dict("os.environ", {"GDNFUSE_DISABLE": "" if source.capture else "1"}):
         run = torch.compile(model, backend=backend, fullgraph=True)
         for length in source.tokens:

@@ -79,6 +79,8 @@ OTHERS = {
     "cumsum": (torch.cumprod,),
     "tril": (torch.triu,),
     "triu": (torch.tril,),
+    "softmax": (F.softmin, F.log_softmax),
+    "itruediv": (operator.mul, operator.sub, operator.truediv),
 }  # fmt: skip
 
 
