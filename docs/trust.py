@@ -53,8 +53,14 @@ ROWS: dict[str, list[str]] = {
     f"Near misses of real graphs ({NEAR_MISSES} of them), shapes and layouts": ["tests/fuzz"],
     "Operations' references": ["tests/dialect"],
     "Kernels compiled for sm_80, 86, 89, 90, 100, 120 and gfx942": ["tests/kernels/test_cross_compile.py"],
-    "Each motif: hits, and refusals with a sentence": ["tests/passes/test_lift.py", "tests/passes/test_lift_chunk.py"],
-    "Functions that are captured": ["tests/test_capture.py"],
+    "Each motif: hits, and refusals with a sentence": [
+        "tests/passes/test_lift.py",
+        "tests/passes/test_lift_chunk.py",
+        "tests/passes/test_lift_experts.py",
+        "tests/passes/test_experts.py",
+    ],
+    "Functions that are captured": ["tests/test_capture.py", "tests/test_capture_experts.py"],
+    "Mixtures of experts: families, dtypes, rows, ties": ["tests/models/test_experts.py"],
     "Sequences are not mixed": ["tests/passes/test_sequences.py"],
     "Kernels against float64, through Triton's interpreter": [
         "tests/kernels/test_interpreted.py",
