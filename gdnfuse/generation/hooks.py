@@ -55,12 +55,21 @@ class Hooks:
     def _changed(self, anywhere: bool) -> bool:
         found = _hooks(self._model.modules() if anywhere else self._hooked)
         if self._known is None:
-            self._known, self._hooked = found, [m for m in self._model.modules() if m._forward_pre_hooks or m._forward_hooks]
+            self._known, self._hooked = found, [m for m in self._model.modules() if _hooks([m])]
         return found != self._known
+
+
+# Transformers puts some there when hidden states are first asked for. They do nothing in calls that do not ask, and Dynamo looks
+# whether a call does.
+CAPTURING = "transformers.utils.output_capturing"
 
 
 def _hooks(modules: Iterable[torch.nn.Module]) -> list[tuple[Any, ...]]:
     """Each hooked module's id and the numbers of its hooks' handles, and those of the hooks of all modules."""
-    of_each = [(id(m), *m._forward_pre_hooks, *m._forward_hooks) for m in modules if m._forward_pre_hooks or m._forward_hooks]
+    found = []
+    for m in modules:
+        if m._forward_pre_hooks or m._forward_hooks:
+            hooks = {**m._forward_pre_hooks, **m._forward_hooks}
+            found.append((id(m), *(i for i, hook in hooks.items() if getattr(hook, "__module__", "") != CAPTURING)))
     of_all = compat.global_hooks()
-    return [*of_each, ("all", *of_all)] if of_all else of_each
+    return [one for one in (*found, ("all", *of_all)) if len(one) > 1]

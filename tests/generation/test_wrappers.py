@@ -155,3 +155,14 @@ def test_a_hook_that_is_registered_later_runs(everywhere, caplog):
         assert ["hooks of Qwen3_5ForCausalLM" in r.getMessage() for r in caplog.records if r.name == log] == [True]
     same()
     assert len(gdnfuse.reports()) == 1
+
+
+@torch.no_grad()
+def test_hooks_of_transformers_that_give_hidden_states_do_not_count(caplog):
+    """They are there from the first call that asks for hidden states on."""
+    model = zoo.causal_lm(**zoo.SMALL)
+    ours = gdnfuse.compile(copy.deepcopy(model), inner="eager", strict=True)
+    for asked in (False, True, False):
+        found, wanted = (m(IDS, output_hidden_states=asked) for m in (ours, model))
+        torch.testing.assert_close(found.hidden_states, wanted.hidden_states)
+    assert ours.model.layers[0]._forward_hooks and not [r for r in caplog.records if r.name == log]

@@ -105,3 +105,12 @@ def test_what_the_graph_came_with_is_left_alone():
     spec = Spec(gm)
     added(gm, gm.graph.output_node(), torch.neg, node(gm, "sum"))
     spec.check(gm)
+
+
+def test_a_size_reads_no_memory():
+    """It may be asked for on either side of a write; with sizes of any number it is a node, and a fused op moves past it."""
+    gm = Captured(step, torch.randn(2, 3), torch.randn(2, 3)).gm
+    size = added(gm, node(gm, "exp"), torch.Tensor.size, node(gm, "copy_").args[0], 0)
+    spec = Spec(gm)
+    node(gm, "copy_").prepend(size)
+    spec.check(gm)
