@@ -9,6 +9,7 @@ Libraries are imported in functions only, so that importing this file imports no
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -87,13 +88,17 @@ def private(
 
 
 def find(path: str) -> Any:
-    """What "module:attribute" names, or "module".
+    """What "module:attribute" names, or "module"; of "module:attribute|attribute" the first that is there.
 
     Raises:
         ImportError, AttributeError: there is none.
     """
-    module, _, attribute = path.partition(":")
+    module, _, attributes = path.partition(":")
     found = importlib.import_module(module)
+    *newer, attribute = attributes.split("|")
+    for name in newer:
+        with contextlib.suppress(AttributeError):
+            return attrgetter(name)(found)
     return attrgetter(attribute)(found) if attribute else found
 
 
@@ -529,17 +534,28 @@ def dependent_launch(launch_dependents: Any, wait: Any) -> tuple[Any, Any]:
     "triton.experimental.gluon.nvidia.hopper:TensorDescriptor",
     "triton.experimental.gluon.language.nvidia.hopper:fence_async_shared",
     "triton.experimental.gluon.language.nvidia.hopper:mbarrier",
-    "triton.experimental.gluon.language.nvidia.hopper:tma.store_wait",
     "triton.experimental.gluon.language.nvidia.hopper:warpgroup_mma",
     "triton.experimental.gluon.language.nvidia.hopper:warpgroup_mma_wait",
     "triton.experimental.gluon.language:warp_specialize",
-    "triton.experimental.gluon.language:shared_memory_descriptor._reinterpret",
     instead=nothing,
 )
 def gluon(gluon: Any, language: Any, async_copy: Any, hopper: Any, descriptor: Any, *used: Any) -> tuple[Any, ...] | None:
     """Gluon for Hopper, or None: (gluon, its language, async_copy, the language's hopper, TensorDescriptor). Without it: Triton's
     kernels take the places of the chunk scan and of the ring that are written for Hopper."""
     return gluon, language, async_copy, hopper, descriptor
+
+
+@private(  # by their names from Triton 3.8 or 3.9 on, and before
+    "triton.experimental.gluon.language:shared_memory_descriptor.reinterpret|shared_memory_descriptor._reinterpret",
+    "triton.experimental.gluon.language.nvidia.hopper:tma.async_load|tma.async_copy_global_to_shared",
+    "triton.experimental.gluon.language.nvidia.hopper:tma.async_store|tma.async_copy_shared_to_global",
+    "triton.experimental.gluon.language.nvidia.hopper:tma.store_wait",
+    instead=nothing,
+)
+def gluon_tiles(reinterpret: Any, load: Any, store: Any, store_wait: Any) -> tuple[Any, ...] | None:
+    """What Gluon does with tiles, or None: (reinterpret one in another shape and layout, load it, store it, wait for stores).
+    Without it: Triton's kernel takes the place of the chunk scan that is written for Hopper."""
+    return reinterpret, load, store, store_wait
 
 
 @private("triton:knobs.runtime", instead=lambda: os.environ.get("TRITON_INTERPRET") == "1", level=logging.DEBUG)

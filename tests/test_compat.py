@@ -544,6 +544,11 @@ def gluon(there):
 
 
 @case
+def gluon_tiles(there):
+    assert (compat.gluon_tiles() is not None) == there
+
+
+@case
 def interpreting(there):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(os.environ, "TRITON_INTERPRET", "1")

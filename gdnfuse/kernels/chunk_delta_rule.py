@@ -44,7 +44,7 @@ from gdnfuse.kernels.launch.implementation import (
     require_tokens,
 )
 
-if compat.gluon():
+if compat.gluon() and compat.gluon_tiles():
     from gdnfuse.kernels import chunk_scan_hopper
 else:
     chunk_scan_hopper = None

@@ -25,8 +25,10 @@ from gdnfuse import compat
 from gdnfuse.kernels import devices
 from gdnfuse.kernels.launch.implementation import kernel_of, launching
 
-gluon, gl, _, hopper, TensorDescriptor = compat.gluon()  # whoever imports this has asked whether it is there
-fence_async_shared, mbarrier, tma = hopper.fence_async_shared, hopper.mbarrier, hopper.tma
+# Whoever imports this has asked whether they are there.
+gluon, gl, _, hopper, TensorDescriptor = compat.gluon()
+reinterpret, load_tile, store_tile, store_wait = compat.gluon_tiles()
+fence_async_shared, mbarrier = hopper.fence_async_shared, hopper.mbarrier
 warpgroup_mma, warpgroup_mma_wait = hopper.warpgroup_mma, hopper.warpgroup_mma_wait
 
 # Tiles in memory, [1, 1, tokens, columns] of descriptors, and the same in shared memory.
@@ -56,20 +58,20 @@ def _producer(
         mbarrier.expect(arrived, 2 * (2 * 64 * 128 + 64 * BV + 2 * 64 * 64) + (0 if VARLEN else 4 * 4 * 64))
         # In the order of use.
         for half in gl.static_range(2):
-            tile = k_smem.index(slot * 2 + half)._reinterpret(gl.bfloat16, [1, 1, 64, 64], TILE_4D)
-            tma.async_copy_global_to_shared(k_desc, [batch, h, t, 64 * half], arrived, tile)
-        tile = v_smem.index(slot)._reinterpret(gl.bfloat16, [1, 1, 64, BV], TILE_4D)
-        tma.async_copy_global_to_shared(v_desc, [batch, hv, t, column], arrived, tile)
+            tile = reinterpret(k_smem.index(slot * 2 + half), gl.bfloat16, [1, 1, 64, 64], TILE_4D)
+            load_tile(k_desc, [batch, h, t, 64 * half], arrived, tile)
+        tile = reinterpret(v_smem.index(slot), gl.bfloat16, [1, 1, 64, BV], TILE_4D)
+        load_tile(v_desc, [batch, hv, t, column], arrived, tile)
         if not VARLEN:
-            tile = factors_smem.index(slot)._reinterpret(gl.float32, [1, 1, 4, 64], FACTORS_4D)
-            tma.async_copy_global_to_shared(factors_desc, [batch, hv, 0, t], arrived, tile)
-        tile = inverse_smem.index(slot)._reinterpret(gl.bfloat16, [1, 1, 64, 64], TILE_4D)
-        tma.async_copy_global_to_shared(inverse_desc, [batch, hv, t, 0], arrived, tile)
+            tile = reinterpret(factors_smem.index(slot), gl.float32, [1, 1, 4, 64], FACTORS_4D)
+            load_tile(factors_desc, [batch, hv, 0, t], arrived, tile)
+        tile = reinterpret(inverse_smem.index(slot), gl.bfloat16, [1, 1, 64, 64], TILE_4D)
+        load_tile(inverse_desc, [batch, hv, t, 0], arrived, tile)
         for half in gl.static_range(2):
-            tile = q_smem.index(slot * 2 + half)._reinterpret(gl.bfloat16, [1, 1, 64, 64], TILE_4D)
-            tma.async_copy_global_to_shared(q_desc, [batch, h, t, 64 * half], arrived, tile)
-        tile = attention_smem.index(slot)._reinterpret(gl.bfloat16, [1, 1, 64, 64], TILE_4D)
-        tma.async_copy_global_to_shared(attention_desc, [batch, hv, t, 0], arrived, tile)
+            tile = reinterpret(q_smem.index(slot * 2 + half), gl.bfloat16, [1, 1, 64, 64], TILE_4D)
+            load_tile(q_desc, [batch, h, t, 64 * half], arrived, tile)
+        tile = reinterpret(attention_smem.index(slot), gl.bfloat16, [1, 1, 64, 64], TILE_4D)
+        load_tile(attention_desc, [batch, hv, t, 0], arrived, tile)
         if VARLEN:
             # TMA takes no row of factors that does not start at 16 bytes.
             row = plane.to(gl.int64) // HV * hv + t
@@ -156,7 +158,7 @@ def _consumer(
         of_k = factors_smem.index(slot).slice(2, 1, 0).load(accumulator)
         if VARLEN:
             row = gl.minimum(T - chunk * 64, 64) - 1
-            decay = factors_smem.index(slot)._reinterpret(gl.float32, [4 * 64, 1, 1], SCALARS).index(3 * 64 + row)
+            decay = reinterpret(factors_smem.index(slot), gl.float32, [4 * 64, 1, 1], SCALARS).index(3 * 64 + row)
             decay = decay.load(accumulator)  # [1, 1]
         s0 = s0 * decay
         s1 = s1 * decay
@@ -188,13 +190,13 @@ def _consumer(
         tile.permute((1, 0)).store(o.to(gl.bfloat16))
         o = warpgroup_mma(a0, q_smem.index(following * 2).permute((1, 0)), zero, use_acc=False, is_async=True)
         fence_async_shared()
-        tma.store_wait(0)  # of the chunk before, so that the other tile is free
-        tile = tile._reinterpret(gl.bfloat16, [1, 1, 64, BV], TILE_4D)
+        store_wait(0)  # of the chunk before, so that the other tile is free
+        tile = reinterpret(tile, gl.bfloat16, [1, 1, 64, BV], TILE_4D)
         if VARLEN:
             if chunk * 64 + 64 <= T:
-                tma.async_copy_shared_to_global(out_desc, [batch, hv, start + chunk * 64, column], tile)
+                store_tile(out_desc, [batch, hv, start + chunk * 64, column], tile)
         else:
-            tma.async_copy_shared_to_global(out_desc, [batch, hv, chunk * 64, column], tile)
+            store_tile(out_desc, [batch, hv, chunk * 64, column], tile)
         x = warpgroup_mma_wait(1, [x])
         x = v - x * of_ks
         if VARLEN:
@@ -213,7 +215,7 @@ def _consumer(
     last_ptr += (n * HV + hv).to(gl.int64) * (K * V)
     gl.store(last_ptr + (i_v[:, None] + r[None, :] * V), s0)
     gl.store(last_ptr + (i_v[:, None] + (r[None, :] + 64) * V), s1)
-    tma.store_wait(0)
+    store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["T", "plane"])
