@@ -41,7 +41,7 @@ def test_says_what_the_compilation_says(model):
     assert plain(found.reports) == plain(gdnfuse.reports())
     assert [r.fused_layers for r in found.reports] == [1] * 2
     assert not found.breaks and not found.recompiles
-    assert found.summary().startswith("2 graphs, 4/4 GDN layers fused, 0 graph breaks, 0 recompilations.\n")
+    assert found.summary().startswith("2 graphs, 2/2 GDN layers fused, 0 graph breaks, 0 recompilations.\n")
 
 
 def test_leaves_everything_as_it_was(model):
@@ -143,7 +143,7 @@ def test_gradients_leave_a_graph_as_it_came():
     found = gdnfuse.explain(zoo.causal_lm(**zoo.SMALL).requires_grad_(True), IDS)
     unfused, left = found.findings
     assert (unfused.kind, unfused.where) == ("layers not fused", "prompts") and "torch.no_grad()" in unfused.fix
-    assert unfused.cause.startswith(f"0 of {1} in a prompt (not model.layers.0.linear_attn and 1 more) run fused. ")
+    assert unfused.cause.startswith("0 of 1 in a prompt (not model.layers.0.linear_attn) run fused. ")
     assert (left.kind, left.where) == ("graph left as it came", "graph 0") and "torch.no_grad()" in left.fix
 
 
