@@ -430,8 +430,10 @@ def compiling_for(current: Any) -> tuple[Any, bool] | None:
 
 
 def wrapped_backend(backend: Any) -> Any:
-    """The backend that one of torch's wrappers holds, if any. Without it: a wrapper counts as a backend of torch's."""
-    return getattr(backend, "_torchdynamo_orig_backend", None) or getattr(backend, "compiler_fn", None)
+    """The backend that one of torch's wrappers holds, if any; DistributedDataParallel's, which cuts graphs, is a bound method.
+    Without it: a wrapper counts as a backend of torch's."""
+    held = getattr(backend, "_torchdynamo_orig_backend", None) or getattr(backend, "compiler_fn", None)
+    return held or getattr(getattr(backend, "__self__", None), "backend_compile_fn", None)
 
 
 @private("torch._guards:GuardSource.LOCAL", instead=lambda node: False)

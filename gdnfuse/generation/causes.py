@@ -78,6 +78,9 @@ NOTES = (
 )
 
 
+GRAPH_BREAK, LEFT_EAGER = "graph break", "frame left eager"
+
+
 @dataclass(frozen=True)
 class Finding:
     """Something between the call and one fused graph.
@@ -126,7 +129,7 @@ class Found:
             frame = reason.user_stack[-1] if reason.user_stack else None
             where = f"{frame.filename}:{frame.lineno} in {_function(frame.name)}" if frame else "unknown"
             cause = "Data-dependent branching." if reason.reason.startswith("generic_jump") else _cause(reason.reason)
-            found[where] = Finding("graph break", cause, where, remedy(BREAKS, f"{where} {reason.reason}"))
+            found[where] = Finding(GRAPH_BREAK, cause, where, remedy(BREAKS, f"{where} {reason.reason}"))
         for m in self.metrics:
             if m.fail_reason and not _limit(m):
                 at = (m.fail_user_frame_filename, m.fail_user_frame_lineno)
@@ -209,12 +212,12 @@ def likeliest(found: Found | None, graphs: Sequence[GraphReport], missing: Seque
     return NOT_KNOWN if graphs else NOT_TRACED
 
 
-def first_break(found: Found) -> tuple[str, str]:
+def first_break(found: Found, kinds: Sequence[str] = (GRAPH_BREAK, LEFT_EAGER)) -> tuple[str, str]:
     """Where a call left its graph and why, and what to do about it, each in sentences; two empty ones where it did not.
 
     The first place, or one of a library's hooks where there are any: those are at every module.
     """
-    breaks = found.breaks()
+    breaks = [b for b in found.breaks() if b.kind in kinds]
     if not breaks:
         return "", ""
     first = next((b for b in breaks if any(b.fix == fix for _, fix in HOOKS)), breaks[0])

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from gdnfuse.errors import GdnfuseError
-from gdnfuse.generation.causes import Found, first_break, likeliest, noted
+from gdnfuse.generation.causes import GRAPH_BREAK, Found, first_break, likeliest, noted
 from gdnfuse.generation.wrappers import gdn_layers
 from gdnfuse.options import Options, disabled
 from gdnfuse.report.records import GraphReport, reports
@@ -120,7 +120,7 @@ class Coverage:
                 out = fn(*args, **kwargs)
         except Exception as e:
             if isinstance(refused := getattr(e, "inner_exception", None), GdnfuseError):  # by the backend, under strict
-                raise GdnfuseError(f"{refused} {' '.join(first_break(found))}".rstrip()) from e
+                raise GdnfuseError(f"{refused} {' '.join(first_break(found, (GRAPH_BREAK,)))}".rstrip()) from e
             raise
         else:
             return out, _Watched(found, {id(x) for x in RUNS.watched}, list(self.reports()[known:]))

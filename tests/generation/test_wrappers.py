@@ -87,6 +87,20 @@ def test_a_wrapper_reaches_the_compiled_call_of_the_model_inside(wrap):
     assert wrapper(IDS) == wrapper(IDS) == "compiled"
 
 
+@torch.no_grad()
+def test_distributed_data_parallel(tmp_path):
+    """Under it Dynamo's backend is one of torch's own, around ours."""
+    model = zoo.causal_lm(**zoo.SMALL)
+    wanted = model(IDS).logits
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        ours = torch.nn.parallel.DistributedDataParallel(model.requires_grad_(True)).requires_grad_(False)
+        torch.testing.assert_close(gdnfuse.compile(ours, inner="eager", strict=True)(IDS).logits, wanted)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert [(r.phase, r.fused_layers) for r in gdnfuse.reports()] == [("prefill", 1)]
+
+
 def test_a_call_that_goes_round_the_model_is_said(caplog):
     model = ByForward(zoo.causal_lm(**zoo.SMALL))
     words = "A call of ByForward must reach the call of the Qwen3_5ForCausalLM inside it"
