@@ -110,6 +110,8 @@ def rewritten_copy(
         return as_it_came
     try:
         return rewrite(original(gm), example_inputs, opts, report, plan)
+    except GdnfuseError:
+        raise
     except Exception as e:
         # A bug of ours must not cost the user the model: it runs as it came, and says so.
         log.exception("gdnfuse failed on this graph, which is compiled by %s as it came", opts.inner)

@@ -16,7 +16,7 @@ from gdnfuse import compat
 from gdnfuse.dialect import op_of
 from gdnfuse.options import Options
 from gdnfuse.packing import PackedWeight
-from gdnfuse.passes import constants, fuse, growing_keys, last_rows, lift, lower, normalize, survey
+from gdnfuse.passes import constants, fuse, growing_keys, last_rows, lift, lower, normalize, packed, survey
 from gdnfuse.passes.lift import gating
 from gdnfuse.progress import announce
 from gdnfuse.report.records import GraphReport, LayerReport, Record, Status
@@ -63,6 +63,7 @@ def rewrite(
 
     Raises:
         AssertionError: a stage broke its spec.
+        GdnfuseError: packed sequences are mixed by attention.
     """
     start = time.perf_counter()
     announce("normalize")
@@ -91,6 +92,7 @@ def _stages(c: Compilation) -> Iterator[tuple[str, list[Callable[[GraphModule], 
     gm, outcome, spec = c.gm, c.outcome, Spec(c.gm)
     normalize.normalize(gm)
     _look(c)
+    packed.require_apart(gm)
     yield "normalize", [spec.check, normalize.check]
     if not c.report.layers and not outcome.records:
         return

@@ -5,7 +5,6 @@ transformers is imported inside the functions, so that importing this module sta
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from gdnfuse import options as gdnfuse_options
 from gdnfuse import versions
 from gdnfuse.errors import GdnfuseError
+from gdnfuse.generation.arguments import demanding, parameters_of
 from gdnfuse.generation.caches import cache_finder, check_state_dtype, preparing_caches
 from gdnfuse.generation.coverage import PROMPT, STEP, Coverage
 from gdnfuse.generation.hooks import Hooks
@@ -103,13 +103,13 @@ def _compile(model: torch.nn.Module, settings: _Settings, parsed: gdnfuse_option
     parameters = parameters_of(model) if any_length else ()
     own = _mode_or_options(mode, options)
     decode = coverage.checked(torch.compile(plain, **shared, **own), STEP)
-    model._compiled_call_impl = hooks.heeded(by_phase(decode, first, parameters))
+    model._compiled_call_impl = hooks.heeded(demanding(model, by_phase(decode, first, parameters)))
     model._compiled_call_impl.coverage = coverage
     if hasattr(type(model), "get_compiled_call"):
         in_generate = _mode_or_options(_mode_of_generate(mode, parsed), options)
         if in_generate != own:
             decode = coverage.checked(torch.compile(apart(plain, "in_generate"), **shared, **in_generate), STEP)
-        in_generate = hooks.heeded(by_phase(decode, first, parameters))
+        in_generate = hooks.heeded(demanding(model, by_phase(decode, first, parameters)))
         model.get_compiled_call = CompiledCall(model, in_generate, coverage)
         # Ours is in place of both: a config of the user's for it, and a call that generate has compiled before.
         if getattr(model, "generation_config", None) is not None:
@@ -233,9 +233,3 @@ def _of_any_length(
 
     placed = [*map(marked, parameters, args), *args[len(parameters) :]]
     return placed, {name: marked(name, x) for name, x in kwargs.items()}
-
-
-def parameters_of(model: torch.nn.Module) -> list[str]:
-    """The names of what a model may be given by position."""
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return [p.name for p in inspect.signature(model.forward).parameters.values() if p.kind in kinds]

@@ -18,8 +18,9 @@ import torch
 from gdnfuse import compat
 from gdnfuse.backend import noting, rewritten_copy
 from gdnfuse.errors import GdnfuseError, one_line
+from gdnfuse.generation.arguments import parameters_of
 from gdnfuse.generation.causes import Finding, left, noted
-from gdnfuse.generation.compile import apart, by_phase, parameters_of
+from gdnfuse.generation.compile import apart, by_phase
 from gdnfuse.generation.coverage import PROMPT, STEP, Coverage
 from gdnfuse.generation.wrappers import compiled_models, is_compiled
 from gdnfuse.options import Options

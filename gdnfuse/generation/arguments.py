@@ -1,0 +1,60 @@
+"""What a call of a model must be given, checked before anything runs."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from gdnfuse.errors import GdnfuseError
+from gdnfuse.generation.caches import cache_finder
+
+
+def parameters_of(model: torch.nn.Module) -> list[str]:
+    """The names of what a model may be given by position."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [p.name for p in inspect.signature(model.forward).parameters.values() if p.kind in kinds]
+
+
+def demanding(model: torch.nn.Module, call: Callable[..., Any]) -> Callable[..., Any]:
+    """The same call, which refuses what the model cannot be right with.
+
+    Raises:
+        GdnfuseError: there is no row or no token; or `cu_seq_lens_q` packs sequences that attention would mix.
+    """
+    parameters, find_cache = parameters_of(model), cache_finder()
+    config = getattr(model, "config", None)
+
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            given = dict(zip(parameters, args, strict=False)) | kwargs
+            for name in ("input_ids", "inputs_embeds"):
+                if isinstance(tokens := given.get(name), torch.Tensor) and 0 in tokens.shape[:2]:
+                    found = f"{name} of the shape {list(tokens.shape)}"
+                    raise GdnfuseError(f"A call must have at least one row and one token, found {found}.")
+            if given.get("cu_seq_lens_q") is not None:
+                _require_apart(config, given, find_cache(given.values()))
+        return call(*args, **kwargs)
+
+    return checked
+
+
+def _require_apart(config: Any, given: dict[str, Any], cache: Any) -> None:
+    """transformers tells attention of packed sequences by positions alone, and only without a cache and a mask of padding."""
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if "flash" in (getattr(config, "_attn_implementation", None) or ""):
+        return  # which takes the bounds
+    use_cache = given.get("use_cache")
+    caching = cache is not None or (getattr(config, "use_cache", True) if use_cache is None else use_cache)
+    found = [
+        "" if given.get("position_ids") is not None else "no position_ids",
+        "a cache" if caching else "",
+        "an attention_mask" if isinstance(mask := given.get("attention_mask"), torch.Tensor) and mask.ndim == 2 else "",
+    ]
+    if any(found):
+        raise GdnfuseError(
+            "Sequences packed with cu_seq_lens_q must have position_ids that begin anew at each, use_cache=False and no "
+            f"attention_mask, or attention mixes them; found {' and '.join(filter(None, found))}."
+        )
