@@ -366,6 +366,39 @@ def dynamo_settings(config: Any, **settings: Any) -> Any:
     return config.patch(settings)
 
 
+NOTED = "fail_reason fail_user_frame_filename fail_user_frame_lineno co_filename co_firstlineno co_name recompile_reason".split()
+
+
+@private(
+    "torch._dynamo.utils",
+    "torch._dynamo.utils:CompilationMetrics.__dataclass_fields__",
+    "torch._dynamo.output_graph:GraphCompileReason.__dataclass_fields__",
+    instead=lambda: ([], []),
+)
+def compilation_notes(utils: Any, metrics: Any, reason: Any) -> tuple[list[Any], list[Any]]:
+    """What Dynamo remembers: a GraphCompileReason of each graph break, CompilationMetrics of each compilation. Without it:
+    neither explain nor what says why a layer is not fused knows of graph breaks and recompilations."""
+    if lost := {*NOTED} - metrics.keys() | {"reason", "user_stack"} - reason.keys():
+        raise AttributeError(f"no {', '.join(sorted(lost))}")
+    return list(utils.graph_break_reasons), list(utils.get_compilation_metrics())
+
+
+@private("torch._dynamo.utils", instead=lambda most: nullcontext(), level=logging.DEBUG)
+def remembering_compilations(utils: Any, most: int) -> Any:
+    """A context in which Dynamo remembers more of its compilations. Without it: explain knows of the last 64."""
+    before, limit = utils._compilation_metrics.maxlen, utils.set_compilation_metrics_limit
+    limit(most)
+
+    @contextmanager
+    def remembering() -> Iterator[None]:
+        try:
+            yield
+        finally:
+            limit(before)
+
+    return remembering()
+
+
 @private("torch._dynamo.callback:callback_handler", instead=lambda callback: False)
 def at_compile_start(handler: Any, callback: Callable[..., None]) -> bool:
     """Have a function called whenever a compilation starts, after `torch._dynamo.reset()` too. Whether that is so. Without it: of
@@ -747,6 +780,50 @@ def _of_arguments(op: Any, names: str) -> Any:
 
 
 # torch: modules
+
+
+@private("torch.nn:Module._call_impl", instead=lambda module: module.__call__)
+def call_of(call: Any, module: Any) -> Callable[..., Any]:
+    """What a call of a module does where nothing is compiled: its hooks and its forward. Without it: a model's calls run
+    eager, but steps of generate with a static cache on a GPU."""
+    return module._call_impl
+
+
+@private("torch.nn:Module._call_impl", "torch.nn:Module._compiled_call_impl", instead=lambda module, to: False)
+def set_compiled_call(call: Any, compiled: Any, module: Any, to: Callable[..., Any] | None) -> bool:
+    """Have the calls of a module go to a function, which torch leaves out of copies and pickles; whether they do. Without it: a
+    model's calls run eager, but steps of generate with a static cache on a GPU."""
+    module._compiled_call_impl = to
+    return True
+
+
+@private("torch.nn:Module._compiled_call_impl", instead=nothing)
+def compiled_call(compiled: Any, module: Any) -> Callable[..., Any] | None:
+    """Where the calls of a module go to, or None. Without it: a model's own calls count as not compiled."""
+    return module._compiled_call_impl
+
+
+def forget_compiled_call(model: Any) -> None:
+    """Have `generate` not use a call that it has compiled itself. Without it: it asks for one all the same."""
+    vars(model).pop("_compiled_call", None)
+
+
+@private(instead=lambda module: {})
+def hooks_of(module: Any) -> dict[int, Callable[..., Any]]:
+    """A module's forward hooks by the numbers of their handles. Without it: hooks that come or go after a graph was traced do not
+    show in it."""
+    return {**module._forward_pre_hooks, **module._forward_hooks}
+
+
+def _of_wrapper(call: Any) -> Any:
+    return getattr(call, "_orig_mod", None) or getattr(call, "_torchdynamo_orig_callable", call)
+
+
+@private("torch._dynamo:OptimizedModule", instead=_of_wrapper, level=logging.DEBUG)
+def uncompiled(optimized: Any, call: Any) -> Any:
+    """What torch.compile was given for a module or function that it made, else the same. Without it: any module with the
+    attribute _orig_mod is taken for one that torch.compile made."""
+    return call._orig_mod if isinstance(call, optimized) else getattr(call, "_torchdynamo_orig_callable", call)
 
 
 @private("torch.nn.modules.module:_global_forward_pre_hooks", "torch.nn.modules.module:_global_forward_hooks", instead=lambda: ())

@@ -1,5 +1,6 @@
 """Private APIs: each works with the installed versions, and what it costs where one is gone is what its entry says."""
 
+import copy
 import functools
 import inspect
 import logging
@@ -23,6 +24,7 @@ from transformers.models.qwen3_5 import modeling_qwen3_5 as modeling
 
 from gdnfuse import backend, capture, clear_reports, compat, packing, reports
 from gdnfuse.errors import GdnfuseError, Refused
+from gdnfuse.generation import causes, compile
 from gdnfuse.kernels import causal_attention, implementations, linear_configs
 from gdnfuse.kernels.launch import codegen, implementation, replay
 from gdnfuse.kernels.launch.inductor import announce
@@ -66,7 +68,7 @@ def test_an_entry_works_and_without_its_api_does_what_it_says(name, caplog):
     compat.forget()
     with caplog.at_level(logging.DEBUG, "gdnfuse.compat"):
         if here:
-            assert all(api is not None for api in entry.apis) and not entry.missing()
+            assert len(entry.apis) == len(entry.paths) and not entry.missing()
             CASES[name](True)
             assert "gdnfuse.compat" not in {r.name for r in caplog.records}
         with without(name):
@@ -117,6 +119,15 @@ asked = {"max_new_tokens": 3, "do_sample": False, "cache_implementation": "stati
 wanted = model.generate(ids, **asked)
 gdnfuse.compile(model, inner=inner)
 assert torch.equal(model.generate(ids, **asked), wanted)
+
+own = zoo.causal_lm(**zoo.SMALL).to(device)
+run = torch.compile(own, backend="gdnfuse", options={"inner": inner})
+tokens = zoo.tokens_for(2, 2).to(device)
+with torch.no_grad():
+    found, wanted = (call(ids, use_cache=True) for call in (run, own.forward))
+    assert zoo.relative(found.logits, wanted.logits) < 1e-5
+(theirs, _), (ours, _) = (zoo.prefill(own, 2, "static") for _ in range(2))
+assert zoo.relative(zoo.decode(run, ours, None, tokens), zoo.decode(own, theirs, None, tokens)) < 1e-5
 print(*(report.phase for report in gdnfuse.reports() if report.rewritten))
 
 x, weight = torch.empty(2, 1, 64, device="meta"), torch.empty(64, device="meta")
@@ -360,6 +371,35 @@ def dynamo_settings(there):
     with compat.dynamo_settings(recompile_limit=77):
         assert torch._dynamo.config.recompile_limit == (77 if there else before)
     assert torch._dynamo.config.recompile_limit == before
+
+
+def broken():
+    """What is found of a function that breaks its graph, and is compiled twice."""
+
+    def breaks(x):
+        torch._dynamo.graph_break()
+        return x + 1
+
+    with causes.noted() as found:
+        run = torch.compile(breaks, backend="eager")
+        for dtype in (torch.float32, torch.float64):
+            run(torch.ones(2, dtype=dtype))
+        most = torch._dynamo.utils._compilation_metrics.maxlen
+    return found, most
+
+
+@case
+def compilation_notes(there):
+    found, _ = broken()
+    assert bool(found.breaks()) == bool(found.recompilations({})) == there
+
+
+@case
+def remembering_compilations(there):
+    before = torch._dynamo.utils._compilation_metrics.maxlen
+    found, most = broken()
+    assert bool(found.breaks()) == (most == causes.METRICS) == there
+    assert torch._dynamo.utils._compilation_metrics.maxlen == before
 
 
 @contextmanager
@@ -722,3 +762,55 @@ def global_hooks(there):
     assert compat.global_hooks() == ((handle.id,) if there else ())
     handle.remove()
     assert compat.global_hooks() == ()
+
+
+@case
+def call_of(there):
+    module, calls = torch.nn.Linear(2, 2), []
+    module.register_forward_hook(lambda *args: calls.append(1))
+    torch.testing.assert_close(compat.call_of(module)(torch.ones(2)), module(torch.ones(2)))
+    assert len(calls) == 2 and (compat.call_of(module) == module._call_impl) == there
+
+
+@case
+def set_compiled_call(there):
+    """A model's calls are compiled, or eager."""
+    ours, ids = copy.deepcopy(model()), zoo.prompt(2)[0]
+    clear_reports()
+    compile.compile(ours, inner="eager")
+    asked = {"max_new_tokens": 2, "do_sample": False, "cache_implementation": "static"}
+    assert torch.equal(ours.generate(ids, **asked), model().generate(ids, **asked))
+    assert [r.phase for r in reports()] == ["prefill", "decode"] * there
+    torch.testing.assert_close(ours(ids).logits, model()(ids).logits)
+    assert (compat.compiled_call(ours) is not None) == there
+    with nullcontext() if there else pytest.raises(GdnfuseError, match="strict: calls of a model"):
+        compile.compile(ours, inner="eager", strict=True)
+    compat.set_compiled_call(ours, None)
+    assert compat.compiled_call(ours) is None
+
+
+@case
+def compiled_call(there):
+    module = torch.nn.Linear(2, 2)
+    module.compile(backend="eager")
+    assert (compat.compiled_call(module) is not None) == there
+
+
+@case
+def hooks_of(there):
+    if not there:
+        assert compat.hooks_of(object()) == {}
+        return
+    module = torch.nn.Linear(2, 2)
+    handles = [module.register_forward_pre_hook(lambda *a: None), module.register_forward_hook(lambda *a: None)]
+    assert [*compat.hooks_of(module)] == [handle.id for handle in handles]
+    for handle in handles:
+        handle.remove()
+    assert compat.hooks_of(module) == {}
+
+
+@case
+def uncompiled(there):
+    module, function = torch.nn.Linear(2, 2), lambda x: x
+    for given in (module, function):
+        assert compat.uncompiled(torch.compile(given)) is given is compat.uncompiled(given)

@@ -12,8 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch._dynamo import utils as dynamo
-
+from gdnfuse import compat
 from gdnfuse.report.records import GraphReport
 
 METRICS = 4096  # compilations of one call that torch is asked to remember; 64 otherwise
@@ -105,7 +104,8 @@ class Found:
     """What Dynamo noted since this was made."""
 
     def __init__(self) -> None:
-        self._known = [*dynamo.graph_break_reasons, *dynamo.get_compilation_metrics()]
+        reasons, metrics = compat.compilation_notes()
+        self._known = [*reasons, *metrics]
         self.reasons: list[Any] = []
         self.metrics: list[Any] = []
 
@@ -119,8 +119,7 @@ class Found:
 
     def read(self) -> None:
         known = {id(x) for x in self._known}
-        self.reasons = [r for r in dynamo.graph_break_reasons if id(r) not in known]
-        self.metrics = [m for m in dynamo.get_compilation_metrics() if id(m) not in known]
+        self.reasons, self.metrics = ([x for x in notes if id(x) not in known] for notes in compat.compilation_notes())
 
     def breaks(self) -> list[Finding]:
         """Each place once: what is behind a break in an inner function is traced again, and breaks again."""
@@ -160,14 +159,12 @@ class Found:
 @contextlib.contextmanager
 def noted() -> Iterator[Found]:
     """What Dynamo notes meanwhile, however much it is."""
-    limit = dynamo._compilation_metrics.maxlen
-    dynamo.set_compilation_metrics_limit(METRICS)
-    found = Found()
-    try:
-        yield found
-    finally:
-        found.read()
-        dynamo.set_compilation_metrics_limit(limit)
+    with compat.remembering_compilations(METRICS):
+        found = Found()
+        try:
+            yield found
+        finally:
+            found.read()
 
 
 def left(reports: Sequence[GraphReport]) -> list[Finding]:

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from gdnfuse import compat, versions
 from gdnfuse import options as gdnfuse_options
-from gdnfuse import versions
 from gdnfuse.errors import GdnfuseError
 from gdnfuse.generation.arguments import demanding, parameters_of
 from gdnfuse.generation.caches import cache_finder, check_state_dtype, preparing_caches
@@ -66,7 +66,7 @@ def compile(
     settings = _Settings(mode, fullgraph, dynamic, prefill or prefill is None and parsed.capture, state_dtype, options)
     coverages = [_compile(one, settings, parsed) for one in models]
     if model not in models:
-        model._compiled_call_impl = handing_on(model, models, coverages[0].say)
+        compat.set_compiled_call(model, handing_on(model, models, coverages[0].say))
     return model
 
 
@@ -86,7 +86,7 @@ def _compile(model: torch.nn.Module, settings: _Settings, parsed: gdnfuse_option
     """Have the calls of one model compiled: its own, and those that its `generate` asks for."""
     mode, options, fullgraph, dynamic = settings.mode, settings.options, settings.fullgraph, settings.dynamic
     shared = {"backend": "gdnfuse", "fullgraph": fullgraph, "dynamic": dynamic}
-    plain, any_length = model._call_impl, dynamic is None
+    plain, any_length = compat.call_of(model), dynamic is None
     coverage = Coverage(model, parsed)
     hooks = Hooks(model, coverage.say)
 
@@ -96,15 +96,17 @@ def _compile(model: torch.nn.Module, settings: _Settings, parsed: gdnfuse_option
         first = coverage.checked(preparing_caches(first, fullgraph, settings.state_dtype, any_length), PROMPT)
         if not fullgraph:
             # Where generate is given a compile_config of its own (and prefill_chunk_size), a prompt still gets our compilation.
-            first = torch._dynamo.disable(first)
+            first = torch.compiler.disable(first)
     elif settings.state_dtype is not None or any_length:
         first = preparing_caches(plain, fullgraph, settings.state_dtype, any_length)
 
     parameters = parameters_of(model) if any_length else ()
     own = _mode_or_options(mode, options)
     decode = coverage.checked(torch.compile(plain, **shared, **own), STEP)
-    model._compiled_call_impl = hooks.heeded(demanding(model, by_phase(decode, first, parameters)))
-    model._compiled_call_impl.coverage = coverage
+    call = hooks.heeded(demanding(model, by_phase(decode, first, parameters)))
+    call.coverage = coverage
+    if not compat.set_compiled_call(model, call) and parsed.strict:
+        raise GdnfuseError("strict: calls of a model must be able to go elsewhere, found that torch leaves no way.")
     if hasattr(type(model), "get_compiled_call"):
         in_generate = _mode_or_options(_mode_of_generate(mode, parsed), options)
         if in_generate != own:
@@ -114,7 +116,7 @@ def _compile(model: torch.nn.Module, settings: _Settings, parsed: gdnfuse_option
         # Ours is in place of both: a config of the user's for it, and a call that generate has compiled before.
         if getattr(model, "generation_config", None) is not None:
             model.generation_config.compile_config = None
-        vars(model).pop("_compiled_call", None)
+        compat.forget_compiled_call(model)
     return coverage
 
 
@@ -152,7 +154,7 @@ def _mode_of_generate(mode: str | None, parsed: gdnfuse_options.Options) -> str 
 
 
 def _check_mode(mode: str | None, parsed: gdnfuse_options.Options) -> None:
-    valid = torch._inductor.list_mode_options()
+    valid = compat.modes()
     if mode is not None and mode not in valid:
         raise GdnfuseError(f"Unknown mode {mode!r}; the valid ones are {', '.join(valid)}.")
     if mode not in (None, "default") and parsed.inner != "inductor":
@@ -163,7 +165,7 @@ def _mode_or_options(mode: str | None, options: dict[str, Any]) -> dict[str, Any
     """torch.compile refuses mode and options together, so beside options a mode becomes the Inductor options it stands for."""
     if not options:
         return {"mode": mode, "options": None}
-    if mode is not None and (settings := torch._inductor.list_mode_options(mode)):
+    if mode is not None and (settings := compat.modes()[mode]):
         options = {**options, "inductor": {**settings, **options.get("inductor", {})}}
     return {"mode": None, "options": dict(options)}
 
@@ -182,7 +184,7 @@ def apart(fn: Callable[..., Any], name: str = "apart") -> Callable[..., Any]:
 
 
 def _no_cuda_graphs(mode: str | None, options: dict[str, Any]) -> dict[str, Any]:
-    settings = {**(torch._inductor.list_mode_options(mode) if mode else {}), **options.get("inductor", {})}
+    settings = {**(compat.modes()[mode] if mode else {}), **options.get("inductor", {})}
     if not settings.get("triton.cudagraphs"):
         return _mode_or_options(mode, options)
     return {"mode": None, "options": {**options, "inductor": {**settings, "triton.cudagraphs": False}}}
@@ -223,12 +225,12 @@ def _of_any_length(
     """
 
     def marked(name: str, x: Any) -> Any:
-        if name not in axes or not isinstance(x, torch.Tensor) or any(mark.startswith("_dynamo") for mark in vars(x)):
+        if name not in axes or not isinstance(x, torch.Tensor) or compat.is_marked(x):
             return x
         if x.ndim == 0 or name == "attention_mask" and x.ndim != 2:
             return x
         x = x.view(x.shape)
-        torch._dynamo.maybe_mark_dynamic(x, axes[name] % x.ndim)
+        compat.mark_any_length(x, axes[name] % x.ndim)
         return x
 
     placed = [*map(marked, parameters, args), *args[len(parameters) :]]

@@ -136,8 +136,8 @@ def explain(call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanati
                 phases = []
                 for phase in (STEP, PROMPT):
                     names[name := f"{phase}_{next(_calls)}".replace(" ", "_")] = f"{phase}s"
-                    phases.append(coverage.checked(torch.compile(apart(one._call_impl, name), backend=backend), phase))
-                one._compiled_call_impl = by_phase(*phases, parameters_of(one))
+                    phases.append(coverage.checked(torch.compile(apart(compat.call_of(one), name), backend=backend), phase))
+                compat.set_compiled_call(one, by_phase(*phases, parameters_of(one)))
             if call is not model:
                 # Where generate compiles the decode step for itself, it would not be with this backend.
                 kwargs = {"disable_compile": True, **kwargs}
@@ -161,9 +161,7 @@ _calls = itertools.count()
 
 def _as_it_was(call: Any) -> Callable[..., Any]:
     """Without the compilation that somebody put around it."""
-    if isinstance(call, torch._dynamo.OptimizedModule):
-        return call._orig_mod
-    call = getattr(call, "_torchdynamo_orig_callable", call)
+    call = compat.uncompiled(call)
     if not callable(call):
         raise GdnfuseError(f"explain needs a model, its generate or a function, found {type(call).__name__}.")
     return call

@@ -37,7 +37,7 @@ class Hooks:
 
         Whenever a hook is registered anywhere, torch counts its handle, so what a call costs is to compare that number.
         """
-        plain, looked = self._model._call_impl, -1
+        plain, looked = compat.call_of(self._model), -1
 
         def call(*args: Any, **kwargs: Any) -> Any:
             nonlocal looked
@@ -68,8 +68,7 @@ def _hooks(modules: Iterable[torch.nn.Module]) -> list[tuple[Any, ...]]:
     """Each hooked module's id and the numbers of its hooks' handles, and those of the hooks of all modules."""
     found = []
     for m in modules:
-        if m._forward_pre_hooks or m._forward_hooks:
-            hooks = {**m._forward_pre_hooks, **m._forward_hooks}
-            found.append((id(m), *(i for i, hook in hooks.items() if getattr(hook, "__module__", "") != CAPTURING)))
+        hooks = compat.hooks_of(m)
+        found.append((id(m), *(i for i, hook in hooks.items() if getattr(hook, "__module__", "") != CAPTURING)))
     of_all = compat.global_hooks()
     return [one for one in (*found, ("all", *of_all)) if len(one) > 1]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from gdnfuse import kernels
+from gdnfuse import compat, kernels
 from gdnfuse.errors import GdnfuseError
 from gdnfuse.generation.wrappers import compiled_models, is_compiled
 from gdnfuse.report.records import reports
@@ -69,6 +69,6 @@ def warmup(model: torch.nn.Module, *, batch: int = 1, new_tokens: int = 4, **gen
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     graphs = Counter(report.phase for report in reports()[known:])
-    coverages = [getattr(m._compiled_call_impl, "coverage", None) for m in models]
+    coverages = [getattr(compat.compiled_call(m), "coverage", None) for m in models]
     unfused = {phase: missing.layers for c in coverages if c is not None for phase, missing in c.missing.items()}
     return Warmup(time.perf_counter() - start, dict(graphs), kernels.loaded(), unfused)

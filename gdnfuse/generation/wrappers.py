@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from gdnfuse import compat
 from gdnfuse.errors import GdnfuseError
 
 
@@ -22,9 +23,10 @@ def gdn_layers(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """
     found = {}
     for path, module in model.named_modules():
-        A_log, dt_bias = (module._parameters.get(name) for name in ("A_log", "dt_bias"))
+        own = dict(module.named_parameters(recurse=False))
+        A_log, dt_bias = own.get("A_log"), own.get("dt_bias")
         if A_log is not None and dt_bias is not None and A_log.ndim == 1 and A_log.shape == dt_bias.shape:
-            if "D" not in module._parameters:
+            if "D" not in own:
                 found[path] = A_log
     return found
 
@@ -49,7 +51,8 @@ def compiled_models(model: torch.nn.Module) -> list[torch.nn.Module]:
 
 def is_compiled(model: torch.nn.Module) -> bool:
     """Whether calls of a model go through torch.compile, however that was asked for."""
-    return model._compiled_call_impl is not None or hasattr(model.forward, "_torchdynamo_orig_callable")
+    forward = model.forward
+    return compat.compiled_call(model) is not None or compat.uncompiled(forward) is not forward
 
 
 def _generates(module: torch.nn.Module) -> bool:
@@ -62,7 +65,7 @@ def _generates(module: torch.nn.Module) -> bool:
 
 
 def _check(wrapper: torch.nn.Module) -> None:
-    if isinstance(wrapper, torch._dynamo.OptimizedModule):
+    if compat.uncompiled(wrapper) is not wrapper:
         raise GdnfuseError(
             "gdnfuse.compile needs a model that torch.compile has not wrapped, found an OptimizedModule, whose calls go to "
             "torch.compile's backend and whose generate goes round it: hand over the model that torch.compile was given."
@@ -76,13 +79,13 @@ def _check(wrapper: torch.nn.Module) -> None:
 
 def handing_on(wrapper: torch.nn.Module, inner: Sequence[torch.nn.Module], say: Callable[[str], None]) -> Callable[..., Any]:
     """The wrapper's own call, which says once it has run if it reached none of the compiled models."""
-    plain, reached = wrapper._call_impl, False
+    plain, reached = compat.call_of(wrapper), False
 
     def call(*args: Any, **kwargs: Any) -> Any:
         nonlocal reached
         if reached or torch.compiler.is_compiling():
             return plain(*args, **kwargs)
-        compiled = [m._compiled_call_impl for m in inner]
+        compiled = [compat.compiled_call(m) for m in inner]
 
         def noting(impl: Callable[..., Any]) -> Callable[..., Any]:
             def call(*args: Any, **kwargs: Any) -> Any:
@@ -93,12 +96,12 @@ def handing_on(wrapper: torch.nn.Module, inner: Sequence[torch.nn.Module], say: 
             return call
 
         for m, impl in zip(inner, compiled, strict=True):
-            m._compiled_call_impl = noting(impl)
+            compat.set_compiled_call(m, noting(impl))
         try:
             out = plain(*args, **kwargs)
         finally:
             for m, impl in zip(inner, compiled, strict=True):
-                m._compiled_call_impl = impl
+                compat.set_compiled_call(m, impl)
         if not reached:
             name, called = type(wrapper).__name__, type(inner[0]).__name__
             say(

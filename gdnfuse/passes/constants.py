@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import guard_float
 from torch.fx.node import map_aggregate
 
 from gdnfuse import compat
@@ -47,7 +46,7 @@ def _number(node: Node, v: torch.SymInt | torch.SymFloat) -> int | float | None:
         return v.node.maybe_as_int()
     if op_name(node) == "item" and compat.of_the_model(node.args[0]):
         compat.is_number(v)
-        return guard_float(v)
+        return float(v)  # with a guard
     return float(v.node.expr) if v.node.expr.is_number else None
 
 

@@ -236,7 +236,7 @@ def foreign(node: Node) -> bool:
     else's, one that takes functions, or a method of something that is no tensor."""
     target = node.target
     if overloads := _overloads(target):
-        return overloads[0].namespace not in _PLAIN and overloads[0]._schema.name not in _PLAIN_OPS
+        return overloads[0].namespace not in _PLAIN and overloads[0].name().split(".")[0] not in _PLAIN_OPS
     if isinstance(target, str):
         return bool(node.args) and isinstance(node.args[0], Node) and value(node.args[0]) is None
     return compat.is_higher_order(target) or _package(target) not in TORCH
