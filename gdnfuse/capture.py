@@ -356,11 +356,22 @@ def _wanted() -> bool:
         return False
     if compat.under_functorch():
         return False
-    if (found := compat.compiling_for()) is None:
+    if (found := backend_under_way()) is None:
         return True
-    (backend, exporting), options = found, {}
+    backend, options, exporting = found
     if exporting:
         return False
+    if home(backend).startswith("gdnfuse."):
+        return options.get("capture", True) is not False
+    return home(backend).split(".")[0] != "torch"
+
+
+def backend_under_way() -> tuple[Any, dict[str, Any], bool] | None:
+    """The backend that Dynamo traces for, without what torch has put around it, its options, and whether the trace is an export;
+    None where that cannot be told."""
+    if (found := compat.compiling_for()) is None:
+        return None
+    (backend, exporting), options = found, {}
     while True:
         if isinstance(backend, functools.partial):
             options = {**backend.keywords.get("options", {}), **options}
@@ -369,7 +380,10 @@ def _wanted() -> bool:
             options = {**(getattr(backend, "kwargs", {}).get("options") or {}), **options}
             inner = compat.wrapped_backend(backend)
         if inner is None or inner is backend:
-            break
+            return backend, options, exporting
         backend = inner
-    module = getattr(backend, "__module__", None) or type(backend).__module__
-    return options.get("capture", True) is not False if module.startswith("gdnfuse.") else module.split(".")[0] != "torch"
+
+
+def home(backend: Any) -> str:
+    """The module that a backend is from."""
+    return getattr(backend, "__module__", None) or type(backend).__module__

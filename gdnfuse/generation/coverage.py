@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from gdnfuse import capture
 from gdnfuse.errors import GdnfuseError
 from gdnfuse.generation.causes import GRAPH_BREAK, Found, first_break, likeliest, noted
 from gdnfuse.generation.wrappers import gdn_layers
@@ -93,9 +94,14 @@ class Coverage:
         if not wanted:
             return fn
 
+        @torch.compiler.assume_constant_result  # Dynamo runs this while it traces
+        def look() -> bool:
+            return self._traced_for_another_backend()
+
         def call(*args: Any, **kwargs: Any) -> Any:
             nonlocal wanted, first
             if torch.compiler.is_compiling():  # by somebody around us, to whom it is an ordinary function
+                look()
                 return fn(*args, **kwargs)
             before = RUNS.fused
             watched = None
@@ -110,6 +116,20 @@ class Coverage:
             return out
 
         return call
+
+    def _traced_for_another_backend(self) -> bool:
+        """Whether somebody's torch.compile around the model traces it for a backend of torch's, which is said."""
+        found = capture.backend_under_way()
+        if RUNS.watched is not None or found is None or found[2] or capture.home(found[0]).split(".")[0] != "torch":
+            return False  # a call that is watched says more itself
+        backend, name = found[0], type(self.model).__name__
+        of = getattr(backend, "compiler_name", None) or getattr(backend, "__name__", type(backend).__name__)
+        sentence = (
+            f"Calls of {name} must be left to gdnfuse.compile, found a torch.compile around them with backend {of!r}: it fuses "
+            f"nothing, so call the {name} itself."
+        )
+        self.say(sentence, sentence)
+        return True
 
     def _watched(self, fn: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, _Watched]:
         """The call's result, and what was seen of it."""

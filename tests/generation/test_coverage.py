@@ -124,6 +124,18 @@ def test_a_layer_that_a_later_call_loses(said):
     assert "raise torch._dynamo.config.recompile_limit" in sentence
 
 
+def test_a_torch_compile_around_a_compiled_model(said):
+    """Prompts leave it for their own compilation, unless fullgraph forbids; steps do not."""
+    words = "must be left to gdnfuse.compile, found a torch.compile around them with backend 'eager'"
+    outer = torch.compile(gdnfuse.compile(Layer().requires_grad_(False), inner="eager", fullgraph=True), backend="eager")
+    for x in (X, X[:, :1]):  # traced twice
+        outer(x)
+    assert [words in sentence for sentence in said()] == [True]
+    ours = gdnfuse.compile(Layer().requires_grad_(False), inner="eager", fullgraph=True, strict=True)
+    with pytest.raises(Exception, match=f"strict: Calls of Layer {words}"):
+        torch.compile(ours, backend="eager")(X)
+
+
 LEFT_OUT = [{"stop_after": "lift"}, {"fuel": 0}, {"prefill": False}, {"capture": False, "prefill": True}]
 
 
