@@ -833,3 +833,13 @@ def global_hooks(before: Any, after: Any) -> tuple[int, ...]:
     Without it: such hooks do not run in graphs that were traced before they were registered.
     """
     return (*before, *after)
+
+
+# transformers: configs
+
+
+@private(instead=lambda config: "")
+def attention_of(config: Any) -> str:
+    """The attention that a model was loaded with, such as "sdpa" or "flash_attention_2". Without it: packed sequences are refused
+    under FlashAttention too, which keeps them apart."""
+    return config._attn_implementation or ""

@@ -810,6 +810,11 @@ def hooks_of(there):
 
 
 @case
+def attention_of(there):
+    assert compat.attention_of(model().config if there else object()) == ("sdpa" if there else "")
+
+
+@case
 def uncompiled(there):
     module, function = torch.nn.Linear(2, 2), lambda x: x
     for given in (module, function):

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from gdnfuse import compat
 from gdnfuse.errors import GdnfuseError
 from gdnfuse.generation.caches import cache_finder
 
@@ -44,7 +45,7 @@ def demanding(model: torch.nn.Module, call: Callable[..., Any]) -> Callable[...,
 def _require_apart(config: Any, given: dict[str, Any], cache: Any) -> None:
     """transformers tells attention of packed sequences by positions alone, and only without a cache and a mask of padding."""
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    if "flash" in (getattr(config, "_attn_implementation", None) or ""):
+    if "flash" in compat.attention_of(config):
         return  # which takes the bounds
     use_cache = given.get("use_cache")
     caching = cache is not None or (getattr(config, "use_cache", True) if use_cache is None else use_cache)
