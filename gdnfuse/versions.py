@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import re
 
-TESTED = {"torch": ((2, 11), (2, 14)), "transformers": ((5, 17), (5, 24))}  # the first and the last
+TESTED = {"torch": ((2, 11), (2, 13)), "transformers": ((5, 17), (5, 24))}  # the first and the last
 
 
 def version(package: str) -> str:
