@@ -9,8 +9,7 @@ from gdnfuse.dialect.op import acc_dtype, register
 from gdnfuse.dialect.rms_norm import reference as rms_norm
 
 ACTIVATIONS = {"silu": F.silu}
-HOST = ("cpu",)  # devices whose indices are read without waiting
-GATHERED = 256  # rows times experts up to which other devices are not waited for
+FEW = 256  # choices up to which each reads its own expert's weights
 
 
 def reference(
@@ -58,7 +57,8 @@ def reference(
     if norm_weight is not None:
         x = rms_norm(x, norm_weight, norm_eps, norm_offset)
     acc = acc_dtype(x, routing_weights)
-    y = _chosen(x.to(gate_up.dtype), indices, routing_weights.to(acc), gate_up, down, act, acc)
+    choices = _one_by_one if few(indices) else _by_expert
+    y = (choices(x.to(gate_up.dtype), indices, gate_up, down, act, acc) * routing_weights.to(acc)[..., None]).sum(1)
     if shared_down is not None:
         wide = x.to(shared_down.dtype)
         h = act(F.linear(wide, shared_gate).to(acc)) * F.linear(wide, shared_up).to(acc)
@@ -75,28 +75,34 @@ def _known(activation):
     return ACTIVATIONS[activation]
 
 
-def _chosen(x, indices, routing_weights, gate_up, down, act, acc):
-    """The sum over the chosen experts, in `acc`.
+def few(indices: torch.Tensor) -> bool:
+    """Whether these are so few choices that a compiler may trace the reference: it then depends on nothing but sizes."""
+    N, k = indices.shape
+    return isinstance(N, int) and N * k <= FEW
 
-    Weights are read where they lie, and those of an expert once. For that the indices are read back. A GPU would have to be
-    waited for, which CUDA graphs forbid: there a few rows take copies of their weights, as in transformers' batched_mm.
-    """
+
+def _one_by_one(x, indices, gate_up, down, act, acc):
+    """What each choice gives, [N, k, H]. Compiled, products and sums are one loop with the lookup, and no weight is copied."""
+    E = gate_up.shape[0]
+    expert = indices.clamp(max=E - 1)
+    gate, up = (gate_up[expert].to(acc) * x.to(acc)[:, None, None]).sum(-1).chunk(2, -1)
+    h = (act(gate) * up).to(down.dtype).to(acc)
+    return (down[expert].to(acc) * h[:, :, None]).sum(-1).masked_fill((indices >= E)[..., None], 0)
+
+
+def _by_expert(x, indices, gate_up, down, act, acc):
+    """The same, with the weights of each needed expert read once, for which the indices are read back."""
     (N, k), E = indices.shape, gate_up.shape[0]
     y = torch.zeros((N * k, x.shape[1]), dtype=acc, device=x.device)
     chosen = indices.reshape(-1)
-    if x.device.type not in HOST and chosen.numel() <= GATHERED:
-        e = chosen.clamp(max=E - 1)
-        gate, up = torch.bmm(gate_up[e], x.repeat_interleave(k, 0)[..., None])[..., 0].to(acc).chunk(2, -1)
-        y = torch.bmm(down[e], (act(gate) * up).to(down.dtype)[..., None])[..., 0].to(acc).masked_fill((chosen >= E)[:, None], 0)
-    else:
-        order, start = chosen.argsort(stable=True), 0
-        for e, rows in enumerate(torch.bincount(chosen, minlength=E)[:E].tolist()):
-            if rows:
-                at = order[start : start + rows]
-                gate, up = F.linear(x[at // k], gate_up[e]).to(acc).chunk(2, -1)
-                y[at] = F.linear((act(gate) * up).to(down.dtype), down[e]).to(acc)
-            start += rows
-    return (y.view(N, k, -1) * routing_weights[..., None]).sum(1)
+    order, start = chosen.argsort(stable=True), 0
+    for e, rows in enumerate(torch.bincount(chosen, minlength=E)[:E].tolist()):
+        if rows:
+            at = order[start : start + rows]
+            gate, up = F.linear(x[at // k], gate_up[e]).to(acc).chunk(2, -1)
+            y[at] = F.linear((act(gate) * up).to(down.dtype), down[e]).to(acc)
+        start += rows
+    return y.view(N, k, -1)
 
 
 def fake(
@@ -137,12 +143,12 @@ def examples():
     ]
 
 
-# Called and not inlined: it loops over the experts that are needed, which is known only at run time.
 op = register(
     "experts",
     reference,
     fake,
     examples,
     equation="Σ wⱼ·Dₑ·(silu(Gₑ·x)·Uₑ·x), e = indices[j] [+ σ(s·x)·shared(x)] [+ residual]",
-    inline=False,
+    # For many rows it loops over the experts that are needed, which only a run can tell.
+    inline=lambda arguments: few(arguments["indices"]),
 )

@@ -22,7 +22,8 @@ class DialectOp:
         mutates: names of the arguments written in place.
         examples: yields ``(args, kwargs)`` of small real inputs, used by ``opcheck`` and the kernel tests.
         equation: one line of maths, for people.
-        inline: whether a compiler may trace the reference; not where it loops over a size that is known only at run time.
+        inline: whether a compiler may trace the reference, or a function that says so of a call's arguments by name; not where it
+            loops over what is known only at run time.
     """
 
     name: str
@@ -32,7 +33,7 @@ class DialectOp:
     mutates: tuple[str, ...]
     examples: Callable[[], list[tuple[tuple[Any, ...], dict[str, Any]]]]
     equation: str
-    inline: bool = True
+    inline: bool | Callable[[dict[str, Any]], bool] = True
     arg_names: tuple[str, ...] = field(default=())
     defaults: dict[str, Any] = field(default_factory=dict)
 
@@ -42,6 +43,10 @@ class DialectOp:
         bound.update(zip(self.arg_names, args, strict=False))
         bound.update(kwargs)
         return bound
+
+    def inlines(self, arguments: dict[str, Any]) -> bool:
+        """Whether a compiler may trace the reference of a call with these arguments."""
+        return self.inline(arguments) if callable(self.inline) else self.inline
 
 
 OPS: dict[str, DialectOp] = {}
@@ -55,7 +60,7 @@ def register(
     *,
     equation: str,
     mutates: tuple[str, ...] = (),
-    inline: bool = True,
+    inline: bool | Callable[[dict[str, Any]], bool] = True,
 ) -> DialectOp:
     """Register ``gdnfuse::<name>`` with torch.library; the reference is its implementation on every device."""
     custom = torch.library.custom_op(f"gdnfuse::{name}", reference, mutates_args=mutates)

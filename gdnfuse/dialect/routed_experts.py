@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from gdnfuse.dialect.experts import FEW
 from gdnfuse.dialect.experts import example_call as experts_call
 from gdnfuse.dialect.experts import fake as experts_fake
 from gdnfuse.dialect.experts import reference as experts
@@ -72,12 +73,11 @@ def examples():
     ]
 
 
-# Called and not inlined, as experts.
 op = register(
     "routed_experts",
     reference,
     fake,
     examples,
     equation="experts of the top-k of softmax(x·Wᵀ) [+ σ(s·x)·shared(x)] [+ residual]",
-    inline=False,
+    inline=lambda arguments: arguments["x"].shape[0] * arguments["top_k"] <= FEW,  # as experts
 )

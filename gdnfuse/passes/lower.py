@@ -82,7 +82,7 @@ def lower(gm: GraphModule, target: str | None, linears: bool = False, ahead: boo
             node.target, node.args, node.kwargs, node.meta["example_value"] = as_it_was
             if op is None:
                 record.chosen = "library"
-            elif op.inline:
+            elif op.inlines(values):
                 node.target, record.chosen = op.reference, "reference inlined"
             else:
                 record.chosen = "reference called"
@@ -245,4 +245,6 @@ def check(gm: GraphModule) -> None:
     """
     for node in gm.graph.nodes:
         op = op_of(node.target) if node.op == "call_function" else None
-        assert op is None or not op.inline, f"{node} is still the dialect op {op.name}"
+        if op is not None:
+            arguments = {name: value(x) for name, x in op.bind(node.args, node.kwargs).items()}
+            assert not op.inlines(arguments), f"{node} is still the dialect op {op.name}"
