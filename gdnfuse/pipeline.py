@@ -152,12 +152,24 @@ def _find_layers(gm: GraphModule, report: GraphReport) -> None:
         for path in set(module_stack(n)) & found.keys():
             found[path].nodes_before += 1
             found[path].launches_before += survey.launches(n)
+    for caller, body in _bodies(gm):
+        for path in (module_stack(anchor)[-1] for anchor in gating.RULE.anchors(body.graph)):
+            note = f"A layer must stand in the graph itself, found it in a function that is given to {caller}."
+            found.setdefault(path, LayerReport(path, note=f"{note} {REMEDIES.get(caller, '')}".strip()))
     report.layers += found.values()
     if anchors:
         writes = [n for n in gm.graph.nodes if op_name(n) == "copy_" and is_tensor(n.args[0])]
         states = [w.args[0] for w in writes if w.args[0].op == "placeholder" and value(w.args[0]).ndim == 4]
         one = bool(states) and all(_one_token(value(a).shape, value(states[0]).shape[0]) for a in anchors)
         report.phase = "decode" if one else "prefill"
+
+
+def _bodies(gm: GraphModule) -> Iterator[tuple[str, GraphModule]]:
+    """The graphs of functions that are given to ops of a graph, as of a branch, with the op's name; and those in them."""
+    for node in gm.graph.find_nodes(op="get_attr"):
+        if isinstance(body := getattr(gm, node.target, None), GraphModule):
+            yield op_name(next(iter(node.users), node)), body
+            yield from _bodies(body)
 
 
 def _one_token(shape: torch.Size, sequences: Any) -> bool:
@@ -170,6 +182,9 @@ def _captured(gm: GraphModule) -> list[Record]:
     ops = [(n, op_of(n.target)) for n in gm.graph.nodes if n.op == "call_function"]
     return [recorded(op.name, "capture", n, op.equation) for n, op in ops if op is not None]
 
+
+# What to do where a layer stands in a function that is given to an op.
+REMEDIES = {"tag_activation_checkpoint": "Checkpointing saves memory in training; call model.eval()."}
 
 # A prefill layer is fused when each of these is one op.
 PREFILL = {
@@ -191,6 +206,8 @@ def _finish(gm: GraphModule, report: GraphReport, outcome: Outcome) -> None:
             paths[path].launches_after += survey.launches(n)
     for layer in report.layers:
         layer.nodes_after = len(layer.ops_after)
+        if layer.note:
+            continue
         if report.phase == "decode":
             layer.fused = any(r.rule == "mixer_decode" and r.stage == "fuse" and r.status is Status.FIRED for r in layer.records)
         elif missing := [part for part, ops in PREFILL.items() if not ops & set(layer.ops_after)]:

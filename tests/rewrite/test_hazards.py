@@ -259,6 +259,29 @@ def test_what_nobody_knows_is_passed_over(f, gates, norms):
         assert len(reasons) == len(wanted) and all(w in r if w else not r for w, r in zip(wanted, reasons, strict=True))
 
 
+def inside(x):
+    return gate(x) * 2
+
+
+IN_FUNCTIONS = {
+    "tag_activation_checkpoint": lambda x: torch.utils.checkpoint.checkpoint(inside, x, use_reentrant=False) + 1,
+    "invoke_subgraph": lambda x: nested(nested(x)) + 1,
+    "cond": lambda x: torch.cond(x.sum() > 0, inside, lambda x: x * 3, (x,)) + 1,
+}
+nested = torch.compiler.nested_compile_region(inside)
+
+
+@pytest.mark.parametrize("op", IN_FUNCTIONS)
+def test_a_layer_in_a_function_that_is_given_to_an_op_is_not_fused_and_that_is_said(op):
+    same_as_eager(IN_FUNCTIONS[op], torch.randn(2, 3, 4))
+    (layer,) = gdnfuse.reports()[0].layers
+    sentence = f"A layer must stand in the graph itself, found it in a function that is given to {op}."
+    assert not layer.fused and layer.why_not.startswith(sentence) and ("eval()" in layer.why_not) == ("checkpoint" in op)
+    with pytest.raises(Exception, match=f"strict: the GDN layer .* is not fused. {sentence}"), torch.no_grad():
+        torch._dynamo.reset()
+        torch.compile(IN_FUNCTIONS[op], backend="gdnfuse", options={"inner": "eager", "strict": True})(torch.randn(2, 3, 4))
+
+
 def test_gradients_of_a_graph_s_own_leave_it_as_it_came():
     """Our ops have no gradient, whoever asks for it."""
     f = lambda x: gate(torch.func.grad(lambda y: l2norm(y).sum())(x))  # noqa: E731
