@@ -82,13 +82,6 @@ def experts_call(m: Match[Facts], t: Any) -> Any:
     return y if m.facts.shape is None else y.reshape(m.facts.shape)
 
 
-def read_by(node: Node, reader: Node) -> None:
-    """Raises Refused unless nothing but `reader` reads what `node` computes."""
-    others = [u for u in real_users(node) if u is not reader]
-    if others:
-        raise Refused(f"{node.name} must be read by {reader.name} alone, found that {others[0].name} reads it too.", at=others[0])
-
-
 def sum_of(experts_node: Node) -> tuple[Node, Node] | None:
     """The sum of experts and another tensor that is the first to read them, and that tensor; None where there is none."""
     root = next(iter(real_users(experts_node)), None)

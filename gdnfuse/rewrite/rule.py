@@ -11,7 +11,7 @@ import torch
 from torch.fx import Graph, Node
 
 from gdnfuse.errors import Refused
-from gdnfuse.rewrite.graph import chain, same, same_shape, value
+from gdnfuse.rewrite.graph import chain, real_users, same, same_shape, value
 
 Sampler = Callable[[tuple[int, ...], torch.Generator], torch.Tensor]
 F = TypeVar("F")  # a rule's own dataclass of static facts
@@ -151,3 +151,10 @@ def bring(node: Node, shape: tuple[Any, ...], what: str) -> Operand:
 
 def shown(shape: Iterable[Any]) -> str:
     return "[" + ", ".join(str(s) for s in shape) + "]"
+
+
+def require_one_reader(node: Node, reader: Node) -> None:
+    """Raises Refused unless nothing but `reader` reads what `node` computes: what is fused away must not be computed twice."""
+    others = [u for u in real_users(node) if u is not reader]
+    if others:
+        raise Refused(f"{node.name} must be read by {reader.name} alone, found that {others[0].name} reads it too.", at=others[0])

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from gdnfuse.dialect import add_rms_norm, rms_norm
 from gdnfuse.errors import Refused
 from gdnfuse.passes.experts import op_of_experts
-from gdnfuse.passes.fuse.linears import LINEARS, alone, is_linear
+from gdnfuse.passes.fuse.linears import LINEARS, is_linear
 from gdnfuse.passes.rows import few_rows, one_row
 from gdnfuse.rewrite.edit import call
 from gdnfuse.rewrite.evaluate import hint
 from gdnfuse.rewrite.graph import is_tensor, op_name, peel, same_shape, value
 from gdnfuse.rewrite.pattern import Mismatch
-from gdnfuse.rewrite.rule import Match, Rule
+from gdnfuse.rewrite.rule import Match, Rule, require_one_reader
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class FuseAddRMSNorm(Rule[Facts]):
         linear = next((a for a in reversed(add.args) if is_linear(a) or not few_rows(a) and _ends(a) or _experts(a)), None)
         if linear is None or len(add.args) != 2 or add.kwargs:
             raise Mismatch(add, "a sum with a linear without bias, or with experts", ", ".join(map(op_name, add.args)))
-        alone(linear, add)
+        require_one_reader(linear, add)
         residual = add.args[0] if add.args[1] is linear else add.args[1]
         if residual is linear:
             raise Refused(f"A residual must be another tensor than the linear's row, found {linear.name} twice.", at=add)

@@ -9,10 +9,9 @@ from typing import Any
 from torch.fx import Node
 
 from gdnfuse.dialect import fused_linear, packed_linear
-from gdnfuse.errors import Refused
 from gdnfuse.passes.rows import few_rows
 from gdnfuse.rewrite.edit import call
-from gdnfuse.rewrite.graph import op_name, real_users, value
+from gdnfuse.rewrite.graph import op_name, value
 from gdnfuse.rewrite.rule import Match, tensors_and_numbers
 
 LINEARS = ("linear", "gdnfuse.packed_linear", "gdnfuse.fused_linear")
@@ -35,13 +34,6 @@ def bind(node: Node) -> dict[str, Any]:
         bound = packed_linear.op.bind(node.args, node.kwargs)
         return fused_linear.op.bind((bound["x"], bound["weights"]), {})
     return fused_linear.op.bind((node.args[0], [node.args[1]]), {})
-
-
-def alone(node: Node, reader: Node) -> None:
-    """Raises Refused unless nothing but `reader` reads what `node` computes: what is fused away must not be computed twice."""
-    others = [u for u in real_users(node) if u is not reader]
-    if others:
-        raise Refused(f"{node.name} must be read by {reader.name} alone, found that {others[0].name} reads it too.", at=others[0])
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from typing import Any
 
 from gdnfuse.dialect import fused_linear, in_proj_conv, mixer_decode, packed_decode
 from gdnfuse.errors import Refused
-from gdnfuse.passes.fuse.linears import alone, bind, is_linear, narrow
+from gdnfuse.passes.fuse.linears import bind, is_linear, narrow
 from gdnfuse.passes.rows import one_row
 from gdnfuse.rewrite.edit import call
 from gdnfuse.rewrite.graph import op_name, peel, real_users, value
 from gdnfuse.rewrite.pattern import Mismatch
-from gdnfuse.rewrite.rule import Match, Rule, bring
+from gdnfuse.rewrite.rule import Match, Rule, bring, require_one_reader
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class FuseMixerLinears(Rule[Facts]):
         first = peel(mixer["row"])
         if not is_linear(first):
             raise Mismatch(first, "a linear without bias as the mixer's row", op_name(first))
-        alone(first, anchor)
+        require_one_reader(first, anchor)
         readers = list(real_users(anchor))
         if len(readers) != 1 or not is_linear(readers[0]):
             raise Mismatch(anchor, "a linear without bias as the one reader of the mixer", ", ".join(map(op_name, readers)))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from gdnfuse.dialect import rms_norm
-from gdnfuse.passes.experts import Facts, as_rows, bind, experts_call, experts_match, op_of_experts, read_by
+from gdnfuse.passes.experts import Facts, as_rows, bind, experts_call, experts_match, op_of_experts
 from gdnfuse.passes.rows import one_row
 from gdnfuse.rewrite.graph import op_name, peel, value
-from gdnfuse.rewrite.rule import Rule
+from gdnfuse.rewrite.rule import Rule, require_one_reader
 
 
 class FuseNormExperts(Rule[Facts]):
@@ -20,7 +20,7 @@ class FuseNormExperts(Rule[Facts]):
     def match(self, anchor):
         bound = bind(anchor)
         norm = peel(bound["x"])
-        read_by(norm, anchor)
+        require_one_reader(norm, anchor)
         inner = rms_norm.op.bind(norm.args, norm.kwargs)
         more = {"norm_weight": inner["weight"], "norm_eps": inner["eps"], "norm_offset": inner["offset"]}
         x = as_rows(inner["x"], value(bound["x"]), "What is normalised")

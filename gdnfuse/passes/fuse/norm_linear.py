@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from gdnfuse.dialect import rms_norm
-from gdnfuse.passes.fuse.linears import LinearCall, alone, bind, few_outputs, is_linear, linear_call, linear_match
+from gdnfuse.passes.fuse.linears import LinearCall, bind, few_outputs, is_linear, linear_call, linear_match
 from gdnfuse.passes.rows import one_row
 from gdnfuse.rewrite.graph import op_name, peel, value
-from gdnfuse.rewrite.rule import Rule, bring
+from gdnfuse.rewrite.rule import Rule, bring, require_one_reader
 
 
 class FuseNormLinear(Rule[LinearCall]):
@@ -19,7 +19,7 @@ class FuseNormLinear(Rule[LinearCall]):
     def match(self, anchor):
         bound = bind(anchor)
         norm = peel(bound["x"])
-        alone(norm, anchor)
+        require_one_reader(norm, anchor)
         inner = rms_norm.op.bind(norm.args, norm.kwargs)
         x = bring(inner["x"], value(bound["x"]).shape, "x")
         more = {"x": x, "norm_weight": inner["weight"], "norm_eps": inner["eps"], "norm_offset": inner["offset"]}

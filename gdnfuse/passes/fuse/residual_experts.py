@@ -5,10 +5,10 @@ Several rows have their residual in the norm behind them.
 
 from __future__ import annotations
 
-from gdnfuse.passes.experts import Facts, as_rows, bind, experts_call, experts_match, op_of_experts, read_by, sum_of
+from gdnfuse.passes.experts import Facts, as_rows, bind, experts_call, experts_match, op_of_experts, sum_of
 from gdnfuse.passes.rows import one_row
 from gdnfuse.rewrite.graph import value
-from gdnfuse.rewrite.rule import Rule
+from gdnfuse.rewrite.rule import Rule, require_one_reader
 
 
 class FuseResidualExperts(Rule[Facts]):
@@ -21,7 +21,7 @@ class FuseResidualExperts(Rule[Facts]):
 
     def match(self, anchor):
         root, residual = sum_of(anchor)
-        read_by(anchor, root)
+        require_one_reader(anchor, root)
         operand = as_rows(residual, value(anchor), "A residual")
         return experts_match(root, op_of_experts(anchor), bind(anchor) | {"residual": operand})
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from gdnfuse.passes.fuse.linears import LinearCall, alone, bind, few_outputs, is_linear, linear_call, linear_match
+from gdnfuse.passes.fuse.linears import LinearCall, bind, few_outputs, is_linear, linear_call, linear_match
 from gdnfuse.passes.rows import one_row
 from gdnfuse.rewrite.graph import is_tensor, op_name, peel, same_shape, value
 from gdnfuse.rewrite.pattern import Mismatch
-from gdnfuse.rewrite.rule import Operand, Rule
+from gdnfuse.rewrite.rule import Operand, Rule, require_one_reader
 
 
 class FuseResidualLinear(Rule[LinearCall]):
@@ -18,7 +18,7 @@ class FuseResidualLinear(Rule[LinearCall]):
 
     def match(self, anchor):
         linear = _linear(anchor)
-        alone(linear, anchor)
+        require_one_reader(linear, anchor)
         residual = next((a for a in anchor.args if not is_tensor(a) or peel(a) is not linear), None)
         shape = value(linear).shape
         if not is_tensor(residual) or value(residual).numel() != value(linear).numel():

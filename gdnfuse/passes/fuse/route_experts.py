@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from gdnfuse.dialect import experts, op_of, route, routed_experts
 from gdnfuse.errors import Refused
-from gdnfuse.passes.experts import Facts, bind, experts_call, experts_match, op_of_experts, read_by, rows_of
+from gdnfuse.passes.experts import Facts, bind, experts_call, experts_match, op_of_experts, rows_of
 from gdnfuse.passes.rows import one_row
 from gdnfuse.rewrite.graph import op_name, peel, value
-from gdnfuse.rewrite.rule import Rule
+from gdnfuse.rewrite.rule import Rule, require_one_reader
 
 
 class FuseRouteExperts(Rule[Facts]):
@@ -24,7 +24,7 @@ class FuseRouteExperts(Rule[Facts]):
         if bound["indices"] is not chosen.get(1) or bound["routing_weights"] is not chosen.get(0):
             raise Refused(f"Experts must take what route gives as it is, found {bound['routing_weights']}.", at=anchor)
         for node in chosen.values():
-            read_by(node, anchor)
+            require_one_reader(node, anchor)
         routing = route.op.bind(router.args, router.kwargs)
         if peel(routing["x"]) is not peel(bound["x"]):
             found = f"{peel(routing['x'])} and {peel(bound['x'])}"

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 from gdnfuse.errors import Refused
-from gdnfuse.passes.fuse.linears import LinearCall, alone, bind, is_linear, linear_call, linear_match
+from gdnfuse.passes.fuse.linears import LinearCall, bind, is_linear, linear_call, linear_match
 from gdnfuse.rewrite.graph import op_name, peel, real_users, same, value
 from gdnfuse.rewrite.pattern import Mismatch
-from gdnfuse.rewrite.rule import Rule
+from gdnfuse.rewrite.rule import Rule, require_one_reader
 
 
 class FuseSwiGLULinear(Rule[LinearCall]):
@@ -32,7 +32,7 @@ class FuseSwiGLULinear(Rule[LinearCall]):
         if found != [(-1, 0, width), (-1, width, width)]:
             raise Mismatch(row, f"halves of {width} columns", str(found))
         for node, reader in ((anchor, root), (halves[0], anchor), (halves[1], root)):
-            alone(node, reader)
+            require_one_reader(node, reader)
         others = [u for u in row.users if u not in halves]
         if others:
             raise Refused(f"{row.name} must be read by its halves alone, found that {others[0].name} reads it too.", at=others[0])

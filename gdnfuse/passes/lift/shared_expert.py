@@ -6,11 +6,11 @@ For many its linears are cuBLAS's, packed, and the sum the compiler's.
 from __future__ import annotations
 
 from gdnfuse.errors import Refused
-from gdnfuse.passes.experts import Facts, as_rows, bind, experts_call, experts_match, op_of_experts, read_by, rows_of, sum_of
+from gdnfuse.passes.experts import Facts, as_rows, bind, experts_call, experts_match, op_of_experts, rows_of, sum_of
 from gdnfuse.passes.rows import few_rows
 from gdnfuse.rewrite.graph import op_name, peel, same_shape, value
 from gdnfuse.rewrite.pattern import Alt, Op, Var
-from gdnfuse.rewrite.rule import Rule
+from gdnfuse.rewrite.rule import Rule, require_one_reader
 
 x = Var("x")
 swiglu = Op("mul", Op("silu", Op("linear", x, Var("gate"), bind="g")), Op("linear", x, Var("up"), bind="u"))
@@ -37,7 +37,7 @@ class LiftSharedExpert(Rule[Facts]):
         if peel(env["x"]) is not peel(bound["x"]):
             found = f"{peel(env['x'])} and {peel(bound['x'])}"
             raise Refused(f"A shared expert must read the rows that the others read, found {found}.", at=peel(other))
-        read_by(anchor, root)
+        require_one_reader(anchor, root)
         for name in ("g", "u", "d", "s"):
             linear = env.get(name)
             if linear is not None and any(b is not None for b in (*linear.args[2:], *linear.kwargs.values())):
