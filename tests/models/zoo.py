@@ -151,7 +151,7 @@ def prompt(batch, length=5, padded=False, seed=1):
 def prefill(model, batch, kind, padded=False, length=32, seed=1):
     """The model's own eager prefill; returns the cache and the mask for the next step."""
     cache = new_cache(model, kind, length)
-    ids, mask = prompt(batch, padded=padded, seed=seed)
+    ids, mask = (x if x is None else x.to(model.device) for x in prompt(batch, padded=padded, seed=seed))
     model(input_ids=ids, attention_mask=mask, **held(cache))
     return cache, mask
 
