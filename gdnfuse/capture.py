@@ -1,4 +1,4 @@
-"""Capture: transformers' rule, conv and experts functions become one dialect op each while Dynamo traces.
+"""Capture: transformers' rule, conv, experts and FP8 functions become dialect ops while Dynamo traces.
 
 Traced as it stands, the chunk rule unrolls one loop iteration per 64 tokens, with a graph per length, and a kernel library in its
 place breaks the graph. `torch.compiler.substitute_in_graph` puts a function of ours in its place, in traces only; eager calls see
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from gdnfuse import capture_experts as experts
+from gdnfuse import capture_fp8 as fp8
 from gdnfuse import (
     compat,
     dialect,  # noqa: F401  registers torch.ops.gdnfuse
@@ -164,7 +165,7 @@ _RULE = frozenset(
 _CONV = frozenset("hidden_states x conv_state weight bias activation kwargs".split())
 _EXPERTS = frozenset("self hidden_states top_k_index top_k_weights".split())
 
-CAPTURABLE = {
+SHARED = {  # by many modules
     "torch_chunk_gated_delta_rule": Capturable("chunk_delta_rule", _chunk, _rule_accepts, 5, _RULE, _rule_calls),
     "torch_recurrent_gated_delta_rule": Capturable("delta_rule", _recurrent, _rule_accepts, 5, _RULE, _rule_calls),
     "causal_conv1d_fn": Capturable("causal_conv", _conv, _conv_accepts, 4, _CONV, functools.partial(_conv_calls, False)),
@@ -172,6 +173,10 @@ CAPTURABLE = {
         "causal_conv_update", _update, _update_accepts, 5, _CONV, functools.partial(_conv_calls, True)
     ),
 }  # fmt: skip
+CAPTURABLE = {
+    **SHARED,
+    fp8.FUNCTION: Capturable("dequantize", fp8.call, fp8.accepts, 7, frozenset(fp8.PARAMETERS), lambda: iter(()), keep=fp8.keep),
+}
 
 
 @dataclass
@@ -236,7 +241,7 @@ def scan() -> None:
     for name, module in list(sys.modules.items()):
         if not name.startswith((*MODULES, experts.MODULES)) or not isinstance(module, types.ModuleType):
             continue
-        for attribute, function, cls in (*_named(name, module), *experts.found(name, module)):
+        for attribute, function, cls in (*_named(name, module), *experts.found(name, module), *fp8.found(name, module)):
             if id(cls or function) not in _seen:  # classes may share a loop
                 capture = _try(function, f"{name}.{attribute}", CAPTURABLE.get(attribute) or _of_experts(attribute, cls))
                 _seen[id(cls or function)] = (function, capture, cls)
@@ -251,7 +256,7 @@ def _of_experts(attribute: str, cls: type | None) -> Capturable:
 
 def _named(name: str, module: types.ModuleType) -> Iterator[tuple[str, Any, None]]:
     if name.startswith(MODULES):
-        yield from ((attribute, vars(module)[attribute], None) for attribute in CAPTURABLE if vars(module).get(attribute))
+        yield from ((attribute, vars(module)[attribute], None) for attribute in SHARED if vars(module).get(attribute))
 
 
 def _on_compile_start(*_: Any) -> None:

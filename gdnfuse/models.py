@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gdnfuse import compat
+from gdnfuse import compat, formats
 from gdnfuse import options as gdnfuse_options
 from gdnfuse.errors import GdnfuseError, one_line
 from gdnfuse.generation.caches import cache_argument
@@ -136,6 +136,47 @@ def random_model(config: PreTrainedConfig, dtype: torch.dtype = torch.bfloat16, 
     except Exception as e:  # an unknown architecture or sizes that do not fit together
         raise GdnfuseError(f"Cannot build a causal language model from this config: {one_line(e)}.") from e
     return model.eval().requires_grad_(False)
+
+
+# What checkpoints leave as it is, whatever the format: small, or where an error would show in every token.
+NOT_QUANTIZED = ("lm_head", "in_proj_a", "in_proj_b", "in_proj_ba", "a_proj", "b_proj", "gate", "shared_expert_gate")
+
+
+def quantized(model: torch.nn.Module, format: str = "fp8_block128") -> torch.nn.Module:
+    """Turn the linears of a model into those of a quantised checkpoint, in place and one by one, without the hub.
+
+    Those become transformers' FP8Linear, as loading a checkpoint of FineGrainedFP8Config makes of them. The head, what a GDN
+    layer makes its gates of, routers and experts stay as they are.
+
+    Args:
+        model: with weights on any device, or on the meta device.
+        format: "fp8_block128", or "fp8_tensor" for one scale a weight.
+
+    Returns:
+        The model.
+
+    Raises:
+        GdnfuseError: there is no such format, or the model has nothing to quantise.
+    """
+    from transformers.integrations.finegrained_fp8 import FP8Linear
+
+    blocks = {"fp8_block128": (formats.fp8_block128.BLOCK,) * 2, "fp8_tensor": None}
+    if format not in blocks:
+        raise GdnfuseError(f"A model can be quantised to {' or '.join(blocks)}, found {format!r}.")
+    names = [n for n, m in model.named_modules() if type(m) is torch.nn.Linear and n.rpartition(".")[2] not in NOT_QUANTIZED]
+    if not names:
+        raise GdnfuseError("A model to quantise must have linears beside its head, found none.")
+    for name in names:
+        linear = model.get_submodule(name)
+        with torch.device("meta"):
+            new = FP8Linear(linear.in_features, linear.out_features, blocks[format], has_bias=linear.bias is not None)
+        data, scale = formats.named(format).quantize(linear.weight.detach())
+        new.weight = torch.nn.Parameter(data, requires_grad=False)
+        new.weight_scale_inv = torch.nn.Parameter(scale, requires_grad=False)
+        new.bias = linear.bias
+        model.set_submodule(name, new.train(linear.training))
+        del linear
+    return model
 
 
 def verify(model: torch.nn.Module, *, batch: int = 1, prompt: int = 70, **options: Any) -> list[GraphReport]:

@@ -16,7 +16,7 @@ from gdnfuse import compat
 from gdnfuse.dialect import op_of
 from gdnfuse.options import Options
 from gdnfuse.packing import PackedWeight
-from gdnfuse.passes import constants, fuse, growing_keys, last_rows, lift, lower, normalize, packed, survey
+from gdnfuse.passes import constants, fuse, growing_keys, last_rows, lift, lower, normalize, packed, quantized, survey
 from gdnfuse.passes.lift import gating
 from gdnfuse.progress import announce
 from gdnfuse.report.records import GraphReport, LayerReport, Record, Status
@@ -91,6 +91,7 @@ def _stages(c: Compilation) -> Iterator[tuple[str, list[Callable[[GraphModule], 
     """The name of each stage when it is done, and what checks its spec."""
     gm, outcome, spec = c.gm, c.outcome, Spec(c.gm)
     normalize.normalize(gm)
+    quantized.to_inputs(gm)
     _look(c)
     packed.require_apart(gm)
     yield "normalize", [spec.check, normalize.check]

@@ -19,8 +19,8 @@ import gdnfuse.backend
 from gdnfuse import Refused, capture, compat
 
 ROOT = Path(__file__).parent.parent
-CHUNK, RECURRENT, CONV, UPDATE = capture.CAPTURABLE
-OPS = {name: c.op for name, c in capture.CAPTURABLE.items()}
+CHUNK, RECURRENT, CONV, UPDATE = capture.SHARED
+OPS = {name: c.op for name, c in capture.SHARED.items()}
 
 
 def rule_inputs(T=70, B=2, H=2, HV=2, K=8, V=4, dtype=torch.float32):
@@ -353,7 +353,7 @@ def test_an_edited_function_is_not_captured(edit, monkeypatch):
 
 def test_an_unedited_copy_is_proved():
     """The control: what refuses the edits is the edits."""
-    for name, capturable in capture.CAPTURABLE.items():
+    for name, capturable in capture.SHARED.items():
         assert capture.prove(inspect.unwrap(getattr(modeling, name)), capturable) < 1e-9
 
 

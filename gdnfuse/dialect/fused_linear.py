@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from gdnfuse.dialect.dequantize import reference as dequantize
 from gdnfuse.dialect.gated_rms_norm import reference as gated_rms_norm
 from gdnfuse.dialect.op import register
 from gdnfuse.dialect.rms_norm import reference as rms_norm
+from gdnfuse.formats import named
 
 
 def reference(
@@ -20,6 +22,8 @@ def reference(
     swiglu: bool = False,
     residual: torch.Tensor | None = None,
     gate_activation: str = "silu",
+    scales: list[torch.Tensor] | None = None,
+    format: str = "",
 ) -> torch.Tensor:
     """y = [norm(x)·W₀ᵀ | norm(x)·W₁ᵀ | …], of which silu(first half)·second half if `swiglu`, + residual.
 
@@ -33,10 +37,13 @@ def reference(
         swiglu: whether the two halves of the row are gate and up.
         residual: [..., ΣMᵢ], or half of it with `swiglu`; or None.
         gate_activation: as of gated_rms_norm.
+        scales: of the first of the weights, which then are data of a quantised weight each; the others are as they are.
+        format: of those, as of dequantize.
 
     Returns:
-        [..., ΣMᵢ], or half of it with `swiglu`, in the weights' dtype.
+        [..., ΣMᵢ], or half of it with `swiglu`, in the weights' dtype: see `weight_dtype`.
     """
+    weights = dequantized(weights, scales, format, weight_dtype(x, weights, scales, residual, norm_weight, gate))
     if gate is not None:
         heads = (*x.shape[:-1], -1, norm_weight.shape[0])
         x = gated_rms_norm(x.reshape(heads), gate.reshape(heads), norm_weight, norm_eps, gate_activation).reshape(x.shape)
@@ -53,11 +60,37 @@ def reference(
     return y if residual is None else residual + y
 
 
+def weight_dtype(
+    x: torch.Tensor,
+    weights: list[torch.Tensor],
+    scales: list[torch.Tensor] | None,
+    residual: torch.Tensor | None = None,
+    norm_weight: torch.Tensor | None = None,
+    gate: torch.Tensor | None = None,
+) -> torch.dtype:
+    """The dtype of the weights: that of one that is not quantised; else the residual's; else, behind a gated norm, whose x may be
+    in float32, that of the norm's weight; else x's."""
+    plain = weights[len(scales or ()) :]
+    like = plain[0] if plain else residual if residual is not None else norm_weight if gate is not None else x
+    return like.dtype
+
+
+def dequantized(
+    weights: list[torch.Tensor], scales: list[torch.Tensor] | None, format: str, dtype: torch.dtype
+) -> list[torch.Tensor]:
+    """Weights as they are multiplied with, in a list whose first ones are data where there are scales."""
+    scales = scales or []
+    made = [dequantize(data, scale, format, dtype) for data, scale in zip(weights, scales, strict=False)]
+    return made + weights[len(scales) :]
+
+
 def fake(
-    x, weights, norm_weight=None, norm_eps=0.0, norm_offset=0.0, gate=None, swiglu=False, residual=None, gate_activation="silu"
-):
+    x, weights, norm_weight=None, norm_eps=0.0, norm_offset=0.0, gate=None, swiglu=False, residual=None, gate_activation="silu",
+    scales=None, format="",
+):  # fmt: skip
     columns = sum(w.shape[0] for w in weights) // (2 if swiglu else 1)
-    return torch.empty((*x.shape[:-1], columns), dtype=weights[0].dtype, device=x.device)
+    dtype = weight_dtype(x, weights, scales, residual, norm_weight, gate)
+    return torch.empty((*x.shape[:-1], columns), dtype=dtype, device=x.device)
 
 
 def example_call(
@@ -72,8 +105,11 @@ def example_call(
     residual=False,
     parts=1,
     gate_activation="silu",
+    format="",
+    plain=0,
 ):
-    """A call with random inputs: `parts` weights of M rows in all, M per half with `swiglu`; `head` is V of a gated norm."""
+    """A call with random inputs: `parts` weights of M rows in all, M per half with `swiglu`; `head` is V of a gated norm; with a
+    format all but the last `plain` weights are quantised."""
     rows = 2 * M if swiglu else M
     sizes = [rows // parts] * (parts - 1) + [rows - rows // parts * (parts - 1)]
     options = {
@@ -86,7 +122,12 @@ def example_call(
         "gate_activation": gate_activation,
     }
     x = torch.randn(*lead, N)
-    return (x if head else x.to(dtype), [(torch.randn(m, N) * N**-0.5).to(dtype) for m in sizes]), options
+    weights = [(torch.randn(m, N) * N**-0.5).to(dtype) for m in sizes]
+    if format:
+        pairs = [named(format).quantize(w) for w in weights[: len(weights) - plain]]
+        weights[: len(pairs)] = [data for data, _ in pairs]
+        options |= {"scales": [scale for _, scale in pairs], "format": format}
+    return (x if head else x.to(dtype), weights), options
 
 
 def examples():
@@ -95,6 +136,9 @@ def examples():
         example_call(6, 8, swiglu=True, norm=True, parts=2),
         example_call(6, 16, head=4, residual=True),
         example_call(6, 16, torch.bfloat16, head=4, residual=True, gate_activation="sigmoid"),
+        example_call(144, 128, torch.bfloat16, norm=True, residual=True, parts=2, format="fp8_block128", plain=1),
+        example_call(64, 130, swiglu=True, norm=True, format="fp8_block128"),
+        example_call(6, 16, torch.bfloat16, head=4, residual=True, format="fp8_block128"),
     ]
 
 

@@ -10,6 +10,7 @@ import torch
 from gdnfuse.dialect.causal_conv_update import reference as causal_conv_update
 from gdnfuse.dialect.fused_linear import example_call as example_linear
 from gdnfuse.dialect.fused_linear import reference as fused_linear
+from gdnfuse.dialect.fused_linear import weight_dtype
 from gdnfuse.dialect.mixer_decode import columns
 from gdnfuse.dialect.op import acc_dtype, register
 
@@ -27,6 +28,8 @@ def reference(
     activation: str,
     parts: list[int] | None = None,
     heads: int = 1,
+    scales: list[torch.Tensor] | None = None,
+    format: str = "",
 ) -> torch.Tensor:
     """fused_linear(x, weights, norm), its columns [conv_offset, conv_offset + D) through causal_conv_update.
 
@@ -43,12 +46,13 @@ def reference(
             of head h from offset + h·stride: the result has the parts one behind the other, each with its heads side by side.
             None where the row has them so.
         heads: how many key heads.
+        scales, format: as of fused_linear.
 
     Returns:
         [B, 1, ΣMᵢ], or the columns of the parts, in float32 (float64 for float64 inputs): nothing is rounded between projection
         and rule.
     """
-    row = fused_linear(x, weights, norm_weight, norm_eps, norm_offset)
+    row = fused_linear(x, weights, norm_weight, norm_eps, norm_offset, scales=scales, format=format)
     if parts is not None:
         row = torch.cat([columns(row, *part, heads).flatten(-2) for part in zip(*[iter(parts)] * 3, strict=True)], -1)
     D = conv_state.shape[1]
@@ -61,10 +65,11 @@ def reference(
 
 def fake(
     x, weights, norm_weight, norm_eps, norm_offset, conv_state, conv_weight, conv_bias, conv_offset, activation,
-    parts=None, heads=1,
+    parts=None, heads=1, scales=None, format="",
 ):  # fmt: skip
     width = sum(w.shape[0] for w in weights) if parts is None else heads * sum(parts[2::3])
-    return torch.empty((*x.shape[:-1], width), dtype=acc_dtype(weights[0]), device=x.device)
+    dtype = torch.promote_types(torch.float32, weight_dtype(x, weights, scales))
+    return torch.empty((*x.shape[:-1], width), dtype=dtype, device=x.device)
 
 
 def example_call(
@@ -83,13 +88,15 @@ def example_call(
     weights=1,
     parts=None,
     heads=1,
+    format="",
+    plain=0,
 ):
-    (x, weights), options = example_linear(M, N, dtype, (B, 1), norm=norm, parts=weights)
+    (x, weights), options = example_linear(M, N, dtype, (B, 1), norm=norm, parts=weights, format=format, plain=plain)
     return (
         x, weights, options["norm_weight"], 1e-6, 1.0,
         torch.randn(B, D, S).to(state_dtype or dtype), (torch.randn(D, 1, W) / 2).to(dtype),
         torch.randn(D).to(dtype) if bias else None, offset, "silu", parts, heads,
-    ), {}  # fmt: skip
+    ), {name: options[name] for name in ("scales", "format") if name in options}  # fmt: skip
 
 
 def examples():
@@ -97,6 +104,7 @@ def examples():
         example_call(12, 8, 6, B=2, offset=3, bias=True, weights=2),
         example_call(9, 8, 9, norm=False),
         example_call(13, 8, 6, B=2, parts=[1, 6, 3, 4, 6, 2], heads=2),
+        example_call(264, 128, 128, torch.bfloat16, weights=2, format="fp8_block128", plain=1),
     ]
 
 

@@ -63,7 +63,7 @@ def register(
     inline: bool | Callable[[dict[str, Any]], bool] = True,
 ) -> DialectOp:
     """Register ``gdnfuse::<name>`` with torch.library; the reference is its implementation on every device."""
-    custom = torch.library.custom_op(f"gdnfuse::{name}", reference, mutates_args=mutates)
+    custom = torch.library.custom_op(f"gdnfuse::{name}", reference, mutates_args=mutates, schema=schema(reference, mutates))
     custom.register_fake(fake)
     overload = getattr(torch.ops.gdnfuse, name).default
     parameters = inspect.signature(reference).parameters.values()
@@ -71,6 +71,22 @@ def register(
     op = DialectOp(name, reference, fake, overload, mutates, examples, equation, inline, arg_names, defaults)
     OPS[name] = op
     return op
+
+
+def schema(function: Callable[..., Any], mutates: tuple[str, ...] = ()) -> str:
+    """The schema of an op that a function implements, from its annotations: torch's, which has no word for an optional list of
+    tensors, though its dispatcher takes one."""
+    signature = inspect.signature(function, eval_str=True)
+    lists = [p.name for p in signature.parameters.values() if p.annotation == list[torch.Tensor] | None]
+    known = [p.replace(annotation=list[int] | None) if p.name in lists else p for p in signature.parameters.values()]
+
+    def stand_in() -> None: ...
+
+    stand_in.__signature__ = signature.replace(parameters=known)
+    text = torch.library.infer_schema(stand_in, mutates_args=mutates)
+    for name in lists:
+        text = text.replace(f"SymInt[]? {name}=", f"Tensor[]? {name}=")
+    return text
 
 
 def op_of(target: Any) -> DialectOp | None:

@@ -8,33 +8,44 @@ from __future__ import annotations
 
 import torch
 
+from gdnfuse.dialect.fused_linear import dequantized, weight_dtype
 from gdnfuse.dialect.op import acc_dtype, register
+from gdnfuse.formats import named
 
 
-def reference(x: torch.Tensor, weights: list[torch.Tensor], parts: int) -> torch.Tensor:
+def reference(
+    x: torch.Tensor, weights: list[torch.Tensor], parts: int, scales: list[torch.Tensor] | None = None, format: str = ""
+) -> torch.Tensor:
     """[x[…, pᵢ]·W[:, pᵢ]ᵀ for the i-th of `parts` equal ranges pᵢ of columns]; their sum is x·Wᵀ.
 
     Args:
         x: [..., N].
         weights: one [M, N].
         parts: a divisor of N.
+        scales, format: as of fused_linear.
 
     Returns:
         [parts, ..., M] in float32 (float64 for float64 inputs).
     """
-    (weight,) = weights
+    (weight,) = dequantized(weights, scales, format, weight_dtype(x, weights, scales))
     acc = acc_dtype(x, weight)
     columns = zip(x.to(acc).chunk(parts, -1), weight.to(acc).chunk(parts, -1), strict=True)
     return torch.stack([a @ w.T for a, w in columns])
 
 
-def fake(x, weights, parts):
+def fake(x, weights, parts, scales=None, format=""):
     (weight,) = weights
-    return torch.empty((parts, *x.shape[:-1], weight.shape[0]), dtype=acc_dtype(x, weight), device=x.device)
+    acc = torch.promote_types(acc_dtype(x), weight_dtype(x, weights, scales))
+    return torch.empty((parts, *x.shape[:-1], weight.shape[0]), dtype=acc, device=x.device)
 
 
 def examples():
-    return [((torch.randn(3, 1, 12), [torch.randn(5, 12)], 4), {}), ((torch.randn(2, 8), [torch.randn(3, 8)], 2), {})]
+    data, scale = named("fp8_block128").quantize(torch.randn(130, 256))
+    return [
+        ((torch.randn(3, 1, 12), [torch.randn(5, 12)], 4), {}),
+        ((torch.randn(2, 8), [torch.randn(3, 8)], 2), {}),
+        ((torch.randn(2, 256).bfloat16(), [data], 2, [scale], "fp8_block128"), {}),
+    ]
 
 
 op = register("split_linear", reference, fake, examples, equation="(x[…, pᵢ]·W[:, pᵢ]ᵀ)ᵢ")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from typing import Any
 
@@ -9,10 +10,12 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from gdnfuse import compat, kernels
-from gdnfuse.dialect import add_rms_norm, causal_attention, op_of, packed_linear
+from gdnfuse.dialect import add_rms_norm, causal_attention, dequantize, op_of, packed_linear
+from gdnfuse.dialect.fused_linear import weight_dtype
 from gdnfuse.errors import Refused
 from gdnfuse.kernels.linear_configs import rings, split
 from gdnfuse.packing import PackedWeight, pack, settle
+from gdnfuse.passes import quantized
 from gdnfuse.passes.sdpa import attention_of
 from gdnfuse.report.records import Record
 from gdnfuse.rewrite.driver import failed
@@ -20,6 +23,7 @@ from gdnfuse.rewrite.edit import infer, inserting, recorded
 from gdnfuse.rewrite.graph import held, is_plain, kept, op_name, storage, value, writes
 
 EQUATIONS = {"linear": "x·Wᵀ", "scaled_dot_product_attention": causal_attention.op.equation}  # of what is torch's
+QUANTIZED = ("scales", "format")  # arguments of an op that say what its weights are made of
 MAX_SUM = 7  # terms: Inductor makes a loop of a longer sum, with a kernel of its own
 
 
@@ -41,7 +45,11 @@ def lower(gm: GraphModule, target: str | None, linears: bool = False, ahead: boo
         if not behind.isdisjoint(node.all_input_nodes):
             behind.add(node)
         op, reason = op_of(node.target) if node.op == "call_function" else None, ""
-        if op is not None:
+        if op is dequantize.op:
+            continue  # behind those that may read data and scale themselves
+        if op is packed_linear.op and linears:
+            name, call = "fused_linear", op.bind(node.args, node.kwargs)
+        elif op is not None:
             name, call = op.name, op.bind(node.args, node.kwargs)
         elif linears and op_name(node) == "linear":
             name, call, reason = _linear(node)
@@ -50,7 +58,7 @@ def lower(gm: GraphModule, target: str | None, linears: bool = False, ahead: boo
         else:
             continue
         record = recorded(op.name if op else op_name(node), "lower", node, op.equation if op else EQUATIONS[op_name(node)])
-        values = {k: [value(x) for x in v] if isinstance(v, list | tuple) else value(v) for k, v in call.items()}
+        values = _values(call)
         device = target or next(v.device.type for v in values.values() if isinstance(v, torch.Tensor))
         if op is None and device != "cuda":
             continue
@@ -58,18 +66,16 @@ def lower(gm: GraphModule, target: str | None, linears: bool = False, ahead: boo
         try:
             if reason:
                 raise Refused(reason)
-            if name == "fused_linear" and device == "cuda" and (parts := _parts(call)) > 1:
-                name, call = "split_linear", {"x": call["x"], "weights": call["weights"], "parts": parts}
-                values = {k: values.get(k, v) for k, v in call.items()}
-            kernel = _kernel(name, device, values)
+            kernel, call = _chosen(name, device, call)
+            given = _values(call)
             # What came before the graph has ended when its first kernel starts, so the others may start before that one ends.
             early = {"overlap": True} if node in behind and touched.may_overlap(node, kernel, call) else {}
-            key = f"{name} {compat.tree_map_only(torch.Tensor, _layout, {**values, **early})}"
+            key = f"{kernel.name} {compat.tree_map_only(torch.Tensor, _layout, {**given, **early})}"
             if key not in launched:
-                launched[key] = kernel, values | early, kernel.plan(values | early)
+                launched[key] = kernel, given | early, kernel.plan(given | early)
             node.target, node.args, node.kwargs = kernel.op, (), {**call, **early}
-            if name == "split_linear":
-                _add_up(node, call["parts"], values["weights"][0].dtype)
+            if kernel.name == "split_linear":
+                _add_up(node, call["parts"], as_it_was[-1].dtype)
             behind.add(node)
             record.chosen = kernel.by
             record.launches, record.measured = launched[key][2], kernel.measured
@@ -87,9 +93,64 @@ def lower(gm: GraphModule, target: str | None, linears: bool = False, ahead: boo
             else:
                 record.chosen = "reference called"
         records.append(record)
+    records += _dequantize(gm)
     if ahead:
         kernels.compile_ahead([(kernel, arguments) for kernel, arguments, _ in launched.values()])
     return records
+
+
+def _values(call: dict[str, Any]) -> dict[str, Any]:
+    return {k: [value(x) for x in v] if isinstance(v, list | tuple) else value(v) for k, v in call.items()}
+
+
+def _chosen(name: str, device: str, call: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The kernel for a call of an op, and how to call it.
+
+    Quantised weights are for kernels that read data and scale: where there is none, all is left to a compiler, which need not
+    make the weight in memory before it reads it.
+
+    Raises:
+        Refused: there is none, with the reason of the last that was asked.
+    """
+    stored = _as_stored(call)
+    calls = [(name, stored)]
+    if name == "fused_linear" and device == "cuda" and (parts := _parts(stored)) > 1:
+        split = {k: v for k, v in stored.items() if k in ("x", "weights", *QUANTIZED)} | {"parts": parts}
+        calls = [("split_linear", split), *(calls if "scales" in stored else [])]
+    for attempt, (kind, arguments) in enumerate(calls, 1):
+        try:
+            return _kernel(kind, device, _values(arguments)), arguments
+        except Refused:
+            if attempt == len(calls):
+                raise
+    raise AssertionError("there is always a call to try")
+
+
+def _as_stored(call: dict[str, Any]) -> dict[str, Any]:
+    """A call of which the weights that are quantised are given as data and scales; where none is, without those arguments.
+
+    Raises:
+        Refused: they are not the first, not of one format, or would be of another dtype.
+    """
+    weights = call.get("weights", ())
+    found = [quantized.bind(w) for w in weights if quantized.is_quantized(w)]
+    if not found:
+        return {k: v for k, v in call.items() if k not in QUANTIZED}
+    if any(map(quantized.is_quantized, weights[len(found) :])) or len({b["format"] for b in found}) > 1:
+        raise Refused("The quantised weights of a linear must be its first and of one format, found others.")
+    if not all(map(quantized.is_weight, weights[: len(found)])):
+        raise Refused("A quantised weight must be one that the graph is given and does not write, found that it is not.")
+    made = {
+        **call,
+        "weights": [b["data"] for b in found] + list(weights[len(found) :]),
+        "scales": [b["scale"] for b in found],
+        "format": found[0]["format"],
+    }
+    v = _values(made)
+    dtype = weight_dtype(v["x"], v["weights"], v["scales"], v.get("residual"), v.get("norm_weight"), v.get("gate"))
+    if wrong := next((b["dtype"] for b in found if b["dtype"] != dtype), None):
+        raise Refused(f"A kernel makes weights of {dtype} here, found that they are wanted in {wrong}.")
+    return made
 
 
 def _linear(node: Node) -> tuple[str, dict[str, Any], str]:
@@ -101,7 +162,7 @@ def _linear(node: Node) -> tuple[str, dict[str, Any], str]:
 
 def _parts(call: dict[str, Any]) -> int:
     """Into how many parts a linear's columns go so that it has programs enough; 1 for one with something around it."""
-    if any(given for name, given in call.items() if name not in ("x", "weights")):
+    if len(call["weights"]) > 1 or any(given for name, given in call.items() if name not in ("x", "weights", *QUANTIZED)):
         return 1
     x, (weight,) = value(call["x"]), map(value, call["weights"])
     known = weight.dim() == 2 and all(isinstance(n, int) for n in (*x.shape, *weight.shape))
@@ -174,12 +235,17 @@ def _kernel(name: str, device: str, arguments: dict[str, Any]) -> Any:
     kernel = kernels.implementations().get(name)
     if kernel is None:
         raise Refused(f"There is no Triton kernel for {name} alone.")
+    if "scales" in arguments and "scales" not in kernel.arg_names:
+        raise Refused(f"The kernel of {name} must be given plain weights, found {arguments['format']}.")
     kernel.supports(**arguments)
     return kernel
 
 
 def pack_weights(gm: GraphModule, real: dict[Node, Any], plan: bool = False) -> list[PackedWeight]:
-    """Give every op on several weights one packed weight, an input behind all others; packed_linear becomes torch's linear.
+    """Give every op on several weights one packed weight of each kind, inputs behind all others.
+
+    A packed_linear of one weight becomes torch's linear. Quantised weights of one format become one, of packed data and packed
+    scales, where data fill whole blocks of a scale; else they stay several.
 
     Args:
         gm: rewritten in place; placeholders that nobody reads any more stay.
@@ -190,20 +256,37 @@ def pack_weights(gm: GraphModule, real: dict[Node, Any], plan: bool = False) -> 
         How to find the packed weights at each call, in the order of the new inputs.
     """
     placeholders = gm.graph.find_nodes(op="placeholder")
-    packed = []
+    packed: list[PackedWeight] = []
+
+    def packed_input(nodes: list[Node], like: torch.Tensor) -> Node:
+        weights = [real[n] if n.op == "placeholder" else _get(gm, n.target) for n in nodes]
+        where = zip(nodes, weights, strict=True)
+        packed.append(PackedWeight(tuple(placeholders.index(n) if n.op == "placeholder" else w for n, w in where)))
+        buffer = _planned(weights, like) if plan else pack(weights)
+        return _input(gm, f"packed_weight_{len(packed) - 1}", buffer, like)
+
     for node in list(gm.graph.nodes):
         op = op_of(node.target) if node.op == "call_function" else None
         if op is None or "weights" not in op.arg_names:
             continue
         call = op.bind(node.args, node.kwargs)
-        if len(call["weights"]) > 1:
-            weights = [real[n] if n.op == "placeholder" else _get(gm, n.target) for n in call["weights"]]
-            where = zip(call["weights"], weights, strict=True)
-            packed.append(PackedWeight(tuple(placeholders.index(n) if n.op == "placeholder" else w for n, w in where)))
-            buffer = _planned(weights, value(node)) if plan else pack(weights)
-            call["weights"] = [_input(gm, f"packed_weight_{len(packed) - 1}", buffer, value(node))]
-        if op is packed_linear.op:
-            node.target, node.args, node.kwargs = torch.nn.functional.linear, (call["x"], *call["weights"]), {}
+        weights: list[Node] = []
+        for several, group in itertools.groupby(call["weights"], quantized.is_quantized):
+            group = list(group)
+            if len(group) == 1 or several and not quantized.may_pack(group):
+                weights += group
+            elif not several:
+                weights.append(packed_input(group, value(node)))
+            else:
+                bound = [quantized.bind(n) for n in group]
+                data, scale = (packed_input([b[name] for b in bound], value(node)) for name in ("data", "scale"))
+                with gm.graph.inserting_before(node):
+                    made = gm.graph.call_function(dequantize.op.overload, (data, scale, bound[0]["format"], bound[0]["dtype"]))
+                made.meta |= kept(node) | {"example_value": infer(made), quantized.WITH_INPUTS: True}
+                weights.append(made)
+        call["weights"] = weights
+        if op is packed_linear.op and len(weights) == 1:
+            node.target, node.args, node.kwargs = torch.nn.functional.linear, (call["x"], *weights), {}
         else:
             node.args, node.kwargs = (), call
     if not plan:
@@ -235,6 +318,18 @@ def _get(gm: GraphModule, path: str) -> torch.Tensor:
     for part in path.split("."):
         gm = getattr(gm, part)
     return gm
+
+
+def _dequantize(gm: GraphModule) -> list[Record]:
+    """Inline what makes the weights that no kernel reads as they are stored, where they are read first."""
+    quantized.to_readers(gm)
+    records = []
+    for node in gm.graph.find_nodes(op="call_function", target=dequantize.op.overload):
+        record = recorded(dequantize.op.name, "lower", node, dequantize.op.equation)
+        record.reason = f"No kernel reads this weight of {quantized.bind(node)['format']} as it is stored."
+        node.target, record.chosen = dequantize.op.reference, "reference inlined"
+        records.append(record)
+    return records
 
 
 def check(gm: GraphModule) -> None:

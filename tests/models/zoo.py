@@ -232,3 +232,38 @@ ONE_ROW = ["in_proj_conv", "packed_decode"]
 
 def ops_without_views(layer):
     return [op for op in layer.ops_after if op not in ("narrow", "reshape")]
+
+
+# Sizes of which fp8's blocks of 128 are filled, and sizes of which they are not.
+FILLED = {
+    **SMALL, "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 32,
+    "linear_key_head_dim": 32, "linear_value_head_dim": 32,
+}  # fmt: skip
+RAGGED = {
+    **SMALL, "hidden_size": 72, "intermediate_size": 136, "linear_key_head_dim": 32, "linear_value_head_dim": 16,
+}  # fmt: skip
+
+
+def dequantized(model, dtype=None):
+    """A copy of a quantised model with the weights that transformers makes of it, in a linear's place."""
+    from transformers.integrations import finegrained_fp8
+
+    plain = copy.deepcopy(model)
+    for name, module in list(plain.named_modules()):
+        if isinstance(module, finegrained_fp8.FP8Linear):
+            linear = torch.nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+            linear.weight = torch.nn.Parameter(by_loop(module.weight, module.weight_scale_inv), requires_grad=False)
+            linear.bias = module.bias
+            plain.set_submodule(name, linear)
+    return plain.to(dtype or next(model.parameters()).dtype)
+
+
+def by_loop(data, scale, block=128):
+    """A weight of fp8 with a scale per block, or one scale, block by block in float64."""
+    weight = data.double()
+    if scale.numel() == 1:
+        return weight * scale.double()
+    for i, row in enumerate(scale.double()):
+        for j, factor in enumerate(row):
+            weight[i * block : (i + 1) * block, j * block : (j + 1) * block] *= factor
+    return weight

@@ -1,4 +1,7 @@
-"""Linears without bias on one input  →  one gdnfuse.packed_linear and slices of its row"""
+"""Linears without bias on one input  →  one gdnfuse.packed_linear and slices of its row
+
+Weights may be quantised, all of them or some: those stand first, and the plain ones behind them.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from dataclasses import dataclass
 from gdnfuse import packing
 from gdnfuse.dialect import packed_linear
 from gdnfuse.errors import Refused
+from gdnfuse.passes.quantized import bind, is_quantized, is_weight, stored
 from gdnfuse.rewrite.edit import call
 from gdnfuse.rewrite.evaluate import hint
 from gdnfuse.rewrite.graph import is_tensor, op_name, value
@@ -65,24 +69,29 @@ class LiftPackedLinear(Rule[Facts]):
 
 def _siblings(node):
     """The linears on a linear's input: those that may share one weight, and why each of the others may not."""
-    together, apart, weights = [], {}, set()
+    together, apart, weights, kinds = [], {}, set(), []
     for n in sorted(n for n in node.args[0].users if op_name(n) == "linear" and n.args[0] is node.args[0]):
         try:
             _check(n)
-            if n.args[1] in weights:
+            if not weights.isdisjoint(stored(n.args[1])):
                 raise Refused(f"Each sibling must have a weight of its own, found {n.args[1]} twice.", at=n)
             if together and _inference(n) != _inference(together[0]):
                 raise Refused("Siblings must all be ordinary or all be made under torch.inference_mode, found both.", at=n)
+            if is_quantized(n.args[1]):
+                kinds.append(bind(n.args[1])["format"])
+                if kinds[-1] != kinds[0]:
+                    found = f"{kinds[0]} and {kinds.pop()}"
+                    raise Refused(f"Siblings that are quantised must be of one format, found {found}.", at=n)
         except Refused as e:
             apart[n] = e
         else:
             together.append(n)
-            weights.add(n.args[1])
-    return together, apart
+            weights.update(stored(n.args[1]))
+    return sorted(together, key=lambda n: not is_quantized(n.args[1])), apart
 
 
 def _inference(linear):
-    real = linear.args[1].meta.get("gdnfuse_real")
+    real = stored(linear.args[1])[0].meta.get("gdnfuse_real")
     return real is not None and real.is_inference()
 
 
@@ -90,7 +99,7 @@ def _check(linear):
     x, weight = value(linear.args[0]), linear.args[1]
     if len(linear.args) > 2 and linear.args[2] is not None or linear.kwargs.get("bias") is not None:
         raise Refused(f"Siblings must have no bias, found one on {linear}.", at=linear)
-    if not is_tensor(weight) or weight.op not in ("placeholder", "get_attr"):
+    if not is_tensor(weight) or not is_weight(weight):
         raise Refused(f"The weight of {linear} must be a parameter, found the result of {op_name(weight)}.", at=linear)
     v = value(weight)
     if v.dtype != x.dtype or v.device != x.device:
@@ -100,7 +109,8 @@ def _check(linear):
     if not static or not v.dtype.is_floating_point or v.ndim != 2 or not v.is_contiguous():
         found = f"{v.dtype} {tuple(v.shape)}"
         raise Refused(f"The weight of {linear} must be a contiguous floating matrix of static shape, found {found}.", at=linear)
-    packing.check([weight.meta.get("gdnfuse_real", v)])
+    for n in stored(weight):
+        packing.check([n.meta.get("gdnfuse_real", value(n))])
 
 
 RULE = LiftPackedLinear()

@@ -1,0 +1,47 @@
+"""dequantize: the floating weight that quantised data and their scale stand for.
+
+A quantised weight is a value of the graph, so that whatever takes a linear's weight takes this one too. Where a kernel reads data
+and scale itself, the lowering hands it both, and no weight is ever made.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from gdnfuse import formats
+from gdnfuse.dialect.op import register
+
+
+def reference(data: torch.Tensor, scale: torch.Tensor, format: str, dtype: torch.dtype) -> torch.Tensor:
+    """What the format's own library makes of them, computed in float32 (float64 if any of these is) and rounded once.
+
+    Args:
+        data: [M, N] as stored, or [E, M, N] of experts.
+        scale: as the format has it.
+        format: a name of `gdnfuse.formats.FORMATS`.
+        dtype: of the weight.
+
+    Returns:
+        [M, N] or [E, M, N].
+
+    Raises:
+        Refused: there is no such format.
+    """
+    acc = formats.acc_dtype(data.dtype, scale.dtype, dtype)
+    return formats.named(format).dequantize(data, scale, acc).to(dtype).contiguous()
+
+
+def fake(data, scale, format, dtype):
+    formats.named(format)
+    return torch.empty(data.shape, dtype=dtype, device=data.device)
+
+
+def examples():
+    made = [
+        ("fp8_block128", (256, 128), torch.bfloat16), ("fp8_block128", (130, 200), torch.float32),
+        ("fp8_block128", (2, 128, 130), torch.float16), ("fp8_tensor", (5, 8), torch.float32),
+    ]  # fmt: skip
+    return [((*formats.named(name).quantize(torch.randn(shape)), name, dtype), {}) for name, shape, dtype in made]
+
+
+op = register("dequantize", reference, fake, examples, equation="W = scale · data")

@@ -1,0 +1,77 @@
+"""What a format of quantised weights is, and the table of all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from gdnfuse.errors import Refused
+
+
+@dataclass(frozen=True)
+class Format:
+    """How weights of one kind are stored.
+
+    Attributes:
+        name: what the dialect's dequantize calls it.
+        about: in words, for reports.
+        supported: in words, what `check` lets pass.
+        dequantize: from data, scale and the dtype to compute in, float32 or float64, the weight in that dtype: as the format's
+            own library has it before it rounds.
+        check: raises Refused unless data and scale are what the format has; sizes may be those of fake tensors.
+        quantize: a floating weight's data and scale.
+        rows: of how many rows of a weight a scale is; weights of whole such blocks may stand in one buffer, one behind the other.
+            None where all rows share one.
+        bits: of one element of the data.
+    """
+
+    name: str
+    about: str
+    supported: str
+    dequantize: Callable[[torch.Tensor, torch.Tensor, torch.dtype], torch.Tensor]
+    check: Callable[[torch.Tensor, torch.Tensor], None]
+    quantize: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+    rows: int | None
+    bits: int
+
+
+FORMATS: dict[str, Format] = {}
+
+
+def register(**attributes: object) -> Format:
+    """Add a format to the table."""
+    made = Format(**attributes)
+    FORMATS[made.name] = made
+    return made
+
+
+def named(name: str) -> Format:
+    """The format of a name.
+
+    Raises:
+        Refused: there is none.
+    """
+    if name not in FORMATS:
+        raise Refused(f"The format of a quantised weight must be one of {', '.join(FORMATS)}, found {name!r}.")
+    return FORMATS[name]
+
+
+def acc_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """The dtype that weights are dequantised in: float64 if any of these is, which the oracles rely on, else float32."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def require_dtypes(
+    fmt: str, data: torch.Tensor, scale: torch.Tensor, of_data: torch.dtype, of_scale: tuple[torch.dtype, ...]
+) -> None:
+    """Raises Refused unless data and scale have these dtypes."""
+    if data.dtype != of_data:
+        raise Refused(f"Data of {fmt} must be {_short(of_data)}, found {_short(data.dtype)}.")
+    if scale.dtype not in of_scale:
+        raise Refused(f"The scale of {fmt} must be {' or '.join(map(_short, of_scale))}, found {_short(scale.dtype)}.")
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

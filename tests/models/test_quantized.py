@@ -1,0 +1,216 @@
+"""Models of FP8 weights: prompts and steps, fused as plain ones are, as near to the dequantised float64 model as eager is."""
+
+import copy
+import gc
+import io
+import itertools
+
+import pytest
+import torch
+from transformers.integrations import finegrained_fp8
+
+import gdnfuse
+from gdnfuse import models, packing
+from gdnfuse.errors import GdnfuseError
+from tests.models import zoo
+
+STEPS = 3
+SEEDS = itertools.count(1)
+SIZES = {"filled": zoo.FILLED, "ragged": zoo.RAGGED}
+
+
+def quantized(sizes, dtype=torch.bfloat16, format="fp8_block128"):
+    return models.quantized(zoo.causal_lm(**sizes).to(dtype), format)
+
+
+@torch.no_grad()
+def outputs(model, call, kind, batch=1):
+    """Logits of a prompt and of the steps behind it."""
+    cache = zoo.new_cache(model, kind)
+    ids = zoo.prompt(batch, length=9)[0]
+    first = call(input_ids=ids, **zoo.held(cache)).logits
+    return first.flatten(), zoo.decode(call, cache, None, zoo.tokens_for(batch, STEPS)).flatten()
+
+
+def compiled(model, **options):
+    torch._dynamo.reset()
+    options = {"inner": "eager", "strict": True, **options}
+    return torch.compile(model, backend="gdnfuse", fullgraph=True, options=options)
+
+
+def new_reports(since):
+    return [r for r in gdnfuse.reports() if r.graph_id >= since]
+
+
+def next_report():
+    return max((r.graph_id for r in gdnfuse.reports()), default=-1) + 1
+
+
+# The logits of few tokens are a draw: a prompt's 9 and three steps', of two layers.
+@pytest.mark.parametrize(
+    ("sizes", "batch", "kind"),
+    [("filled", 1, "static"), ("ragged", 2, "dynamic"), ("ragged", 1, "static"), ("filled", 2, "static")],
+)
+def test_prompts_and_steps_are_fused_and_as_near_as_eager(sizes, batch, kind):
+    model = quantized(SIZES[sizes])
+    plain = zoo.dequantized(model)
+    wide, oracle = zoo.in_float64(zoo.dequantized(model, torch.float64))
+    wanted = outputs(wide, oracle, kind, batch)
+    eager = outputs(plain, plain, kind, batch)
+    since = next_report()
+    found = outputs(model, compiled(model), kind, batch)
+    errors = [(zoo.relative(f, w), zoo.relative(e, w)) for f, e, w in zip(found, eager, wanted, strict=True)]
+    assert all(1e-4 < e for _, e in errors), "eager's error must show, or nothing is compared"
+    assert all(ours <= 1.1 * e for ours, e in errors), errors
+    done = new_reports(since)
+    assert [r.phase for r in done] == ["prefill", "decode"], "one graph for each, whatever the number of steps"
+    for r in done:
+        assert r.fused_layers == len(r.layers) == zoo.SMALL["num_hidden_layers"] - 1
+        ops = [o.op for o in r.structures for o in o]
+        assert not any("fp8" in op or "." in op for op in ops), "neither the hub's kernel nor DeepGEMM is in the graph"
+    (layer,) = done[1].layers
+    expected = ["in_proj_conv", "packed_decode"] if batch == 1 else zoo.MANY_ROWS
+    assert [op for op in zoo.ops_without_views(layer) if op in ("in_proj_conv", "packed_decode", "mixer_decode")] == [
+        op for op in expected if op != "linear"
+    ]
+
+
+def right(model, run, batch=1):
+    """What a compiled model gives is what its weights, dequantised, give now."""
+    plain = zoo.dequantized(model)
+    wanted = torch.cat(outputs(plain, plain, "static", batch))
+    found = torch.cat(outputs(model, run, "static", batch))
+    assert zoo.relative(found, wanted) < 1e-5
+    return wanted
+
+
+def weights(model):
+    return [m for m in model.modules() if isinstance(m, finegrained_fp8.FP8Linear)]
+
+
+def other(model):
+    """A model of the same kind with other values, new ones at each call."""
+    new = quantized(zoo.FILLED, torch.float32)
+    torch.manual_seed(next(SEEDS))
+    with torch.no_grad():
+        for m in weights(new):
+            m.weight_scale_inv.mul_(1.0 + torch.rand(m.weight_scale_inv.shape))
+            m.weight.copy_(m.weight.float().roll(1, 0).to(m.weight.dtype))
+    return new
+
+
+def loaded(model):
+    model.load_state_dict(other(model).state_dict())
+
+
+def assigned(model):
+    model.load_state_dict(other(model).state_dict(), assign=True)
+
+
+def data(model):
+    for mine, new in zip(weights(model), weights(other(model)), strict=True):
+        mine.weight.data, mine.weight_scale_inv.data = new.weight.data, new.weight_scale_inv.data
+
+
+def scale_alone(model):
+    for m in weights(model):
+        m.weight_scale_inv.data = m.weight_scale_inv.data * 1.5
+
+
+def in_place(model):
+    with torch.no_grad():
+        for m in weights(model):
+            m.weight_scale_inv.mul_(0.7)
+
+
+def parameter(model):
+    for mine, new in zip(weights(model), weights(other(model)), strict=True):
+        mine.weight, mine.weight_scale_inv = new.weight, new.weight_scale_inv
+
+
+def bytes_of(model):
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in model.state_dict().values()}.values())
+
+
+def live(least):
+    """Memory of tensors of at least so many elements, by its address."""
+    gc.collect()
+    found = [t for t in gc.get_objects() if isinstance(t, torch.Tensor) and not t.is_meta and type(t).__name__ != "FakeTensor"]
+    return {t.untyped_storage().data_ptr() for t in found if t.numel() >= least}
+
+
+def test_whatever_is_done_to_weights_results_are_theirs_and_nothing_is_kept(tmp_path):
+    model = quantized(zoo.FILLED, torch.float32)
+    size, least = bytes_of(model), min(m.weight.numel() for m in weights(model))
+    run = compiled(model)
+    before, seen = live(least), []
+    since = next_report()
+    for event in (None, loaded, assigned, data, scale_alone, in_place, parameter):
+        if event is not None:
+            event(model)
+        seen.append(right(model, run))
+        assert event is None or zoo.relative(seen[-1], seen[-2]) > 1e-3, f"{event.__name__} must show in the results"
+        assert bytes_of(model) == size
+        # Buffers hold what weights are parts of; no dequantised weight is among what lives.
+        ranges = [(b.data_ptr(), b.data_ptr() + b.nbytes) for b in packing._buffers.values()]
+        mine = {p.data_ptr() for p in model.parameters()}
+        more = {a for a in live(least) - before - mine if not any(first <= a < end for first, end in ranges)}
+        assert not more, f"{len(more)} tensors as large as a weight stay alive"
+    assert len(new_reports(since)) == 2, "none of it needs another graph"
+    packed = [m.weight for m in weights(model) if m.weight.untyped_storage() in packing._ranges]
+    assert len(packed) == 2 + 3 + 2 + 2, "qkv and z, q, k and v, and gate and up of each layer"
+
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    assert len(file.getvalue()) < size + 2**16, "each weight is saved as its own bytes"
+    file.seek(0)
+    new = quantized(zoo.FILLED, torch.float32)
+    new.load_state_dict(torch.load(file))
+    assert torch.equal(right(new, compiled(new)), seen[-1])
+    copied = copy.deepcopy(model)
+    assert torch.equal(right(copied, compiled(copied)), seen[-1])
+    model.to("meta")
+    gc.collect()
+
+
+def test_adapters_on_quantised_weights_keep_working():
+    peft = pytest.importorskip("peft")
+    model = quantized(zoo.FILLED, torch.float32)
+    config = peft.LoraConfig(r=4, target_modules=["in_proj_qkv", "out_proj", "gate_proj", "q_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(model, config).eval().requires_grad_(False)
+    run = compiled(adapted.base_model.model, strict=False)
+    with_adapter = right(adapted.base_model.model, run)
+    with adapted.disable_adapter():
+        without = right(adapted.base_model.model, run)
+    assert zoo.relative(with_adapter, without) > 1e-3
+    assert all(r.fused_layers == len(r.layers) for r in gdnfuse.reports()[-2:])
+
+
+def test_one_scale_a_weight_and_half_a_model():
+    model = quantized(zoo.RAGGED, torch.float32, "fp8_tensor")
+    right(model, compiled(model))
+    half = zoo.causal_lm(**zoo.FILLED)
+    mlp = half.model.layers[0].mlp
+    mlp.up_proj = models.quantized(torch.nn.ModuleDict({"up_proj": mlp.up_proj}))["up_proj"]
+    right(half, compiled(half))
+    assert len(weights(half)) == 1
+
+
+def test_static_activation_scales_are_not_needed():
+    """They say how activations are quantised, which ours are not."""
+    model = quantized(zoo.FILLED, torch.float32)
+    plain = right(model, compiled(model))
+    for m in weights(model):
+        m.activation_scale = torch.nn.Parameter(torch.tensor(1e-3), requires_grad=False)
+    assert torch.equal(right(model, compiled(model)), plain)
+
+
+@pytest.mark.parametrize("format", ["int9", "dequantize"])
+def test_a_model_is_quantised_to_known_formats(format):
+    with pytest.raises(GdnfuseError, match=rf"^A model can be quantised to fp8_block128 or fp8_tensor, found '{format}'\.$"):
+        models.quantized(torch.nn.Sequential(torch.nn.Linear(2, 2)), format)
+
+
+def test_a_model_without_linears_has_nothing_to_quantise():
+    with pytest.raises(GdnfuseError, match="must have linears beside its head, found none"):
+        models.quantized(torch.nn.Sequential(torch.nn.LayerNorm(2)))
