@@ -42,6 +42,7 @@ ROWS: dict[str, list[str]] = {
         "tests/models/test_prefill.py",
     ],
     "`generate`: greedy, sampled, beams, padded, chunked prompts": ["tests/models/test_generate.py"],
+    "Prefixes of prompts, taken and left": ["tests/generation/test_prefixes.py", "tests/generation/test_prefix_tree.py"],
     "Weights loaded, moved, replaced, copied, saved, shared, deleted": ["tests/test_packing.py", "tests/models/test_weights.py"],
     "Low-rank adapters merged, unmerged, switched": ["tests/models/test_adapters.py"],
     "Families, prompts and steps; a layer written by hand": [

@@ -17,12 +17,14 @@ if TYPE_CHECKING:
     import torch
 
     from gdnfuse.generation.explain import Explanation
+    from gdnfuse.generation.prefixes import PrefixStore
     from gdnfuse.generation.warmup import Warmup
 
 __all__ = [
     "GdnfuseError",
     "GraphReport",
     "LayerReport",
+    "PrefixStore",
     "Record",
     "Refused",
     "Status",
@@ -39,6 +41,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name == "capture":  # loaded when asked for: it imports torch
         return importlib.import_module("gdnfuse.capture")
+    if name == "PrefixStore":
+        return importlib.import_module("gdnfuse.generation.prefixes").PrefixStore
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

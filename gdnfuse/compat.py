@@ -815,6 +815,29 @@ def hooks_of(module: Any) -> dict[int, Callable[..., Any]]:
     return {**module._forward_pre_hooks, **module._forward_hooks}
 
 
+def _everything_of(module: Any) -> tuple[list[Any], list[Any]]:
+    return list(module.modules()), [*module.parameters(), *module.buffers()]
+
+
+@private(instead=_everything_of)
+def everything_of(module: Any) -> tuple[list[Any], list[Any]]:
+    """All modules of a module and all their parameters and buffers, as often as they are there. Without it: a generate with a
+    prefix store begins a millisecond later."""
+    modules, tensors = [module], []
+    for one in modules:  # which grows meanwhile
+        for held in (one._parameters, one._buffers):
+            tensors += [x for x in held.values() if x is not None]
+        modules += [x for x in one._modules.values() if x is not None]
+    return modules, tensors
+
+
+@private(instead=lambda tensors: [0] * len(tensors))
+def version_counters(tensors: Sequence[Any]) -> list[int]:
+    """How often each tensor was written in place, as far as torch counts it. Without it: weights written in place are found by
+    samples alone."""
+    return [0 if x.is_inference() else x._version for x in tensors]
+
+
 def _of_wrapper(call: Any) -> Any:
     return getattr(call, "_orig_mod", None) or getattr(call, "_torchdynamo_orig_callable", call)
 

@@ -797,6 +797,28 @@ def compiled_call(there):
 
 
 @case
+def everything_of(there):
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    if not there:  # what has the public interface alone
+        names = ("modules", "parameters", "buffers")
+        module = SimpleNamespace(**{name: getattr(module, name) for name in names})
+    modules, tensors = compat.everything_of(module)
+    assert len(modules) == 3 and len(tensors) == 2 + 2 + 3
+
+
+@case
+def version_counters(there):
+    x = torch.zeros(2)
+    if not there:
+        assert compat.version_counters([object()]) == [0]
+        return
+    (before,) = compat.version_counters([x])
+    x.add_(1)
+    with torch.inference_mode():
+        assert compat.version_counters([x, torch.zeros(2)]) == [before + 1, 0]
+
+
+@case
 def hooks_of(there):
     if not there:
         assert compat.hooks_of(object()) == {}

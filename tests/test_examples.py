@@ -50,6 +50,11 @@ def test_lora():
     assert not torch.equal(tokens["active"], tokens["off"])
 
 
+def test_prefixes():
+    # The first question shows nothing new, the second where questions part from the document: the third begins there.
+    assert main_of("prefixes")(["--document", "440", *QUICK]) == [0, 0, 384]
+
+
 def test_padded_batch(capsys):
     together, alone = main_of("padded_batch")(["--tokens", "6", *QUICK])
     assert [row.tolist() for row in together] == [single.tolist() for single in alone]

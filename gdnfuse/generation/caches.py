@@ -64,12 +64,18 @@ def _prepare(given: list[Any], out: Any, state_dtype: torch.dtype | None, any_le
         if layer.is_compileable:
             states += [*held, getattr(layer, "cumulative_length", None)]
         elif any_length:
-            from gdnfuse.passes.growing_keys import mark
-
-            mark(held, [i for i, x in enumerate(held) if isinstance(x, torch.Tensor) and x.ndim == 4])
+            mark_lengths(layer)
         for tensor in states:
             if isinstance(tensor, torch.Tensor):
                 compat.mark_static_address(tensor)
+
+
+def mark_lengths(layer: Any) -> None:
+    """Have the keys and values of a layer of a cache that grows taken for ones of any length."""
+    from gdnfuse.passes.growing_keys import mark
+
+    held = [getattr(layer, name, None) for name in ("keys", "values")]
+    mark(held, [i for i, x in enumerate(held) if isinstance(x, torch.Tensor) and x.ndim == 4])
 
 
 STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -14,6 +14,7 @@ import torch
 from gdnfuse import compat, versions
 from gdnfuse import options as gdnfuse_options
 from gdnfuse.errors import GdnfuseError
+from gdnfuse.generation import generate
 from gdnfuse.generation.arguments import demanding, parameters_of
 from gdnfuse.generation.caches import cache_finder, check_state_dtype, preparing_caches
 from gdnfuse.generation.coverage import PROMPT, STEP, Coverage
@@ -29,6 +30,7 @@ def compile(
     dynamic: bool | None = None,
     prefill: bool | None = None,
     state_dtype: torch.dtype | None = None,
+    prefixes: Any = None,
     **options: Any,
 ) -> torch.nn.Module:
     """Compile a model in place, for `generate()` and for direct calls alike: decode steps one way, prompts another.
@@ -47,14 +49,16 @@ def compile(
         prefill: compile calls that are no decode step too, or leave them eager. None means True, but False with `capture=False`:
             the rule would be unrolled into one graph for each length.
         state_dtype: of the recurrent states from their prompt on, see `set_state_dtype`; None leaves them as they are.
+        prefixes: a `gdnfuse.PrefixStore` of the model: every `generate` takes the longest known prefix of its prompt from it, and
+            leaves there what it computed.
         options: see `gdnfuse.options.Options`.
 
     Returns:
         The same model.
 
     Raises:
-        GdnfuseError: a bad option or mode, a wrapper that cannot hand calls on, or a version of torch or transformers that is too
-            old. The model is as it was then.
+        GdnfuseError: a bad option or mode, a store of another model, a wrapper that cannot hand calls on, or a version of torch
+            or transformers that is too old. The model is as it was then.
     """
     if sentences := versions.too_old():
         raise GdnfuseError(" ".join(sentences))
@@ -63,7 +67,9 @@ def compile(
     if state_dtype is not None:
         check_state_dtype(state_dtype)
     models = compiled_models(model)
-    settings = _Settings(mode, fullgraph, dynamic, prefill or prefill is None and parsed.capture, state_dtype, options)
+    if prefixes is not None:
+        generate.check(models, prefixes)
+    settings = _Settings(mode, fullgraph, dynamic, prefill or prefill is None and parsed.capture, state_dtype, prefixes, options)
     coverages = [_compile(one, settings, parsed) for one in models]
     if model not in models:
         compat.set_compiled_call(model, handing_on(model, models, coverages[0].say))
@@ -79,6 +85,7 @@ class _Settings:
     dynamic: bool | None
     prefill: bool
     state_dtype: torch.dtype | None
+    prefixes: Any
     options: dict[str, Any]
 
 
@@ -103,7 +110,9 @@ def _compile(model: torch.nn.Module, settings: _Settings, parsed: gdnfuse_option
     parameters = parameters_of(model) if any_length else ()
     own = _mode_or_options(mode, options)
     decode = coverage.checked(torch.compile(plain, **shared, **own), STEP)
-    call = hooks.heeded(demanding(model, by_phase(decode, first, parameters)))
+    ours = generate.install(model, settings.prefixes)
+    heeding = ours.heeding if ours else lambda call: call
+    call = heeding(hooks.heeded(demanding(model, by_phase(decode, first, parameters))))
     call.coverage = coverage
     if not compat.set_compiled_call(model, call) and parsed.strict:
         raise GdnfuseError("strict: calls of a model must be able to go elsewhere, found that torch leaves no way.")
@@ -111,7 +120,7 @@ def _compile(model: torch.nn.Module, settings: _Settings, parsed: gdnfuse_option
         in_generate = _mode_or_options(_mode_of_generate(mode, parsed), options)
         if in_generate != own:
             decode = coverage.checked(torch.compile(apart(plain, "in_generate"), **shared, **in_generate), STEP)
-        in_generate = hooks.heeded(demanding(model, by_phase(decode, first, parameters)))
+        in_generate = heeding(hooks.heeded(demanding(model, by_phase(decode, first, parameters))))
         model.get_compiled_call = CompiledCall(model, in_generate, coverage)
         # Ours is in place of both: a config of the user's for it, and a call that generate has compiled before.
         if getattr(model, "generation_config", None) is not None:

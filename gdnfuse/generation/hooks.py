@@ -53,9 +53,9 @@ class Hooks:
         return call
 
     def _changed(self, anywhere: bool) -> bool:
-        found = _hooks(self._model.modules() if anywhere else self._hooked)
+        found = hooks_now(self._model.modules() if anywhere else self._hooked)
         if self._known is None:
-            self._known, self._hooked = found, [m for m in self._model.modules() if _hooks([m])]
+            self._known, self._hooked = found, [m for m in self._model.modules() if hooks_now([m])]
         return found != self._known
 
 
@@ -64,7 +64,7 @@ class Hooks:
 CAPTURING = "transformers.utils.output_capturing"
 
 
-def _hooks(modules: Iterable[torch.nn.Module]) -> list[tuple[Any, ...]]:
+def hooks_now(modules: Iterable[torch.nn.Module]) -> list[tuple[Any, ...]]:
     """Each hooked module's id and the numbers of its hooks' handles, and those of the hooks of all modules."""
     found = []
     for m in modules:

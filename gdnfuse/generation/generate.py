@@ -1,0 +1,259 @@
+"""An instance's `generate` around transformers' own, and what it does between the forwards of one run of it.
+
+Everything stays transformers': its caches, loops, processors and streamers. What is known of a prompt is put into the cache that
+it made, before the prompt's first forward, which then gets the rest.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from gdnfuse.errors import GdnfuseError
+from gdnfuse.generation.arguments import parameters_of
+from gdnfuse.generation.caches import cache_finder
+from gdnfuse.generation.prefix_tree import BLOCK, TOKEN
+from gdnfuse.generation.prefixes import PrefixStore, tokens
+
+log = logging.getLogger(__name__)
+
+CACHES = ("cache", "past_key_values")
+AS_LONG = ("input_ids", "position_ids", "mm_token_type_ids", "token_type_ids")  # as the prompt, along their last axis
+KNOWN = {*AS_LONG, *CACHES, "attention_mask", "use_cache", "logits_to_keep", "return_dict"}
+
+
+class Generate:
+    """What stands on a compiled model in the place of its method `generate`, which does the work.
+
+    A copy of the model is not compiled, and has the method: this is copied and pickled as the method of the copy.
+
+    Args:
+        model: whose calls go through `heeding` while a generate of it runs.
+        prefixes: of its prompts.
+    """
+
+    def __init__(self, model: torch.nn.Module, prefixes: PrefixStore):
+        self.__self__, self.prefixes = model, prefixes
+        self._plain = getattr(type(model), "generate").__get__(model)  # noqa: B009
+        functools.update_wrapper(self, self._plain)
+        self._runs = threading.local()
+        self._parameters, self._find_cache = parameters_of(model), cache_finder()
+
+    def __call__(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
+        run = Run(self.prefixes, self._parameters, self._find_cache)
+        ids = kwargs.get("input_ids") if inputs is None else inputs
+        if (cache := self._find_cache(kwargs.values())) is not None:
+            if isinstance(ids, torch.Tensor) and ids.ndim == 2:
+                self.prefixes.check_opened(cache, tokens(ids))
+            run.leave("a cache was passed to generate")
+        elif isinstance(ids, torch.Tensor) and ids.ndim == 2 and not ids.is_floating_point():
+            run.prompt = ids.shape[1]
+        outer = getattr(self._runs, "now", None)
+        self._runs.now = run
+        try:
+            out = self._plain(inputs, *args, **kwargs)
+        finally:
+            self._runs.now = outer
+        if _beams(self.__self__, args, kwargs) == 1:
+            run.finish(out)
+        return out
+
+    def heeding(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """The model's call, which takes what is known of a prompt while a generate runs in this thread."""
+
+        def heeded(*args: Any, **kwargs: Any) -> Any:
+            run = None if torch.compiler.is_compiling() else getattr(self._runs, "now", None)
+            return call(*args, **kwargs) if run is None else run(call, args, kwargs)
+
+        return heeded
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self.__self__, "generate")
+
+
+def _beams(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """How many beams a generate has: their rows trade places."""
+    given = kwargs.get("generation_config") or next(iter(args), None) or getattr(model, "generation_config", None)
+    return kwargs.get("num_beams") or getattr(given, "num_beams", None) or 1
+
+
+class Run:
+    """One run of `generate`, from the calls of its model.
+
+    Attributes:
+        prompt: its length, None where that is not known.
+        taken: how many of its tokens came from the store, None before its prompt.
+    """
+
+    def __init__(self, prefixes: PrefixStore, parameters: list[str], find_cache: Callable[..., Any]):
+        self.prefixes, self.prompt, self.taken = prefixes, None, None
+        self._parameters, self._find_cache = parameters, find_cache
+        self._left, self._cache, self._in_steps = False, None, False
+        self._rows: list[bytes] = []  # that the cache has seen, as prompts
+        self._fed: list[torch.Tensor] = []  # and behind them, token by token
+
+    def __call__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._left:
+            return call(*args, **kwargs)
+        given = dict(zip(self._parameters, args, strict=False)) | kwargs
+        ids = given.get("input_ids")
+        if self._cache is not None and ids is not None and ids.shape[1] == 1:
+            self._in_steps = True
+            self._fed.append(ids)
+            return call(*args, **kwargs)
+        if self._in_steps:
+            self.leave("more than one token was given after the prompt")
+        elif (why := self._why_not(given)) is not None:
+            self.leave(why)
+        if self._left:
+            return call(*args, **kwargs)
+        return self._prompt(call, given)
+
+    def leave(self, why: str) -> None:
+        """Have this run go on without the store."""
+        self._left = True
+        if self.prefixes.leave_out(why):
+            log.info("generate uses a prefix store for prompts of plain tokens, found that %s, so nothing is taken or kept.", why)
+
+    def finish(self, out: Any) -> None:
+        """Keep the whole turn, if the cache has seen what `generate` answered and nothing else."""
+        sequences = getattr(out, "sequences", out)
+        if self._left or self._cache is None or not isinstance(sequences, torch.Tensor):
+            return
+        n = int(self._cache.get_seq_length())
+        seen = len(self._rows[0]) // TOKEN + len(self._fed)
+        if n != seen or sequences.shape[0] != len(self._rows) or sequences.shape[1] < n or self.prefixes.unlike(self._cache):
+            return
+        rows = self._rows
+        if self._fed:
+            rows = [row + fed for row, fed in zip(rows, tokens(torch.cat(self._fed, 1)), strict=True)]
+        if rows == tokens(sequences[:, :n]):
+            self._keep(rows)
+
+    def _why_not(self, given: dict[str, Any]) -> str | None:
+        """Why a prompt's call cannot begin in the middle, if it cannot."""
+        if given.get("input_ids") is None:
+            return "tokens were given as embeddings"
+        for name, x in given.items():
+            if name not in KNOWN and x is not None and x is not False and not _nothing(x):
+                return f"{name} was given"
+        cache, ids = self._find_cache(given.values()), given["input_ids"]
+        if cache is None:
+            return "there is no cache"
+        if (why := self.prefixes.unlike(cache)) is not None:
+            return f"there is {why}"
+        have, T = int(cache.get_seq_length()), ids.shape[1]
+        if (cache is not self._cache) if self._cache is not None else have > 0:
+            return "the cache has seen other tokens"
+        if have != (len(self._rows[0]) // TOKEN if self._rows else 0):
+            return "the cache has seen other tokens"
+        if given.get("logits_to_keep") != 1:
+            return "more logits than the last were asked for"
+        if self.prefixes.model.training:
+            return "the model is in training"
+        positions = given.get("position_ids")
+        if positions is not None and not _counting(positions, have, T):
+            return "positions do not count the tokens, as with padding"
+        if not _all_seen(given.get("attention_mask"), have + T):
+            return "the mask hides tokens, as of padding"
+        if any(bool(given[name].any()) for name in AS_LONG[2:] if given.get(name) is not None):
+            return "there are pictures among the tokens"
+        return None
+
+    def _prompt(self, call: Callable[..., Any], given: dict[str, Any]) -> Any:
+        """A prompt, or a part of one: what is known of it is taken, and its states are kept where somebody may want to begin."""
+        prefixes, ids = self.prefixes, given["input_ids"]
+        self._cache = self._find_cache(given.values())
+        if not self._rows:
+            self.taken, self._key = 0, prefixes.key()
+            self._rows = [b""] * ids.shape[0]
+        have = len(self._rows[0]) // TOKEN
+        end = have + ids.shape[1]
+        rows = self._rows = [row + more for row, more in zip(self._rows, tokens(ids), strict=True)]
+        n, entries = prefixes.find(rows, end - 1, self._key)
+        at = max(n, have)
+        prefixes.count(len(rows), at - have, end - at, prompt=have == 0, hit=n > have and self.taken == 0)
+        if n > have:
+            prefixes.fill(self._cache, entries, have)
+            self.taken += n - have
+        last = self.prompt is None or end >= self.prompt
+        for stop in [*prefixes.boundaries(rows, at, end, self._key, last), end]:
+            if stop > at:
+                out = call(**_part(given, at - have, stop - have, end - have))
+                at = stop
+            if at % BLOCK == 0 and (at < end or at % prefixes.every == 0):
+                self._keep([row[: at * TOKEN] for row in rows])
+        return out
+
+    def _keep(self, rows: list[bytes]) -> None:
+        try:
+            self.prefixes.keep(self._key, self._cache, rows)
+        except torch.OutOfMemoryError:  # what is asked for is the answer
+            self.leave("the device has no memory left to keep anything")
+
+
+def _nothing(x: Any) -> bool:
+    """Whether it is a dict of nothing, as what was encoded of no pictures."""
+    return isinstance(x, Mapping) and all(value is None for value in x.values())
+
+
+def _counting(positions: torch.Tensor, have: int, T: int) -> bool:
+    """Whether position_ids [..., T] are have, have + 1, …"""
+    return positions.shape[-1] == T and bool((positions == torch.arange(have, have + T, device=positions.device)).all())
+
+
+def _all_seen(mask: Any, n: int) -> bool:
+    """Whether the last token of a prompt sees all n tokens: then nothing is padding, as masks here are causal besides.
+
+    A mask is [B, n] of 1 and 0, [B, 1, T, L] of booleans or of what is added to logits, or several by the kind of a layer.
+    """
+    if mask is None:
+        return True
+    if isinstance(mask, dict):
+        return all(_all_seen(x, n) for x in mask.values())
+    if not isinstance(mask, torch.Tensor) or mask.ndim not in (2, 4):
+        return False
+    if mask.ndim == 2:
+        return mask.shape[1] == n and bool((mask != 0).all())
+    seen = mask[:, :, -1, :n]
+    return seen.shape[-1] == n and bool((seen if mask.dtype == torch.bool else seen == 0).all())
+
+
+def _part(given: dict[str, Any], start: int, stop: int, T: int) -> dict[str, Any]:
+    """The arguments of a call for its tokens start … stop − 1 of T.
+
+    Its mask was made for the cache as it was, and may be none at all where torch's causal attention would do. A mask that hides
+    nothing is left to the model, which makes it for the cache as it is.
+    """
+    if (start, stop) == (0, T):
+        return given
+    part = {name: x for name, x in given.items() if name != "attention_mask"}
+    return part | {name: x[..., start:stop] for name in AS_LONG if (x := given.get(name)) is not None}
+
+
+def install(model: torch.nn.Module, prefixes: PrefixStore | None) -> Generate | None:
+    """Put an instance's `generate` in place, or take ours away where there is nothing for it to do."""
+    if isinstance(vars(model).get("generate"), Generate):
+        del model.generate
+    if prefixes is None:
+        return None
+    model.generate = Generate(model, prefixes)
+    return model.generate
+
+
+def check(models: list[torch.nn.Module], prefixes: Any) -> None:
+    """Raises GdnfuseError for what is not a store of the one model."""
+    if not isinstance(prefixes, PrefixStore):
+        raise GdnfuseError(f"prefixes must be a gdnfuse.PrefixStore, found {type(prefixes).__name__}.")
+    if len(models) > 1 or prefixes.model is not models[0]:
+        raise GdnfuseError(
+            f"prefixes must be a PrefixStore of the model that is compiled, found one of another "
+            f"{type(prefixes.model).__name__}: make it with this model."
+        )
+    if not hasattr(type(models[0]), "generate"):
+        raise GdnfuseError(f"prefixes need a model with generate, found {type(models[0]).__name__}.")

@@ -1,0 +1,514 @@
+"""gdnfuse.PrefixStore: prefixes of prompts that were computed before, so that `generate` does not compute them again.
+
+A recurrent state cannot be cut back to an earlier token, as keys and values can. So states are kept where somebody may want to
+begin: after every so many tokens, where prompts part, and where a turn ends (vLLM PR 26807; Marconi, arXiv:2411.19379).
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gdnfuse import compat
+from gdnfuse.errors import GdnfuseError
+from gdnfuse.generation.caches import cache_argument, mark_lengths
+from gdnfuse.generation.prefix_tree import BLOCK, TOKEN, Entry, Tree
+from gdnfuse.generation.weights import Weights
+from gdnfuse.generation.wrappers import compiled_models, gdn_layers
+
+MiB = 1 << 20
+AT_ONCE = 16  # blocks that are cut out of a cache together
+
+
+@dataclass(frozen=True)
+class PrefixStats:
+    """What a store has done and holds.
+
+    Attributes:
+        prompts: looked up, one for each row.
+        hits: of these, how many began with a known prefix.
+        tokens_taken, tokens_run: of those prompts, taken from the store and computed.
+        states: held, each a place where a prompt may go on.
+        blocks: of 64 tokens whose keys and values are held.
+        device_bytes, host_bytes: held.
+        evicted, offloaded: states that went since the store was made, and that went to the host.
+        left_out: why calls of generate did not use the store, and how many.
+    """
+
+    prompts: int
+    hits: int
+    tokens_taken: int
+    tokens_run: int
+    states: int
+    blocks: int
+    device_bytes: int
+    host_bytes: int
+    evicted: int
+    offloaded: int
+    left_out: dict[str, int]
+
+
+class PrefixStore:
+    """Known prefixes of the prompts of one model. `gdnfuse.compile(model, prefixes=store)` has `generate` use it.
+
+    Keys and values are kept once for each block of 64 tokens, in a tree; states at multiples of `every`, where prompts part (at
+    the block they part in), at the last whole block of a prompt, and where `generate` ended. What is least recently used goes
+    first. Everything is kept by what the model computes with (`gdnfuse.generation.weights` says what is found of changes), so
+    that nothing is taken that other weights, adapters or dtypes have left. Threads may share a store.
+
+    Args:
+        model: a causal language model of transformers on one device, or what wraps one, as peft's. It is held weakly, and called
+            once, with one token.
+        every: tokens between two states of a long prompt, a multiple of 64.
+        max_bytes: of what is kept on the model's device; never more.
+        host_bytes: of what is kept in the host's memory, pinned for a GPU, once the device's is full; 0 for nothing.
+
+    Raises:
+        GdnfuseError: any of them is not so, or the model keeps something that cannot be cut at a token, as sliding windows.
+    """
+
+    def __init__(self, model: torch.nn.Module, every: int = 1024, max_bytes: int = 4 << 30, *, host_bytes: int = 0):
+        if type(every) is not int or every <= 0 or every % BLOCK:
+            raise GdnfuseError(f"every must be a multiple of {BLOCK} tokens, found {every!r}: a chunk of the rule ends there.")
+        for name, found in (("max_bytes", max_bytes), ("host_bytes", host_bytes)):
+            if type(found) is not int or found < 0:
+                raise GdnfuseError(f"{name} must be a number of bytes, found {found!r}.")
+        models = compiled_models(model)
+        if len(models) > 1 or not gdn_layers(models[0]):
+            found = f"{len(models)} models" if models[1:] else f"{type(model).__name__} without one"
+            raise GdnfuseError(f"A PrefixStore needs one model with Gated DeltaNet layers, found {found}.")
+        self.every, self.max_bytes, self.host_bytes = every, max_bytes, host_bytes
+        self._model = weakref.ref(models[0])
+        self._layout = _Layout.of(models[0])
+        if max_bytes < self._layout.state_bytes:
+            raise GdnfuseError(
+                f"max_bytes must have room for one state of {type(models[0]).__name__}, {_mib(self._layout.state_bytes)}, "
+                f"found {_mib(max_bytes)}."
+            )
+        pinned = self._layout.device.type == "cuda"
+        self._tree = Tree(
+            max_bytes,
+            host_bytes,
+            lambda x: x.to("cpu", copy=True).pin_memory() if pinned else x.to("cpu", copy=True),
+            lambda x: x.to(self._layout.device, copy=True),
+        )
+        self._weights = Weights(models[0])
+        self._lock = threading.RLock()
+        self._opened: weakref.WeakKeyDictionary[Any, list[bytes]] = weakref.WeakKeyDictionary()
+        self._counts: Counter[str] = Counter()
+        self._left_out: Counter[str] = Counter()
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """Whose prefixes these are."""
+        model = self._model()
+        if model is None:
+            raise GdnfuseError("A PrefixStore must be used while its model lives, found that the model is gone.")
+        return model
+
+    @property
+    def state_bytes(self) -> int:
+        """Of one state of the model: its recurrent states [HV, K, V] and conv windows [D, W]."""
+        return self._layout.state_bytes
+
+    @property
+    def block_bytes(self) -> int:
+        """Of the keys and values of 64 tokens."""
+        return self._layout.token_bytes * BLOCK
+
+    def open(self, ids: torch.Tensor, max_cache_len: int | None = None) -> Any:
+        """A new cache that holds the longest known prefix of a prompt, of at most all tokens but one.
+
+        Its `get_seq_length()` is how many tokens it holds. `generate` takes it with the whole prompt; a loop of your own goes on
+        with `ids[:, n:]`. Of several rows it holds the longest length that is known of all.
+
+        Args:
+            ids: [B, T] token ids without padding.
+            max_cache_len: of a static cache; None makes one that grows.
+
+        Raises:
+            GdnfuseError: `ids` is something else, or does not fit in the cache.
+        """
+        rows = tokens(ids)
+        length = len(rows[0]) // TOKEN
+        if max_cache_len is not None and max_cache_len < length:
+            raise GdnfuseError(f"max_cache_len must have room for the prompt of {length} tokens, found {max_cache_len}.")
+        cache = self._layout.new_cache(self.model, max_cache_len)
+        with self._lock:
+            n, entries = self.find(rows, length - 1)
+            self.count(len(rows), n, length - n, prompt=True, hit=n > 0)
+        self.fill(cache, entries, 0)
+        forget_rope_deltas(self.model)
+        self._opened[cache] = [row[: n * TOKEN] for row in rows]
+        return cache
+
+    def close(self, cache: Any, sequences: Any) -> int:
+        """Remember all that a cache has seen: a cache knows keys, not tokens.
+
+        Args:
+            cache: after `generate` or a loop of your own on it, without padding.
+            sequences: [B, N] token ids of prompts and answers, or what `generate` returned; of these the first that the cache has
+                seen count, which are all but the last after `generate`.
+
+        Returns:
+            Of how many rows the state is kept now; fewer than there are where the budget has no room.
+
+        Raises:
+            GdnfuseError: the cache has seen more tokens than there are, or was opened for others, or is of another kind or size.
+        """
+        rows = tokens(getattr(sequences, "sequences", sequences))
+        if (why := self._layout.unlike(cache)) is not None:
+            raise GdnfuseError(f"close needs a cache whose states and keys can be kept, found {why}.")
+        n, held = int(cache.get_seq_length()), self._layout.rows(cache)
+        if not 0 < n <= len(rows[0]) // TOKEN:
+            raise GdnfuseError(f"close needs all the tokens that the cache has seen, {n}, found {len(rows[0]) // TOKEN}.")
+        if held != len(rows):
+            raise GdnfuseError(f"close needs a row of tokens for each of the cache's {held}, found {len(rows)}.")
+        self.check_opened(cache, rows)
+        return self.keep(self.key(), cache, [row[: n * TOKEN] for row in rows])
+
+    def pin(self, ids: torch.Tensor) -> int:
+        """Have the longest known prefix of these tokens stay, whatever else comes.
+
+        Args:
+            ids: [1, T] or [B, T], all tokens of them counting.
+
+        Returns:
+            How many tokens that is, of the first row.
+
+        Raises:
+            GdnfuseError: nothing of them is known, or the device has no room for it.
+        """
+        return self._pin(ids, 1)
+
+    def unpin(self, ids: torch.Tensor) -> int:
+        """Take back one `pin` of the same tokens. As there."""
+        return self._pin(ids, -1)
+
+    def _pin(self, ids: torch.Tensor, more: int) -> int:
+        rows, key = tokens(ids), self.key()
+        with self._lock:
+            found = [self._tree.find(key, row, len(row) // TOKEN) for row in rows]
+            wanted = [{n: e for n, e in of.items() if more > 0 or e.pins} for of in found]
+            if not all(wanted):
+                what = "known prefix" if more > 0 else "pinned prefix"
+                fix = "generate from them, or close a cache of them, first." if more > 0 else "pin them first."
+                raise GdnfuseError(f"The tokens must have a {what}, found none: {fix}")
+            entries = list(dict.fromkeys(of[max(of)] for of in wanted))
+            for entry in entries:
+                if entry.on_host and not self._tree.promote(entry):
+                    raise GdnfuseError(f"A pinned prefix must fit on the device, found no room in {_mib(self._tree.max_bytes)}.")
+            for entry in entries:
+                entry.pins += more
+            return entries[0].length
+
+    def stats(self) -> PrefixStats:
+        """What it has done and holds."""
+        with self._lock:
+            tree, counts = self._tree, self._counts
+            return PrefixStats(
+                counts["prompts"],
+                counts["hits"],
+                counts["taken"],
+                counts["run"],
+                len(tree.entries()),
+                sum(1 for _ in tree.nodes()),
+                tree.device,
+                tree.host,
+                tree.evicted,
+                tree.offloaded,
+                dict(self._left_out),
+            )
+
+    def clear(self) -> None:
+        """Forget every prefix, pinned ones too."""
+        with self._lock:
+            self._tree.clear()
+
+    # For generate()
+
+    def key(self) -> Hashable:
+        """By what prefixes are kept now."""
+        with self._lock:
+            _ = self.model
+            return self._weights.key()
+
+    def find(self, rows: Sequence[bytes], most: int, key: Hashable | None = None) -> tuple[int, list[_Read]]:
+        """The greatest length, of at most `most` tokens, at which there are states of all rows, and these; or 0."""
+        key = self.key() if key is None else key
+        with self._lock:
+            of_row = [self._tree.find(key, row, most) for row in rows]
+            n = max(set.intersection(*(set(found) for found in of_row)), default=0)
+            entries = [found[n] for found in of_row] if n else []
+            # What goes from here on, as for the sake of another row, stays for this reader.
+            read = {entry: _Read(entry) for entry in entries}
+            for entry in read:
+                self._tree.touch(entry)
+                if entry.on_host and self._tree.promote(entry):
+                    read[entry] = _Read(entry)
+            return n, [read[entry] for entry in entries]
+
+    def boundaries(self, rows: Sequence[bytes], have: int, end: int, key: Hashable, last: bool) -> list[int]:
+        """Where a prompt of `end` tokens, `have` of them known, leaves its states; with `last` at its last whole block too."""
+        found = set(range(have // self.every * self.every + self.every, end + 1, self.every))
+        with self._lock:
+            found |= {self._tree.shared(key, row) for row in rows}
+        if last:
+            found.add((end - 1) // BLOCK * BLOCK)
+        return sorted(n for n in found if have < n <= end)
+
+    def fill(self, cache: Any, entries: Sequence[_Read], start: int) -> None:
+        """Put what `find` found behind the `start` tokens that a cache holds."""
+        if entries:
+            self._layout.fill(cache, entries, start)
+            self._synchronize()
+
+    def keep(self, key: Hashable, cache: Any, rows: Sequence[bytes]) -> int:
+        """Keep what a cache holds, which has seen these tokens and no others; of how many rows there was room for."""
+        with self._lock:
+            kept = 0
+            for i, row in enumerate(rows):
+                if rows.index(row) == i:
+                    kept += rows.count(row) * self._tree.keep(key, row, _Row(self._layout, cache, i))
+            self._synchronize()
+            return kept
+
+    def count(self, rows: int, taken: int, run: int, *, prompt: bool, hit: bool) -> None:
+        """Of each row so many tokens were taken and so many computed. With `prompt` these are new prompts, with `hit` ones of
+        which nothing had been taken until now."""
+        with self._lock:
+            self._counts.update(prompts=rows * prompt, hits=rows * hit, taken=rows * taken, run=rows * run)
+
+    def leave_out(self, why: str) -> bool:
+        """Note why a generate does not use the store; whether that is the first time."""
+        with self._lock:
+            self._left_out[why] += 1
+            return self._left_out[why] == 1
+
+    def check_opened(self, cache: Any, rows: Sequence[bytes]) -> None:
+        """Raises GdnfuseError for a cache that `open` has filled with other tokens than these begin with."""
+        opened = self._opened.get(cache)
+        if opened is not None and not (
+            len(opened) == len(rows) and all(row.startswith(known) for row, known in zip(rows, opened, strict=True))
+        ):
+            raise GdnfuseError(
+                f"A cache must go on with the prompt that it was opened for, found other tokens among its first "
+                f"{len(opened[0]) // TOKEN}: open one for this prompt."
+            )
+
+    def unlike(self, cache: Any) -> str | None:
+        """What of a cache cannot be kept or filled, or None."""
+        return self._layout.unlike(cache)
+
+    def _synchronize(self) -> None:
+        """Others may read and free on the stream that all have; whoever is on one of their own waits for it."""
+        if self._layout.device.type == "cuda":
+            stream = torch.cuda.current_stream(self._layout.device)
+            if stream != torch.cuda.default_stream(self._layout.device):
+                stream.synchronize()
+
+
+class _Read:
+    """An entry as it was found."""
+
+    def __init__(self, entry: Entry):
+        self.length, self.blocks, self.rest, self.states = entry.length, entry.blocks(), entry.rest, entry.states
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How the caches of a model are cut into tensors.
+
+    Attributes:
+        attention: of each layer with keys and values its place in the cache, heads, and columns of keys and of values.
+        states: of each state its layer's place, "recurrent_states" or "conv_states", its index there, and its shape without rows.
+        token_bytes: of keys and values of one token.
+        state_bytes: of all states of one row, with recurrent states as the model makes them.
+    """
+
+    attention: tuple[tuple[int, int, int, int], ...]
+    states: tuple[tuple[int, str, int, tuple[int, ...]], ...]
+    token_bytes: int
+    state_bytes: int
+    device: torch.device
+
+    @classmethod
+    def of(cls, model: torch.nn.Module) -> _Layout:
+        """Read off a cache that has seen one token."""
+        devices = {p.device for p in model.parameters()}
+        if len(devices) > 1 or next(iter(devices)).type == "meta":
+            found = " and ".join(sorted(map(str, devices)))
+            raise GdnfuseError(f"A PrefixStore needs a model whose weights are on one device, found {found}.")
+        name, cache = type(model).__name__, cls.new_cache(model, None)
+        if (why := _unlike(cache)) is not None:
+            raise GdnfuseError(
+                f"A PrefixStore needs a model that keeps full attention's keys and GDN states, found {why} in {name}."
+            )
+        with torch.no_grad():
+            token = torch.zeros(1, 1, dtype=torch.long, device=next(iter(devices)))
+            compat.call_of(model)(input_ids=token, use_cache=True, **cache_argument(model, cache))
+        attention = [(i, *_heads(layer)) for i, layer in enumerate(cache.layers) if not _linear(layer)]
+        states = [
+            (i, kind, j, tuple(x.shape[1:]))
+            for i, layer in enumerate(cache.layers)
+            if _linear(layer)
+            for kind in ("recurrent_states", "conv_states")
+            for j, x in getattr(layer, kind).items()
+            if x is not None
+        ]
+        held = [x for i, *_ in attention for x in (cache.layers[i].keys, cache.layers[i].values)]
+        if not attention or not states or len({x.dtype for x in held}) > 1:
+            found = (
+                f"{len(attention)} layers of attention, {len(states)} states and keys of {len({x.dtype for x in held})} dtypes"
+            )
+            raise GdnfuseError(f"A PrefixStore needs layers of attention with keys of one dtype and GDN layers, found {found}.")
+        state_bytes = sum(getattr(cache.layers[i], kind)[j].nbytes for i, kind, j, _ in states)
+        return cls(tuple(attention), tuple(states), sum(x.nbytes for x in held), state_bytes, next(iter(devices)))
+
+    @staticmethod
+    def new_cache(model: torch.nn.Module, max_cache_len: int | None) -> Any:
+        from transformers import DynamicCache, StaticCache
+
+        config = model.config.get_text_config(decoder=True)
+        return DynamicCache(config=config) if max_cache_len is None else StaticCache(config=config, max_cache_len=max_cache_len)
+
+    def unlike(self, cache: Any) -> str | None:
+        """What of a cache is not as this model's are, or None."""
+        if (why := _unlike(cache)) is not None:
+            return why
+        layers = cache.layers
+        linear = {i for i, *_ in self.states}
+        if len(layers) != len(linear) + len(self.attention) or any(_linear(x) != (i in linear) for i, x in enumerate(layers)):
+            return f"{len(layers)} layers of other kinds than the model's"
+        if any(layers[i].is_initialized and _heads(layers[i]) != tuple(heads) for i, *heads in self.attention):
+            return "keys and values of other heads than the model's"
+        return None
+
+    def rows(self, cache: Any) -> int:
+        return cache.layers[self.attention[0][0]].keys.shape[0]
+
+    def held(self, cache: Any) -> list[torch.Tensor]:
+        """Keys and values [B, HKV, L, D] of all layers with attention."""
+        return [x for i, *_ in self.attention for x in (cache.layers[i].keys, cache.layers[i].values)]
+
+    def states_of(self, cache: Any) -> list[torch.Tensor]:
+        return [getattr(cache.layers[i], kind)[j] for i, kind, j, _ in self.states]
+
+    def fill(self, cache: Any, entries: Sequence[_Read], start: int) -> None:
+        """Keys and values behind the first `start` tokens, and the states in place of those that are there."""
+        n, read = entries[0].length, {id(e): self._keys(e, start) for e in entries}
+        for place, (i, heads, *columns) in enumerate(self.attention):
+            pair = (torch.stack([read[id(e)][2 * place + j] for e in entries]) for j in range(2))
+            keys, values = (x.view(len(entries), heads, n - start, c) for x, c in zip(pair, columns, strict=True))
+            cache.layers[i].update(keys, values)
+        states = {id(e): self._states(e) for e in entries}
+        for place, (i, kind, j, shape) in enumerate(self.states):
+            layer, x = cache.layers[i], torch.stack([states[id(e)][place] for e in entries]).to(self.device)
+            x = x.view(len(entries), *shape)
+            held = getattr(layer, kind)
+            if held[j] is None or held[j].shape != x.shape:
+                layer.lazy_initialization(**{kind: x}, state_idx=j)
+            held[j].copy_(x)
+            layer.has_previous_state[j] = True
+        for i, *_ in self.attention:
+            if not cache.layers[i].is_compileable:
+                mark_lengths(cache.layers[i])
+
+    def _keys(self, entry: _Read, start: int) -> list[torch.Tensor]:
+        """Keys and values of all layers [HKV, tokens, D], without the first `start`."""
+        widths = [heads * c for _, heads, *columns in self.attention for c in columns]
+        sizes = [(heads, c) for _, heads, *columns in self.attention for c in columns]
+        first = start // BLOCK
+        blocks, parts = entry.blocks[first:], [[] for _ in widths]
+        if blocks:
+            table = torch.stack([x.to(self.device) for x in blocks])
+            for part, x, (heads, c) in zip(parts, table.split([w * BLOCK for w in widths], 1), sizes, strict=True):
+                part.append(x.reshape(len(blocks), heads, BLOCK, c).transpose(0, 1).reshape(heads, -1, c))
+        if entry.rest is not None:
+            r = entry.length % BLOCK
+            for part, x, (heads, c) in zip(parts, entry.rest.to(self.device).split([w * r for w in widths]), sizes, strict=True):
+                part.append(x.view(heads, r, c))
+        return [torch.cat(part, 1)[:, start - first * BLOCK :].contiguous() for part in parts]
+
+    def _states(self, entry: _Read) -> list[torch.Tensor]:
+        found, sizes = [], {kind: [] for kind in ("recurrent_states", "conv_states")}
+        for _, kind, _, shape in self.states:
+            sizes[kind].append(torch.Size(shape).numel())
+        by_kind = {kind: iter(x.split(of)) for (kind, of), x in zip(sizes.items(), entry.states, strict=True)}
+        for _, kind, _, _ in self.states:
+            found.append(next(by_kind[kind]))
+        return found
+
+
+class _Row:
+    """One row of a cache, as `prefix_tree.Source`."""
+
+    def __init__(self, layout: _Layout, cache: Any, row: int):
+        self._held = [x[row] for x in layout.held(cache)]
+        states = [(kind, x[row]) for (_, kind, _, _), x in zip(layout.states, layout.states_of(cache), strict=True)]
+        self._states = [[x for of, x in states if of == kind] for kind in ("recurrent_states", "conv_states")]
+        self.token_bytes = sum(x[:, :1].nbytes for x in self._held)
+        self.state_bytes = sum(x.nbytes for of in self._states for x in of)
+
+    def blocks(self, first: int, last: int) -> list[torch.Tensor]:
+        found = []
+        for a in range(first, last, AT_ONCE):
+            n = min(AT_ONCE, last - a)
+            cut = [x[:, a * BLOCK : (a + n) * BLOCK].unflatten(1, (n, BLOCK)).transpose(0, 1) for x in self._held]
+            table = torch.cat([x.reshape(n, -1) for x in cut], 1)
+            found += [row.clone() for row in table]
+        return found
+
+    def rest(self, first: int, last: int) -> torch.Tensor:
+        return torch.cat([x[:, first:last].reshape(-1) for x in self._held])
+
+    def states(self) -> tuple[torch.Tensor, ...]:
+        return tuple(torch.cat([x.reshape(-1) for x in of]) for of in self._states)
+
+
+def forget_rope_deltas(model: torch.nn.Module) -> None:
+    """A model that has seen pictures moves the positions of what follows on a filled cache; what a store fills has text alone."""
+    for module in model.modules():
+        if getattr(module, "rope_deltas", None) is not None:
+            module.rope_deltas = None
+
+
+def tokens(ids: Any) -> list[bytes]:
+    """Rows of token ids [B, T] as bytes."""
+    if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or 0 in ids.shape or ids.is_floating_point() or ids.is_complex():
+        found = f"{ids.dtype} of the shape {list(ids.shape)}" if isinstance(ids, torch.Tensor) else type(ids).__name__
+        raise GdnfuseError(f"A PrefixStore needs token ids [rows, tokens], integers, found {found}.")
+    return [row.tobytes() for row in ids.to("cpu", torch.int64).contiguous().numpy()]
+
+
+def _linear(layer: Any) -> bool:
+    return hasattr(layer, "recurrent_states")
+
+
+def _heads(layer: Any) -> tuple[int, int, int]:
+    return layer.keys.shape[1], layer.keys.shape[-1], layer.values.shape[-1]
+
+
+def _unlike(cache: Any) -> str | None:
+    """What of a cache is none of transformers' plain layers, which are cut and filled by what they hold."""
+    from transformers import cache_utils
+
+    plain = (cache_utils.DynamicLayer, cache_utils.StaticLayer, cache_utils.LinearAttentionLayer)
+    for layer in getattr(cache, "layers", [None]):
+        if type(layer) not in plain:
+            return f"a {type(cache if layer is None else layer).__name__}"
+        if getattr(layer, "record_past", False):
+            return "a cache that records the past"
+    if getattr(cache, "offloading", False):
+        return "a cache that is offloaded"
+    return None
+
+
+def _mib(n: int) -> str:
+    return f"{n / MiB:.1f} MiB" if n >= MiB else f"{n} bytes"

@@ -1,0 +1,422 @@
+"""generate with a prefix store: what it takes belongs to the prompt, and tokens and logits are those of a full prefill."""
+
+import copy
+import gc
+import pickle
+import random
+import re
+import threading
+import weakref
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+import gdnfuse
+from gdnfuse import GdnfuseError, PrefixStore
+from gdnfuse.generation.caches import cache_finder
+from gdnfuse.generation.generate import Run
+from tests.models import zoo
+
+FAMILIES = {"qwen3_5": zoo.causal_lm, "qwen3_5_moe": zoo.moe, "qwen3_next": zoo.qwen3_next, "olmo_hybrid": zoo.olmo_hybrid}
+ONE = {"max_new_tokens": 1, "do_sample": False}
+LOGITS = {"output_logits": True, "return_dict_in_generate": True}
+
+
+def pair(family=zoo.causal_lm, every=64, max_bytes=64 << 20, **options):
+    """A model as it came, and the same with a store. Prompts and steps run eager, which takes no time to compile."""
+    plain = family(**zoo.SMALL)
+    ours = copy.deepcopy(plain)
+    store = PrefixStore(ours, every, max_bytes, **{k: options.pop(k) for k in ("host_bytes",) if k in options})
+    gdnfuse.compile(ours, inner="eager", prefixes=store, **{"prefill": False, "fuel": 0, **options})
+    return plain, ours, store
+
+
+def ids(n, seed=0, rows=1):
+    return torch.randint(2, 128, (rows, n), generator=torch.Generator().manual_seed(seed))
+
+
+def agree(plain, ours, prompt, **options):
+    """Both generate the same with logits within 1e-5; returns the tokens."""
+    wanted = plain.generate(prompt, **{**ONE, **LOGITS, **options})
+    found = ours.generate(prompt, **{**ONE, **LOGITS, **options})
+    assert zoo.relative(torch.stack(found.logits), torch.stack(wanted.logits)) < 1e-5
+    assert torch.equal(found.sequences, wanted.sequences)
+    return found.sequences
+
+
+def taken(store, call):
+    before = store.stats().tokens_taken
+    call()
+    return store.stats().tokens_taken - before
+
+
+def cases(family, seeds, longest, folder):
+    """Prompts that share and part, in stores of all sizes."""
+    plain = FAMILIES[family](**zoo.SMALL)
+    for seed in seeds:
+        rng = random.Random(seed)
+        ours = copy.deepcopy(plain)
+        state = PrefixStore(ours).state_bytes
+        store = PrefixStore(
+            ours, 64 * rng.choice([1, 2, 16]), rng.choice([2, 8, 999]) * 4 * state, host_bytes=rng.choice([0, 8 * state])
+        )
+        gdnfuse.compile(ours, inner="eager", prefill=False, fuel=0, prefixes=store)
+        talk = ids(rng.randrange(1, longest), seed)
+        for turn in range(3):
+            static = {"cache_implementation": "static"} if rng.random() < 0.5 else {}
+            out = agree(plain, ours, talk, **static, max_new_tokens=rng.choice([1, 1, 3]))
+            cut = rng.choice([out.shape[1], rng.randrange(1, out.shape[1] + 1)])
+            talk = torch.cat([out[:, :cut], ids(rng.randrange(1, 90), seed + turn)], 1)
+        assert store.stats().device_bytes <= store.max_bytes and not store.stats().left_out
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_and_logits_are_those_of_a_full_prefill(family, tmp_path):
+    cases(family, range(5), 400, tmp_path)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("family", FAMILIES)
+def test_many_random_prompts(family, tmp_path):
+    cases(family, range(100, 175), 3000, tmp_path)
+
+
+def test_prompts_and_steps_are_compiled_and_fused_on_what_was_taken():
+    plain, ours, store = pair(prefill=True, fuel=None, strict=True)
+    for seed, kind in ((1, {}), (2, {}), (3, {}), (4, {"cache_implementation": "static"})):
+        agree(plain, ours, torch.cat([ids(130), ids(9 + seed, seed)], 1), max_new_tokens=3, **kind)
+    assert store.stats().hits == 3
+    # Empty and filled caches are two graphs, whatever the lengths.
+    assert [r.phase for r in gdnfuse.reports()] == ["prefill", "prefill", "decode", "prefill", "decode"]
+
+
+def test_states_are_where_prompts_part_and_where_they_end():
+    plain, ours, store = pair(every=1024)
+    document = ids(300)
+    assert taken(store, lambda: agree(plain, ours, torch.cat([document, ids(90, 1)], 1))) == 0
+    # Of the first prompt there are states at 384 and 390 alone. It is the second that shows where prompts part.
+    assert taken(store, lambda: agree(plain, ours, torch.cat([document, ids(90, 2)], 1))) == 0
+    assert taken(store, lambda: agree(plain, ours, torch.cat([document, ids(90, 3)], 1))) == 256
+    prompt = torch.cat([document, ids(90, 3)], 1)
+    assert taken(store, lambda: agree(plain, ours, prompt)) == 384
+    assert taken(store, lambda: agree(plain, ours, prompt[:, :385])) == 384  # at most all tokens but one
+    assert taken(store, lambda: agree(plain, ours, prompt[:, :384])) == 256
+
+
+def test_a_chat_goes_on_where_it_ended_and_where_thoughts_were():
+    plain, ours, store = pair(every=1024)
+    talk, end = ids(70), 0
+    for turn in range(3):
+        out = agree(plain, ours, talk, max_new_tokens=10)
+        first = (out[:, [talk.shape[1]]] + 1) % 128  # whatever is left of the answer without its thoughts, it begins otherwise
+        stripped = torch.cat([talk, first, ids(11, 9)], 1)
+        assert taken(store, lambda talk=stripped: agree(plain, ours, talk)) == max(end, (talk.shape[1] - 1) // 64 * 64)
+        talk, end = torch.cat([out, ids(7, turn)], 1), out.shape[1] - 1
+        assert store.open(talk).get_seq_length() == end
+
+
+def test_rows_take_what_is_known_of_all():
+    plain, ours, store = pair()
+    a, b = ids(200, 1), torch.cat([ids(130, 1), ids(70, 2)], 1)
+    both = torch.cat([a, b])
+    assert taken(store, lambda: agree(plain, ours, both, max_new_tokens=3)) == 0
+    assert taken(store, lambda: agree(plain, ours, both, max_new_tokens=3)) == 2 * 192
+    assert taken(store, lambda: agree(plain, ours, torch.cat([a, ids(200, 3)]))) == 0
+    assert taken(store, lambda: agree(plain, ours, torch.cat([a, torch.cat([a[:, :140], ids(60, 4)], 1)]))) == 2 * 128
+    assert taken(store, lambda: agree(plain, ours, a, num_return_sequences=2, num_beams=2)) == 2 * 192
+
+
+def test_streamers_processors_and_chunks_of_a_prompt_stay_as_they_are():
+    plain, ours, store = pair(every=128)
+    prompt = ids(300)
+    put = []
+
+    class Streamer:
+        def put(self, value):
+            put.append(value.flatten().tolist())
+
+        def end(self):
+            put.append("end")
+
+    for _ in range(2):
+        agree(plain, ours, prompt, max_new_tokens=3, repetition_penalty=1.5, prefill_chunk_size=100)
+    # Of the second the chunks up to 200 and 300 begin at 128 and 256; each takes what is known behind the one before it.
+    assert store.stats().tokens_taken == 28 + 56 and store.stats().prompts == 2 and store.stats().hits == 1
+    out = ours.generate(prompt, streamer=Streamer(), max_new_tokens=2, do_sample=False)
+    assert put == [prompt[0].tolist(), [int(out[0, -2])], [int(out[0, -1])], "end"]
+
+
+LEFT_OUT = {
+    "padding": ("the mask hides|positions do not count", lambda m: {"attention_mask": torch.tensor([[0] * 3 + [1] * 97])}),
+    "a cache": ("a cache was passed to generate", lambda m: {zoo.CACHE: DynamicCache(config=zoo.text_config(m))}),
+    "embeddings": ("given as embeddings", lambda m: {"inputs": None, "inputs_embeds": m.get_input_embeddings()(ids(100))}),
+    "positions": ("positions do not count", lambda m: {"position_ids": torch.arange(3, 103)[None]}),
+    "hidden states": ("output_hidden_states was given", lambda m: {"output_hidden_states": True}),
+    "no cache": ("there is no cache", lambda m: {"use_cache": False}),
+}
+
+
+@pytest.mark.parametrize("name", LEFT_OUT)
+def test_what_a_store_cannot_know_of_is_left_out(name, caplog):
+    plain, ours, store = pair()
+    agree(plain, ours, ids(100))
+    why, arguments = LEFT_OUT[name]
+    with caplog.at_level("INFO", "gdnfuse.generation.generate"):
+        logits = [m.generate(**{"inputs": ids(100), **ONE, **LOGITS, **arguments(m)}).logits[0] for m in (plain, ours)]
+    assert torch.equal(*logits)
+    stats = store.stats()
+    assert stats.tokens_taken == 0 and stats.states == 2 and list(stats.left_out.values()) == [1]
+    assert re.search(why, next(iter(stats.left_out))) and next(iter(stats.left_out)) in caplog.text
+
+
+def test_caches_that_cannot_be_cut_are_left_out():
+    _, ours, store = pair()
+    recording = zoo.new_cache(ours, "dynamic")
+    recording.activate_past_recording()
+    assert store.unlike(recording) == "a cache that records the past"
+    assert store.unlike(DynamicCache(config=zoo.text_config(zoo.causal_lm()))) == "3 layers of other kinds than the model's"
+    assert store.unlike(DynamicCache()) == "0 layers of other kinds than the model's"
+    assert store.unlike(zoo.new_cache(ours, "static")) is None
+
+
+def test_pictures_are_left_out_and_move_no_positions_afterwards():
+    plain, ours, store = pair(zoo.conditional_generation)
+    agree(plain, ours, ids(100))
+    run = Run(store, ["input_ids"], cache_finder())
+    given = {
+        "input_ids": ids(100),
+        "pixel_values": torch.zeros(1),
+        "logits_to_keep": 1,
+        **zoo.held(zoo.new_cache(ours, "dynamic")),
+    }
+    assert run(lambda **given: given, (), given).keys() == given.keys()
+    assert store.stats().left_out == {"pixel_values was given": 1} and run.taken is None
+    ours.model.rope_deltas = torch.tensor([[-5]])  # as a picture of an earlier prompt leaves it
+    assert taken(store, lambda: agree(plain, ours, torch.cat([ids(70), ids(30, 1)], 1))) == 64
+    ours.model.rope_deltas = torch.tensor([[-5]])
+    prompt = torch.cat([ids(70), ids(30, 2)], 1)
+    cache = store.open(prompt)
+    assert cache.get_seq_length() == 64
+    logits = [m.generate(prompt, **ONE, **LOGITS, **held).logits[0] for m, held in ((plain, {}), (ours, {zoo.CACHE: cache}))]
+    assert zoo.relative(*logits) < 1e-5
+
+
+CHANGES = {
+    "in place": lambda w: w.mul_(1.01),
+    "by .data": lambda w: w.data.copy_(w.data * 1.01),
+    "one number": lambda w: w.view(-1)[7:8].add_(1),
+    "another tensor": lambda w: setattr(w, "data", w.data * 1.01),
+}
+
+
+@pytest.mark.parametrize("how", CHANGES)
+def test_changed_weights_have_other_prefixes(how):
+    plain, ours, store = pair()
+    prompt = ids(200)
+    agree(plain, ours, prompt)
+    before = [copy.deepcopy(m.model.layers[0].mlp.down_proj.weight) for m in (plain, ours)]
+    for model in (plain, ours):
+        CHANGES[how](model.model.layers[0].mlp.down_proj.weight)
+    assert taken(store, lambda: agree(plain, ours, prompt)) == 0
+    assert taken(store, lambda: agree(plain, ours, prompt)) == 192
+    for model, weight in zip((plain, ours), before, strict=True):
+        model.model.layers[0].mlp.down_proj.weight.copy_(weight)
+    assert taken(store, lambda: agree(plain, ours, prompt)) == 192  # as they were, at another place or not
+
+
+def test_weights_that_only_moved_have_the_same_prefixes():
+    plain, ours, store = pair()
+    agree(plain, ours, ids(200))
+    for p in ours.parameters():
+        p.data = p.data.clone()
+    assert taken(store, lambda: agree(plain, ours, ids(200))) == 192
+
+
+def test_adapters_and_hooks_have_prefixes_of_their_own():
+    peft = pytest.importorskip("peft")
+    plain, ours, store = pair()
+    agree(plain, ours, ids(200))
+    config = peft.LoraConfig(target_modules=["down_proj"], r=2, init_lora_weights=False)
+    torch.manual_seed(0)
+    wrapped = peft.get_peft_model(ours, config)
+    torch.manual_seed(0)
+    other = peft.get_peft_model(plain, config)
+    for model in (wrapped, other):
+        model.requires_grad_(False).eval()
+    assert taken(store, lambda: agree(other, wrapped, ids(200))) == 0
+    assert taken(store, lambda: agree(other, wrapped, ids(200))) == 192
+    with wrapped.disable_adapter(), other.disable_adapter():
+        assert taken(store, lambda: agree(other, wrapped, ids(200))) == 0
+    for model in (wrapped, other):
+        model.merge_adapter()
+    assert taken(store, lambda: agree(other, wrapped, ids(200))) == 0
+    hooks = [
+        m.get_submodule("base_model.model.model.layers.0").register_forward_hook(lambda *a: a[-1] * 1.1) for m in (wrapped, other)
+    ]
+    assert taken(store, lambda: agree(other, wrapped, ids(200))) == 0
+    for hook in hooks:
+        hook.remove()
+    assert taken(store, lambda: agree(other, wrapped, ids(200))) == 192
+
+
+def test_another_dtype_has_other_prefixes():
+    plain, ours, store = pair()
+    agree(plain, ours, ids(200))
+    ours.bfloat16()
+    assert taken(store, lambda: ours.generate(ids(200), **ONE)) == 0
+    with torch.autocast("cpu", torch.bfloat16):
+        assert taken(store, lambda: ours.generate(ids(200), **ONE)) == 0
+
+
+def test_by_hand():
+    plain = zoo.causal_lm(**zoo.SMALL)
+    store = PrefixStore(plain, every=64)
+    for kind, made in (({}, DynamicCache), ({"max_cache_len": 120}, StaticCache)):
+        prompt = torch.cat([ids(70), ids(30, len(kind))], 1)
+        cache = store.open(prompt, **kind)
+        assert type(cache) is made and cache.get_seq_length() == (0 if not kind else 64)
+        out = plain.generate(prompt, **{zoo.CACHE: cache}, **ONE, max_length=None)
+        assert store.close(cache, out) == 1
+        again = torch.cat([out, ids(5, 3)], 1)
+        cache = store.open(again, **kind)
+        assert cache.get_seq_length() == 100
+        logits = plain(input_ids=again[:, 100:], **zoo.held(cache)).logits[:, -1]
+        assert zoo.relative(logits, plain(input_ids=again).logits[:, -1]) < 1e-5
+        if not kind:  # a state where the next prompt parts
+            head = store.open(prompt[:, :64])
+            plain(input_ids=prompt[:, :64], **zoo.held(head))
+            store.close(head, prompt[:, :64])
+
+
+def test_a_cache_of_other_tokens_is_refused():
+    plain, ours, store = pair()
+    agree(plain, ours, ids(100))
+    cache, other = store.open(ids(100)), ids(100, 1)
+    with pytest.raises(GdnfuseError, match="A cache must go on with the prompt that it was opened for, found other tokens among"):
+        ours.generate(other, **{zoo.CACHE: cache}, **ONE)
+    ours.generate(ids(100), **{zoo.CACHE: cache}, **ONE)
+    for sequences, why in (
+        (other, "A cache must go on with the prompt"),
+        (ids(99), "close needs all the tokens that the cache has seen, 100, found 99"),
+        (ids(100, rows=2), "close needs a row of tokens for each of the cache's 1, found 2"),
+        (torch.zeros(1, 100), "A PrefixStore needs token ids .* found torch.float32"),
+        ("text", "A PrefixStore needs token ids .* found str"),
+    ):
+        with pytest.raises(GdnfuseError, match=why):
+            store.close(cache, sequences)
+    with pytest.raises(GdnfuseError, match="close needs a cache whose states and keys can be kept, found a "):
+        store.close(object(), ids(100))
+
+
+def test_pinned_prefixes_stay():
+    plain, ours, _ = pair()
+    store = PrefixStore(ours, 64, 2 * PrefixStore(ours).state_bytes + 4 * PrefixStore(ours).block_bytes)
+    gdnfuse.compile(ours, inner="eager", prefill=False, fuel=0, prefixes=store)
+    agree(plain, ours, ids(65))
+    assert store.pin(ids(65)) == 65
+    for seed in range(1, 5):
+        agree(plain, ours, ids(65, seed))
+    assert taken(store, lambda: agree(plain, ours, torch.cat([ids(65), ids(9, 3)], 1))) == 65
+    store.unpin(ids(65))
+    with pytest.raises(GdnfuseError, match="The tokens must have a pinned prefix, found none: pin them first."):
+        store.unpin(ids(65))
+    with pytest.raises(GdnfuseError, match="The tokens must have a known prefix, found none: generate from them"):
+        store.pin(ids(65, 99))
+    store.clear()
+    assert store.stats().states == store.stats().device_bytes == 0
+
+
+def test_what_the_device_has_no_room_for_goes_to_the_host_and_comes_back():
+    plain, ours, store = pair()
+    one = store.state_bytes + store.block_bytes
+    store = PrefixStore(ours, 64, 2 * one, host_bytes=20 * one)
+    gdnfuse.compile(ours, inner="eager", prefill=False, fuel=0, prefixes=store)
+    for seed in range(4):
+        agree(plain, ours, ids(65, seed))
+    stats = store.stats()
+    assert stats.offloaded > 0 and stats.host_bytes > 0 and stats.device_bytes <= 2 * one and stats.evicted == 0
+    for seed in range(4):
+        assert taken(store, lambda seed=seed: agree(plain, ours, torch.cat([ids(65, seed), ids(3)], 1))) == 65
+
+
+def test_threads_share_a_store():
+    plain, ours, store = pair(max_bytes=300_000)
+    wanted = {seed: plain.generate(torch.cat([ids(130), ids(20, seed)], 1), **ONE) for seed in range(4)}
+    wrong = []
+
+    def work(seed):
+        for _ in range(4):
+            found = ours.generate(torch.cat([ids(130), ids(20, seed)], 1), **ONE)
+            if not torch.equal(found, wanted[seed]):
+                wrong.append(seed)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in wanted]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and store.stats().hits >= 8 and store.stats().prompts == 16
+
+
+def test_copies_and_pickles_have_no_store():
+    plain, ours, store = pair()
+    agree(plain, ours, ids(100))
+    for copied in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours)), copy.deepcopy(copy.deepcopy(ours))):
+        assert copied.generate.__self__ is copied and copied.generate.__func__ is type(copied).generate
+        assert taken(store, lambda copied=copied: agree(plain, copied, ids(100))) == 0
+        with pytest.raises(
+            GdnfuseError, match="prefixes must be a PrefixStore of the model that is compiled, found one of another"
+        ):
+            gdnfuse.compile(copied, inner="eager", prefixes=store)
+    assert taken(store, lambda: agree(plain, ours, ids(100))) == 64
+    gdnfuse.compile(ours, inner="eager", prefill=False, fuel=0)
+    assert taken(store, lambda: agree(plain, ours, ids(100))) == 0 and "generate" not in vars(ours)
+
+
+def test_a_store_keeps_no_model_alive():
+    _, ours, store = pair()
+    gone = weakref.ref(ours)
+    del ours
+    gc.collect()
+    assert gone() is None
+    with pytest.raises(GdnfuseError, match="must be used while its model lives"):
+        store.open(ids(5))
+
+
+@pytest.mark.parametrize(
+    "arguments, why",
+    [
+        ({"every": 100}, "every must be a multiple of 64 tokens, found 100"),
+        ({"every": 0}, "every must be a multiple of 64 tokens, found 0"),
+        ({"every": 64.0}, "every must be a multiple of 64 tokens, found 64.0"),
+        ({"max_bytes": 1000}, r"max_bytes must have room for one state of Qwen3_5ForCausalLM, 6144 bytes, found 1000 bytes"),
+        ({"max_bytes": "4GB"}, "max_bytes must be a number of bytes, found '4GB'"),
+        ({"host_bytes": -1}, "host_bytes must be a number of bytes, found -1"),
+    ],
+)
+def test_bad_arguments(arguments, why):
+    model = zoo.causal_lm(**zoo.SMALL)
+    with pytest.raises(GdnfuseError, match=why):
+        PrefixStore(model, **arguments)
+    assert torch.equal(model.generate(ids(5), **ONE), zoo.causal_lm(**zoo.SMALL).generate(ids(5), **ONE))
+
+
+def test_bad_models_and_prompts():
+    with pytest.raises(GdnfuseError, match="A PrefixStore needs one model with Gated DeltaNet layers, found Linear without one"):
+        PrefixStore(torch.nn.Linear(2, 2))
+    with pytest.raises(GdnfuseError, match="on one device, found meta"):
+        PrefixStore(zoo.causal_lm(**zoo.SMALL).to("meta"))
+    if hasattr(zoo.transformers, "LaraMiniForCausalLM"):
+        with pytest.raises(GdnfuseError, match="keeps full attention's keys and GDN states, found a .*Sliding.* in LaraMini"):
+            PrefixStore(zoo.lara_mini())
+    model = zoo.causal_lm(**zoo.SMALL)
+    store = PrefixStore(model)
+    with pytest.raises(GdnfuseError, match="prefixes must be a gdnfuse.PrefixStore, found int"):
+        gdnfuse.compile(model, prefixes=3)
+    for bad, why in (([[1, 2]], "found list"), (torch.zeros(1, 0, dtype=torch.long), r"found torch.int64 of the shape \[1, 0\]")):
+        with pytest.raises(GdnfuseError, match=f"A PrefixStore needs token ids .*{why}"):
+            store.open(bad)
+    with pytest.raises(GdnfuseError, match="max_cache_len must have room for the prompt of 9 tokens, found 8"):
+        store.open(ids(9), max_cache_len=8)
+    assert "generate" not in vars(model) and not model._compiled_call_impl
