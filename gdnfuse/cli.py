@@ -37,6 +37,7 @@ from gdnfuse.report.records import BANDWIDTH, Comparison, GraphReport, document
 from gdnfuse.report.text import Style, render, table
 
 DTYPES = ("bfloat16", "float16", "float32")
+FORMATS = ("fp8", "fp8-tensor")  # keys of gdnfuse.models.QUANTIZED, which parsing need not import
 VERIFICATION = "gdnfuse.verification/1"  # the schema of what verify prints as JSON
 
 
@@ -101,6 +102,7 @@ def _parser() -> _Parser:
             "model", metavar="MODEL_OR_CONFIG", help="preset (4b), config.json, model folder or hub id (owner/name)"
         )
         command.add_argument("--dtype", choices=DTYPES, default=DTYPES[0])
+        command.add_argument("--quantize", choices=FORMATS, help="turn linears into those of a checkpoint of this format")
     for command in (report, verify):
         command.add_argument("--batch", type=_positive, default=1, metavar="N", help="sequences (default 1)")
         command.add_argument("--prompt", type=_positive, default=70, metavar="N", help="tokens to prefill (default 70)")
@@ -177,9 +179,11 @@ def _report(args: argparse.Namespace) -> None:
         config = models.load_config(args.model)
         announce("build model")
         model = models.meta_model(config, getattr(torch, args.dtype))
+        if args.quantize:
+            models.quantized(model, models.QUANTIZED[args.quantize])
         options = {"target": args.target, "stop_after": args.stop_after}
         reports = models.trace(model, phase=args.phase, batch=args.batch, prompt=args.prompt, **options)
-    asked = {name: getattr(args, name) for name in ("model", "phase", "batch", "prompt", "dtype", "target")}
+    asked = {name: getattr(args, name) for name in ("model", "phase", "batch", "prompt", "dtype", "quantize", "target")}
     about = asked | {package: versions.version(package) for package in ("gdnfuse", "torch", "transformers", "triton")}
     if args.html:
         with replacing(args.html) as partial:
@@ -208,11 +212,13 @@ def _verify(args: argparse.Namespace) -> int:
         announce("build model")
         torch.manual_seed(0)
         model = models.random_model(config, getattr(torch, args.dtype), device)
+        if args.quantize:
+            models.quantized(model, models.QUANTIZED[args.quantize])
         announce("run a prompt and one step")
         reports = models.verify(model, batch=args.batch, prompt=args.prompt)
     verified = bool(reports) and all(r.rewritten and r.comparisons for r in reports)
     if args.json:
-        about = {name: getattr(args, name) for name in ("model", "batch", "prompt", "dtype")} | {"device": device}
+        about = {name: getattr(args, name) for name in ("model", "batch", "prompt", "dtype", "quantize")} | {"device": device}
         graphs = [r.to_dict() for r in reports]
         data = {"schema": VERIFICATION, "about": about, "machine": machine(device), "verified": verified, "graphs": graphs}
         print(json.dumps(data, indent=1))
@@ -229,13 +235,14 @@ def _bench(args: argparse.Namespace) -> int:
     device = _device(args.device)
     settings = run.Settings(
         model=args.model,
-        sides=args.sides or run.default_sides(device),
+        sides=args.sides or run.default_sides(device, args.quantize),
         phases=[args.phase] if args.phase else list(run.PHASES),
         batch=args.batch,
         prompt=args.prompt,
         new=args.new,
         layers=args.layers,
         dtype=args.dtype,
+        quantize=args.quantize,
         device=device,
         inner=args.inner,
         timeout=args.timeout,

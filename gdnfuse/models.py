@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gdnfuse import compat, formats
+from gdnfuse import capture_fp8, compat, formats
 from gdnfuse import options as gdnfuse_options
 from gdnfuse.errors import GdnfuseError, one_line
 from gdnfuse.generation.caches import cache_argument
@@ -138,6 +138,7 @@ def random_model(config: PreTrainedConfig, dtype: torch.dtype = torch.bfloat16, 
     return model.eval().requires_grad_(False)
 
 
+QUANTIZED = {"fp8": "fp8_block128", "fp8-tensor": "fp8_tensor"}  # what commands call the formats of `quantized`
 # What checkpoints leave as it is, whatever the format: small, or where an error would show in every token.
 NOT_QUANTIZED = ("lm_head", "in_proj_a", "in_proj_b", "in_proj_ba", "a_proj", "b_proj", "gate", "shared_expert_gate")
 
@@ -177,6 +178,27 @@ def quantized(model: torch.nn.Module, format: str = "fp8_block128") -> torch.nn.
         model.set_submodule(name, new.train(linear.training))
         del linear
     return model
+
+
+@contextlib.contextmanager
+def dequantized_calls(model: torch.nn.Module) -> Iterator[None]:
+    """Let the FP8 linears of a model compute meanwhile what compiled calls do, also uncompiled and on any device.
+
+    transformers' own code for them needs a kernel from the hub and a GPU.
+    """
+    from transformers.integrations.finegrained_fp8 import FP8Linear
+
+    linears = [m for m in model.modules() if isinstance(m, FP8Linear)]
+    before = [vars(m).pop("forward", None) for m in linears]
+    for m in linears:
+        m.forward = lambda x, m=m: capture_fp8.call(x, m.weight, m.weight_scale_inv, m.block_size, m.bias)
+    try:
+        yield
+    finally:
+        for m, forward in zip(linears, before, strict=True):
+            del m.forward
+            if forward is not None:
+                m.forward = forward
 
 
 def verify(model: torch.nn.Module, *, batch: int = 1, prompt: int = 70, **options: Any) -> list[GraphReport]:
@@ -237,7 +259,7 @@ def trace(
         if phase == "decode":
             announce("run a prompt")
             # Two tokens are enough for the cached states to exist, and keep the chunk rule to one chunk.
-            with _experts_of_any_dtype(model):
+            with _experts_of_any_dtype(model), dequantized_calls(model):
                 model(tokens[:, :2] if prompt > 1 else tokens, **held, use_cache=True)
             tokens = tokens[:, :1]
         announce(f"trace the {phase}")

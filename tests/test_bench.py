@@ -54,6 +54,21 @@ def here(monkeypatch, capsys):
 QUICK = ["--inner", "eager", "--dtype", "float32", "--device", "cpu", "--new", "16"]
 
 
+def test_a_quantised_model_is_compared_with_its_dequantised_weights(folder, here, capsys):
+    command = ["bench", str(folder / "config.json"), *QUICK, "--quantize", "fp8", "--prompt", "20", "--json"]
+    assert main(command) == 0
+    data = json.loads(capsys.readouterr().out)
+    (result,) = data["results"]
+    (row,) = result["sides"]
+    assert row["side"] == "gdnfuse" and data["arguments"]["quantize"] == "fp8", "transformers' kernels are not for a CPU"
+    for phase in ("decode", "prefill"):
+        assert row[phase]["error"] < 1e-5 and row[phase]["ms"] > 0
+    assert "fp8 and float32" in run.tables(data)
+    assert main(["bench", str(folder / "config.json"), *QUICK, "--prompt", "20", "--sides", "gdnfuse", "--json"]) == 0
+    plain = json.loads(capsys.readouterr().out)["results"][0]
+    assert result["weight_bytes"] < 0.6 * plain["weight_bytes"]
+
+
 def test_figures(folder, here, capsys):
     command = ["bench", str(folder / "config.json"), *QUICK, "--sides", "eager,gdnfuse", "--prompt", "20", "--batch", "1,2"]
     assert main([*command, "--json"]) == 0

@@ -1,4 +1,4 @@
-"""transformers' fp8_linear becomes a linear on a dequantised weight: under which backends, for which weights, after what proof."""
+"""transformers' fp8_linear becomes a linear on a dequantised weight: where, for which weights, after what proof."""
 
 import inspect
 

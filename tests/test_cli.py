@@ -16,7 +16,7 @@ import torch
 import transformers
 
 import gdnfuse
-from gdnfuse import cli, compat, files
+from gdnfuse import cli, compat, files, models
 from gdnfuse.cli import main
 from gdnfuse.dialect import OPS
 from gdnfuse.models import presets
@@ -249,11 +249,26 @@ def test_verify_compares_a_prompt_and_a_step(config_file, capsys):
     assert re.search(r"recurrent_states_\S+ +3 +\d\.\de[+-]\d\d +\d\.\de[+-]\d\d +yes", out)
 
 
+def test_a_model_that_is_quantised(config_file, capsys):
+    assert list(models.QUANTIZED) == list(cli.FORMATS)
+    assert main(["verify", str(config_file), "--device", "cpu", "--quantize", "fp8", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["about"]["quantize"] == "fp8"
+    for graph in data["graphs"]:
+        assert graph["fused_layers"] == 3 and any(r["rule"] == "dequantize" for r in graph["records"])
+    assert main(["report", str(config_file), "--quantize", "fp8-tensor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    (graph,) = report["graphs"]
+    assert report["about"]["quantize"] == "fp8-tensor" and graph["fused_layers"] == 3
+    plain = sum(p.nbytes for p in models.meta_model(models.load_config(str(config_file))).parameters())
+    assert graph["limit_bytes"] < plain, "of the weights as they are stored"
+
+
 def test_verify_as_json_has_every_comparison(config_file, capsys):
     assert main(["verify", str(config_file), "--device", "cpu", "--dtype", "float32", "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert data["schema"] == cli.VERIFICATION and data["verified"] is True and data["machine"]["torch"] == torch.__version__
-    about = {"model": str(config_file), "batch": 1, "prompt": 70, "dtype": "float32", "device": "cpu"}
+    about = {"model": str(config_file), "batch": 1, "prompt": 70, "dtype": "float32", "quantize": None, "device": "cpu"}
     assert data["about"] == about
     check_reference(data, "verification", absent=["fla"])
     graphs = data["graphs"]

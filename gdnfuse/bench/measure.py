@@ -18,6 +18,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from gdnfuse.generation.caches import cache_argument
+from gdnfuse.models import dequantized_calls
 from gdnfuse.versions import version
 
 SLACK = 1.5  # error allowed, in units of eager's own: of a few steps it is a draw
@@ -37,7 +38,8 @@ class Decoder:
         self.cache = (DynamicCache if dynamic else StaticCache)(config=model.config, **static)
         self.held = cache_argument(model, self.cache)
         # Eager, so that the cached states exist, at static addresses, before a CUDA graph is recorded.
-        model(prompt, **self.held, use_cache=True, logits_to_keep=1)
+        with dequantized_calls(model):
+            model(prompt, **self.held, use_cache=True, logits_to_keep=1)
 
     def __call__(self, token: torch.Tensor) -> torch.Tensor:
         torch.compiler.cudagraph_mark_step_begin()

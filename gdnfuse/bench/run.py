@@ -37,7 +37,7 @@ from gdnfuse.errors import GdnfuseError, one_line
 from gdnfuse.files import check_writable, replacing
 from gdnfuse.generation.caches import cache_argument
 from gdnfuse.generation.compile import apart
-from gdnfuse.models import load_config, preset, random_model
+from gdnfuse.models import QUANTIZED, dequantized_calls, load_config, preset, quantized, random_model
 from gdnfuse.report.text import table
 
 SCHEMA = "gdnfuse.bench/1"
@@ -66,6 +66,7 @@ class Settings:
         layers: only the model's first ones, or all.
         dtype: "bfloat16", "float16" or "float32".
         device: where to run.
+        quantize: a format of `gdnfuse.models.QUANTIZED` that linears are turned to, or None.
         inner: what compiles gdnfuse's graphs, see `gdnfuse.options.Options`.
         timeout: seconds that a side, or the reference, may take at one number of sequences; None for as long as it takes.
     """
@@ -78,14 +79,21 @@ class Settings:
     new: int = 128
     layers: int | None = None
     dtype: str = "bfloat16"
+    quantize: str | None = None
     device: str = "cpu"
     inner: str = "inductor"
     timeout: int | None = None
 
 
-def default_sides(device: str) -> list[str]:
-    """All that can run here; flash-linear-attention only where it is installed and there is a GPU for it."""
-    fla = importlib.util.find_spec("fla") is not None and torch.device(device).type == "cuda"
+def default_sides(device: str, quantize: str | None = None) -> list[str]:
+    """All that can run here; flash-linear-attention only where it is installed and there is a GPU for it.
+
+    Of a quantised model all others need kernels of the hub, on a GPU.
+    """
+    gpu = torch.device(device).type == "cuda"
+    if quantize and not (gpu and importlib.util.find_spec("kernels")):
+        return ["gdnfuse"]
+    fla = importlib.util.find_spec("fla") is not None and gpu
     return [side for side in SIDES if side != "fla" or fla]
 
 
@@ -95,7 +103,9 @@ def check(settings: Settings) -> None:
     Raises:
         GdnfuseError: with a sentence.
     """
-    for what, found, valid in (("side", settings.sides, SIDES), ("phase", settings.phases, PHASES)):
+    quantize = [settings.quantize] if settings.quantize else []
+    given = ("side", settings.sides, SIDES), ("phase", settings.phases, PHASES), ("format", quantize, tuple(QUANTIZED))
+    for what, found, valid in given:
         for name in found:
             if name not in valid:
                 raise GdnfuseError(f"Unknown {what} {name!r}; the valid ones are {', '.join(valid)}.")
@@ -125,6 +135,11 @@ def has_weights(model: str) -> bool:
 
 
 def build(settings: Settings) -> torch.nn.Module:
+    model = _plain(settings)
+    return quantized(model, QUANTIZED[settings.quantize]) if settings.quantize else model
+
+
+def _plain(settings: Settings) -> torch.nn.Module:
     dtype = getattr(torch, settings.dtype)
     if not has_weights(settings.model):
         torch.manual_seed(0)
@@ -200,7 +215,8 @@ class Work:
         facts: dict[str, Any] = {"weights": "the folder's" if has_weights(settings.model) else "random"}
         facts["layers"] = model.config.num_hidden_layers
         self.note("eager logits")
-        eager = {phase: self.logits(phase, model) for phase in settings.phases}
+        with dequantized_calls(model):
+            eager = {phase: self.logits(phase, model) for phase in settings.phases}
         if "decode" in settings.phases:
             facts["weight_bytes"] = weight_bytes(model, self.batch)
             facts["experts"] = getattr(model.config, "num_experts", None)
@@ -209,7 +225,8 @@ class Work:
             facts["limit_ms"] = 1e3 * (facts["weight_bytes"] + facts["state_bytes"]) / facts["bytes_per_second"]
         self.note("logits in float32")
         widen(model)
-        exact = {phase: self.logits(phase, model) for phase in settings.phases}
+        with dequantized_calls(model):
+            exact = {phase: self.logits(phase, model) for phase in settings.phases}
         errors = {phase: difference(eager[phase], exact[phase]) for phase in settings.phases}
         torch.save({"exact": exact, "errors": errors}, self.shared)
         return {"machine": machine(self.device), "facts": {**facts, "eager_error": errors}}
@@ -364,7 +381,8 @@ def tables(data: dict[str, Any]) -> str:
     where = where or f"CPU, {data['machine'].get('cpu_threads')} threads"
     known = next((r for r in data["results"] if "weights" in r), None)
     weights = f", {known['layers']} layers, {known['weights']} weights" if known else ""
-    parts.append(f"{arguments['model']}{weights}, {arguments['dtype']}, {where}")
+    dtype = f"{arguments['quantize']} and {arguments['dtype']}" if arguments["quantize"] else arguments["dtype"]
+    parts.append(f"{arguments['model']}{weights}, {dtype}, {where}")
     for result in data["results"]:
         if "limit_ms" in result:
             gb, rate = [result[k] / 1e9 for k in ("weight_bytes", "state_bytes")], result["bytes_per_second"] / 1e9

@@ -22,6 +22,7 @@ from torch.fx import GraphModule, Node
 
 from gdnfuse import compat
 from gdnfuse.dialect import OPS
+from gdnfuse.passes.quantized import is_quantized, stored
 from gdnfuse.report.records import OUTSIDE, BlockReport, GraphReport, Operation, marks
 from gdnfuse.rewrite.graph import (
     calls,
@@ -39,7 +40,10 @@ from gdnfuse.rewrite.graph import (
 LOOKUPS = ("embedding", "index_select", "gather", "getitem")  # read of their largest tensor what they return
 GROUPED = ("_grouped_mm", "grouped_mm")
 WRITTEN = {"copy_": 1, "index_copy_": 3, "setitem": 2}  # write as much as that argument holds
-SHORT = {"bfloat16": "bf16", "float16": "f16", "float32": "f32", "float64": "f64", "int64": "i64", "int32": "i32"}
+SHORT = {
+    "bfloat16": "bf16", "float16": "f16", "float32": "f32", "float64": "f64", "int64": "i64", "int32": "i32",
+    "float8_e4m3fn": "e4m3",
+}  # fmt: skip
 
 
 def op_label(node: Node) -> str:
@@ -50,8 +54,11 @@ def op_label(node: Node) -> str:
 
 
 def launches(node: Node) -> int:
-    """Kernels a call needs: those that its Triton kernel launches, 1 for another op that computes."""
-    return node.meta.get("gdnfuse_launches", int(computes(node)))
+    """Kernels a call needs: those that its Triton kernel launches, 1 for another op that computes.
+
+    A quantised weight is read as it is stored, until the lowering finds that no kernel does so.
+    """
+    return 0 if is_quantized(node) else node.meta.get("gdnfuse_launches", int(computes(node)))
 
 
 @dataclass
@@ -123,10 +130,12 @@ def take(gm: GraphModule) -> Survey:
     stored: dict[Node, int] = {}
     found = []
     for node in calls(gm):
+        if is_quantized(node):
+            continue
         kernels = launches(node)
         moved = 0
         if kernels:
-            got = {n: _read(node, n) for n in node.all_input_nodes if is_tensor(n)}
+            got = {n: _read(node, n) for n in _given(node)}
             put = _written(node)
             moved = sum(got.values()) + sum(put.values())
             for needed, edges in ((reads, got), (stored, put)):
@@ -140,8 +149,13 @@ def take(gm: GraphModule) -> Survey:
     return Survey(found, limit)
 
 
+def _given(node: Node) -> list[Node]:
+    """The tensors of a call, in whose place there is what quantised ones are stored in."""
+    return [s for n in node.all_input_nodes if is_tensor(n) for s in stored(n)]
+
+
 def _tensors(node: Node) -> list[Node]:
-    return [n for n in node.all_input_nodes if _bytes_of(value(n)) is not None]
+    return [s for n in node.all_input_nodes if _bytes_of(value(n)) is not None for s in stored(n)]
 
 
 def _bytes_of(v: Any) -> int | None:

@@ -229,6 +229,7 @@ class BlockReport:
 
 # The columns of the table of blocks, and the rules whose outcomes they show. A rule that is in none has a column of its own.
 COLUMNS = {
+    "quantised": ("dequantize",),
     "packed": ("packed_linear",),
     "conv": ("causal_conv", "causal_conv_update", "conv_context"),
     "gates": ("gating", "gating_delta_rule", "gating_chunk_delta_rule"),
