@@ -83,6 +83,7 @@ def rewrite(
     _finish(gm, report, c.outcome)
     if before is not None and (after := _survey(gm)) is not None:
         survey.fill(report, before, after)
+        report.projections = survey.judge(gm, before.projections)
     report.pass_seconds = time.perf_counter() - start
     return c
 

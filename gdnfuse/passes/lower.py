@@ -17,6 +17,7 @@ from gdnfuse.kernels.linear_configs import rings, split
 from gdnfuse.packing import PackedWeight, pack, settle
 from gdnfuse.passes import quantized
 from gdnfuse.passes.sdpa import attention_of
+from gdnfuse.passes.survey import CHOSEN
 from gdnfuse.report.records import Record
 from gdnfuse.rewrite.driver import failed
 from gdnfuse.rewrite.edit import infer, inserting, recorded
@@ -92,6 +93,7 @@ def lower(gm: GraphModule, target: str | None, linears: bool = False, ahead: boo
                 node.target, record.chosen = op.reference, "reference inlined"
             else:
                 record.chosen = "reference called"
+        node.meta[CHOSEN] = record.chosen
         records.append(record)
     records += _dequantize(gm)
     if ahead:
@@ -263,7 +265,9 @@ def pack_weights(gm: GraphModule, real: dict[Node, Any], plan: bool = False) -> 
         where = zip(nodes, weights, strict=True)
         packed.append(PackedWeight(tuple(placeholders.index(n) if n.op == "placeholder" else w for n, w in where)))
         buffer = _planned(weights, like) if plan else pack(weights)
-        return _input(gm, f"packed_weight_{len(packed) - 1}", buffer, like)
+        node = _input(gm, f"packed_weight_{len(packed) - 1}", buffer, like)
+        node.meta[quantized.PARTS] = tuple(nodes)
+        return node
 
     for node in list(gm.graph.nodes):
         op = op_of(node.target) if node.op == "call_function" else None

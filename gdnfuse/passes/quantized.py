@@ -16,6 +16,7 @@ from gdnfuse.dialect import dequantize, op_of
 from gdnfuse.rewrite.graph import storage, value, writes
 
 INPUTS = ("placeholder", "get_attr")
+PARTS = "gdnfuse_parts"  # key of a packed input's meta: the inputs it is packed of
 WITH_INPUTS = "gdnfuse_with_inputs"  # key of a node's meta
 
 

@@ -22,12 +22,13 @@ from torch.fx import GraphModule, Node
 
 from gdnfuse import compat
 from gdnfuse.dialect import OPS
-from gdnfuse.passes.quantized import is_quantized, stored
-from gdnfuse.report.records import OUTSIDE, BlockReport, GraphReport, Operation, marks
+from gdnfuse.passes.quantized import PARTS, bind, is_quantized, stored
+from gdnfuse.report.records import OUTSIDE, OWN_LIBRARY, BlockReport, GraphReport, Operation, Projection, marks
 from gdnfuse.rewrite.graph import (
     calls,
     clean_path,
     computes,
+    foreign,
     is_tensor,
     module_stack,
     op_name,
@@ -37,6 +38,7 @@ from gdnfuse.rewrite.graph import (
     writes,
 )
 
+CHOSEN = "gdnfuse_chosen"  # key of a node's meta: the implementation that the lowering chose
 LOOKUPS = ("embedding", "index_select", "gather", "getitem")  # read of their largest tensor what they return
 GROUPED = ("_grouped_mm", "grouped_mm")
 WRITTEN = {"copy_": 1, "index_copy_": 3, "setitem": 2}  # write as much as that argument holds
@@ -72,10 +74,12 @@ class Call:
 
 @dataclass
 class Survey:
-    """Every call of a graph, and how many bytes of its inputs it needs at least."""
+    """Every call of a graph, how many bytes of its inputs it needs at least, and its linears, each with what its weight is stored
+    in."""
 
     calls: list[Call]
     limit_bytes: int
+    projections: list[tuple[Projection, list[Node]]]
 
     @property
     def launches(self) -> int:
@@ -146,7 +150,80 @@ def take(gm: GraphModule) -> Survey:
         operation = Operation(node.name, op_label(node), inputs, _shape(value(node)), kernels, moved, origin(node))
         found.append(Call(operation, node.meta.get("gdnfuse_block", ""), module_stack(node)))
     limit = sum(count for needed in (reads, stored) for n, count in needed.items() if n.op in ("placeholder", "get_attr"))
-    return Survey(found, limit)
+    return Survey(found, limit, _projections(gm))
+
+
+def _projections(gm: GraphModule) -> list[tuple[Projection, list[Node]]]:
+    """Every linear of a graph as it came: torch's, and modules of linears that call something else."""
+    found: dict[str, tuple[Projection, list[Node]]] = {}
+    others: dict[str, tuple[type, list[Node]]] = {}
+    for node in calls(gm):
+        path = module_stack(node)[-1]
+        if op_name(node) == "linear":
+            weight = node.args[1] if len(node.args) > 1 else node.kwargs["weight"]
+            found.setdefault(f"{path} {weight}", (_projection(path, weight), stored(weight)))
+        elif (cls := _module(node)) is not None and issubclass(cls, torch.nn.Linear):
+            others.setdefault(path, (cls, []))[1].append(node)
+    known = {projection.paths[0] for projection, _ in found.values()}
+    for path, (cls, nodes) in others.items():
+        called = next((op_name(n) for n in nodes if foreign(n)), "")
+        if path in known or not called:
+            continue
+        inputs = list(dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n.op in ("placeholder", "get_attr")))
+        weights = [n for n in inputs if is_tensor(n) and compat.of_the_model(n)]
+        reason = f"A projection must be torch's linear on a weight of a known format, found {cls.__name__}, which calls {called}."
+        size = sum(map(_nbytes, weights))
+        projection = Projection(path.rpartition(".")[2], cls.__name__, 0, 0, size, OWN_LIBRARY, reason, [path])
+        found[path] = projection, []
+    return list(found.values())
+
+
+def _module(node: Node) -> type | None:
+    """The class of the innermost module that a call was traced in."""
+    entries = list((node.meta.get("nn_module_stack") or {}).values())
+    return entries[-1][1] if entries and isinstance(entries[-1][1], type) else None
+
+
+def _projection(path: str, weight: Node) -> Projection:
+    v, real = value(weight), weight.meta.get("gdnfuse_real")
+    fmt, size, reason = str(v.dtype).removeprefix("torch."), sum(map(_nbytes, stored(weight))), ""
+    if is_quantized(weight):
+        fmt = bind(weight)["format"]
+    elif isinstance(real, torch.Tensor) and type(real) not in (torch.Tensor, torch.nn.Parameter) and not compat.is_fake(real):
+        fmt, size = type(real).__name__, _stored_bytes(real)
+        reason = f"A projection's weight must be a plain tensor or of a known format, found a {fmt}."
+    rows, columns = (int(n) if isinstance(n, int) else 0 for n in v.shape[-2:])
+    return Projection(path.rpartition(".")[2], fmt, rows, columns, size, OWN_LIBRARY if reason else "", reason, [path])
+
+
+def _stored_bytes(tensor: torch.Tensor) -> int:
+    """Of a tensor that may be a subclass made of others."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return tensor.nbytes
+    return sum(_stored_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+
+
+def _readers(gm: GraphModule) -> dict[Node, list[Node]]:
+    """Who reads each node of a lowered graph, also where it is part of a packed weight, through what dequantises it."""
+    found: dict[Node, list[Node]] = {}
+    for n in gm.graph.nodes:
+        readers = [r for u in n.users for r in (u.users if op_label(u) == "dequantize" else (u,))]
+        for part in n.meta.get(PARTS, (n,)):
+            found.setdefault(part, []).extend(readers)
+    return found
+
+
+def judge(gm: GraphModule, projections: list[tuple[Projection, list[Node]]]) -> list[Projection]:
+    """Projections by kind, with who computes them in a lowered graph."""
+    readers = _readers(gm)
+    kinds: dict[Any, Projection] = {}
+    for p, weights in projections:
+        if not p.computed:
+            products = [r for w in weights[:1] for r in readers.get(w, ()) if CHOSEN in r.meta or op_name(r) == "linear"]
+            p.computed = ", ".join(dict.fromkeys(r.meta.get(CHOSEN, "library") for r in products)) or "library"
+        key = (p.name, p.format, p.rows, p.columns, p.bytes, p.computed, p.reason)
+        kinds.setdefault(key, replace(p, paths=[])).paths += p.paths
+    return list(kinds.values())
 
 
 def _given(node: Node) -> list[Node]:

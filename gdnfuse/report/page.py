@@ -11,7 +11,21 @@ from importlib import resources
 from typing import Any
 
 from gdnfuse.report.records import BANDWIDTH, BlockReport, GraphReport, Operation, Refusal, Source, Status, limit_seconds
-from gdnfuse.report.text import LEGEND, MARKS, blocks_of, columns, duration, launch_rows, left, ordered, pair, ranges, size, where
+from gdnfuse.report.text import (
+    LEGEND,
+    MARKS,
+    blocks_of,
+    columns,
+    duration,
+    launch_rows,
+    left,
+    ordered,
+    pair,
+    projection_rows,
+    ranges,
+    size,
+    where,
+)
 
 ROW, LANE, DOT = 22, 9, 4  # pixels: a line of a graph, between two edges, half a node
 LETTERS = {"linear attention": "L", "full attention": "A", "MLP": "M", "MoE": "E", "other": "O"}
@@ -70,6 +84,8 @@ def _graph(report: GraphReport, bandwidth: float) -> str:
     if report.rewritten and report.blocks:
         pairs = _pairs(report)
         parts += [_tiles(report, bandwidth), _filters(report), _map(report, pairs), _table(report, pairs)]
+        if report.projections:
+            parts.append(_section("Linears", _rows(projection_rows(report))))
         parts.append(_section("Refused or not matched", _refusals(report)))
         parts.append(_section("One layer before and after", "".join(_pair(report, pairs, key) for key in pairs)))
         parts.append(_section("Rules and kernels", _rows(report.rows()) + _rows(launch_rows(report))))

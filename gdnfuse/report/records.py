@@ -194,6 +194,32 @@ class Operation:
     source: Source | None = None
 
 
+@dataclass
+class Projection:
+    """Linears of one kind: of one name, with weights of one format and shape, computed alike.
+
+    Attributes:
+        name: the module's, e.g. "in_proj_qkv".
+        format: of its weight: a dtype, the name of a format of quantised weights, or the class of a weight, or of a module, that
+            nothing here reads.
+        rows, columns: of its weight; 0 where that is not known.
+        bytes: that one such weight takes as it is stored.
+        computed: "triton" for a kernel of ours, "library" for torch's linear, "reference inlined", or "its own library".
+        reason: a sentence where that is its own library.
+        paths: of the modules.
+    """
+
+    name: str
+    format: str
+    rows: int
+    columns: int
+    bytes: int
+    computed: str
+    reason: str = ""
+    paths: list[str] = field(default_factory=list)
+
+
+OWN_LIBRARY = "its own library"  # computes what a projection of a format that is not read does
 OUTSIDE = "outside the layers"
 
 
@@ -268,6 +294,7 @@ class GraphReport:
         layers: the GDN layers.
         blocks: the parts of all layers, and what is in none, in the order of the graph.
         structures: lists of operations; blocks that are equal share one.
+        projections: the model's linears by kind, whether or not they are in a layer.
         records: records that belong to no GDN layer (siblings of the MLP, say).
         rewritten: False when the graph was handed on as it came; then `note` says why.
         note: a sentence, or empty.
@@ -287,6 +314,7 @@ class GraphReport:
     layers: list[LayerReport] = field(default_factory=list)
     blocks: list[BlockReport] = field(default_factory=list)
     structures: list[list[Operation]] = field(default_factory=list)
+    projections: list[Projection] = field(default_factory=list)
     records: list[Record] = field(default_factory=list)
     rewritten: bool = True
     note: str = ""
@@ -324,6 +352,9 @@ class GraphReport:
             f"{self.nodes_before} → {self.nodes_after} nodes, {self.launches_before} → {self.launches_after} kernels, "
             f"{self.proofs} proofs in {self.proof_seconds:.2f} s"
         )
+        total = sum(len(p.paths) for p in self.projections)
+        if own := sum(len(p.paths) for p in self.projections if p.computed == OWN_LIBRARY):
+            line += f", {own} of {total} linears left to their own library"
         return f"{line}. {self.note}" if self.note else f"{line}."
 
     @property

@@ -39,11 +39,13 @@ class Style:
 
 
 def render(report: GraphReport, style: Style | None = None, bandwidth: float = BANDWIDTH) -> str:
-    """A graph's report: the summary, the table of blocks, refusals, rules, kernels, and the graph if a stage was asked for."""
+    """A graph\'s report: the summary, tables of blocks and linears, refusals, rules, kernels, and the graph if a stage was asked for."""
     style = style or Style()
     parts = [style.paint(report.summary(), "bold")]
     if report.rewritten and report.blocks:
         parts += [_moved(report, bandwidth), f"{_blocks(report, style)}\n{style.paint(LEGEND, 'dim')}"]
+    if report.rewritten and report.projections:
+        parts.append(table(projection_rows(report)))
     parts += left(report)
     if refusals := report.refusals:
         count = sum(r.count for r in refusals)
@@ -193,6 +195,22 @@ def _refusal(report: GraphReport, r: Refusal, number: int, style: Style) -> str:
     if r.equation:
         lines.append(f"   looked for {r.equation}")
     return "\n".join(lines)
+
+
+def projection_rows(report: GraphReport) -> list[dict[str, Any]]:
+    """One row per kind of linear."""
+    return [
+        {
+            "linear": p.name,
+            "format": p.format,
+            "weight": f"{p.rows} × {p.columns}" if p.rows else "",
+            "size": size(p.bytes),
+            "count": len(p.paths),
+            "computed by": p.computed,
+            "reason": p.reason,
+        }
+        for p in report.projections
+    ]
 
 
 def launch_rows(report: GraphReport) -> list[dict[str, Any]]:

@@ -12,6 +12,9 @@ from transformers.integrations import finegrained_fp8
 import gdnfuse
 from gdnfuse import models, packing
 from gdnfuse.errors import GdnfuseError
+from gdnfuse.report.page import page
+from gdnfuse.report.records import OWN_LIBRARY
+from gdnfuse.report.text import render
 from tests.models import zoo
 
 STEPS = 3
@@ -171,6 +174,39 @@ def test_whatever_is_done_to_weights_results_are_theirs_and_nothing_is_kept(tmp_
     assert torch.equal(right(copied, compiled(copied)), seen[-1])
     model.to("meta")
     gc.collect()
+
+
+def test_what_stays_with_its_own_library_is_told_beside_what_is_fused(monkeypatch):
+    def kernel(input, weight, *others, **more):
+        return input.new_zeros(*input.shape[:-1], weight.shape[0])
+
+    monkeypatch.setattr(finegrained_fp8, "finegrained_fp8_linear", torch.compiler.allow_in_graph(kernel))
+    monkeypatch.setattr(finegrained_fp8, "is_deepgemm_loadable", lambda: False)
+    model = quantized(zoo.FILLED)
+    for layer in model.model.layers:
+        layer.mlp.down_proj.block_size = (64, 64)
+    outputs(model, compiled(model), "static")
+    for report in gdnfuse.reports()[-2:]:
+        found = {p.name: p for p in report.projections}
+        own = found["down_proj"]
+        assert (own.format, own.computed, own.paths) == (
+            "FP8Linear",
+            OWN_LIBRARY,
+            [f"model.layers.{i}.mlp.down_proj" for i in (0, 1)],
+        )
+        assert own.reason.startswith(
+            "A projection must be torch's linear on a weight of a known format, found FP8Linear, which calls "
+        )
+        assert own.bytes == 128 * 256 + 4 * 2
+        assert ", 2 of 16 linears left to their own library" in report.summary() and report.fused_layers == 1
+        assert {p.computed for p in found.values() if p is not own} <= {"reference inlined", "library"}
+        qkv, head = found["in_proj_qkv"], found["lm_head"]
+        assert (qkv.format, qkv.rows, qkv.columns, qkv.bytes) == ("fp8_block128", 256, 128, 256 * 128 + 4 * 2)
+        assert (head.format, head.bytes, head.reason) == ("bfloat16", 2 * 128 * 128, "")
+        text = render(report)
+        assert "FP8Linear" in text and "its own library" in text and "FP8Linear" in page([report], {"model": "one"})
+        assert sum(len(p.paths) for p in report.projections) == 16
+    torch._dynamo.reset()
 
 
 def test_adapters_on_quantised_weights_keep_working():
