@@ -39,7 +39,7 @@ class Style:
 
 
 def render(report: GraphReport, style: Style | None = None, bandwidth: float = BANDWIDTH) -> str:
-    """A graph\'s report: the summary, tables of blocks and linears, refusals, rules, kernels, and the graph if a stage was asked for."""
+    """A graph's report: summary, blocks, linears, refusals, rules, kernels, the graph if a stage was asked for."""
     style = style or Style()
     parts = [style.paint(report.summary(), "bold")]
     if report.rewritten and report.blocks:
