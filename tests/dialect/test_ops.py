@@ -46,6 +46,11 @@ def double(x):
     return [double(t) for t in x] if isinstance(x, list) else x
 
 
+def all_of(results):
+    """Each result of an op, of which there may be none."""
+    return results if isinstance(results, tuple) else () if results is None else (results,)
+
+
 def close(found, wanted, tolerance=1e-12):
     torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
 
@@ -68,7 +73,7 @@ def test_float64_in_float64_out_and_states_alike(name, i):
     bound = op.bind([double(a) for a in args], {k: double(v) for k, v in kwargs.items()})
     before = {k: v.clone() for k, v in bound.items() if isinstance(v, torch.Tensor)}
     results = op.overload(**bound)
-    for r in results if isinstance(results, tuple) else (results,):
+    for r in all_of(results):
         assert r.dtype == torch.float64 or not r.is_floating_point()
         assert r.isfinite().all()
     for k, was in before.items():
@@ -84,7 +89,7 @@ def test_the_op_is_its_reference_and_its_fake_knows_the_result(name):
     copies = pytree.tree_map_only(torch.Tensor, torch.Tensor.clone, args)
     found, wanted, faked = op.overload(*args, **kwargs), op.reference(*copies, **kwargs), op.fake(*copies, **kwargs)
     torch.testing.assert_close(found, wanted, rtol=0, atol=0)
-    for x, f in zip(*(r if isinstance(r, tuple) else (r,) for r in (wanted, faked)), strict=True):
+    for x, f in zip(*map(all_of, (wanted, faked)), strict=True):
         assert (x.shape, x.dtype, x.device) == (f.shape, f.dtype, f.device)
 
 
@@ -96,7 +101,7 @@ def test_results_lie_in_memory_as_the_fake_says_however_inputs_do(name, i, axes)
     turned = lambda x: x.transpose(*axes).contiguous().transpose(*axes) if x.ndim > 2 else x  # noqa: E731
     args = pytree.tree_map_only(torch.Tensor, turned, args)
     found, wanted = OPS[name].reference(*args, **kwargs), OPS[name].fake(*args, **kwargs)
-    for x, f in zip(*(r if isinstance(r, tuple) else (r,) for r in (found, wanted)), strict=True):
+    for x, f in zip(*map(all_of, (found, wanted)), strict=True):
         steps = [[s for n, s in zip(t.shape, t.stride(), strict=True) if n > 1] for t in (x, f)]
         assert x.shape == f.shape and steps[0] == steps[1]
 

@@ -1,0 +1,457 @@
+"""RollbackCache: a cache that takes tokens back, recurrent states included.
+
+A rejected token cannot be taken out of a recurrent state, and to keep a state for each token costs as many states. So a call of
+several tokens on a cache that records reads states and conv windows and writes neither: it keeps its tokens' inputs, a few
+kilobytes each, and `crop` replays those that stay, in the recurrent form, into the states of all layers at once
+(`delta_rule_commit`; checkpoint and replay as in SGLang's PR 28695).
+
+What enters the conv a cache is handed by `update_conv_state`. What the gates are made of it is not, so two forward hooks of each
+GDN layer hand it over, which do nothing on any other cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAttentionLayer, StaticCache, StaticLayer
+
+from gdnfuse import compat, kernels
+from gdnfuse.dialect import delta_rule_commit
+from gdnfuse.errors import GdnfuseError, Refused
+from gdnfuse.generation.caches import cache_finder
+from gdnfuse.generation.wrappers import gdn_layers
+
+MOST_TOKENS = 8
+L2NORM_EPS = 1e-6  # written into transformers' rules
+
+
+class RollbackLayer(LinearAttentionLayer):
+    """The states of one GDN layer, with the inputs of the tokens that are not in them yet.
+
+    Attributes:
+        pending: how many tokens are recorded.
+        windows: [B, W + tokens, D], the conv state and behind it the recorded rows before the conv.
+        a, b: [B, tokens, HV], what the recorded tokens' gates are made of.
+    """
+
+    # transformers since 5.24 says False while a layer records, as its own conv states grow then. These stay where they are.
+    is_compileable = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pending = 0
+        self.windows: torch.Tensor | None = None
+        self.a: torch.Tensor | None = None
+        self.b: torch.Tensor | None = None
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether `crop` can put the layer back as it was."""
+        return self.record_past
+
+    def update_conv_state(self, conv_states: torch.Tensor, state_idx: int = 0, **kwargs: Any) -> torch.Tensor:
+        """The window and the new rows [B, D, W + T]; while recording, the window stays as it is."""
+        if not self.record_past:
+            return super().update_conv_state(conv_states, state_idx, **kwargs)
+        B, _, T = conv_states.shape
+        if self.pending:
+            raise GdnfuseError(
+                f"A RollbackCache takes one call between two crops while it records, found a second behind {self.pending} tokens: "
+                "crop first, with 0 to keep them."
+            )
+        rows, most = self.windows.shape[0], self.a.shape[1]
+        if T > most or rows != B:
+            raise GdnfuseError(
+                f"A RollbackCache that records takes up to {most} tokens of {rows} sequences in a call, found {T} of {B}: "
+                "make it with more tokens, or call stop_past_recording first."
+            )
+        full = torch.cat([self.conv_states[0], conv_states], -1)
+        self.windows[:, : full.shape[-1]].copy_(full.mT)
+        self.pending = T
+        return full
+
+    def update_recurrent_state(self, recurrent_states: torch.Tensor, state_idx: int = 0, **kwargs: Any) -> torch.Tensor:
+        """While recording, the state stays as it is."""
+        if self.record_past:
+            return recurrent_states
+        return super().update_recurrent_state(recurrent_states, state_idx, **kwargs)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise GdnfuseError("Layers of a RollbackCache must be cropped together, found one that is cropped alone: cache.crop.")
+
+    def reset(self) -> None:
+        super().reset()
+        self.pending, self.record_past = 0, False
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy's buffers would not be the parts of all layers' that these are.
+        return {**vars(self), "windows": None, "a": None, "b": None, "record_past": False}
+
+
+class CroppableStaticLayer(StaticLayer):
+    """Keys and values of fixed length that can be cropped: transformers' can since 5.24."""
+
+    is_croppable = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self.cumulative_length.sub_(abs(tokens_to_remove))
+
+
+class RollbackCache(Cache):
+    """A cache of transformers for a model with GDN layers, which can take tokens back.
+
+    `activate_past_recording`, once it holds a prompt, makes the next call of up to `tokens` tokens a recorded one: its logits are
+    the model's, keys and values are stored, recurrent states and conv windows are not written. `crop(-n)` then takes the last n of
+    them back and puts the others into the states, whose values are those of steps of one token, to rounding. One call, one crop.
+
+    Args:
+        model: whose cache it is. Hooks are registered on its GDN layers, once.
+        max_cache_len: how many tokens it holds, at one place in memory; None lets it grow.
+        tokens: how many a recorded call may have, at most. A token takes about (D + 2·HV) numbers of the model's dtype in each
+            layer, 0.4 MiB in a 4B model.
+
+    Raises:
+        GdnfuseError: the model has layers, or GDN layers, that cannot be rolled back.
+    """
+
+    def __init__(self, model: torch.nn.Module, max_cache_len: int | None = None, *, tokens: int = MOST_TOKENS):
+        if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
+            raise GdnfuseError(f"tokens must be at least 1, found {tokens!r}.")
+        if isinstance(max_cache_len, bool) or not (max_cache_len is None or isinstance(max_cache_len, int) and max_cache_len > 0):
+            raise GdnfuseError(f"max_cache_len must be None or at least 1, found {max_cache_len!r}.")
+        config = model.config.get_text_config(decoder=True)
+        like = DynamicCache(config=config) if max_cache_len is None else StaticCache(config=config, max_cache_len=max_cache_len)
+        super().__init__(layers=[_layer(layer, max_cache_len) for layer in like.layers])
+        self.tokens, self.capacity = tokens, max_cache_len
+        self._mixers = _mixers(model, len(self.layers))
+        if sorted(self._mixers) != [i for i, layer in enumerate(self.layers) if isinstance(layer, RollbackLayer)]:
+            raise GdnfuseError(
+                f"A RollbackCache needs a model whose linear attention is Gated DeltaNet, found {type(model).__name__} with "
+                f"such layers at {sorted(self._mixers)}."
+            )
+        for i in self._mixers:
+            _install(self._mixers[i])
+        self._all: dict[str, torch.Tensor] = {}
+        _prove(self._mixers[min(self._mixers)])
+
+    @property
+    def pending(self) -> int:
+        """How many tokens are recorded and in no state yet."""
+        return max(layer.pending for layer in self._linear())
+
+    @property
+    def is_recording(self) -> bool:
+        return any(layer.record_past for layer in self._linear())
+
+    def activate_past_recording(self) -> None:
+        """Have the next call record. Nothing is copied but at the first time after a prompt.
+
+        Raises:
+            GdnfuseError: the cache is empty.
+        """
+        if self.is_recording:
+            return
+        linear = self._linear()
+        if not all(layer.has_previous_state[0] for layer in linear):
+            raise GdnfuseError("A RollbackCache must hold a prompt before it records, found it empty.")
+        if not self._at_home():
+            self._move_in()
+        for layer in linear:
+            layer.record_past = True
+
+    def stop_past_recording(self) -> None:
+        """Have calls write the states again. What is recorded stays."""
+        if self.pending:
+            self.crop(0)
+        for layer in self._linear():
+            layer.record_past = False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last tokens of the recorded call, and put the others into the states.
+
+        Args:
+            tokens_to_remove: how many, as a negative number, as in transformers; 0 keeps all.
+
+        Raises:
+            GdnfuseError: more than were recorded, or a positive number. The cache is as it was then.
+        """
+        if isinstance(tokens_to_remove, bool) or not isinstance(tokens_to_remove, int) or tokens_to_remove > 0:
+            raise GdnfuseError(f"crop takes how many tokens to remove as a negative number, or 0, found {tokens_to_remove!r}.")
+        pending = self.pending
+        keep = pending + tokens_to_remove
+        if keep < 0:
+            raise GdnfuseError(
+                f"A RollbackCache takes back what it recorded since the last crop, {pending} tokens, found {-tokens_to_remove}."
+            )
+        linear = self._linear()
+        if any(layer.pending != pending for layer in linear):
+            counts = sorted({layer.pending for layer in linear})
+            raise GdnfuseError(
+                f"All layers of a RollbackCache must have recorded the same call, found layers with {counts} tokens: the call did "
+                "not run to its end, so its cache cannot be used any more."
+            )
+        if keep:
+            if not self._at_home():
+                self._move_in()
+            self._commit(keep, pending)
+        for layer in linear:
+            layer.pending = 0
+        if tokens_to_remove:
+            for layer in self.layers:
+                if not isinstance(layer, RollbackLayer):
+                    layer.crop(tokens_to_remove)
+
+    def reset(self) -> None:
+        """Empty it."""
+        super().reset()
+
+    def _commit(self, keep: int, pending: int) -> None:
+        of = self._all
+        windows, W = of["windows"], of["conv_weight"].shape[-1]
+        mixer = next(iter(self._mixers.values()))
+        arguments = (
+            windows[:, :, : W + pending], of["a"][:, :, :pending], of["b"][:, :, :pending], of["counts"][keep],
+            of["conv_weight"], of["A_log"], of["dt_bias"], of["conv_state"], of["recurrent_state"],
+        )  # fmt: skip
+        commit_op(windows.device)(*arguments, L2NORM_EPS, beta_scale_of(mixer))
+
+    def _linear(self) -> list[RollbackLayer]:
+        return [self.layers[i] for i in self._mixers]
+
+    def _at_home(self) -> bool:
+        """Whether the layers' states are the parts of all layers' tensors that they were made."""
+        return bool(self._all) and all(
+            layer.recurrent_states[0].data_ptr() == state.data_ptr() and layer.conv_states[0].data_ptr() == window.data_ptr()
+            for layer, state, window in zip(
+                self._linear(), self._all["recurrent_state"], self._all["conv_state"], strict=True
+            )
+        )  # fmt: skip
+
+    def _move_in(self) -> None:
+        """Put the states of all layers side by side, so that one launch reaches them, and make what calls record in."""
+        linear, mixers = self._linear(), list(self._mixers.values())
+        kinds = {(x.shape, x.dtype, x.device) for layer in linear for x in (layer.recurrent_states[0], layer.conv_states[0])}
+        if len(kinds) != 2:
+            raise GdnfuseError(
+                "The GDN layers of a RollbackCache must have states of one shape, dtype and device, found "
+                f"{', '.join(sorted({f'{list(shape)} {dtype} on {device}' for shape, dtype, device in kinds}))}."
+            )
+        B, D, W = linear[0].conv_states[0].shape
+        HV, like = mixers[0].A_log.shape[0], linear[0].conv_states[0]
+        recorded = linear[0].pending and {name: torch.stack([getattr(x, name) for x in linear]) for name in ("windows", "a", "b")}
+        self._all = {
+            "recurrent_state": torch.stack([layer.recurrent_states[0] for layer in linear]),
+            "conv_state": torch.stack([layer.conv_states[0] for layer in linear]),
+            "windows": like.new_zeros(len(linear), B, W + self.tokens, D),
+            "a": like.new_zeros(len(linear), B, self.tokens, HV),
+            "b": like.new_zeros(len(linear), B, self.tokens, HV),
+            "counts": torch.arange(self.tokens + 1, dtype=torch.int32, device=like.device)[:, None].repeat(1, B),
+            "conv_weight": torch.stack([m.conv1d.weight.detach().squeeze(1) for m in mixers]),
+            "A_log": torch.stack([m.A_log.detach() for m in mixers]),
+            "dt_bias": torch.stack([m.dt_bias.detach() for m in mixers]),
+        } | (recorded or {})
+        for i, layer in enumerate(linear):
+            part = {name: _with_its_own_storage(self._all[name][i]) for name in RECORDED}
+            layer.recurrent_states[0], layer.conv_states[0] = part["recurrent_state"], part["conv_state"]
+            layer.windows, layer.a, layer.b = part["windows"], part["a"], part["b"]
+            for x in part.values():
+                compat.mark_static_address(x)
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.pending:
+            raise GdnfuseError(f"A RollbackCache can be copied when all is in its states, found {self.pending} tokens: crop first.")
+        return {**vars(self), "_all": {}}
+
+
+RECORDED = ("recurrent_state", "conv_state", "windows", "a", "b")
+
+
+def _layer(like: Any, max_cache_len: int | None) -> Any:
+    if type(like) is LinearAttentionLayer:
+        return RollbackLayer()
+    if type(like) is StaticLayer:
+        return CroppableStaticLayer(max_cache_len=max_cache_len)
+    if type(like) is DynamicLayer:
+        return like
+    raise GdnfuseError(
+        f"A RollbackCache holds layers of linear and of full attention, found one that wants a {type(like).__name__}, which it "
+        "cannot take tokens back from."
+    )
+
+
+def _with_its_own_storage(part: torch.Tensor) -> torch.Tensor:
+    """The same memory as another storage. Parts of one storage that a graph writes are one tensor to torch.compile, views with it."""
+    start = part.storage_offset() * part.itemsize
+    storage = part.untyped_storage()[start : start + part.nbytes]
+    return part.new_empty(0).set_(storage, 0, part.shape, part.stride())
+
+
+def commit_op(device: torch.device) -> Callable[..., None]:
+    """What replays on a device: our kernel where there is one, the reference elsewhere."""
+    if device.type == "cuda":
+        try:
+            implementation = kernels.implementations().get("delta_rule_commit")
+        except Refused:  # no Triton
+            implementation = None
+        if implementation is not None:
+            return implementation.op
+    return delta_rule_commit.op.overload
+
+
+# What a model's GDN layers are called with
+
+
+def _mixers(model: torch.nn.Module, layers: int) -> dict[int, torch.nn.Module]:
+    """The GDN layers of a model by their places among its layers."""
+    modules = dict(model.named_modules())
+    found = {getattr(modules[path], "layer_idx", None): modules[path] for path in gdn_layers(model)}
+    for m in found.values():
+        _check(m)
+    return {i: found[i] for i in range(layers) if i in found}
+
+
+def _check(mixer: torch.nn.Module) -> None:
+    conv, name = getattr(mixer, "conv1d", None), type(mixer).__name__
+    if conv is None or conv.bias is not None or getattr(mixer, "activation", None) not in ("silu", "swish"):
+        raise GdnfuseError(
+            f"A GDN layer that is rolled back must have a conv1d without bias and SiLU behind it, found {name} with "
+            f"{'no conv1d' if conv is None else 'a bias' if conv.bias is not None else getattr(mixer, 'activation', None)!r}."
+        )
+    if not _gates_of(mixer):
+        names = [n for n, child in mixer.named_children() if isinstance(child, torch.nn.Linear)]
+        raise GdnfuseError(
+            "The gates of a GDN layer that is rolled back must come from in_proj_b and in_proj_a, b_proj and a_proj, or "
+            f"in_proj_ba, found {name} with {', '.join(names)}."
+        )
+
+
+def beta_scale_of(mixer: torch.nn.Module) -> float:
+    return 2.0 if getattr(mixer, "allow_neg_eigval", False) else 1.0
+
+
+PACKED = "in_proj_ba"
+GATES = ({"in_proj_b": "b", "in_proj_a": "a"}, {"b_proj": "b", "a_proj": "a"}, {PACKED: "ba"})
+
+
+def _gates_of(mixer: torch.nn.Module) -> dict[str, str]:
+    """Which of a GDN layer's linears make its gates."""
+    return next((names for names in GATES if all(hasattr(mixer, n) for n in names)), {})
+
+
+class Recorder:
+    """The hooks of one GDN layer. A copy of the model has a copy of them, which knows nothing of the first.
+
+    Attributes:
+        layer: of the cache that the layer is being called with, if that records, and only meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self.layer: RollbackLayer | None = None
+
+    def enter(self, mixer: torch.nn.Module, args: Any, kwargs: Any) -> None:
+        cache = cache_finder()([*args, *kwargs.values()])
+        layer = cache.layers[mixer.layer_idx] if isinstance(cache, RollbackCache) else None
+        if layer is not None and layer.record_past:
+            self.layer = layer
+        elif self.layer is not None:  # left by a call that raised
+            self.layer = None
+
+    def leave(self, mixer: torch.nn.Module, args: Any, out: Any) -> None:
+        if self.layer is not None:
+            self.layer = None
+
+    def b(self, linear: torch.nn.Module, args: Any, out: torch.Tensor) -> None:
+        if self.layer is not None:
+            self.layer.b[:, : out.shape[1]].copy_(out)
+
+    def a(self, linear: torch.nn.Module, args: Any, out: torch.Tensor) -> None:
+        if self.layer is not None:
+            self.layer.a[:, : out.shape[1]].copy_(out)
+
+    def ba(self, linear: torch.nn.Module, args: Any, out: torch.Tensor) -> None:
+        """Of a linear that gives both, by key head."""
+        if self.layer is not None:
+            HV = self.layer.b.shape[-1]
+            heads = out.shape[-1] - HV  # as many columns as value heads, twice
+            B, T, _ = out.shape
+            parts = out.view(B, T, self.key_heads, 2, heads // self.key_heads)
+            self.layer.b[:, :T].copy_(parts[..., 0, :].reshape(B, T, HV))
+            self.layer.a[:, :T].copy_(parts[..., 1, :].reshape(B, T, HV))
+
+    key_heads = 1
+
+
+def _install(mixer: torch.nn.Module) -> None:
+    """Register the hooks of a GDN layer, once."""
+    if any(isinstance(getattr(hook, "__self__", None), Recorder) for hook in compat.hooks_of(mixer).values()):
+        return
+    recorder = Recorder()
+    recorder.key_heads = getattr(mixer, "num_k_heads", 1)
+    for name, what in _gates_of(mixer).items():
+        getattr(mixer, name).register_forward_hook(getattr(recorder, what))
+    mixer.register_forward_pre_hook(recorder.enter, with_kwargs=True)
+    mixer.register_forward_hook(recorder.leave)
+
+
+# The proof: what is replayed is what the layer computes
+
+
+_proved: set[tuple[type, torch.dtype]] = set()
+TOLERANCE = {torch.float32: 1e-4}
+HALF_TOLERANCE = 0.1  # of bfloat16 on random inputs; operands that are swapped give errors near 1
+
+
+class _One(Cache):
+    """The states of one GDN layer, alone."""
+
+    def __init__(self, layer: Any, place: int):
+        super().__init__(layers=[layer] * (place + 1))
+
+
+@torch.no_grad()
+def _prove(mixer: torch.nn.Module) -> None:
+    """Compare the replay of a GDN layer's tokens with the layer's own steps on random inputs, once for its class.
+
+    Raises:
+        GdnfuseError: they differ.
+    """
+    weight = mixer.conv1d.weight
+    kind = (type(mixer), weight.dtype)
+    linear = getattr(mixer, next(iter(_gates_of(mixer))))
+    if kind in _proved or weight.is_meta or linear.weight.is_meta:
+        return
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 6, linear.in_features, generator=generator).to(weight.device, weight.dtype)
+    wanted = LinearAttentionLayer()
+    mixer(x[:, :3], _One(wanted, mixer.layer_idx))
+    for t in (3, 4):
+        mixer(x[:, t : t + 1], _One(wanted, mixer.layer_idx))
+    cache = RollbackCache.__new__(RollbackCache)
+    Cache.__init__(cache, layers=[RollbackLayer()] * (mixer.layer_idx + 1))
+    cache.tokens, cache._mixers, cache._all = 3, {mixer.layer_idx: mixer}, {}
+    mixer(x[:, :3], cache)
+    cache.activate_past_recording()
+    mixer(x[:, 3:], cache)
+    cache.crop(-1)
+    found = cache.layers[-1]
+    pairs = {"state": (found.recurrent_states[0], wanted.recurrent_states[0]), "conv window": (found.conv_states[0], wanted.conv_states[0])}
+    for what, (f, w) in pairs.items():
+        f, w = f.double(), w.double()
+        error = float((f - w).norm() / w.norm().clamp_min(1e-30))
+        if not error <= TOLERANCE.get(weight.dtype, HALF_TOLERANCE):
+            raise GdnfuseError(
+                f"What is replayed of a GDN layer's tokens must be what the layer computes, found a relative error of {error:.1e} "
+                f"in the {what} of {type(mixer).__name__}, which cannot be rolled back."
+            )
+    _proved.add(kind)
+
+
+def take_back(layers: Sequence[Any], tokens: int) -> None:
+    """Crop keys and values of attention layers, of any cache of transformers, by so many tokens."""
+    for layer in layers if tokens else ():
+        if isinstance(layer, StaticLayer):
+            CroppableStaticLayer.crop(layer, tokens)
+        elif not isinstance(layer, LinearAttentionLayer):
+            layer.crop(-tokens)
