@@ -18,15 +18,22 @@ if TYPE_CHECKING:
 
     from gdnfuse.generation.explain import Explanation
     from gdnfuse.generation.prefixes import PrefixStore
+    from gdnfuse.generation.proposers import Callback, Draft, PromptLookup
+    from gdnfuse.generation.rollback import RollbackCache
+    from gdnfuse.generation.speculation import Speculative
     from gdnfuse.generation.warmup import Warmup
 
 __all__ = [
+    "Callback",
+    "Draft",
     "GdnfuseError",
     "GraphReport",
     "LayerReport",
     "PrefixStore",
+    "PromptLookup",
     "Record",
     "Refused",
+    "RollbackCache",
     "Status",
     "capture",
     "clear_reports",
@@ -34,15 +41,26 @@ __all__ = [
     "explain",
     "reports",
     "set_state_dtype",
+    "speculative",
     "warmup",
 ]
 
 
+# What is loaded when asked for, because it imports torch or transformers.
+_LATER = {
+    "Callback": "gdnfuse.generation.proposers",
+    "Draft": "gdnfuse.generation.proposers",
+    "PrefixStore": "gdnfuse.generation.prefixes",
+    "PromptLookup": "gdnfuse.generation.proposers",
+    "RollbackCache": "gdnfuse.generation.rollback",
+}
+
+
 def __getattr__(name: str) -> Any:
-    if name == "capture":  # loaded when asked for: it imports torch
+    if name == "capture":
         return importlib.import_module("gdnfuse.capture")
-    if name == "PrefixStore":
-        return importlib.import_module("gdnfuse.generation.prefixes").PrefixStore
+    if name in _LATER:
+        return getattr(importlib.import_module(_LATER[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -65,6 +83,13 @@ def set_state_dtype(cache: Any, dtype: torch.dtype) -> None:
     from gdnfuse.generation import caches
 
     caches.set_state_dtype(cache, dtype)
+
+
+def speculative(speculate: Any, streamer: Any = None) -> Speculative:
+    """Speculative decoding as `generate` takes it, `custom_generate=`. See `gdnfuse.generation.speculation.Speculative`."""
+    from gdnfuse.generation.speculation import Speculative
+
+    return Speculative(speculate, streamer)
 
 
 def warmup(model: torch.nn.Module, **options: Any) -> Warmup:

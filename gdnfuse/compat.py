@@ -779,6 +779,21 @@ def _of_arguments(op: Any, names: str) -> Any:
     return op
 
 
+# torch: tensors
+
+
+def _copy_each(to: Sequence[Any], tensors: Sequence[Any]) -> None:
+    for x, y in zip(to, tensors, strict=True):
+        x.copy_(y)
+
+
+@private("torch:_foreach_copy_", instead=_copy_each)
+def copy_all(copy: Any, to: Sequence[Any], tensors: Sequence[Any]) -> None:
+    """Copy many tensors into others in a few launches. Without it: a draft's states are copied one by one."""
+    if to:
+        copy(to, tensors)
+
+
 # torch: modules
 
 
@@ -866,3 +881,12 @@ def attention_of(config: Any) -> str:
     """The attention that a model was loaded with, such as "sdpa" or "flash_attention_2". Without it: packed sequences are refused
     under FlashAttention too, which keeps them apart."""
     return config._attn_implementation or ""
+
+
+# transformers: generate
+
+
+def is_users(cache: Any) -> bool:
+    """Whether a cache was handed to `generate`, and not made by it. Without it: where speculation cannot use such a cache, it
+    makes one of its own and leaves that one empty."""
+    return getattr(cache, "_is_user_defined", False)

@@ -832,6 +832,14 @@ def hooks_of(there):
 
 
 @case
+def copy_all(there):
+    to, tensors = [torch.zeros(2), torch.zeros(3, 1)], [torch.rand(2), torch.rand(3, 1)]
+    compat.copy_all(to, tensors)
+    assert all(map(torch.equal, to, tensors))
+    compat.copy_all([], [])
+
+
+@case
 def attention_of(there):
     assert compat.attention_of(model().config if there else object()) == ("sdpa" if there else "")
 

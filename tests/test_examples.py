@@ -61,6 +61,11 @@ def test_padded_batch(capsys):
     assert "3/3 GDN layers fused" in capsys.readouterr().out
 
 
+def test_speculate(capsys):
+    tokens, plain = main_of("speculate")(["--tokens", "24", *QUICK])
+    assert torch.equal(tokens, plain) and "drafts accepted" in capsys.readouterr().out
+
+
 def test_report_from_config(capsys):
     (report,) = main_of("report_from_config")(["--batch", "2"])
     assert report.fused_layers == 18 and capsys.readouterr().out.count(": fused") == 18

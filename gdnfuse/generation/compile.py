@@ -17,7 +17,7 @@ from gdnfuse.errors import GdnfuseError
 from gdnfuse.generation import generate
 from gdnfuse.generation.arguments import demanding, parameters_of
 from gdnfuse.generation.caches import cache_finder, check_state_dtype, preparing_caches
-from gdnfuse.generation.coverage import PROMPT, STEP, Coverage
+from gdnfuse.generation.coverage import PROMPT, STEP, VERIFY, Coverage
 from gdnfuse.generation.hooks import Hooks
 from gdnfuse.generation.wrappers import compiled_models, handing_on
 
@@ -31,6 +31,7 @@ def compile(
     prefill: bool | None = None,
     state_dtype: torch.dtype | None = None,
     prefixes: Any = None,
+    speculate: Any = None,
     **options: Any,
 ) -> torch.nn.Module:
     """Compile a model in place, for `generate()` and for direct calls alike: decode steps one way, prompts another.
@@ -51,14 +52,16 @@ def compile(
         state_dtype: of the recurrent states from their prompt on, see `set_state_dtype`; None leaves them as they are.
         prefixes: a `gdnfuse.PrefixStore` of the model: every `generate` takes the longest known prefix of its prompt from it, and
             leaves there what it computed.
+        speculate: who drafts tokens for `generate` to check several in a step: a `PromptLookup`, a `Draft`, a `Callback` or a
+            function; None for one token after the other. See `gdnfuse.generation.speculation`.
         options: see `gdnfuse.options.Options`.
 
     Returns:
         The same model.
 
     Raises:
-        GdnfuseError: a bad option or mode, a store of another model, a wrapper that cannot hand calls on, or a version of torch
-            or transformers that is too old. The model is as it was then.
+        GdnfuseError: a bad option or mode, a store of another model, a wrapper that cannot hand calls on, a model that cannot be
+            speculated on, or a version of torch or transformers that is too old. The model is as it was then.
     """
     if sentences := versions.too_old():
         raise GdnfuseError(" ".join(sentences))
@@ -69,7 +72,9 @@ def compile(
     models = compiled_models(model)
     if prefixes is not None:
         generate.check(models, prefixes)
-    settings = _Settings(mode, fullgraph, dynamic, prefill or prefill is None and parsed.capture, state_dtype, prefixes, options)
+    proposer = None if speculate is None else generate.proposer(models, speculate)
+    prefill = prefill or prefill is None and parsed.capture
+    settings = _Settings(mode, fullgraph, dynamic, prefill, state_dtype, prefixes, proposer, options)
     coverages = [_compile(one, settings, parsed) for one in models]
     if model not in models:
         compat.set_compiled_call(model, handing_on(model, models, coverages[0].say))
@@ -86,6 +91,7 @@ class _Settings:
     prefill: bool
     state_dtype: torch.dtype | None
     prefixes: Any
+    proposer: Any
     options: dict[str, Any]
 
 
@@ -110,9 +116,10 @@ def _compile(model: torch.nn.Module, settings: _Settings, parsed: gdnfuse_option
     parameters = parameters_of(model) if any_length else ()
     own = _mode_or_options(mode, options)
     decode = coverage.checked(torch.compile(plain, **shared, **own), STEP)
-    ours = generate.install(model, settings.prefixes)
+    verify = coverage.checked(torch.compile(apart(plain, "verify"), **shared, **own), VERIFY) if settings.prefill else None
+    ours = generate.install(model, settings.prefixes, settings.proposer)
     heeding = ours.heeding if ours else lambda call: call
-    call = heeding(hooks.heeded(demanding(model, by_phase(decode, first, parameters))))
+    call = heeding(hooks.heeded(demanding(model, by_phase(decode, first, parameters, verify))))
     call.coverage = coverage
     if not compat.set_compiled_call(model, call) and parsed.strict:
         raise GdnfuseError("strict: calls of a model must be able to go elsewhere, found that torch leaves no way.")
@@ -120,7 +127,9 @@ def _compile(model: torch.nn.Module, settings: _Settings, parsed: gdnfuse_option
         in_generate = _mode_or_options(_mode_of_generate(mode, parsed), options)
         if in_generate != own:
             decode = coverage.checked(torch.compile(apart(plain, "in_generate"), **shared, **in_generate), STEP)
-        in_generate = heeding(hooks.heeded(demanding(model, by_phase(decode, first, parameters))))
+            if settings.prefill:
+                verify = coverage.checked(torch.compile(apart(plain, "verify_in_generate"), **shared, **in_generate), VERIFY)
+        in_generate = heeding(hooks.heeded(demanding(model, by_phase(decode, first, parameters, verify))))
         model.get_compiled_call = CompiledCall(model, in_generate, coverage)
         # Ours is in place of both: a config of the user's for it, and a call that generate has compiled before.
         if getattr(model, "generation_config", None) is not None:
@@ -199,8 +208,13 @@ def _no_cuda_graphs(mode: str | None, options: dict[str, Any]) -> dict[str, Any]
     return {"mode": None, "options": {**options, "inductor": {**settings, "triton.cudagraphs": False}}}
 
 
-def by_phase(decode: Callable[..., Any], first: Callable[..., Any], any_length: Sequence[str] = ()) -> Callable[..., Any]:
-    """Calls of one token on a filled cache go to `decode`, all others to `first`.
+def by_phase(
+    decode: Callable[..., Any],
+    first: Callable[..., Any],
+    any_length: Sequence[str] = (),
+    verify: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    """Calls of one token on a filled cache go to `decode`, those on a cache that records to `verify`, all others to `first`.
 
     With `any_length`, the names of their parameters, either is compiled for prompts and caches of all lengths from its first call
     on. Dynamo alone compiles it for the length that it meets first, and again at the second.
@@ -212,10 +226,13 @@ def by_phase(decode: Callable[..., Any], first: Callable[..., Any], any_length: 
         tokens = args[0] if args else kwargs.get("input_ids")
         tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
         cache = find_cache([*args, *kwargs.values()])
-        step = tokens is not None and tokens.shape[1] == 1 and cache is not None and cache.is_initialized
-        if any_length and not torch.compiler.is_compiling() and not (step and cache.is_compileable):
-            args, kwargs = _of_any_length(any_length, args, kwargs, LENGTHS_OF_STEP if step else LENGTHS)
-        return (decode if step else first)(*args, **kwargs)
+        filled = tokens is not None and cache is not None and cache.is_initialized
+        call = decode if filled and tokens.shape[1] == 1 else first
+        if filled and verify is not None and getattr(cache, "is_recording", False):
+            call = verify
+        if any_length and not torch.compiler.is_compiling() and not (call is not first and cache.is_compileable):
+            args, kwargs = _of_any_length(any_length, args, kwargs, LENGTHS if call is first else LENGTHS_OF_STEP)
+        return call(*args, **kwargs)
 
     return call
 

@@ -21,7 +21,7 @@ from gdnfuse.errors import GdnfuseError, one_line
 from gdnfuse.generation.arguments import parameters_of
 from gdnfuse.generation.causes import Finding, left, noted
 from gdnfuse.generation.compile import apart, by_phase
-from gdnfuse.generation.coverage import PROMPT, STEP, Coverage
+from gdnfuse.generation.coverage import PROMPT, STEP, VERIFY, Coverage
 from gdnfuse.generation.wrappers import compiled_models, is_compiled
 from gdnfuse.options import Options
 from gdnfuse.passes.growing_keys import mark
@@ -134,10 +134,11 @@ def explain(call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanati
                 stack.enter_context(_attributes_of(one))
             for one, coverage in zip(models, coverages, strict=True):
                 phases = []
-                for phase in (STEP, PROMPT):
+                for phase in (STEP, PROMPT, VERIFY):
                     names[name := f"{phase}_{next(_calls)}".replace(" ", "_")] = f"{phase}s"
                     phases.append(coverage.checked(torch.compile(apart(compat.call_of(one), name), backend=backend), phase))
-                compat.set_compiled_call(one, by_phase(*phases, parameters_of(one)))
+                step, first, verify = phases
+                compat.set_compiled_call(one, by_phase(step, first, parameters_of(one), verify))
             if call is not model:
                 # Where generate compiles the decode step for itself, it would not be with this backend.
                 kwargs = {"disable_compile": True, **kwargs}

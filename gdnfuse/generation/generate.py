@@ -1,12 +1,14 @@
 """An instance's `generate` around transformers' own, and what it does between the forwards of one run of it.
 
 Everything stays transformers': its caches, loops, processors and streamers. What is known of a prompt is put into the cache that
-it made, before the prompt's first forward, which then gets the rest.
+it made, before the prompt's first forward, which then gets the rest. Where drafts are to be checked, the loop is ours, which it
+takes as `custom_generate`.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import threading
 from collections.abc import Callable, Mapping
@@ -19,6 +21,8 @@ from gdnfuse.generation.arguments import parameters_of
 from gdnfuse.generation.caches import cache_finder
 from gdnfuse.generation.prefix_tree import BLOCK, TOKEN
 from gdnfuse.generation.prefixes import PrefixStore, tokens
+from gdnfuse.generation.proposers import Proposer, proposer_of
+from gdnfuse.generation.speculation import Acceptance, Speculative, check_model
 
 log = logging.getLogger(__name__)
 
@@ -34,17 +38,35 @@ class Generate:
 
     Args:
         model: whose calls go through `heeding` while a generate of it runs.
-        prefixes: of its prompts.
+        prefixes: of its prompts, or None.
+        proposer: of drafts, or None.
+
+    Attributes:
+        acceptance: how the last generation with drafts went; None before the first.
     """
 
-    def __init__(self, model: torch.nn.Module, prefixes: PrefixStore):
-        self.__self__, self.prefixes = model, prefixes
+    def __init__(self, model: torch.nn.Module, prefixes: PrefixStore | None = None, proposer: Proposer | None = None):
+        self.__self__, self.prefixes, self.proposer = model, prefixes, proposer
+        self.acceptance: Acceptance | None = None
         self._plain = getattr(type(model), "generate").__get__(model)  # noqa: B009
         functools.update_wrapper(self, self._plain)
+        self._signature = inspect.signature(self._plain)
         self._runs = threading.local()
         self._parameters, self._find_cache = parameters_of(model), cache_finder()
 
     def __call__(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
+        given = dict(self._signature.bind_partial(inputs, *args, **kwargs).arguments)
+        given |= given.pop("kwargs", {})
+        if self.proposer is None or _asks_for_more(self.__self__, given):
+            return self._with_prefixes(inputs, *args, **kwargs)
+        speculative = Speculative(self.proposer, given.get("streamer"))
+        out = self._with_prefixes(inputs, *args, **kwargs, custom_generate=speculative)
+        self.acceptance = speculative.acceptance
+        return out
+
+    def _with_prefixes(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.prefixes is None:
+            return self._plain(inputs, *args, **kwargs)
         run = Run(self.prefixes, self._parameters, self._find_cache)
         ids = kwargs.get("input_ids") if inputs is None else inputs
         if (cache := self._find_cache(kwargs.values())) is not None:
@@ -82,6 +104,20 @@ def _beams(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     return kwargs.get("num_beams") or getattr(given, "num_beams", None) or 1
 
 
+# What asks for another way of decoding than one token after the other, or for its own way of drafting.
+OTHERS = (
+    "custom_generate", "assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "penalty_alpha", "dola_layers",
+    "constraints", "force_words_ids", "speculation_type", "use_mtp",
+)  # fmt: skip
+
+
+def _asks_for_more(model: torch.nn.Module, given: dict[str, Any]) -> bool:
+    """Whether a call of generate is transformers' own to answer, drafts or not."""
+    config = given.get("generation_config") or model.generation_config
+    value = {name: given[name] if name in given else getattr(config, name, None) for name in (*OTHERS, "num_beams")}
+    return any(value[name] for name in OTHERS) or (value["num_beams"] or 1) > 1
+
+
 class Run:
     """One run of `generate`, from the calls of its model.
 
@@ -105,6 +141,9 @@ class Run:
         if self._cache is not None and ids is not None and ids.shape[1] == 1:
             self._in_steps = True
             self._fed.append(ids)
+            return call(*args, **kwargs)
+        if getattr(self._cache, "is_recording", False):  # drafts, of which the cache may keep a part
+            self._in_steps = True
             return call(*args, **kwargs)
         if self._in_steps:
             self.leave("more than one token was given after the prompt")
@@ -236,14 +275,24 @@ def _part(given: dict[str, Any], start: int, stop: int, T: int) -> dict[str, Any
     return part | {name: x[..., start:stop] for name in AS_LONG if (x := given.get(name)) is not None}
 
 
-def install(model: torch.nn.Module, prefixes: PrefixStore | None) -> Generate | None:
+def install(model: torch.nn.Module, prefixes: PrefixStore | None, proposer: Proposer | None) -> Generate | None:
     """Put an instance's `generate` in place, or take ours away where there is nothing for it to do."""
     if isinstance(vars(model).get("generate"), Generate):
         del model.generate
-    if prefixes is None:
+    if prefixes is None and proposer is None:
         return None
-    model.generate = Generate(model, prefixes)
+    model.generate = Generate(model, prefixes, proposer)
     return model.generate
+
+
+def proposer(models: list[torch.nn.Module], speculate: Any) -> Proposer:
+    """What drafts for the models. Raises GdnfuseError for what drafts nothing, and where drafts cannot be checked."""
+    found = proposer_of(speculate)
+    for model in models:
+        if not hasattr(type(model), "generate"):
+            raise GdnfuseError(f"speculate needs a model with transformers' generate, found {type(model).__name__}.")
+        check_model(model, found)
+    return found
 
 
 def check(models: list[torch.nn.Module], prefixes: Any) -> None:

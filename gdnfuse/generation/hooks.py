@@ -59,9 +59,9 @@ class Hooks:
         return found != self._known
 
 
-# Transformers puts some there when hidden states are first asked for. They do nothing in calls that do not ask, and Dynamo looks
-# whether a call does.
-CAPTURING = "transformers.utils.output_capturing"
+# Transformers puts some there when hidden states are first asked for, and a RollbackCache when the first one is made. They do
+# nothing in calls that do not ask, and Dynamo looks whether a call does.
+ASKED_FOR = ("transformers.utils.output_capturing", "gdnfuse.generation.rollback")
 
 
 def hooks_now(modules: Iterable[torch.nn.Module]) -> list[tuple[Any, ...]]:
@@ -69,6 +69,6 @@ def hooks_now(modules: Iterable[torch.nn.Module]) -> list[tuple[Any, ...]]:
     found = []
     for m in modules:
         hooks = compat.hooks_of(m)
-        found.append((id(m), *(i for i, hook in hooks.items() if getattr(hook, "__module__", "") != CAPTURING)))
+        found.append((id(m), *(i for i, hook in hooks.items() if getattr(hook, "__module__", "") not in ASKED_FOR)))
     of_all = compat.global_hooks()
     return [one for one in (*found, ("all", *of_all)) if len(one) > 1]

@@ -499,7 +499,9 @@ def _unlike(cache: Any) -> str | None:
     """What of a cache is none of transformers' plain layers, which are cut and filled by what they hold."""
     from transformers import cache_utils
 
-    plain = (cache_utils.DynamicLayer, cache_utils.StaticLayer, cache_utils.LinearAttentionLayer)
+    from gdnfuse.generation import rollback
+
+    plain = (cache_utils.DynamicLayer, cache_utils.StaticLayer, cache_utils.LinearAttentionLayer, *rollback.LAYERS)
     for layer in getattr(cache, "layers", [None]):
         if type(layer) not in plain:
             return f"a {type(cache if layer is None else layer).__name__}"

@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAt
 from gdnfuse import compat, kernels
 from gdnfuse.dialect import delta_rule_commit
 from gdnfuse.errors import GdnfuseError, Refused
-from gdnfuse.generation.caches import cache_finder
+from gdnfuse.generation.caches import cache_finder, mark_lengths
 from gdnfuse.generation.wrappers import gdn_layers
 
 MOST_TOKENS = 8
@@ -51,25 +51,36 @@ class RollbackLayer(LinearAttentionLayer):
         """Whether `crop` can put the layer back as it was."""
         return self.record_past
 
+    def begin(self, rows: int, tokens: int) -> None:
+        """Say that the next call is recorded.
+
+        Raises:
+            GdnfuseError: there is a recorded call already, or no room for this one.
+        """
+        if self.pending:
+            raise GdnfuseError(
+                f"A RollbackCache takes one call between two crops while it records, found a second behind {self.pending} "
+                "tokens: crop first, with 0 to keep them."
+            )
+        held, most = self.a.shape[:2]
+        if tokens > most or rows != held:
+            raise GdnfuseError(
+                f"A RollbackCache that records takes up to {most} tokens of {held} sequences in a call, found {tokens} of "
+                f"{rows}: make it with more tokens, or call stop_past_recording first."
+            )
+        self.pending = tokens
+
     def update_conv_state(self, conv_states: torch.Tensor, state_idx: int = 0, **kwargs: Any) -> torch.Tensor:
         """The window and the new rows [B, D, W + T]; while recording, the window stays as it is."""
         if not self.record_past:
             return super().update_conv_state(conv_states, state_idx, **kwargs)
-        B, _, T = conv_states.shape
-        if self.pending:
+        if self.pending != conv_states.shape[-1]:
             raise GdnfuseError(
-                f"A RollbackCache takes one call between two crops while it records, found a second behind {self.pending} tokens: "
-                "crop first, with 0 to keep them."
-            )
-        rows, most = self.windows.shape[0], self.a.shape[1]
-        if T > most or rows != B:
-            raise GdnfuseError(
-                f"A RollbackCache that records takes up to {most} tokens of {rows} sequences in a call, found {T} of {B}: "
-                "make it with more tokens, or call stop_past_recording first."
+                "A RollbackCache records calls of the model that it was made for, or of a copy, found another one, which does "
+                "not hand it its gates."
             )
         full = torch.cat([self.conv_states[0], conv_states], -1)
         self.windows[:, : full.shape[-1]].copy_(full.mT)
-        self.pending = T
         return full
 
     def update_recurrent_state(self, recurrent_states: torch.Tensor, state_idx: int = 0, **kwargs: Any) -> torch.Tensor:
@@ -99,12 +110,26 @@ class CroppableStaticLayer(StaticLayer):
         self.cumulative_length.sub_(abs(tokens_to_remove))
 
 
+class GrowingLayer(DynamicLayer):
+    """Keys and values that grow, and lie in memory after a crop as after a step, so that no step is compiled anew for it."""
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        if tokens_to_remove:
+            self.keys, self.values = (x.clone(memory_format=torch.contiguous_format) for x in (self.keys, self.values))
+            mark_lengths(self)
+
+
+LAYERS = (RollbackLayer, CroppableStaticLayer, GrowingLayer)
+
+
 class RollbackCache(Cache):
     """A cache of transformers for a model with GDN layers, which can take tokens back.
 
     `activate_past_recording`, once it holds a prompt, makes the next call of up to `tokens` tokens a recorded one: its logits are
-    the model's, keys and values are stored, recurrent states and conv windows are not written. `crop(-n)` then takes the last n of
-    them back and puts the others into the states, whose values are those of steps of one token, to rounding. One call, one crop.
+    the model's, keys and values are stored, recurrent states and conv windows are not written. `crop(-n)` then takes the last n
+    of them back and puts the others into the states, whose values are those of steps of one token, to rounding. One call, one
+    crop.
 
     Args:
         model: whose cache it is. Hooks are registered on its GDN layers, once.
@@ -126,7 +151,9 @@ class RollbackCache(Cache):
         super().__init__(layers=[_layer(layer, max_cache_len) for layer in like.layers])
         self.tokens, self.capacity = tokens, max_cache_len
         self._mixers = _mixers(model, len(self.layers))
-        if sorted(self._mixers) != [i for i, layer in enumerate(self.layers) if isinstance(layer, RollbackLayer)]:
+        if not self._mixers or sorted(self._mixers) != [
+            i for i, layer in enumerate(self.layers) if isinstance(layer, RollbackLayer)
+        ]:
             raise GdnfuseError(
                 f"A RollbackCache needs a model whose linear attention is Gated DeltaNet, found {type(model).__name__} with "
                 f"such layers at {sorted(self._mixers)}."
@@ -160,6 +187,9 @@ class RollbackCache(Cache):
             self._move_in()
         for layer in linear:
             layer.record_past = True
+        for layer in self.layers:
+            if type(layer) is GrowingLayer:
+                mark_lengths(layer)
 
     def stop_past_recording(self) -> None:
         """Have calls write the states again. What is recorded stays."""
@@ -189,8 +219,8 @@ class RollbackCache(Cache):
         if any(layer.pending != pending for layer in linear):
             counts = sorted({layer.pending for layer in linear})
             raise GdnfuseError(
-                f"All layers of a RollbackCache must have recorded the same call, found layers with {counts} tokens: the call did "
-                "not run to its end, so its cache cannot be used any more."
+                f"All layers of a RollbackCache must have recorded the same call, found layers with {counts} tokens: the call "
+                "did not run to its end, so its cache cannot be used any more."
             )
         if keep:
             if not self._at_home():
@@ -203,9 +233,19 @@ class RollbackCache(Cache):
                 if not isinstance(layer, RollbackLayer):
                     layer.crop(tokens_to_remove)
 
-    def reset(self) -> None:
-        """Empty it."""
-        super().reset()
+    def abandon(self, length: int) -> None:
+        """Forget the recorded call, also one that did not run to its end: the cache is as it was before.
+
+        Args:
+            length: how many tokens it held then.
+        """
+        for layer in self._linear():
+            layer.pending = 0
+        for layer in self.layers:
+            if isinstance(layer, StaticLayer):
+                layer.cumulative_length.fill_(length)
+            elif not isinstance(layer, RollbackLayer):
+                layer.crop(min(length - layer.get_seq_length(), 0))
 
     def _commit(self, keep: int, pending: int) -> None:
         of = self._all
@@ -261,7 +301,9 @@ class RollbackCache(Cache):
 
     def __getstate__(self) -> dict[str, Any]:
         if self.pending:
-            raise GdnfuseError(f"A RollbackCache can be copied when all is in its states, found {self.pending} tokens: crop first.")
+            raise GdnfuseError(
+                f"A RollbackCache can be copied when all is in its states, found {self.pending} tokens: crop first."
+            )
         return {**vars(self), "_all": {}}
 
 
@@ -274,7 +316,7 @@ def _layer(like: Any, max_cache_len: int | None) -> Any:
     if type(like) is StaticLayer:
         return CroppableStaticLayer(max_cache_len=max_cache_len)
     if type(like) is DynamicLayer:
-        return like
+        return GrowingLayer()
     raise GdnfuseError(
         f"A RollbackCache holds layers of linear and of full attention, found one that wants a {type(like).__name__}, which it "
         "cannot take tokens back from."
@@ -282,7 +324,7 @@ def _layer(like: Any, max_cache_len: int | None) -> Any:
 
 
 def _with_its_own_storage(part: torch.Tensor) -> torch.Tensor:
-    """The same memory as another storage. Parts of one storage that a graph writes are one tensor to torch.compile, views with it."""
+    """The same memory as another storage. To torch.compile, parts of one storage that a graph writes are views of one tensor."""
     start = part.storage_offset() * part.itemsize
     storage = part.untyped_storage()[start : start + part.nbytes]
     return part.new_empty(0).set_(storage, 0, part.shape, part.stride())
@@ -309,7 +351,14 @@ def _mixers(model: torch.nn.Module, layers: int) -> dict[int, torch.nn.Module]:
     found = {getattr(modules[path], "layer_idx", None): modules[path] for path in gdn_layers(model)}
     for m in found.values():
         _check(m)
-    return {i: found[i] for i in range(layers) if i in found}
+    return _Shared({i: found[i] for i in range(layers) if i in found})
+
+
+class _Shared(dict[int, torch.nn.Module]):
+    """Modules that a copy of what holds them has too, and not copies of them."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Shared:
+        return self
 
 
 def _check(mixer: torch.nn.Module) -> None:
@@ -354,6 +403,8 @@ class Recorder:
         cache = cache_finder()([*args, *kwargs.values()])
         layer = cache.layers[mixer.layer_idx] if isinstance(cache, RollbackCache) else None
         if layer is not None and layer.record_past:
+            hidden_states = args[0] if args else kwargs["hidden_states"]
+            layer.begin(*hidden_states.shape[:2])
             self.layer = layer
         elif self.layer is not None:  # left by a call that raised
             self.layer = None
@@ -430,20 +481,23 @@ def _prove(mixer: torch.nn.Module) -> None:
         mixer(x[:, t : t + 1], _One(wanted, mixer.layer_idx))
     cache = RollbackCache.__new__(RollbackCache)
     Cache.__init__(cache, layers=[RollbackLayer()] * (mixer.layer_idx + 1))
-    cache.tokens, cache._mixers, cache._all = 3, {mixer.layer_idx: mixer}, {}
+    cache.tokens, cache._mixers, cache._all = 3, _Shared({mixer.layer_idx: mixer}), {}
     mixer(x[:, :3], cache)
     cache.activate_past_recording()
     mixer(x[:, 3:], cache)
     cache.crop(-1)
     found = cache.layers[-1]
-    pairs = {"state": (found.recurrent_states[0], wanted.recurrent_states[0]), "conv window": (found.conv_states[0], wanted.conv_states[0])}
+    pairs = {
+        "state": (found.recurrent_states[0], wanted.recurrent_states[0]),
+        "conv window": (found.conv_states[0], wanted.conv_states[0]),
+    }
     for what, (f, w) in pairs.items():
         f, w = f.double(), w.double()
         error = float((f - w).norm() / w.norm().clamp_min(1e-30))
         if not error <= TOLERANCE.get(weight.dtype, HALF_TOLERANCE):
             raise GdnfuseError(
-                f"What is replayed of a GDN layer's tokens must be what the layer computes, found a relative error of {error:.1e} "
-                f"in the {what} of {type(mixer).__name__}, which cannot be rolled back."
+                f"What is replayed of a GDN layer's tokens must be what the layer computes, found a relative error of "
+                f"{error:.1e} in the {what} of {type(mixer).__name__}, which cannot be rolled back."
             )
     _proved.add(kind)
 

@@ -1,0 +1,323 @@
+"""Proposers: who drafts the next tokens for the model to check, several in one step.
+
+A draft costs nothing but speed: what the model would not have said is not said. So a proposer may guess whatever it likes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from gdnfuse import compat
+from gdnfuse.errors import GdnfuseError
+from gdnfuse.generation.feeding import Fed
+
+MOST_DRAFTS = 7
+
+
+@dataclass
+class Run:
+    """What a proposer is told of the generation that begins.
+
+    Attributes:
+        model: that checks the drafts.
+        mask: [B, L], of the prompt, 0 where it is padding, or None.
+        most: tokens that a row may come to have, drafts included.
+        static: whether the model's cache has a fixed length, which a draft's then has too.
+        scores: what makes of ids [B, L] and logits [B, V] the scores that tokens are drawn from, where they are drawn and it may
+            be called for drafts too; else drafts are the likeliest.
+    """
+
+    model: torch.nn.Module
+    mask: torch.Tensor | None
+    most: int
+    static: bool
+    scores: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+
+
+@dataclass
+class Drafts:
+    """Drafted tokens [B, n], and if they were drawn the probabilities [B, n, vocabulary] that they were drawn with."""
+
+    tokens: torch.Tensor
+    probabilities: torch.Tensor | None = None
+
+
+class Drafting(Protocol):
+    """A proposer at work in one generation."""
+
+    def propose(self, ids: torch.Tensor, rows: Sequence[Sequence[int]]) -> Drafts | None:
+        """The next tokens of all rows, or None where there is nothing to propose.
+
+        Args:
+            ids: [B, L], all tokens so far, padding included.
+            rows: the same on the host, without padding.
+        """
+
+
+class Proposer(Protocol):
+    """Drafts `n` tokens at a time."""
+
+    n: int
+
+    def start(self, run: Run) -> Drafting: ...
+
+
+def check_count(n: Any, name: str) -> None:
+    if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= MOST_DRAFTS:
+        raise GdnfuseError(f"{name} drafts 1 to {MOST_DRAFTS} tokens at a time, found {n!r}.")
+
+
+@dataclass(frozen=True)
+class PromptLookup:
+    """Drafts what followed the last tokens where they stood before, in the prompt or in what was generated.
+
+    Saxena 2023, prompt lookup decoding. Nothing is proposed where they stood nowhere: such a step is a plain one.
+
+    Args:
+        n: tokens per draft, 1 to 7.
+        ngram: of how many last tokens at most the same are looked for; fewer where so many are not found.
+
+    Raises:
+        GdnfuseError: another number of either.
+    """
+
+    n: int = 4
+    ngram: int = 3
+
+    def __post_init__(self) -> None:
+        check_count(self.n, "PromptLookup")
+        if isinstance(self.ngram, bool) or not isinstance(self.ngram, int) or self.ngram < 1:
+            raise GdnfuseError(f"PromptLookup looks for at least one token, found ngram={self.ngram!r}.")
+
+    def start(self, run: Run) -> Drafting:
+        return _Lookup(self)
+
+
+class _Lookup:
+    def __init__(self, of: PromptLookup):
+        self.of, self._rows = of, []
+
+    def propose(self, ids: torch.Tensor, rows: Sequence[Sequence[int]]) -> Drafts | None:
+        if not self._rows:
+            self._rows = [_Places(self.of.ngram) for _ in rows]
+        found = [places.after(row, self.of.n) for places, row in zip(self._rows, rows, strict=True)]
+        if not any(found):
+            return None
+        filled = [draft or [row[-1]] * self.of.n for draft, row in zip(found, rows, strict=True)]
+        return Drafts(torch.tensor(filled, device=ids.device))
+
+
+@dataclass
+class _Places:
+    """Where each n-gram of a row stood last, by how it reads: the place behind it."""
+
+    most: int
+    places: dict[tuple[int, ...], int] = field(default_factory=dict)
+    seen: int = 0
+
+    def after(self, row: Sequence[int], n: int) -> list[int]:
+        """What followed the longest of the last n-grams that stood before, n tokens; empty where none did."""
+        for end in range(max(self.seen, 1), len(row)):  # n-grams with a token behind them
+            for size in range(1, min(self.most, end) + 1):
+                self.places[tuple(row[end - size : end])] = end
+        self.seen = len(row)
+        for size in range(min(self.most, len(row)), 0, -1):
+            at = self.places.get(tuple(row[len(row) - size :]))
+            if at is not None:
+                read = list(row[at : at + n])
+                period = len(row) - at
+                while len(read) < n:  # the row repeats itself with this period
+                    read.append(read[len(read) - period])
+                return read
+        return []
+
+
+@dataclass(frozen=True)
+class Callback:
+    """Drafts what a function says.
+
+    Args:
+        propose: takes all tokens so far [B, L], and gives up to `n` more for each row, [B, m], as a tensor or as lists, or None.
+            Padding is among what it takes.
+        n: tokens per draft, 1 to 7. Fewer are filled up, so that all steps have one shape.
+
+    Raises:
+        GdnfuseError: it is no function, or another number.
+    """
+
+    propose: Callable[[torch.Tensor], Any]
+    n: int = 4
+
+    def __post_init__(self) -> None:
+        check_count(self.n, "Callback")
+        if not callable(self.propose):
+            raise GdnfuseError(f"Callback needs a function, found {type(self.propose).__name__}.")
+
+    def start(self, run: Run) -> Drafting:
+        return _Called(self, run.model.config.get_text_config(decoder=True).vocab_size)
+
+
+class _Called:
+    def __init__(self, of: Callback, vocabulary: int):
+        self.of, self.vocabulary = of, vocabulary
+
+    def propose(self, ids: torch.Tensor, rows: Sequence[Sequence[int]]) -> Drafts | None:
+        drafts = self.of.propose(ids)
+        if drafts is None:
+            return None
+        try:
+            drafts = torch.as_tensor(drafts, device=ids.device)
+        except (ValueError, TypeError, RuntimeError):
+            drafts = None
+        B, wanted = ids.shape[0], f"ids of tokens [{ids.shape[0]}, up to {self.of.n}], as a tensor or as lists of equal length"
+        if (
+            drafts is None
+            or drafts.ndim != 2
+            or drafts.shape[0] != B
+            or drafts.shape[1] > self.of.n
+            or drafts.is_floating_point()
+        ):
+            found = "something else" if drafts is None else f"{list(drafts.shape)} of {drafts.dtype}"
+            raise GdnfuseError(f"A function that proposes drafts must give {wanted}, found {found}.")
+        if drafts.shape[1] == 0:
+            return None
+        low, high = drafts.min().item(), drafts.max().item()
+        if low < 0 or high >= self.vocabulary:
+            raise GdnfuseError(f"Drafts must be ids below {self.vocabulary}, the model's vocabulary, found {low} to {high}.")
+        missing = self.of.n - drafts.shape[1]
+        return Drafts(torch.cat([drafts, drafts[:, -1:].expand(B, missing)], 1).to(ids.dtype))
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Drafts what a smaller model says (Leviathan et al. 2023, arXiv:2211.17192; Chen et al. 2023, arXiv:2302.01318).
+
+    It goes on a cache of its own, one token at a time. A recurrent state of it is copied after each draft, so that what was
+    rejected is taken back exactly: `n` + 1 times its states, 19 MiB each in a 0.8B model.
+
+    Args:
+        model: any causal language model of the same vocabulary; one that `gdnfuse.compile` has compiled is as fast as it goes.
+        n: tokens per draft, 1 to 7.
+
+    Raises:
+        GdnfuseError: it is no causal language model, or another number.
+    """
+
+    model: torch.nn.Module
+    n: int = 4
+
+    def __post_init__(self) -> None:
+        check_count(self.n, "Draft")
+        if not isinstance(self.model, torch.nn.Module) or not hasattr(self.model, "generate"):
+            raise GdnfuseError(f"Draft needs a causal language model of transformers, found {type(self.model).__name__}.")
+
+    def check(self, model: torch.nn.Module) -> None:
+        """Raises GdnfuseError where drafts of this model would be no tokens of the other."""
+        ours, theirs = (m.config.get_text_config(decoder=True).vocab_size for m in (self.model, model))
+        if ours != theirs:
+            raise GdnfuseError(
+                f"A draft must have the vocabulary of the model it drafts for, {theirs} tokens of {type(model).__name__}, found "
+                f"{ours} of {type(self.model).__name__}."
+            )
+        if self.model is model:
+            raise GdnfuseError("A draft must be another model than the one it drafts for, found the same.")
+
+    def start(self, run: Run) -> Drafting:
+        return _Drafting(self, run)
+
+
+class _Drafting:
+    def __init__(self, of: Draft, run: Run):
+        from transformers import DynamicCache, StaticCache
+
+        config = of.model.config.get_text_config(decoder=True)
+        cache = StaticCache(config=config, max_cache_len=run.most) if run.static else DynamicCache(config=config)
+        self.n, self.run = of.n, run
+        self.fed = Fed(of.model, cache, run.mask, run.most if run.static else None)
+        self.states: list[_States] = []
+
+    def propose(self, ids: torch.Tensor, rows: Sequence[Sequence[int]]) -> Drafts | None:
+        with torch.no_grad():
+            self._catch_up(ids)
+            drafts, probabilities, so_far = [], [], ids
+            for i in range(self.n):
+                logits = self.fed(so_far[:, -1:], last=True).logits[:, -1].float()
+                if i + 1 < self.n:  # the last is what the cache holds
+                    self._keep(i)
+                if self.run.scores is None:
+                    token = logits.argmax(-1, keepdim=True)
+                else:
+                    probabilities.append(self.run.scores(so_far, logits).softmax(-1))
+                    token = torch.multinomial(probabilities[-1], 1)
+                drafts.append(token)
+                so_far = torch.cat([so_far, token], 1)
+        return Drafts(torch.cat(drafts, 1), torch.stack(probabilities, 1) if probabilities else None)
+
+    def _catch_up(self, ids: torch.Tensor) -> None:
+        """Have the cache hold all tokens but the last, and nothing else."""
+        wanted = ids.shape[1] - 1
+        if not self.fed.length:
+            if wanted:
+                self.fed(ids[:, :wanted], last=True)
+            return
+        if (known := min(wanted, self.fed.length)) < self.fed.length:
+            self._take_back(self.fed.length - known)
+        for i in range(self.fed.length, wanted):
+            self.fed(ids[:, i : i + 1], last=True)
+
+    def _keep(self, i: int) -> None:
+        """Copy the states as they are behind the draft before the i-th."""
+        if len(self.states) <= i:
+            self.states.append(_States(self.fed.cache))
+        self.states[i].keep(self.fed.length)
+
+    def _take_back(self, tokens: int) -> None:
+        from gdnfuse.generation.rollback import take_back
+
+        length = self.fed.length - tokens
+        next(s for s in self.states if s.length == length).restore()
+        take_back(self.fed.cache.layers, tokens)
+        self.fed.length = length
+
+
+class _States:
+    """A copy of the recurrent and conv states of a cache."""
+
+    def __init__(self, cache: Any):
+        self.cache, self.length = cache, -1
+        self.copies = [x.clone() for x in self._states()]
+
+    def _states(self) -> list[torch.Tensor]:
+        layers = [layer for layer in self.cache.layers if hasattr(layer, "recurrent_states")]
+        held = [x for layer in layers for x in (*layer.recurrent_states.values(), *layer.conv_states.values())]
+        return [x for x in held if x is not None]
+
+    def keep(self, length: int) -> None:
+        self.length = length
+        compat.copy_all(self.copies, self._states())
+
+    def restore(self) -> None:
+        compat.copy_all(self._states(), self.copies)
+
+
+def proposer_of(speculate: Any) -> Proposer:
+    """What `speculate=` means.
+
+    Raises:
+        GdnfuseError: nothing that proposes drafts.
+    """
+    if isinstance(speculate, type) or isinstance(speculate, torch.nn.Module) or isinstance(speculate, bool):
+        pass
+    elif hasattr(speculate, "start") and hasattr(speculate, "n"):
+        return speculate
+    elif callable(speculate):
+        return Callback(speculate)
+    found = speculate.__name__ if isinstance(speculate, type) else type(speculate).__name__
+    raise GdnfuseError(
+        f"speculate must be a PromptLookup, a Draft, a Callback or a function that gives drafts, found {found}; a model drafts "
+        "as gdnfuse.Draft(model, 4)."
+    )

@@ -1,0 +1,417 @@
+"""Speculative decoding: a step checks several drafted tokens at once, and only what the model itself says stays.
+
+Leviathan et al. 2023 (arXiv:2211.17192) and Chen et al. 2023 (arXiv:2302.01318): greedy, the tokens are those of plain decoding;
+drawn, their distribution is. A round feeds the last token and its drafts on a cache that records (`RollbackCache`), looks how
+many drafts the model agrees with, and crops the rest.
+
+Rows of a batch share their cache's length, so they go on together, by as many tokens as the row that accepts fewest. That a row
+draws a token anew which it had accepted already does not change its distribution: whether it does is up to the other rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gdnfuse import compat
+from gdnfuse.errors import GdnfuseError
+from gdnfuse.generation.caches import cache_argument, cache_finder
+from gdnfuse.generation.feeding import Fed
+from gdnfuse.generation.proposers import Drafts, Proposer, Run, proposer_of
+
+
+@dataclass
+class Acceptance:
+    """How one generation went.
+
+    Attributes:
+        rounds: steps in which drafts were checked.
+        plain_steps: steps of one token, where nothing was proposed.
+        drafted: tokens that were proposed, per row.
+        accepted: how many of them every row accepted.
+        tokens: that were generated, per row; the prompt's own step gives the first.
+    """
+
+    rounds: int = 0
+    plain_steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    tokens: int = 0
+
+    @property
+    def rate(self) -> float:
+        """Accepted drafts of all drafts; 0 where there were none."""
+        return self.accepted / self.drafted if self.drafted else 0.0
+
+    @property
+    def tokens_per_step(self) -> float:
+        """New tokens of a step behind the prompt's; 0 where there was none."""
+        steps = self.rounds + self.plain_steps
+        return (self.tokens - 1) / steps if steps else 0.0
+
+    def __str__(self) -> str:
+        return (
+            f"{self.accepted} of {self.drafted} drafts accepted ({self.rate:.0%}), {self.tokens_per_step:.2f} tokens per step: "
+            f"{self.rounds} steps with drafts and {self.plain_steps} plain ones."
+        )
+
+
+class Speculative:
+    """Speculative decoding as `generate` takes it: `model.generate(..., custom_generate=gdnfuse.speculative(...))`.
+
+    Args:
+        speculate: a `PromptLookup`, a `Draft`, a `Callback` or a function that gives drafts.
+        streamer: as `generate` takes it. It hands a `custom_generate` none, so one that is given there gets the prompt alone.
+
+    Attributes:
+        acceptance: how the last generation went; None before the first.
+
+    Raises:
+        GdnfuseError: nothing that proposes drafts. From a call: what is asked for cannot be speculated on; nothing has been
+            generated then.
+    """
+
+    def __init__(self, speculate: Any, streamer: Any = None):
+        self.proposer: Proposer = proposer_of(speculate)
+        self.streamer = streamer
+        self.acceptance: Acceptance | None = None
+
+    def __call__(
+        self,
+        model: torch.nn.Module,
+        input_ids: torch.Tensor,
+        logits_processor: Any = (),
+        stopping_criteria: Any = (),
+        generation_config: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        self.acceptance = Acceptance()
+        round_ = _Generation(self, model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
+        with torch.no_grad():
+            return round_.run()
+
+
+class _Generation:
+    """One call of generate."""
+
+    def __init__(
+        self, of: Speculative, model: Any, ids: torch.Tensor, processors: Any, criteria: Any, config: Any, kwargs: dict[str, Any]
+    ):
+        self.model, self.ids, self.processors, self.config, self.streamer = model, ids, processors, config, of.streamer
+        self.proposer, self.counts = of.proposer, of.acceptance
+        self.n = self.proposer.n
+        _check(model, ids, config, self.proposer)
+        self.stop = _Stop(criteria)
+        mask = _mask(ids, kwargs)
+        self.cache, capacity, length = _cache(model, ids, config, kwargs, self.n)
+        # As transformers does: steps on a cache of fixed length are compiled for it, with CUDA graphs.
+        of_steps = vars(model).get("get_compiled_call")  # ours, if the model is compiled
+        steps = capacity is not None and ids.device.type == "cuda" and not config.disable_compile
+        call = of_steps(config.compile_config) if steps and of_steps is not None else None
+        self.fed = Fed(model, self.cache, mask, capacity, length, call)
+        self.sample = bool(config.do_sample)
+        self.careful = not all(map(_is_stateless, processors))
+        most = config.max_length + self.n
+        scores = processors if self.sample and not self.careful else None
+        self.drafting = self.proposer.start(Run(model, mask, most, capacity is not None, scores))
+        self.rows = _without_padding(ids, mask)
+        self.done = [False] * len(self.rows)
+        self.pad = config.pad_token_id if config.pad_token_id is not None else min(self.stop.eos, default=0)
+        wanted = config.return_dict_in_generate
+        self.scores: list[torch.Tensor] | None = [] if wanted and config.output_scores else None
+        self.logits: list[torch.Tensor] | None = [] if wanted and config.output_logits else None
+
+    def run(self) -> Any:
+        if self.cache.is_recording:
+            self.cache.stop_past_recording()
+        logits, drafts = self._prompt(), None
+        while True:
+            try:
+                emitted, over = self._take(logits, drafts)
+            except BaseException:
+                self._undo(drafts)
+                raise
+            if drafts is not None:
+                self.cache.crop(emitted - logits.shape[1])
+                self.fed.length += emitted - logits.shape[1]
+            if over:
+                break
+            # With one token left there is nothing to check drafts for.
+            left = self.stop.most - self.ids.shape[1] if self.stop.most is not None else 2
+            drafts = self.drafting.propose(self.ids, self.rows) if left > 1 else None
+            if drafts is None:
+                self.counts.plain_steps += 1
+                self.cache.stop_past_recording()
+                logits = self.fed(self.ids[:, -1:], last=True).logits
+                continue
+            self.counts.rounds += 1
+            self.counts.drafted += self.n
+            self.cache.activate_past_recording()
+            try:
+                logits = self.fed(torch.cat([self.ids[:, -1:], drafts.tokens], 1)).logits
+            except BaseException:
+                self._undo(drafts)
+                raise
+        self.cache.stop_past_recording()
+        if self.streamer is not None:
+            self.streamer.end()
+        return self._answer()
+
+    def _prompt(self) -> torch.Tensor:
+        new = self.ids[:, self.fed.length :]
+        chunk = self.config.prefill_chunk_size or new.shape[1]
+        for part in new.split(chunk, 1):
+            logits = self.fed(part, last=True).logits
+        return logits[:, -1:]
+
+    def _undo(self, drafts: Drafts | None) -> None:
+        """Have the cache be as it was before drafts were fed."""
+        if drafts is not None:
+            self.cache.abandon(self.ids.shape[1] - 1)
+
+    def _take(self, logits: torch.Tensor, drafts: Drafts | None) -> tuple[int, bool]:
+        """Choose tokens, and take those that stand: how many, and whether that was the end."""
+        logits = logits.to(self.ids.device)
+        picked, scores = self._pick(logits, drafts)
+        columns = picked.shape[1]
+        if columns > 1:
+            agree = (picked[:, :-1] == drafts.tokens[:, : columns - 1]).long().cumprod(1).sum(1, keepdim=True)
+            read = torch.cat([agree, picked], 1).tolist()  # the one time a round that the host waits
+            stands = [row[0] for row, done in zip(read, self.done, strict=True) if not done]
+            accepted, host = min(stands), [row[1:] for row in read]
+        else:
+            accepted, host = 0, picked.tolist()
+        before = self.ids
+        self.ids = torch.cat([before, picked[:, : accepted + 1]], 1)
+        emitted, over = 0, False
+        try:
+            while emitted <= accepted and not over:
+                self._record(logits, scores, emitted)
+                column = [self.pad if done else row[emitted] for row, done in zip(host, self.done, strict=True)]
+                for row, token in zip(self.rows, column, strict=True):
+                    row.append(token)
+                emitted += 1
+                if self.streamer is not None:
+                    self.streamer.put(torch.tensor(column))
+                seen = None if self.scores is None else tuple(self.scores)
+                stops = self.stop(self.ids[:, : before.shape[1] + emitted], column, seen)
+                self.done = [done or stop for done, stop in zip(self.done, stops, strict=True)]
+                over = all(self.done)
+        except BaseException:
+            self.ids = before
+            raise
+        self.ids = self.ids[:, : before.shape[1] + emitted]
+        if len(self.rows) > 1 and any(self.done):  # of which the rest is padding
+            self.ids = torch.cat([before, torch.tensor([row[-emitted:] for row in self.rows], device=before.device)], 1)
+        self.counts.tokens += emitted
+        if drafts is not None:
+            self.counts.accepted += min(accepted, emitted)
+        return emitted, over
+
+    def _record(self, logits: torch.Tensor, scores: list[torch.Tensor], j: int) -> None:
+        if self.scores is not None:
+            self.scores.append(scores[j])
+        if self.logits is not None:
+            self.logits.append(logits[:, j].float().clone())
+
+    def _pick(self, logits: torch.Tensor, drafts: Drafts | None) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The token at each place [B, columns], as if all drafts before it stood, and the scores that it was chosen by."""
+        if not self.sample and not self.processors and self.scores is None:
+            return logits.argmax(-1), []
+        picked, scores = [], []
+        for i in range(logits.shape[1]):
+            tokens = None if drafts is None else drafts.tokens
+            ids = self.ids if i == 0 else torch.cat([self.ids, tokens[:, :i]], 1)
+            row = logits[:, i].to(copy=True, dtype=torch.float32)
+            scores.append(self.processors(ids, row) if self.processors else row)
+            draft = tokens[:, i] if tokens is not None and i < tokens.shape[1] else None
+            drawn = drafts.probabilities[:, i] if draft is not None and drafts.probabilities is not None else None
+            picked.append(self._choose(scores[-1], draft, drawn))
+            if self.careful and draft is not None:
+                # A processor that remembers what it was asked must not be asked of tokens that do not stand.
+                wrong = (picked[-1] != draft).tolist()
+                if any(w for w, done in zip(wrong, self.done, strict=True) if not done):
+                    break
+        return torch.stack(picked, 1), scores
+
+    def _choose(self, scores: torch.Tensor, draft: torch.Tensor | None, drawn: torch.Tensor | None) -> torch.Tensor:
+        if not self.sample:
+            return scores.argmax(-1)
+        p = scores.softmax(-1)
+        if drawn is None:
+            # A draft that was not drawn stands where the model draws it too: rejection sampling from a point.
+            return torch.multinomial(p, 1).squeeze(1)
+        at = draft[:, None]
+        stands = torch.rand_like(p[:, :1]) * drawn.gather(1, at) < p.gather(1, at)
+        rest = (p - drawn).clamp(min=0)
+        rest = torch.where(rest.sum(1, keepdim=True) > 0, rest, p)
+        return torch.where(stands, at, torch.multinomial(rest, 1)).squeeze(1)
+
+    def _answer(self) -> Any:
+        if not self.config.return_dict_in_generate:
+            return self.ids
+        from transformers.generation import GenerateDecoderOnlyOutput
+
+        found = {"scores": self.scores, "logits": self.logits}
+        return GenerateDecoderOnlyOutput(
+            sequences=self.ids,
+            **{k: tuple(v) for k, v in found.items() if v is not None},
+            **cache_argument(self.model, self.cache),
+        )
+
+
+# Processors of transformers that answer by their arguments alone. Whatever is not among them is asked only of tokens that stand.
+STATELESS = frozenset(
+    "TemperatureLogitsWarper TopKLogitsWarper TopPLogitsWarper MinPLogitsWarper TypicalLogitsWarper EpsilonLogitsWarper "
+    "EtaLogitsWarper RepetitionPenaltyLogitsProcessor NoRepeatNGramLogitsProcessor NoBadWordsLogitsProcessor "
+    "MinLengthLogitsProcessor MinNewTokensLengthLogitsProcessor SuppressTokensLogitsProcessor "
+    "SuppressTokensAtBeginLogitsProcessor ForcedBOSTokenLogitsProcessor ForcedEOSTokenLogitsProcessor "
+    "InfNanRemoveLogitsProcessor LogitNormalization".split()
+)
+
+
+def _is_stateless(processor: Any) -> bool:
+    kind = type(processor)
+    return kind.__name__ in STATELESS and kind.__module__.startswith("transformers.")
+
+
+class _Stop:
+    """Stopping criteria, asked of one more token of each row. Lengths and ends of text are looked at on the host."""
+
+    def __init__(self, criteria: Any):
+        self.others, self.eos, self.most = [], set(), None
+        for criterion in criteria:
+            name = type(criterion).__name__
+            if name == "MaxLengthCriteria":
+                self.most = criterion.max_length if self.most is None else min(self.most, criterion.max_length)
+            elif name == "EosTokenCriteria":
+                self.eos |= set(criterion.eos_token_id.tolist())
+            else:
+                self.others.append(criterion)
+
+    def __call__(self, ids: torch.Tensor, column: Sequence[int], scores: Any) -> list[bool]:
+        ends = self.most is not None and ids.shape[1] >= self.most
+        stops = [ends or token in self.eos for token in column]
+        for criterion in self.others:
+            found = criterion(ids, scores)
+            found = found.tolist() if isinstance(found, torch.Tensor) else [found] * len(column)
+            stops = [a or b for a, b in zip(stops, found, strict=True)]
+        return stops
+
+
+def check_model(model: torch.nn.Module, proposer: Proposer) -> None:
+    """Raises GdnfuseError where a model cannot be speculated on, or not with these drafts."""
+    from gdnfuse.generation.rollback import RollbackCache
+
+    if hasattr(proposer, "check"):
+        proposer.check(model)
+    RollbackCache(model, tokens=proposer.n + 1)
+
+
+def _check(model: torch.nn.Module, ids: torch.Tensor, config: Any, proposer: Proposer) -> None:
+    beams = getattr(config, "num_beams", 1) or 1
+    if beams > 1:
+        raise GdnfuseError(f"Speculation follows one sequence per row, found num_beams={beams}: generate without it.")
+    asked = [name for name in ("output_attentions", "output_hidden_states") if getattr(config, name, False)]
+    if asked and config.return_dict_in_generate:
+        raise GdnfuseError(f"Speculation keeps no record of what layers gave, found {asked[0]}=True: generate without it.")
+    if getattr(config, "use_cache", True) is False:
+        raise GdnfuseError("Speculation needs a cache, found use_cache=False.")
+    if ids.ndim != 2 or 0 in ids.shape:
+        raise GdnfuseError(f"Speculation needs a prompt of at least one row and one token, found ids of {list(ids.shape)}.")
+    if hasattr(proposer, "check"):
+        proposer.check(model)
+
+
+HEEDED = (
+    "attention_mask",
+    "position_ids",
+    "use_cache",
+    "logits_to_keep",
+    "return_dict",
+    "output_attentions",
+    "output_hidden_states",
+)
+
+
+def _mask(ids: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """[B, L], 0 where prompts are padding; None where nowhere. Whatever else a model is given is refused."""
+    from transformers import Cache
+
+    given = {
+        name: x
+        for name, x in kwargs.items()
+        if x is not None and not isinstance(x, Cache) and not (isinstance(x, dict) and not x)
+    }
+    if others := [name for name in given if name not in HEEDED]:
+        raise GdnfuseError(f"Speculation takes prompts of text alone, found {', '.join(others)}: generate without it.")
+    mask = kwargs.get("attention_mask")
+    if mask is not None:
+        if mask.shape != ids.shape:
+            raise GdnfuseError(
+                f"The attention_mask of a speculation must be as long as its input_ids, which hold all tokens, "
+                f"{list(ids.shape)}, found {list(mask.shape)}."
+            )
+        mask = mask.long()
+        if bool((mask == 1).all()):
+            mask = None
+        elif not bool((mask[:, -1] == 1).all()):
+            raise GdnfuseError("Speculation takes prompts that are padded on the left, found an attention_mask that ends in 0.")
+    places = kwargs.get("position_ids")
+    if places is not None and places.shape[-1] == ids.shape[1]:
+        wanted = (torch.ones_like(ids) if mask is None else mask).cumsum(1) - 1
+        differ = (places.to(wanted.device) != wanted) & (wanted >= 0 if mask is None else mask == 1)
+        if bool(differ.any()):
+            raise GdnfuseError("Speculation counts positions from each row's first token, found other position_ids.")
+    return mask
+
+
+def _without_padding(ids: torch.Tensor, mask: torch.Tensor | None) -> list[list[int]]:
+    if mask is None:
+        return ids.tolist()
+    return [[token for token, m in zip(*pair, strict=True) if m] for pair in zip(ids.tolist(), mask.tolist(), strict=True)]
+
+
+def _cache(model: torch.nn.Module, ids: torch.Tensor, config: Any, kwargs: dict[str, Any], n: int) -> tuple[Any, int | None, int]:
+    """The cache, how many tokens it holds at most, or None, and how many it holds.
+
+    Raises:
+        GdnfuseError: the user's own cannot be used.
+    """
+    from transformers import DynamicCache, StaticCache
+
+    from gdnfuse.generation.rollback import RollbackCache
+
+    given, needed = cache_finder()(kwargs.values()), config.max_length - 1 + n
+    if isinstance(given, RollbackCache):
+        if given.pending:
+            raise GdnfuseError(
+                f"A RollbackCache must have all in its states, found {given.pending} tokens that are not: crop first."
+            )
+        if given.tokens < n + 1:
+            raise GdnfuseError(f"A RollbackCache for {n} drafts must take {n + 1} tokens a call, found {given.tokens}.")
+        if given.capacity is not None and given.capacity < needed:
+            raise GdnfuseError(
+                f"A RollbackCache for {config.max_length} tokens and {n} drafts must hold {needed}, found {given.capacity}: make "
+                "it longer, or generate fewer."
+            )
+        length = int(given.get_seq_length())
+        if length >= ids.shape[1]:
+            raise GdnfuseError(
+                f"input_ids must hold the {length} tokens that the cache holds and at least one more, found {ids.shape[1]}."
+            )
+        return given, given.capacity, length
+    plain = type(given) in (DynamicCache, StaticCache) and not given.offloading
+    if given is None or not plain or compat.is_users(given):
+        raise GdnfuseError(
+            f"Speculation takes back tokens, which needs a gdnfuse.RollbackCache(model), found {type(given).__name__}"
+            f"{'' if plain or given is None else ' as cache_implementation asks for it'}: hand over such a cache, or none."
+        )
+    if type(given) is DynamicCache:
+        return RollbackCache(model, tokens=n + 1), None, 0
+    held = max(layer.max_cache_len for layer in given.layers if hasattr(layer, "max_cache_len"))
+    capacity = max(needed, held + n)
+    return RollbackCache(model, capacity, tokens=n + 1), capacity, 0

@@ -1,0 +1,510 @@
+"""Speculative decoding: the tokens, or their distribution, are those of plain generate, whoever drafts."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import logging
+import pickle
+
+import pytest
+import torch
+import transformers
+from transformers import LogitsProcessor, StoppingCriteria
+
+import gdnfuse
+from gdnfuse import Callback, Draft, PromptLookup
+from gdnfuse.generation.generate import OTHERS
+from gdnfuse.generation.proposers import Run
+from tests.models import zoo
+
+FAMILIES = ("causal_lm", "moe", "qwen3_next", "olmo_hybrid", "conditional_generation")
+PROPOSERS = ("lookup", "draft", "function")
+GREEDY = {"max_new_tokens": 24, "do_sample": False}
+
+
+def built(family="causal_lm", **overrides):
+    """Logits far apart, so that tokens vary and no rounding chooses between two."""
+    model = getattr(zoo, family)(**overrides)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(4)
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def disturbed(model, scale):
+    """One that says what the model says, mostly."""
+    other, generator = copy.deepcopy(model), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.add_(torch.randn(p.shape, generator=generator) * p.std().nan_to_num(0) * scale)
+    return other
+
+
+def guesses(answer, right, seed=0):
+    """A function that gives the tokens that the model will say, each with a probability, and else others."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def propose(ids):
+        tokens = answer[:, ids.shape[1] : ids.shape[1] + 4]
+        if not tokens.shape[1]:
+            return None
+        return torch.where(torch.rand(tokens.shape, generator=generator) < right, tokens, (tokens + 1) % 128)
+
+    return propose
+
+
+def draft_for(proposer, model, answer, seed):
+    if proposer == "lookup":
+        return PromptLookup(4, 1 + seed % 3)
+    return Draft(disturbed(model, 0.05), 1 + seed % 4) if proposer == "draft" else guesses(answer, 0.7, seed)
+
+
+def case(model, proposer, seed, **more):
+    """One random call, plain and with drafts; and how many of these stood."""
+    rows, padded = 1 + seed % 2, seed % 3 == 1
+    ids, mask = zoo.prompt(rows, 5 + seed % 7, padded, seed=seed)
+    if proposer == "lookup":  # tokens that stand there before
+        ids, mask = (x if x is None else torch.cat([x, x.clamp(min=1) if x is mask else x], 1) for x in (ids, mask))
+    asked = {**GREEDY, "attention_mask": mask, "cache_implementation": ("static", None)[seed // 2 % 2], **more}
+    if mask is None:
+        del asked["attention_mask"]
+    wanted = model.generate(ids, **asked)
+    speculative = gdnfuse.speculative(draft_for(proposer, model, wanted, seed))
+    found = model.generate(ids, custom_generate=speculative, **asked)
+    assert torch.equal(found, wanted), (proposer, seed)
+    return speculative.acceptance
+
+
+def run(family, proposer, seeds):
+    model = built(family)
+    counts = [case(model, proposer, seed) for seed in seeds]
+    accepted, drafted = sum(c.accepted for c in counts), sum(c.drafted for c in counts)
+    assert 0 < accepted < drafted
+
+
+@pytest.mark.parametrize(
+    ("family", "proposer", "first"),
+    [
+        ("causal_lm", "lookup", 0), ("causal_lm", "draft", 4), ("moe", "function", 8), ("qwen3_next", "draft", 12),
+        ("olmo_hybrid", "function", 16),
+    ],
+)  # fmt: skip
+def test_tokens_are_greedys(family, proposer, first):
+    """20 cases; the other 580 are the sweep's."""
+    run(family, proposer, range(first, first + 4))
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("proposer", PROPOSERS)
+def test_tokens_are_greedys_in_200_cases(family, proposer):
+    run(family, proposer, range(40))
+
+
+@pytest.mark.parametrize("proposer", PROPOSERS)
+def test_in_bfloat16_the_first_difference_is_a_near_tie(proposer):
+    model = built().bfloat16()
+    for seed in range(4):
+        ids = zoo.prompt(1, 8, seed=seed)[0]
+        wanted = model.generate(ids, **GREEDY, output_logits=True, return_dict_in_generate=True)
+        drafts = draft_for(proposer, model, wanted.sequences, seed)
+        found = model.generate(ids, **GREEDY, custom_generate=gdnfuse.speculative(drafts))
+        differ = (found != wanted.sequences)[0].nonzero().flatten().tolist()
+        if differ:
+            logits = wanted.logits[differ[0] - ids.shape[1]][0]
+            chosen, other = logits[wanted.sequences[0, differ[0]]], logits[found[0, differ[0]]]
+            assert chosen - other < 0.02 * logits.abs().max()
+
+
+def answers(model, speculate, **more):
+    """What a call gives, plain and with drafts of its answer, and the second's acceptance."""
+    asked = {**GREEDY, "return_dict_in_generate": True, **more}
+    ids = zoo.prompt(1, 8)[0]
+    fresh = {k: copy.deepcopy(v) for k, v in asked.items()}
+    wanted = model.generate(ids, **asked)
+    speculative = gdnfuse.speculative(speculate or guesses(wanted.sequences, 0.8))
+    return wanted, model.generate(ids, custom_generate=speculative, **fresh), speculative.acceptance
+
+
+class Remembering(LogitsProcessor):
+    """One that must be asked once of each token that stands, in order: it forbids what it said last but one."""
+
+    def __init__(self):
+        self.asked = []
+
+    def __call__(self, input_ids, scores):
+        self.asked.append(input_ids.shape[1])
+        return scores.roll(len(self.asked) % 3, -1)
+
+
+class Sum(StoppingCriteria):
+    def __call__(self, input_ids, scores, **kwargs):
+        assert scores is None or len(scores)
+        return torch.tensor([int(row[8:].sum()) > 900 for row in input_ids])
+
+
+def test_processors_and_criteria_see_the_tokens_that_stand_and_no_others():
+    model = built()
+    ours, theirs = Remembering(), Remembering()
+    ids = zoo.prompt(1, 8)[0]
+    wanted = model.generate(ids, **GREEDY, logits_processor=[theirs])
+    found = model.generate(
+        ids, **GREEDY, logits_processor=[ours], custom_generate=gdnfuse.speculative(guesses(wanted, 0.8))
+    )  # fmt: skip
+    assert torch.equal(found, wanted) and ours.asked == theirs.asked
+    for more in (
+        {"repetition_penalty": 2.0, "no_repeat_ngram_size": 2, "min_new_tokens": 4},
+        {"stopping_criteria": [Sum()], "output_scores": True},
+        {"max_new_tokens": 1}, {"max_new_tokens": 2}, {"max_time": 0.0},
+    ):  # fmt: skip
+        wanted, found, _ = answers(model, None, **more)
+        assert torch.equal(found.sequences, wanted.sequences), more
+
+
+def test_scores_logits_and_the_cache_are_those_of_plain_generate():
+    model = built()
+    for implementation in (None, "static"):
+        more = {"output_scores": True, "output_logits": True, "repetition_penalty": 1.5, "cache_implementation": implementation}
+        wanted, found, acceptance = answers(model, None, **more)
+        assert acceptance.accepted and {*wanted.keys()} == {*found.keys()} and len(found.scores) == len(wanted.scores) == 24
+        for name in ("scores", "logits"):
+            assert zoo.relative(torch.stack(found[name]), torch.stack(wanted[name])) < 1e-4
+        ours, theirs = found[zoo.CACHE], wanted[zoo.CACHE]
+        assert int(ours.get_seq_length()) == int(theirs.get_seq_length())
+        for kind in ("recurrent", "conv"):
+            assert zoo.relative(zoo.flat_states(ours, kind), zoo.flat_states(theirs, kind)) < 1e-4
+        assert acceptance.tokens == 24 and acceptance.accepted <= acceptance.drafted == 4 * acceptance.rounds
+        steps = acceptance.rounds + acceptance.plain_steps
+        assert acceptance.tokens_per_step == 23 / steps > 1.5 and f"{23 / steps:.2f} tokens per step" in str(acceptance)
+
+
+def test_an_end_of_text_inside_a_draft_ends_it_there():
+    model = built()
+    for rows in (1, 3):
+        ids = torch.cat([zoo.prompt(1, 8, seed=i)[0] for i in range(rows)])
+        plain = model.generate(ids, **GREEDY)
+        for place in (9, 11, 14):
+            eos = [int(row[place + i]) for i, row in enumerate(plain)]  # each row ends elsewhere
+            wanted = model.generate(ids, **GREEDY, eos_token_id=eos)
+            drafts = gdnfuse.speculative(guesses(plain, 1.0))
+            found = model.generate(ids, **GREEDY, eos_token_id=eos, custom_generate=drafts, return_dict_in_generate=True)
+            assert torch.equal(found.sequences, wanted)
+            assert int(found[zoo.CACHE].get_seq_length()) == wanted.shape[1] - 1
+
+
+class Streamed:
+    def __init__(self):
+        self.tokens, self.ended = [], False
+
+    def put(self, value):
+        self.tokens += value.flatten().tolist()
+
+    def end(self):
+        self.ended = True
+
+
+def test_streamers_get_every_token_once():
+    model = built(**zoo.SMALL)
+    ids = zoo.prompt(1, 8)[0]
+    wanted = model.generate(ids, **GREEDY)
+    gdnfuse.compile(model, inner="eager", speculate=guesses(wanted, 0.8))
+    streamer = Streamed()
+    found = model.generate(ids, **GREEDY, streamer=streamer)
+    assert streamer.ended and streamer.tokens == found[0].tolist() == wanted[0].tolist()
+    explicit = Streamed()
+    del model.generate
+    model.generate(ids, **GREEDY, custom_generate=gdnfuse.speculative(PromptLookup(2), explicit))
+    assert explicit.ended and explicit.tokens == wanted[0, 8:].tolist()
+
+
+def test_a_filled_cache_goes_on_where_it_was():
+    model = built()
+    ids = zoo.prompt(1, 8)[0]
+    for capacity in (None, 64):
+        cache = gdnfuse.RollbackCache(model, capacity)
+        first = model.generate(ids, **GREEDY, **{zoo.CACHE: cache}, custom_generate=gdnfuse.speculative(PromptLookup(3)))
+        longer = torch.cat([first, zoo.tokens_for(1, 3)], 1)  # with the token of padding in it, which transformers hides
+        assert (longer == 0).any()
+        wanted = model.generate(longer, **GREEDY)
+        for proposer in (PromptLookup(3), guesses(wanted, 0.7)):
+            held = copy.deepcopy(cache)
+            found = model.generate(longer, **GREEDY, **{zoo.CACHE: held}, custom_generate=gdnfuse.speculative(proposer))
+            assert torch.equal(found, wanted) and int(held.get_seq_length()) == wanted.shape[1] - 1
+    chunked = model.generate(longer, **GREEDY, prefill_chunk_size=5, custom_generate=gdnfuse.speculative(PromptLookup(3)))
+    assert torch.equal(chunked, wanted)
+
+
+def test_an_error_in_the_middle_leaves_the_cache_whole():
+    model = built()
+    ids = zoo.prompt(1, 8)[0]
+    answer = model.generate(ids, **GREEDY)
+
+    class Broken(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            if input_ids.shape[1] == 15:
+                raise KeyboardInterrupt
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    def raising(ids):
+        if ids.shape[1] > 12:
+            raise ValueError("mine")
+        return guesses(answer, 1.0)(ids)
+
+    for proposer, more, error in (
+        (raising, {}, ValueError),
+        (guesses(answer, 1.0), {"stopping_criteria": [Broken()]}, KeyboardInterrupt),
+    ):
+        for capacity in (None, 64):
+            cache = gdnfuse.RollbackCache(model, capacity)
+            with pytest.raises(error):
+                model.generate(ids, **GREEDY, **more, **{zoo.CACHE: cache}, custom_generate=gdnfuse.speculative(proposer))
+            length = int(cache.get_seq_length())
+            assert 8 < length < 16 and not cache.pending
+            cache.stop_past_recording()
+            wanted = zoo.new_cache(model, "dynamic")
+            with torch.no_grad():
+                model(answer[:, :length], **zoo.held(wanted))
+            assert zoo.relative(zoo.flat_states(cache, "recurrent"), zoo.flat_states(wanted, "recurrent")) < 1e-5
+            found = model.generate(
+                answer[:, : length + 1], max_new_tokens=4, do_sample=False, **{zoo.CACHE: cache},
+                custom_generate=gdnfuse.speculative(PromptLookup(2)),
+            )  # fmt: skip
+            assert torch.equal(found, answer[:, : length + 5])
+
+
+# Drawn tokens
+
+
+def chi_square(counts, probabilities, total):
+    """How far counts lie from what is expected, in standard deviations of the statistic; cells of few are one."""
+    expected = probabilities * total
+    small = expected < 5
+    cells = [(counts[~small], expected[~small])]
+    if small.any():
+        cells.append((counts[small].sum()[None], expected[small].sum()[None].clamp(min=1e-9)))
+    statistic = sum(float(((c - e) ** 2 / e).sum()) for c, e in cells)
+    freedom = int((~small).sum()) + bool(small.any()) - 1
+    return (statistic - freedom) / (2 * freedom) ** 0.5
+
+
+SAMPLED = {"do_sample": True, "temperature": 0.9, "top_k": 6, "top_p": 1.0}
+
+
+@torch.no_grad()
+def exact(model, ids, length):
+    """The probability of each continuation [vocabulary] * length under SAMPLED."""
+    vocabulary, p = model.config.vocab_size, torch.ones(1)
+    for n in range(length):
+        more = torch.tensor([[*x] for x in itertools.product(range(vocabulary), repeat=n)], dtype=torch.long)
+        rows = torch.cat([ids.expand(len(more), -1), more.view(len(more), n)], 1)
+        logits = model(rows).logits[:, -1].float() / SAMPLED["temperature"]
+        logits = logits.masked_fill(logits < logits.topk(SAMPLED["top_k"]).values[:, -1:], float("-inf"))
+        p = (p[:, None] * logits.softmax(-1)).flatten()
+    return p
+
+
+@pytest.mark.parametrize("proposer", ["draft", "function"])
+def test_drawn_tokens_have_the_models_distribution(proposer):
+    """Against exact probabilities of all continuations of three tokens; a draft that was drawn, and one that was not."""
+    model = built(vocab_size=8, **zoo.SMALL)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.div_(2)
+    ids = torch.tensor([[3, 1, 4, 1, 5]])
+    wanted = exact(model, ids, 3)
+    assert abs(float(wanted.sum()) - 1) < 1e-5
+    other = disturbed(model, 0.3)
+    likeliest = lambda ids: other(ids).logits[:, -1:].argmax(-1).expand(-1, 2)  # noqa: E731
+    speculative = gdnfuse.speculative(Draft(other, 2) if proposer == "draft" else Callback(likeliest, 2))
+    rows, runs = (3, 200) if proposer == "draft" else (1, 350)
+    torch.manual_seed(0)
+    counts, accepted = torch.zeros(8**3), 0
+    for _ in range(runs):
+        out = model.generate(ids.expand(rows, -1), max_new_tokens=3, **SAMPLED, custom_generate=speculative)[:, 5:]
+        counts += torch.bincount((out * torch.tensor([64, 8, 1])).sum(1), minlength=8**3)
+        accepted += speculative.acceptance.accepted
+    assert accepted > runs / 20
+    assert abs(chi_square(counts, wanted, rows * runs)) < 4
+    assert chi_square(counts, exact(other, ids, 3), rows * runs) > 8  # which another distribution fails
+
+
+# What is compiled
+
+
+@pytest.fixture
+def fresh():
+    torch.compiler.reset()
+    gdnfuse.clear_reports()
+
+
+@pytest.mark.parametrize("implementation", ["static", None])
+def test_a_compiled_model_has_three_graphs_for_all_rounds(fresh, implementation):
+    """The prompt's, the plain step's and the verify step's; all layers fused in each."""
+    model = built(**zoo.SMALL)
+    plain, drafts = copy.deepcopy(model), {}
+    gdnfuse.compile(model, inner="eager", strict=True, speculate=lambda ids: drafts["of"](ids))
+    for seed in range(3):
+        ids = zoo.prompt(1, 6 + 3 * seed, seed=seed)[0]
+        asked = {**GREEDY, "cache_implementation": implementation, "max_new_tokens": 30 - 3 * seed}
+        wanted = plain.generate(ids, **asked)
+        guess = guesses(wanted, 0.7, seed)
+        drafts["of"] = lambda ids, guess=guess: None if ids.shape[1] % 3 == 0 else guess(ids)
+        assert torch.equal(model.generate(ids, **asked), wanted)
+        counts = model.generate.acceptance
+        assert counts.rounds > 2 and counts.plain_steps > 2 and 0 < counts.accepted < counts.drafted
+    assert [r.phase for r in gdnfuse.reports()].count("decode") == 1 and len(gdnfuse.reports()) == 3
+    assert all(r.fused_layers == 1 for r in gdnfuse.reports())
+    assert "generate" not in vars(gdnfuse.compile(model, inner="eager"))
+
+
+def test_copies_and_pickles_have_transformers_generate(fresh):
+    model = built(**zoo.SMALL)
+    ids = zoo.prompt(1, 8)[0]
+    wanted = model.generate(ids, **GREEDY)
+    gdnfuse.compile(model, inner="eager", speculate=PromptLookup(3))
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), copy.deepcopy(copy.deepcopy(model))):
+        assert copied.generate.__self__ is copied and not hasattr(copied.generate, "acceptance")
+        assert torch.equal(copied.generate(ids, **GREEDY), wanted)
+    assert model.generate.acceptance is None
+    assert torch.equal(model.generate(ids, **GREEDY), wanted) and model.generate.acceptance.tokens == 24
+
+
+def test_other_ways_of_decoding_are_transformers_own(fresh, monkeypatch):
+    model = built(**zoo.SMALL)
+    ids = zoo.prompt(1, 8)[0]
+    wanted = model.generate(ids, **GREEDY, num_beams=2)
+    gdnfuse.compile(model, inner="eager", prefill=False, speculate=PromptLookup(3))
+    assert torch.equal(model.generate(ids, **GREEDY, num_beams=2), wanted)
+    with pytest.raises(ValueError, match="stateful"):
+        model.generate(ids, **GREEDY, prompt_lookup_num_tokens=3)
+    assert model.generate(ids, **GREEDY, custom_generate=lambda model, input_ids, **_: input_ids) is not None
+    assert model.generate.acceptance is None and "assistant_model" in OTHERS
+    several = model.generate(ids, do_sample=True, max_new_tokens=4, num_return_sequences=3)
+    assert several.shape == (3, 12) and model.generate.acceptance.tokens == 4
+
+
+@pytest.mark.parametrize("implementation", ["static", None])
+def test_prompts_begin_with_known_prefixes(fresh, implementation):
+    model = built(**zoo.SMALL)
+    plain, store = copy.deepcopy(model), gdnfuse.PrefixStore(model)
+    gdnfuse.compile(model, inner="eager", prefill=False, prefixes=store, speculate=PromptLookup(3, 1))
+    prompt = zoo.prompt(1, 150)[0].clamp(min=1)
+    for turn in range(3):
+        asked = {**GREEDY, "cache_implementation": implementation, "attention_mask": torch.ones_like(prompt)}
+        wanted = plain.generate(prompt, **asked)
+        assert torch.equal(model.generate(prompt, **asked), wanted)
+        assert model.generate.acceptance.rounds and store.stats().tokens_taken == (0, 128, 256)[turn]
+        prompt = torch.cat([prompt[:, :140], zoo.tokens_for(1, 9, seed=turn)], 1)
+    assert not store.stats().left_out
+
+
+# What is refused
+
+
+def test_what_cannot_draft_is_a_sentence(fresh):
+    model = built(**zoo.SMALL)
+    other = built(vocab_size=96, **zoo.SMALL)
+    for make, sentence in (
+        (lambda: PromptLookup(0), "PromptLookup drafts 1 to 7 tokens at a time, found 0"),
+        (lambda: PromptLookup(99), "found 99"),
+        (lambda: PromptLookup(True), "found True"),
+        (lambda: PromptLookup(2, ngram=0), "at least one token, found ngram=0"),
+        (lambda: Draft(model, 8), "Draft drafts 1 to 7 tokens at a time, found 8"),
+        (lambda: Draft("0.8B"), "needs a causal language model of transformers, found str"),
+        (lambda: Callback(3), "Callback needs a function, found int"),
+        (lambda: gdnfuse.compile(model, speculate=4), "speculate must be a PromptLookup, .* found int"),
+        (lambda: gdnfuse.compile(model, speculate=PromptLookup), "found PromptLookup; a model drafts"),
+        (lambda: gdnfuse.compile(model, speculate=other), "found Qwen3_5ForCausalLM; a model drafts as gdnfuse.Draft"),
+        (lambda: gdnfuse.compile(model, speculate=Draft(other)), "must have the vocabulary .* 128 tokens .* found 96"),
+        (lambda: gdnfuse.compile(model, speculate=Draft(model)), "must be another model than the one it drafts for"),
+        (lambda: gdnfuse.compile(model.model, speculate=PromptLookup()), "needs a model with transformers' generate"),
+        (lambda: gdnfuse.speculative(None), "found NoneType"),
+    ):
+        with pytest.raises(gdnfuse.GdnfuseError, match=sentence):
+            make()
+    assert "generate" not in vars(model) and model._compiled_call_impl is None
+
+
+def test_what_cannot_be_speculated_on_is_a_sentence_before_anything_runs(monkeypatch):
+    model = built(**zoo.SMALL)
+    ids, mask = zoo.prompt(1, 8)[0], torch.ones(1, 8, dtype=torch.long)
+    recorded = gdnfuse.RollbackCache(model)
+    with torch.no_grad():
+        model(ids[:, :3], **zoo.held(recorded))
+        recorded.activate_past_recording()
+        model(ids[:, 3:5], **zoo.held(recorded))
+        full = gdnfuse.RollbackCache(model)
+        model(ids, **zoo.held(full))
+    right = mask.clone()
+    right[:, -1] = 0
+    monkeypatch.setattr(type(model), "forward", model.forward.__func__)
+    ran = []
+    model.register_forward_pre_hook(lambda *_: ran.append(1))
+    cache = lambda **options: {zoo.CACHE: gdnfuse.RollbackCache(model, **options)}  # noqa: E731
+    for more, sentence in (
+        ({zoo.CACHE: zoo.new_cache(model, "dynamic")}, r"needs a gdnfuse.RollbackCache\(model\), found DynamicCache: hand over"),
+        ({zoo.CACHE: zoo.new_cache(model, "static", 64)}, "found StaticCache: hand over"),
+        ({"cache_implementation": "offloaded"}, "found DynamicCache as cache_implementation asks for it"),
+        (cache(max_cache_len=32), "for 32 tokens and 4 drafts must hold 35, found 32: make it longer"),
+        (cache(tokens=4), "for 4 drafts must take 5 tokens a call, found 4"),
+        ({zoo.CACHE: recorded}, "must have all in its states, found 2 tokens that are not: crop first"),
+        ({zoo.CACHE: full}, "must hold the 8 tokens that the cache holds and at least one more, found 8"),
+        ({"use_cache": False}, "needs a cache, found use_cache=False"),
+        ({"num_beams": 2}, "one sequence per row, found num_beams=2"),
+        ({"output_attentions": True, "return_dict_in_generate": True}, "found output_attentions=True: generate without it"),
+        ({"attention_mask": right}, "padded on the left, found an attention_mask that ends in 0"),
+        ({"position_ids": torch.arange(8)[None] + 3}, "counts positions from each row's first token, found other position_ids"),
+        ({"inputs_embeds": torch.zeros(1, 8, 64)}, "takes prompts of text alone, found inputs_embeds"),
+    ):
+        with pytest.raises(gdnfuse.GdnfuseError, match=sentence):
+            model.generate(ids, **{**GREEDY, **more}, custom_generate=gdnfuse.speculative(PromptLookup(4)))
+    assert not ran
+
+
+@pytest.mark.parametrize(
+    ("drafts", "sentence"),
+    [
+        (torch.zeros(2, 2, dtype=torch.long), r"must give ids of tokens \[1, up to 4\], .* found \[2, 2\] of torch.int64"),
+        (torch.zeros(1, 5, dtype=torch.long), r"found \[1, 5\]"), ([[0.5]], "of torch.float32"), ("text", "found something else"),
+        ([[3, 128]], "must be ids below 128, the model's vocabulary, found 3 to 128"), ([[-1]], "found -1 to -1"),
+    ],
+)  # fmt: skip
+def test_bad_drafts_of_a_function_are_sentences(drafts, sentence):
+    with pytest.raises(gdnfuse.GdnfuseError, match=sentence):
+        built(**zoo.SMALL).generate(zoo.prompt(1, 4)[0], **GREEDY, custom_generate=gdnfuse.speculative(lambda ids: drafts))
+
+
+def test_lookup_finds_the_longest_and_last_and_goes_on_with_a_period():
+    def after(row, n=4, ngram=3):
+        return PromptLookup(n, ngram).start(Run(None, None, 99, False)).propose(torch.tensor([row]), [row])
+
+    assert after([1, 2, 3]) is None and after([7]) is None
+    assert after([1, 2, 3, 9, 4, 1, 2, 3]).tokens.tolist() == [[9, 4, 1, 2]]
+    assert after([1, 2, 5, 3, 2, 6, 1, 2]).tokens.tolist() == [[5, 3, 2, 6]]  # two tokens, not the one after the last 2
+    assert after([1, 2, 5, 3, 2, 6, 1, 2], ngram=1).tokens.tolist() == [[6, 1, 2, 6]]
+    assert after([8, 4, 4]).tokens.tolist() == [[4, 4, 4, 4]]
+    lookup, row = PromptLookup(2).start(Run(None, None, 99, False)), [5, 6, 7]
+    for token, wanted in ((5, [[6, 7]]), (6, [[7, 5]]), (9, None), (6, [[9, 6]])):  # as it grows
+        row.append(token)
+        found = lookup.propose(torch.tensor([row]), [row])
+        assert (found and found.tokens.tolist()) == wanted
+
+
+def test_nothing_is_logged(caplog):
+    with caplog.at_level(logging.WARNING):
+        case(built(**zoo.SMALL), "lookup", 0)
+    assert not [r for r in caplog.records if r.name.startswith("gdnfuse")]
+
+
+def test_a_draft_without_states_is_taken_back_too():
+    model = built(**zoo.SMALL)
+    config = transformers.LlamaConfig(
+        vocab_size=128, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0
+    )
+    torch.manual_seed(0)
+    llama = transformers.LlamaForCausalLM(config).eval()
+    for implementation in (None, "static"):
+        ids = zoo.prompt(2, 8)[0]
+        asked = {**GREEDY, "cache_implementation": implementation}
+        wanted = model.generate(ids, **asked)
+        assert torch.equal(model.generate(ids, **asked, custom_generate=gdnfuse.speculative(Draft(llama, 2))), wanted)
