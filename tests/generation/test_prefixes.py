@@ -93,6 +93,28 @@ def test_prompts_and_steps_are_compiled_and_fused_on_what_was_taken():
     assert [r.phase for r in gdnfuse.reports()] == ["prefill", "prefill", "decode", "prefill", "decode"]
 
 
+def test_explain_says_what_would_be_taken():
+    plain, ours, store = pair()
+    prompt = torch.cat([ids(100), ids(30, 1)], 1)
+    agree(plain, ours, ids(100))
+    before = store.stats()
+    found = gdnfuse.explain(ours.generate, prompt, **ONE)
+    assert found.to_dict()["prefixes"] == [{"tokens": 100, "prompt": 130, "why_not": ""}] and store.stats() == before
+    assert "\n100 of the prompt's 130 tokens were taken from the prefix store.\n" in found.summary()
+    found = gdnfuse.explain(ours.generate, prompt, use_cache=False, **ONE)
+    assert "\nNothing was taken from the prefix store: there is no cache.\n" in found.summary() and store.stats() == before
+    assert taken(store, lambda: agree(plain, ours, prompt)) == 100
+
+
+def test_after_a_warmup_nothing_is_compiled():
+    _, ours, store = pair(prefill=True, fuel=None, every=1024)
+    assert gdnfuse.warmup(ours).graphs == {"prefill": 2, "decode": 1} and store.stats().prompts == store.stats().states == 0
+    gdnfuse.clear_reports()
+    for seed in range(3):
+        ours.generate(torch.cat([ids(300), ids(70 + seed, seed)], 1), max_new_tokens=2)
+    assert store.stats().hits == 1 and not gdnfuse.reports()
+
+
 def test_states_are_where_prompts_part_and_where_they_end():
     plain, ours, store = pair(every=1024)
     document = ids(300)
