@@ -56,7 +56,7 @@ from gdnfuse.bench.measure import (
     widen,
 )
 from gdnfuse.bench.workers import answer, fla_version, run_sides, show_fla
-from gdnfuse.models import load_config, random_model
+from gdnfuse.models import QUANTIZED, dequantized_calls, load_config, quantized, random_model
 
 SIDES = ("eager", "fla", "inductor", "max-autotune", "gdnfuse")
 COMPILED = ("inductor", "max-autotune", "gdnfuse")
@@ -69,7 +69,9 @@ LIMITS = ("limit_ms", "limit_with_states_ms")
 SHARED = "reference.pt"  # tokens, logits and a copy's rate that all sides of a model share
 
 
-def build(name: str, dtype: torch.dtype, device: str) -> torch.nn.Module:
+def build(name: str, dtype: torch.dtype, device: str, quantize: str | None = None) -> torch.nn.Module:
+    """A model with random weights, of which the linears are turned to a format of QUANTIZED. Its own calls dequantise: see
+    `dequantized_calls`."""
     torch.manual_seed(0)
     config = load_config("0.8b" if name == "tiny" else name)
     if name == "tiny":
@@ -78,7 +80,8 @@ def build(name: str, dtype: torch.dtype, device: str) -> torch.nn.Module:
         for key, size in {**small, "num_attention_heads": 2, "num_key_value_heads": 1}.items():
             setattr(config, key, size)
         config.layer_types = config.layer_types[:4]
-    return random_model(config, dtype, device)
+    model = random_model(config, dtype, device)
+    return quantized(model, QUANTIZED[quantize]) if quantize else model
 
 
 def compiled(side: str, model: torch.nn.Module, mode: str | None) -> Callable[..., Any]:
@@ -127,7 +130,12 @@ def reference(name: str, args: argparse.Namespace, folder: Path) -> dict[str, An
     """Make the tokens, and the logits in the model's dtype and in float32 of those that are compared, for all sides to read."""
     show_fla("reference")
     rate = bandwidth(args.device)  # before the model takes the memory
-    model = build(name, getattr(torch, args.dtype), args.device)
+    model = build(name, getattr(torch, args.dtype), args.device, args.quantize)
+    with dequantized_calls(model):
+        return _reference(model, rate, args, folder)
+
+
+def _reference(model: torch.nn.Module, rate: float, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     count = args.prompt + CHECKED + args.warmup + args.steps
     generator = torch.Generator(args.device).manual_seed(1)
     tokens = torch.randint(0, model.config.vocab_size, (count, args.batch, 1), device=args.device, generator=generator)
@@ -166,14 +174,14 @@ def run_side(worker: str, name: str, args: argparse.Namespace, folder: Path) -> 
     complete = folder / f"caches_{side}_complete"
     if worker != side and not complete.exists():
         sys.exit("The first process left no caches.")
-    model, device = build(name, getattr(torch, args.dtype), args.device), args.device
+    model, device = build(name, getattr(torch, args.dtype), args.device, args.quantize), args.device
     row: dict[str, Any] = {"side": worker}
     if side == "fla":
         row["fla"] = fla_version()
     shared = torch.load(folder / SHARED, map_location="cpu")
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    with caches(kept):
+    with caches(kept), dequantized_calls(model):
         decode, tokens, found = checked(side, model, args, shared, room(args))
         row |= found
         if kept:
@@ -292,6 +300,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--sides", default="eager,inductor,gdnfuse", help=f"of {', '.join(SIDES)}")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
+    parser.add_argument("--quantize", choices=[*QUANTIZED], help="turn linears into those of a checkpoint of this format")
     parser.add_argument("--cache", default="static", choices=("static", "dynamic"))
     parser.add_argument("--mode", help="Inductor's mode, for inductor and gdnfuse: reduce-overhead, with a dynamic cache default")
     parser.add_argument("--prompt", type=int, default=128)

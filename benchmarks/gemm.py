@@ -4,6 +4,7 @@
     python benchmarks/gemm.py --models 4b --roles conv,swiglu
     python benchmarks/gemm.py --chosen --rows 1,8 --json gemm_chosen.json
     python benchmarks/gemm.py --rows 2,8,16,32 --json gemm_rows.json
+    python benchmarks/gemm.py --format fp8_block128 --models 4b,9b --json gemm_fp8.json
 
 Each linear is measured as a decode step has it, with what is fused around it, by its role:
 
@@ -16,6 +17,9 @@ Each linear is measured as a decode step has it, with what is fused around it, b
 Several rows, as many sequences decode at once, are another kernel's, which has SwiGLU behind gate and up and nothing around any
 other linear: these are plain then. They may come in parts of their columns, float32 sums that their reader adds up, which is not
 timed. Beyond MAX_ROWS in gdnfuse/kernels/linear_configs.py a decode step leaves them to cuBLAS.
+
+With --format the weights are quantised. Checkpoints leave heads as they are, and so are the last rows of an in_proj, those of b
+and a, which fill no block of 128. cuBLAS's time is that of the same weight in bfloat16.
 
 cuBLAS's time is that of the bare linear. Weights, and the conv states and norm weights that belong to them, are rotated so that
 none is in the L2 when its turn comes: a CUDA graph runs one linear after another on one stream, each allowed to start while the
@@ -31,6 +35,7 @@ are compared with float64's first, and no speed is reported for one that is wron
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import math
@@ -53,8 +58,17 @@ from tqdm import tqdm
 
 from gdnfuse.bench.measure import COLD_BYTES, bandwidth, machine, replayed
 from gdnfuse.dialect import fused_linear, in_proj_conv
-from gdnfuse.kernels import devices, few_rows_hopper, few_rows_linear, skinny_linear
-from gdnfuse.kernels.linear_configs import STEP, FewRowsConfig, RingConfig, few_rows_config, ring_config, rings, split
+from gdnfuse.kernels import devices, few_rows_hopper, few_rows_hopper_quantized, few_rows_linear, quantized, skinny_linear
+from gdnfuse.kernels.linear_configs import (
+    STEP,
+    FewRowsConfig,
+    RingConfig,
+    few_rows_config,
+    quantized_ring_config,
+    ring_config,
+    rings,
+    split,
+)
 from gdnfuse.progress import hidden
 
 ROLES = ("conv", "norm", "gate", "swiglu", "plain")
@@ -70,7 +84,7 @@ DEVICE = "cuda"
 class Linear:
     """role: of ROLES. rows, columns: of the weight. channels: of the conv behind it. models: whose decode steps have it.
 
-    sequences: rows that the weight is multiplied with.
+    sequences: rows that the weight is multiplied with. format: of a quantised weight.
     """
 
     role: str
@@ -80,6 +94,23 @@ class Linear:
     channels: int = 0
     models: tuple[str, ...] = ()
     sequences: int = 1
+    format: str = ""
+
+    @property
+    def itemsize(self) -> int:
+        return 1 if self.format else 2
+
+    @property
+    def plain(self) -> int:
+        """How many rows behind those of a quantised weight are not."""
+        return self.rows % BLOCK if self.format and self.role == "conv" else 0
+
+    @property
+    def size(self) -> int:
+        """Bytes of the weight, and of its scales."""
+        quantised = self.rows - self.plain
+        scales = 4 * -(-quantised // BLOCK) * -(-self.columns // BLOCK) if self.format else 0
+        return (quantised * self.itemsize + 2 * self.plain) * self.columns + scales
 
     @property
     def outputs(self) -> int:
@@ -87,13 +118,14 @@ class Linear:
 
     def of_rows(self, sequences: int) -> Linear:
         """The same for so many rows."""
-        role = self.role if sequences == 1 or self.role == "swiglu" else "plain"
+        role = self.role if sequences == 1 or self.role == "swiglu" or self.plain else "plain"
         return replace(self, role=role, sequences=sequences)
 
     def __str__(self) -> str:
         return f"{self.rows}×{self.columns}"
 
 
+BLOCK = 128  # rows and columns that share a scale
 LINEARS = [
     Linear("conv", "0.8B GDN in_proj", 8224, 1024, 6144, ("0.8b",)),
     Linear("conv", "35B-A3B GDN in_proj", 12352, 2048, 8192, ("35b-a3b",)),
@@ -115,7 +147,7 @@ LINEARS = [
     Linear("plain", "9B down", 4096, 12288, 0, ("9b",)),
 ]
 
-ROWS, BLOCKS, WARPS, PER_SM = (1, 2, 4, 8), (256, 512, 1024, 2048, 4096), (2, 4, 8), (0, 1, 2, 3, 4)
+ROWS, BLOCKS, WARPS, PER_SM = (1, 2, 4, 8, 16), (256, 512, 1024, 2048, 4096), (2, 4, 8), (0, 1, 2, 3, 4)
 LOAD = 16  # bytes per thread and load
 TILE = 64  # bytes of weight per thread at least: fewer leave the memory idle
 # Bytes of weight and of the row in float32 per thread at most, for one tile per program and for several: with more, most of them
@@ -136,7 +168,7 @@ PROGRAMS = range(SM // 4, 4 * SM + 1)  # where the columns are split: fewer are 
 LEAST = 8  # columns of a product on tensor cores, so that fewer rows are as many
 
 # For a ring of shared memory: programs per multiprocessor, tiles per program, stages; bytes of shared memory per program at most.
-PROGRAMS_PER_SM, RING_TILES, RING_STAGES, RING_BYTES = (1, 2), (1, 2, 3), (2, 3, 4, 6, 8), 220 * 1024
+PROGRAMS_PER_SM, RING_TILES, RING_STAGES, RING_BYTES = (1, 2, 3, 4), (1, 2, 3), (2, 3, 4, 6, 8), 220 * 1024
 
 Config = skinny_linear.Config | FewRowsConfig | RingConfig
 
@@ -149,11 +181,21 @@ def on_a_ring() -> bool:
 def chosen(of: Linear) -> Config:
     """The config that a decode step takes."""
     if of.sequences == 1:
-        return skinny_linear.config(of.role, of.columns)
+        return skinny_linear.config(of.role, of.columns, stored_dtype(of))
     ring = on_a_ring()
-    parts = 1 if of.role == "swiglu" else split(of.rows, of.columns, of.sequences, ring)
-    taken = ring_config(of.outputs, of.columns, of.role == "swiglu", parts) if ring else None
-    return taken or few_rows_config(of.columns, of.sequences, of.role == "swiglu", parts, device=devices.of(torch.device(DEVICE)))
+    quantised = bool(of.format)
+    parts = 1 if of.role == "swiglu" or of.plain else split(of.rows, of.columns, of.sequences, ring, quantised)
+    taken, swiglu = None, of.role == "swiglu"
+    if ring and quantised:
+        taken = quantized_ring_config(of.outputs - of.plain, of.columns, of.sequences, swiglu, parts)
+    elif ring:
+        taken = ring_config(of.outputs, of.columns, swiglu, parts)
+    device = devices.of(torch.device(DEVICE))
+    return taken or few_rows_config(of.columns, of.sequences, of.role == "swiglu", parts, stored_dtype(of), device)
+
+
+def stored_dtype(of: Linear) -> torch.dtype:
+    return torch.float8_e4m3fn if of.format else torch.bfloat16
 
 
 def configs(of: Linear, sweep: bool = True) -> Iterator[Config]:
@@ -170,11 +212,15 @@ def few_rows_configs(of: Linear) -> Iterator[FewRowsConfig]:
     """Whole steps, two or more of them, as much shared memory as it takes to stream, and a sensible number of programs."""
     width = max(LEAST, triton.next_power_of_2(of.sequences))
     for (tile, warps), step, stages, parts in itertools.product(TILES, STEPS, STAGES, PARTS if of.role == "plain" else (1,)):
-        if of.columns % (step * parts) or of.columns // parts < 2 * step:
+        if of.columns % (step * parts) or of.columns // parts < 2 * step or of.format and step > BLOCK:
             continue
-        if 2 * (tile + width) * step * stages not in SHARED or parts > 1 and -(-of.rows // tile) * parts not in PROGRAMS:
+        if (
+            (of.itemsize * tile + 2 * width) * step * stages not in SHARED
+            or parts > 1
+            and -(-of.rows // tile) * parts not in PROGRAMS
+        ):
             continue
-        for early in (False, True):
+        for early in (False, True)[: of.itemsize]:
             yield FewRowsConfig(tile, step, warps, stages, parts, early)
 
 
@@ -184,26 +230,29 @@ def ring_configs(of: Linear) -> Iterator[RingConfig]:
         return
     most, width = 32 if of.role == "swiglu" else 64, max(LEAST, triton.next_power_of_2(of.sequences))
     sizes = itertools.product(PROGRAMS_PER_SM, RING_TILES, RING_STAGES, PARTS if of.role == "plain" else (1,))
+    itemsize = of.itemsize
     for per_sm, tiles, stages, parts in sizes:
-        live = -(-of.outputs // (per_sm * SM // parts * tiles))
+        live = -(-(of.outputs - of.plain) // (per_sm * SM // parts * tiles))
         if of.columns % (STEP * parts) or stages > of.columns // parts // STEP + 1 or not most // 4 <= live <= most:
             continue
-        if 2 * STEP * stages * (64 * tiles + width) * per_sm <= RING_BYTES:
+        if STEP * stages * (itemsize * 64 * tiles + 2 * width) * per_sm <= RING_BYTES:
             yield RingConfig(tiles, live, stages, parts)
 
 
 def one_row_configs(of: Linear) -> Iterator[skinny_linear.Config]:
     """Whole loads, no spills, little padding, one tile per program or more."""
-    for rows, block, warps, per_sm in itertools.product(ROWS, BLOCKS, WARPS, PER_SM):
+    groups = ((8,), (16,)) if of.format else ((),)
+    for rows, block, warps, per_sm, group in itertools.product(ROWS, BLOCKS, WARPS, PER_SM, groups):
         padded, threads = -(-of.columns // block) * block, 32 * warps
-        tile = 2 * rows * padded * (2 if of.role == "swiglu" else 1) / threads
+        tile = of.itemsize * rows * padded * (2 if of.role == "swiglu" else 1) / threads
+        held = max(4 * padded / threads, LOAD // of.itemsize * 4 * padded / block)  # of the row
         most = LOOPED_REGISTERS if per_sm else REGISTERS
         if padded > PADDING * of.columns or of.role == "gate" and (of.columns % block or block % HEAD):
             continue
-        if 2 * rows * block < LOAD * threads or tile < TILE or tile + 4 * padded / threads > most:
+        if of.itemsize * rows * block < LOAD * threads or tile < TILE // 2 * of.itemsize or tile + held > most:
             continue
         if per_sm * SM < -(-of.outputs // rows):
-            yield rows, block, warps, per_sm
+            yield (rows, block, warps, per_sm, *group)
 
 
 def operands(of: Linear, copies: int) -> tuple[torch.Tensor, list[dict[str, Any]]]:
@@ -212,8 +261,13 @@ def operands(of: Linear, copies: int) -> tuple[torch.Tensor, list[dict[str, Any]
     bf16 = {"dtype": torch.bfloat16}
     alone = of.sequences == 1
     x = make(of.sequences, 1, of.columns, dtype=torch.float32 if of.role == "gate" else torch.bfloat16)
-    weights = make(copies, of.rows, of.columns, **bf16)
+    weights = make(copies, of.rows - of.plain, of.columns, dtype=stored_dtype(of))
     sets: list[dict[str, Any]] = [{"weight": w} for w in weights]
+    for each in sets if of.format else ():
+        scale = make(-(-(of.rows - of.plain) // BLOCK), -(-of.columns // BLOCK))
+        each |= {"scale": scale, "format": of.format, "dtype": torch.bfloat16}
+        if of.plain:
+            each["plain"] = make(of.plain, of.columns, **bf16)
     more: dict[str, Any] = {}
     if of.role == "gate":
         more["gate"] = make(1, 1, of.columns)
@@ -226,10 +280,15 @@ def operands(of: Linear, copies: int) -> tuple[torch.Tensor, list[dict[str, Any]
         if of.role != "plain" and alone:
             norm_weight = make(HEAD if of.role == "gate" else of.columns, **bf16)
             each |= {"norm_weight": norm_weight, "norm_eps": EPS, "norm_offset": 0.0 if of.role == "gate" else 1.0}
-        if of.role == "conv":
+        if of.role == "conv" and alone:
             state, taps = make(1, of.channels, WINDOW, **bf16), make(of.channels, 1, WINDOW, **bf16)
             each["conv"] = (state, taps, None, 0, "silu")
     return x, sets
+
+
+def weights_of(of: Linear, copies: int) -> torch.Tensor:
+    """As many weights that are not quantised, uninitialised."""
+    return torch.empty(copies, of.rows, of.columns, dtype=torch.bfloat16, device=DEVICE)
 
 
 def fill(x: torch.Tensor, sets: Sequence[dict[str, Any]]) -> None:
@@ -238,14 +297,17 @@ def fill(x: torch.Tensor, sets: Sequence[dict[str, Any]]) -> None:
     for each in sets:
         for name, value in each.items():
             for tensor in value if name == "conv" else (value,):
-                if isinstance(tensor, torch.Tensor):
-                    tensor.normal_(std=x.shape[-1] ** -0.5 if name == "weight" else 0.5)
+                if isinstance(tensor, torch.Tensor) and tensor.itemsize == 1:
+                    tensor.copy_(torch.randn_like(tensor, dtype=torch.float16))
+                elif isinstance(tensor, torch.Tensor):
+                    tensor.normal_(std=x.shape[-1] ** -0.5 if name in ("weight", "plain", "scale") else 0.5)
 
 
 def run_with(config: Config, x: torch.Tensor, each: dict[str, Any]) -> torch.Tensor:
     """The kernel as a decode step launches it."""
     if isinstance(config, RingConfig):
-        return few_rows_hopper.launch_with(config, x, overlap=True, **each)
+        kernel = few_rows_hopper_quantized if "format" in each else few_rows_hopper
+        return kernel.launch_with(config, x, overlap=True, **each)
     if isinstance(config, FewRowsConfig):
         return few_rows_linear.launch_with(config, x, overlap=True, **each)
     return skinny_linear.launch_with(config, x, overlap=True, **each)
@@ -261,10 +323,15 @@ class Ahead:
         return partial(self.kernel.warmup, grid=grid)
 
 
+MODULES = (skinny_linear, few_rows_linear, few_rows_hopper, few_rows_hopper_quantized)
+
+
 def compile_all(linears: Sequence[Linear], sweep: bool) -> None:
     """Compile every kernel of the sweep ahead, side by side; linears of equal role and width mostly share theirs."""
-    patches = [mock.patch.object(module, "kernel_of", Ahead) for module in (skinny_linear, few_rows_linear, few_rows_hopper)]
-    with ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool), patches[0], patches[1], patches[2]:
+    patches = [mock.patch.object(module, "kernel_of", Ahead) for module in MODULES]
+    with ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool), contextlib.ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(patch)
         for of in linears:
             x, sets = operands(of, 1)
             for config in configs(of, sweep):
@@ -294,12 +361,14 @@ def exact(x: torch.Tensor, each: dict[str, Any]) -> list[torch.Tensor]:
     def wide(value: Any) -> Any:
         return value.double() if isinstance(value, torch.Tensor) else value
 
-    given = {name: wide(value) for name, value in each.items() if name not in ("weight", "conv")}
-    weights = [each["weight"].double()]
+    stored = ("scale", "format", "dtype", "plain")
+    given = {name: wide(value) for name, value in each.items() if name not in ("weight", "conv", *stored)}
+    weights = [each[name].double() for name in ("weight", "plain") if name in each]
+    quantised = {"scales": [each["scale"]], "format": each["format"]} if "scale" in each else {}
     if "conv" not in each:
-        return [fused_linear.reference(x.double(), weights, **given)]
+        return [fused_linear.reference(x.double(), weights, **given, **quantised)]
     state, *rest = map(wide, each["conv"])
-    return [in_proj_conv.reference(x.double(), weights, *given.values(), state, *rest), state]
+    return [in_proj_conv.reference(x.double(), weights, *given.values(), state, *rest, **quantised), state]
 
 
 def wrong(config: Config, x: torch.Tensor, each: dict[str, Any], expected: Sequence[torch.Tensor]) -> bool:
@@ -322,10 +391,12 @@ def label(config: Sequence[int]) -> str:
 
 def run(of: Linear, rate: float, sweep: bool = True) -> dict[str, Any]:
     """A linear's times, and its limit at a rate in bytes per second."""
-    size = 2 * of.rows * of.columns
+    size = of.size
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
-    copies = max(1, min(math.ceil(COLD_BYTES / size) + 1, int(MEMORY * free / size) - 4))  # float64 takes four weights
+    copies = max(
+        1, min(math.ceil(COLD_BYTES / size) + 1, int(MEMORY * free / size) - 8 // of.itemsize)
+    )  # float64 takes as many weights
     x, sets = operands(of, copies)
     fill(x, sets)
     first = copied(sets[0])  # its conv state stays as it is, while those of the sets are written
@@ -342,6 +413,7 @@ def run(of: Linear, rate: float, sweep: bool = True) -> dict[str, Any]:
             too_large.append(label(config))
     ordered = sorted(times, key=times.get)
     rows, taken = x.to(torch.bfloat16), chosen(of)
+    beside = [each["weight"] for each in sets] if not of.format else torch.randn_like(weights_of(of, len(sets) // 2 + 1))
     return {
         "role": of.role,
         "whose": of.whose,
@@ -349,7 +421,8 @@ def run(of: Linear, rate: float, sweep: bool = True) -> dict[str, Any]:
         "shape": [of.rows, of.columns],
         "copies": copies,
         "limit_us": 1e6 * size / rate,
-        "cublas_us": microseconds(linear, rows, [each["weight"] for each in sets]),
+        "format": of.format,
+        "cublas_us": microseconds(linear, rows, beside),
         "best": ordered[0] if ordered else None,
         "best_us": times[ordered[0]] if ordered else None,
         "chosen": taken,
@@ -372,7 +445,8 @@ def table(results: Sequence[dict[str, Any]], rate: float) -> str:
         times = [cell(r["cublas_us"], limit), cell(r["best_us"], limit, r["best"]), cell(r["chosen_us"], limit, r["chosen"])]
         rows.append([r["rows"], r["role"], label(r["shape"]), r["whose"], *times])
     share = f"share of {rate / 1e9:.0f} GB/s, a copy's rate here"
-    head = f"Linears of a few rows, bfloat16, cold weights: µs ({share}); cuBLAS's without what is fused around them"
+    stored = results[0]["format"] or "bfloat16"
+    head = f"Linears of a few rows, {stored}, cold weights: µs ({share}); cuBLAS's without what is fused around them"
     headers = ["rows", "role", "weight", "whose", "cuBLAS", "best", "chosen"]
     return f"{head}\n{tabulate(rows, headers, disable_numparse=True)}"
 
@@ -391,6 +465,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--roles", default=",".join(ROLES), help=f"at one row, of {', '.join(ROLES)}, by comma")
     parser.add_argument("--models", default=",".join(MODELS), help=f"of {', '.join(MODELS)}, by comma")
     parser.add_argument("--rows", default="1", help=f"how many there are, 1 to {MOST_ROWS}, by comma")
+    parser.add_argument("--format", default="", choices=("", *quantized.STORED), help="of quantised weights")
     parser.add_argument("--chosen", action="store_true", help="only the configs that a decode step takes, no sweep")
     parser.add_argument("--json", metavar="FILE", help="write the figures, the machine and the versions here")
     args = parser.parse_args(argv)
@@ -402,6 +477,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         parser.error("a CUDA device is needed")
     linears = [of.of_rows(n) for n in counts for of in LINEARS if of.role in roles and {*of.models} & {*models}]
+    if args.format:
+        linears = [replace(of, format=args.format) for of in linears if "head" not in of.whose]
     if not linears:
         parser.error(f"no linear of the roles {args.roles} is measured for the models {args.models}")
 

@@ -3,6 +3,7 @@
     python benchmarks/step.py --models 4b --json step_4b.json
     python benchmarks/step.py --models 0.8b,4b,9b --beside inductor
     python benchmarks/step.py --models 4b --batch 32
+    python benchmarks/step.py --models 4b --quantize fp8
 
 Model, tokens, check of the logits and timing are those of benchmarks/decode.py, with a static cache and CUDA graphs; no step
 whose logits are wrong is taken apart. Then some steps run under torch's profiler, again with nothing waited for inside.
@@ -48,6 +49,7 @@ import gdnfuse
 from gdnfuse.bench.measure import BLOCK, Decoder
 from gdnfuse.bench.workers import answer, run_sides, show_fla
 from gdnfuse.errors import Refused
+from gdnfuse.models import QUANTIZED, dequantized_calls
 from gdnfuse.report.records import GraphReport
 
 SIDE = "gdnfuse"
@@ -303,10 +305,10 @@ def own_kernels() -> tuple[Collection[str], Collection[str]]:
 def run_side(side: str, name: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """The row of a side: checked, timed, profiled and attributed."""
     show_fla(side)
-    model = build(name, getattr(torch, args.dtype), args.device)
+    model = build(name, getattr(torch, args.dtype), args.device, args.quantize)
     shared = torch.load(folder / SHARED, map_location="cpu")
     row: dict[str, Any] = {"side": side}
-    with caches(None):
+    with caches(None), dequantized_calls(model):
         decode, tokens, found = checked(side, model, args, shared, room(args) + args.profiled + 1)
         row |= found
         if found["right"]:
@@ -323,7 +325,8 @@ def table(result: dict[str, Any]) -> str:
     """A step's rows by gap with their sum, and what the sides beside it run."""
     rate, parts = result["bytes_per_second"], []
     for row in result["sides"]:
-        head = f"{result['model']}, batch {result['batch']}, {row['side']}: "
+        stored = f" in {result['quantize']}" if result.get("quantize") else ""
+        head = f"{result['model']}{stored}, batch {result['batch']}, {row['side']}: "
         if "ms" not in row:
             parts.append(head + row.get("failed", "its logits are too far from float32's or not finite."))
             continue
@@ -367,6 +370,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--models", default="4b", help="presets, config files or `tiny`, by comma")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
+    parser.add_argument("--quantize", choices=[*QUANTIZED], help="turn linears into those of a checkpoint of this format")
     parser.add_argument("--beside", default="", help=f"count the kernels of these too, by comma: {', '.join(BESIDE)}")
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--warmup", type=int, default=8)
@@ -398,7 +402,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in args.models.split(","):
         first, rows = run_sides([__file__], name, sides, argv, timeout=args.timeout)
         data["machine"] |= first["machine"]
-        data["results"].append({"model": name, "batch": args.batch, **first.get("facts", {}), "sides": rows})
+        data["results"].append(
+            {"model": name, "batch": args.batch, "quantize": args.quantize, **first.get("facts", {}), "sides": rows}
+        )
         print(table(data["results"][-1]), end="\n\n", flush=True)
         if args.json:
             Path(args.json).write_text(json.dumps(data, indent=1))

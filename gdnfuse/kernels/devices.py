@@ -18,11 +18,13 @@ class Device(NamedTuple):
             and sm_100, 64 KiB on gfx90a and gfx942. A launch that takes more raises OutOfResources.
         multiprocessors: how many there are.
         amd: whether Triton lays memory out as for AMD.
+        widens_e4m3: whether it has an instruction that makes float16 of e4m3: NVIDIA's from 8.9 on.
     """
 
     shared_memory: int
     multiprocessors: int
     amd: bool = False
+    widens_e4m3: bool = True
 
 
 # Where there is no GPU, a report is made for this one.
@@ -46,7 +48,10 @@ def _of(index: int) -> Device:
     # The first is what a launch may ask for on NVIDIA's devices; AMD's have the second, and in older versions of torch neither.
     found = [getattr(properties, name, 0) for name in ("shared_memory_per_block_optin", "shared_memory_per_block")]
     shared_memory = next(filter(None, found), EVERY)
-    return Device(shared_memory, properties.multi_processor_count, torch.version.hip is not None)
+    amd = torch.version.hip is not None
+    return Device(
+        shared_memory, properties.multi_processor_count, amd, not amd and (properties.major, properties.minor) >= (8, 9)
+    )
 
 
 def require_shared(kernel: str, needed: int, device: Device) -> None:

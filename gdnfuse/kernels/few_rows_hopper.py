@@ -45,20 +45,18 @@ def _copy_x(ring, slot, x_ptrs, there, step):
         async_copy.async_copy_global_to_shared(tile, x_ptrs + (step * 2 + half) * SLICE, mask=there)
 
 
-@gluon.jit(do_not_specialize=["B", "M", "live_rows", "steps"])
-def few_rows_hopper_kernel(
+@gluon.jit
+def program(
     x_ptr, weight_ptr, out_ptr,
-    B, M, live_rows, steps, stride_xb, stride_wm,
+    index, part, B, M, width, live_rows, steps, stride_xb, stride_wm,
     SWIGLU: gl.constexpr, TILES: gl.constexpr, BB: gl.constexpr, STAGES: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
-    if OVERLAP:
-        gdc_launch_dependents()
+    """What the index'th program of a part of the columns does. `width` is how far apart rows of the result are."""
     # With SwiGLU the second half of a tile is the rows of up that belong to the rows of gate in the first.
     ROWS: gl.constexpr = 32 if SWIGLU else 64
     accumulator: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BB, 16])
     dtype: gl.constexpr = weight_ptr.dtype.element_ty
-    first = gl.program_id(0) * (TILES * live_rows)
-    part = gl.program_id(1)
+    first = index * (TILES * live_rows)
     w_ring = gl.allocate_shared_memory(dtype, [STAGES * TILES * 2, 64, SLICE], RING)
     x_ring = gl.allocate_shared_memory(dtype, [STAGES * 2, BB, SLICE], RING)
 
@@ -125,8 +123,22 @@ def few_rows_hopper_kernel(
             y = gl.convert_layout(acc[t], STORED)
         out_row = first + t * live_rows + i
         inside = ((i < live_rows) & (out_row < M))[:, None] & (column < B)[None, :]
-        out_ptrs = out_ptr + ((part * B + column).to(gl.int64)[None, :] * M + out_row[:, None])
+        out_ptrs = out_ptr + ((part * B + column).to(gl.int64)[None, :] * width + out_row[:, None])
         gl.store(out_ptrs, y.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@gluon.jit(do_not_specialize=["B", "M", "live_rows", "steps"])
+def few_rows_hopper_kernel(
+    x_ptr, weight_ptr, out_ptr,
+    B, M, live_rows, steps, stride_xb, stride_wm,
+    SWIGLU: gl.constexpr, TILES: gl.constexpr, BB: gl.constexpr, STAGES: gl.constexpr, OVERLAP: gl.constexpr,
+):  # fmt: skip
+    if OVERLAP:
+        gdc_launch_dependents()
+    program(
+        x_ptr, weight_ptr, out_ptr, gl.program_id(0), gl.program_id(1), B, M, M, live_rows, steps, stride_xb, stride_wm,
+        SWIGLU, TILES, BB, STAGES, OVERLAP,
+    )  # fmt: skip
 
 
 def supports_here(rows: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -152,7 +164,7 @@ def launch_with(
         overlap: whether the weight may be read while kernels before this one run.
     """
     tiles, live, stages, parts = chosen
-    rows, out = rows_and_out(x, weight, swiglu, parts)
+    rows, out = rows_and_out(x, weight.shape[0] // (2 if swiglu else 1), weight.dtype, parts)
     (B, N), M = rows.shape, out.shape[-1]
     options = overlap_options(x) if overlap else {}
     kernel_of(few_rows_hopper_kernel)[(-(-M // (live * tiles)), parts)](

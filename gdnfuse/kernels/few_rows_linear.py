@@ -11,19 +11,28 @@ one rounding, to the weight's dtype, none for split_linear.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 from gdnfuse import compat
-from gdnfuse.kernels import devices
+from gdnfuse.kernels import devices, quantized
 from gdnfuse.kernels.launch.implementation import kernel_of, overlap_options
-from gdnfuse.kernels.linear_configs import FewRowsConfig, columns_of, few_rows_config, ring_config, rows_and_out
+from gdnfuse.kernels.linear_configs import (
+    FewRowsConfig,
+    columns_of,
+    few_rows_config,
+    quantized_ring_config,
+    ring_config,
+    rows_and_out,
+)
 
 if compat.gluon():
-    from gdnfuse.kernels import few_rows_hopper
+    from gdnfuse.kernels import few_rows_hopper, few_rows_hopper_quantized
 else:
-    few_rows_hopper = None
+    few_rows_hopper = few_rows_hopper_quantized = None
 gdc_launch_dependents, gdc_wait = compat.dependent_launch()
 
 # Operands of products, by the weight's dtype.
@@ -32,10 +41,11 @@ OPERANDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float1
 
 @triton.jit
 def few_rows_linear_kernel(
-    x_ptr, weight_ptr, out_ptr,
-    B, M, columns, stride_xb, stride_wm,
+    x_ptr, weight_ptr, scale_ptr, plain_ptr, out_ptr,
+    B, M, stored, columns, stride_xb, stride_wm, stride_sm, stride_pm,
     SWIGLU: tl.constexpr, OPERAND: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BB: tl.constexpr,
     STAGES: tl.constexpr, EARLY: tl.constexpr, OVERLAP: tl.constexpr,
+    KIND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CONVERTS: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
         gdc_launch_dependents()
@@ -43,17 +53,37 @@ def few_rows_linear_kernel(
     b = tl.arange(0, BB)  # [BB]
     i = tl.arange(0, BM)  # [BM]
     BO: tl.constexpr = BM // 2 if SWIGLU else BM
-    first = pid * BO + i % BO  # [BM]
+    shift, end = 0, M
+    if KIND is not None:
+        # Where plain rows follow those of a quantised weight, which are `stored`, they begin with a tile of their own.
+        tiles = tl.cdiv(stored, BO)
+        shift, end = tl.where(pid < tiles, 0, tiles * BO - stored), tl.where(pid < tiles, stored, M)
+    first = pid * BO - shift + i % BO  # [BM]
     # With SwiGLU the second half of a tile is the rows of up that belong to the rows of gate in the first.
-    row = tl.where(first < M, first, 0) + tl.where(i < BO, 0, M)
+    row = tl.where(first < stored, first, 0) + tl.where(i < BO, 0, M)
     k = part * columns + tl.arange(0, BK)  # [BK]
     w_ptrs = weight_ptr + row.to(tl.int64)[:, None] * stride_wm + k[None, :]  # [BM, BK]
     x_ptrs = x_ptr + tl.where(b < B, b, 0).to(tl.int64)[None, :] * stride_xb + k[:, None]  # [BK, BB]
 
-    out_row = pid * BO + tl.arange(0, BO)  # [BO]
-    live = (out_row < M)[:, None] & (b < B)[None, :]  # [BO, BB]
+    out_row = pid * BO - shift + tl.arange(0, BO)  # [BO]
+    live = (out_row < end)[:, None] & (b < B)[None, :]  # [BO, BB]
     acc = tl.zeros((BM, BB), tl.float32)
-    if EARLY:
+    if KIND is not None:
+        if OVERLAP:
+            gdc_wait()
+        if pid < tiles:
+            scale_ptrs = scale_ptr + row.to(tl.int64) // ROWS * stride_sm  # [BM]
+            for start in tl.range(0, columns, BK, num_stages=STAGES):
+                w = quantized.widen(tl.load(w_ptrs + start), KIND, CONVERTS).to(OPERAND)
+                x = tl.load(x_ptrs + start).to(OPERAND)
+                scale = tl.load(scale_ptrs + (part * columns + start) // COLUMNS)  # [BM]
+                acc += scale[:, None] * tl.dot(w, x, input_precision="ieee")
+        elif plain_ptr is not None:
+            plain_ptrs = plain_ptr + (tl.where(first < M, first, stored) - stored).to(tl.int64)[:, None] * stride_pm + k[None, :]
+            for start in tl.range(0, columns, BK, num_stages=STAGES):
+                w, x = tl.load(plain_ptrs + start).to(OPERAND), tl.load(x_ptrs + start).to(OPERAND)
+                acc = tl.dot(w, x, acc, input_precision="ieee")
+    elif EARLY:
         w = tl.load(w_ptrs)
         if OVERLAP:
             gdc_wait()
@@ -62,12 +92,13 @@ def few_rows_linear_kernel(
         x_ptrs += BK
     elif OVERLAP:
         gdc_wait()
-    for _ in tl.range(BK if EARLY else 0, columns, BK, num_stages=STAGES):
-        w = tl.load(w_ptrs)
-        x = tl.load(x_ptrs)
-        acc = tl.dot(w.to(OPERAND), x.to(OPERAND), acc, input_precision="ieee")
-        w_ptrs += BK
-        x_ptrs += BK
+    if KIND is None:
+        for _ in tl.range(BK if EARLY else 0, columns, BK, num_stages=STAGES):
+            w = tl.load(w_ptrs)
+            x = tl.load(x_ptrs)
+            acc = tl.dot(w.to(OPERAND), x.to(OPERAND), acc, input_precision="ieee")
+            w_ptrs += BK
+            x_ptrs += BK
 
     if SWIGLU:
         gate, up = tl.split(tl.permute(tl.reshape(acc, (2, BO, BB)), (1, 2, 0)))
@@ -77,8 +108,9 @@ def few_rows_linear_kernel(
 
 
 def launch_with(
-    chosen: FewRowsConfig, x: torch.Tensor, weight: torch.Tensor, swiglu: bool = False, overlap: bool = False
-) -> torch.Tensor:
+    chosen: FewRowsConfig, x: torch.Tensor, weight: torch.Tensor, swiglu: bool = False, overlap: bool = False,
+    scale: torch.Tensor | None = None, format: str = "", plain: torch.Tensor | None = None, dtype: torch.dtype | None = None,
+) -> torch.Tensor:  # fmt: skip
     """The parts of a linear, [parts, ..., M], or without the first axis if there is but one.
 
     Args:
@@ -87,25 +119,42 @@ def launch_with(
         weight: [M, N], with `swiglu` [2·M, N].
         swiglu: whether the weight is of gate and up.
         overlap: whether the weight may be read while kernels before this one run.
+        scale, format: of a quantised weight, as of the dialect's dequantize.
+        plain: [P, N], rows that follow those of a quantised weight, or None.
+        dtype: of the result; None for the weight's.
     """
     BM, BK, num_warps, stages, parts, early = chosen
-    rows, out = rows_and_out(x, weight, swiglu, parts)
-    (B, N), M = rows.shape, out.shape[-1]
+    stored, how = weight.shape[0] // (2 if swiglu else 1), quantized.stored(format)
+    M, dtype = stored + (0 if plain is None else plain.shape[0]), dtype or weight.dtype
+    rows, out = rows_and_out(x, M, dtype, parts)
+    B, N = rows.shape
     options = overlap_options(x) if overlap else {}
-    kernel_of(few_rows_linear_kernel)[(-(-M // (BM // 2 if swiglu else BM)), parts)](
-        rows, weight, out, B, M, N // parts, rows.stride(0), weight.stride(0),
-        SWIGLU=swiglu, OPERAND=OPERANDS[weight.dtype], BM=BM, BK=BK, BB=columns_of(B),
-        STAGES=stages, EARLY=early, OVERLAP=bool(options), num_warps=num_warps, **options,
+    tile = BM // 2 if swiglu else BM
+    kernel_of(few_rows_linear_kernel)[(-(-stored // tile) + -(-(M - stored) // tile), parts)](
+        rows, quantized.raw(weight) if how else weight, scale, plain, out,
+        B, M, stored, N // parts, rows.stride(0), weight.stride(0),
+        0 if scale is None else scale.stride(0), 0 if plain is None else plain.stride(0),
+        SWIGLU=swiglu, OPERAND=OPERANDS[dtype], BM=BM, BK=BK, BB=columns_of(B),
+        STAGES=stages, EARLY=early, OVERLAP=bool(options), KIND=how and how.kind, ROWS=how and how.rows,
+        COLUMNS=how and how.columns, CONVERTS=bool(how) and quantized.converts(x.device), num_warps=num_warps, **options,
     )  # fmt: skip
     return out
 
 
-def launch(x: torch.Tensor, weight: torch.Tensor, swiglu: bool = False, parts: int = 1, overlap: bool = False) -> torch.Tensor:
-    """`launch_with` the config for the weight's shape and the number of rows, or few_rows_hopper in its place."""
+def launch(
+    x: torch.Tensor, weight: torch.Tensor, swiglu: bool = False, parts: int = 1, overlap: bool = False, **stored: Any
+) -> torch.Tensor:
+    """`launch_with` the config for the weight's shape and the number of rows, or few_rows_hopper in its place.
+
+    `stored` is what `launch_with` is told of a quantised weight.
+    """
     M, N = weight.shape[0] // (2 if swiglu else 1), weight.shape[1]
     rows = x.reshape(-1, N)
     x = rows.view(x.shape)  # so that what had to be copied is copied once
-    if few_rows_hopper and (ring := ring_config(M, N, swiglu, parts)) and few_rows_hopper.supports_here(rows, weight):
+    if stored and few_rows_hopper_quantized and (ring := quantized_ring_config(M, N, rows.shape[0], swiglu, parts)):
+        if few_rows_hopper_quantized.supports_here(rows, weight, **stored):
+            return few_rows_hopper_quantized.launch_with(ring, x, weight, swiglu, overlap, **stored)
+    elif few_rows_hopper and (ring := ring_config(M, N, swiglu, parts)) and few_rows_hopper.supports_here(rows, weight):
         return few_rows_hopper.launch_with(ring, x, weight, swiglu, overlap)
     config = few_rows_config(N, rows.shape[0], swiglu, parts, weight.dtype, devices.of(x.device))
-    return launch_with(config, x, weight, swiglu, overlap)
+    return launch_with(config, x, weight, swiglu, overlap, **stored)

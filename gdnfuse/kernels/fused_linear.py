@@ -6,11 +6,13 @@ One row goes to `skinny_linear`, which fuses on both sides of the product; two t
 from __future__ import annotations
 
 from itertools import accumulate
+from typing import Any
 
 import torch
 
+from gdnfuse.dialect.fused_linear import weight_dtype
 from gdnfuse.errors import Refused
-from gdnfuse.kernels import devices, few_rows_linear, skinny_linear
+from gdnfuse.kernels import devices, few_rows_linear, quantized, skinny_linear
 from gdnfuse.kernels.causal_conv_update import ACTIVATIONS
 from gdnfuse.kernels.gated_rms_norm import require_gate
 from gdnfuse.kernels.launch.implementation import register, require_dtypes, require_static
@@ -27,25 +29,35 @@ def launch(
     swiglu: bool = False,
     residual: torch.Tensor | None = None,
     gate_activation: str = "silu",
+    scales: list[torch.Tensor] | None = None,
+    format: str = "",
     *,
     overlap: bool = False,
 ) -> torch.Tensor:
-    """The dialect's fused_linear for at most 32 rows and one weight.
+    """The dialect's fused_linear for at most 32 rows and one weight, or a quantised one and one that is not.
 
     Args:
-        x, weights, norm_weight, norm_eps, norm_offset, gate, swiglu, residual, gate_activation: as there.
+        x, weights, norm_weight, norm_eps, norm_offset, gate, swiglu, residual, gate_activation, scales, format: as there.
         overlap: whether weights may be read while kernels before this one run: what came before the step must have ended.
 
     Returns:
         [..., M], or half of it with `swiglu`, in the weight's dtype, contiguous.
     """
-    (weight,) = weights
+    dtype = weight_dtype(x, weights, scales, residual, norm_weight, gate)
+    weight, stored = weights[0], _stored(weights, scales, format, dtype)
     if _rows(x) > 1:
-        return few_rows_linear.launch(x, weight, swiglu, overlap=overlap)
+        return few_rows_linear.launch(x, weight, swiglu, overlap=overlap, **stored)
     chosen = skinny_linear.config(skinny_linear.kind(norm_weight, gate, swiglu), weight.shape[1], weight.dtype)
     return skinny_linear.launch_with(
-        chosen, x, weight, norm_weight, norm_eps, norm_offset, gate, swiglu, residual, gate_activation, overlap=overlap
+        chosen, x, weight, norm_weight, norm_eps, norm_offset, gate, swiglu, residual, gate_activation, overlap=overlap, **stored
     )
+
+
+def _stored(weights: list[torch.Tensor], scales: list[torch.Tensor] | None, format: str, dtype: torch.dtype) -> dict[str, Any]:
+    """What kernels are told of a quantised weight, and of one behind it that is not."""
+    if not scales:
+        return {}
+    return {"scale": scales[0], "format": format, "plain": weights[1] if len(weights) > 1 else None, "dtype": dtype}
 
 
 def launch_in_proj_conv(
@@ -61,22 +73,24 @@ def launch_in_proj_conv(
     activation: str,
     parts: list[int] | None = None,
     heads: int = 1,
+    scales: list[torch.Tensor] | None = None,
+    format: str = "",
     *,
     overlap: bool = False,
 ) -> torch.Tensor:
-    """The dialect's in_proj_conv for one row and one weight.
+    """The dialect's in_proj_conv for one row and one weight, or a quantised one and one that is not.
 
     Args:
         x, weights, norm_weight, norm_eps, norm_offset: as there.
         conv_state: [1, D, S], any strides; written in place.
         conv_weight: [D, 1, W], any strides.
-        conv_bias, conv_offset, activation, parts, heads: as there.
+        conv_bias, conv_offset, activation, parts, heads, scales, format: as there.
         overlap: as for `launch`.
 
     Returns:
         [1, 1, M], or the columns of the parts, in float32, contiguous.
     """
-    (weight,) = weights
+    weight = weights[0]
     conv = (conv_state, conv_weight, conv_bias, conv_offset, activation)
     chosen = skinny_linear.config("conv", weight.shape[1], weight.dtype)
     if parts is not None:
@@ -84,22 +98,31 @@ def launch_in_proj_conv(
         first = accumulate((heads * width for width in widths), initial=0)
         parts = tuple(zip(first, widths, offsets, strides, strict=False))
     return skinny_linear.launch_with(
-        chosen, x, weight, norm_weight, norm_eps, norm_offset, conv=conv, parts=parts, heads=heads, overlap=overlap
-    )
+        chosen, x, weight, norm_weight, norm_eps, norm_offset, conv=conv, parts=parts, heads=heads, overlap=overlap,
+        **_stored(weights, scales, format, weight_dtype(x, weights, scales)),
+    )  # fmt: skip
 
 
-def launch_split(x: torch.Tensor, weights: list[torch.Tensor], parts: int, *, overlap: bool = False) -> torch.Tensor:
+def launch_split(
+    x: torch.Tensor,
+    weights: list[torch.Tensor],
+    parts: int,
+    scales: list[torch.Tensor] | None = None,
+    format: str = "",
+    *,
+    overlap: bool = False,
+) -> torch.Tensor:
     """The dialect's split_linear for 2 to 32 rows and one weight.
 
     Args:
-        x, weights, parts: as there.
+        x, weights, parts, scales, format: as there.
         overlap: as for `launch`.
 
     Returns:
         [parts, ..., M] in float32, contiguous.
     """
     (weight,) = weights
-    return few_rows_linear.launch(x, weight, parts=parts, overlap=overlap)
+    return few_rows_linear.launch(x, weight, parts=parts, overlap=overlap, **_stored(weights, scales, format, x.dtype))
 
 
 def _rows(x: torch.Tensor) -> int:
@@ -108,21 +131,25 @@ def _rows(x: torch.Tensor) -> int:
 
 def supports(
     x, weights, norm_weight=None, norm_eps=0.0, norm_offset=0.0, gate=None, swiglu=False, residual=None, gate_activation="silu",
-    parts=1,
+    scales=None, format="", parts=1,
 ) -> None:  # fmt: skip
     """Raises Refused unless there are at most 32 rows, sizes are static, dtypes are float32, bfloat16 or float16, rows are
-    contiguous and there is one weight, of x's dtype but behind a gated norm.
+    contiguous and there is one weight, of x's dtype but behind a gated norm; or a quantised one that kernels can read, and maybe
+    one behind it that is not, where nothing but a norm or a conv is around them.
 
     One row must be at most MAX_N wide and heads under a gate fill the steps over columns; several rows must fill the steps over
     columns and have neither norm before nor residual behind, and a device with shared memory for a step.
     """
-    if len(weights) != 1:
+    quantised = len(scales or ())
+    if quantised > 1 or len(weights) != 1 and (quantised != 1 or len(weights) > 2):
         raise Refused(f"There must be one weight, packed if there are several, got {len(weights)}.")
-    (weight,) = weights
-    require_dtypes(x=x, weight=weight, norm_weight=norm_weight, gate=gate, residual=residual)
-    if gate is None and x.dtype != weight.dtype:
-        both = " and ".join(str(t.dtype).removeprefix("torch.") for t in (x, weight))
-        raise Refused(f"x and weight must have one dtype, got {both}.")
+    weight = weights[0]
+    require_dtypes(x=x, **dict(zip(("weight", "the other weight"), weights[quantised:], strict=False)))
+    require_dtypes(norm_weight=norm_weight, gate=gate, residual=residual)
+    for plain in weights[quantised:]:
+        if gate is None and x.dtype != plain.dtype:
+            both = " and ".join(str(t.dtype).removeprefix("torch.") for t in (x, plain))
+            raise Refused(f"x and weight must have one dtype, got {both}.")
     if x.dim() < 1 or weight.dim() != 2:
         raise Refused(f"x must have at least one dimension and weight two, got {x.dim()} and {weight.dim()}.")
     M, N = weight.shape
@@ -134,6 +161,9 @@ def supports(
         raise Refused(f"weight must not be empty, got the sizes {list(weight.shape)}.")
     if not all(isinstance(size, int) for size in x.shape) or not 0 < _rows(x) <= MAX_ROWS:
         raise Refused(f"x must have at most {MAX_ROWS} rows, got the sizes {list(x.shape)}.")
+    if quantised:
+        quantized.require(weight, scales[0], format)
+        _require_beside(weights, _rows(x), swiglu, gate, residual, parts)
     for name, t in (("x", x), ("weight", weight), ("gate", gate), ("residual", residual)):
         if t is not None and t.shape[-1] > 1 and (not isinstance(t.stride(-1), int) or t.stride(-1) != 1):
             raise Refused(f"{name} must have contiguous rows, got the strides {list(t.stride())}.")
@@ -151,12 +181,29 @@ def supports(
             raise Refused(f"Heads must fill steps of {step} columns, and these the row, got {N} columns in heads of {V}.")
 
 
+def _require_beside(weights, rows, swiglu, gate, residual, parts) -> None:
+    """Refuse a quantised weight that does not fill tiles of rows, where rows of up or plain ones follow, or other things beside
+    the plain ones."""
+    kind = "swiglu" if swiglu else "conv" if len(weights) > 1 else "plain"
+    tile = skinny_linear.config(kind, weights[0].shape[1], weights[0].dtype)[0]
+    own = weights[0].shape[0] // (2 if swiglu else 1)
+    if kind != "plain" and rows == 1 and own % tile:
+        raise Refused(f"Rows of a quantised weight must be a multiple of {tile} there, got {own}.")
+    if len(weights) < 2:
+        return
+    if swiglu or gate is not None or residual is not None or parts > 1:
+        raise Refused("Rows that are not quantised must have nothing but a norm or a conv beside them, got more.")
+    plain = weights[1]
+    if plain.dim() != 2 or plain.shape[1] != weights[0].shape[1] or plain.stride(-1) != 1:
+        raise Refused(f"Weights must agree on N and have contiguous rows, got {list(weights[0].shape)} and {list(plain.shape)}.")
+
+
 def supports_in_proj_conv(
     x, weights, norm_weight, norm_eps, norm_offset, conv_state, conv_weight, conv_bias, conv_offset, activation,
-    parts=None, heads=1,
+    parts=None, heads=1, scales=None, format="",
 ) -> None:  # fmt: skip
     """Raises Refused where `supports` does, and unless x is one row, conv sizes are static and the activation is known."""
-    supports(x, weights, norm_weight, norm_eps, norm_offset)
+    supports(x, weights, norm_weight, norm_eps, norm_offset, scales=scales, format=format)
     if _rows(x) > 1:
         raise Refused(f"x must be one row, got the sizes {list(x.shape)}.")
     require_dtypes(conv_state=conv_state, conv_weight=conv_weight, conv_bias=conv_bias)
@@ -165,16 +212,15 @@ def supports_in_proj_conv(
         raise Refused(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation}.")
 
 
-def supports_split(x, weights, parts) -> None:
+def supports_split(x, weights, parts, scales=None, format="") -> None:
     """Raises Refused where `supports` does, and unless there are at least two rows and two parts."""
-    supports(x, weights, parts=parts)
+    supports(x, weights, parts=parts, scales=scales, format=format)
     if _rows(x) < 2 or parts < 2:
         raise Refused(f"Parts of a linear need at least two rows and two parts, got {_rows(x)} and {parts}.")
 
 
 GEMM = "benchmarks/gemm.py"
-fused_linear = register("fused_linear", launch, supports, early=("weights", "norm_weight"), measured=GEMM)
-in_proj_conv = register(
-    "in_proj_conv", launch_in_proj_conv, supports_in_proj_conv, early=("weights", "norm_weight"), measured=GEMM
-)
-split_linear = register("split_linear", launch_split, supports_split, early=("weights",), measured=GEMM)
+EARLY = ("weights", "scales", "norm_weight")
+fused_linear = register("fused_linear", launch, supports, early=EARLY, measured=GEMM)
+in_proj_conv = register("in_proj_conv", launch_in_proj_conv, supports_in_proj_conv, early=EARLY, measured=GEMM)
+split_linear = register("split_linear", launch_split, supports_split, early=("weights", "scales"), measured=GEMM)

@@ -50,12 +50,14 @@ class RingConfig(NamedTuple):
     parts: int
 
 
+SCALED = 128  # columns that share a scale, of a quantised weight
 STEP = 128  # columns
 TILE = 64  # rows of the weight
 MOST_TILES = 3  # of a program; more need more shared memory than there is
 WAVES = 2  # of programs; weights with more rows, as the head's, stream as fast without a ring
 LEAST_ROWS = 16  # of a program: x is copied anew for each
 SPLIT_ROWS = 48  # of a program at most where columns are split
+RESIDENT = 3  # programs per multiprocessor of a quantised weight
 
 
 def rings(weight: torch.Tensor) -> bool:
@@ -66,11 +68,11 @@ def rings(weight: torch.Tensor) -> bool:
     return hopper and compat.gluon() is not None
 
 
-def rows_and_out(x: torch.Tensor, weight: torch.Tensor, swiglu: bool, parts: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """x as [B, N], and memory for a linear of a few rows: [parts, ..., M] in float32, or [..., M] in the weight's dtype."""
-    shape = (*x.shape[:-1], weight.shape[0] // (2 if swiglu else 1))
-    shape, dtype = ((parts, *shape), torch.float32) if parts > 1 else (shape, weight.dtype)
-    return x.reshape(-1, weight.shape[1]), torch.empty(shape, dtype=dtype, device=x.device)
+def rows_and_out(x: torch.Tensor, M: int, dtype: torch.dtype, parts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """x as [B, N], and memory for M columns of a linear of a few rows: [parts, ..., M] in float32, or [..., M] in `dtype`."""
+    shape = (*x.shape[:-1], M)
+    shape, dtype = ((parts, *shape), torch.float32) if parts > 1 else (shape, dtype)
+    return x.reshape(-1, x.shape[-1]), torch.empty(shape, dtype=dtype, device=x.device)
 
 
 def ring_config(M: int, N: int, swiglu: bool = False, parts: int = 1) -> RingConfig | None:
@@ -90,6 +92,22 @@ def ring_config(M: int, N: int, swiglu: bool = False, parts: int = 1) -> RingCon
     if tiles > MOST_TILES:
         return None
     return RingConfig(tiles, -(-each // tiles), min(3 if tiles > 2 else 4, N // parts // STEP + 1), parts)
+
+
+def quantized_ring_config(M: int, N: int, rows: int, swiglu: bool = False, parts: int = 1) -> RingConfig | None:
+    """The config of few_rows_hopper_quantized for so many rows times a weight [M, N], with `swiglu` [2·M, N], or None where its
+    columns do not fill blocks of scales.
+
+    A program spends as long on its weights' way to the tensor cores as on their way to it, so that it takes three of them on a
+    multiprocessor, of one tile each, to keep both busy. Chosen on an H200 with benchmarks/gemm.py --format fp8_block128.
+    """
+    if N % (STEP * parts):
+        return None
+    most = TILE // 2 if swiglu else TILE
+    programs = RESIDENT * MULTIPROCESSORS // parts
+    programs *= max(-(-M // (programs * most)), 1)
+    steps = N // parts // STEP
+    return RingConfig(1, max(-(-M // programs), LEAST_ROWS), 3 if steps < 6 else min(6 if rows <= 8 else 4, steps + 1), parts)
 
 
 def columns_of(rows: int) -> int:
@@ -124,18 +142,21 @@ def few_rows_config(
     block = config.BK * 2 // dtype.itemsize
     if dtype.itemsize > 2:
         config = config._replace(BM=32)  # more would spill
+    if dtype.itemsize < 2:
+        config, block = FewRowsConfig(64, SCALED, 4, 4, parts, False), SCALED
     while block > 32 and N % (block * parts):
         block //= 2
     if N % (block * parts):
         raise Refused(f"The columns of a weight for several rows must be a multiple of {block * parts}, got {N}.")
     config = config._replace(BK=block)
-    while config.stages > 2 and config.shared_memory(rows, dtype.itemsize) > device.shared_memory:
+    itemsize = max(dtype.itemsize, 2)  # x has no smaller one
+    while config.stages > 2 and config.shared_memory(rows, itemsize) > device.shared_memory:
         config = config._replace(stages=config.stages - 1)
-    require_shared("few_rows_linear", config.shared_memory(rows, dtype.itemsize), device)
+    require_shared("few_rows_linear", config.shared_memory(rows, itemsize), device)
     return config
 
 
-def split(M: int, N: int, rows: int, ring: bool = False) -> int:
+def split(M: int, N: int, rows: int, ring: bool = False, quantised: bool = False) -> int:
     """Into how many parts the columns of a weight [M, N] go, so that there are programs enough to stream it.
 
     That number of them which leaves multiprocessors idle least while the last ones run; of equals the largest. For a ring, whose
@@ -147,7 +168,8 @@ def split(M: int, N: int, rows: int, ring: bool = False) -> int:
         if M >= MULTIPROCESSORS * TILE // 2:
             return 1
         whole = [n for n in PARTS if N % (STEP * n) == 0 and N >= 2 * STEP * n]
-        return next((n for n in whole if -(-M // (2 * MULTIPROCESSORS // n)) <= SPLIT_ROWS), 1)
+        resident, most = (RESIDENT, TILE) if quantised else (2, SPLIT_ROWS)
+        return next((n for n in whole if -(-M // (resident * MULTIPROCESSORS // n)) <= most), 1)
     tiles, step = -(-M // 64), 256 if rows <= 8 else 128
     if tiles >= FILLED:
         return 1

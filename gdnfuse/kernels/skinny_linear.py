@@ -22,9 +22,10 @@ import triton
 import triton.language as tl
 
 from gdnfuse import compat
-from gdnfuse.kernels import devices
+from gdnfuse.kernels import devices, quantized
 from gdnfuse.kernels.gated_rms_norm import gated
 from gdnfuse.kernels.launch.implementation import kernel_of, overlap_options
+from gdnfuse.kernels.quantized import dot_scaled, load_scales
 
 gdc_launch_dependents, gdc_wait = compat.dependent_launch()
 
@@ -47,7 +48,18 @@ CONFIGS = {
     ),
 }
 
-Config = tuple[int, int, int, int]
+# The same for a quantised weight, and of how many columns at a time its scale is put on the sum of products.
+QUANTIZED_CONFIGS = {
+    "conv": ((512, (8, 256, 4, 0, 16)), (2560, (16, 512, 4, 0, 16)), (float("inf"), (8, 1024, 4, 0, 16))),
+    "norm": ((512, (8, 256, 4, 0, 16)), (2560, (16, 512, 4, 0, 16)), (float("inf"), (8, 1024, 4, 0, 16))),
+    "gate": ((512, (8, 512, 4, 0, 16)), (float("inf"), (8, 1024, 4, 0, 16))),
+    "swiglu": ((512, (8, 256, 4, 0, 16)), (2560, (8, 512, 4, 0, 16)), (float("inf"), (4, 1024, 4, 0, 16))),
+    "plain": ((3072, (8, 512, 4, 0, 8)), (12288, (2, 1024, 4, 0, 8)), (float("inf"), (2, 2048, 8, 0, 8))),
+}
+
+Config = tuple[int, ...]
+# Of rows that follow a quantised weight's: how many a program takes, and how many of their columns at once.
+PLAIN_ROWS, PLAIN_COLUMNS = tl.constexpr(2), tl.constexpr(2048)
 
 
 def kind(norm_weight: Any = None, gate: Any = None, swiglu: bool = False, conv: Any = None) -> str:
@@ -57,7 +69,11 @@ def kind(norm_weight: Any = None, gate: Any = None, swiglu: bool = False, conv: 
 
 
 def config(kind: str, n: int, dtype: torch.dtype = torch.bfloat16) -> Config:
-    """Rows per tile, columns per step, warps and programs per multiprocessor for a weight of n columns."""
+    """Rows per tile, columns per step, warps and programs per multiprocessor for a weight of n columns; of a quantised weight the
+    columns per scale's multiplication too."""
+    if dtype.itemsize == 1:
+        rows, block, num_warps, per_sm, group = next(c for width, c in QUANTIZED_CONFIGS[kind] if n <= width)
+        return rows, max(min(block, triton.next_power_of_2(n)), group), num_warps, per_sm, group
     rows, block, num_warps, per_sm = next(c for width, c in CONFIGS[kind] if n <= width)
     # In other dtypes as many rows may spill registers; a thread's load is 16 bytes still.
     if dtype != torch.bfloat16 and rows > 1 and rows // 2 * block * dtype.itemsize >= 16 * 32 * num_warps:
@@ -66,9 +82,12 @@ def config(kind: str, n: int, dtype: torch.dtype = torch.bfloat16) -> Config:
 
 
 @triton.jit
-def load_rows(weight_ptr, row, live, stride_wm, N: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr):
-    """The rows of the weight in steps of BN columns: a tuple of [R, BN]."""
+def load_rows(weight_ptr, row, live, stride_wm, N: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr, GROUP: tl.constexpr = 0):
+    """The rows of the weight in steps of BN columns: a tuple of [R, BN]. A thread reads at most GROUP columns at once, where that
+    is not 0."""
     column = tl.arange(0, BN)  # [BN]
+    if GROUP > 0:
+        column = tl.max_contiguous(column, GROUP)
     w_ptrs = weight_ptr + row.to(tl.int64)[:, None] * stride_wm + column[None, :]  # [R, BN]
     steps = ()
     for start in tl.static_range(0, N, BN):
@@ -115,25 +134,73 @@ def _regrouped(row, PARTS: tl.constexpr, HEADS: tl.constexpr):
 
 
 @triton.jit
+def _scales_of(scale_ptr, row, end, stride_sm, ROWS: tl.constexpr):
+    """Where the scales of a row's block begin; behind the weight's end those of its first."""
+    return scale_ptr + tl.where(row < end, row, 0).to(tl.int64) // ROWS * stride_sm
+
+
+@triton.jit
+def _prefetch(row_ptr, rows, tile, stride_pm, N: tl.constexpr, LINES: tl.constexpr):
+    """Have the rows of a tile of plain ones brought to the L2, LINES lines of 128 bytes each."""
+    i, line = tl.arange(0, PLAIN_ROWS), tl.arange(0, LINES)
+    column = tl.minimum(line * (1024 // row_ptr.dtype.element_ty.primitive_bitwidth), N - 1)  # [LINES]
+    inside = tl.where(tile * PLAIN_ROWS + i < rows, i, 0).to(tl.int64)  # [PLAIN_ROWS]
+    address = (row_ptr + inside[:, None] * stride_pm + column[None, :]).to(tl.int64)
+    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [address], tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def _dot_plain(
+    plain_ptr, row, live, stride_pm, x_ptr, norm_weight_ptr, norm_offset, N: tl.constexpr, R: tl.constexpr, BN: tl.constexpr
+):
+    """As dot_rows, of the first PLAIN_ROWS rows: [R]. Step by step, so that they take no registers from other programs' rows."""
+    i = tl.arange(0, PLAIN_ROWS)  # [PLAIN_ROWS]
+    acc = tl.zeros((PLAIN_ROWS, BN), tl.float32)
+    for start in range(0, N, BN):
+        column = start + tl.arange(0, BN)  # [BN]
+        w_ptrs = plain_ptr + (row + i).to(tl.int64)[:, None] * stride_pm + column[None, :]  # [PLAIN_ROWS, BN]
+        w = tl.load(w_ptrs, mask=(i < live)[:, None] & (column < N)[None, :], other=0.0)
+        x = tl.load(x_ptr + column, mask=column < N, other=0.0).to(tl.float32)  # [BN]
+        if norm_weight_ptr is not None:
+            norm_weight = tl.load(norm_weight_ptr + column, mask=column < N, other=0.0).to(tl.float32)  # [BN]
+            x = x * (tl.cast(norm_offset, tl.float32) + norm_weight)
+        acc += w.to(tl.float32) * x[None, :]
+    y = tl.sum(acc, 1)  # [PLAIN_ROWS]
+    return tl.sum(tl.where(tl.arange(0, R)[:, None] == i[None, :], y[None, :], 0.0), 1)
+
+
+@triton.jit
 def skinny_linear_kernel(
-    x_ptr, weight_ptr, norm_weight_ptr, gate_ptr, residual_ptr, conv_state_ptr, conv_weight_ptr, conv_bias_ptr, out_ptr,
-    norm_eps, norm_offset, M, tiles, programs, conv_offset, D,
-    stride_wm, stride_sd, stride_ss, stride_cd, stride_cw,
+    x_ptr, weight_ptr, scale_ptr, plain_ptr, norm_weight_ptr, gate_ptr, residual_ptr,
+    conv_state_ptr, conv_weight_ptr, conv_bias_ptr, out_ptr,
+    norm_eps, norm_offset, M, stored, tiles, programs, conv_offset, D,
+    stride_wm, stride_pm, stride_sm, stride_sd, stride_ss, stride_cd, stride_cw,
     N: tl.constexpr, V: tl.constexpr, S: tl.constexpr, W: tl.constexpr, SILU: tl.constexpr, SWIGLU: tl.constexpr,
     GATE_SILU: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr, LOOP: tl.constexpr, OVERLAP: tl.constexpr,
-    PARTS: tl.constexpr, HEADS: tl.constexpr,
+    PARTS: tl.constexpr, HEADS: tl.constexpr, KIND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    CONVERTS: tl.constexpr, GROUP: tl.constexpr, LINES: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
         gdc_launch_dependents()
     first = tl.program_id(0)
     up_ptr = weight_ptr + tl.cast(M, tl.int64) * stride_wm
-    row = first * R + tl.arange(0, R)  # [R]
-    w = load_rows(weight_ptr, row, row < M, stride_wm, N, BN, EVEN)
+    # `stored` is M but where plain rows follow those of a quantised weight. Their tiles, which take longer, come first.
+    ahead_of = tl.cdiv(M - stored, PLAIN_ROWS)
+    begin = tl.where(first < ahead_of, stored, (first - ahead_of) * R)
+    row = begin + tl.arange(0, R)  # [R]
+    w = load_rows(weight_ptr, row, row < stored, stride_wm, N, BN, EVEN, GROUP)
     if SWIGLU:
-        w_up = load_rows(up_ptr, row, row < M, stride_wm, N, BN, EVEN)
+        w_up = load_rows(up_ptr, row, row < stored, stride_wm, N, BN, EVEN, GROUP)
+    if KIND is not None:
+        scales = load_scales(_scales_of(scale_ptr, begin, stored, stride_sm, ROWS), N, BN, COLUMNS, GROUP)
+        if SWIGLU:
+            up_scales = load_scales(_scales_of(scale_ptr, M + begin, M + stored, stride_sm, ROWS), N, BN, COLUMNS, GROUP)
     if norm_weight_ptr is not None and gate_ptr is None:
         norm_weight = load_row(norm_weight_ptr, N, BN)
     if OVERLAP:
+        if plain_ptr is not None and LINES > 0:
+            if first < ahead_of:
+                _prefetch(plain_ptr + first * PLAIN_ROWS * tl.cast(stride_pm, tl.int64), M - stored, first, stride_pm, N, LINES)
         gdc_wait()
 
     loaded = load_row(x_ptr, N, BN)
@@ -159,8 +226,9 @@ def skinny_linear_kernel(
             factor = tl.rsqrt(tl.sum(square, 0) / N + tl.cast(norm_eps, tl.float32))
 
     for tile in range(first, tiles, programs):
-        row = tile * R + tl.arange(0, R)  # [R]
-        live = row < M
+        begin = tl.where(tile < ahead_of, stored + tile * PLAIN_ROWS, (tile - ahead_of) * R)
+        row = begin + tl.arange(0, R)  # [R]
+        live = row < tl.where(tile < ahead_of, tl.minimum(begin + PLAIN_ROWS, M), stored)
         place = row if PARTS is None else _regrouped(row, PARTS, HEADS)  # [R], column of the result
         channel = (place - conv_offset).to(tl.int64)  # [R]
         convolved = live & (channel >= 0) & (channel < D)
@@ -181,14 +249,30 @@ def skinny_linear_kernel(
             if conv_bias_ptr is not None:
                 acc += tl.load(conv_bias_ptr + channel, mask=convolved, other=0.0).to(tl.float32)
 
-        y = dot_rows(w, x, R, BN) * factor  # [R]
-        if SWIGLU:
-            y = y * tl.sigmoid(y) * (dot_rows(w_up, x, R, BN) * factor)
-        if LOOP:
-            ahead = row + programs * R
-            w = load_rows(weight_ptr, ahead, ahead < M, stride_wm, N, BN, False)
+        if KIND is None:
+            y = dot_rows(w, x, R, BN) * factor  # [R]
             if SWIGLU:
-                w_up = load_rows(up_ptr, ahead, ahead < M, stride_wm, N, BN, False)
+                y = y * tl.sigmoid(y) * (dot_rows(w_up, x, R, BN) * factor)
+        else:
+            y = tl.zeros((R,), tl.float32)
+            if tile >= ahead_of:
+                y = dot_scaled(w, x, scales, R, BN, KIND, CONVERTS, GROUP) * factor
+                if SWIGLU:
+                    y = y * tl.sigmoid(y) * (dot_scaled(w_up, x, up_scales, R, BN, KIND, CONVERTS, GROUP) * factor)
+            elif plain_ptr is not None:
+                y = factor * _dot_plain(
+                    plain_ptr, begin - stored, M - begin, stride_pm, x_ptr, norm_weight_ptr, norm_offset, N, R, PLAIN_COLUMNS
+                )
+        if LOOP:
+            begin = tl.where(tile + programs < ahead_of, stored, (tile + programs - ahead_of) * R)
+            ahead = begin + tl.arange(0, R)  # [R]
+            w = load_rows(weight_ptr, ahead, ahead < stored, stride_wm, N, BN, False, GROUP)
+            if SWIGLU:
+                w_up = load_rows(up_ptr, ahead, ahead < stored, stride_wm, N, BN, False, GROUP)
+            if KIND is not None:
+                scales = load_scales(_scales_of(scale_ptr, begin, stored, stride_sm, ROWS), N, BN, COLUMNS, GROUP)
+                if SWIGLU:
+                    up_scales = load_scales(_scales_of(scale_ptr, M + begin, M + stored, stride_sm, ROWS), N, BN, COLUMNS, GROUP)
         if residual_ptr is not None:
             y += residual
         if conv_state_ptr is not None:
@@ -207,30 +291,38 @@ def skinny_linear_kernel(
 
 def launch_with(
     chosen: Config, x, weight, norm_weight=None, norm_eps=0.0, norm_offset=0.0, gate=None, swiglu=False, residual=None,
-    gate_activation="silu", conv=None, parts=None, heads=1, overlap=False,
+    gate_activation="silu", conv=None, parts=None, heads=1, scale=None, format="", plain=None, dtype=None, overlap=False,
 ) -> torch.Tensor:  # fmt: skip
     """fused_linear or in_proj_conv of one row.
 
-    `conv` is (conv_state, conv_weight, conv_bias, conv_offset, activation), `parts` as `_regrouped` takes it.
+    `conv` is (conv_state, conv_weight, conv_bias, conv_offset, activation), `parts` as `_regrouped` takes it. A quantised weight
+    has `scale` and `format`, as of the dialect's dequantize, and rows of `plain` may follow its own; the result has `dtype`.
     """
-    R, BN, num_warps, per_sm = chosen
+    R, BN, num_warps, per_sm, *group = chosen
     N = weight.shape[1]
-    M = weight.shape[0] // (2 if swiglu else 1)
-    tiles = -(-M // R)
+    stored = weight.shape[0] // (2 if swiglu else 1)
+    M = stored + (0 if plain is None else plain.shape[0])
+    how = quantized.stored(format)
+    dtype = dtype or weight.dtype
+    tiles = -(-stored // R) + -(-(M - stored) // PLAIN_ROWS.value)
     programs = min(tiles, per_sm * devices.of(x.device).multiprocessors) if per_sm else tiles
     state, taps, bias, conv_offset, activation = (None, None, None, 0, "none") if conv is None else conv
     columns = M if parts is None else heads * sum(width for _, width, *_ in parts)
-    out = torch.empty((*x.shape[:-1], columns), dtype=weight.dtype if conv is None else torch.float32, device=x.device)
+    out = torch.empty((*x.shape[:-1], columns), dtype=dtype if conv is None else torch.float32, device=x.device)
     options = overlap_options(x, norm_weight, bias) if overlap else {}
     kernel_of(skinny_linear_kernel)[(programs,)](
-        x, weight, None if norm_weight is None else norm_weight.contiguous(), gate, residual, state, taps,
+        x, quantized.raw(weight) if how else weight, scale, plain,
+        None if norm_weight is None else norm_weight.contiguous(), gate, residual, state, taps,
         None if bias is None else bias.contiguous(), out,
-        norm_eps, norm_offset, M, tiles, programs, conv_offset, 0 if state is None else state.shape[1],
-        weight.stride(0), *((0, 0, 0, 0) if conv is None else (*state.stride()[1:], taps.stride(0), taps.stride(2))),
+        norm_eps, norm_offset, M, stored, tiles, programs, conv_offset, 0 if state is None else state.shape[1],
+        weight.stride(0), 0 if plain is None else plain.stride(0), 0 if scale is None else scale.stride(0),
+        *((0, 0, 0, 0) if conv is None else (*state.stride()[1:], taps.stride(0), taps.stride(2))),
         N=N, V=1 if gate is None else norm_weight.shape[0], S=1 if state is None else state.shape[2],
         W=1 if taps is None else taps.shape[2], SILU=activation == "silu", SWIGLU=swiglu,
         GATE_SILU=gate_activation == "silu",
-        R=R, BN=BN, EVEN=M % R == 0, LOOP=programs < tiles, OVERLAP=bool(options),
-        PARTS=parts, HEADS=heads, num_warps=num_warps, **options,
+        R=R, BN=BN, EVEN=plain is None and M % R == 0, LOOP=programs < tiles, OVERLAP=bool(options),
+        PARTS=parts, HEADS=heads, KIND=how and how.kind, ROWS=how and how.rows, COLUMNS=how and how.columns,
+        CONVERTS=bool(how) and quantized.converts(x.device), GROUP=group[0] if group else 0,
+        LINES=0 if plain is None else triton.next_power_of_2(N * plain.itemsize // 128), num_warps=num_warps, **options,
     )  # fmt: skip
     return out

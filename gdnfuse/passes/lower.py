@@ -168,7 +168,8 @@ def _parts(call: dict[str, Any]) -> int:
         return 1
     x, (weight,) = value(call["x"]), map(value, call["weights"])
     known = weight.dim() == 2 and all(isinstance(n, int) for n in (*x.shape, *weight.shape))
-    return split(*weight.shape, x.shape[:-1].numel(), rings(weight)) if known else 1
+    quantised = bool(call.get("scales"))
+    return split(*weight.shape, x.shape[:-1].numel(), rings(x if quantised else weight), quantised) if known else 1
 
 
 def _add_up(node: Node, parts: int, dtype: torch.dtype) -> None:

@@ -178,19 +178,28 @@ def mixer(*sizes, wrap_state=lambda s: s, **options):
 
 def linear(n_out, n_in, dtype=F32, lead=(1, 1), wrap=lambda x: x, wrap_weight=lambda w: w, **extras):
     def make():
-        (x, (weight,)), options = fused_linear.example_call(n_out, n_in, dtype, lead, **extras)
-        more = [options[k] for k in ("norm_weight", "norm_eps", "norm_offset", "gate", "swiglu", "residual", "gate_activation")]
-        return (wrap(x), [wrap_weight(weight)], *more), {}
+        (x, (weight, *rest)), options = fused_linear.example_call(n_out, n_in, dtype, lead, **extras)
+        names = ("norm_weight", "norm_eps", "norm_offset", "gate", "swiglu", "residual", "gate_activation")
+        more = [options.pop(name) for name in names]
+        return (wrap(x), [wrap_weight(weight), *rest], *more), options
 
     return make
 
 
-def split(n_out, n_in, parts, dtype, lead, wrap=lambda x: x):
+def split(n_out, n_in, parts, dtype, lead, wrap=lambda x: x, **extras):
     def make():
-        (x, weights), _ = fused_linear.example_call(n_out, n_in, dtype, lead)
-        return (wrap(x), weights, parts), {}
+        (x, weights), options = fused_linear.example_call(n_out, n_in, dtype, lead, **extras)
+        return (wrap(x), weights, parts), {name: options[name] for name in ("scales", "format") if name in options}
 
     return make
+
+
+FORMATS = ("fp8_block128",)
+
+
+def of(format, plain=0):
+    """Options of a linear whose weight is quantised, the last of two being plain or not."""
+    return {"format": format, "plain": plain, "parts": 1 + plain}
 
 
 def routed(N, H, E, k, dtype=F32, normalize=True, wide_logits=False, wide_weights=False, norm=False, wrap=lambda x: x):
@@ -392,6 +401,15 @@ CASES = [
     Case("attention_one_query", "strided", one_query(2, 4, 2, 24, 70, BF16, wrap=lambda x: strided(x, 2))),
     Case("attention_one_query", "tokens-first", one_query(2, 4, 2, 16, 70, wrap=lambda x: x.mT.contiguous().mT)),
     Case("attention_one_query", "masks-in-turns", one_query(1, 2, 1, 16, 2**15 + 1000, hidden=2**15 + 900)),
+    *(Case("fused_linear", f"{f}-{name(d)}", linear(200, 272, d, norm=True, **of(f))) for f in FORMATS for d in (F32, BF16)),
+    *(Case("fused_linear", f"{f}-swiglu", linear(136, 512, BF16, norm=True, swiglu=True, **of(f))) for f in FORMATS),
+    *(Case("fused_linear", f"{f}-gated", linear(17, 512, BF16, head=16, residual=True, **of(f))) for f in FORMATS),
+    *(Case("fused_linear", f"{f}-and-plain", linear(416, 272, BF16, norm=True, **of(f, plain=1))) for f in FORMATS),
+    *(Case("fused_linear", f"{f}-3-rows", linear(200, 256, BF16, (3, 1), **of(f))) for f in FORMATS),
+    *(Case("fused_linear", f"{f}-9-rows-swiglu", linear(136, 256, BF16, (9, 1), swiglu=True, **of(f))) for f in FORMATS),
+    *(Case("fused_linear", f"{f}-2-rows-and-plain", linear(416, 256, BF16, (2, 1), **of(f, plain=1))) for f in FORMATS),
+    *(Case("split_linear", f"{f}-4-rows", split(140, 512, 2, BF16, (4, 1), format=f)) for f in FORMATS),
+    *(Case("in_proj_conv", f, in_proj(416, 272, 128, BF16, weights=2, format=f, plain=1)) for f in FORMATS),
     Case("in_proj_conv", "fp32", in_proj(70, 100, 40, offset=9)),
     Case("in_proj_conv", "bf16-all", in_proj(64, 128, 64, BF16, bias=True)),
     Case("in_proj_conv", "no-norm-windows", in_proj(33, 24, 20, norm=False, S=5, W=3, offset=13)),

@@ -19,15 +19,18 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from gdnfuse.dialect.mixer_decode import layout, part_sizes
-from gdnfuse.kernels import chunk_scan_hopper, devices, few_rows_hopper, implementations
+from gdnfuse.kernels import chunk_scan_hopper, devices, few_rows_hopper, few_rows_hopper_quantized, implementations, skinny_linear
 from gdnfuse.kernels.chunk_delta_rule import prepare_bytes, scan_bytes
 from gdnfuse.kernels.devices import H200, Device
-from gdnfuse.kernels.linear_configs import FewRowsConfig, few_rows_config, ring_config, split
+from gdnfuse.kernels.linear_configs import FewRowsConfig, few_rows_config, quantized_ring_config, ring_config, split
 
 SWEEP = "GDNFUSE_FUZZ" in os.environ
 TARGETS = {f"sm_{n}": GPUTarget("cuda", n, 32) for n in (80, 86, 89, 90, 100, 120)} | {"gfx942": GPUTarget("hip", "gfx942", 64)}
 SHARED = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}  # KiB per program
-CARDS = {target: Device(1024 * n, H200.multiprocessors, target.startswith("gfx")) for target, n in SHARED.items()}
+CARDS = {
+    target: Device(1024 * n, H200.multiprocessors, target.startswith("gfx"), target not in ("sm_80", "sm_86", "gfx942"))
+    for target, n in SHARED.items()
+}
 SMALL = [target for target in CARDS if CARDS[target].shared_memory < 100 * 1024]
 MAX_THREADS = 1024  # of a program
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -344,6 +347,31 @@ def test_the_ring_of_weights_is_full_before_the_wait_and_nothing_spills(swiglu, 
     assert copies == ["cp.async.cg.shared.global"] * (8 * tiles * (stages - 1))
 
 
+@pytest.mark.parametrize("rows", [8, 32])
+@pytest.mark.parametrize(("swiglu", "m", "n", "parts", "plain"), [(False, 12288, 2560, 1, True), (True, 17408, 5120, 1, False),
+    (False, 2560, 9216, 8, False)])  # fmt: skip
+def test_the_ring_of_quantised_weights_is_full_before_the_wait_and_nothing_spills(swiglu, m, n, parts, plain, rows, tmp_path):
+    kernel, chosen = few_rows_hopper_quantized.few_rows_hopper_quantized_kernel, quantized_ring_config(m, n, rows, swiglu, parts)
+    constexprs = {"SWIGLU": swiglu, "TILES": chosen.tiles, "BB": rows, "STAGES": chosen.stages, "PLAIN_STAGES": 3, "ROWS": 128}
+    constexprs |= {"OVERLAP": True} | ({} if plain else {"plain_ptr": None})
+    pointers = {"x_ptr": "*bf16", "weight_ptr": "*u8", "scale_ptr": "*fp32", "out_ptr": "*fp32" if parts > 1 else "*bf16"}
+    pointers |= {"plain_ptr": "*bf16"} if plain else {}
+    signature = dict.fromkeys(kernel.arg_names, "i32") | pointers | dict.fromkeys(constexprs, "constexpr")
+    aligned = (*pointers, "stride_xb", "stride_wm", "stride_pm")
+    attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name in aligned}
+    source = GluonASTSource(kernel, signature, constexprs, attrs)
+    compiled = triton.compile(source, target=TARGETS["sm_90"], options={"num_warps": 4, "launch_pdl": True})
+    usage = resources(compiled.asm["cubin"], tmp_path)
+    assert (usage["STACK"], usage["LOCAL"]) == (0, 0), f"{usage}"
+    # Three programs are on a multiprocessor, by registers too.
+    assert 3 * compiled.metadata.shared <= CARDS["sm_90"].shared_memory and 3 * 128 * usage["REG"] <= 65536
+    # A slot is written anew only once all warps have read it: each passes the barrier behind its reads of the step before.
+    waits = re.findall(r"cp\.async\.wait_group\s+[1-9];\s*(\S+)", re.sub(r"//.*", "", compiled.asm["ptx"]))
+    assert waits == ["bar.sync"] * (1 + plain)
+    early, *_ = compiled.asm["ptx"].split("griddepcontrol.wait")
+    assert early.count("cp.async.cg.shared.global") == 4 * (chosen.stages - 1)  # 16 bytes by each of 128 threads
+
+
 def on_hopper(op, *args, **options):
     """The kernels that a call launches, compiled as they are launched where they overlap those before them."""
     specs = implementations()[op].jit_kernels(*args, **options)
@@ -398,6 +426,54 @@ def test_linears_read_16_bytes_at_once_and_do_not_spill(kind, m, n, dtype, tmp_p
     assert (usage["STACK"], usage["LOCAL"]) == (0, 0), f"{usage}"
     loads = re.findall(r"ld\.global\S*", before_the_wait(kernel))
     assert loads[0] == "ld.global.v4.b32" and loads.count(loads[0]) >= len(loads) / 2
+
+
+def quantised(kind, m, n, rows=1):
+    """A linear of a decode step whose weight is FP8 in blocks, and the last rows of an in_proj's are not: op, args, options."""
+    of = lambda *shape, dtype=BF16: torch.empty(shape, dtype=dtype, device="meta")  # noqa: E731
+    behind = m % 128 if kind == "conv" else 0
+    data, scale = of(m - behind, n, dtype=torch.float8_e4m3fn), of(-(-m // 128) - bool(behind), n // 128, dtype=torch.float32)
+    weights, stored = [data, *([of(behind, n)] if behind else [])], {"scales": [scale], "format": "fp8_block128"}
+    if kind == "conv" and rows == 1:
+        return (
+            "in_proj_conv",
+            (of(1, 1, n), weights, of(n), 1e-6, 1.0, of(1, m // 2, 4), of(m // 2, 1, 4), None, 0, "silu"),
+            stored,
+        )
+    x, norm = of(rows, 1, n), {"norm_weight": of(n), "norm_eps": 1e-6, "norm_offset": 1.0}
+    options = {"plain": {"residual": of(1, 1, m)}, "norm": norm, "swiglu": norm | {"swiglu": True}, "conv": {}}.get(kind)
+    if kind == "gate":
+        x, options = x.float(), {"norm_weight": of(128), "norm_eps": 1e-6, "gate": of(1, 1, n), "residual": of(1, 1, m)}
+    if rows > 1:
+        options = {"swiglu": kind == "swiglu"}
+    return "fused_linear", (x, weights), options | stored
+
+
+QUANTISED = [size for size in LINEARS if size[2] in (2560, 5120) and size[1] < 2**16] + [
+    ("gate", 2560, 4096),
+    ("plain", 2560, 9216),
+]
+
+
+@pytest.mark.parametrize(("kind", "m", "n"), QUANTISED)
+def test_quantised_linears_read_as_much_at_once_and_do_not_spill(kind, m, n, tmp_path, record_property):
+    op, args, options = quantised(kind, m, n)
+    (kernel,) = on_hopper(op, *args, **options)
+    usage = resources(kernel.asm["cubin"], tmp_path)
+    record_property("resources", str(usage))
+    assert (usage["STACK"], usage["LOCAL"]) == (0, 0), f"{usage}"
+    wide = re.findall(r"ld\.global\S*\.v[24]\.b32", before_the_wait(kernel))
+    config = skinny_linear.config(kind, n, torch.float8_e4m3fn)
+    assert len(wide) >= config[0] * n * (2 if kind == "swiglu" else 1) / (32 * config[2] * config[4])
+
+
+@pytest.mark.parametrize(("rows", "target"), [(1, "sm_80"), (1, "gfx942"), (9, "sm_86"), (2, "gfx942"), (32, "sm_100")])
+def test_quantised_linears_compile_for_cards_that_cannot_widen_them(rows, target, on, tmp_path):
+    on(target)
+    op, args, options = quantised("conv", 12352, 2560, rows)
+    (spec,) = supported(op, *args, **options)
+    assert spec.constexprs["CONVERTS"] == (target == "sm_100")
+    assert compile_for(target, spec).metadata.shared <= CARDS[target].shared_memory
 
 
 # The same linears of a few rows: SwiGLU or not × M × N. What is around them is not fused.

@@ -22,8 +22,9 @@ def of(*shape, dtype=BF16):
 def gpu(monkeypatch):
     """Makes the current GPU one of these properties."""
 
-    def make(hip=None, **properties):
-        found = SimpleNamespace(multi_processor_count=82, **properties)
+    def make(hip=None, capability=(8, 6), **properties):
+        major, minor = capability
+        found = SimpleNamespace(multi_processor_count=82, major=major, minor=minor, **properties)
         for name, result in {"is_available": True, "current_device": 3, "get_device_properties": found}.items():
             monkeypatch.setattr(torch.cuda, name, lambda *args, result=result: result)
         monkeypatch.setattr(torch.version, "hip", hip)
@@ -34,16 +35,17 @@ def gpu(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("properties", "hip", "shared_memory"),
+    ("properties", "hip", "device"),
     [
-        (OPTED_IN, None, 99 * 1024),
-        ({"shared_memory_per_block": 64 * 1024}, "7.0", 64 * 1024),
-        ({}, "7.0", devices.EVERY),  # torch for ROCm before it said so
+        (OPTED_IN, None, Device(99 * 1024, 82, widens_e4m3=False)),
+        (OPTED_IN | {"capability": (8, 9)}, None, Device(99 * 1024, 82, widens_e4m3=True)),
+        ({"shared_memory_per_block": 64 * 1024, "capability": (9, 4)}, "7.0", Device(64 * 1024, 82, True, False)),
+        ({}, "7.0", Device(devices.EVERY, 82, True, False)),  # torch for ROCm before it said so
     ],
 )
-def test_a_device_is_asked_for_its_shared_memory(properties, hip, shared_memory, gpu):
+def test_a_device_is_asked_for_its_shared_memory_and_whether_it_widens_e4m3(properties, hip, device, gpu):
     gpu(hip, **properties)
-    assert devices.of(torch.device("cuda", 0)) == Device(shared_memory, 82, hip is not None)
+    assert devices.of(torch.device("cuda", 0)) == device
 
 
 def test_a_report_is_made_for_the_current_gpu_or_an_h200(gpu, monkeypatch):

@@ -116,7 +116,7 @@ SPLITS = [(2, 1024, 2), (8, 1536, 3), (3, 3584, 7), (9, 512, 2), (32, 1792, 7), 
 
 @pytest.fixture
 def parts(request, monkeypatch):
-    monkeypatch.setattr(lower, "split", lambda M, N, rows, ring: request.param)
+    monkeypatch.setattr(lower, "split", lambda M, N, rows, *_: request.param)
     return request.param
 
 

@@ -15,6 +15,7 @@ import torch
 
 from gdnfuse import compat
 from gdnfuse.dialect import OPS
+from gdnfuse.dialect.op import schema
 from gdnfuse.errors import Refused
 from gdnfuse.kernels.launch.inductor import REPLAYED
 from gdnfuse.kernels.launch.replay import Replayed
@@ -22,7 +23,7 @@ from gdnfuse.kernels.launch.replay import Replayed
 log = logging.getLogger(__name__)
 
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
-INDEX_POINTERS = {torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*i1"}
+INDEX_POINTERS = {torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*i1", torch.uint8: "*u8"}
 MAX_HEAD_DIM = 256
 # Constexprs by which a kernel shares out its work: tiles, steps, parts.
 SHARES = ("R", "BM", "BN", "BK", "BV", "BB", "BD", "BL", "TILES", "SPLITS", "STAGES", "EARLY", "AHEAD", "LOOP")
@@ -143,8 +144,7 @@ def register(
     Opaque, because a compiler that sees into a launch analyses the kernel anew for every call in a graph (about 30 ms each, three
     times per compilation: several seconds for a 32-layer model), and has nothing to fuse into it.
     """
-    schema = torch.library.infer_schema(launch, mutates_args=OPS[name].mutates)
-    _library.define(name + schema, tags=torch.Tag.needs_fixed_stride_order)
+    _library.define(name + schema(launch, OPS[name].mutates), tags=torch.Tag.needs_fixed_stride_order)
     replayed = Replayed(launch, _standing_in, grows)
     _library.impl(name, replayed, "CUDA")
     meaning = OPS[name].fake

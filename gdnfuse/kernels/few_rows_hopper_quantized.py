@@ -1,0 +1,219 @@
+"""few_rows_hopper for weights of e4m3 with a scale per block: half the bytes come through the ring, and widen on their way to the
+tensor cores.
+
+A step is the columns of one block of scales. Its tile of weights is read from the ring into registers, where it becomes the
+products' first operand; x is the second and stays in shared memory. Each step's product is put on the sum with the scales of its
+rows, in float32, so that weights are multiplied as they are stored (partial sums are promoted in the same places in DeepSeek-V3,
+arXiv:2412.19437, section 3.3.2). Scales are read a step ahead. Programs for rows that are not quantised come first and are those
+of few_rows_hopper.
+
+Layout: as there; data and plain rows at multiples of 16 bytes; scales [⌈M/128⌉, N/128] with contiguous rows.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from gdnfuse import compat
+from gdnfuse.kernels import few_rows_hopper, quantized
+from gdnfuse.kernels.few_rows_hopper import COPIED, RING, SCRATCH, SLICE, STORED, _copy_x
+from gdnfuse.kernels.launch.implementation import kernel_of, launching, overlap_options
+from gdnfuse.kernels.linear_configs import STEP, RingConfig, columns_of, rings, rows_and_out
+
+gluon, gl, async_copy, hopper, _ = compat.gluon()  # whoever imports this has asked whether it is there
+fence_async_shared, warpgroup_mma, warpgroup_mma_wait = hopper.fence_async_shared, hopper.warpgroup_mma, hopper.warpgroup_mma_wait
+gdc_launch_dependents, gdc_wait = compat.dependent_launch()
+
+BYTES = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2))
+COPIED_BYTES = gl.constexpr(gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0]))  # of [rows, 128]: 16 bytes a thread
+
+
+@gluon.jit
+def _copy_bytes(ring, slot, weight_ptrs, live, step, TILES: gl.constexpr):
+    """Start to copy a step of every tile."""
+    for t in gl.static_range(TILES):
+        tile = ring.index(slot * TILES + t)
+        async_copy.async_copy_global_to_shared(tile, weight_ptrs[t] + step * 128, mask=live[t])
+
+
+@gluon.jit
+def _widen(w, dtype: gl.constexpr):
+    """e4m3 in a half precision, exactly. By way of float32, because there is no fast instruction to bfloat16."""
+    return w.to(gl.float8e4nv, bitcast=True).to(gl.float16).to(gl.float32).to(dtype)
+
+
+@gluon.jit
+def _program(
+    x_ptr, weight_ptr, scale_ptr, out_ptr,
+    index, part, B, M, stored, live_rows, steps, stride_xb, stride_wm, stride_sm,
+    SWIGLU: gl.constexpr, TILES: gl.constexpr, BB: gl.constexpr, STAGES: gl.constexpr, ROWS: gl.constexpr,
+    OVERLAP: gl.constexpr,
+):  # fmt: skip
+    """What the index'th program of a part of the columns does for quantised rows, of which there are `stored` of M."""
+    # With SwiGLU the second half of a tile is the rows of up that belong to the rows of gate in the first.
+    HALF: gl.constexpr = 32 if SWIGLU else 64
+    accumulator: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BB, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(0, accumulator, 2)
+    of_rows: gl.constexpr = gl.SliceLayout(1, accumulator)
+    dtype: gl.constexpr = x_ptr.dtype.element_ty
+    first = index * (TILES * live_rows)
+    w_ring = gl.allocate_shared_memory(gl.uint8, [STAGES * TILES, 64, 128], BYTES)
+    x_ring = gl.allocate_shared_memory(dtype, [STAGES * 2, BB, SLICE], RING)
+
+    r = gl.arange(0, 64, layout=gl.SliceLayout(1, COPIED_BYTES))
+    k = part * steps * 128 + gl.arange(0, 128, layout=gl.SliceLayout(0, COPIED_BYTES))
+    s = gl.arange(0, 64, layout=of_rows)
+    weight_ptrs = ()
+    scale_ptrs = ()
+    live = ()
+    for t in gl.static_range(TILES):
+        out_row = first + t * live_rows + r % HALF
+        inside = (r % HALF < live_rows) & (out_row < stored)
+        row = gl.where(inside, out_row, 0) + gl.where(r < HALF, 0, stored)
+        weight_ptrs = weight_ptrs + (weight_ptr + row.to(gl.int64)[:, None] * stride_wm + k[None, :],)
+        live = live + (inside[:, None],)
+        scale_row = gl.minimum(first + t * live_rows + s % HALF, stored - 1) + gl.where(s < HALF, 0, stored)
+        scale_ptrs = scale_ptrs + (scale_ptr + (scale_row // ROWS).to(gl.int64) * stride_sm + part * steps,)
+    b = gl.arange(0, BB, layout=gl.SliceLayout(1, COPIED))
+    column = part * steps * 128 + gl.arange(0, SLICE, layout=gl.SliceLayout(0, COPIED))
+    x_ptrs = x_ptr + (b.to(gl.int64)[:, None] * stride_xb + column[None, :])
+    there = (b < B)[:, None]
+
+    # Groups of copies end in the order in which they were committed: once an x is there, so are all weights before it.
+    for i in gl.static_range(STAGES - 1):
+        _copy_bytes(w_ring, i, weight_ptrs, live, i, TILES)
+        async_copy.commit_group()
+    scales = ()
+    for t in gl.static_range(TILES):
+        scales = scales + (gl.load(scale_ptrs[t]),)
+    if OVERLAP:
+        gdc_wait()
+    for i in gl.static_range(STAGES - 1):
+        _copy_x(x_ring, i, x_ptrs, there, i)
+        async_copy.commit_group()
+
+    acc = ()
+    for _ in gl.static_range(TILES):
+        acc = acc + (gl.zeros([64, BB], gl.float32, accumulator),)
+    slot = 0
+    free = STAGES - 1
+    for step in range(steps):
+        async_copy.wait_group(STAGES - 2)
+        fence_async_shared()
+        ahead = step + STAGES - 1
+        if ahead < steps:
+            _copy_bytes(w_ring, free, weight_ptrs, live, ahead, TILES)
+            _copy_x(x_ring, free, x_ptrs, there, ahead)
+        async_copy.commit_group()  # also where it is empty, because groups are counted
+        next_scales = ()
+        for t in gl.static_range(TILES):
+            next_scales = next_scales + (gl.load(scale_ptrs[t] + gl.minimum(step + 1, steps - 1)),)
+        products = ()
+        for t in gl.static_range(TILES):
+            tile = w_ring.index(slot * TILES + t)
+            product = gl.zeros([64, BB], gl.float32, accumulator)
+            for half in gl.static_range(2):
+                w = _widen(tile.slice(half * SLICE, SLICE, dim=1).load(operand), dtype)
+                x = x_ring.index(slot * 2 + half).permute((1, 0))
+                product = warpgroup_mma(w, x, product, is_async=True)
+            products = products + (product,)
+        # A wait for one comes without a tuple.
+        products = (warpgroup_mma_wait(0, products),) if TILES == 1 else warpgroup_mma_wait(0, products)
+        added = ()
+        for t in gl.static_range(TILES):
+            added = added + (acc[t] + scales[t][:, None] * products[t],)
+        acc = added
+        scales = next_scales
+        free = slot
+        slot = gl.where(slot == STAGES - 1, 0, slot + 1)
+
+    async_copy.wait_group(0)
+    i = gl.arange(0, HALF, layout=gl.SliceLayout(1, STORED))
+    column = gl.arange(0, BB, layout=gl.SliceLayout(0, STORED))
+    if SWIGLU:
+        scratch = gl.allocate_shared_memory(gl.float32, [64, BB], SCRATCH)
+    for t in gl.static_range(TILES):
+        if SWIGLU:
+            scratch.store(acc[t])
+            gate = scratch.slice(0, HALF).load(STORED)
+            y = gate / (1.0 + gl.exp(-gate)) * scratch.slice(HALF, HALF).load(STORED)
+        else:
+            y = gl.convert_layout(acc[t], STORED)
+        out_row = first + t * live_rows + i
+        inside = ((i < live_rows) & (out_row < stored))[:, None] & (column < B)[None, :]
+        out_ptrs = out_ptr + ((part * B + column).to(gl.int64)[None, :] * M + out_row[:, None])
+        gl.store(out_ptrs, y.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@gluon.jit(do_not_specialize=["B", "M", "stored", "live_rows", "steps", "plain_programs", "plain_rows"])
+def few_rows_hopper_quantized_kernel(
+    x_ptr, weight_ptr, scale_ptr, plain_ptr, out_ptr,
+    B, M, stored, live_rows, steps, plain_programs, plain_rows, stride_xb, stride_wm, stride_sm, stride_pm,
+    SWIGLU: gl.constexpr, TILES: gl.constexpr, BB: gl.constexpr, STAGES: gl.constexpr, PLAIN_STAGES: gl.constexpr,
+    ROWS: gl.constexpr, OVERLAP: gl.constexpr,
+):  # fmt: skip
+    if OVERLAP:
+        gdc_launch_dependents()
+    index, part = gl.program_id(0) - plain_programs, gl.program_id(1)
+    if index >= 0:
+        _program(
+            x_ptr, weight_ptr, scale_ptr, out_ptr,
+            index, part, B, M, stored, live_rows, steps, stride_xb, stride_wm, stride_sm,
+            SWIGLU, TILES, BB, STAGES, ROWS, OVERLAP,
+        )  # fmt: skip
+    elif plain_ptr is not None:
+        few_rows_hopper.program(
+            x_ptr, plain_ptr, out_ptr + stored,
+            index + plain_programs, part, B, M - stored, M, plain_rows, steps, stride_xb, stride_pm,
+            False, 1, BB, PLAIN_STAGES, OVERLAP,
+        )  # fmt: skip
+
+
+def supports_here(
+    rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, format: str, plain: torch.Tensor | None, dtype: torch.dtype
+) -> bool:
+    """Whether this kernel takes these rows [B, N]: half precision, a Hopper GPU, e4m3 in blocks of STEP columns, rows whose 16
+    bytes can be copied at once."""
+    how = quantized.stored(format)
+    copied = [t for t in (rows, weight, plain) if t is not None]
+    return (
+        rings(rows)
+        and not compat.interpreting()
+        and rows.dtype == dtype
+        and (how.kind, how.columns) == ("e4m3", STEP)
+        and all(t.stride(0) * t.itemsize % 16 == 0 and (not launching() or t.data_ptr() % 16 == 0) for t in copied)
+    )
+
+
+def launch_with(
+    chosen: RingConfig, x: torch.Tensor, weight: torch.Tensor, swiglu: bool = False, overlap: bool = False,
+    scale: torch.Tensor | None = None, format: str = "", plain: torch.Tensor | None = None, dtype: torch.dtype | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """The parts of a linear, [parts, ..., M], or without the first axis if there is but one.
+
+    Args:
+        chosen: of N, a multiple of its parts times STEP, with no more stages than steps in a part and one.
+        x: [..., N], at most 32 rows; what `supports_here` took.
+        weight, scale: of a quantised weight [M, N], with `swiglu` [2·M, N].
+        swiglu: whether the weight is of gate and up.
+        overlap: whether the weight may be read while kernels before this one run.
+        format, plain, dtype: as for few_rows_linear's.
+    """
+    tiles, live, stages, parts = chosen
+    stored = weight.shape[0] // (2 if swiglu else 1)
+    behind = 0 if plain is None else plain.shape[0]
+    rows, out = rows_and_out(x, stored + behind, dtype or x.dtype, parts)
+    B, N = rows.shape
+    plain_programs = -(-behind // PLAIN_ROWS)
+    options = overlap_options(x) if overlap else {}
+    kernel_of(few_rows_hopper_quantized_kernel)[(plain_programs + -(-stored // (live * tiles)), parts)](
+        rows, quantized.raw(weight), scale, plain, out,
+        B, stored + behind, stored, live, N // parts // STEP, plain_programs, PLAIN_ROWS,
+        rows.stride(0), weight.stride(0), scale.stride(0), 0 if plain is None else plain.stride(0),
+        SWIGLU=swiglu, TILES=tiles, BB=columns_of(B), STAGES=stages, PLAIN_STAGES=min(3, N // parts // STEP + 1),
+        ROWS=quantized.stored(format).rows, OVERLAP=bool(options), num_warps=4, **options,
+    )  # fmt: skip
+    return out
+
+
+PLAIN_ROWS = 16  # of a program
