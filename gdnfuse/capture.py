@@ -165,6 +165,12 @@ _RULE = frozenset(
 _CONV = frozenset("hidden_states x conv_state weight bias activation kwargs".split())
 _EXPERTS = frozenset("self hidden_states top_k_index top_k_weights".split())
 
+
+def _no_calls() -> Iterator[tuple[list[Any], dict[str, Any]]]:
+    """Of what runs on GPUs alone."""
+    return iter(())
+
+
 SHARED = {  # by many modules
     "torch_chunk_gated_delta_rule": Capturable("chunk_delta_rule", _chunk, _rule_accepts, 5, _RULE, _rule_calls),
     "torch_recurrent_gated_delta_rule": Capturable("delta_rule", _recurrent, _rule_accepts, 5, _RULE, _rule_calls),
@@ -175,7 +181,13 @@ SHARED = {  # by many modules
 }  # fmt: skip
 CAPTURABLE = {
     **SHARED,
-    fp8.FUNCTION: Capturable("dequantize", fp8.call, fp8.accepts, 7, frozenset(fp8.PARAMETERS), lambda: iter(()), keep=fp8.keep),
+    fp8.FUNCTION: Capturable("dequantize", fp8.call, fp8.accepts, 7, frozenset(fp8.PARAMETERS), _no_calls, keep=fp8.keep),
+    fp8.LOOP: Capturable("experts", fp8.call_experts, fp8.accepts_experts, 4, _EXPERTS, fp8.calls, keep=fp8.keep_loop),
+    **{
+        name: Capturable("experts", fp8.call_experts, fp8.accepts_experts, 4, _EXPERTS, _no_calls)
+        for names in fp8.EXPERTS.values()
+        for name in names
+    },
 }
 
 
@@ -229,6 +241,7 @@ def uninstall() -> None:
             _originals.pop(id(function), None)
     _seen.clear()
     experts.forget()
+    fp8.forget()
 
 
 def status() -> list[Capture]:

@@ -50,7 +50,7 @@ def call(self, hidden_states, top_k_index, top_k_weights):
 
 def accepts(self, hidden_states, top_k_index, top_k_weights):
     """Whether the op means these experts. Dynamo traces it; whatever else is called as the function's own code has it."""
-    if not _proved(type(self)) or not _is_silu(type(self.act_fn)):
+    if not _proved(type(self)) or not is_silu(type(self.act_fn)):
         return False
     x, gate_up, down = hidden_states, self.gate_up_proj, self.down_proj
     if not _plain(type(gate_up)) or not _plain(type(down)) or not _plain(type(x)):
@@ -82,7 +82,7 @@ def _plain(cls: type) -> bool:
 
 
 @torch.compiler.assume_constant_result
-def _is_silu(cls: type) -> bool:
+def is_silu(cls: type) -> bool:
     """Whether a class of activations is SiLU: torch's, or one with nothing but a forward that computes it."""
     if cls is torch.nn.SiLU:
         return True

@@ -1,15 +1,18 @@
-"""Capture of FP8 linears: transformers' `fp8_linear` becomes torch's linear on a dequantised weight.
+"""Capture of FP8 linears and experts: transformers' functions become torch's linear, and experts, on dequantised weights.
 
 transformers quantises the activations too, to eight bits at every call (W8A8), and needs a kernel from the hub or DeepGEMM for
 that. Here weights alone are quantised and activations stay in the model's dtype, which is nearer to what the checkpoint means. An
 `activation_scale`, which says how to quantise them, is not needed then.
 
-A GPU's kernels are all that the function has, so it cannot be run in a proof. Proved is instead what loading with
-`dequantize=True` makes of such weights.
+A GPU's kernels are all that these functions have, so they cannot be run in a proof. Proved is instead what loading with
+`dequantize=True` makes of such weights, and the loop over experts, which multiplies with plain weights where it is given such.
+Experts on a GPU are left to transformers where its kernels are there: ours would compute them by a reference.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import inspect
 import sys
 import types
@@ -19,11 +22,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from gdnfuse import capture_experts as experts
 from gdnfuse import formats
 from gdnfuse.errors import Refused
 
 MODULE = "transformers.integrations.finegrained_fp8"
 FUNCTION = "fp8_linear"
+LOOP = "FP8Experts.forward"
+EXPERTS = {
+    MODULE: ("fp8_batched_mm_experts_forward", "fp8_grouped_mm_experts_forward"),
+    "transformers.integrations.deepgemm": ("deepgemm_fp8_fp4_experts_forward",),
+}
+# Attributes of experts by which they are limited or gated otherwise; None in those that the op means.
+OTHERWISE = ("limit", "swiglu_limit", "swiglu_alpha", "gate_softcap", "up_softcap")
 PARAMETERS = ("input", "weight", "weight_scale_inv", "block_size", "bias", "activation_scale", "allow_deepgemm")
 
 
@@ -49,6 +60,53 @@ def accepts(input, weight, weight_scale_inv, block_size=None, bias=None, activat
     return _known("fp8_tensor" if block_size is None else "fp8_block128", *sizes, weight.dtype, weight_scale_inv.dtype)
 
 
+def call_experts(self, hidden_states, top_k_index, top_k_weights):
+    dtype = hidden_states.dtype
+    gate_up = torch.ops.gdnfuse.dequantize.default(self.gate_up_proj, self.gate_up_proj_scale_inv, "fp8_block128", dtype)
+    down = torch.ops.gdnfuse.dequantize.default(self.down_proj, self.down_proj_scale_inv, "fp8_block128", dtype)
+    return torch.ops.gdnfuse.experts.default(hidden_states, top_k_index, top_k_weights, gate_up, down, "silu")
+
+
+def accepts_experts(self, hidden_states, top_k_index, top_k_weights):
+    """Whether the op means these experts. Dynamo traces it; of whatever else transformers' own code runs."""
+    x, block = hidden_states, self.block_size
+    if not _proved(type(self)) or not self.has_gate or self.has_bias or not experts.is_silu(type(self.act_fn)):
+        return False
+    for name in OTHERWISE:
+        if getattr(self, name, None) is not None:
+            return False
+    weights = (self.gate_up_proj, self.gate_up_proj_scale_inv, self.down_proj, self.down_proj_scale_inv)
+    for w in weights:
+        if not _plain(type(w)) or w.ndim != 3 or w.device != x.device or (torch.is_grad_enabled() and w.requires_grad):
+            return False
+    if block is None or not (block[0] == 128 and block[1] == 128) or _theirs(x.device.type) or not x.is_floating_point():
+        return False
+    if x.ndim != 2 or top_k_index.ndim != 2 or top_k_index.shape != top_k_weights.shape or top_k_index.dtype != torch.int64:
+        return False
+    gate_up, gate_up_scale, down, down_scale = weights
+    E, both, H = gate_up.shape
+    if down.shape != (E, H, both // 2) or x.shape[1] != H or self.num_experts != E or top_k_index.shape[0] != x.shape[0]:
+        return False
+    for w, scale in ((gate_up, gate_up_scale), (down, down_scale)):
+        if not _known("fp8_block128", tuple(w.shape), tuple(scale.shape), w.dtype, scale.dtype):
+            return False
+    return True
+
+
+_loops: set[types.FunctionType] = set()  # over experts, that were proved
+
+
+@torch.compiler.assume_constant_result
+def _proved(cls: type) -> bool:
+    return loop(cls) in _loops
+
+
+@torch.compiler.assume_constant_result
+def _theirs(device: str) -> bool:
+    """Whether transformers has kernels for experts there: it gets them through a package of its own."""
+    return device == "cuda" and importlib.util.find_spec("kernels") is not None
+
+
 @torch.compiler.assume_constant_result
 def _plain(cls: type) -> bool:
     return cls in (torch.Tensor, torch.nn.Parameter)
@@ -65,10 +123,44 @@ def _known(name: str, data: tuple[int, ...], scale: tuple[int, ...], data_dtype:
     return True
 
 
+def loop(cls: Any) -> Any:
+    """The loop over experts of a class that transformers decorated, once or again and again; None of anything else."""
+    forward = vars(cls).get("forward") if isinstance(cls, type) else None
+    while isinstance(forward, types.FunctionType) and forward.__globals__.get("__name__") == experts.MOE:
+        forward = inspect.getclosurevars(forward).nonlocals.get("original_forward")
+    return forward
+
+
 def found(name: str, module: types.ModuleType) -> Iterator[tuple[str, Any, None]]:
-    """The name of the function and the function, where a module is the one that has it."""
-    if name == MODULE and FUNCTION in vars(module):
-        yield FUNCTION, vars(module)[FUNCTION], None
+    """Names of functions to capture in a module, and the functions."""
+    if name == MODULE:
+        if FUNCTION in vars(module):
+            yield FUNCTION, vars(module)[FUNCTION], None
+        if (forward := loop(vars(module).get("FP8Experts"))) is not None:
+            yield LOOP, forward, None
+    for attribute in EXPERTS.get(name, ()):
+        if attribute in vars(module):
+            yield attribute, vars(module)[attribute], None
+
+
+def calls() -> Iterator[tuple[list[Any], dict[str, Any]]]:
+    """Experts whose weights are in float64, which the loop multiplies with as they are, and whose scales are 1."""
+    cls = vars(sys.modules[MODULE])["FP8Experts"]
+    for N, k, E, H, width in experts.SIZES:
+        generator = torch.Generator().manual_seed(N)
+        draw = functools.partial(torch.randn, dtype=torch.float64, generator=generator)
+        self = cls.__new__(cls)
+        torch.nn.Module.__init__(self)
+        self.num_experts, self.hidden_dim, self.intermediate_dim, self.block_size = E, H, width, (128, 128)
+        self.has_gate, self.has_bias, self.activation_scheme, self.act_fn = True, False, "dynamic", torch.nn.SiLU()
+        for name in OTHERWISE:
+            setattr(self, name, None)
+        for name, shape in (("gate_up_proj", (E, 2 * width, H)), ("down_proj", (E, H, width))):
+            setattr(self, name, torch.nn.Parameter(draw(shape), requires_grad=False))
+            setattr(self, f"{name}_scale_inv", torch.nn.Parameter(torch.ones(E, 1, 1), requires_grad=False))
+        weights = torch.rand((N, k), dtype=torch.float64, generator=generator)
+        chosen = torch.rand((N, E), generator=generator).topk(k, -1).indices if k > 1 else torch.full((N, 1), E - 1)
+        yield [self, draw((N, H)), chosen, weights], {}
 
 
 def keep(function: types.FunctionType) -> None:
@@ -87,3 +179,13 @@ def keep(function: types.FunctionType) -> None:
         wanted = vars(sys.modules[MODULE])["Fp8Dequantize"](None).convert({"w.weight": [data], "w.weight_scale_inv": [scale]})
         if not torch.equal(wanted["w.weight"][0], formats.named(name).dequantize(data, scale, torch.float32)):
             raise Refused(f"Weights of {name} must mean what transformers' Fp8Dequantize makes of them, found other values.")
+
+
+def keep_loop(function: types.FunctionType) -> None:
+    """Remember a loop that was proved."""
+    _loops.add(function)
+
+
+def forget() -> None:
+    """No loop is proved any more."""
+    _loops.clear()

@@ -6,6 +6,7 @@ transformers is imported inside the functions, so that importing this module sta
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import re
 from collections.abc import Iterator
@@ -146,12 +147,12 @@ NOT_QUANTIZED = ("lm_head", "in_proj_a", "in_proj_b", "in_proj_ba", "a_proj", "b
 def quantized(model: torch.nn.Module, format: str = "fp8_block128") -> torch.nn.Module:
     """Turn the linears of a model into those of a quantised checkpoint, in place and one by one, without the hub.
 
-    Those become transformers' FP8Linear, as loading a checkpoint of FineGrainedFP8Config makes of them. The head, what a GDN
-    layer makes its gates of, routers and experts stay as they are.
+    Those become transformers' FP8Linear, and experts its FP8Experts, as loading a checkpoint of FineGrainedFP8Config makes of
+    them. The head, what a GDN layer makes its gates of and routers stay as they are.
 
     Args:
         model: with weights on any device, or on the meta device.
-        format: "fp8_block128", or "fp8_tensor" for one scale a weight.
+        format: "fp8_block128", or "fp8_tensor" for one scale a weight, which experts are not turned to.
 
     Returns:
         The model.
@@ -171,34 +172,67 @@ def quantized(model: torch.nn.Module, format: str = "fp8_block128") -> torch.nn.
         linear = model.get_submodule(name)
         with torch.device("meta"):
             new = FP8Linear(linear.in_features, linear.out_features, blocks[format], has_bias=linear.bias is not None)
-        data, scale = formats.named(format).quantize(linear.weight.detach())
-        new.weight = torch.nn.Parameter(data, requires_grad=False)
-        new.weight_scale_inv = torch.nn.Parameter(scale, requires_grad=False)
+        _quantize(new, "weight", linear.weight, format)
         new.bias = linear.bias
         model.set_submodule(name, new.train(linear.training))
         del linear
+    if blocks[format]:
+        _quantize_experts(model, format, blocks[format])
     return model
+
+
+def _quantize(module: torch.nn.Module, name: str, weight: torch.Tensor, format: str) -> None:
+    """Give a module of transformers' a weight's data and scale."""
+    for attribute, tensor in zip((name, f"{name}_scale_inv"), formats.named(format).quantize(weight.detach()), strict=True):
+        setattr(module, attribute, torch.nn.Parameter(tensor, requires_grad=False))
+
+
+def _quantize_experts(model: torch.nn.Module, format: str, block: tuple[int, int]) -> None:
+    """Turn experts with gate and up in one weight into transformers' FP8Experts."""
+    from transformers.integrations import finegrained_fp8 as fp8
+    from transformers.integrations.moe import use_experts_implementation
+
+    found = [(n, m) for n, m in model.named_modules() if n.endswith(".experts") and hasattr(m, "gate_up_proj")]
+    if not found:
+        return
+    known = {"experts_interface": fp8.ALL_FP8_EXPERTS_FUNCTIONS, "has_bias": False, "has_gate": True}
+    cls = use_experts_implementation(experts_class=type("FP8Experts", (fp8.FP8Experts,), {}), **known)
+    for name, module in found:
+        with torch.device("meta"):
+            new = cls(config=module.config, block_size=block)
+        for weight in ("gate_up_proj", "down_proj"):
+            _quantize(new, weight, getattr(module, weight), format)
+        model.set_submodule(name, new.train(module.training))
 
 
 @contextlib.contextmanager
 def dequantized_calls(model: torch.nn.Module) -> Iterator[None]:
-    """Let the FP8 linears of a model compute meanwhile what compiled calls do, also uncompiled and on any device.
+    """Let the FP8 linears and experts of a model compute meanwhile what compiled calls do, also uncompiled and on any device.
 
     transformers' own code for them needs a kernel from the hub and a GPU.
     """
-    from transformers.integrations.finegrained_fp8 import FP8Linear
+    from transformers.integrations.finegrained_fp8 import FP8Experts, FP8Linear
 
-    linears = [m for m in model.modules() if isinstance(m, FP8Linear)]
-    before = [vars(m).pop("forward", None) for m in linears]
-    for m in linears:
-        m.forward = lambda x, m=m: capture_fp8.call(x, m.weight, m.weight_scale_inv, m.block_size, m.bias)
+    found = [m for m in model.modules() if isinstance(m, FP8Linear | FP8Experts)]
+    before = [vars(m).pop("forward", None) for m in found]
+    for m in found:
+        if isinstance(m, FP8Linear):
+            m.forward = lambda x, m=m: capture_fp8.call(x, m.weight, m.weight_scale_inv, m.block_size, m.bias)
+        else:
+            m.forward = functools.partial(_experts, m)
     try:
         yield
     finally:
-        for m, forward in zip(linears, before, strict=True):
+        for m, forward in zip(found, before, strict=True):
             del m.forward
             if forward is not None:
                 m.forward = forward
+
+
+def _experts(module: torch.nn.Module, x: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    stored = module.gate_up_proj, module.down_proj
+    scales = [module.gate_up_proj_scale_inv, module.down_proj_scale_inv]
+    return torch.ops.gdnfuse.experts.default(x, indices, weights, *stored, "silu", scales=scales, format="fp8_block128")
 
 
 def verify(model: torch.nn.Module, *, batch: int = 1, prompt: int = 70, **options: Any) -> list[GraphReport]:

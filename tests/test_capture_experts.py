@@ -96,7 +96,7 @@ def test_every_class_that_computes_the_same_is_proved(family):
 
 def test_the_functions_that_run_here_are_proved_themselves():
     capture.scan()
-    ours = [c for c in capture.status() if c.op == "experts"]
+    ours = [c for c in capture.status() if c.op == "experts" and "fp8" not in c.function.lower()]
     found = {c.function: c for c in ours if c.function.startswith(capture_experts.MODULES)}
     assert {name.rsplit(".", 1)[1] for name in found} == {*capture_experts.FUNCTIONS}
     for name, c in found.items():

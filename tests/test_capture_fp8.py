@@ -1,11 +1,14 @@
 """transformers' fp8_linear becomes a linear on a dequantised weight: where, for which weights, after what proof."""
 
+import importlib
 import inspect
+import types
 
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers.integrations import finegrained_fp8
+from transformers.integrations.moe import use_experts_implementation
 
 import gdnfuse.backend  # noqa: F401  captures at each compilation
 from gdnfuse import Refused, capture, capture_fp8, formats
@@ -126,3 +129,68 @@ def test_under_torchs_own_backends_and_eager_it_is_transformers(monkeypatch):
         assert len(called) >= 2
         assert torch.compile(linear, backend="gdnfuse", options={"inner": "eager"})(x).any()
     torch._dynamo.reset()
+
+
+def fp8_experts(**others):
+    """Experts as a checkpoint gives them, without what only a config says."""
+    cls = type("FP8Experts", (finegrained_fp8.FP8Experts,), {})
+    cls = use_experts_implementation(
+        experts_class=cls, experts_interface=finegrained_fp8.ALL_FP8_EXPERTS_FUNCTIONS, has_bias=False, has_gate=True
+    )
+    ((self, *args), _), *_ = capture_fp8.calls()
+    self.__class__ = cls
+    for name in ("gate_up_proj", "down_proj"):
+        for attribute, t in zip(
+            (name, f"{name}_scale_inv"), formats.named("fp8_block128").quantize(getattr(self, name)), strict=True
+        ):
+            setattr(self, attribute, torch.nn.Parameter(t, requires_grad=False))
+    self.config = types.SimpleNamespace(_experts_implementation=others.pop("implementation", "grouped_mm"))
+    for name, value in others.items():
+        setattr(self, name, value)
+    return self, [a.float() if a.is_floating_point() else a for a in args]
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm", "deepgemm"])
+def test_experts_are_one_op_on_dequantised_weights_whatever_computes_them(implementation):
+    self, args = fp8_experts(implementation=implementation)
+    found, ops = traced(self, *args)
+    assert ops == ["gdnfuse.dequantize", "gdnfuse.dequantize", "gdnfuse.experts"]
+    stored = [(self.gate_up_proj, self.gate_up_proj_scale_inv), (self.down_proj, self.down_proj_scale_inv)]
+    weights = [formats.named("fp8_block128").dequantize(*w, torch.float32) for w in stored]
+    torch.testing.assert_close(found, torch.ops.gdnfuse.experts.default(*args, *weights))
+
+
+OTHERS = {
+    "a limit": {"limit": 7.0},
+    "a gate of its own": {"swiglu_alpha": 1.7},
+    "no gate": {"has_gate": False},
+    "another activation": {"act_fn": torch.nn.GELU()},
+    "one scale for all": {"block_size": None},
+    "another number of experts": {"num_experts": 3},
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_other_experts_are_left_to_transformers(what):
+    capture.scan()
+    self, args = fp8_experts()
+    assert capture_fp8.accepts_experts(self, *args)
+    for name, value in OTHERS[what].items():
+        setattr(self, name, value)
+    assert not capture_fp8.accepts_experts(self, *args)
+
+
+def test_experts_are_transformers_where_it_has_kernels_for_them(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    assert capture_fp8._theirs("cuda") and not capture_fp8._theirs("cpu")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert not capture_fp8._theirs("cuda")
+
+
+def test_the_loop_over_experts_is_proved_with_weights_that_it_multiplies_with_as_they_are():
+    capture.scan()
+    found = {c.function.removeprefix(f"{capture_fp8.MODULE}."): c for c in capture.status()}
+    assert found[capture_fp8.LOOP].captured and found[capture_fp8.LOOP].proof_error < 1e-9
+    loop = capture_fp8.loop(finegrained_fp8.FP8Experts)
+    with pytest.raises(Refused, match="float64 proof failed"):
+        capture.prove(lambda self, x, *others: loop(self, x, *others) * 1.001, capture.CAPTURABLE[capture_fp8.LOOP])

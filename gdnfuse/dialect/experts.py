@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
+from gdnfuse.dialect.dequantize import reference as dequantize
 from gdnfuse.dialect.op import acc_dtype, register
 from gdnfuse.dialect.rms_norm import reference as rms_norm
+from gdnfuse.formats import named
 
 ACTIVATIONS = {"silu": F.silu}
 FEW = 256  # choices up to which each reads its own expert's weights
@@ -27,6 +31,8 @@ def reference(
     shared_down: torch.Tensor | None = None,
     shared_expert_gate: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
+    scales: list[torch.Tensor] | None = None,
+    format: str = "",
 ) -> torch.Tensor:
     """Σⱼ wⱼ·Dₑ·(act(Gₑ·x)·Uₑ·x) with e = indices[j], + [σ(s·x)·] the shared expert's, + residual.
 
@@ -46,6 +52,9 @@ def reference(
         shared_down: [H, S], or None.
         shared_expert_gate: s, [1, H], or None where the shared expert is added as it is.
         residual: [N, H], or None.
+        scales: of gate_up and of down, which then are data of quantised weights; they become weights of x's dtype, those of no
+            more experts than are needed.
+        format: of those, as of dequantize.
 
     Returns:
         [N, H] in x's dtype.
@@ -58,7 +67,9 @@ def reference(
         x = rms_norm(x, norm_weight, norm_eps, norm_offset)
     acc = acc_dtype(x, routing_weights)
     choices = _one_by_one if few(indices) else _by_expert
-    y = (choices(x.to(gate_up.dtype), indices, gate_up, down, act, acc) * routing_weights.to(acc)[..., None]).sum(1)
+    of = [partial(_taken, w, s, format, dtype) for w, s in zip((gate_up, down), scales or (None, None), strict=True)]
+    wide = x.to(dtype if scales else gate_up.dtype)
+    y = (choices(wide, indices, gate_up.shape[0], *of, act, acc) * routing_weights.to(acc)[..., None]).sum(1)
     if shared_down is not None:
         wide = x.to(shared_down.dtype)
         h = act(F.linear(wide, shared_gate).to(acc)) * F.linear(wide, shared_up).to(acc)
@@ -81,26 +92,32 @@ def few(indices: torch.Tensor) -> bool:
     return isinstance(N, int) and N * k <= FEW
 
 
-def _one_by_one(x, indices, gate_up, down, act, acc):
+def _taken(weight, scale, format, dtype, at):
+    """Weights of the experts `at`, dequantised where they have a scale."""
+    return weight[at] if scale is None else dequantize(weight[at], scale[at], format, dtype)
+
+
+def _one_by_one(x, indices, E, gate_up, down, act, acc):
     """What each choice gives, [N, k, H]. Compiled, products and sums are one loop with the lookup, and no weight is copied."""
-    E = gate_up.shape[0]
     expert = indices.clamp(max=E - 1)
-    gate, up = (gate_up[expert].to(acc) * x.to(acc)[:, None, None]).sum(-1).chunk(2, -1)
-    h = (act(gate) * up).to(down.dtype).to(acc)
-    return (down[expert].to(acc) * h[:, :, None]).sum(-1).masked_fill((indices >= E)[..., None], 0)
+    gate, up = (gate_up(expert).to(acc) * x.to(acc)[:, None, None]).sum(-1).chunk(2, -1)
+    w = down(expert)
+    h = (act(gate) * up).to(w.dtype).to(acc)
+    return (w.to(acc) * h[:, :, None]).sum(-1).masked_fill((indices >= E)[..., None], 0)
 
 
-def _by_expert(x, indices, gate_up, down, act, acc):
+def _by_expert(x, indices, E, gate_up, down, act, acc):
     """The same, with the weights of each needed expert read once, for which the indices are read back."""
-    (N, k), E = indices.shape, gate_up.shape[0]
+    N, k = indices.shape
     y = torch.zeros((N * k, x.shape[1]), dtype=acc, device=x.device)
     chosen = indices.reshape(-1)
     order, start = chosen.argsort(stable=True), 0
     for e, rows in enumerate(torch.bincount(chosen, minlength=E)[:E].tolist()):
         if rows:
             at = order[start : start + rows]
-            gate, up = F.linear(x[at // k], gate_up[e]).to(acc).chunk(2, -1)
-            y[at] = F.linear((act(gate) * up).to(down.dtype), down[e]).to(acc)
+            gate, up = F.linear(x[at // k], gate_up(e)).to(acc).chunk(2, -1)
+            w = down(e)
+            y[at] = F.linear((act(gate) * up).to(w.dtype), w).to(acc)
         start += rows
     return y.view(N, k, -1)
 
@@ -108,15 +125,18 @@ def _by_expert(x, indices, gate_up, down, act, acc):
 def fake(
     x, indices, routing_weights, gate_up, down, activation="silu", norm_weight=None, norm_eps=0.0, norm_offset=0.0,
     shared_gate=None, shared_up=None, shared_down=None, shared_expert_gate=None, residual=None,
+    scales=None, format="",
 ):  # fmt: skip
     _known(activation)
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 def example_call(
-    N, H, E, top_k, intermediate, dtype=torch.float32, *, shared=0, gated=False, norm=False, residual=False, masked=False
+    N, H, E, top_k, intermediate, dtype=torch.float32, *, shared=0, gated=False, norm=False, residual=False, masked=False,
+    format="",
 ):  # fmt: skip
-    """A call with random inputs: `shared` columns of a shared expert, if any; `masked` gives the first row an index of E."""
+    """A call with random inputs: `shared` columns of a shared expert, if any; `masked` gives the first row an index of E; with a
+    format the experts are quantised."""
     draw = lambda *shape: (torch.randn(*shape) * shape[-1] ** -0.5).to(dtype)  # noqa: E731
     indices = torch.rand(N, E).topk(top_k, -1).indices
     if masked:
@@ -132,7 +152,12 @@ def example_call(
         "residual": torch.randn(N, H).to(dtype) if residual else None,
     }
     weights = torch.rand(N, top_k).softmax(-1).to(dtype)
-    return (torch.randn(N, H).to(dtype), indices, weights, draw(E, 2 * intermediate, H), draw(E, H, intermediate)), options
+    stored = [draw(E, 2 * intermediate, H), draw(E, H, intermediate)]
+    if format:
+        pairs = [named(format).quantize(w) for w in stored]
+        stored = [data for data, _ in pairs]
+        options |= {"scales": [scale for _, scale in pairs], "format": format}
+    return (torch.randn(N, H).to(dtype), indices, weights, *stored), options
 
 
 def examples():
@@ -140,6 +165,8 @@ def examples():
         example_call(5, 8, 6, 2, 4, masked=True),
         example_call(1, 8, 6, 3, 4, torch.bfloat16, shared=6, gated=True, norm=True, residual=True),
         example_call(3, 8, 4, 2, 6, shared=4),
+        example_call(3, 136, 4, 2, 64, torch.bfloat16, masked=True, format="fp8_block128"),
+        example_call(160, 8, 4, 2, 6, masked=True, format="fp8_block128"),
     ]
 
 

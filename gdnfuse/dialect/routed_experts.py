@@ -31,6 +31,8 @@ def reference(
     shared_down: torch.Tensor | None = None,
     shared_expert_gate: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
+    scales: list[torch.Tensor] | None = None,
+    format: str = "",
 ) -> torch.Tensor:
     """experts of what route chooses, both behind one norm.
 
@@ -38,7 +40,8 @@ def reference(
         x: [N, H].
         router: [E, H], route's weight.
         top_k, normalize, wide_logits, wide_weights: as for route.
-        gate_up, down, activation, shared_gate, shared_up, shared_down, shared_expert_gate, residual: as for experts.
+        gate_up, down, activation, shared_gate, shared_up, shared_down, shared_expert_gate, residual, scales, format: as for
+            experts.
         norm_weight, norm_eps, norm_offset: as for both.
 
     Returns:
@@ -50,7 +53,7 @@ def reference(
     norm = (norm_weight, norm_eps, norm_offset)
     weights, indices = route(x, router, top_k, normalize, wide_logits, wide_weights, *norm)
     shared = (shared_gate, shared_up, shared_down, shared_expert_gate)
-    return experts(x, indices, weights, gate_up, down, activation, *norm, *shared, residual)
+    return experts(x, indices, weights, gate_up, down, activation, *norm, *shared, residual, scales, format)
 
 
 def fake(x, router, top_k, normalize, gate_up, down, activation="silu", *args, **kwargs):
@@ -70,6 +73,7 @@ def examples():
         example_call(1, 8, 6, 2, 4),
         example_call(1, 8, 6, 3, 4, shared=6, gated=True, norm=True, residual=True, normalize=False),
         example_call(1, 8, 6, 2, 4, torch.bfloat16, wide_logits=True, shared=4),
+        example_call(1, 136, 6, 2, 64, torch.bfloat16, shared=4, norm=True, format="fp8_block128"),
     ]
 
 

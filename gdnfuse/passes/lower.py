@@ -51,7 +51,9 @@ def lower(gm: GraphModule, target: str | None, linears: bool = False, ahead: boo
         if op is packed_linear.op and linears:
             name, call = "fused_linear", op.bind(node.args, node.kwargs)
         elif op is not None:
-            name, call = op.name, op.bind(node.args, node.kwargs)
+            name, call = op.name, _experts_as_stored(op.bind(node.args, node.kwargs))
+            if call.get("scales") and "gate_up" in call:
+                node.args, node.kwargs = (), call
         elif linears and op_name(node) == "linear":
             name, call, reason = _linear(node)
         elif op_name(node) == "scaled_dot_product_attention" and len(node.args) >= 3:
@@ -137,7 +139,7 @@ def _as_stored(call: dict[str, Any]) -> dict[str, Any]:
     weights = call.get("weights", ())
     found = [quantized.bind(w) for w in weights if quantized.is_quantized(w)]
     if not found:
-        return {k: v for k, v in call.items() if k not in QUANTIZED}
+        return call if call.get("scales") else {k: v for k, v in call.items() if k not in QUANTIZED}
     if any(map(quantized.is_quantized, weights[len(found) :])) or len({b["format"] for b in found}) > 1:
         raise Refused("The quantised weights of a linear must be its first and of one format, found others.")
     if not all(map(quantized.is_weight, weights[: len(found)])):
@@ -153,6 +155,21 @@ def _as_stored(call: dict[str, Any]) -> dict[str, Any]:
     if wrong := next((b["dtype"] for b in found if b["dtype"] != dtype), None):
         raise Refused(f"A kernel makes weights of {dtype} here, found that they are wanted in {wrong}.")
     return made
+
+
+def _experts_as_stored(call: dict[str, Any]) -> dict[str, Any]:
+    """A call of experts whose weights are quantised, with their data and scales; any other as it is.
+
+    Its reference dequantises no more experts than it needs, so that is better than weights of all, kernel or not.
+    """
+    weights = [call.get(name) for name in ("gate_up", "down")]
+    if not all(map(quantized.is_quantized, weights)) or not all(map(quantized.is_weight, weights)):
+        return call
+    bound = [quantized.bind(w) for w in weights]
+    if len({b["format"] for b in bound}) > 1 or any(b["dtype"] != value(call["x"]).dtype for b in bound):
+        return call
+    gate_up, down = (b["data"] for b in bound)
+    return {**call, "gate_up": gate_up, "down": down, "scales": [b["scale"] for b in bound], "format": bound[0]["format"]}
 
 
 def _linear(node: Node) -> tuple[str, dict[str, Any], str]:

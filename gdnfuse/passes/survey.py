@@ -162,12 +162,16 @@ def _projections(gm: GraphModule) -> list[tuple[Projection, list[Node]]]:
         if op_name(node) == "linear":
             weight = node.args[1] if len(node.args) > 1 else node.kwargs["weight"]
             found.setdefault(f"{path} {weight}", (_projection(path, weight), stored(weight)))
-        elif (cls := _module(node)) is not None and issubclass(cls, torch.nn.Linear):
+        elif op_name(node) == "gdnfuse.experts":
+            call = OPS["experts"].bind(node.args, node.kwargs)
+            for name in ("gate_up", "down"):
+                found[f"{path} {name}"] = _projection(f"{path}.{name}", call[name]), stored(call[name])
+        elif (cls := _module(node)) is not None and (issubclass(cls, torch.nn.Linear) or cls.__name__.endswith("Experts")):
             others.setdefault(path, (cls, []))[1].append(node)
     known = {projection.paths[0] for projection, _ in found.values()}
     for path, (cls, nodes) in others.items():
         called = next((op_name(n) for n in nodes if foreign(n)), "")
-        if path in known or not called:
+        if path in known or f"{path} gate_up" in found or not called:
             continue
         inputs = list(dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n.op in ("placeholder", "get_attr")))
         weights = [n for n in inputs if is_tensor(n) and compat.of_the_model(n)]
@@ -273,7 +277,7 @@ def _read(node: Node, given: Node) -> int:
     op = OPS.get(op_label(node))
     if op is not None and "gate_up" in op.arg_names:
         call = op.bind(node.args, node.kwargs)
-        if given in (call["gate_up"], call["down"]):
+        if given in (*stored(call["gate_up"]), *stored(call["down"]), *(call.get("scales") or ())):
             top_k = call["top_k"] if "top_k" in call else value(call["indices"]).shape[1]
             return round(size * _needed(value(given).shape[0], value(call["x"]).shape[0], top_k))
     return size

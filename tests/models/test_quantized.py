@@ -1,6 +1,7 @@
 """Models of FP8 weights: prompts and steps, fused as plain ones are, as near to the dequantised float64 model as eager is."""
 
 import copy
+import dataclasses
 import gc
 import io
 import itertools
@@ -10,7 +11,7 @@ import torch
 from transformers.integrations import finegrained_fp8
 
 import gdnfuse
-from gdnfuse import models, packing
+from gdnfuse import formats, models, packing
 from gdnfuse.errors import GdnfuseError
 from gdnfuse.report.page import page
 from gdnfuse.report.records import OWN_LIBRARY
@@ -20,6 +21,7 @@ from tests.models import zoo
 STEPS = 3
 SEEDS = itertools.count(1)
 SIZES = {"filled": zoo.FILLED, "ragged": zoo.RAGGED}
+EXPERTS = {"moe_intermediate_size": 136, "shared_expert_intermediate_size": 128}  # gate and up in one weight share blocks
 
 
 def quantized(sizes, dtype=torch.bfloat16, format="fp8_block128"):
@@ -76,6 +78,34 @@ def test_prompts_and_steps_are_fused_and_as_near_as_eager(sizes, batch, kind):
     assert [op for op in zoo.ops_without_views(layer) if op in ("in_proj_conv", "packed_decode", "mixer_decode")] == [
         op for op in expected if op != "linear"
     ]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_experts_are_dequantised_as_far_as_they_are_needed(batch, monkeypatch):
+    """transformers would need kernels of the hub for them."""
+    model = models.quantized(zoo.moe(**zoo.FILLED, **EXPERTS).bfloat16())
+    plain = zoo.dequantized(model)
+    wide, oracle = zoo.in_float64(zoo.dequantized(model, torch.float64))
+    wanted, eager = outputs(wide, oracle, "static", batch), outputs(plain, plain, "static", batch)
+    since, asked = next_report(), []
+    of = formats.named("fp8_block128")
+    counting = dataclasses.replace(of, dequantize=lambda data, *args: asked.append(data.shape) or of.dequantize(data, *args))
+    run = compiled(model)
+    with monkeypatch.context() as m:
+        m.setitem(formats.FORMATS, "fp8_block128", counting)
+        found = outputs(model, run, "static", batch)
+    errors = [(zoo.relative(f, w), zoo.relative(e, w)) for f, e, w in zip(found, eager, wanted, strict=True)]
+    assert all(ours <= 1.1 * theirs for ours, theirs in errors), errors
+    of_experts = [shape for shape in asked if (2 * 136 in shape[-2:]) or shape[-1] == 136]
+    assert of_experts and not any(len(s) == 3 and s[0] == 4 for s in of_experts), "never those of all experts at once"
+    for report in new_reports(since):
+        assert report.fused_layers == 1
+        kinds = {p.name: p for p in report.projections}
+        assert kinds["gate_up"].format == kinds["down"].format == "fp8_block128" and len(kinds["down"].paths) == 2
+        assert kinds["gate_up"].bytes == 4 * (272 * 128 + 4 * 3)
+        chosen = [r.rule for r in report.all_records if r.stage == "lower" and "experts" in r.rule]
+        assert chosen == ["routed_experts" if batch == 1 and report.phase == "decode" else "experts"] * 2
+        assert all("plain weight" in r.reason for r in report.all_records if r.rule == "shared_expert")
 
 
 def right(model, run, batch=1):

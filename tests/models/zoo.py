@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import sys
 
 import torch
 import transformers
@@ -245,21 +246,33 @@ RAGGED = {
 
 
 def dequantized(model, dtype=None):
-    """A copy of a quantised model with the weights that transformers makes of it, in a linear's place."""
+    """A copy of a quantised model with plain linears and experts, of the weights that are stored."""
     from transformers.integrations import finegrained_fp8
 
     plain = copy.deepcopy(model)
     for name, module in list(plain.named_modules()):
         if isinstance(module, finegrained_fp8.FP8Linear):
-            linear = torch.nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
-            linear.weight = torch.nn.Parameter(by_loop(module.weight, module.weight_scale_inv), requires_grad=False)
-            linear.bias = module.bias
-            plain.set_submodule(name, linear)
-    return plain.to(dtype or next(model.parameters()).dtype)
+            new = torch.nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+            new.bias = module.bias
+            weights = ("weight",)
+        elif isinstance(module, finegrained_fp8.FP8Experts):
+            classes = vars(sys.modules[type(model).__module__])
+            with torch.device("meta"):
+                new = next(c for n, c in classes.items() if n.endswith("Experts"))(text_config(plain))
+            weights = ("gate_up_proj", "down_proj")
+        else:
+            continue
+        for weight in weights:
+            made = by_loop(getattr(module, weight), getattr(module, f"{weight}_scale_inv"))
+            setattr(new, weight, torch.nn.Parameter(made, requires_grad=False))
+        plain.set_submodule(name, new.eval())
+    return plain.to(dtype or next(p.dtype for p in model.parameters() if p.itemsize > 1))
 
 
 def by_loop(data, scale, block=128):
     """A weight of fp8 with a scale per block, or one scale, block by block in float64."""
+    if data.ndim > 2:
+        return torch.stack([by_loop(*pair, block) for pair in zip(data, scale, strict=True)])
     weight = data.double()
     if scale.numel() == 1:
         return weight * scale.double()

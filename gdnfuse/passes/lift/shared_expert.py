@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from gdnfuse.errors import Refused
 from gdnfuse.passes.experts import Facts, as_rows, bind, experts_call, experts_match, op_of_experts, rows_of, sum_of
+from gdnfuse.passes.quantized import bind as bind_weight
+from gdnfuse.passes.quantized import is_quantized
 from gdnfuse.passes.rows import few_rows
 from gdnfuse.rewrite.graph import op_name, peel, same_shape, value
 from gdnfuse.rewrite.pattern import Alt, Op, Var
@@ -52,6 +54,11 @@ class LiftSharedExpert(Rule[Facts]):
             node = m.inputs.get(name)
             if node is not None and not same_shape(value(node).shape, shape):
                 raise Refused(f"{name} must be {list(shape)}, found {list(value(node).shape)}.", at=node)
+            if node is not None and is_quantized(node):
+                found = bind_weight(node)["format"]
+                raise Refused(
+                    f"{name} must be a plain weight, as quantised ones are for kernels of linears, found {found}.", at=node
+                )
             if node is not None and value(node).dtype != value(m.inputs["x"]).dtype:
                 raise Refused(f"{name} must be {value(m.inputs['x']).dtype}, found {value(node).dtype}.", at=node)
 
