@@ -114,6 +114,12 @@ def _parser() -> _Parser:
     bench.add_argument("--new", type=_positive, default=128, metavar="N", help="decode steps that are timed (default 128)")
     bench.add_argument("--sides", type=_words, metavar="SIDE,…", help="of eager, fla, inductor, gdnfuse (default: all there are)")
     bench.add_argument("--phase", choices=("decode", "prefill"), help="only this one")
+    bench.add_argument(
+        "--prefix",
+        type=_positive,
+        metavar="N",
+        help="instead time the first token of generate, of a prompt whose first N are known",
+    )
     bench.add_argument("--layers", type=_positive, metavar="N", help="only the first layers of the model")
     bench.add_argument("--inner", choices=INNER, default=INNER[0], help="what compiles the rewritten graphs")
     bench.add_argument(
@@ -236,7 +242,7 @@ def _bench(args: argparse.Namespace) -> int:
     settings = run.Settings(
         model=args.model,
         sides=args.sides or run.default_sides(device, args.quantize),
-        phases=[args.phase] if args.phase else list(run.PHASES),
+        phases=[run.PREFIX] if args.prefix else [args.phase] if args.phase else list(run.PHASES),
         batch=args.batch,
         prompt=args.prompt,
         new=args.new,
@@ -245,6 +251,7 @@ def _bench(args: argparse.Namespace) -> int:
         quantize=args.quantize,
         device=device,
         inner=args.inner,
+        prefix=args.prefix,
         timeout=args.timeout,
     )
     run.check(settings)

@@ -93,6 +93,21 @@ def test_figures(folder, here, capsys):
     assert re.search(r"^batch 2, graph \d+ \(decode\): 2/2 GDN layers fused, ", out, re.MULTILINE)
 
 
+def test_the_first_token_behind_a_known_prefix(folder, here, capsys):
+    command = ["bench", str(folder), *QUICK, "--sides", "eager,gdnfuse", "--batch", "2", "--prefix", "128"]
+    assert main([*command, "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    (result,) = data["results"]
+    eager, ours = (row["prefix"] for row in result["sides"])
+    assert eager["right"] and ours["right"] and ours["tokens_taken"] == 128 and ours["unknown_ms"] > 0
+    # Two rows: each has its prefix once, and of each prompt the states behind 128 tokens and all 192.
+    assert ours["blocks"] == 2 * (2 + 7) and ours["states"] == 2 * (1 + 7)
+    assert ours["store_bytes"] == ours["blocks"] * ours["block_bytes"] + ours["states"] * ours["state_bytes"]
+    assert "First token of generate, 128 tokens of a known prefix and 64 others\n" in run.tables(data)
+    assert main(["bench", str(folder), *QUICK, "--prefix", "100"]) == 2
+    assert "The known prefix must be a multiple of 64 tokens, found 100." in capsys.readouterr().err
+
+
 def doubled(side, phase, model, settings):
     def call(*args, **kwargs):
         output = model(*args, **kwargs)

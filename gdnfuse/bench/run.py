@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import itertools
 import json
 import statistics
 import traceback
@@ -45,6 +46,8 @@ SIDES = ("eager", "fla", "inductor", "gdnfuse")
 DEVICES = ("cpu", "cuda")
 COMPILED = ("inductor", "gdnfuse")
 PHASES = ("decode", "prefill")
+PREFIX = "prefix"  # instead of these, if it is asked for
+TAIL = 64  # tokens behind a known prefix
 CHECKED = 8  # steps, and last tokens of a prompt, whose logits are compared
 WARMUP = 8  # steps
 EAGER_STEPS = 16  # timed of the sides that are not compiled
@@ -59,7 +62,7 @@ class Settings:
     Attributes:
         model: a preset, config.json, model folder or hub id.
         sides: of SIDES.
-        phases: of PHASES.
+        phases: of PHASES, or PREFIX alone.
         batch: numbers of sequences, each measured by itself.
         prompt: tokens of a prompt, and in the cache when decoding starts.
         new: decode steps that are timed.
@@ -68,6 +71,7 @@ class Settings:
         device: where to run.
         quantize: a format of `gdnfuse.models.QUANTIZED` that linears are turned to, or None.
         inner: what compiles gdnfuse's graphs, see `gdnfuse.options.Options`.
+        prefix: tokens that are known of a prompt of TAIL more, in the phase PREFIX.
         timeout: seconds that a side, or the reference, may take at one number of sequences; None for as long as it takes.
     """
 
@@ -82,6 +86,7 @@ class Settings:
     quantize: str | None = None
     device: str = "cpu"
     inner: str = "inductor"
+    prefix: int | None = None
     timeout: int | None = None
 
 
@@ -104,13 +109,15 @@ def check(settings: Settings) -> None:
         GdnfuseError: with a sentence.
     """
     quantize = [settings.quantize] if settings.quantize else []
-    given = ("side", settings.sides, SIDES), ("phase", settings.phases, PHASES), ("format", quantize, tuple(QUANTIZED))
+    given = ("side", settings.sides, SIDES), ("phase", settings.phases, (*PHASES, PREFIX)), ("format", quantize, tuple(QUANTIZED))
     for what, found, valid in given:
         for name in found:
             if name not in valid:
                 raise GdnfuseError(f"Unknown {what} {name!r}; the valid ones are {', '.join(valid)}.")
     if torch.device(settings.device).type not in DEVICES:
         raise GdnfuseError(f"The device must be of {' or '.join(DEVICES)}, found {settings.device!r}.")
+    if settings.prefix is not None and (settings.prefix <= 0 or settings.prefix % TAIL):
+        raise GdnfuseError(f"The known prefix must be a multiple of {TAIL} tokens, found {settings.prefix}.")
     if "fla" in settings.sides and importlib.util.find_spec("fla") is None:
         raise GdnfuseError("The side fla needs flash-linear-attention, which is not installed.")
     config_of(settings)
@@ -204,10 +211,24 @@ class Work:
 
     def logits(self, phase: str, call: Callable[..., Any]) -> torch.Tensor:
         """Those that are compared, in float32 on the CPU."""
+        if phase == PREFIX:
+            return self.first_token(0).float().cpu()
         if phase == "prefill":
             return self.fill(call).float().cpu()
         decode = self.decoder(call)
         return torch.stack([decode(t).float().cpu() for t in self.step_tokens(0, CHECKED)])
+
+    def first_token(self, tail: int) -> torch.Tensor:
+        """The logits of the first token that `generate` gives, of prompts with the same prefix and a tail of their own."""
+        generator = torch.Generator(self.device).manual_seed(2)
+        draw = lambda n: torch.randint(  # noqa: E731
+            0, self.model.config.vocab_size, (self.batch, n), device=self.device, generator=generator
+        )
+        prefix = draw(self.settings.prefix)
+        generator.manual_seed(3 + tail)
+        wanted = {"max_new_tokens": 1, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+        prompt = torch.cat([prefix, draw(TAIL)], 1)
+        return self.model.generate(prompt, attention_mask=torch.ones_like(prompt), pad_token_id=0, **wanted).logits[0]
 
     def reference(self) -> dict[str, Any]:
         """Leave the logits in float32 for all sides to be compared with; answers the machine and what limits a step."""
@@ -250,6 +271,11 @@ class Work:
     def measure(self, phase: str, side: str, exact: torch.Tensor, eager_error: float) -> dict[str, Any]:
         self.note(f"{phase}, first call")
         known = len(gdnfuse.reports())
+        if phase == PREFIX:
+            figures = self.time_prefix(side, exact, eager_error)
+            figures["graphs"] = [report.summary() for report in gdnfuse.reports()[known:]]
+            figures["peak_bytes"] = self.peak()
+            return figures
         call = compiled(side, phase, self.model, self.settings)
         if phase == "prefill":
             figures = self.time_prefill(call, exact, eager_error)
@@ -269,6 +295,37 @@ class Work:
             self.note(f"prefill, {PROMPTS} prompts")
             times = [1e3 * seconds(lambda: self.fill(call), self.device) for _ in range(PROMPTS)]
             figures |= speed(times, self.batch * self.settings.prompt)
+        return figures
+
+    def time_prefix(self, side: str, exact: torch.Tensor, eager_error: float) -> dict[str, Any]:
+        """From the call of generate to its return, of prompts whose prefix is known to a side that can know one."""
+        store = None
+        if side == "gdnfuse":
+            store = gdnfuse.PrefixStore(self.model, max_bytes=1 << 40)
+            gdnfuse.compile(self.model, inner=self.settings.inner, prefixes=store)
+        elif side in COMPILED:
+            self.model.compile()
+        self.forget_peak()
+        figures: dict[str, Any] = {"first_call_seconds": seconds(lambda: self.first_token(0), self.device)}
+        figures |= right(self.first_token(0).float().cpu(), exact, eager_error)
+        if not figures["right"]:
+            return figures
+        self.note(f"{PREFIX}, {PROMPTS} prompts")
+        tails = itertools.count(1)
+        self.first_token(next(tails))  # of a tail that is new, as all that are timed
+        taken = store.stats().tokens_taken if store else 0
+        times = [1e3 * seconds(lambda: self.first_token(next(tails)), self.device) for _ in range(PROMPTS)]
+        figures |= speed(times, self.batch * (self.settings.prefix + TAIL))
+        if store:
+            stats = store.stats()
+            figures["tokens_taken"] = (stats.tokens_taken - taken) // (PROMPTS * self.batch)
+            figures |= {"states": stats.states, "blocks": stats.blocks, "store_bytes": stats.device_bytes}
+            figures |= {"state_bytes": store.state_bytes, "block_bytes": store.block_bytes}
+            unknown = []
+            for _ in range(PROMPTS):
+                store.clear()
+                unknown.append(1e3 * seconds(lambda: self.first_token(next(tails)), self.device))
+            figures["unknown_ms"] = statistics.median(unknown)
         return figures
 
     def time_decode(self, call: Callable[..., Any], exact: torch.Tensor, eager_error: float, steps: int) -> dict[str, Any]:
@@ -393,11 +450,19 @@ def tables(data: dict[str, Any]) -> str:
             )
     for phase in arguments["phases"]:
         rows = [row for result in data["results"] for row in phase_rows(result, phase)]
-        title = f"Decode, {arguments['new']} steps" if phase == "decode" else f"Prefill, {arguments['prompt']} tokens"
-        parts.append(f"{title}\n{table(rows)}")
+        parts.append(f"{titles(arguments)[phase]}\n{table(rows)}")
     ours = [(r["batch"], row.get(phase, {})) for r in data["results"] for row in r["sides"] for phase in arguments["phases"]]
     parts.append("\n".join(f"batch {batch}, {line}" for batch, found in ours for line in found.get("graphs", ())))
     return "\n\n".join(filter(None, parts))
+
+
+def titles(arguments: dict[str, Any]) -> dict[str, str]:
+    """What the figures of each phase are of."""
+    return {
+        "decode": f"Decode, {arguments['new']} steps",
+        "prefill": f"Prefill, {arguments['prompt']} tokens",
+        PREFIX: f"First token of generate, {arguments['prefix']} tokens of a known prefix and {TAIL} others",
+    }
 
 
 def phase_rows(result: dict[str, Any], phase: str) -> list[dict[str, str]]:
@@ -416,6 +481,8 @@ def phase_rows(result: dict[str, Any], phase: str) -> list[dict[str, str]]:
                 "cold first call (s)": f"{found['first_call_seconds']:.1f}"
                 if error is not None and row["side"] in COMPILED
                 else "",
+                **({"unknown (ms)": f"{found['unknown_ms']:.4g}" if "unknown_ms" in found else ""} if phase == PREFIX else {}),
+                **({"tokens taken": str(found.get("tokens_taken", ""))} if phase == PREFIX else {}),
                 "peak GiB": f"{peak / 2**30:.2f}" if peak else "",
                 "error / eager's": f"{error:.1e} / {result['eager_error'][phase]:.1e}" if error is not None else "",
             }
@@ -453,7 +520,9 @@ def plot(data: dict[str, Any], target: Path) -> None:
         rows = [{row["side"]: row.get(phase, {}).get("ms") for row in r["sides"]} for r in results]
         limits = [r.get("limit_ms") if phase == "decode" else None for r in results]
         grouped_bars(axes, [f"batch {r['batch']}" for r in results], rows, limits, 2)
-        what = "Decode step" if phase == "decode" else f"Prompt of {arguments['prompt']} tokens"
+        what = {"decode": "Decode step", "prefill": f"Prompt of {arguments['prompt']} tokens"}.get(
+            phase, titles(arguments)[phase]
+        )
         axes.set(title=what, ylabel="ms (lower is better)")
     rate = next((r["bytes_per_second"] for r in results if "bytes_per_second" in r), None)
     limit = f"limit: weights, states, keys and values once at {rate / 1e9:.4g} GB/s, measured with a copy" if rate else ""
