@@ -1,9 +1,9 @@
-"""One plot for each of the benchmarks' JSON files: decode, prefill, chunk, mixer and attention. What was measured on is below.
+"""One plot for each of the benchmarks' JSON files, of the kinds in PLOTS. What was measured on is below.
 
     python benchmarks/plot.py --out plots
 
-Takes every decode*.json, prefill*.json, chunk*.json, mixer*.json and attention*.json of --results, by default those that belong
-to this repository, and writes a PNG of the same name for each. Needs matplotlib (the extra `plot`). Files of older runs do not
+Takes every decode*.json, prefill*.json, chunk*.json, mixer*.json, attention*.json and prefix*.json of --results, by default those
+that belong to this repository, and writes a PNG of the same name for each. Needs matplotlib (the extra `plot`). Files of older runs do not
 say at which rate a copy runs: their limits are an H200's.
 """
 
@@ -95,12 +95,27 @@ def attention(axes: Any, data: dict[str, Any]) -> list[str]:
     return ["bfloat16, static cache, cold", "16 query and 4 key heads of 256", limit, "median"]
 
 
+def prefix(axes: Any, data: dict[str, Any]) -> list[str]:
+    arguments = data["arguments"]
+    groups, rows = [], []
+    for result in data["results"]:
+        groups.append(f"{result['model']}\n{arguments['prefix']} known + 64")
+        rows.append({row["side"]: row.get("first_token", {}).get("dynamic", {}).get("ms") for row in result["sides"]})
+        for turn in range(arguments["turns"]):
+            groups.append(f"turn {turn + 1}\n{arguments['turn'] * (turn + 1)}")
+            rows.append({row["side"]: row["chat_ms"][turn] if "chat_ms" in row else None for row in result["sides"]})
+    grouped_bars(axes, groups, rows, [None] * len(rows), 0)
+    axes.set(title="First token of generate", xlabel="tokens of the prompt", ylabel="ms (lower is better)")
+    return [arguments["dtype"], f"batch {arguments['batch']}", "dynamic cache", "median"]
+
+
 PLOTS: dict[str, Callable[[Any, dict[str, Any]], list[str]]] = {
     "decode": decode,
     "prefill": prefill,
     "chunk": chunk,
     "mixer": mixer,
     "attention": attention,
+    "prefix": prefix,
 }
 
 

@@ -79,6 +79,26 @@ def test_decode_benchmark(workers, tmp_path, monkeypatch, capsys):
     assert "second process" not in out
 
 
+def test_prefix_benchmark(workers, tmp_path, monkeypatch, capsys):
+    prefix, file = importlib.import_module("prefix"), tmp_path / "prefix.json"
+    monkeypatch.setattr(prefix, "REPEATS", 2)
+    tiny = ["--models", "tiny", "--dtype", "float32", "--device", "cpu", "--inner", "eager"]
+    how = ["--prefix", "128", "--turn", "70", "--turns", "3", "--sides", "eager,gdnfuse,prefixes", "--json", str(file)]
+    assert prefix.main([*tiny, *how]) == 0
+    (result,) = json.loads(file.read_text())["results"]
+    ours = result["sides"][2]
+    assert [row["side"] for row in result["sides"]] == ["eager", "gdnfuse", "prefixes"]
+    assert all(len(row["chat_ms"]) == 3 and row["first_token"]["static"]["ms"] > 0 for row in result["sides"])
+    assert {first["tokens_taken"] for first in ours["first_token"].values()} == {128}
+    kept = ours["store"]
+    for name in ("state_bytes", "block_bytes", "bytes"):
+        assert kept[name] == kept[f"{name}_of_shapes"]
+    assert "turn 3 (ms)" in capsys.readouterr().out
+    plots = importlib.import_module("plot")
+    plots.plot("prefix", file, tmp_path / "prefix.png")
+    assert (tmp_path / "prefix.png").stat().st_size > 0
+
+
 def test_decode_benchmark_starts_a_second_process_that_finds_the_caches(workers, tmp_path, monkeypatch, capsys):
     decode, file, found = importlib.import_module("decode"), tmp_path / "figures.json", []
 
@@ -246,7 +266,14 @@ COMMANDS = [
     "prefill --sides jax",
 ]
 COMMANDS += ["experts --sides jax", "experts --rows 0", "experts --rows many"]
-COMMANDS += ["mixer --sides jax", "mixer --batches jax", "mixer --state float16", "decode --steps 3"]
+COMMANDS += [
+    "mixer --sides jax",
+    "mixer --batches jax",
+    "mixer --state float16",
+    "decode --steps 3",
+    "prefix --prefix 100",
+    "prefix --sides jax",
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -489,6 +516,13 @@ FIGURES = {
     "chunk": ({}, {"batch": 1, "tokens": 64, "limit_us": 1.0, "sides": [{"side": "gdnfuse", "us": 2.0}]}),
     "mixer": ({}, {"batch": 1, "limit_us": 1.0, "mark_us": 4, "sides": [{"side": "fla", "us": 2.0}, {"side": "mixer_decode"}]}),
     "attention": ({}, {"batch": 1, "tokens": 8, "limit_us": 1.0, "sides": {"reference": {"us": 2.0}, "attention_decode": {}}}),
+    "prefix": (
+        {"dtype": "bfloat16", "batch": 1, "prefix": 64, "turn": 9, "turns": 1},
+        {
+            "model": "tiny",
+            "sides": [{"side": "prefixes", "first_token": {"dynamic": {"ms": 2.0}}, "chat_ms": [1.0]}, {"side": "eager"}],
+        },
+    ),
 }
 
 

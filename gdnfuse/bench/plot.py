@@ -13,6 +13,7 @@ COLOURS = {
     "inductor": "#4393c3",
     "max-autotune": "#2166ac",
     "gdnfuse": "#1a9850",
+    "prefixes": "#762a83",
     "mixer_decode": "#1a9850",
     "packed_decode": "#a6d96a",
     "packed_decode_gated": "#762a83",
