@@ -3,8 +3,8 @@
     python benchmarks/plot.py --out plots
 
 Takes every decode*.json, prefill*.json, chunk*.json, mixer*.json, attention*.json and prefix*.json of --results, by default those
-that belong to this repository, and writes a PNG of the same name for each. Needs matplotlib (the extra `plot`). Files of older runs do not
-say at which rate a copy runs: their limits are an H200's.
+that belong to this repository, and writes a PNG of the same name for each. Needs matplotlib (the extra `plot`). Files of older
+runs do not say at which rate a copy runs: their limits are an H200's.
 """
 
 from __future__ import annotations
