@@ -13,10 +13,11 @@ import torch
 from torch.fx import GraphModule, Node
 
 from gdnfuse import compat
-from gdnfuse.dialect import op_of
+from gdnfuse.dialect import chunk_delta_rule, op_of
 from gdnfuse.options import Options
 from gdnfuse.packing import PackedWeight
 from gdnfuse.passes import constants, fuse, growing_keys, last_rows, lift, lower, normalize, packed, quantized, survey
+from gdnfuse.passes.fuse.verify_delta_rule import few_tokens
 from gdnfuse.passes.lift import gating
 from gdnfuse.progress import announce
 from gdnfuse.report.records import GraphReport, LayerReport, Record, Status
@@ -112,7 +113,7 @@ def _stages(c: Compilation) -> Iterator[tuple[str, list[Callable[[GraphModule], 
     yield "lay_out", [spec.check]
     announce("lower")
     c.packed += lower.pack_weights(gm, c.real, c.plan)
-    outcome.records += lower.lower(gm, c.options.target, linears=c.report.phase == "decode", ahead=not c.plan)
+    outcome.records += lower.lower(gm, c.options.target, linears=c.report.phase in ("decode", "verify"), ahead=not c.plan)
     yield "lower", [lower.check]
 
 
@@ -163,7 +164,13 @@ def _find_layers(gm: GraphModule, report: GraphReport) -> None:
         writes = [n for n in gm.graph.nodes if op_name(n) == "copy_" and is_tensor(n.args[0])]
         states = [w.args[0] for w in writes if w.args[0].op == "placeholder" and value(w.args[0]).ndim == 4]
         one = bool(states) and all(_one_token(value(a).shape, value(states[0]).shape[0]) for a in anchors)
-        report.phase = "decode" if one else "prefill"
+        report.phase = "decode" if one else "verify" if not states and _few_tokens(gm) else "prefill"
+
+
+def _few_tokens(gm: GraphModule) -> bool:
+    """Whether all rules that were captured are of a few tokens behind a state."""
+    found = [chunk_delta_rule.op.bind(n.args, n.kwargs) for n in calls(gm) if op_of(n.target) is chunk_delta_rule.op]
+    return bool(found) and all(call["state"] is not None and few_tokens(value(call["v"])) for call in found)
 
 
 def _bodies(gm: GraphModule) -> Iterator[tuple[str, GraphModule]]:
@@ -191,7 +198,7 @@ REMEDIES = {"tag_activation_checkpoint": "Checkpointing saves memory in training
 # A prefill layer is fused when each of these is one op.
 PREFILL = {
     "causal conv": {"causal_conv", "causal_conv_update"},
-    "chunk rule": {"chunk_delta_rule", "fused_gating_chunk_delta_rule"},
+    "chunk rule": {"chunk_delta_rule", "fused_gating_chunk_delta_rule", "delta_rule_verify"},
     "gated norm": {"gated_rms_norm"},
 }
 

@@ -48,8 +48,7 @@ def reference(
     x, weight = windows.to(acc), conv_weight.to(acc)
     # The column of a weight that token t meets at row t + 1 + w: its own row is the last of W.
     rows = torch.stack([sum(weight[:, None, :, w] * x[:, :, t + 1 + w] for w in range(W)) for t in range(T)], 2)
-    rows = torch.nn.functional.silu(rows).to(windows.dtype)  # [L, B, T, D], rounded where a model rounds
-    _, k, v = (part.flatten(0, 1) for part in rows.split([H * K, H * K, HV * V], -1))
+    _, k, v = (part.flatten(0, 1) for part in torch.nn.functional.silu(rows).split([H * K, H * K, HV * V], -1))
     k, v = k.unflatten(-1, (H, K)), v.unflatten(-1, (HV, V))
     per_layer = [gating(a[i], A_log[i], dt_bias[i]) for i in range(L)]
     g, beta = torch.stack(per_layer).flatten(0, 1), beta_scale * b.to(acc).sigmoid().flatten(0, 1)

@@ -116,7 +116,12 @@ def _compile(model: torch.nn.Module, settings: _Settings, parsed: gdnfuse_option
     parameters = parameters_of(model) if any_length else ()
     own = _mode_or_options(mode, options)
     decode = coverage.checked(torch.compile(plain, **shared, **own), STEP)
-    verify = coverage.checked(torch.compile(apart(plain, "verify"), **shared, **own), VERIFY) if settings.prefill else None
+
+    def verifying(**how: Any) -> Callable[..., Any] | None:
+        compiled = lambda T: torch.compile(apart(plain, f"verify_{T}"), **shared, **how)  # noqa: E731
+        return by_tokens(lambda T: coverage.checked(compiled(T), VERIFY)) if settings.prefill else None
+
+    verify = verifying(**own)
     ours = generate.install(model, settings.prefixes, settings.proposer)
     heeding = ours.heeding if ours else lambda call: call
     call = heeding(hooks.heeded(demanding(model, by_phase(decode, first, parameters, verify))))
@@ -127,8 +132,7 @@ def _compile(model: torch.nn.Module, settings: _Settings, parsed: gdnfuse_option
         in_generate = _mode_or_options(_mode_of_generate(mode, parsed), options)
         if in_generate != own:
             decode = coverage.checked(torch.compile(apart(plain, "in_generate"), **shared, **in_generate), STEP)
-            if settings.prefill:
-                verify = coverage.checked(torch.compile(apart(plain, "verify_in_generate"), **shared, **in_generate), VERIFY)
+            verify = verifying(**in_generate)
         in_generate = heeding(hooks.heeded(demanding(model, by_phase(decode, first, parameters, verify))))
         model.get_compiled_call = CompiledCall(model, in_generate, coverage)
         # Ours is in place of both: a config of the user's for it, and a call that generate has compiled before.
@@ -228,11 +232,24 @@ def by_phase(
         cache = find_cache([*args, *kwargs.values()])
         filled = tokens is not None and cache is not None and cache.is_initialized
         call = decode if filled and tokens.shape[1] == 1 else first
-        if filled and verify is not None and getattr(cache, "is_recording", False):
+        if filled and verify is not None and getattr(cache, "is_recording", False) and kwargs.get("inputs_embeds") is None:
             call = verify
         if any_length and not torch.compiler.is_compiling() and not (call is not first and cache.is_compileable):
             args, kwargs = _of_any_length(any_length, args, kwargs, LENGTHS if call is first else LENGTHS_OF_STEP)
         return call(*args, **kwargs)
+
+    return call
+
+
+def by_tokens(compiled: Callable[[int], Callable[..., Any]]) -> Callable[..., Any]:
+    """A call that is compiled for each number of tokens, of which kernels know: Dynamo would make one graph for all."""
+    made: dict[int, Callable[..., Any]] = {}
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        T = (args[0] if args else kwargs["input_ids"]).shape[1]
+        if T not in made:
+            made[T] = compiled(T)
+        return made[T](*args, **kwargs)
 
     return call
 

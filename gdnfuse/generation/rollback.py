@@ -11,7 +11,8 @@ GDN layer hand it over, which do nothing on any other cache.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -255,7 +256,7 @@ class RollbackCache(Cache):
             windows[:, :, : W + pending], of["a"][:, :, :pending], of["b"][:, :, :pending], of["counts"][keep],
             of["conv_weight"], of["A_log"], of["dt_bias"], of["conv_state"], of["recurrent_state"],
         )  # fmt: skip
-        commit_op(windows.device)(*arguments, L2NORM_EPS, beta_scale_of(mixer))
+        _commit(*arguments, L2NORM_EPS, beta_scale_of(mixer))
 
     def _linear(self) -> list[RollbackLayer]:
         return [self.layers[i] for i in self._mixers]
@@ -330,16 +331,14 @@ def _with_its_own_storage(part: torch.Tensor) -> torch.Tensor:
     return part.new_empty(0).set_(storage, 0, part.shape, part.stride())
 
 
-def commit_op(device: torch.device) -> Callable[..., None]:
-    """What replays on a device: our kernel where there is one, the reference elsewhere."""
-    if device.type == "cuda":
-        try:
-            implementation = kernels.implementations().get("delta_rule_commit")
-        except Refused:  # no Triton
-            implementation = None
-        if implementation is not None:
-            return implementation.op
-    return delta_rule_commit.op.overload
+def _commit(*arguments: Any) -> None:
+    """Replay on a device: by our kernel where there is one that takes it, by the reference elsewhere."""
+    if arguments[0].device.type == "cuda":
+        with contextlib.suppress(Refused):  # no Triton, or heads wider than it takes
+            kernel = kernels.implementations()["delta_rule_commit"]
+            kernel.supports(*arguments)
+            return kernel.op(*arguments)
+    return delta_rule_commit.op.overload(*arguments)
 
 
 # What a model's GDN layers are called with

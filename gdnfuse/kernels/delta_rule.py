@@ -48,7 +48,7 @@ LOOP_CONFIG = (32, 2)  # of the rule over several tokens, where more columns a w
 SMALL = 512  # heads of 128×128 states in float32, 32 MiB
 
 
-def _columns(columns: int, K: int, V: int) -> int:
+def columns_of(columns: int, K: int, V: int) -> int:
     """Value columns of a tile that holds as many elements with K keys as `columns` do with 128, or half as many above."""
     BK = triton.next_power_of_2(K)
     return min(max(columns * 128 // BK // (2 if BK > 128 else 1), 1), triton.next_power_of_2(V))
@@ -72,7 +72,7 @@ def log_decay(a, A_log, dt_bias):
 
 
 @triton.jit
-def _step(s, q, k, v, decay, beta):
+def rule_step(s, q, k, v, decay, beta):
     """One token. s: [BK, BV], q, k: [BK], v: [BV]; returns the new s and o [BV]."""
     s = s * decay
     delta = (v - tl.sum(s * k[:, None], 0)) * beta  # [BV]
@@ -81,7 +81,7 @@ def _step(s, q, k, v, decay, beta):
 
 
 @triton.jit
-def _load_qk(q_ptrs, k_ptrs, live, scale, l2norm_eps, L2NORM: tl.constexpr):
+def load_qk(q_ptrs, k_ptrs, live, scale, l2norm_eps, L2NORM: tl.constexpr):
     q = tl.load(q_ptrs, mask=live, other=0.0).to(tl.float32)  # [BK]
     k = tl.load(k_ptrs, mask=live, other=0.0).to(tl.float32)  # [BK]
     if L2NORM:
@@ -123,11 +123,11 @@ def delta_rule_kernel(
         gdc_wait()
     for i in range(T):
         t = tl.cast(i, tl.int64)
-        q, k = _load_qk(q_ptrs + t * stride_qt, k_ptrs + t * stride_kt, live_k, scale, l2norm_eps, L2NORM)
+        q, k = load_qk(q_ptrs + t * stride_qt, k_ptrs + t * stride_kt, live_k, scale, l2norm_eps, L2NORM)
         v = tl.load(v_ptrs + t * stride_vt, mask=live_v, other=0.0).to(tl.float32)  # [BV]
         decay = tl.exp(log_decay(tl.load(a_ptr + t * stride_at).to(tl.float32), A_log, dt_bias))
         beta = BETA_SCALE * tl.sigmoid(tl.load(b_ptr + t * stride_bt).to(tl.float32))
-        s, o = _step(s, q, k, v, decay, beta)
+        s, o = rule_step(s, q, k, v, decay, beta)
         tl.store(out_ptr + ((batch * T + t) * HV + hv) * V + i_v, o, mask=live_v)
     tl.store(state_ptrs, s.to(state_ptr.dtype.element_ty), mask=live, eviction_policy=EVICT)
 
@@ -192,7 +192,7 @@ def delta_rule_gated_kernel(
     if OVERLAP:
         gdc_wait()
 
-    q, k = _load_qk(q_ptrs, k_ptrs, live_k, scale, l2norm_eps, True)
+    q, k = load_qk(q_ptrs, k_ptrs, live_k, scale, l2norm_eps, True)
     decay = tl.exp(log_decay(tl.load(a_ptr).to(tl.float32), A_log, dt_bias))
     beta = BETA_SCALE * tl.sigmoid(tl.load(b_ptr).to(tl.float32))
 
@@ -204,7 +204,7 @@ def delta_rule_gated_kernel(
         if AHEAD and tile + BV < V:
             ahead = _load_tile(state_rows, tile + BV, live_k, stride_sv, V, BV, INDEX, EVEN, EVICT)
         v = tl.load(v_ptr + i_v * stride_vv, mask=i_v < V, other=0.0).to(tl.float32)  # [BV]
-        s, o = _step(s, q, k, v, decay, beta)
+        s, o = rule_step(s, q, k, v, decay, beta)
         _store_tile(state_rows, tile, s, live_k, stride_sv, V, BV, INDEX, EVEN, EVICT)
         if not AHEAD and tile + BV < V:
             ahead = _load_tile(state_rows, tile + BV, live_k, stride_sv, V, BV, INDEX, EVEN, EVICT)
@@ -253,15 +253,15 @@ def launch(
     B, T, HV, V = v.shape
     H, K = q.shape[2:]
     columns, num_warps = _config(RULE_CONFIGS, recurrent_state) if T == 1 else LOOP_CONFIG
-    BV = _columns(columns, K, V)
+    BV = columns_of(columns, K, V)
     out = torch.empty((B, T, HV, V), dtype=torch.float32, device=v.device)
-    options = overlap_options(v, A_log, dt_bias) if overlap and _fits(recurrent_state) else {}
+    options = overlap_options(v, A_log, dt_bias) if overlap and fits(recurrent_state) else {}
     kernel_of(delta_rule_kernel)[(B * HV * -(-V // BV),)](
         q, k, v, a, b, A_log.contiguous(), dt_bias.contiguous(), recurrent_state, out,
         scale, 0.0 if l2norm_eps is None else l2norm_eps, T,
         *q.stride(), *k.stride(), *v.stride(), *a.stride(), *b.stride(), *recurrent_state.stride(),
         H=H, HV=HV, K=K, V=V, BK=triton.next_power_of_2(K), BV=BV, L2NORM=l2norm_eps is not None,
-        BETA_SCALE=beta_scale, EVICT="evict_first" if _fits(recurrent_state) else "", OVERLAP=bool(options),
+        BETA_SCALE=beta_scale, EVICT="evict_first" if fits(recurrent_state) else "", OVERLAP=bool(options),
         num_warps=num_warps, **options,
     )  # fmt: skip
     return out
@@ -350,13 +350,13 @@ def launch_gated(
     farthest = sum(n * max(t.stride(-1), 1) for t, n in ((q, K), (k, K), (v, V), (z, V))) + K * recurrent_state.stride(2)
     index = tl.int32 if farthest + V * recurrent_state.stride(3) < 2**31 else tl.int64
     able = overlap_options(z, A_log, dt_bias) if overlap else {}
-    options = able if _fits(recurrent_state) else {}
+    options = able if fits(recurrent_state) else {}
     kernel_of(delta_rule_gated_kernel)[(B * HV,)](
         q, k, v, z, a, b, A_log.contiguous(), dt_bias.contiguous(), norm_weight.contiguous(), recurrent_state, out,
         scale, l2norm_eps, norm_eps,
         *q.stride(), *k.stride(), *v.stride(), *z.stride(), *a.stride(), *b.stride(), *recurrent_state.stride(),
-        H=H, HV=HV, K=K, V=V, BK=triton.next_power_of_2(K), BV=_columns(columns, K, V), INDEX=index, AHEAD=ahead,
-        BETA_SCALE=beta_scale, SILU=gate_activation == "silu", EVICT="evict_first" if _fits(recurrent_state) else "",
+        H=H, HV=HV, K=K, V=V, BK=triton.next_power_of_2(K), BV=columns_of(columns, K, V), INDEX=index, AHEAD=ahead,
+        BETA_SCALE=beta_scale, SILU=gate_activation == "silu", EVICT="evict_first" if fits(recurrent_state) else "",
         ANNOUNCE=bool(able), OVERLAP=bool(options), num_warps=num_warps, **options,
     )  # fmt: skip
     return out
@@ -367,7 +367,7 @@ def _config(table: tuple[Any, ...], recurrent_state: torch.Tensor) -> Any:
     return next(config for heads, config in table if B * HV <= heads)
 
 
-def _fits(recurrent_state: torch.Tensor) -> bool:
+def fits(recurrent_state: torch.Tensor) -> bool:
     """Whether the state is small beside the L2: more programs than that would only be in the way of the kernel they overlap.
 
     The kernel behind them may start early all the same, and fetch its weights while the last states are written.

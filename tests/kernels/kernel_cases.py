@@ -18,6 +18,7 @@ from gdnfuse.dialect import (
     attention_growing,
     attention_one_query,
     delta_rule,
+    delta_rule_commit,
     experts,
     fused_linear,
     in_proj_conv,
@@ -57,6 +58,10 @@ def strided(t, step=1, pad=3):
     view = parent[..., pad::step]
     view.copy_(t)
     return view
+
+
+def every_second(t):
+    return strided(t, 2)
 
 
 def padded(t):
@@ -111,6 +116,19 @@ def rule(
         q, k, v, a, b = (wrap(x) for x in (q, k, v, a * gate_scale, b * gate_scale))
         options = {"scale": K**-0.5, "l2norm_eps": eps, "beta_scale": beta_scale}
         return (q, k, v, a, b, A_log, dt_bias, wrap_state(s)), options
+
+    return make
+
+
+def commit(
+    L, B, T, W, H, HV, K, V, accepted, dtype=F32, state_dtype=F32, beta_scale=1.0, wrap=lambda x: x, wrap_state=lambda s: s
+):
+    def make():
+        windows, a, b, accepted_, weight, *gates, conv_state, state = delta_rule_commit.example_tensors(
+            L, B, T, W, H, HV, K, V, accepted, dtype, state_dtype
+        )
+        args = (wrap(windows), wrap(a), wrap(b), accepted_, weight, *gates, wrap_state(conv_state), wrap_state(state))
+        return args, {"l2norm_eps": 1e-6, "beta_scale": beta_scale}
 
     return make
 
@@ -314,6 +332,18 @@ CASES = [
     *(Case("fused_gating_chunk_delta_rule", f"like-keys-{name(d)}-{K}", beta_to_2(K, d, hard=3.0, alike=True)) for d, K in BETAS),
     Case("chunk_delta_rule", "beta-to-2", chunked(1, 130, 1, 2, 16, 16, BF16, beta_scale=2.0)),
     Case("fused_gating_chunk_delta_rule", "hard-gates", chunked(1, 70, 1, 4, 16, 16, gated=True, hard=30.0)),
+    *(Case("delta_rule_verify", f"{name(d)}-T{T}", rule(2, T, 2, 4, 16, 16, d)) for d in (F32, BF16, F16) for T in (2, 5, 8)),
+    Case("delta_rule_verify", "odd-head-dims", rule(3, 3, 1, 3, 24, 40)),
+    Case("delta_rule_verify", "no-l2norm", rule(1, 3, 2, 2, 40, 24, BF16, eps=None)),
+    Case("delta_rule_verify", "bf16-state", rule(2, 2, 2, 6, 24, 24, BF16, BF16)),
+    Case("delta_rule_verify", "extreme-gates", rule(2, 3, 1, 8, 16, 16, gate_scale=40.0)),
+    Case("delta_rule_verify", "beta-to-2", rule(2, 5, 1, 8, 16, 16, gate_scale=4.0, beta_scale=2.0)),
+    Case("delta_rule_verify", "strided", rule(2, 3, 2, 4, 16, 24, BF16, wrap=lambda x: strided(x, 2), wrap_state=strided)),
+    *(Case("delta_rule_commit", f"{name(d)}", commit(2, 3, 5, 4, 2, 4, 16, 16, [0, 2, 5], d)) for d in (F32, BF16, F16)),
+    Case("delta_rule_commit", "odd-head-dims", commit(3, 1, 3, 3, 1, 3, 24, 40, [2])),
+    Case("delta_rule_commit", "bf16-state", commit(1, 2, 2, 4, 2, 6, 24, 24, [2, 1], BF16, BF16)),
+    Case("delta_rule_commit", "beta-to-2", commit(1, 2, 8, 4, 1, 8, 16, 16, [8, 0], beta_scale=2.0)),
+    Case("delta_rule_commit", "strided", commit(2, 2, 3, 4, 2, 4, 16, 24, [3, 1], BF16, wrap=every_second, wrap_state=strided)),
     *(Case("fused_gating_delta_rule", f"{name(d)}-T{T}", rule(2, T, 2, 4, 16, 16, d)) for d in (F32, BF16, F16) for T in (1, 3)),
     Case("fused_gating_delta_rule", "odd-head-dims", rule(3, 2, 1, 3, 24, 40)),
     Case("fused_gating_delta_rule", "no-l2norm", rule(1, 3, 2, 2, 40, 24, BF16, eps=None)),
@@ -494,7 +524,8 @@ def relative_error(got, want):
 
 
 def tensors(results):
-    return results if isinstance(results, tuple) else (results,)
+    """Each result of an op, of which there may be none."""
+    return results if isinstance(results, tuple) else () if results is None else (results,)
 
 
 def bound_of(case, args, got, tolerance):

@@ -118,6 +118,11 @@ def calls(B, HV, K=128, V=128, state_dtype=torch.float32):
         "fused_gating_chunk_delta_rule": (*many_heads, *many_gates, *gates, state, K**-0.5, 1e-6),
         "causal_conv_update": (row.narrow(-1, 0, D).transpose(1, 2), *conv, "silu"),
         "fused_gating_delta_rule": (*heads, *gates, state, K**-0.5, 1e-6),
+        "delta_rule_verify": (*(x[:, :5] for x in heads), *gates, state, K**-0.5, 1e-6),
+        "delta_rule_commit": (
+            *(of(24, B, W + 5, D), of(24, B, 5, HV), of(24, B, 5, HV), of(B, dtype=torch.int32), of(24, D, W)),
+            *(of(24, HV), of(24, HV), of(24, B, D, W), of(24, B, HV, K, V, dtype=state_dtype), 1e-6),
+        ),
         "packed_decode": (qkv, a, b, *gates, state, K**-0.5, 1e-6),
         "gated_rms_norm": (of(B, 1, HV, V, dtype=torch.float32), z, of(V), 1e-6),
         "fused_linear": (of(1, 1, 2560), [of(18432, 2560)], of(2560), 1e-6, 1.0, None, True, of(1, 1, 9216)),

@@ -25,6 +25,12 @@ REAL = [
     for case in (
         Case("causal_conv_update", f"real-B{B}", kernel_cases.conv(B, 8192, 4, 4, BF16, wrap=kernel_cases.row_slice)),
         Case("fused_gating_delta_rule", f"real-B{B}", kernel_cases.rule(B, 3, H, HV, K, V, BF16)),
+        Case("delta_rule_verify", f"real-B{B}", kernel_cases.rule(B, 5, H, HV, K, V, BF16)),
+        Case(
+            "delta_rule_commit",
+            f"real-B{B}",
+            kernel_cases.commit(3, B, 5, 4, H, HV, K, V, [i % 6 for i in range(1, B + 1)], BF16),
+        ),
         Case("packed_decode", f"real-B{B}", kernel_cases.packed(B, H, HV, K, V, BF16, wrap=kernel_cases.strided)),
         Case(
             "gated_rms_norm", f"real-B{B}", kernel_cases.norm((B, 1, HV, V), torch.float32, BF16, wrap=kernel_cases.gate_of_row)

@@ -102,6 +102,21 @@ def test_the_third_call_repeats_the_second_with_its_own_tensors():
     assert len({t.data_ptr() for t in kept}) == len(kept)
 
 
+def test_a_launch_without_a_result_is_repeated_too(monkeypatch, gpu):
+    monkeypatch.setattr(replay, "OFTEN", 2)
+    kernel = Kernel()
+
+    def launch(x, y, out):
+        kernel_of(kernel)[(3,)](x, y, out, 2.0, N=x.numel())
+
+    op = Replayed(launch, _standing_in)
+    for _ in range(8):
+        x, y, out = some(), some(), torch.zeros(8)
+        assert op(x, y, out) is None
+        torch.testing.assert_close(out, x + 2 * y)
+    assert (kernel.bound, kernel.repeated) == (2, 6) and op.matches
+
+
 def test_another_layout_is_another_launch():
     kernel = Kernel()
     op = add(kernel, views=lambda x, y: (x.contiguous(), y))

@@ -57,6 +57,11 @@ def with_argument(op, name, value):
     return make
 
 
+def counts_that_are_floats():
+    args, kwargs = kernel_cases.commit(1, 1, 2, 4, 1, 1, 8, 8, [1])()
+    return (*args[:3], args[3].float(), *args[4:]), kwargs
+
+
 def two_rows_of_indices():
     (x, *_), _ = kernel_cases.chosen(1, 16, 4, 2, 16)()
     (_, *rest), _ = kernel_cases.chosen(2, 16, 4, 2, 16)()
@@ -83,6 +88,12 @@ REFUSED = [
     ("fused_gating_delta_rule", kernel_cases.rule(1, 1, 1, 1, 257, 8), "K must be at most 256, got 257."),
     ("fused_gating_delta_rule", kernel_cases.rule(1, 1, 2, 3, 8, 8), "HV must be a multiple of H, got HV = 3 and H = 2."),
     ("fused_gating_delta_rule", kernel_cases.rule(1, 1, 1, 1, 8, 8, state_dtype=F64), "recurrent_state must be float32"),
+    ("delta_rule_verify", kernel_cases.rule(1, 9, 1, 1, 8, 8), "T must be at most 8, got 9."),
+    ("delta_rule_verify", kernel_cases.rule(1, 2, 2, 3, 8, 8), "HV must be a multiple of H, got HV = 3 and H = 2."),
+    ("delta_rule_commit", kernel_cases.commit(1, 1, 2, 4, 2, 3, 8, 8, [1]), "D must be 2·H·K + HV·V with HV a multiple of H,"),
+    ("delta_rule_commit", kernel_cases.commit(1, 1, 2, 4, 1, 1, 8, 300, [1]), "V must be at most 256, got 300."),
+    ("delta_rule_commit", kernel_cases.commit(1, 1, 2, 4, 1, 1, 8, 8, [1], F64), "windows must be float32, bfloat16 or float16"),
+    ("delta_rule_commit", counts_that_are_floats, "accepted must be int32 or int64, got"),
     ("packed_decode", kernel_cases.packed(1, 1, 1, 8, 300), "V must be at most 256, got 300."),
     ("packed_decode", kernel_cases.packed(1, 2, 3, 8, 8), "D must be 2·H·K + HV·V with HV a multiple of H, got D = 56,"),
     ("gated_rms_norm", kernel_cases.norm((1, 1, 1, 1, 8), torch.float32, torch.float32), "o and z must have one shape"),

@@ -122,6 +122,8 @@ def _repeated(recorded: Recorded, addresses: list[str], device: int, known: dict
             known[f"RUN{i}"] = compat.runner(launch.compiled, launch.grid)
         lines.append(f"RUN{i}({', '.join(texts)})")
     results = [f"m{i}" if view is None else f"m{i}.as_strided{_text(view, known)}" for i, view in recorded.results]
+    if not results:
+        return [*lines, "return None"]
     return [*lines, f"return ({', '.join(results)},)" if recorded.several else f"return {results[0]}"]
 
 

@@ -58,6 +58,8 @@ class Recorded(NamedTuple):
                 arguments[place] = based(launch.arguments[place], Pointer(addresses[source] + offset))
             launch.run(*arguments)
         results = [made[i] if view is None else made[i].as_strided(*view) for i, view in self.results]
+        if not results:
+            return None
         return tuple(results) if self.several else results[0]
 
     def without_runs(self) -> Recorded:

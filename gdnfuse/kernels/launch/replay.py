@@ -256,7 +256,7 @@ class _Recording(Mode or object):
 
     def finished(self, results: Any) -> Recorded | None:
         """What to repeat, or None where the launch did more than can be."""
-        leaves = compat.tree_leaves(results)
+        leaves = [] if results is None else compat.tree_leaves(results)
         try:
             found = [self._result(t) for t in leaves]
         except _NotRecorded:

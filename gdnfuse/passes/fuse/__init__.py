@@ -16,6 +16,7 @@ from gdnfuse.passes.fuse import (
     residual_linear,
     route_experts,
     swiglu_linear,
+    verify_delta_rule,
 )
 
 RULES = [
@@ -23,6 +24,7 @@ RULES = [
     gating_chunk_delta_rule.RULE,
     l2norm_delta_rule.RULE,
     repeat_delta_rule.RULE,
+    verify_delta_rule.RULE,
     conv_context.RULE,
     packed_decode.RULE,
     mixer_decode.RULE,

@@ -1,4 +1,7 @@
-"""causal_conv(cat([state, x]))[…, −T:], state.copy_(last columns of the cat)  →  causal_conv(x, context=state), the same copy"""
+"""causal_conv(cat([state, x]))[…, −T:], state.copy_(last columns of the cat)  →  causal_conv(x, context=state), the same copy
+
+A verify step leaves the state as it is: there it is the conv alone.
+"""
 
 from __future__ import annotations
 
@@ -48,17 +51,19 @@ class FuseConvContext(Rule[Facts]):
             raise Mismatch(anchor, "its last columns, as many as new tokens, as the one reader", found)
         kept = [u for u in window.users if op_name(u) == "getitem"]
         copies = [u for k in kept for u in real_users(k) if op_name(u) == "copy_" and u.args[0] is state]
-        if len(copies) != 1:
+        if kept and len(copies) != 1:
             raise Refused(f"The new window must be copied once into the state, found {len(copies)} copies.", at=window)
         operands = {"x": x, "state": state, "weight": conv["weight"], "bias": conv["bias"]}
-        m = Match(operands, cut, Facts(conv["activation"], value(state).shape[-1]), writes={"state": copies[0]})
+        m = Match(operands, cut, Facts(conv["activation"], value(state).shape[-1]))
+        m.writes |= {"state": copies[0]} if copies else {}
         m.shapes |= {name: _narrow(n, 1 if name in ("x", "state") else 0) for name, n in m.inputs.items()}
         return m
 
     def rewrite(self, m, t):
         S = m.facts.width
         out = call(causal_conv.op.overload, t.x, t.weight, t.bias, m.facts.activation, t.state)
-        t.state.copy_(torch.cat([t.state, t.x[..., -S:]], -1)[..., -S:])
+        if "state" in m.writes:
+            t.state.copy_(torch.cat([t.state, t.x[..., -S:]], -1)[..., -S:])
         return out
 
 

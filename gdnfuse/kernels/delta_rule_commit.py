@@ -1,0 +1,171 @@
+"""The accepted tokens of a verify step replayed into the states of all GDN layers, in one launch.
+
+For each layer and sequence, with n = accepted tokens: k, v = silu(conv) of rows 1 … n of [conv state | tokens], then
+
+    S ← e^g·S;  S ← S + k ⊗ β(v − Sᵀk)   (Yang et al. 2024, arXiv:2412.06464)
+
+token by token, and the conv state becomes the W rows that end with the last accepted one. Checkpoint and replay as in SGLang's
+PR 28695.
+
+Layout: windows [L, B, W + T, D] with D = 2·H·K + HV·V, a, b [L, B, T, HV], accepted [B], conv_weight [L, D, W], conv_state
+[L, B, D, W], recurrent_state [L, B, HV, K, V], of any strides. A program has some value columns of one head of one layer and
+sequence: it reads and writes its part of the state once, and makes k of the head's rows itself. What a conv reads comes from the
+windows alone, and each channel of a conv state is written by one program: v's by those of the head, q's and k's by the first one
+of the first value head of their key head. Where n = 0 nothing is read or written. All maths is float32.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from gdnfuse.errors import Refused
+from gdnfuse.kernels.delta_rule import columns_of, log_decay, rule_step
+from gdnfuse.kernels.launch.implementation import kernel_of, register, require_dtypes, require_head_dims, require_static
+
+# Value columns per program (of 128 keys) and warps, as of the rule over several tokens. Not measured for this kernel.
+COLUMNS, NUM_WARPS = 32, 2
+
+
+@triton.jit
+def _conv(rows, weights, stride_xt, stride_ww, live, W: tl.constexpr):
+    """silu of the conv of the W rows from `rows` on."""
+    y = tl.zeros(live.shape, tl.float32)
+    for w in tl.static_range(W):
+        x = tl.load(rows + w * stride_xt, mask=live, other=0.0).to(tl.float32)
+        y += x * tl.load(weights + w * stride_ww, mask=live, other=0.0).to(tl.float32)
+    return y * tl.sigmoid(y)
+
+
+@triton.jit
+def _move(state, rows, stride_cw, stride_xt, live, W: tl.constexpr):
+    """Columns of a conv state become the W rows from `rows` on."""
+    for w in tl.static_range(W):
+        x = tl.load(rows + w * stride_xt, mask=live, other=0.0)
+        tl.store(state + w * stride_cw, x.to(state.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def delta_rule_commit_kernel(
+    x_ptr, a_ptr, b_ptr, accepted_ptr, weight_ptr, A_log_ptr, dt_bias_ptr, conv_ptr, state_ptr,
+    l2norm_eps, B,
+    stride_xl, stride_xb, stride_xt, stride_xd, stride_al, stride_ab, stride_at, stride_ah,
+    stride_bl, stride_bb, stride_bt, stride_bh, stride_wl, stride_wd, stride_ww,
+    stride_cl, stride_cb, stride_cd, stride_cw, stride_sl, stride_sb, stride_sh, stride_sk, stride_sv,
+    W: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    BETA_SCALE: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    TILES: tl.constexpr = (V + BV - 1) // BV
+    tile, head = pid % TILES, pid // TILES
+    hv, of = head % HV, head // HV
+    batch, layer = of % B, of // B
+    n = tl.load(accepted_ptr + batch).to(tl.int32)
+    if n > 0:
+        h = hv // (HV // H)
+        i_k = tl.arange(0, BK).to(tl.int64)  # [BK]
+        i_v = tile * BV + tl.arange(0, BV)  # [BV]
+        live_k, live_v = i_k < K, i_v < V
+        live = live_k[:, None] & live_v[None, :]  # [BK, BV]
+        k_of, v_of = (H + h) * K + i_k, 2 * H * K + hv * V + i_v  # channels [BK], [BV]
+
+        x_ptr += layer * stride_xl + batch * stride_xb
+        weight_ptr += layer * stride_wl
+        conv_ptr += layer * stride_cl + batch * stride_cb
+        a_ptr += layer * stride_al + batch * stride_ab + hv * stride_ah
+        b_ptr += layer * stride_bl + batch * stride_bb + hv * stride_bh
+        state_ptrs = state_ptr + layer * stride_sl + batch * stride_sb + hv * stride_sh
+        state_ptrs += i_k[:, None] * stride_sk + i_v[None, :] * stride_sv  # [BK, BV]
+        A_log = tl.load(A_log_ptr + layer * HV + hv).to(tl.float32)
+        dt_bias = tl.load(dt_bias_ptr + layer * HV + hv).to(tl.float32)
+        k_rows, v_rows = x_ptr + k_of * stride_xd, x_ptr + v_of * stride_xd
+        k_weights, v_weights = weight_ptr + k_of * stride_wd, weight_ptr + v_of * stride_wd
+
+        s = tl.load(state_ptrs, mask=live, other=0.0).to(tl.float32)  # [BK, BV]
+        for i in range(n):
+            t = tl.cast(i, tl.int64)
+            first = (t + 1) * stride_xt
+            k = _conv(k_rows + first, k_weights, stride_xt, stride_ww, live_k, W)  # [BK]
+            v = _conv(v_rows + first, v_weights, stride_xt, stride_ww, live_v, W)  # [BV]
+            k = k * tl.rsqrt(tl.sum(k * k, 0) + tl.cast(l2norm_eps, tl.float32))
+            decay = tl.exp(log_decay(tl.load(a_ptr + t * stride_at).to(tl.float32), A_log, dt_bias))
+            beta = BETA_SCALE * tl.sigmoid(tl.load(b_ptr + t * stride_bt).to(tl.float32))
+            s, _ = rule_step(s, k, k, v, decay, beta)
+        tl.store(state_ptrs, s.to(state_ptr.dtype.element_ty), mask=live)
+
+        last = n * stride_xt
+        _move(conv_ptr + v_of * stride_cd, v_rows + last, stride_cw, stride_xt, live_v, W)
+        first_of_key_head = (hv % (HV // H) == 0) & (tile == 0)
+        _move(conv_ptr + k_of * stride_cd, k_rows + last, stride_cw, stride_xt, live_k & first_of_key_head, W)
+        q_of = k_of - H * K
+        _move(conv_ptr + q_of * stride_cd, x_ptr + q_of * stride_xd + last, stride_cw, stride_xt, live_k & first_of_key_head, W)
+
+
+def launch(
+    windows: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    accepted: torch.Tensor,
+    conv_weight: torch.Tensor,
+    A_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    conv_state: torch.Tensor,
+    recurrent_state: torch.Tensor,
+    l2norm_eps: float,
+    beta_scale: float = 1.0,
+) -> None:
+    """The dialect's delta_rule_commit.
+
+    Args:
+        windows: [L, B, W + T, D], any strides.
+        a, b: [L, B, T, HV], any strides.
+        accepted: [B], int32 or int64, contiguous; from 0 to T.
+        conv_weight: [L, D, W], any strides.
+        A_log, dt_bias: [L, HV].
+        conv_state: [L, B, D, W], any strides, written.
+        recurrent_state: [L, B, HV, K, V], any strides, written in place.
+        l2norm_eps: of the l2norm of k.
+        beta_scale: factor on σ(b).
+    """
+    L, B, HV, K, V = recurrent_state.shape
+    D, W = conv_weight.shape[1:]
+    H, BV = (D - HV * V) // (2 * K), columns_of(COLUMNS, K, V)
+    kernel_of(delta_rule_commit_kernel)[(L * B * HV * -(-V // BV),)](
+        windows, a, b, accepted, conv_weight, A_log.contiguous(), dt_bias.contiguous(), conv_state, recurrent_state,
+        l2norm_eps, B,
+        *windows.stride(), *a.stride(), *b.stride(), *conv_weight.stride(), *conv_state.stride(), *recurrent_state.stride(),
+        W=W, H=H, HV=HV, K=K, V=V, BK=triton.next_power_of_2(K), BV=BV, BETA_SCALE=beta_scale, num_warps=NUM_WARPS,
+    )  # fmt: skip
+
+
+def supports(
+    windows: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    accepted: torch.Tensor,
+    conv_weight: torch.Tensor,
+    A_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    conv_state: torch.Tensor,
+    recurrent_state: torch.Tensor,
+    l2norm_eps: float,
+    beta_scale: float = 1.0,
+) -> None:
+    """Raises Refused unless dtypes are float32, bfloat16 or float16, sizes static, K, V ≤ 256 and HV a multiple of H."""
+    require_dtypes(
+        windows=windows, a=a, b=b, conv_weight=conv_weight, A_log=A_log, dt_bias=dt_bias, conv_state=conv_state,
+        recurrent_state=recurrent_state,
+    )  # fmt: skip
+    if accepted.dtype not in (torch.int32, torch.int64):
+        raise Refused(f"accepted must be int32 or int64, got {str(accepted.dtype).removeprefix('torch.')}.")
+    _, _, HV, K, V = recurrent_state.shape
+    D, W = conv_weight.shape[1:]
+    require_static(D=D, W=W, HV=HV)
+    require_head_dims(K=K, V=V)
+    H, rest = divmod(D - HV * V, 2 * K)
+    if H < 1 or rest or HV % H:
+        raise Refused(f"D must be 2·H·K + HV·V with HV a multiple of H, got D = {D}, HV = {HV}, K = {K} and V = {V}.")
+
+
+implementation = register("delta_rule_commit", launch, supports)

@@ -1,0 +1,41 @@
+"""fused_gating_chunk_delta_rule over 2 to 8 tokens on a state that nobody writes  →  delta_rule_verify"""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+from gdnfuse.dialect import delta_rule_verify, fused_gating_chunk_delta_rule
+from gdnfuse.passes.fuse.rules import RuleCall, rule_match
+from gdnfuse.rewrite.edit import call
+from gdnfuse.rewrite.graph import op_name, value
+from gdnfuse.rewrite.rule import Rule
+
+TOKENS = range(2, 9)  # of a verify step; a longer one is a prompt, for which chunks are the faster way
+
+
+class FuseVerifyDeltaRule(Rule[RuleCall]):
+    name, stage, equation = "verify_delta_rule", "fuse", delta_rule_verify.op.equation
+
+    def anchors(self, graph):
+        """Rules over a few tokens, of which the output alone is read."""
+        for node in graph.nodes:
+            if op_name(node) == "gdnfuse.fused_gating_chunk_delta_rule" and few_tokens(value(node.args[2])):
+                bound = fused_gating_chunk_delta_rule.op.bind(node.args, node.kwargs)
+                plain = isinstance(bound["state"], Node) and bound["cu_seqlens"] is None and not bound["checkpoint_every"]
+                if plain and [u.args[1] for u in node.users if op_name(u) == "getitem"] == [0]:
+                    yield node
+
+    def match(self, anchor):
+        return rule_match(anchor, delta_rule_verify.op, {})
+
+    def rewrite(self, m, t):
+        given = vars(t) | m.facts.numbers
+        return call(m.facts.op.overload, *(given[name] for name in m.facts.op.arg_names))
+
+
+def few_tokens(v):
+    """Whether a rule's v [B, T, HV, V] has few tokens, whatever the inputs."""
+    return isinstance(v.shape[1], int) and v.shape[1] in TOKENS
+
+
+RULE = FuseVerifyDeltaRule()
