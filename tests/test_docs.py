@@ -19,9 +19,10 @@ PAGES = sorted(DOCS.glob("*.md"))
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.name)
-def test_python_blocks_run_in_order(page, monkeypatch):
+def test_python_blocks_run_in_order(page, monkeypatch, tmp_path):
     """With `model` and `prompt` as the pages say. Inductor is tested elsewhere; here it would only be slow."""
     monkeypatch.setattr(backend, "_inner", lambda gm, *_: gm.forward)
+    monkeypatch.chdir(tmp_path)  # where a page writes files
     torch.compiler.reset()
     gdnfuse.clear_reports()
     scope: dict[str, object] = {"gdnfuse": gdnfuse, "model": zoo.causal_lm(), "prompt": zoo.prompt(1, 6)[0]}

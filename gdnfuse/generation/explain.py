@@ -10,7 +10,7 @@ import contextlib
 import copy
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ import torch
 from gdnfuse import compat
 from gdnfuse.backend import noting, rewritten_copy
 from gdnfuse.errors import GdnfuseError, one_line
+from gdnfuse.generation import generate
 from gdnfuse.generation.arguments import parameters_of
 from gdnfuse.generation.causes import Finding, left, noted
 from gdnfuse.generation.compile import apart, by_phase
@@ -30,6 +31,26 @@ from gdnfuse.report.records import GraphReport
 SCHEMA = "gdnfuse.explanation/1"
 
 
+@dataclass(frozen=True)
+class Taken:
+    """What a prompt took from a prefix store.
+
+    Attributes:
+        tokens: how many of each row, 0 where nothing was known of all rows.
+        prompt: how many tokens a row has, None where that is not known.
+        why_not: why the store was left out; empty where it was not.
+    """
+
+    tokens: int
+    prompt: int | None
+    why_not: str
+
+    def __str__(self) -> str:
+        if self.why_not:
+            return f"Nothing was taken from the prefix store: {self.why_not}."
+        return f"{self.tokens} of the prompt's {self.prompt} tokens were taken from the prefix store."
+
+
 @dataclass
 class Explanation:
     """What `explain` found.
@@ -37,10 +58,12 @@ class Explanation:
     Attributes:
         reports: one for each graph of the call, in the order they were traced.
         findings: what stood between the call and one fused graph for each phase, with causes.
+        prefixes: for each generate of a model that has a prefix store, what it took from it.
     """
 
     reports: list[GraphReport]
     findings: list[Finding]
+    prefixes: list[Taken] = field(default_factory=list)
 
     @property
     def breaks(self) -> list[Finding]:
@@ -60,6 +83,7 @@ class Explanation:
             f"{_count(len(self.reports), 'graph')}, {sum(layer.fused for layer in layers)}/{len(layers)} GDN layers fused, "
             f"{_count(breaks, 'graph break')}, {_count(again, 'recompilation')}."
         ]
+        lines += map(str, self.prefixes)
         for report in self.reports:
             lines.append(report.summary())
             lines += [f"  {layer.path} is not fused. {layer.why_not}" for layer in report.layers if not layer.fused]
@@ -75,7 +99,7 @@ class Explanation:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: the schema with its version, graphs as of `GraphReport.to_dict`, findings as their attributes."""
         graphs, findings = [r.to_dict() for r in self.reports], [asdict(f) for f in self.findings]
-        return {"schema": SCHEMA, "graphs": graphs, "findings": findings}
+        return {"schema": SCHEMA, "graphs": graphs, "findings": findings, "prefixes": [asdict(x) for x in self.prefixes]}
 
 
 def explain(call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanation:
@@ -122,6 +146,7 @@ def explain(call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanati
     uncompiled = not any(map(is_compiled, models))
     coverages = [Coverage(m, Options(), lambda: reports, quiet=True) for m in models]
     names: dict[str, str] = {}
+    runs: list[list[generate.Run]] = []
     with contextlib.ExitStack() as stack:
         found = stack.enter_context(noted())
         stack.enter_context(_random_states())
@@ -138,7 +163,11 @@ def explain(call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanati
                     names[name := f"{phase}_{next(_calls)}".replace(" ", "_")] = f"{phase}s"
                     phases.append(coverage.checked(torch.compile(apart(compat.call_of(one), name), backend=backend), phase))
                 step, first, verify = phases
-                compat.set_compiled_call(one, by_phase(step, first, parameters_of(one), verify))
+                traced = by_phase(step, first, parameters_of(one), verify)
+                if (ours := generate.of(one)) is not None:
+                    runs.append(stack.enter_context(ours.noting()))
+                    traced = ours.heeding(traced)
+                compat.set_compiled_call(one, traced)
             if call is not model:
                 # Where generate compiles the decode step for itself, it would not be with this backend.
                 kwargs = {"disable_compile": True, **kwargs}
@@ -154,7 +183,8 @@ def explain(call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanati
     elif model is not None and call is not model and uncompiled:
         cause = "generate calls the model, which is not compiled now; torch.compile(model) does not change that."
         findings.append(Finding("not compiled", cause, "model.generate", "Call gdnfuse.compile(model) first."))
-    return Explanation(reports, findings)
+    taken = [Taken(run.taken or 0, run.prompt, run.why_not or "") for noted in runs for run in noted]
+    return Explanation(reports, findings, taken)
 
 
 _calls = itertools.count()

@@ -7,11 +7,12 @@ takes as `custom_generate`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -67,11 +68,15 @@ class Generate:
     def _with_prefixes(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if self.prefixes is None:
             return self._plain(inputs, *args, **kwargs)
-        run = Run(self.prefixes, self._parameters, self._find_cache)
+        noted = getattr(self._runs, "noted", None)
+        prefixes = getattr(self._runs, "scratch", None) or self.prefixes
+        run = Run(prefixes, self._parameters, self._find_cache, keeps=noted is None)
+        if noted is not None:
+            noted.append(run)
         ids = kwargs.get("input_ids") if inputs is None else inputs
         if (cache := self._find_cache(kwargs.values())) is not None:
             if isinstance(ids, torch.Tensor) and ids.ndim == 2:
-                self.prefixes.check_opened(cache, tokens(ids))
+                prefixes.check_opened(cache, tokens(ids))
             run.leave("a cache was passed to generate")
         elif isinstance(ids, torch.Tensor) and ids.ndim == 2 and not ids.is_floating_point():
             run.prompt = ids.shape[1]
@@ -93,6 +98,26 @@ class Generate:
             return call(*args, **kwargs) if run is None else run(call, args, kwargs)
 
         return heeded
+
+    @contextlib.contextmanager
+    def noting(self) -> Iterator[list[Run]]:
+        """The runs of this thread meanwhile, which take from the store and leave nothing in it."""
+        self._runs.noted = noted = []
+        try:
+            yield noted
+        finally:
+            self._runs.noted = None
+
+    @contextlib.contextmanager
+    def apart(self) -> Iterator[None]:
+        """Runs of this thread have a store of their own meanwhile, which is small and has states at every block."""
+        if self.prefixes is not None:
+            size = 8 * (self.prefixes.state_bytes + self.prefixes.block_bytes)
+            self._runs.scratch = PrefixStore(self.__self__, BLOCK, size)
+        try:
+            yield
+        finally:
+            self._runs.scratch = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (self.__self__, "generate")
@@ -123,12 +148,13 @@ class Run:
 
     Attributes:
         prompt: its length, None where that is not known.
-        taken: how many of its tokens came from the store, None before its prompt.
+        taken: how many of its tokens came from the store, of each row; None before its prompt.
+        why_not: why it goes on without the store, if it does.
     """
 
-    def __init__(self, prefixes: PrefixStore, parameters: list[str], find_cache: Callable[..., Any]):
-        self.prefixes, self.prompt, self.taken = prefixes, None, None
-        self._parameters, self._find_cache = parameters, find_cache
+    def __init__(self, prefixes: PrefixStore, parameters: list[str], find_cache: Callable[..., Any], keeps: bool = True):
+        self.prefixes, self.prompt, self.taken, self.why_not = prefixes, None, None, None
+        self._parameters, self._find_cache, self._keeps = parameters, find_cache, keeps
         self._left, self._cache, self._in_steps = False, None, False
         self._rows: list[bytes] = []  # that the cache has seen, as prompts
         self._fed: list[torch.Tensor] = []  # and behind them, token by token
@@ -155,8 +181,8 @@ class Run:
 
     def leave(self, why: str) -> None:
         """Have this run go on without the store."""
-        self._left = True
-        if self.prefixes.leave_out(why):
+        self._left, self.why_not = True, why
+        if self._keeps and self.prefixes.leave_out(why):
             log.info("generate uses a prefix store for prompts of plain tokens, found that %s, so nothing is taken or kept.", why)
 
     def finish(self, out: Any) -> None:
@@ -216,12 +242,14 @@ class Run:
         rows = self._rows = [row + more for row, more in zip(self._rows, tokens(ids), strict=True)]
         n, entries = prefixes.find(rows, end - 1, self._key)
         at = max(n, have)
-        prefixes.count(len(rows), at - have, end - at, prompt=have == 0, hit=n > have and self.taken == 0)
+        if self._keeps:
+            prefixes.count(len(rows), at - have, end - at, prompt=have == 0, hit=n > have and self.taken == 0)
         if n > have:
             prefixes.fill(self._cache, entries, have)
             self.taken += n - have
         last = self.prompt is None or end >= self.prompt
-        for stop in [*prefixes.boundaries(rows, at, end, self._key, last), end]:
+        stops = prefixes.boundaries(rows, at, end, self._key, last) if self._keeps else []
+        for stop in [*stops, end]:
             if stop > at:
                 out = call(**_part(given, at - have, stop - have, end - have))
                 at = stop
@@ -230,6 +258,8 @@ class Run:
         return out
 
     def _keep(self, rows: list[bytes]) -> None:
+        if not self._keeps:
+            return
         try:
             self.prefixes.keep(self._key, self._cache, rows)
         except torch.OutOfMemoryError:  # what is asked for is the answer
@@ -275,9 +305,15 @@ def _part(given: dict[str, Any], start: int, stop: int, T: int) -> dict[str, Any
     return part | {name: x[..., start:stop] for name in AS_LONG if (x := given.get(name)) is not None}
 
 
+def of(model: torch.nn.Module) -> Generate | None:
+    """What of ours stands in the place of a model's `generate`."""
+    found = vars(model).get("generate")
+    return found if isinstance(found, Generate) else None
+
+
 def install(model: torch.nn.Module, prefixes: PrefixStore | None, proposer: Proposer | None) -> Generate | None:
     """Put an instance's `generate` in place, or take ours away where there is nothing for it to do."""
-    if isinstance(vars(model).get("generate"), Generate):
+    if of(model) is not None:
         del model.generate
     if prefixes is None and proposer is None:
         return None

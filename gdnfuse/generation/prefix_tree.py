@@ -72,13 +72,30 @@ class Entry:
     def nbytes(self) -> int:
         return sum(x.nbytes for x in self.states) + (0 if self.rest is None else self.rest.nbytes)
 
-    def blocks(self) -> list[torch.Tensor]:
-        """Keys and values of all whole blocks before these states, in order."""
-        return [node.block for node in reversed(self.node.path())]
+    @property
+    def root(self) -> Hashable:
+        """By what it is kept, besides tokens."""
+        node = self.node
+        while node.parent is not None:
+            node = node.parent
+        return node.key
 
     def move(self, to: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self.states = tuple(map(to, self.states))
         self.rest = None if self.rest is None else to(self.rest)
+
+
+class Read:
+    """An entry as it was found; whatever goes from the tree stays for who has this.
+
+    Attributes:
+        nodes: of all whole blocks before its states, in order, each with keys and values in `blocks`.
+    """
+
+    def __init__(self, entry: Entry):
+        self.nodes = entry.node.path()[::-1]
+        self.blocks = [node.block for node in self.nodes]
+        self.length, self.tail, self.rest, self.states = entry.length, entry.tail, entry.rest, entry.states
 
 
 class Tree:
@@ -256,7 +273,7 @@ class Tree:
             del entry.node.entries[entry.tail]
         for node in path:
             self._settle(node)
-        self._prune_root(entry)
+        self._prune(entry.root)
 
     def _room_on_host(self, need: int) -> None:
         while self.host + need > self.host_bytes:
@@ -275,7 +292,7 @@ class Tree:
             node.cold -= 1
         for node in path:
             self._settle(node)
-        self._prune_root(entry)
+        self._prune(entry.root)
 
     def _settle(self, node: Node) -> None:
         """Have a block where those who need it are."""
@@ -295,9 +312,6 @@ class Tree:
             node.block = None
             del node.parent.children[node.key]
 
-    def _prune_root(self, entry: Entry) -> None:
-        node = entry.node
-        while node.parent is not None:
-            node = node.parent
-        if not node.children and not node.entries:
-            self.roots.pop(node.key, None)
+    def _prune(self, root: Hashable) -> None:
+        if root in self.roots and not (self.roots[root].children or self.roots[root].entries):
+            del self.roots[root]

@@ -6,6 +6,7 @@ begin: after every so many tokens, where prompts part, and where a turn ends (vL
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections import Counter
@@ -15,10 +16,11 @@ from typing import Any
 
 import torch
 
-from gdnfuse import compat
+from gdnfuse import compat, versions
 from gdnfuse.errors import GdnfuseError
+from gdnfuse.generation import prefix_files
 from gdnfuse.generation.caches import cache_argument, mark_lengths
-from gdnfuse.generation.prefix_tree import BLOCK, TOKEN, Entry, Tree
+from gdnfuse.generation.prefix_tree import BLOCK, TOKEN, Read, Tree
 from gdnfuse.generation.weights import Weights
 from gdnfuse.generation.wrappers import compiled_models, gdn_layers
 
@@ -226,6 +228,55 @@ class PrefixStore:
                 dict(self._left_out),
             )
 
+    def save(self, folder: str | os.PathLike[str]) -> int:
+        """Write what is known of the model as it is now to a folder, as safetensors.
+
+        Args:
+            folder: made if it is not there; prefixes that are in it are replaced. The old ones stay whole until all is written.
+
+        Returns:
+            How many states were saved.
+
+        Raises:
+            GdnfuseError: it cannot be written, or the model has forward hooks or runs under autocast, which no folder can tell.
+        """
+        owner, key = self._owner(), self.key()
+        with self._lock:
+            # Held as they are: what goes from the store meanwhile is written all the same.
+            entries = [Read(e) for e in self._tree.entries() if e.root == key]
+        prefix_files.write(folder, owner, entries)
+        return len(entries)
+
+    def load(self, folder: str | os.PathLike[str]) -> int:
+        """Take up what was saved of the same model: weights, dtype, adapters and config, torch, transformers and gdnfuse.
+
+        Every file is compared with its digest first, so that nothing is served of one that was cut short or changed. Several
+        processes may read one folder.
+
+        Returns:
+            How many states are known now of those in the folder; fewer than there are where the budget has no room.
+
+        Raises:
+            GdnfuseError: the folder is of another model, or is not as it was written. The store is as it was then.
+        """
+        owner, key = self._owner(), self.key()
+        with prefix_files.reading(folder, owner, self._layout.device) as saved, self._lock:
+            kept = [one.tokens for one in saved if self._tree.keep(key, one.tokens, one)]
+            self._synchronize()
+            return sum(len(row) // TOKEN in self._tree.find(key, row, len(row) // TOKEN) for row in kept)
+
+    def _owner(self) -> dict[str, str]:
+        """Whose prefixes these are, as a folder says it."""
+        model = self.model
+        if hooks := self._weights.hooks():
+            found = f"{len(hooks)} modules with some"
+            raise GdnfuseError(f"Prefixes are saved and loaded of a model without forward hooks, found {found}.")
+        if torch.is_autocast_enabled(self._layout.device.type):
+            raise GdnfuseError("Prefixes are saved and loaded without autocast, found it enabled.")
+        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        known = {name: versions.version(name) or "" for name in ("gdnfuse", "torch", "transformers")}
+        return {"model": type(model).__name__, "dtype": dtype, **known, "weights": self._weights.digest()}
+
     def clear(self) -> None:
         """Forget every prefix, pinned ones too."""
         with self._lock:
@@ -239,7 +290,7 @@ class PrefixStore:
             _ = self.model
             return self._weights.key()
 
-    def find(self, rows: Sequence[bytes], most: int, key: Hashable | None = None) -> tuple[int, list[_Read]]:
+    def find(self, rows: Sequence[bytes], most: int, key: Hashable | None = None) -> tuple[int, list[Read]]:
         """The greatest length, of at most `most` tokens, at which there are states of all rows, and these; or 0."""
         key = self.key() if key is None else key
         with self._lock:
@@ -247,11 +298,11 @@ class PrefixStore:
             n = max(set.intersection(*(set(found) for found in of_row)), default=0)
             entries = [found[n] for found in of_row] if n else []
             # What goes from here on, as for the sake of another row, stays for this reader.
-            read = {entry: _Read(entry) for entry in entries}
+            read = {entry: Read(entry) for entry in entries}
             for entry in read:
                 self._tree.touch(entry)
                 if entry.on_host and self._tree.promote(entry):
-                    read[entry] = _Read(entry)
+                    read[entry] = Read(entry)
             return n, [read[entry] for entry in entries]
 
     def boundaries(self, rows: Sequence[bytes], have: int, end: int, key: Hashable, last: bool) -> list[int]:
@@ -263,7 +314,7 @@ class PrefixStore:
             found.add((end - 1) // BLOCK * BLOCK)
         return sorted(n for n in found if have < n <= end)
 
-    def fill(self, cache: Any, entries: Sequence[_Read], start: int) -> None:
+    def fill(self, cache: Any, entries: Sequence[Read], start: int) -> None:
         """Put what `find` found behind the `start` tokens that a cache holds."""
         if entries:
             self._layout.fill(cache, entries, start)
@@ -312,13 +363,6 @@ class PrefixStore:
             stream = torch.cuda.current_stream(self._layout.device)
             if stream != torch.cuda.default_stream(self._layout.device):
                 stream.synchronize()
-
-
-class _Read:
-    """An entry as it was found."""
-
-    def __init__(self, entry: Entry):
-        self.length, self.blocks, self.rest, self.states = entry.length, entry.blocks(), entry.rest, entry.states
 
 
 @dataclass(frozen=True)
@@ -400,7 +444,7 @@ class _Layout:
     def states_of(self, cache: Any) -> list[torch.Tensor]:
         return [getattr(cache.layers[i], kind)[j] for i, kind, j, _ in self.states]
 
-    def fill(self, cache: Any, entries: Sequence[_Read], start: int) -> None:
+    def fill(self, cache: Any, entries: Sequence[Read], start: int) -> None:
         """Keys and values behind the first `start` tokens, and the states in place of those that are there."""
         n, read = entries[0].length, {id(e): self._keys(e, start) for e in entries}
         for place, (i, heads, *columns) in enumerate(self.attention):
@@ -420,7 +464,7 @@ class _Layout:
             if not cache.layers[i].is_compileable:
                 mark_lengths(cache.layers[i])
 
-    def _keys(self, entry: _Read, start: int) -> list[torch.Tensor]:
+    def _keys(self, entry: Read, start: int) -> list[torch.Tensor]:
         """Keys and values of all layers [HKV, tokens, D], without the first `start`."""
         widths = [heads * c for _, heads, *columns in self.attention for c in columns]
         sizes = [(heads, c) for _, heads, *columns in self.attention for c in columns]
@@ -436,7 +480,7 @@ class _Layout:
                 part.append(x.view(heads, r, c))
         return [torch.cat(part, 1)[:, start - first * BLOCK :].contiguous() for part in parts]
 
-    def _states(self, entry: _Read) -> list[torch.Tensor]:
+    def _states(self, entry: Read) -> list[torch.Tensor]:
         found, sizes = [], {kind: [] for kind in ("recurrent_states", "conv_states")}
         for _, kind, _, shape in self.states:
             sizes[kind].append(torch.Size(shape).numel())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 
 from gdnfuse import compat, kernels
 from gdnfuse.errors import GdnfuseError
+from gdnfuse.generation.generate import of
 from gdnfuse.generation.wrappers import compiled_models, is_compiled
 from gdnfuse.report.records import reports
 
@@ -40,6 +42,7 @@ def warmup(model: torch.nn.Module, *, batch: int = 1, new_tokens: int = 4, **gen
     """Compile all that `model.generate` will need, by generating a few tokens from two short random prompts.
 
     Chunks are of 64 tokens whatever the prompt's length and nothing is tuned at run time, so later prompts compile nothing more.
+    Of a model with a prefix store the rest of a prompt, behind what is known, is compiled too; the store itself stays as it is.
 
     Args:
         model: after `gdnfuse.compile`.
@@ -62,10 +65,19 @@ def warmup(model: torch.nn.Module, *, batch: int = 1, new_tokens: int = 4, **gen
     known, start = len(reports()), time.perf_counter()
     device = next(model.parameters()).device
     vocabulary = model.config.get_text_config().vocab_size
-    for length in WARM_PROMPTS:
-        ids = torch.randint(0, vocabulary, (batch, length), device=device)
-        options = {"attention_mask": torch.ones_like(ids), "min_new_tokens": new_tokens, "max_new_tokens": new_tokens, **generate}
-        model.generate(ids, **options)
+    with contextlib.ExitStack() as stack:
+        for ours in filter(None, map(of, models)):
+            stack.enter_context(ours.apart())
+        prompt = torch.randint(0, vocabulary, (batch, max(WARM_PROMPTS)), device=device)
+        for length in WARM_PROMPTS:
+            ids = prompt[:, :length]  # the second begins with the first, so that with a prefix store it goes on behind it
+            options = {
+                "attention_mask": torch.ones_like(ids),
+                "min_new_tokens": new_tokens,
+                "max_new_tokens": new_tokens,
+                **generate,
+            }
+            model.generate(ids, **options)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     graphs = Counter(report.phase for report in reports()[known:])

@@ -5,6 +5,8 @@ import gc
 import pickle
 import random
 import re
+import subprocess
+import sys
 import threading
 import weakref
 
@@ -89,6 +91,28 @@ def test_prompts_and_steps_are_compiled_and_fused_on_what_was_taken():
     assert store.stats().hits == 3
     # Empty and filled caches are two graphs, whatever the lengths.
     assert [r.phase for r in gdnfuse.reports()] == ["prefill", "prefill", "decode", "prefill", "decode"]
+
+
+def test_explain_says_what_would_be_taken():
+    plain, ours, store = pair()
+    prompt = torch.cat([ids(100), ids(30, 1)], 1)
+    agree(plain, ours, ids(100))
+    before = store.stats()
+    found = gdnfuse.explain(ours.generate, prompt, **ONE)
+    assert found.to_dict()["prefixes"] == [{"tokens": 100, "prompt": 130, "why_not": ""}] and store.stats() == before
+    assert "\n100 of the prompt's 130 tokens were taken from the prefix store.\n" in found.summary()
+    found = gdnfuse.explain(ours.generate, prompt, use_cache=False, **ONE)
+    assert "\nNothing was taken from the prefix store: there is no cache.\n" in found.summary() and store.stats() == before
+    assert taken(store, lambda: agree(plain, ours, prompt)) == 100
+
+
+def test_after_a_warmup_nothing_is_compiled():
+    _, ours, store = pair(prefill=True, fuel=None, every=1024)
+    assert gdnfuse.warmup(ours).graphs == {"prefill": 2, "decode": 1} and store.stats().prompts == store.stats().states == 0
+    gdnfuse.clear_reports()
+    for seed in range(3):
+        ours.generate(torch.cat([ids(300), ids(70 + seed, seed)], 1), max_new_tokens=2)
+    assert store.stats().hits == 1 and not gdnfuse.reports()
 
 
 def test_states_are_where_prompts_part_and_where_they_end():
@@ -420,3 +444,136 @@ def test_bad_models_and_prompts():
     with pytest.raises(GdnfuseError, match="max_cache_len must have room for the prompt of 9 tokens, found 8"):
         store.open(ids(9), max_cache_len=8)
     assert "generate" not in vars(model) and not model._compiled_call_impl
+
+
+def fingerprints(folder):
+    """Every file of a folder, with what is in it."""
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def saved(tmp_path, **options):
+    """A model, another of the same weights in a store that has nothing yet, and a folder of three prompts."""
+    plain, ours, store = pair(**options)
+    for seed in range(3):
+        agree(plain, ours, torch.cat([ids(130), ids(9, seed)], 1))
+    assert store.save(tmp_path / "known") == store.stats().states == 5
+    _, other, empty = pair(**options)
+    return plain, other, empty, tmp_path / "known"
+
+
+def test_a_store_is_saved_and_loaded(tmp_path):
+    plain, ours, store, folder = saved(tmp_path)
+    assert store.load(folder) == 5 and store.stats().blocks == 2
+    assert taken(store, lambda: agree(plain, ours, torch.cat([ids(130), ids(9, 1), ids(3)], 1))) == 139
+    assert taken(store, lambda: agree(plain, ours, torch.cat([ids(130), ids(20, 9)], 1))) == 128
+    # What it replaces goes, and what is somebody else's stays.
+    before = fingerprints(folder)
+    (folder / "notes.txt").write_text("mine")
+    store.clear()
+    agree(plain, ours, ids(70))
+    store.save(folder)
+    assert (folder / "notes.txt").read_text() == "mine" and not set(before) & set(fingerprints(folder)) - {"index.json"}
+    assert store.load(folder) == 2
+
+
+def test_the_model_may_come_from_a_folder_too(tmp_path):
+    plain, _, _, folder = saved(tmp_path)
+    plain.save_pretrained(tmp_path / "model")
+    again = type(plain).from_pretrained(tmp_path / "model").requires_grad_(False)
+    assert PrefixStore(again, 64).load(folder) == 5
+
+
+def test_what_does_not_fit_is_not_loaded(tmp_path):
+    plain, ours, store, folder = saved(tmp_path)
+    small = PrefixStore(ours, 64, store.state_bytes + 9 * store.block_bytes // 4)
+    assert small.load(folder) == 1 and small.stats().device_bytes <= small.max_bytes
+    gdnfuse.compile(ours, inner="eager", prefill=False, fuel=0, prefixes=small)
+    agree(plain, ours, torch.cat([ids(130), ids(9, 2), ids(3)], 1))
+
+
+@pytest.mark.parametrize("of", ["weights", "dtype", "model", "transformers"])
+def test_a_folder_of_another_model_is_refused(of, tmp_path, monkeypatch):
+    _, ours, store, folder = saved(tmp_path)
+    if of == "weights":
+        ours.model.layers[0].mlp.down_proj.weight.mul_(2)
+    elif of == "dtype":
+        ours.bfloat16()
+    elif of == "model":
+        ours = zoo.moe(**zoo.SMALL)
+        store = PrefixStore(ours)
+    else:
+        monkeypatch.setattr("gdnfuse.versions.version", lambda package: "5.99")
+    with pytest.raises(GdnfuseError, match=f"must be of this model, with .*{of if of != 'transformers' else 'gdnfuse'}"):
+        store.load(folder)
+    assert store.stats().states == 0
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+def change(file):
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "name, do, why",
+    [
+        ("*.safetensors", cut, "must be as they were saved, found .* cut short or changed: save them again"),
+        ("*.safetensors", change, "must be as they were saved, found .* cut short or changed: save them again"),
+        ("*.safetensors", lambda f: f.unlink(), "must be readable, found FileNotFoundError"),
+        ("index.json", cut, "must be an index of prefixes as gdnfuse.prefixes/1 writes it, found something else"),
+        ("index.json", lambda f: f.write_text(f.read_text().replace("[", "[ ", 1)), "found other contents"),
+        ("index.json", lambda f: f.write_text(f.read_text().replace("prefixes/1", "prefixes/9")), "format gdnfuse.prefixes.9"),
+        ("index.json", lambda f: f.unlink(), "must be read from a folder that they were saved to, found FileNotFoundError"),
+    ],
+)  # fmt: skip
+def test_what_was_changed_is_never_served(name, do, why, tmp_path):
+    _, _, store, folder = saved(tmp_path)
+    do(next(folder.glob(name)))
+    with pytest.raises(GdnfuseError, match=why):
+        store.load(folder)
+    assert store.stats().states == store.stats().device_bytes == 0
+
+
+def test_a_folder_that_cannot_be_written_is_left_as_it_is(tmp_path, monkeypatch):
+    plain, ours, store, folder = saved(tmp_path)
+    agree(plain, ours, ids(70))
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(GdnfuseError, match="Prefixes must be written to a folder, found FileExistsError"):
+        store.save(tmp_path / "file")
+    before = fingerprints(folder)
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(GdnfuseError, match="found OSError: .*No space left on device"):
+        store.save(folder)
+    assert fingerprints(folder) == before and (tmp_path / "file").read_text() == "mine"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "index.json").write_text('{"mine": 1}')
+    with pytest.raises(GdnfuseError, match="must be an index of prefixes"):
+        store.save(tmp_path / "other")
+    hook = ours.model.layers[0].register_forward_hook(lambda *a: None)
+    for call in (store.save, store.load):
+        with pytest.raises(GdnfuseError, match="of a model without forward hooks, found 1 modules with some"):
+            call(folder)
+    hook.remove()
+    assert store.load(folder) == 5
+
+
+@pytest.mark.sweep
+def test_two_processes_read_one_folder(tmp_path):
+    _, _, _, folder = saved(tmp_path)
+    code = f"""
+import torch
+from tests.generation.test_prefixes import *
+plain, ours, store = pair()
+assert store.load({str(folder)!r}) == 5
+assert taken(store, lambda: agree(plain, ours, torch.cat([ids(130), ids(9, 1), ids(3)], 1))) == 139
+"""
+    running = [subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE) for _ in range(2)]
+    assert [process.communicate(timeout=300)[1][-2000:] * process.returncode for process in running] == [b"", b""]

@@ -1,0 +1,209 @@
+"""A folder of prefixes: what it holds, whose it is, and that nothing of it is served that is not as it was written.
+
+`index.json` names the files by their digests, and has one of its own; tensors are in safetensors, in files that are never written
+again. The index is replaced last, so that whoever reads finds the old folder or the new one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gdnfuse.errors import GdnfuseError, one_line
+from gdnfuse.files import replacing
+from gdnfuse.generation.prefix_tree import BLOCK, TOKEN, Node, Read
+
+FORMAT, INDEX = "gdnfuse.prefixes/1", "index.json"
+BYTES_OF_A_FILE = 1 << 30
+
+
+def write(folder: str | os.PathLike[str], owner: dict[str, str], entries: Sequence[Read]) -> None:
+    """Save entries with all blocks before them.
+
+    Args:
+        folder: made if it is not there. Of one that is there the index and its files are replaced, and other files left alone.
+        owner: what a reader has to be.
+        entries: in the order in which they are to be read.
+
+    Raises:
+        GdnfuseError: it cannot be written, or has an index of something else. What was there is whole then.
+    """
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    before = _files_of(folder)
+    nodes: dict[Node, int] = {}
+    for entry in entries:
+        for node in entry.nodes:
+            nodes.setdefault(node, len(nodes))
+    body: dict[str, Any] = {"format": FORMAT, "owner": owner, "files": [], "nodes": [], "entries": []}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise GdnfuseError(f"Prefixes must be written to a folder, found {one_line(e)}.") from e
+    partial = folder / f".{os.getpid()}.safetensors"
+    try:
+        for tensors in _by_file(nodes, entries):
+            save_file({name: x.contiguous().cpu() for name, x in tensors.items()}, partial)
+            digest = _digest_of(partial)
+            name = f"{digest[:32]}.safetensors"
+            partial.replace(folder / name)
+            body["files"].append({"name": name, "sha256": digest, "tensors": sorted(tensors)})
+        for node in nodes:
+            body["nodes"].append(nodes.get(node.parent, -1))
+        for entry in entries:
+            body["entries"].append([nodes[entry.nodes[-1]] if entry.nodes else -1, len(entry.tail) // TOKEN, len(entry.states)])
+        text = json.dumps(body, indent=1, sort_keys=True)
+        with replacing(folder / INDEX) as file:
+            file.write_text(json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest(), "body": text}))
+        gone = before - {file["name"] for file in body["files"]}
+    except BaseException as e:
+        gone = {file["name"] for file in body["files"]} - before
+        if isinstance(e, Exception) and not isinstance(e, GdnfuseError):  # of the file system, or one of safetensors' own
+            raise GdnfuseError(f"Prefixes must be written to {folder}, found {one_line(e)}.") from e
+        raise
+    finally:
+        for name in (partial.name, *gone):
+            (folder / name).unlink(missing_ok=True)
+
+
+class Saved:
+    """States that were saved, as `prefix_tree.Source`."""
+
+    def __init__(
+        self,
+        tokens: bytes,
+        get: Callable[[str], torch.Tensor],
+        place: Callable[[torch.Tensor], torch.Tensor],
+        nodes: list[int],
+        entry: int,
+        states: int,
+    ):
+        self.tokens, self._get, self._place, self._nodes, self._entry = tokens, get, place, nodes, entry
+        self._states = [f"entry.{entry}.state.{i}" for i in range(states)]
+        self.state_bytes = sum(get(name).nbytes for name in self._states)
+        block = [get(f"node.{nodes[0]}.block").nbytes // BLOCK] if nodes else []
+        rest = len(tokens) // TOKEN - len(nodes) * BLOCK
+        self.token_bytes = (block or [get(f"entry.{entry}.rest").nbytes // rest])[0]
+
+    def blocks(self, first: int, last: int) -> list[torch.Tensor]:
+        return [self._place(self._get(f"node.{n}.block")) for n in self._nodes[first:last]]
+
+    def rest(self, first: int, last: int) -> torch.Tensor:
+        return self._place(self._get(f"entry.{self._entry}.rest"))
+
+    def states(self) -> tuple[torch.Tensor, ...]:
+        return tuple(self._place(self._get(name)) for name in self._states)
+
+
+@contextlib.contextmanager
+def reading(folder: str | os.PathLike[str], owner: dict[str, str], device: torch.device) -> Iterator[Iterable[Saved]]:
+    """What a folder holds, in the order in which it was saved, once all of it is known to be as it was written.
+
+    Raises:
+        GdnfuseError: there is none, it is of another owner, or a file is missing, cut short or changed.
+    """
+    from safetensors import safe_open
+
+    folder = Path(folder)
+    body = _body_of(folder)
+    for name, wanted in owner.items():
+        if body["owner"].get(name) != wanted:
+            found = body["owner"].get(name)
+            found = f"{name} {found}" if name != "weights" else "other weights or adapters"
+            raise GdnfuseError(f"The prefixes in {folder} must be of this model, with {name} {wanted}, found {found}.")
+    with contextlib.ExitStack() as stack:
+        where: dict[str, Any] = {}
+        try:
+            for file in body["files"]:
+                if _digest_of(folder / file["name"]) != file["sha256"]:
+                    found = f"{file['name']} cut short or changed"
+                    raise GdnfuseError(f"The prefixes in {folder} must be as they were saved, found {found}: save them again.")
+                opened = stack.enter_context(safe_open(folder / file["name"], "pt"))
+                where |= dict.fromkeys(file["tensors"], opened)
+        except OSError as e:
+            raise GdnfuseError(f"The prefixes in {folder} must be readable, found {one_line(e)}.") from e
+
+        def get(name: str) -> torch.Tensor:
+            return where[name].get_tensor(name)
+
+        def place(x: torch.Tensor) -> torch.Tensor:
+            return x.to(device, copy=True)  # what is read may be the file's own memory
+
+        def saved() -> Iterator[Saved]:
+            paths: list[list[int]] = []
+            keys: list[bytes] = []
+            for i, parent in enumerate(body["nodes"]):
+                paths.append([*(paths[parent] if parent >= 0 else []), i])
+                keys.append((keys[parent] if parent >= 0 else b"") + _tokens(where[f"node.{i}.tokens"], f"node.{i}.tokens"))
+            for i, (node, tail, states) in enumerate(body["entries"]):
+                tokens = keys[node] if node >= 0 else b""
+                tokens += _tokens(where[f"entry.{i}.tail"], f"entry.{i}.tail") if tail else b""
+                yield Saved(tokens, get, place, paths[node] if node >= 0 else [], i, states)
+
+        yield saved()
+
+
+def _by_file(nodes: dict[Node, int], entries: Sequence[Read]) -> Iterator[dict[str, torch.Tensor]]:
+    """All tensors by name, so many at a time as fit in a file."""
+    tensors: dict[str, torch.Tensor] = {}
+    size, blocks = 0, {node: block for entry in entries for node, block in zip(entry.nodes, entry.blocks, strict=True)}
+    of_nodes = ({f"node.{i}.tokens": _as_tensor(node.key), f"node.{i}.block": blocks[node]} for node, i in nodes.items())
+    for more in (*of_nodes, *map(_of_entry, enumerate(entries))):
+        if tensors and size + sum(x.nbytes for x in more.values()) > BYTES_OF_A_FILE:
+            yield tensors
+            tensors, size = {}, 0
+        tensors |= more
+        size += sum(x.nbytes for x in more.values())
+    if tensors:
+        yield tensors
+
+
+def _of_entry(item: tuple[int, Read]) -> dict[str, torch.Tensor]:
+    i, entry = item
+    tensors = {f"entry.{i}.state.{j}": x for j, x in enumerate(entry.states)}
+    if entry.tail:
+        tensors |= {f"entry.{i}.tail": _as_tensor(entry.tail), f"entry.{i}.rest": entry.rest}
+    return tensors
+
+
+def _as_tensor(tokens: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(tokens), dtype=torch.int64)
+
+
+def _tokens(opened: Any, name: str) -> bytes:
+    return opened.get_tensor(name).numpy().tobytes()
+
+
+def _digest_of(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _body_of(folder: Path) -> dict[str, Any]:
+    index = folder / INDEX
+    try:
+        text = index.read_text()
+    except (OSError, UnicodeDecodeError) as e:
+        raise GdnfuseError(f"Prefixes must be read from a folder that they were saved to, found {one_line(e)}.") from e
+    try:
+        found = json.loads(text)
+        body = json.loads(found["body"])
+        if body["format"] == FORMAT and hashlib.sha256(found["body"].encode()).hexdigest() == found["sha256"]:
+            return body
+        why = "other contents" if body["format"] == FORMAT else f"the format {body['format']}"
+    except (ValueError, KeyError, TypeError):
+        why = "something else"
+    raise GdnfuseError(f"{index} must be an index of prefixes as {FORMAT} writes it, found {why}.")
+
+
+def _files_of(folder: Path) -> set[str]:
+    """The files that an index names which is to be replaced."""
+    return {file["name"] for file in _body_of(folder)["files"]} if (folder / INDEX).exists() else set()
