@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from gdnfuse.generation.prefix_tree import BLOCK, TOKEN, Tree
+from gdnfuse.generation.prefix_tree import BLOCK, TOKEN, Read, Tree
 
 TOKEN_BYTES, STATE_BYTES = 8, 160
 
@@ -63,7 +63,7 @@ def check_found(tree, row, most):
     found = tree.find("weights", row, most)
     for n, entry in found.items():
         wanted = sums(row[: n * TOKEN])
-        parts = [*entry.blocks(), *([entry.rest] if entry.rest is not None else [])]
+        parts = [*Read(entry).blocks, *([entry.rest] if entry.rest is not None else [])]
         assert n <= most and torch.equal(torch.cat(parts), wanted) and bool((entry.states[0] == wanted[-1]).all())
     return found
 
