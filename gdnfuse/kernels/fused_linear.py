@@ -198,6 +198,20 @@ def _require_beside(weights, rows, swiglu, gate, residual, parts) -> None:
         raise Refused(f"Weights must agree on N and have contiguous rows, got {list(weights[0].shape)} and {list(plain.shape)}.")
 
 
+def _require_channels(weights, D, conv_offset, parts, heads) -> None:
+    """Refuse a conv of channels that are among the rows behind a quantised weight's."""
+    if parts is None:
+        last = conv_offset + D
+    else:  # those of q, k, v: the row that is furthest behind
+        columns = [first + (heads - 1) * step + width for first, step, width in zip(*[iter(parts)] * 3, strict=True)]
+        widths = accumulate((heads * width for width in parts[2::3]), initial=0)
+        last = max(c for c, at in zip(columns, widths, strict=False) if conv_offset <= at < conv_offset + D)
+    if last > weights[0].shape[0]:
+        raise Refused(
+            f"The conv's channels must be quantised rows where others follow them, got {last} of {weights[0].shape[0]}."
+        )
+
+
 def supports_in_proj_conv(
     x, weights, norm_weight, norm_eps, norm_offset, conv_state, conv_weight, conv_bias, conv_offset, activation,
     parts=None, heads=1, scales=None, format="",
@@ -206,6 +220,8 @@ def supports_in_proj_conv(
     supports(x, weights, norm_weight, norm_eps, norm_offset, scales=scales, format=format)
     if _rows(x) > 1:
         raise Refused(f"x must be one row, got the sizes {list(x.shape)}.")
+    if len(weights) > 1:
+        _require_channels(weights, conv_state.shape[1], conv_offset, parts, heads)
     require_dtypes(conv_state=conv_state, conv_weight=conv_weight, conv_bias=conv_bias)
     require_static(D=conv_state.shape[1], S=conv_state.shape[2], W=conv_weight.shape[2])
     if activation not in ACTIVATIONS:

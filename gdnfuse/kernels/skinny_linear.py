@@ -50,7 +50,7 @@ CONFIGS = {
 
 # The same for a quantised weight, and of how many columns at a time its scale is put on the sum of products.
 QUANTIZED_CONFIGS = {
-    "conv": ((512, (8, 256, 4, 0, 16)), (2560, (16, 512, 4, 0, 16)), (float("inf"), (8, 1024, 4, 0, 16))),
+    "conv": ((512, (8, 256, 4, 0, 16)), (2560, (8, 512, 4, 0, 16)), (float("inf"), (8, 1024, 4, 0, 16))),
     "norm": ((512, (8, 256, 4, 0, 16)), (2560, (16, 512, 4, 0, 16)), (float("inf"), (8, 1024, 4, 0, 16))),
     "gate": ((512, (8, 512, 4, 0, 16)), (float("inf"), (8, 1024, 4, 0, 16))),
     "swiglu": ((512, (8, 256, 4, 0, 16)), (2560, (8, 512, 4, 0, 16)), (float("inf"), (4, 1024, 4, 0, 16))),
@@ -140,40 +140,48 @@ def _scales_of(scale_ptr, row, end, stride_sm, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _prefetch(row_ptr, rows, tile, stride_pm, N: tl.constexpr, LINES: tl.constexpr):
-    """Have the rows of a tile of plain ones brought to the L2, LINES lines of 128 bytes each."""
-    i, line = tl.arange(0, PLAIN_ROWS), tl.arange(0, LINES)
-    column = tl.minimum(line * (1024 // row_ptr.dtype.element_ty.primitive_bitwidth), N - 1)  # [LINES]
-    inside = tl.where(tile * PLAIN_ROWS + i < rows, i, 0).to(tl.int64)  # [PLAIN_ROWS]
-    address = (row_ptr + inside[:, None] * stride_pm + column[None, :]).to(tl.int64)
-    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [address], tl.int32, is_pure=False, pack=1)
+def _plain_rows(
+    x_ptr, plain_ptr, norm_weight_ptr, out_ptr, norm_eps, norm_offset, first, stored, M, stride_pm,
+    N: tl.constexpr, PARTS: tl.constexpr, HEADS: tl.constexpr, LINES: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """PLAIN_ROWS of the rows that follow a quantised weight's, with a norm before them: what a program of their own does.
 
-
-@triton.jit
-def _dot_plain(
-    plain_ptr, row, live, stride_pm, x_ptr, norm_weight_ptr, norm_offset, N: tl.constexpr, R: tl.constexpr, BN: tl.constexpr
-):
-    """As dot_rows, of the first PLAIN_ROWS rows: [R]. Step by step, so that they take no registers from other programs' rows."""
-    i = tl.arange(0, PLAIN_ROWS)  # [PLAIN_ROWS]
+    Before the wait they are brought to the L2, LINES lines of 128 bytes each.
+    """
+    BN: tl.constexpr = PLAIN_COLUMNS
+    i = first * PLAIN_ROWS + tl.arange(0, PLAIN_ROWS)  # [PLAIN_ROWS]
+    live = i < M - stored
+    row_ptrs = plain_ptr + tl.where(live, i, 0).to(tl.int64) * stride_pm  # [PLAIN_ROWS]
+    if OVERLAP:
+        line = tl.minimum(tl.arange(0, LINES) * (1024 // plain_ptr.dtype.element_ty.primitive_bitwidth), N - 1)  # [LINES]
+        address = (row_ptrs[:, None] + line[None, :]).to(tl.int64)
+        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [address], tl.int32, is_pure=False, pack=1)
+        gdc_wait()
     acc = tl.zeros((PLAIN_ROWS, BN), tl.float32)
+    square = tl.zeros((BN,), tl.float32)
     for start in range(0, N, BN):
         column = start + tl.arange(0, BN)  # [BN]
-        w_ptrs = plain_ptr + (row + i).to(tl.int64)[:, None] * stride_pm + column[None, :]  # [PLAIN_ROWS, BN]
-        w = tl.load(w_ptrs, mask=(i < live)[:, None] & (column < N)[None, :], other=0.0)
-        x = tl.load(x_ptr + column, mask=column < N, other=0.0).to(tl.float32)  # [BN]
+        inside = column < N
+        w = tl.load(row_ptrs[:, None] + column[None, :], mask=live[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + column, mask=inside, other=0.0).to(tl.float32)  # [BN]
         if norm_weight_ptr is not None:
-            norm_weight = tl.load(norm_weight_ptr + column, mask=column < N, other=0.0).to(tl.float32)  # [BN]
+            square += x * x
+            norm_weight = tl.load(norm_weight_ptr + column, mask=inside, other=0.0).to(tl.float32)  # [BN]
             x = x * (tl.cast(norm_offset, tl.float32) + norm_weight)
-        acc += w.to(tl.float32) * x[None, :]
+        acc += w * x[None, :]
     y = tl.sum(acc, 1)  # [PLAIN_ROWS]
-    return tl.sum(tl.where(tl.arange(0, R)[:, None] == i[None, :], y[None, :], 0.0), 1)
+    if norm_weight_ptr is not None:
+        y = y * tl.rsqrt(tl.sum(square, 0) / N + tl.cast(norm_eps, tl.float32))
+    row = stored + i
+    place = row if PARTS is None else _regrouped(row, PARTS, HEADS)
+    tl.store(out_ptr + place, y.to(out_ptr.dtype.element_ty), mask=live & (place >= 0))
 
 
 @triton.jit
 def skinny_linear_kernel(
     x_ptr, weight_ptr, scale_ptr, plain_ptr, norm_weight_ptr, gate_ptr, residual_ptr,
     conv_state_ptr, conv_weight_ptr, conv_bias_ptr, out_ptr,
-    norm_eps, norm_offset, M, stored, tiles, programs, conv_offset, D,
+    norm_eps, norm_offset, M, stored, tiles, programs, plain_programs, conv_offset, D,
     stride_wm, stride_pm, stride_sm, stride_sd, stride_ss, stride_cd, stride_cw,
     N: tl.constexpr, V: tl.constexpr, S: tl.constexpr, W: tl.constexpr, SILU: tl.constexpr, SWIGLU: tl.constexpr,
     GATE_SILU: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr, LOOP: tl.constexpr, OVERLAP: tl.constexpr,
@@ -182,25 +190,28 @@ def skinny_linear_kernel(
 ):  # fmt: skip
     if OVERLAP:
         gdc_launch_dependents()
-    first = tl.program_id(0)
-    up_ptr = weight_ptr + tl.cast(M, tl.int64) * stride_wm
-    # `stored` is M but where plain rows follow those of a quantised weight. Their tiles, which take longer, come first.
-    ahead_of = tl.cdiv(M - stored, PLAIN_ROWS)
-    begin = tl.where(first < ahead_of, stored, (first - ahead_of) * R)
-    row = begin + tl.arange(0, R)  # [R]
+    # `stored` is M but where plain rows follow those of a quantised weight. Their programs, which take longer, come first.
+    first = tl.program_id(0) - plain_programs
+    if plain_ptr is not None:
+        if first < 0:
+            _plain_rows(
+                x_ptr, plain_ptr, norm_weight_ptr, out_ptr, norm_eps, norm_offset, first + plain_programs, stored, M, stride_pm,
+                N, PARTS, HEADS, LINES, OVERLAP,
+            )  # fmt: skip
+            return
+    up_ptr = weight_ptr + tl.cast(stored, tl.int64) * stride_wm
+    row = first * R + tl.arange(0, R)  # [R]
     w = load_rows(weight_ptr, row, row < stored, stride_wm, N, BN, EVEN, GROUP)
     if SWIGLU:
         w_up = load_rows(up_ptr, row, row < stored, stride_wm, N, BN, EVEN, GROUP)
     if KIND is not None:
+        begin = first * R
         scales = load_scales(_scales_of(scale_ptr, begin, stored, stride_sm, ROWS), N, BN, COLUMNS, GROUP)
         if SWIGLU:
-            up_scales = load_scales(_scales_of(scale_ptr, M + begin, M + stored, stride_sm, ROWS), N, BN, COLUMNS, GROUP)
+            up_scales = load_scales(_scales_of(scale_ptr, stored + begin, 2 * stored, stride_sm, ROWS), N, BN, COLUMNS, GROUP)
     if norm_weight_ptr is not None and gate_ptr is None:
         norm_weight = load_row(norm_weight_ptr, N, BN)
     if OVERLAP:
-        if plain_ptr is not None and LINES > 0:
-            if first < ahead_of:
-                _prefetch(plain_ptr + first * PLAIN_ROWS * tl.cast(stride_pm, tl.int64), M - stored, first, stride_pm, N, LINES)
         gdc_wait()
 
     loaded = load_row(x_ptr, N, BN)
@@ -226,9 +237,8 @@ def skinny_linear_kernel(
             factor = tl.rsqrt(tl.sum(square, 0) / N + tl.cast(norm_eps, tl.float32))
 
     for tile in range(first, tiles, programs):
-        begin = tl.where(tile < ahead_of, stored + tile * PLAIN_ROWS, (tile - ahead_of) * R)
-        row = begin + tl.arange(0, R)  # [R]
-        live = row < tl.where(tile < ahead_of, tl.minimum(begin + PLAIN_ROWS, M), stored)
+        row = tile * R + tl.arange(0, R)  # [R]
+        live = row < stored
         place = row if PARTS is None else _regrouped(row, PARTS, HEADS)  # [R], column of the result
         channel = (place - conv_offset).to(tl.int64)  # [R]
         convolved = live & (channel >= 0) & (channel < D)
@@ -254,25 +264,21 @@ def skinny_linear_kernel(
             if SWIGLU:
                 y = y * tl.sigmoid(y) * (dot_rows(w_up, x, R, BN) * factor)
         else:
-            y = tl.zeros((R,), tl.float32)
-            if tile >= ahead_of:
-                y = dot_scaled(w, x, scales, R, BN, KIND, CONVERTS, GROUP) * factor
-                if SWIGLU:
-                    y = y * tl.sigmoid(y) * (dot_scaled(w_up, x, up_scales, R, BN, KIND, CONVERTS, GROUP) * factor)
-            elif plain_ptr is not None:
-                y = factor * _dot_plain(
-                    plain_ptr, begin - stored, M - begin, stride_pm, x_ptr, norm_weight_ptr, norm_offset, N, R, PLAIN_COLUMNS
-                )
+            y = dot_scaled(w, x, scales, R, BN, KIND, CONVERTS, GROUP) * factor
+            if SWIGLU:
+                y = y * tl.sigmoid(y) * (dot_scaled(w_up, x, up_scales, R, BN, KIND, CONVERTS, GROUP) * factor)
         if LOOP:
-            begin = tl.where(tile + programs < ahead_of, stored, (tile + programs - ahead_of) * R)
-            ahead = begin + tl.arange(0, R)  # [R]
+            ahead = row + programs * R
             w = load_rows(weight_ptr, ahead, ahead < stored, stride_wm, N, BN, False, GROUP)
             if SWIGLU:
                 w_up = load_rows(up_ptr, ahead, ahead < stored, stride_wm, N, BN, False, GROUP)
             if KIND is not None:
+                begin = (tile + programs) * R
                 scales = load_scales(_scales_of(scale_ptr, begin, stored, stride_sm, ROWS), N, BN, COLUMNS, GROUP)
                 if SWIGLU:
-                    up_scales = load_scales(_scales_of(scale_ptr, M + begin, M + stored, stride_sm, ROWS), N, BN, COLUMNS, GROUP)
+                    up_scales = load_scales(
+                        _scales_of(scale_ptr, stored + begin, 2 * stored, stride_sm, ROWS), N, BN, COLUMNS, GROUP
+                    )
         if residual_ptr is not None:
             y += residual
         if conv_state_ptr is not None:
@@ -304,23 +310,23 @@ def launch_with(
     M = stored + (0 if plain is None else plain.shape[0])
     how = quantized.stored(format)
     dtype = dtype or weight.dtype
-    tiles = -(-stored // R) + -(-(M - stored) // PLAIN_ROWS.value)
+    tiles, plain_programs = -(-stored // R), -(-(M - stored) // PLAIN_ROWS.value)
     programs = min(tiles, per_sm * devices.of(x.device).multiprocessors) if per_sm else tiles
     state, taps, bias, conv_offset, activation = (None, None, None, 0, "none") if conv is None else conv
     columns = M if parts is None else heads * sum(width for _, width, *_ in parts)
     out = torch.empty((*x.shape[:-1], columns), dtype=dtype if conv is None else torch.float32, device=x.device)
     options = overlap_options(x, norm_weight, bias) if overlap else {}
-    kernel_of(skinny_linear_kernel)[(programs,)](
+    kernel_of(skinny_linear_kernel)[(plain_programs + programs,)](
         x, quantized.raw(weight) if how else weight, scale, plain,
         None if norm_weight is None else norm_weight.contiguous(), gate, residual, state, taps,
         None if bias is None else bias.contiguous(), out,
-        norm_eps, norm_offset, M, stored, tiles, programs, conv_offset, 0 if state is None else state.shape[1],
+        norm_eps, norm_offset, M, stored, tiles, programs, plain_programs, conv_offset, 0 if state is None else state.shape[1],
         weight.stride(0), 0 if plain is None else plain.stride(0), 0 if scale is None else scale.stride(0),
         *((0, 0, 0, 0) if conv is None else (*state.stride()[1:], taps.stride(0), taps.stride(2))),
         N=N, V=1 if gate is None else norm_weight.shape[0], S=1 if state is None else state.shape[2],
         W=1 if taps is None else taps.shape[2], SILU=activation == "silu", SWIGLU=swiglu,
         GATE_SILU=gate_activation == "silu",
-        R=R, BN=BN, EVEN=plain is None and M % R == 0, LOOP=programs < tiles, OVERLAP=bool(options),
+        R=R, BN=BN, EVEN=stored % R == 0, LOOP=programs < tiles, OVERLAP=bool(options),
         PARTS=parts, HEADS=heads, KIND=how and how.kind, ROWS=how and how.rows, COLUMNS=how and how.columns,
         CONVERTS=bool(how) and quantized.converts(x.device), GROUP=group[0] if group else 0,
         LINES=0 if plain is None else triton.next_power_of_2(N * plain.itemsize // 128), num_warps=num_warps, **options,
