@@ -467,6 +467,9 @@ def test_quantised_linears_read_as_much_at_once_and_do_not_spill(kind, m, n, tmp
     usage = resources(kernel.asm["cubin"], tmp_path)
     record_property("resources", str(usage))
     assert (usage["STACK"], usage["LOCAL"]) == (0, 0), f"{usage}"
+    if m % 128:  # the rows behind have programs of their own, which wait for themselves
+        op, args, options = quantised(kind, m - m % 128, n)
+        (kernel,) = on_hopper(op, *args, **options)
     wide = re.findall(r"ld\.global\S*\.v[24]\.b32", before_the_wait(kernel))
     config = skinny_linear.config(kind, n, torch.float8_e4m3fn)
     assert len(wide) >= config[0] * n * (2 if kind == "swiglu" else 1) / (32 * config[2] * config[4])
