@@ -233,13 +233,14 @@ def _finish(
     for n in placeholders:
         n.meta.pop("gdnfuse_real")
     # Of packed weights the fake tensors: of real ones, which are not Dynamo's, AOTAutograd would take the sizes for symbolic.
-    inputs = [example_inputs[i] for i in keep] + [value(n) for n in placeholders[len(example_inputs) :]]
+    more = [(n, where) for n, where in zip(placeholders[len(example_inputs) :], done.packed, strict=True) if n.users]
+    inputs = [example_inputs[i] for i in keep] + [value(n) for n, _ in more]
     for n in placeholders:
         if not n.users:
             gm.graph.erase_node(n)
     gm.graph.lint()
     gm.recompile()
-    inner, weights = _inner(gm, inputs, done.options, patches), PackedWeights(done.packed)
+    inner, weights = _inner(gm, inputs, done.options, patches), PackedWeights([where for _, where in more])
 
     def compiled(*args: Any) -> Any:
         kernels.wait()

@@ -59,15 +59,37 @@ def check(weights: Sequence[torch.Tensor]) -> None:
         raise Refused("Each part of a packed weight must be a weight of its own, found one twice.")
 
 
+@dataclass(frozen=True)
+class Inner:
+    """One of the tensors that an argument of a call, a tensor subclass, is made of.
+
+    Attributes:
+        argument: the position of the subclass.
+        name: the attribute of the subclass in which it holds the tensor.
+    """
+
+    argument: int
+    name: str
+
+    def current(self, args: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The tensor of this call."""
+        return getattr(args[self.argument], self.name)
+
+
+def _part(args: Sequence[torch.Tensor], where: int | Inner | torch.Tensor) -> torch.Tensor:
+    return args[where] if isinstance(where, int) else where.current(args) if isinstance(where, Inner) else where
+
+
 @dataclass
 class PackedWeight:
     """Where the parts [Mᵢ, N] of one packed weight [ΣMᵢ, N] come from at each call.
 
     Attributes:
-        where: for each part its position among the call's arguments, or the tensor itself if it is not an argument.
+        where: for each part its position among the call's arguments, where it is inside one, or the tensor itself if it is not an
+            argument.
     """
 
-    where: tuple[int | torch.Tensor, ...]
+    where: tuple[int | Inner | torch.Tensor, ...]
     # The last buffer and where its parts were, in one attribute: several threads may read and write it.
     _last: tuple[Callable[[], torch.Tensor | None], list[int]] = field(default=(lambda: None, []), repr=False)
     _warned: bool = field(default=False, repr=False)
@@ -77,7 +99,7 @@ class PackedWeight:
 
         Parts that may not be packed any more, as `check` says, are copied, at this call and every other, with a warning.
         """
-        weights = [args[w] if isinstance(w, int) else w for w in self.where]
+        weights = [_part(args, w) for w in self.where]
         pointers = [w.data_ptr() for w in weights]
         # While the buffer lives, tensors at its addresses are its row ranges.
         last, known = self._last
@@ -96,17 +118,28 @@ class PackedWeight:
 
 
 class PackedWeights:
-    """All packed weights of a graph: where none of their parts has moved since the last call, that is seen at one look."""
+    """All that a graph takes behind its arguments: packed weights, and tensors inside arguments.
 
-    def __init__(self, each: Sequence[PackedWeight]):
-        self.each = tuple(each)
-        self.where = [w for packed in each for w in packed.where]
+    Where none of the packed weights' parts has moved since the last call, that is seen at one look.
+    """
+
+    def __init__(self, each: Sequence[PackedWeight | Inner]):
+        self.all = tuple(each)
+        self.each = tuple(e for e in each if isinstance(e, PackedWeight))
+        self.where = [w for packed in self.each for w in packed.where]
         # In one attribute: several threads may read and write it.
         self._last: tuple[list[int], list[Callable[[], torch.Tensor | None]]] = ([], [])
 
     def current(self, args: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """`PackedWeight.current` of each."""
-        pointers = [(args[w] if isinstance(w, int) else w).data_ptr() for w in self.where]
+        """`current` of each."""
+        packed = self._packed(args)
+        if len(self.each) == len(self.all):
+            return packed
+        remaining = iter(packed)
+        return [next(remaining) if isinstance(e, PackedWeight) else e.current(args) for e in self.all]
+
+    def _packed(self, args: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        pointers = [_part(args, w).data_ptr() for w in self.where]
         known, refs = self._last
         if pointers == known:
             buffers = [ref() for ref in refs]

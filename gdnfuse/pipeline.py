@@ -15,8 +15,8 @@ from torch.fx import GraphModule, Node
 from gdnfuse import compat
 from gdnfuse.dialect import chunk_delta_rule, op_of
 from gdnfuse.options import Options
-from gdnfuse.packing import PackedWeight
-from gdnfuse.passes import constants, fuse, growing_keys, last_rows, lift, lower, normalize, packed, quantized, survey
+from gdnfuse.packing import Inner, PackedWeight
+from gdnfuse.passes import constants, fuse, growing_keys, last_rows, lift, lower, normalize, packed, quantized, subclasses, survey
 from gdnfuse.passes.fuse.verify_delta_rule import few_tokens
 from gdnfuse.passes.lift import gating
 from gdnfuse.progress import announce
@@ -41,7 +41,7 @@ class Compilation:
         real: the example input of every placeholder.
         outcome: what the rules did.
         growing: places, among the results of a prompt, of keys and values that the next step finds longer.
-        packed: the packed weights, inputs that stand behind all others in `gm`.
+        packed: what stands behind all other inputs in `gm`: tensors inside arguments, and packed weights.
     """
 
     gm: GraphModule
@@ -51,7 +51,7 @@ class Compilation:
     real: dict[Node, Any] = field(default_factory=dict)
     outcome: Outcome = field(init=False)
     growing: list[int] = field(default_factory=list)
-    packed: list[PackedWeight] = field(default_factory=list)
+    packed: list[PackedWeight | Inner] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.outcome = Outcome(self.options.fuel)
@@ -72,6 +72,8 @@ def rewrite(
     for node, tensor in real.items():
         node.meta["gdnfuse_real"] = tensor
     c = Compilation(gm, options, report, plan, real)
+    c.packed, refused = subclasses.unwrap(gm, real)
+    c.outcome.records += refused
     report.nodes_before = len(calls(gm))
     before = _survey(gm, mark=True)
     for stage, checks in _stages(c):

@@ -40,6 +40,7 @@ def examples():
     made = [
         ("fp8_block128", (256, 128), torch.bfloat16), ("fp8_block128", (130, 200), torch.float32),
         ("fp8_block128", (2, 128, 130), torch.float16), ("fp8_tensor", (5, 8), torch.float32),
+        ("int8_channel", (5, 8), torch.bfloat16), ("fp8_channel", (5, 8), torch.float32),
     ]  # fmt: skip
     return [((*formats.named(name).quantize(torch.randn(shape)), name, dtype), {}) for name, shape, dtype in made]
 

@@ -14,7 +14,7 @@ from gdnfuse.dialect import add_rms_norm, causal_attention, dequantize, op_of, p
 from gdnfuse.dialect.fused_linear import weight_dtype
 from gdnfuse.errors import Refused
 from gdnfuse.kernels.linear_configs import rings, split
-from gdnfuse.packing import PackedWeight, pack, settle
+from gdnfuse.packing import Inner, PackedWeight, pack, settle
 from gdnfuse.passes import quantized
 from gdnfuse.passes.sdpa import attention_of
 from gdnfuse.passes.survey import CHOSEN
@@ -281,7 +281,7 @@ def pack_weights(gm: GraphModule, real: dict[Node, Any], plan: bool = False) -> 
     def packed_input(nodes: list[Node], like: torch.Tensor) -> Node:
         weights = [real[n] if n.op == "placeholder" else _get(gm, n.target) for n in nodes]
         where = zip(nodes, weights, strict=True)
-        packed.append(PackedWeight(tuple(placeholders.index(n) if n.op == "placeholder" else w for n, w in where)))
+        packed.append(PackedWeight(tuple(_place(n, w, placeholders) for n, w in where)))
         buffer = _planned(weights, like) if plan else pack(weights)
         node = _input(gm, f"packed_weight_{len(packed) - 1}", buffer, like)
         node.meta[quantized.PARTS] = tuple(nodes)
@@ -314,6 +314,13 @@ def pack_weights(gm: GraphModule, real: dict[Node, Any], plan: bool = False) -> 
     if not plan:
         settle(real.values())
     return packed
+
+
+def _place(node: Node, weight: torch.Tensor, placeholders: list[Node]) -> int | Inner | torch.Tensor:
+    """Where a call finds a weight."""
+    if node.op != "placeholder":
+        return weight
+    return node.meta.get("gdnfuse_inner") or placeholders.index(node)
 
 
 def _planned(weights: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:

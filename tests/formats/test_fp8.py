@@ -1,4 +1,4 @@
-"""fp8: what data and scales mean, against transformers' own and a loop over blocks, at every value that e4m3 has."""
+"""fp8 and int8: what data and scales mean, against transformers' own and a loop over blocks, at every value that e4m3 has."""
 
 import pytest
 import torch
@@ -73,6 +73,30 @@ def test_quantised_values_are_near(format, shape):
     assert ((found - weight).abs() <= weight.abs() * 2**-4 + largest * 2**-9 / 448).all()
     zeros = format.quantize(torch.zeros(shape))
     assert format.dequantize(*zeros, torch.float32).count_nonzero() == 0
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("int8_channel", torch.int8), ("fp8_channel", E4M3)])
+@pytest.mark.parametrize("special", [0.0, 2.0**-60, 2.0**60, float("nan")])
+def test_a_scale_per_row(name, dtype, special):
+    format, data = formats.named(name), every_value(6, 256).view(dtype)
+    scale = torch.rand(6, 1) + 0.5
+    scale[-1] = special
+    format.check(data, scale)
+    for made in DTYPES:
+        wanted = torch.stack([row.double() * s.double() for row, s in zip(data, scale, strict=True)])
+        same(dequantize.reference(data, scale, name, made), wanted.to(torch.promote_types(torch.float32, made)).to(made))
+    weight = torch.randn(5, 33)
+    weight[2] = 0
+    found = format.dequantize(*format.quantize(weight), torch.float32)
+    assert ((found - weight).abs() <= weight.abs().amax(-1, keepdim=True) * (0.51 / 127 if dtype == torch.int8 else 2**-4)).all()
+    for wrong, of, sentence in (
+        (data.float(), scale, f"Data of {name} must be {str(dtype).removeprefix('torch.')}, found float32."),
+        (data, scale[:5], f"The scale of {name} must have the shape [6, 1] for data of [6, 256], found [5, 1]."),
+        (data[0], scale, f"Data of {name} must be a matrix, found the shape [256]."),
+    ):
+        with pytest.raises(Refused) as e:
+            format.check(wrong, of)
+        assert e.value.reason == sentence
 
 
 def fp8(*shape):
