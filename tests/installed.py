@@ -3,7 +3,8 @@
     python -m tests.installed
 
 Everything but gdnfuse comes from the environment that this runs in. Not run are `make`, which is CI's own, and benchmarks of
-whole models, which take a GPU or long; `path/to/config.json` is a small model's, made here.
+whole models, which take a GPU or long. `path/to/config.json` is a small model's, made here, and it takes the place of the models
+that a command makes random weights of.
 """
 
 from __future__ import annotations
@@ -25,9 +26,15 @@ from tests.pages import ROOT, blocks
 NOT_RUN = ("gdnfuse bench 0.8b --batch", "gdnfuse bench 4b", "gdnfuse bench path/to/model")
 
 
+WEIGHED = ("bench 0.8b", "verify 0.8b")
+
+
 def commands() -> list[str]:
     lines = [line.split("#")[0].strip() for block in blocks(ROOT / "README.md", "console") for line in block.splitlines()]
-    return [line for line in lines if line.startswith("gdnfuse") and not line.startswith(NOT_RUN)]
+    lines = [line for line in lines if line.startswith("gdnfuse") and not line.startswith(NOT_RUN)]
+    for command in WEIGHED:
+        lines = [line.replace(command, command.replace("0.8b", "path/to/config.json")) for line in lines]
+    return list(dict.fromkeys(lines))
 
 
 def install(folder: Path) -> Path:
