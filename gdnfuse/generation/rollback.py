@@ -184,6 +184,8 @@ class RollbackCache(Cache):
         linear = self._linear()
         if not all(layer.has_previous_state[0] for layer in linear):
             raise GdnfuseError("A RollbackCache must hold a prompt before it records, found it empty.")
+        for mixer in self._mixers.values():
+            _install(mixer)
         if not self._at_home():
             self._move_in()
         for layer in linear:
@@ -362,6 +364,8 @@ class _Shared(dict[int, torch.nn.Module]):
 
 def _check(mixer: torch.nn.Module) -> None:
     conv, name = getattr(mixer, "conv1d", None), type(mixer).__name__
+    if conv is not None and type(conv) is not torch.nn.Conv1d:
+        raise GdnfuseError(f"The conv1d of a GDN layer that is rolled back must be torch's, found a {type(conv).__name__}.")
     if conv is None or conv.bias is not None or getattr(mixer, "activation", None) not in ("silu", "swish"):
         raise GdnfuseError(
             f"A GDN layer that is rolled back must have a conv1d without bias and SiLU behind it, found {name} with "
@@ -434,15 +438,22 @@ class Recorder:
 
 
 def _install(mixer: torch.nn.Module) -> None:
-    """Register the hooks of a GDN layer, once."""
-    if any(isinstance(getattr(hook, "__self__", None), Recorder) for hook in compat.hooks_of(mixer).values()):
-        return
-    recorder = Recorder()
-    recorder.key_heads = getattr(mixer, "num_k_heads", 1)
+    """Register the hooks of a GDN layer where they are not. An adapter puts another module in the place of a linear."""
+
+    def recorder_of(module: torch.nn.Module) -> Recorder | None:
+        owners = (getattr(hook, "__self__", None) for hook in compat.hooks_of(module).values())
+        return next((owner for owner in owners if isinstance(owner, Recorder)), None)
+
+    recorder = recorder_of(mixer)
+    if recorder is None:
+        recorder = Recorder()
+        recorder.key_heads = getattr(mixer, "num_k_heads", 1)
+        mixer.register_forward_pre_hook(recorder.enter, with_kwargs=True)
+        mixer.register_forward_hook(recorder.leave)
     for name, what in _gates_of(mixer).items():
-        getattr(mixer, name).register_forward_hook(getattr(recorder, what))
-    mixer.register_forward_pre_hook(recorder.enter, with_kwargs=True)
-    mixer.register_forward_hook(recorder.leave)
+        linear = getattr(mixer, name)
+        if recorder_of(linear) is not recorder:
+            linear.register_forward_hook(getattr(recorder, what))
 
 
 # The proof: what is replayed is what the layer computes
@@ -469,11 +480,10 @@ def _prove(mixer: torch.nn.Module) -> None:
     """
     weight = mixer.conv1d.weight
     kind = (type(mixer), weight.dtype)
-    linear = getattr(mixer, next(iter(_gates_of(mixer))))
-    if kind in _proved or weight.is_meta or linear.weight.is_meta:
+    if kind in _proved or any(p.is_meta for p in mixer.parameters()):
         return
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 6, linear.in_features, generator=generator).to(weight.device, weight.dtype)
+    x = torch.randn(2, 6, mixer.hidden_size, generator=generator).to(weight.device, weight.dtype)
     wanted = LinearAttentionLayer()
     mixer(x[:, :3], _One(wanted, mixer.layer_idx))
     for t in (3, 4):

@@ -13,10 +13,11 @@ import transformers
 from transformers import LogitsProcessor, StoppingCriteria
 
 import gdnfuse
-from gdnfuse import Callback, Draft, PromptLookup
+from gdnfuse import Callback, Draft, PromptLookup, models
 from gdnfuse.generation.generate import OTHERS
 from gdnfuse.generation.proposers import Run
 from tests.models import zoo
+from tests.models.test_adapters import LoRA
 
 FAMILIES = ("causal_lm", "moe", "qwen3_next", "olmo_hybrid", "conditional_generation")
 PROPOSERS = ("lookup", "draft", "function")
@@ -396,6 +397,41 @@ def test_prompts_begin_with_known_prefixes(fresh, implementation):
         assert model.generate.acceptance.rounds and store.stats().tokens_taken == (0, 128, 256)[turn]
         prompt = torch.cat([prompt[:, :140], zoo.tokens_for(1, 9, seed=turn)], 1)
     assert not store.stats().left_out
+
+
+def test_with_adapters_the_gates_that_they_change_are_recorded():
+    """Also where they come after the first cache, which puts another module in the place of the one that had hooks."""
+    model = built(**zoo.SMALL)
+    gdnfuse.RollbackCache(model)
+    mixer = model.model.layers[0].linear_attn
+    torch.manual_seed(0)
+    for name in ("in_proj_a", "in_proj_b", "in_proj_qkv"):
+        wrapped = LoRA(getattr(mixer, name))
+        wrapped.add("one")
+        with torch.no_grad():
+            wrapped.adapters["one"][1].weight.mul_(20)
+        setattr(mixer, name, wrapped)
+    plain_gates = copy.deepcopy(model)
+    plain_gates.model.layers[0].linear_attn.in_proj_a.active = None
+    ids = zoo.prompt(1, 8)[0]
+    wanted = model.generate(ids, **GREEDY)
+    assert not torch.equal(plain_gates.generate(ids, **GREEDY), wanted)
+    speculative = gdnfuse.speculative(guesses(wanted, 0.7))
+    found = model.generate(ids, **GREEDY, return_dict_in_generate=True, custom_generate=speculative)
+    assert torch.equal(found.sequences, wanted) and speculative.acceptance.accepted
+    cache = zoo.new_cache(model, "dynamic")
+    with torch.no_grad():
+        model(wanted[:, :-1], **zoo.held(cache))
+    assert zoo.relative(zoo.flat_states(found[zoo.CACHE], "recurrent"), zoo.flat_states(cache, "recurrent")) < 1e-5
+
+
+def test_with_quantised_weights_tokens_are_those_of_plain_steps(fresh):
+    model = models.quantized(built(**zoo.FILLED))
+    gdnfuse.compile(model, inner="eager")
+    ids = zoo.prompt(1, 8)[0]
+    wanted = model.generate(ids, **GREEDY)
+    gdnfuse.compile(model, inner="eager", speculate=guesses(wanted, 0.7))
+    assert torch.equal(model.generate(ids, **GREEDY), wanted) and model.generate.acceptance.accepted
 
 
 # What is refused
