@@ -120,6 +120,9 @@ def _parser() -> _Parser:
         metavar="N",
         help="instead time the first token of generate, of a prompt whose first N are known",
     )
+    bench.add_argument(
+        "--speculate", type=_words, metavar="KIND,…", help="instead time speculative decoding: lookup:N, draft:N:MODEL"
+    )
     bench.add_argument("--layers", type=_positive, metavar="N", help="only the first layers of the model")
     bench.add_argument("--inner", choices=INNER, default=INNER[0], help="what compiles the rewritten graphs")
     bench.add_argument(
@@ -239,6 +242,8 @@ def _bench(args: argparse.Namespace) -> int:
     if not args.debug:
         _quiet()
     device = _device(args.device)
+    if args.speculate:
+        return _speculate(args, device)
     settings = run.Settings(
         model=args.model,
         sides=args.sides or run.default_sides(device, args.quantize),
@@ -265,6 +270,20 @@ def _bench(args: argparse.Namespace) -> int:
     for sentence in silent:
         print(sentence, file=sys.stderr)
     return 1 if silent else 0
+
+
+def _speculate(args: argparse.Namespace, device: str) -> int:
+    from gdnfuse.bench import speculation
+
+    given = ("sides", "phase", "prefix", "layers", "quantize", "plot", "timeout")
+    if unheeded := [name for name in given if getattr(args, name) is not None] or ["batch"] * (len(args.batch) > 1):
+        raise GdnfuseError(f"--speculate measures one model by itself, found --{unheeded[0]} with it.")
+    how = {name: getattr(args, name) for name in ("prompt", "new", "dtype", "inner")}
+    with progress() as announce, listening(announce):
+        announce("speculate")
+        data = speculation.run(speculation.Settings(args.model, args.speculate, batch=args.batch[0], device=device, **how))
+    print(json.dumps(data, indent=1) if args.json else speculation.tables(data))
+    return 0
 
 
 def _device(given: str | None) -> str:

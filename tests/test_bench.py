@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import StaticCache
 
-from gdnfuse.bench import measure, run, workers
+from gdnfuse.bench import measure, run, speculation, workers
 from gdnfuse.cli import main
 from gdnfuse.errors import GdnfuseError
 from tests.models import zoo
@@ -91,6 +91,38 @@ def test_figures(folder, here, capsys):
     assert out.startswith(f"{folder / 'config.json'}, 3 layers, random weights, float32, CPU, ")
     assert "ms per step" in out and "of the limit" in out and "Prefill, 20 tokens" in out and "wrong" not in out
     assert re.search(r"^batch 2, graph \d+ \(decode\): 2/2 GDN layers fused, ", out, re.MULTILINE)
+
+
+@pytest.mark.sweep
+def test_speculation_at_forced_acceptances(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(speculation, "GENERATIONS", 1)
+    torch.compiler.reset()
+    zoo.causal_lm(**zoo.SMALL).config.save_pretrained(tmp_path)
+    model = str(tmp_path / "config.json")
+    how = speculation.Settings(model, ["lookup:3"], (0.0, 0.5, 1.0), 2, 20, 16, "float32", "cpu", "eager")
+    monkeypatch.setattr(speculation, "Settings", lambda *args, **given: how)
+    command = ["bench", model, *QUICK, "--prompt", "20", "--batch", "2", "--speculate", "lookup:3"]
+    assert main([*command, "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    (result,) = data["results"]
+    assert data["schema"] == "gdnfuse.bench.speculation/1" and result["replay_ms"] > 0
+    assert result["plain"]["tokens_per_step"] == 1 and result["plain"]["steps_with_drafts"] == 0
+    _, none, half, all_ = result["drafts"]
+    assert none["tokens_per_step"] == 1 and none["accepted"] == 0 and none["steps_with_drafts"] > 0.9
+    assert 1 < half["tokens_per_step"] < all_["tokens_per_step"] == 15 / 4  # of four steps the last has but three tokens to give
+    assert all(row["speedup"] == row["tokens_per_second"] / result["plain"]["tokens_per_second"] for row in result["drafts"])
+    assert any("(verify): 1/1 GDN layers fused" in line for line in result["graphs"])
+    assert "tokens per second" in speculation.tables(data) and "its own" in speculation.tables(data)
+
+
+def test_speculation_of_no_kind_is_a_sentence(folder, capsys):
+    for wrong, sentence in (
+        (["--speculate", "lookup"], "Drafts are lookup:N or draft:N:MODEL, found 'lookup'."),
+        (["--speculate", "lookup:9"], "PromptLookup drafts 1 to 7 tokens at a time, found 9."),
+        (["--speculate", "lookup:3", "--sides", "eager"], "--speculate measures one model by itself, found --sides with it."),
+    ):
+        assert main(["bench", str(folder / "config.json"), *QUICK, *wrong]) == 2
+        assert sentence in capsys.readouterr().err
 
 
 def test_the_first_token_behind_a_known_prefix(folder, here, capsys):

@@ -99,6 +99,19 @@ def test_prefix_benchmark(workers, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "prefix.png").stat().st_size > 0
 
 
+def test_speculation_benchmark(tmp_path, monkeypatch, capsys):
+    benchmark, bench = (importlib.import_module(name) for name in ("speculation", "gdnfuse.bench.speculation"))
+    monkeypatch.setattr(bench, "GENERATIONS", 1)
+    zoo.causal_lm(**zoo.SMALL).config.save_pretrained(tmp_path)
+    model, file = str(tmp_path / "config.json"), tmp_path / "speculation.json"
+    how = ["--acceptances", "0.5", "--prompt", "12", "--new", "10", "--dtype", "float32", "--device", "cpu", "--inner", "eager"]
+    assert benchmark.main(["--models", model, "--speculate", f"draft:2:{model}", *how, "--json", str(file)]) == 0
+    ((result,),) = (data["results"] for data in json.loads(file.read_text()))
+    # One model drafts for the other, and both are of one seed.
+    assert result["drafts"][0]["accepted"] == 1 and result["drafts"][1]["accepted"] < 1
+    assert "draft:2" in capsys.readouterr().out
+
+
 def test_decode_benchmark_starts_a_second_process_that_finds_the_caches(workers, tmp_path, monkeypatch, capsys):
     decode, file, found = importlib.import_module("decode"), tmp_path / "figures.json", []
 

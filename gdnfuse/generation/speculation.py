@@ -10,6 +10,7 @@ draws a token anew which it had accepted already does not change its distributio
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,7 @@ class Acceptance:
         drafted: tokens that were proposed, per row.
         accepted: how many of them every row accepted.
         tokens: that were generated, per row; the prompt's own step gives the first.
+        seconds: from the first token to the last.
     """
 
     rounds: int = 0
@@ -40,6 +42,7 @@ class Acceptance:
     drafted: int = 0
     accepted: int = 0
     tokens: int = 0
+    seconds: float = 0.0
 
     @property
     def rate(self) -> float:
@@ -68,11 +71,14 @@ class Speculative:
 
     Attributes:
         acceptance: how the last generation went; None before the first.
+        loop: what runs one generation.
 
     Raises:
         GdnfuseError: nothing that proposes drafts. From a call: what is asked for cannot be speculated on; nothing has been
             generated then.
     """
+
+    loop: type[Generation]
 
     def __init__(self, speculate: Any, streamer: Any = None):
         self.proposer: Proposer = proposer_of(speculate)
@@ -89,12 +95,12 @@ class Speculative:
         **model_kwargs: Any,
     ) -> Any:
         self.acceptance = Acceptance()
-        round_ = _Generation(self, model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
+        one = self.loop(self, model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
         with torch.no_grad():
-            return round_.run()
+            return one.run()
 
 
-class _Generation:
+class Generation:
     """One call of generate."""
 
     def __init__(
@@ -127,7 +133,7 @@ class _Generation:
     def run(self) -> Any:
         if self.cache.is_recording:
             self.cache.stop_past_recording()
-        logits, drafts = self._prompt(), None
+        logits, drafts, start = self._prompt(), None, None
         while True:
             try:
                 emitted, over = self._take(logits, drafts)
@@ -137,6 +143,7 @@ class _Generation:
             if drafts is not None:
                 self.cache.crop(emitted - logits.shape[1])
                 self.fed.length += emitted - logits.shape[1]
+            start = time.perf_counter() if start is None else start
             if over:
                 break
             # With one token left there is nothing to check drafts for.
@@ -155,6 +162,7 @@ class _Generation:
             except BaseException:
                 self._undo(drafts)
                 raise
+        self.counts.seconds = time.perf_counter() - start
         self.cache.stop_past_recording()
         if self.streamer is not None:
             self.streamer.end()
@@ -178,8 +186,7 @@ class _Generation:
         picked, scores = self._pick(logits, drafts)
         columns = picked.shape[1]
         if columns > 1:
-            agree = (picked[:, :-1] == drafts.tokens[:, : columns - 1]).long().cumprod(1).sum(1, keepdim=True)
-            read = torch.cat([agree, picked], 1).tolist()  # the one time a round that the host waits
+            read = torch.cat([self._standing(picked, drafts.tokens), picked], 1).tolist()  # where the host waits, once a round
             stands = [row[0] for row, done in zip(read, self.done, strict=True) if not done]
             accepted, host = min(stands), [row[1:] for row in read]
         else:
@@ -210,6 +217,10 @@ class _Generation:
         if drafts is not None:
             self.counts.accepted += min(accepted, emitted)
         return emitted, over
+
+    def _standing(self, picked: torch.Tensor, drafts: torch.Tensor) -> torch.Tensor:
+        """How many drafts of each row stand [B, 1]: those before the first that the model did not pick."""
+        return (picked[:, :-1] == drafts[:, : picked.shape[1] - 1]).long().cumprod(1).sum(1, keepdim=True)
 
     def _record(self, logits: torch.Tensor, scores: list[torch.Tensor], j: int) -> None:
         if self.scores is not None:
@@ -262,6 +273,8 @@ class _Generation:
             **cache_argument(self.model, self.cache),
         )
 
+
+Speculative.loop = Generation
 
 # Processors of transformers that answer by their arguments alone. Whatever is not among them is asked only of tokens that stand.
 STATELESS = frozenset(

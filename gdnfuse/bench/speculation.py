@@ -1,0 +1,195 @@
+"""gdnfuse bench MODEL --speculate KIND: tokens per second with drafts, at acceptances that are forced, beside plain steps.
+
+Random weights accept no draft but by chance. So drafts are made and checked as ever, and how many stand is drawn: each stands
+with the given probability, given the one before it. What is then said is no text; what it costs is what it would.
+
+Everything runs on one static cache, in the loop of `gdnfuse.generation.speculation`, plain steps too, so that a difference is of
+drafts alone. The first generation of each kind compiles, and records CUDA graphs on a GPU; medians are of the others.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import gdnfuse
+from gdnfuse.bench.measure import machine, seconds
+from gdnfuse.errors import GdnfuseError
+from gdnfuse.generation.caches import cache_argument
+from gdnfuse.generation.proposers import Drafts, Proposer, Run
+from gdnfuse.generation.speculation import Acceptance, Generation, Speculative
+from gdnfuse.models import load_config, random_model
+
+SCHEMA = "gdnfuse.bench.speculation/1"
+ACCEPTANCES = (0.0, 0.5, 0.7, 0.9, 1.0)
+GENERATIONS, LAUNCHES = 3, 20
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured: a model, its drafts, and how much.
+
+    Attributes:
+        model: a preset, config.json, model folder or hub id; weights are random.
+        speculate: kinds of drafts, "lookup:4", or "draft:4:0.8b" with the model that drafts.
+        acceptances: probabilities, each measured.
+        batch, prompt, new: sequences, tokens of a prompt, tokens that are generated.
+        dtype, device, inner: as of `gdnfuse.bench.run.Settings`.
+    """
+
+    model: str
+    speculate: list[str]
+    acceptances: tuple[float, ...] = ACCEPTANCES
+    batch: int = 1
+    prompt: int = 512
+    new: int = 128
+    dtype: str = "bfloat16"
+    device: str = "cpu"
+    inner: str = "inductor"
+
+
+def proposer(kind: str, settings: Settings) -> Proposer:
+    """What "lookup:4" and "draft:4:0.8b" mean.
+
+    Raises:
+        GdnfuseError: something else.
+    """
+    name, *rest = kind.split(":")
+    if name not in ("lookup", "draft") or len(rest) != (1 if name == "lookup" else 2) or not rest[0].isdigit():
+        raise GdnfuseError(f"Drafts are lookup:N or draft:N:MODEL, found {kind!r}.")
+    if name == "lookup":
+        return gdnfuse.PromptLookup(int(rest[0]))
+    drafter = _random(rest[1], settings)
+    gdnfuse.compile(drafter, inner=settings.inner)
+    return gdnfuse.Draft(drafter, int(rest[0]))
+
+
+def _random(model: str, settings: Settings) -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = load_config(model).get_text_config(decoder=True)
+    return random_model(config, getattr(torch, settings.dtype), settings.device)
+
+
+class Always:
+    """The same drafts, and any others where there are none; or none ever."""
+
+    def __init__(self, of: Proposer, ever: bool = True):
+        self.of, self.n, self.ever = of, of.n, ever
+
+    def start(self, run: Run) -> Always:
+        self.drafting = self.of.start(run) if self.ever else None
+        return self
+
+    def propose(self, ids: torch.Tensor, rows: Sequence[Sequence[int]]) -> Drafts | None:
+        if self.drafting is None:
+            return None
+        return self.drafting.propose(ids, rows) or Drafts(ids[:, -1:].expand(-1, self.n))
+
+
+def forced(of: Proposer, probability: float) -> Speculative:
+    """Speculation of which each draft stands with a probability, given the one before it."""
+    generator = torch.Generator().manual_seed(1)
+
+    class Forced(Generation):
+        def _standing(self, picked: torch.Tensor, drafts: torch.Tensor) -> torch.Tensor:
+            drawn = torch.rand(drafts.shape, generator=generator) < probability
+            return drawn.long().cumprod(1).sum(1, keepdim=True).to(picked.device)
+
+    speculative = Speculative(Always(of))
+    speculative.loop = Forced
+    return speculative
+
+
+class Bench:
+    """One model, with drafts of one kind."""
+
+    def __init__(self, settings: Settings, model: torch.nn.Module, of: Proposer):
+        self.settings, self.model, self.of = settings, model, of
+        generator = torch.Generator(settings.device).manual_seed(1)
+        shape = (settings.batch, settings.prompt)
+        self.ids = torch.randint(0, model.config.vocab_size, shape, device=settings.device, generator=generator)
+        # One for all, so that nothing moves and a CUDA graph is recorded once.
+        self.cache = gdnfuse.RollbackCache(model, settings.prompt + settings.new + of.n, tokens=of.n + 1)
+
+    def generate(self, speculative: Speculative) -> Acceptance:
+        self.cache.reset()
+        how = {
+            "max_new_tokens": self.settings.new,
+            "min_new_tokens": 0,
+            "do_sample": False,
+            "pad_token_id": 0,
+            "eos_token_id": None,
+        }
+        held = {"attention_mask": torch.ones_like(self.ids), **cache_argument(self.model, self.cache)}
+        self.model.generate(self.ids, **how, **held, custom_generate=speculative)
+        return speculative.acceptance
+
+    def figures(self, speculative: Speculative) -> dict[str, float]:
+        self.generate(speculative)
+        found = [self.generate(speculative) for _ in range(GENERATIONS)]
+        steps = [1e3 * a.seconds / (a.rounds + a.plain_steps) for a in found]
+        rates = [self.settings.batch * (a.tokens - 1) / a.seconds for a in found]
+        return {
+            "ms_per_step": statistics.median(steps),
+            "tokens_per_second": statistics.median(rates),
+            "tokens_per_step": statistics.mean(a.tokens_per_step for a in found),
+            "accepted": sum(a.accepted for a in found) / max(sum(a.drafted for a in found), 1),
+            "steps_with_drafts": sum(a.rounds for a in found) / sum(a.rounds + a.plain_steps for a in found),
+        }
+
+    def replay_ms(self) -> float:
+        """Of all tokens of a step into the states of all layers, waited for once behind many."""
+        self.cache.reset()
+        with torch.no_grad():
+            self.model(self.ids, **cache_argument(self.model, self.cache), use_cache=True, logits_to_keep=1)
+            self.cache.activate_past_recording()
+            T = self.of.n + 1
+            self.cache._commit(T, T)
+            many = lambda: [self.cache._commit(T, T) for _ in range(LAUNCHES)]  # noqa: E731
+            return 1e3 * statistics.median(seconds(many, self.settings.device) / LAUNCHES for _ in range(5))
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    """Measure. Plain data for JSON: "schema", "machine", "arguments", and "results", one for each kind of drafts.
+
+    Raises:
+        GdnfuseError: drafts of no kind, or of which the model can have none.
+    """
+    if settings.new < 2:
+        raise GdnfuseError(f"At least two tokens must be generated, found {settings.new}.")
+    if wrong := [p for p in settings.acceptances if not 0 <= p <= 1]:
+        raise GdnfuseError(f"An acceptance must be from 0 to 1, found {wrong[0]}.")
+    proposers = {kind: proposer(kind, settings) for kind in settings.speculate}
+    model = _random(settings.model, settings)
+    gdnfuse.compile(model, inner=settings.inner)
+    results = []
+    for kind, of in proposers.items():
+        bench, known = Bench(settings, model, of), len(gdnfuse.reports())
+        plain = bench.figures(Speculative(Always(of, ever=False)))
+        rows = [{"acceptance": "its own", **bench.figures(Speculative(of))}]
+        rows += [{"acceptance": p, **bench.figures(forced(of, p))} for p in settings.acceptances]
+        for row in rows:
+            row["speedup"] = row["tokens_per_second"] / plain["tokens_per_second"]
+        graphs = [report.summary() for report in gdnfuse.reports()[known:]]
+        results.append({"speculate": kind, "plain": plain, "drafts": rows, "replay_ms": bench.replay_ms(), "graphs": graphs})
+    return {"schema": SCHEMA, "machine": machine(settings.device), "arguments": vars(settings), "results": results}
+
+
+def tables(data: dict[str, Any]) -> str:
+    """One table for each kind of drafts."""
+    from gdnfuse.report.text import table
+
+    parts = []
+    for result in data["results"]:
+        rows = [{"acceptance": "plain steps", **result["plain"], "speedup": 1.0}, *result["drafts"]]
+        columns = ("ms_per_step", "tokens_per_step", "tokens_per_second", "speedup")
+        shown = [
+            {"drafts that stand": str(r["acceptance"])} | {c.replace("_", " "): f"{r[c]:.3g}" for c in columns} for r in rows
+        ]
+        title = f"{data['arguments']['model']}, {result['speculate']}, replay of all layers {result['replay_ms']:.3g} ms"
+        parts.append("\n".join([title, table(shown), *result["graphs"]]))
+    return "\n\n".join(parts)
