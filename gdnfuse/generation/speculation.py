@@ -186,7 +186,8 @@ class Generation:
         picked, scores = self._pick(logits, drafts)
         columns = picked.shape[1]
         if columns > 1:
-            read = torch.cat([self._standing(picked, drafts.tokens), picked], 1).tolist()  # where the host waits, once a round
+            standing = self._standing(picked, drafts.tokens)
+            read = torch.cat([standing, picked], 1).tolist()  # the one time a round that the host waits
             stands = [row[0] for row, done in zip(read, self.done, strict=True) if not done]
             accepted, host = min(stands), [row[1:] for row in read]
         else:
