@@ -11,6 +11,7 @@ Experts on a GPU are left to transformers where its kernels are there: ours woul
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import inspect
@@ -23,7 +24,10 @@ import torch
 import torch.nn.functional as F
 
 from gdnfuse import capture_experts as experts
-from gdnfuse import formats
+from gdnfuse import (
+    dialect,  # noqa: F401  registers torch.ops.gdnfuse
+    formats,
+)
 from gdnfuse.errors import Refused
 
 MODULE = "transformers.integrations.finegrained_fp8"
@@ -121,6 +125,37 @@ def _known(name: str, data: tuple[int, ...], scale: tuple[int, ...], data_dtype:
     except Refused:
         return False
     return True
+
+
+@contextlib.contextmanager
+def dequantized_calls(model: torch.nn.Module) -> Iterator[None]:
+    """Let the FP8 linears and experts of a model compute meanwhile what compiled calls do, also uncompiled and on any device.
+
+    transformers' own code for them needs a kernel from the hub and a GPU.
+    """
+    names = vars(sys.modules[MODULE]) if MODULE in sys.modules else {}
+    linear, of_experts = names.get("FP8Linear", ()), names.get("FP8Experts", ())  # of no class is nothing
+    found = [m for m in model.modules() if isinstance(m, (linear, of_experts))]
+    before = [vars(m).pop("forward", None) for m in found]
+    for m in found:
+        m.forward = functools.partial(_linear if isinstance(m, linear) else _experts, m)
+    try:
+        yield
+    finally:
+        for m, forward in zip(found, before, strict=True):
+            del m.forward
+            if forward is not None:
+                m.forward = forward
+
+
+def _linear(self: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return call(x, self.weight, self.weight_scale_inv, self.block_size, self.bias)
+
+
+def _experts(self: torch.nn.Module, x: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    scales = [self.gate_up_proj_scale_inv, self.down_proj_scale_inv]
+    stored = self.gate_up_proj, self.down_proj
+    return torch.ops.gdnfuse.experts.default(x, indices, weights, *stored, "silu", scales=scales, format="fp8_block128")
 
 
 def loop(cls: Any) -> Any:

@@ -6,7 +6,6 @@ transformers is imported inside the functions, so that importing this module sta
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import re
 from collections.abc import Iterator
@@ -16,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gdnfuse import capture_fp8, compat, formats
+from gdnfuse import compat, formats
 from gdnfuse import options as gdnfuse_options
+from gdnfuse.capture_fp8 import dequantized_calls
 from gdnfuse.errors import GdnfuseError, one_line
 from gdnfuse.generation.caches import cache_argument
 from gdnfuse.generation.compile import apart
@@ -203,36 +203,6 @@ def _quantize_experts(model: torch.nn.Module, format: str, block: tuple[int, int
         for weight in ("gate_up_proj", "down_proj"):
             _quantize(new, weight, getattr(module, weight), format)
         model.set_submodule(name, new.train(module.training))
-
-
-@contextlib.contextmanager
-def dequantized_calls(model: torch.nn.Module) -> Iterator[None]:
-    """Let the FP8 linears and experts of a model compute meanwhile what compiled calls do, also uncompiled and on any device.
-
-    transformers' own code for them needs a kernel from the hub and a GPU.
-    """
-    from transformers.integrations.finegrained_fp8 import FP8Experts, FP8Linear
-
-    found = [m for m in model.modules() if isinstance(m, FP8Linear | FP8Experts)]
-    before = [vars(m).pop("forward", None) for m in found]
-    for m in found:
-        if isinstance(m, FP8Linear):
-            m.forward = lambda x, m=m: capture_fp8.call(x, m.weight, m.weight_scale_inv, m.block_size, m.bias)
-        else:
-            m.forward = functools.partial(_experts, m)
-    try:
-        yield
-    finally:
-        for m, forward in zip(found, before, strict=True):
-            del m.forward
-            if forward is not None:
-                m.forward = forward
-
-
-def _experts(module: torch.nn.Module, x: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    stored = module.gate_up_proj, module.down_proj
-    scales = [module.gate_up_proj_scale_inv, module.down_proj_scale_inv]
-    return torch.ops.gdnfuse.experts.default(x, indices, weights, *stored, "silu", scales=scales, format="fp8_block128")
 
 
 def verify(model: torch.nn.Module, *, batch: int = 1, prompt: int = 70, **options: Any) -> list[GraphReport]:

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from transformers import DynamicCache, StaticCache
 
+from gdnfuse.capture_fp8 import dequantized_calls
 from gdnfuse.generation.caches import cache_argument
-from gdnfuse.models import dequantized_calls
 from gdnfuse.versions import version
 
 SLACK = 1.5  # error allowed, in units of eager's own: of a few steps it is a draw

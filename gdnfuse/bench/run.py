@@ -34,11 +34,12 @@ from gdnfuse.bench.measure import (
     widen,
 )
 from gdnfuse.bench.workers import Interrupted, answer, fla_version, note, run_sides, show_fla
+from gdnfuse.capture_fp8 import dequantized_calls
 from gdnfuse.errors import GdnfuseError, one_line
 from gdnfuse.files import check_writable, replacing
 from gdnfuse.generation.caches import cache_argument
 from gdnfuse.generation.compile import apart
-from gdnfuse.models import QUANTIZED, dequantized_calls, load_config, preset, quantized, random_model
+from gdnfuse.models import QUANTIZED, load_config, preset, quantized, random_model
 from gdnfuse.report.text import table
 
 SCHEMA = "gdnfuse.bench/1"

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from gdnfuse import compat, versions
+from gdnfuse.capture_fp8 import dequantized_calls
 from gdnfuse.errors import GdnfuseError
 from gdnfuse.generation import prefix_files
 from gdnfuse.generation.caches import cache_argument, mark_lengths
@@ -394,7 +395,7 @@ class _Layout:
             raise GdnfuseError(
                 f"A PrefixStore needs a model that keeps full attention's keys and GDN states, found {why} in {name}."
             )
-        with torch.no_grad():
+        with torch.no_grad(), dequantized_calls(model):
             token = torch.zeros(1, 1, dtype=torch.long, device=next(iter(devices)))
             compat.call_of(model)(input_ids=token, use_cache=True, **cache_argument(model, cache))
         attention = [(i, *_heads(layer)) for i, layer in enumerate(cache.layers) if not _linear(layer)]

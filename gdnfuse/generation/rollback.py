@@ -19,6 +19,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAttentionLayer, StaticCache, StaticLayer
 
 from gdnfuse import compat, kernels
+from gdnfuse.capture_fp8 import dequantized_calls
 from gdnfuse.dialect import delta_rule_commit
 from gdnfuse.errors import GdnfuseError, Refused
 from gdnfuse.generation.caches import cache_finder, mark_lengths
@@ -162,7 +163,9 @@ class RollbackCache(Cache):
         for i in self._mixers:
             _install(self._mixers[i])
         self._all: dict[str, torch.Tensor] = {}
-        _prove(self._mixers[min(self._mixers)])
+        mixer = self._mixers[min(self._mixers)]
+        with dequantized_calls(mixer):
+            _prove(mixer)
 
     @property
     def pending(self) -> int:
