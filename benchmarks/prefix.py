@@ -112,16 +112,25 @@ def first_token(talk: Talk, kind: str, store: gdnfuse.PrefixStore | None) -> dic
     figures = {"ms": statistics.median(known), "ms_min": min(known), "ms_max": max(known)}
     if store is not None:
         figures["tokens_taken"] = (store.stats().tokens_taken - before.tokens_taken) / REPEATS / talk.args.batch
-        unknown = []
-        for i in range(REPEATS):
-            store.clear()
-            unknown.append(talk.ms(talk.behind(40 + i), kind))
-        figures["unknown_ms"] = statistics.median(unknown)
+        figures["unknown_ms"] = unknown(talk, kind, store)
+        # The same where the prompt's graph leaves no states, so that calls end wherever one is wanted.
+        store.in_pieces, as_it_was = True, store.in_pieces
+        figures["unknown_in_pieces_ms"] = unknown(talk, kind, store)
+        store.in_pieces = as_it_was
         figures["key_ms"] = statistics.median(1e3 * seconds(store.key, talk.args.device) for _ in range(REPEATS))
         figures["open_ms"] = statistics.median(
             1e3 * seconds(lambda: store.open(talk.behind(60)), talk.args.device) for _ in range(REPEATS)
         )
     return figures
+
+
+def unknown(talk: Talk, kind: str, store: gdnfuse.PrefixStore) -> float:
+    """Milliseconds of prompts of which the store knows nothing and keeps everything; the first is not timed."""
+    times = []
+    for i in range(REPEATS + 1):
+        store.clear()
+        times.append(talk.ms(talk.behind(40 + i), kind))
+    return statistics.median(times[1:])
 
 
 def chat(talk: Talk, store: gdnfuse.PrefixStore | None) -> list[float]:

@@ -27,6 +27,8 @@ class Options:
         verify: run the rewritten graph and the graph as it came on copies of the first call's inputs, and compile the latter if
             ours is less accurate.
         fuel: rewrites that may be made, None for all of them; which one a difference comes from is found with it.
+        checkpoint_every: if not 0, a multiple of 64: the graph of a prompt also leaves the states of its GDN layers after every
+            so many tokens in `gdnfuse.runs.RUNS.checkpoints`, where somebody collects them. A prefix store has prompts do it.
         target: device type the lowering assumes, e.g. "cuda"; None takes it from the tensors. For reports without a GPU.
     """
 
@@ -37,6 +39,7 @@ class Options:
     stop_after: str | None = None
     verify: bool = False
     fuel: int | None = None
+    checkpoint_every: int = 0
     target: str | None = None
 
 
@@ -67,6 +70,9 @@ def parse(given: dict[str, Any] | None) -> Options:
             raise GdnfuseError(f"Option {name} must be True or False, found {getattr(options, name)!r}.")
     if options.fuel is not None and (type(options.fuel) is not int or options.fuel < 0):
         raise GdnfuseError(f"Option fuel must be a number of rewrites or None, found {options.fuel!r}.")
+    every = options.checkpoint_every
+    if type(every) is not int or every < 0 or every % 64:
+        raise GdnfuseError(f"Option checkpoint_every must be 0 or a multiple of 64 tokens, found {every!r}.")
     if options.target is not None and not isinstance(options.target, str):
         raise GdnfuseError(f"Option target must be a device type such as 'cuda', found {options.target!r}.")
     if not isinstance(options.inductor, dict) or not all(isinstance(k, str) for k in options.inductor):

@@ -16,7 +16,20 @@ from gdnfuse import compat
 from gdnfuse.dialect import chunk_delta_rule, op_of
 from gdnfuse.options import Options
 from gdnfuse.packing import Inner, PackedWeight
-from gdnfuse.passes import constants, fuse, growing_keys, last_rows, lift, lower, normalize, packed, quantized, subclasses, survey
+from gdnfuse.passes import (
+    checkpoints,
+    constants,
+    fuse,
+    growing_keys,
+    last_rows,
+    lift,
+    lower,
+    normalize,
+    packed,
+    quantized,
+    subclasses,
+    survey,
+)
 from gdnfuse.passes.fuse.verify_delta_rule import few_tokens
 from gdnfuse.passes.lift import gating
 from gdnfuse.progress import announce
@@ -41,6 +54,7 @@ class Compilation:
         real: the example input of every placeholder.
         outcome: what the rules did.
         growing: places, among the results of a prompt, of keys and values that the next step finds longer.
+        checkpoints: how many results, behind the graph's own, are states that a prompt passed.
         packed: what stands behind all other inputs in `gm`: tensors inside arguments, and packed weights.
     """
 
@@ -51,6 +65,7 @@ class Compilation:
     real: dict[Node, Any] = field(default_factory=dict)
     outcome: Outcome = field(init=False)
     growing: list[int] = field(default_factory=list)
+    checkpoints: int = 0
     packed: list[PackedWeight | Inner] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -114,6 +129,10 @@ def _stages(c: Compilation) -> Iterator[tuple[str, list[Callable[[GraphModule], 
         growing_keys.lay_out(gm, c.growing)
     yield "lay_out", [spec.check]
     announce("lower")
+    # To run a graph beside the one that came, both must return the same.
+    if c.options.checkpoint_every and c.report.phase == "prefill" and not c.options.verify:
+        c.checkpoints, made = checkpoints.hand_back(gm, c.options.checkpoint_every, len(c.report.layers))
+        outcome.records += made
     c.packed += lower.pack_weights(gm, c.real, c.plan)
     outcome.records += lower.lower(gm, c.options.target, linears=c.report.phase in ("decode", "verify"), ahead=not c.plan)
     yield "lower", [lower.check]

@@ -16,6 +16,7 @@ BAD = {
     "stop_after": ["lifting", 3, True],
     "verify": [1, "yes", None],
     "fuel": [-1, True, 1.5, "all"],
+    "checkpoint_every": [-64, 100, 64.0, None],
     "target": [0, torch.device("cpu")],
     "inductor": [None, ["max_autotune"], {1: 2}],
 }

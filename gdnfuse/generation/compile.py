@@ -104,9 +104,17 @@ def _compile(model: torch.nn.Module, settings: _Settings, parsed: gdnfuse_option
     hooks = Hooks(model, coverage.say)
 
     first = plain
+    if settings.prefixes is not None:
+        settings.prefixes.in_pieces = True
     if settings.prefill:
         first = torch.compile(apart(plain), **shared, **_no_cuda_graphs(mode, options))
         first = coverage.checked(preparing_caches(first, fullgraph, settings.state_dtype, any_length), PROMPT)
+        if settings.prefixes is not None and parsed.capture and not parsed.checkpoint_every:
+            leaving = {**options, "checkpoint_every": settings.prefixes.every}
+            kept = torch.compile(apart(plain, "kept"), **shared, **_no_cuda_graphs(mode, leaving))
+            kept = coverage.checked(preparing_caches(kept, fullgraph, settings.state_dtype, any_length), PROMPT)
+            first = generate.keeping(first, kept)
+            settings.prefixes.in_pieces = False
         if not fullgraph:
             # Where generate is given a compile_config of its own (and prefill_chunk_size), a prompt still gets our compilation.
             first = torch.compiler.disable(first)

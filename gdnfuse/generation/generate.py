@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import itertools
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +25,7 @@ from gdnfuse.generation.prefix_tree import BLOCK, TOKEN
 from gdnfuse.generation.prefixes import PrefixStore, tokens
 from gdnfuse.generation.proposers import Proposer, proposer_of
 from gdnfuse.generation.speculation import Acceptance, Speculative, check_model
+from gdnfuse.runs import RUNS
 
 log = logging.getLogger(__name__)
 
@@ -109,11 +111,12 @@ class Generate:
             self._runs.noted = None
 
     @contextlib.contextmanager
-    def apart(self) -> Iterator[None]:
-        """Runs of this thread have a store of their own meanwhile, which is small and has states at every block."""
-        if self.prefixes is not None:
-            size = 8 * (self.prefixes.state_bytes + self.prefixes.block_bytes)
-            self._runs.scratch = PrefixStore(self.__self__, BLOCK, size)
+    def apart(self, rows: int, tokens: int) -> Iterator[None]:
+        """Runs of this thread have a store of their own meanwhile, for some prompts of so many rows and tokens."""
+        known = self.prefixes
+        size = 8 * rows * ((tokens // known.every + 3) * known.state_bytes + (tokens // BLOCK + 1) * known.block_bytes)
+        self._runs.scratch = scratch = PrefixStore(self.__self__, known.every, size)
+        scratch.in_pieces = known.in_pieces
         try:
             yield
         finally:
@@ -249,21 +252,56 @@ class Run:
             self.taken += n - have
         last = self.prompt is None or end >= self.prompt
         stops = prefixes.boundaries(rows, at, end, self._key, last) if self._keeps else []
-        for stop in [*stops, end]:
-            if stop > at:
-                out = call(**_part(given, at - have, stop - have, end - have))
-                at = stop
+        while at < end:
+            start, (at, passed) = at, self._piece(at, [n for n in stops if n > at], end)
+            with _collecting() if passed else contextlib.nullcontext([]) as collected:
+                out = call(**_part(given, start - have, at - have, end - have))
+            states = prefixes.passed(collected, len(passed)) if passed else []
+            if states is None:
+                prefixes.in_pieces, passed, states = True, [], []  # this model's graphs leave none
+            for n, held in zip(passed, states, strict=True):
+                self._keep([row[: n * TOKEN] for row in rows], held)
             if at % BLOCK == 0 and (at < end or at % prefixes.every == 0):
                 self._keep([row[: at * TOKEN] for row in rows])
         return out
 
-    def _keep(self, rows: list[bytes]) -> None:
+    def _piece(self, at: int, stops: list[int], end: int) -> tuple[int, list[int]]:
+        """Where a call from the token `at` ends, and the stops that it passes, of which its graph leaves the states.
+
+        Two at least, because a graph for any number of them is one for two and more.
+        """
+        prefixes, stops = self.prefixes, [*(n for n in stops if n < end), end]
+        passed = list(itertools.takewhile(lambda n: n % prefixes.every == 0 and n < end, stops))
+        if prefixes.in_pieces or at % prefixes.every or len(passed) < 2:
+            return stops[0], []
+        return stops[len(passed)], passed
+
+    def _keep(self, rows: list[bytes], states: list[torch.Tensor] | None = None) -> None:
+        """What the cache holds, or held when its states were these."""
         if not self._keeps:
             return
         try:
-            self.prefixes.keep(self._key, self._cache, rows)
+            self.prefixes.keep(self._key, self._cache, rows, states)
         except torch.OutOfMemoryError:  # what is asked for is the answer
             self.leave("the device has no memory left to keep anything")
+
+
+def keeping(plain: Callable[..., Any], kept: Callable[..., Any]) -> Callable[..., Any]:
+    """A prompt's call that goes to `kept`, which leaves the states that it passes, while somebody collects them."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return (plain if RUNS.checkpoints is None else kept)(*args, **kwargs)
+
+    return call
+
+
+@contextlib.contextmanager
+def _collecting() -> Iterator[list[list[torch.Tensor]]]:
+    outer, RUNS.checkpoints = RUNS.checkpoints, []
+    try:
+        yield RUNS.checkpoints
+    finally:
+        RUNS.checkpoints = outer
 
 
 def _nothing(x: Any) -> bool:

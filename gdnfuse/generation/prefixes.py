@@ -86,6 +86,8 @@ class PrefixStore:
         if len(models) > 1 or not gdn_layers(models[0]):
             found = f"{len(models)} models" if models[1:] else f"{type(model).__name__} without one"
             raise GdnfuseError(f"A PrefixStore needs one model with Gated DeltaNet layers, found {found}.")
+        # A prompt ends a call wherever a state is wanted, but where `gdnfuse.compile` has its graph leave them.
+        self.in_pieces = True
         self.every, self.max_bytes, self.host_bytes = every, max_bytes, host_bytes
         self._model = weakref.ref(models[0])
         self._layout = _Layout.of(models[0])
@@ -321,15 +323,27 @@ class PrefixStore:
             self._layout.fill(cache, entries, start)
             self._synchronize()
 
-    def keep(self, key: Hashable, cache: Any, rows: Sequence[bytes]) -> int:
-        """Keep what a cache holds, which has seen these tokens and no others; of how many rows there was room for."""
+    def keep(self, key: Hashable, cache: Any, rows: Sequence[bytes], states: list[torch.Tensor] | None = None) -> int:
+        """Keep what a cache holds, which has seen these tokens and no others; of how many rows there was room for.
+
+        With `states`, in the order of `passed`, it has seen more, and had these when it had seen these tokens.
+        """
+        states = self._layout.states_of(cache) if states is None else states
         with self._lock:
             kept = 0
             for i, row in enumerate(rows):
                 if rows.index(row) == i:
-                    kept += rows.count(row) * self._tree.keep(key, row, _Row(self._layout, cache, i))
+                    kept += rows.count(row) * self._tree.keep(key, row, _Row(self._layout, cache, i, states))
             self._synchronize()
             return kept
+
+    def passed(self, collected: list[list[torch.Tensor]], n: int) -> list[list[torch.Tensor]] | None:
+        """The states [B, …] at each of `n` places that a prompt has passed, as its graphs left them; None if they left others."""
+        left = [x for of_graph in collected for x in of_graph]
+        shapes = [shape for *_, shape in self._layout.states]
+        if any(x.shape[1] < n for x in left) or [tuple(x.shape[2:]) for x in left] != shapes:
+            return None
+        return [[x[:, i] for x in left] for i in range(n)]
 
     def count(self, rows: int, taken: int, run: int, *, prompt: bool, hit: bool) -> None:
         """Of each row so many tokens were taken and so many computed. With `prompt` these are new prompts, with `hit` ones of
@@ -494,9 +508,9 @@ class _Layout:
 class _Row:
     """One row of a cache, as `prefix_tree.Source`."""
 
-    def __init__(self, layout: _Layout, cache: Any, row: int):
+    def __init__(self, layout: _Layout, cache: Any, row: int, states: Sequence[torch.Tensor]):
         self._held = [x[row] for x in layout.held(cache)]
-        states = [(kind, x[row]) for (_, kind, _, _), x in zip(layout.states, layout.states_of(cache), strict=True)]
+        states = [(kind, x[row]) for (_, kind, _, _), x in zip(layout.states, states, strict=True)]
         self._states = [[x for of, x in states if of == kind] for kind in ("recurrent_states", "conv_states")]
         self.token_bytes = sum(x[:, :1].nbytes for x in self._held)
         self.state_bytes = sum(x.nbytes for of in self._states for x in of)

@@ -18,6 +18,7 @@ from gdnfuse.report.records import reports
 
 # Two lengths: with a static cache Dynamo makes one graph for the first and one for any length at the second.
 WARM_PROMPTS = (70, 83)
+LONG = 5  # times the tokens between two states that the longest prompt has besides
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ def warmup(model: torch.nn.Module, *, batch: int = 1, new_tokens: int = 4, **gen
     """Compile all that `model.generate` will need, by generating a few tokens from two short random prompts.
 
     Chunks are of 64 tokens whatever the prompt's length and nothing is tuned at run time, so later prompts compile nothing more.
-    Of a model with a prefix store the rest of a prompt, behind what is known, is compiled too; the store itself stays as it is.
+    Of a model with a prefix store the rest of a prompt, behind what is known, is compiled too, and prompts so long that their
+    graphs leave states on the way, from four more prompts; the store itself stays as it is.
 
     Args:
         model: after `gdnfuse.compile`.
@@ -65,22 +67,29 @@ def warmup(model: torch.nn.Module, *, batch: int = 1, new_tokens: int = 4, **gen
     known, start = len(reports()), time.perf_counter()
     device = next(model.parameters()).device
     vocabulary = model.config.get_text_config().vocab_size
+    ours = [found for found in map(of, models) if found is not None and found.prefixes is not None]
+    long = max((x.prefixes.every for x in ours if not x.prefixes.in_pieces), default=0)
     with contextlib.ExitStack() as stack:
-        for ours in filter(None, map(of, models)):
-            stack.enter_context(ours.apart())
-        prompt = torch.randint(0, vocabulary, (batch, max(WARM_PROMPTS)), device=device)
-        for length in WARM_PROMPTS:
-            ids = prompt[:, :length]  # the second begins with the first, so that with a prefix store it goes on behind it
-            options = {
-                "attention_mask": torch.ones_like(ids),
-                "min_new_tokens": new_tokens,
-                "max_new_tokens": new_tokens,
-                **generate,
-            }
-            model.generate(ids, **options)
+        for x in ours:
+            stack.enter_context(x.apart(batch, LONG * long + max(WARM_PROMPTS)))
+        for ids in _prompts(torch.randint(0, vocabulary, (batch, LONG * long + max(WARM_PROMPTS)), device=device), long):
+            options = {"attention_mask": torch.ones_like(ids), "min_new_tokens": new_tokens, "max_new_tokens": new_tokens}
+            model.generate(ids, **{**options, **generate})
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     graphs = Counter(report.phase for report in reports()[known:])
     coverages = [getattr(compat.compiled_call(m), "coverage", None) for m in models]
     unfused = {phase: missing.layers for c in coverages if c is not None for phase, missing in c.missing.items()}
     return Warmup(time.perf_counter() - start, dict(graphs), kernels.loaded(), unfused)
+
+
+def _prompts(ids: torch.Tensor, every: int) -> list[torch.Tensor]:
+    """Two prompts, of which the second goes on behind the first. Where graphs of long ones leave states after `every` tokens, two
+    more that begin anew and two that go on."""
+    one, two = WARM_PROMPTS
+    prompts = [ids[:, :one], ids[:, :two]]
+    if every:
+        anew, known = ids.roll(1, 1), ids[:, :one]
+        one, two = (LONG - 1) * every + one, LONG * every + two
+        prompts += [ids.flip(1)[:, :one], ids[:, :one], anew[:, :two], torch.cat([known, anew], 1)[:, :two]]
+    return prompts

@@ -15,6 +15,7 @@ from gdnfuse.dialect import (
     causal_conv,
     causal_conv_update,
     chunk_delta_rule,
+    conv_windows,
     delta_rule,
     experts,
     fused_gating_delta_rule,
@@ -333,6 +334,18 @@ def test_experts_are_transformers_loop_over_them(N, E, H, data, masked):
     for most in (0, experts.FEW):  # choices that are computed one by one
         with mock.patch.object(experts, "FEW", most):
             close(experts.reference(x, indices, weights, gate_up, down), wanted)
+
+
+def test_conv_windows_are_the_columns_before_each_place():
+    x, v = torch.randn(2, 6, 3 + 70), torch.randn(2, 70, 1)
+    found = conv_windows.reference(x, v, 16, 4)
+    assert found.shape == (2, 4, 6, 4)
+    for i in range(4):
+        end = 3 + 16 * (i + 1)
+        assert torch.equal(found[:, i], x[:, :, end - 4 : end])
+    assert conv_windows.reference(x, v, 71, 4).shape == (2, 0, 6, 4)
+    with pytest.raises(ValueError, match="Windows of 4 columns need as many tokens between them, got 3"):
+        conv_windows.reference(x, v, 3, 4)
 
 
 @pytest.mark.parametrize("gated", [True, False])

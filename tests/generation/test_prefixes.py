@@ -16,8 +16,10 @@ from transformers import DynamicCache, StaticCache
 
 import gdnfuse
 from gdnfuse import GdnfuseError, PrefixStore
+from gdnfuse.generation import generate
 from gdnfuse.generation.caches import cache_finder
 from gdnfuse.generation.generate import Run
+from gdnfuse.passes import checkpoints
 from tests.models import zoo
 
 FAMILIES = {"qwen3_5": zoo.causal_lm, "qwen3_5_moe": zoo.moe, "qwen3_next": zoo.qwen3_next, "olmo_hybrid": zoo.olmo_hybrid}
@@ -85,7 +87,7 @@ def test_many_random_prompts(family, tmp_path):
 
 
 def test_prompts_and_steps_are_compiled_and_fused_on_what_was_taken():
-    plain, ours, store = pair(prefill=True, fuel=None, strict=True)
+    plain, ours, store = pair(every=1024, prefill=True, fuel=None, strict=True)
     for seed, kind in ((1, {}), (2, {}), (3, {}), (4, {"cache_implementation": "static"})):
         agree(plain, ours, torch.cat([ids(130), ids(9 + seed, seed)], 1), max_new_tokens=3, **kind)
     assert store.stats().hits == 3
@@ -107,12 +109,46 @@ def test_explain_says_what_would_be_taken():
 
 
 def test_after_a_warmup_nothing_is_compiled():
-    _, ours, store = pair(prefill=True, fuel=None, every=1024)
-    assert gdnfuse.warmup(ours).graphs == {"prefill": 2, "decode": 1} and store.stats().prompts == store.stats().states == 0
+    _, ours, store = pair(prefill=True, fuel=None, every=128)
+    # Prompts on an empty and on a filled cache, and both with states on the way.
+    assert gdnfuse.warmup(ours).graphs == {"prefill": 4, "decode": 1} and store.stats().prompts == store.stats().states == 0
     gdnfuse.clear_reports()
-    for seed in range(3):
-        ours.generate(torch.cat([ids(300), ids(70 + seed, seed)], 1), max_new_tokens=2)
-    assert store.stats().hits == 1 and not gdnfuse.reports()
+    for n in (60, 300, 700, 80, 710):
+        ours.generate(torch.cat([ids(100), ids(n, n)], 1), max_new_tokens=2)
+    assert store.stats().hits == 3 and not gdnfuse.reports()
+
+
+@pytest.mark.parametrize(
+    "family", [f if f in ("qwen3_5", "olmo_hybrid") else pytest.param(f, marks=pytest.mark.sweep) for f in FAMILIES]
+)
+def test_a_prompt_leaves_its_states_in_one_call(family, monkeypatch):
+    plain, ours, store = pair(FAMILIES[family], prefill=True, fuel=None, strict=True)
+    calls = []
+    part = generate._part
+    monkeypatch.setattr(generate, "_part", lambda given, *at: calls.append(at[:2]) or part(given, *at))
+    prompt = ids(330, rows=2)
+    agree(plain, ours, prompt, max_new_tokens=1)
+    assert calls == [(0, 330)] and not store.in_pieces  # 320 is the last whole block, and a multiple of 64 itself
+    for n in range(64, 330, 64):
+        cache, wanted = store.open(prompt[:, : n + 1]), zoo.new_cache(plain, "dynamic")
+        plain(input_ids=prompt[:, :n], **zoo.held(wanted))
+        assert cache.get_seq_length() == n
+        for kind in ("conv", "recurrent"):
+            assert zoo.relative(zoo.flat_states(cache, kind), zoo.flat_states(wanted, kind)) < 1e-5
+    # The same on what was taken, behind a turn's end that is no multiple of anything.
+    calls.clear()
+    longer = torch.cat([prompt, ids(400, 5, rows=2)], 1)
+    agree(plain, ours, longer)
+    assert calls == [(330, 384), (384, 730)]
+    assert store.open(torch.cat([longer[:, :650], ids(9, rows=2)], 1)).get_seq_length() == 640
+
+
+def test_where_a_graph_leaves_no_states_calls_end_where_they_are_wanted(monkeypatch):
+    plain, ours, store = pair(prefill=True, fuel=None)
+    monkeypatch.setattr(checkpoints, "hand_back", lambda *_: (0, []))
+    for seed in (1, 2, 2):
+        agree(plain, ours, ids(330, seed))
+    assert store.in_pieces and store.stats().tokens_taken == 320
 
 
 def test_states_are_where_prompts_part_and_where_they_end():
