@@ -33,6 +33,7 @@ from gdnfuse.rewrite.graph import (
     module_stack,
     op_name,
     origin,
+    storage,
     tensors_of,
     value,
     writes,
@@ -40,6 +41,7 @@ from gdnfuse.rewrite.graph import (
 
 CHOSEN = "gdnfuse_chosen"  # key of a node's meta: the implementation that the lowering chose
 LOOKUPS = ("embedding", "index_select", "gather", "getitem")  # read of their largest tensor what they return
+PRODUCTS = ("scaled_mm", "_scaled_mm", "_scaled_mm_v2", "mm", "matmul", "addmm", "bmm")  # that a linear may call instead
 GROUPED = ("_grouped_mm", "grouped_mm")
 WRITTEN = {"copy_": 1, "index_copy_": 3, "setitem": 2}  # write as much as that argument holds
 SHORT = {
@@ -170,13 +172,16 @@ def _projections(gm: GraphModule) -> list[tuple[Projection, list[Node]]]:
             others.setdefault(path, (cls, []))[1].append(node)
     known = {projection.paths[0] for projection, _ in found.values()}
     for path, (cls, nodes) in others.items():
-        called = next((op_name(n) for n in nodes if foreign(n)), "")
+        called = next((op_name(n) for n in nodes if foreign(n) or op_name(n) in PRODUCTS), "")
         if path in known or f"{path} gate_up" in found or not called:
             continue
         inputs = list(dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n.op in ("placeholder", "get_attr")))
         weights = [n for n in inputs if is_tensor(n) and compat.of_the_model(n)]
-        reason = f"A projection must be torch's linear on a weight of a known format, found {cls.__name__}, which calls {called}."
-        size = sum(map(_nbytes, weights))
+        reason = (
+            f"A projection must be torch's linear on a weight of a known format, found {cls.__name__}, which calls {called}: "
+            "load the model in such a format, or dequantised."
+        )
+        size = sum(map(_nbytes, {storage(n): n for n in weights}.values()))  # one may be there twice
         projection = Projection(path.rpartition(".")[2], cls.__name__, 0, 0, size, OWN_LIBRARY, reason, [path])
         found[path] = projection, []
     return list(found.values())
@@ -195,7 +200,7 @@ def _projection(path: str, weight: Node) -> Projection:
         fmt = bind(weight)["format"]
     elif isinstance(real, torch.Tensor) and type(real) not in (torch.Tensor, torch.nn.Parameter) and not compat.is_fake(real):
         fmt, size = type(real).__name__, _stored_bytes(real)
-        reason = f"A projection's weight must be a plain tensor or of a known format, found a {fmt}."
+        reason = f"A projection's weight must be plain or of a known format, found a {fmt}: load the model so, or dequantised."
     rows, columns = (int(n) if isinstance(n, int) else 0 for n in v.shape[-2:])
     return Projection(path.rpartition(".")[2], fmt, rows, columns, size, OWN_LIBRARY if reason else "", reason, [path])
 
