@@ -52,8 +52,8 @@ def reference(
         shared_down: [H, S], or None.
         shared_expert_gate: s, [1, H], or None where the shared expert is added as it is.
         residual: [N, H], or None.
-        scales: of gate_up and of down, which then are data of quantised weights; they become weights of x's dtype, those of no
-            more experts than are needed.
+        scales: of gate_up and of down, or of these and shared_gate, shared_up and shared_down, which then are data of quantised
+            weights; they become weights of x's dtype, those of no more experts than are needed.
         format: of those, as of dequantize.
 
     Returns:
@@ -67,7 +67,11 @@ def reference(
         x = rms_norm(x, norm_weight, norm_eps, norm_offset)
     acc = acc_dtype(x, routing_weights)
     choices = _one_by_one if few(indices) else _by_expert
-    of = [partial(_taken, w, s, format, dtype) for w, s in zip((gate_up, down), scales or (None, None), strict=True)]
+    experts, shared = (scales or (None, None))[:2], (scales or ())[2:]
+    of = [partial(_taken, w, s, format, dtype) for w, s in zip((gate_up, down), experts, strict=True)]
+    if shared:
+        stored = zip((shared_gate, shared_up, shared_down), shared, strict=True)
+        shared_gate, shared_up, shared_down = (dequantize(w, s, format, dtype) for w, s in stored)
     wide = x.to(dtype if scales else gate_up.dtype)
     y = (choices(wide, indices, gate_up.shape[0], *of, act, acc) * routing_weights.to(acc)[..., None]).sum(1)
     if shared_down is not None:
@@ -136,7 +140,7 @@ def example_call(
     format="",
 ):  # fmt: skip
     """A call with random inputs: `shared` columns of a shared expert, if any; `masked` gives the first row an index of E; with a
-    format the experts are quantised."""
+    format the experts are quantised, the shared one too."""
     draw = lambda *shape: (torch.randn(*shape) * shape[-1] ** -0.5).to(dtype)  # noqa: E731
     indices = torch.rand(N, E).topk(top_k, -1).indices
     if masked:
@@ -156,7 +160,10 @@ def example_call(
     if format:
         pairs = [named(format).quantize(w) for w in stored]
         stored = [data for data, _ in pairs]
-        options |= {"scales": [scale for _, scale in pairs], "format": format}
+        names = ("shared_gate", "shared_up", "shared_down") if shared else ()
+        of_shared = {name: named(format).quantize(options[name]) for name in names}
+        options |= {name: data for name, (data, _) in of_shared.items()}
+        options |= {"scales": [scale for _, scale in (*pairs, *of_shared.values())], "format": format}
     return (torch.randn(N, H).to(dtype), indices, weights, *stored), options
 
 
@@ -166,6 +173,7 @@ def examples():
         example_call(1, 8, 6, 3, 4, torch.bfloat16, shared=6, gated=True, norm=True, residual=True),
         example_call(3, 8, 4, 2, 6, shared=4),
         example_call(3, 136, 4, 2, 64, torch.bfloat16, masked=True, format="fp8_block128"),
+        example_call(2, 136, 4, 2, 64, torch.bfloat16, shared=32, gated=True, format="fp8_block128"),
         example_call(160, 8, 4, 2, 6, masked=True, format="fp8_block128"),
     ]
 

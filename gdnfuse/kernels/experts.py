@@ -31,14 +31,16 @@ import triton.language as tl
 from gdnfuse import compat
 from gdnfuse.dialect.experts import ACTIVATIONS
 from gdnfuse.errors import Refused
-from gdnfuse.kernels import devices, grouped_experts, route, skinny_linear
+from gdnfuse.kernels import devices, grouped_experts, quantized, route, skinny_linear
 from gdnfuse.kernels.few_rows_linear import OPERANDS
 from gdnfuse.kernels.launch.implementation import kernel_of, overlap_options, register, require_dtypes, require_static
+from gdnfuse.kernels.quantized import dot_scaled, load_scales, scales_of_rows, times
 from gdnfuse.kernels.route import LOWEST, MAX_EXPERTS, MAX_ROWS, MAX_TOP_K, keys, largest, normed
 from gdnfuse.kernels.skinny_linear import load_row, load_rows
 
 gdc_launch_dependents, gdc_wait = compat.dependent_launch()
 
+GROUP = tl.constexpr(quantized.GROUP)
 COMPARED = 128  # choices that a program compares with its expert at once
 
 
@@ -94,12 +96,18 @@ def _prefetch(weight_ptr, part, M, N, stride_wm, LINES: tl.constexpr):
 
 
 @triton.jit
+def _scales_of(expert, rows, row, N, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Where the scales of an expert's row begin, of weights with so many rows of N columns; behind their end the first row's."""
+    return scales_of_rows(expert, rows, tl.where(row < rows, row, 0), N, ROWS, COLUMNS)
+
+
+@triton.jit
 def experts_up_kernel(
     x_ptr, norm_weight_ptr, logits_ptr, indices_ptr, gate_up_ptr, shared_gate_ptr, shared_up_ptr, shared_expert_gate_ptr,
-    shared_down_ptr, h_ptr, shared_h_ptr, open_ptr,
+    shared_down_ptr, h_ptr, shared_h_ptr, open_ptr, scale_ptr, shared_gate_scale_ptr, shared_up_scale_ptr,
     norm_eps, norm_offset, E, I, S, tiles, shared_tiles, fetching, stride_e, stride_w, stride_sg, stride_su, stride_sd,
     H: tl.constexpr, BE: tl.constexpr, ROUND: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, LINES: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    OVERLAP: tl.constexpr, KIND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CONVERTS: tl.constexpr,
 ):  # fmt: skip
     """One row: R columns of SwiGLU of the shared expert, whose programs are first, or of one choice. While these have nothing to
     do but wait, the first of them have the shared expert's down projection brought to the L2, LINES lines of 128 bytes each."""
@@ -144,8 +152,20 @@ def experts_up_kernel(
         x_row = load_row(x_ptr, H, BN)
 
     x, factor = normed(x_row, norm_weight, norm_eps, norm_offset, H, BN)
-    y = skinny_linear.dot_rows(gate, x, R, BN) * factor  # [R]
-    y = y * tl.sigmoid(y) * (skinny_linear.dot_rows(up, x, R, BN) * factor)
+    if KIND is None:
+        y = skinny_linear.dot_rows(gate, x, R, BN) * factor  # [R]
+        y = y * tl.sigmoid(y) * (skinny_linear.dot_rows(up, x, R, BN) * factor)
+    else:
+        known = tl.minimum(tl.maximum(expert, 0), E - 1)  # what is no expert has no scales, and weights of zero
+        of_gate = scale_ptr + _scales_of(known, 2 * I, tile * R, H, ROWS, COLUMNS)
+        of_up = scale_ptr + _scales_of(known, 2 * I, I + tile * R, H, ROWS, COLUMNS)
+        if shared_gate_ptr is not None:
+            place = _scales_of(0, S, tile * R, H, ROWS, COLUMNS)
+            of_gate = tl.where(shared, shared_gate_scale_ptr + place, of_gate)
+            of_up = tl.where(shared, shared_up_scale_ptr + place, of_up)
+        scales, up_scales = load_scales(of_gate, H, BN, COLUMNS, GROUP), load_scales(of_up, H, BN, COLUMNS, GROUP)
+        y = dot_scaled(gate, x, scales, R, BN, KIND, CONVERTS, GROUP) * factor  # [R]
+        y = y * tl.sigmoid(y) * (dot_scaled(up, x, up_scales, R, BN, KIND, CONVERTS, GROUP) * factor)
     y = y.to(h_ptr.dtype.element_ty)
     if shared_gate_ptr is not None:
         tl.store(shared_h_ptr + row, y, mask=shared & (row < S))
@@ -162,9 +182,11 @@ def experts_up_kernel(
 @triton.jit
 def experts_down_kernel(
     h_ptr, shared_h_ptr, open_ptr, logits_ptr, indices_ptr, weights_ptr, down_ptr, shared_down_ptr, residual_ptr, out_ptr,
+    scale_ptr, shared_scale_ptr,
     E, M, stride_e, stride_w, stride_s,
     K: tl.constexpr, I: tl.constexpr, S: tl.constexpr, BE: tl.constexpr, ROUND: tl.constexpr, NORMALIZE: tl.constexpr,
-    R: tl.constexpr, BN: tl.constexpr, OVERLAP: tl.constexpr,
+    R: tl.constexpr, BN: tl.constexpr, OVERLAP: tl.constexpr, KIND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    CONVERTS: tl.constexpr,
 ):  # fmt: skip
     """One row: R columns of the result, over all choices."""
     if OVERLAP:
@@ -175,6 +197,7 @@ def experts_down_kernel(
     if shared_down_ptr is not None:
         shared_w = load_rows(shared_down_ptr, row, live, stride_s, S, BN, False)
     weights = ()
+    scales = ()
     choices = ()  # whether there is an expert behind each
     total = 0.0
     if logits_ptr is not None:
@@ -199,25 +222,44 @@ def experts_down_kernel(
             choices = choices + (chosen,)
             there = live & chosen
         w = w + load_rows(down_ptr + expert.to(tl.int64) * stride_e, row, there, stride_w, I, BN, False)
+        if KIND is not None:
+            known = tl.minimum(tl.maximum(expert, 0), E - 1)
+            place = _scales_of(known, M, tl.program_id(0) * R, I, ROWS, COLUMNS)
+            scales = scales + load_scales(scale_ptr + place, I, BN, COLUMNS, GROUP)
         weights = weights + (weight,)
     if OVERLAP:
         gdc_wait()
 
     column = tl.arange(0, BN)  # [BN]
     STEPS: tl.constexpr = (I + BN - 1) // BN
-    acc = tl.zeros((R, BN), tl.float32)
+    SUMS: tl.constexpr = BN if KIND is None else BN // GROUP
+    acc = tl.zeros((R, SUMS), tl.float32)
     for j in tl.static_range(K):
         for i in tl.static_range(STEPS):
             inside = column < I - i * BN
             if logits_ptr is None:
                 inside = inside & choices[j]
             h = tl.load(h_ptr + j * I + i * BN + column, mask=inside, other=0.0).to(tl.float32)  # [BN]
-            acc += w[j * STEPS + i].to(tl.float32) * (h * weights[j])[None, :]
+            if KIND is None:
+                acc += w[j * STEPS + i].to(tl.float32) * (h * weights[j])[None, :]
+            else:
+                products = quantized.widen(w[j * STEPS + i], KIND, CONVERTS) * h[None, :]
+                grouped = tl.sum(tl.reshape(products, (R, SUMS, GROUP)), 2)  # [R, SUMS]
+                acc += grouped * (scales[j * STEPS + i] * weights[j])[None, :]
     y = tl.sum(acc, 1)  # [R]
     if logits_ptr is not None:
         y = y / total
     if shared_down_ptr is not None:
-        y_shared = skinny_linear.dot_rows(shared_w, load_row(shared_h_ptr, S, BN), R, BN)
+        shared_h = load_row(shared_h_ptr, S, BN)
+        if KIND is None:
+            y_shared = skinny_linear.dot_rows(shared_w, shared_h, R, BN)
+        else:
+            h_wide = ()
+            for i in tl.static_range(len(shared_h)):
+                h_wide = h_wide + (shared_h[i].to(tl.float32),)
+            place = _scales_of(0, M, tl.program_id(0) * R, S, ROWS, COLUMNS)
+            shared_scales = load_scales(shared_scale_ptr + place, S, BN, COLUMNS, GROUP)
+            y_shared = dot_scaled(shared_w, h_wide, shared_scales, R, BN, KIND, CONVERTS, GROUP)
         if open_ptr is not None:
             y_shared = y_shared * tl.sigmoid(tl.load(open_ptr))
         y += y_shared
@@ -261,11 +303,27 @@ def _next(indices_ptr, expert, first, NK, P: tl.constexpr, BB: tl.constexpr):
 
 
 @triton.jit
+def _open(x_ptr, shared_expert_gate_ptr, open_ptr, N, columns, stride_x, BK: tl.constexpr, BB: tl.constexpr):
+    """The product of every row with the shared expert's gate."""
+    k = tl.arange(0, BK)  # [BK]
+    for first in range(0, N, BB):
+        n = first + tl.arange(0, BB)  # [BB]
+        acc = tl.zeros((BK, BB), tl.float32)
+        for start in range(0, columns, BK):
+            s = tl.load(shared_expert_gate_ptr + start + k).to(tl.float32)  # [BK]
+            x_ptrs = x_ptr + n.to(tl.int64)[None, :] * stride_x + (start + k)[:, None]  # [BK, BB]
+            acc += s[:, None] * tl.load(x_ptrs, mask=(n < N)[None, :], other=0.0).to(tl.float32)
+        tl.store(open_ptr + n, tl.sum(acc, 0), mask=n < N)
+
+
+@triton.jit
 def experts_up_rows_kernel(
     x_ptr, indices_ptr, gate_up_ptr, shared_gate_ptr, shared_up_ptr, shared_expert_gate_ptr, h_ptr, shared_h_ptr, open_ptr,
+    scale_ptr, shared_gate_scale_ptr, shared_up_scale_ptr,
     N, NK, E, I, S, columns, tiles, shared_tiles, stride_x, stride_e, stride_w, stride_sg, stride_su,
     K: tl.constexpr, P: tl.constexpr, BY_CHOICE: tl.constexpr, OPERAND: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, BB: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
+    KIND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CONVERTS: tl.constexpr,
 ):  # fmt: skip
     """Several rows: BM / 2 columns of SwiGLU of the shared expert, for all rows, or of an expert for those that chose it. Where
     the shared expert has a gate, it is the first program's product, whose tile has nothing but that row."""
@@ -276,6 +334,10 @@ def experts_up_rows_kernel(
     BO: tl.constexpr = BM // 2
     k = tl.arange(0, BK)  # [BK]
     b = tl.arange(0, BB)  # [BB]
+    if KIND is not None and shared_expert_gate_ptr is not None:  # which is stored otherwise than they are
+        if pid == 0:
+            _open(x_ptr, shared_expert_gate_ptr, open_ptr, N, columns, stride_x, BK, BB)
+            return
     shared = pid < shared_tiles
     opens = (pid == 0) & (shared_expert_gate_ptr is not None)
     tile = tl.where(shared, pid - (shared_expert_gate_ptr is not None), (pid - shared_tiles) % tiles)
@@ -292,13 +354,21 @@ def experts_up_rows_kernel(
         stride_gate, stride_up = tl.where(shared, stride_sg, stride_w), tl.where(shared, stride_su, stride_w)
         out_ptr = tl.where(shared, shared_h_ptr, h_ptr)
         count = tl.where(shared, N, count)
-    if shared_expert_gate_ptr is not None:
+    if KIND is None and shared_expert_gate_ptr is not None:
         gate_ptr, up_ptr = tl.where(opens, shared_expert_gate_ptr, gate_ptr), tl.where(opens, shared_expert_gate_ptr, up_ptr)
     row = tile * BO + tl.arange(0, BO)  # [BO]
     inside = (row >= 0) & (row < width)  # [BO]
     w_row = tl.where(inside, row, 0).to(tl.int64)  # [BO]
     gate_ptrs = gate_ptr + w_row[:, None] * stride_gate + k[None, :]  # [BO, BK]
     up_ptrs = up_ptr + w_row[:, None] * stride_up + k[None, :]  # [BO, BK]
+    if KIND is not None:
+        known = tl.minimum(tl.maximum(expert, 0), E - 1)
+        of_gate = scale_ptr + scales_of_rows(known, 2 * I, w_row, columns, ROWS, COLUMNS)  # [BO]
+        of_up = scale_ptr + scales_of_rows(known, 2 * I, I + w_row, columns, ROWS, COLUMNS)  # [BO]
+        if shared_gate_ptr is not None:
+            place = scales_of_rows(0, S, w_row, columns, ROWS, COLUMNS)
+            of_gate = tl.where(shared, shared_gate_scale_ptr + place, of_gate)
+            of_up = tl.where(shared, shared_up_scale_ptr + place, of_up)
     for first in range(0, count, BB):
         at = _next(indices_ptr, expert, first, NK, P, BB)  # [BB]
         at = tl.where(shared, first + b, at)
@@ -309,9 +379,14 @@ def experts_up_rows_kernel(
         up = tl.zeros((BO, BB), tl.float32)
         for start in tl.range(0, columns, BK, num_stages=STAGES):
             x = tl.load(x_ptrs + start, mask=live[None, :], other=0.0).to(OPERAND)
-            gate = tl.dot(tl.load(gate_ptrs + start).to(OPERAND), x, gate, input_precision="ieee")
-            up = tl.dot(tl.load(up_ptrs + start).to(OPERAND), x, up, input_precision="ieee")
-        if shared_expert_gate_ptr is not None:
+            if KIND is None:
+                gate = tl.dot(tl.load(gate_ptrs + start).to(OPERAND), x, gate, input_precision="ieee")
+                up = tl.dot(tl.load(up_ptrs + start).to(OPERAND), x, up, input_precision="ieee")
+            else:
+                block = start // COLUMNS
+                gate += times(tl.load(gate_ptrs + start), x, tl.load(of_gate + block), OPERAND, KIND, CONVERTS)
+                up += times(tl.load(up_ptrs + start), x, tl.load(of_up + block), OPERAND, KIND, CONVERTS)
+        if KIND is None and shared_expert_gate_ptr is not None:
             tl.store(open_ptr + at, tl.sum(tl.where(row[:, None] == -BO, gate, 0.0), 0), mask=opens & live)
         y = gate * tl.sigmoid(gate) * up  # [BO, BB]
         out_ptrs = out_ptr + at.to(tl.int64)[None, :] * width + row[:, None]
@@ -321,9 +396,11 @@ def experts_up_rows_kernel(
 @triton.jit
 def experts_down_rows_kernel(
     h_ptr, shared_h_ptr, open_ptr, indices_ptr, weights_ptr, down_ptr, shared_down_ptr, parts_ptr,
+    scale_ptr, shared_scale_ptr,
     N, NK, E, M, I, S, tiles, shared_tiles, stride_e, stride_w, stride_s,
     K: tl.constexpr, P: tl.constexpr, BY_CHOICE: tl.constexpr, OPERAND: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, BB: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
+    KIND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CONVERTS: tl.constexpr,
 ):  # fmt: skip
     """Several rows: BM columns of the result of each choice of an expert, times its weight, or of the shared expert."""
     if OVERLAP:
@@ -344,6 +421,12 @@ def experts_down_rows_kernel(
         in_ptr = tl.where(shared, shared_h_ptr, h_ptr)
         count = tl.where(shared, N, count)
     w_ptrs = weight_ptr + tl.where(row < M, row, 0).to(tl.int64)[:, None] * stride + k[None, :]  # [BM, BK]
+    if KIND is not None:
+        known, w_row = tl.minimum(tl.maximum(expert, 0), E - 1), tl.where(row < M, row, 0)
+        scale_ptrs = scale_ptr + scales_of_rows(known, M, w_row, I, ROWS, COLUMNS)  # [BM]
+        if shared_down_ptr is not None:
+            of_shared = shared_scale_ptr + scales_of_rows(0, M, w_row, S, ROWS, COLUMNS)
+            scale_ptrs = tl.where(shared, of_shared, scale_ptrs)
     if OVERLAP:
         gdc_wait()
     for first in range(0, count, BB):
@@ -356,7 +439,10 @@ def experts_down_rows_kernel(
         for start in tl.range(0, width, BK, num_stages=STAGES):
             w = tl.load(w_ptrs + start)
             h = tl.load(h_ptrs + start, mask=live[None, :], other=0.0)
-            acc = tl.dot(w.to(OPERAND), h.to(OPERAND), acc, input_precision="ieee")
+            if KIND is None:
+                acc = tl.dot(w.to(OPERAND), h.to(OPERAND), acc, input_precision="ieee")
+            else:
+                acc += times(w, h.to(OPERAND), tl.load(scale_ptrs + start // COLUMNS), OPERAND, KIND, CONVERTS)
         factor = tl.load(weights_ptr + at, mask=live & (pid >= shared_tiles), other=1.0).to(tl.float32)  # [BB]
         if open_ptr is not None:
             opening = tl.load(open_ptr + at, mask=live & shared, other=0.0)
@@ -420,6 +506,35 @@ class Shared(NamedTuple):
         return self if self.expert_gate is None else self._replace(expert_gate=self.expert_gate.contiguous())
 
 
+class Scales(NamedTuple):
+    """Scales of quantised experts, contiguous, and the weights' format; None and "" of those that are not quantised."""
+
+    format: str = ""
+    gate_up: torch.Tensor | None = None
+    down: torch.Tensor | None = None
+    shared_gate: torch.Tensor | None = None
+    shared_up: torch.Tensor | None = None
+    shared_down: torch.Tensor | None = None
+
+    def how(self, device: torch.device) -> dict[str, Any]:
+        """Constexprs by which a kernel reads the weights."""
+        stored = quantized.stored(self.format) if self.format else None
+        if stored is None:
+            return {"KIND": None, "ROWS": 1, "COLUMNS": 1, "CONVERTS": False}
+        return {**dict(zip(("KIND", "ROWS", "COLUMNS"), stored, strict=True)), "CONVERTS": quantized.converts(device)}
+
+
+def as_stored(
+    gate_up: torch.Tensor, down: torch.Tensor, shared: Shared, scales: list[torch.Tensor] | None, format: str
+) -> tuple[torch.Tensor, torch.Tensor, Shared, Scales]:
+    """Weights as kernels read them, quantised ones as bytes, and their scales."""
+    if not scales:
+        return gate_up, down, shared, Scales()
+    gate, up, down_shared = (None if t is None else quantized.raw(t) for t in shared[:3])
+    stored = shared._replace(gate=gate, up=up, down=down_shared)
+    return quantized.raw(gate_up), quantized.raw(down), stored, Scales(format, *scales)
+
+
 def launch_row(
     routing: Routing,
     x: torch.Tensor,
@@ -429,42 +544,46 @@ def launch_row(
     norm_eps: float,
     norm_offset: float,
     shared: Shared,
+    scales: Scales,
     residual: torch.Tensor | None,
     overlap: bool,
 ) -> torch.Tensor:
     """experts of one row, whose choices may still be the router's logits."""
     K = routing.top_k
     (E, _, H), I, S = gate_up.shape, down.shape[2], shared.width
-    h, out = (torch.empty(n, dtype=t.dtype, device=x.device) for n, t in ((K * I, gate_up), (x.shape, x)))
-    shared_h = torch.empty(S, dtype=gate_up.dtype, device=x.device) if S else None
+    h, out = (torch.empty(n, dtype=x.dtype, device=x.device) for n in (K * I, x.shape))
+    shared_h = torch.empty(S, dtype=x.dtype, device=x.device) if S else None
+    how = scales.how(x.device)
     opening = torch.empty(1, dtype=torch.float32, device=x.device) if shared.expert_gate is not None else None
     norm_weight = None if norm_weight is None else norm_weight.contiguous()
     BE = 1 if routing.logits is None else triton.next_power_of_2(E)
 
-    R, BN, num_warps, _ = config_of_up(H, gate_up.dtype)
+    R, BN, num_warps, *_ = config_of_up(H, gate_up.dtype)
     tiles, shared_tiles = -(-I // R), -(-S // R)
     fetching = -(-H * S * down.dtype.itemsize // (128 * LINES)) if LINES else 0
     options = overlap_options(x, norm_weight) if overlap else {}
     kernel_of(experts_up_kernel)[(shared_tiles + K * tiles,)](
         x, norm_weight, routing.logits, routing.indices, gate_up, shared.gate, shared.up, shared.expert_gate,
-        shared.down, h, shared_h, opening,
+        shared.down, h, shared_h, opening, scales.gate_up, scales.shared_gate, scales.shared_up,
         norm_eps, norm_offset, E, I, S, tiles, shared_tiles, fetching, gate_up.stride(0), gate_up.stride(1), *shared.strides(),
-        H=H, BE=BE, ROUND=routing.round, R=R, BN=BN, LINES=LINES, OVERLAP=bool(options), num_warps=num_warps, **options,
+        H=H, BE=BE, ROUND=routing.round, R=R, BN=BN, LINES=LINES, OVERLAP=bool(options), **how, num_warps=num_warps, **options,
     )  # fmt: skip
 
     R, BN, num_warps = config_of_down(K, I, S, down.dtype)
     kernel_of(experts_down_kernel)[(-(-H // R),)](
         h, shared_h, opening, routing.logits, routing.indices, routing.weights, down, shared.down, residual, out,
-        E, H, down.stride(0), down.stride(1), shared.strides()[2],
+        scales.down, scales.shared_down, E, H, down.stride(0), down.stride(1), shared.strides()[2],
         K=K, I=I, S=S, BE=BE, ROUND=routing.round, NORMALIZE=routing.normalize,
-        R=R, BN=BN, OVERLAP=bool(options), num_warps=num_warps, **options,
+        R=R, BN=BN, OVERLAP=bool(options), **how, num_warps=num_warps, **options,
     )  # fmt: skip
     return out
 
 
 def config_of_up(H: int, dtype: torch.dtype) -> skinny_linear.Config:
     """skinny_linear's for a weight of gate and up of H columns, one tile per program, with longer steps at 2048 columns."""
-    R, BN, num_warps, _ = skinny_linear.config("swiglu", H, dtype)
+    R, BN, num_warps, *_ = skinny_linear.config("swiglu", H, dtype)
+    if dtype.itemsize == 1:
+        return R // 2 if H > 1024 else R, BN, num_warps, 0
     return R, 1024 if 1024 < H <= 2048 else BN, num_warps, 0
 
 
@@ -490,13 +609,14 @@ def launch_rows(
     gate_up: torch.Tensor,
     down: torch.Tensor,
     shared: Shared,
+    scales: Scales,
     residual: torch.Tensor | None,
     overlap: bool,
 ) -> torch.Tensor:
     """experts of several rows."""
     (N, K), (E, _, H), I, S = indices.shape, gate_up.shape, down.shape[2], shared.width
     indices, weights = indices.contiguous(), weights.contiguous()
-    empty = lambda *shape, dtype=gate_up.dtype: torch.empty(shape, dtype=dtype, device=x.device)  # noqa: E731
+    empty = lambda *shape, dtype=x.dtype: torch.empty(shape, dtype=dtype, device=x.device)  # noqa: E731
     h, parts, out = empty(N * K, I), empty(K + (S > 0), N, H, dtype=torch.float32), empty(N, H, dtype=x.dtype)
     shared_h = empty(N, S) if S else None
     opening = empty(N, dtype=torch.float32) if shared.expert_gate is not None else None
@@ -505,15 +625,17 @@ def launch_rows(
         "K": K,
         "P": min(COMPARED, triton.next_power_of_2(N * K)),
         "BY_CHOICE": N * K <= E,
-        "OPERAND": OPERANDS[gate_up.dtype],
+        "OPERAND": OPERANDS[x.dtype],
+        "BB": LEAST if N <= LEAST else MOST,
+        **scales.how(x.device),
     }
-    common |= {"BB": LEAST if N <= LEAST else MOST}
     options = overlap_options(x) if overlap else {}
 
     BM, BK, num_warps, stages = config_of_rows(UP_ROWS, gate_up.dtype, H)
     tiles, shared_tiles = -(-I // (BM // 2)), -(-S // (BM // 2)) + (opening is not None)
     kernel_of(experts_up_rows_kernel)[(shared_tiles + entries * tiles,)](
         x, indices, gate_up, shared.gate, shared.up, shared.expert_gate, h, shared_h, opening,
+        scales.gate_up, scales.shared_gate, scales.shared_up,
         N, N * K, E, I, S, H, tiles, shared_tiles, x.stride(0), gate_up.stride(0), gate_up.stride(1), *shared.strides()[:2],
         **common, BM=BM, BK=BK, STAGES=stages, OVERLAP=bool(options), num_warps=num_warps, **options,
     )  # fmt: skip
@@ -522,7 +644,7 @@ def launch_rows(
     tiles = -(-H // BM)
     shared_tiles = tiles if S else 0
     kernel_of(experts_down_rows_kernel)[(shared_tiles + entries * tiles,)](
-        h, shared_h, opening, indices, weights, down, shared.down, parts,
+        h, shared_h, opening, indices, weights, down, shared.down, parts, scales.down, scales.shared_down,
         N, N * K, E, H, I, S, tiles, shared_tiles, down.stride(0), down.stride(1), shared.strides()[2],
         **common, BM=BM, BK=BK, STAGES=stages, OVERLAP=bool(options), num_warps=num_warps, **options,
     )  # fmt: skip
@@ -541,13 +663,13 @@ def config_of_rows(config: RowsConfig, dtype: torch.dtype, *columns: int) -> Row
     Raises:
         Refused: they are multiples of no step.
     """
-    block = config.BK * 2 // dtype.itemsize
+    block = config.BK * 2 // max(dtype.itemsize, 2)
     while block > SMALLEST and any(n % block for n in columns):
         block //= 2
     if any(n % block for n in columns):
         found = " and ".join(map(str, columns))
         raise Refused(f"The columns of experts' weights for several rows must be multiples of {SMALLEST}, got {found}.")
-    return config._replace(BK=block, BM=config.BM if dtype.itemsize == 2 else config.BM // 2)
+    return config._replace(BK=block, BM=config.BM if dtype.itemsize <= 2 else config.BM // 2)
 
 
 SMALLEST = 16  # columns of a step
@@ -568,6 +690,8 @@ def launch(
     shared_down: torch.Tensor | None = None,
     shared_expert_gate: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
+    scales: list[torch.Tensor] | None = None,
+    format: str = "",
     *,
     overlap: bool = False,
 ) -> torch.Tensor:
@@ -575,22 +699,23 @@ def launch(
 
     Args:
         x, indices, routing_weights, gate_up, down, activation, norm_weight, norm_eps, norm_offset, shared_gate, shared_up,
-            shared_down, shared_expert_gate, residual: as there.
+            shared_down, shared_expert_gate, residual, scales, format: as there.
         overlap: whether norm_weight, shared_gate and shared_up may be read while kernels before these run.
 
     Returns:
         [N, H] in x's dtype, contiguous.
     """
     shared = Shared(shared_gate, shared_up, shared_down, shared_expert_gate).contiguous()
+    gate_up, down, shared, stored = as_stored(gate_up, down, shared, scales, format)
     if x.shape[0] != indices.shape[0] or residual is not None and residual.shape[0] != x.shape[0]:
         raise ValueError(f"experts needs as many rows of indices and residual as of x, {x.shape[0]}.")
     if x.shape[0] > MAX_ROWS:
         memory = devices.of(x.device).shared_memory
-        return grouped_experts.launch(x, indices, routing_weights, gate_up, down, shared, residual, memory)
+        return grouped_experts.launch(x, indices, routing_weights, gate_up, down, shared, stored, residual, memory)
     if x.shape[0] > 1:
-        return launch_rows(x, indices, routing_weights, gate_up, down, shared, residual, overlap)
+        return launch_rows(x, indices, routing_weights, gate_up, down, shared, stored, residual, overlap)
     routing = Routing(None, indices.contiguous(), routing_weights.contiguous(), indices.shape[1], False, tl.float32)
-    return launch_row(routing, x, gate_up, down, norm_weight, norm_eps, norm_offset, shared, residual, overlap)
+    return launch_row(routing, x, gate_up, down, norm_weight, norm_eps, norm_offset, shared, stored, residual, overlap)
 
 
 def launch_routed(
@@ -611,6 +736,8 @@ def launch_routed(
     shared_down: torch.Tensor | None = None,
     shared_expert_gate: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
+    scales: list[torch.Tensor] | None = None,
+    format: str = "",
     *,
     overlap: bool = False,
 ) -> torch.Tensor:
@@ -618,7 +745,8 @@ def launch_routed(
 
     Args:
         x, router, top_k, normalize, gate_up, down, activation, wide_logits, wide_weights, norm_weight, norm_eps, norm_offset,
-            shared_gate, shared_up, shared_down, shared_expert_gate, residual: as there; the weights are never rounded.
+            shared_gate, shared_up, shared_down, shared_expert_gate, residual, scales, format: as there; the weights are never
+            rounded.
         overlap: whether router, norm_weight, shared_gate and shared_up may be read while kernels before these run.
 
     Returns:
@@ -627,12 +755,13 @@ def launch_routed(
     logits = route.logits_of(x, router, norm_weight, norm_eps, norm_offset, overlap)
     routing = Routing(logits, None, None, top_k, normalize, route.rounded(router, wide_logits))
     shared = Shared(shared_gate, shared_up, shared_down, shared_expert_gate).contiguous()
-    return launch_row(routing, x, gate_up, down, norm_weight, norm_eps, norm_offset, shared, residual, overlap)
+    gate_up, down, shared, stored = as_stored(gate_up, down, shared, scales, format)
+    return launch_row(routing, x, gate_up, down, norm_weight, norm_eps, norm_offset, shared, stored, residual, overlap)
 
 
 def supports(
     x, indices, routing_weights, gate_up, down, activation="silu", norm_weight=None, norm_eps=0.0, norm_offset=0.0,
-    shared_gate=None, shared_up=None, shared_down=None, shared_expert_gate=None, residual=None,
+    shared_gate=None, shared_up=None, shared_down=None, shared_expert_gate=None, residual=None, scales=None, format="",
 ) -> None:  # fmt: skip
     """Raises Refused unless there are rows, sizes but their number are static, x and all weights have one dtype of float32,
     bfloat16 and float16, and rows are contiguous; several rows take no norm and must fill the steps over columns."""
@@ -641,37 +770,37 @@ def supports(
         found = f"{list(indices.shape)} of {str(indices.dtype).removeprefix('torch.')} and {list(routing_weights.shape)}"
         raise Refused(f"indices must be of int64 and like routing_weights [N, k], got {found}.")
     N, k = indices.shape
-    _require(
-        x, gate_up, down, k, activation, norm_weight, Shared(shared_gate, shared_up, shared_down, shared_expert_gate), residual
-    )
+    shared = Shared(shared_gate, shared_up, shared_down, shared_expert_gate)
+    _require(x, gate_up, down, k, activation, norm_weight, shared, residual, scales, format)
     require_alike("indices", (x.shape[0],), (N,))
 
 
 def supports_routed(
     x, router, top_k, normalize, gate_up, down, activation="silu", wide_logits=False, wide_weights=False,
     norm_weight=None, norm_eps=0.0, norm_offset=0.0,
-    shared_gate=None, shared_up=None, shared_down=None, shared_expert_gate=None, residual=None,
+    shared_gate=None, shared_up=None, shared_down=None, shared_expert_gate=None, residual=None, scales=None, format="",
 ) -> None:  # fmt: skip
     """Raises Refused where route's and experts' kernels would, and unless there is one row and a row of the router per expert."""
     if x.shape[0] != 1:
         raise Refused(f"x must be one row, got the sizes {list(x.shape)}.")
     route.supports(x, router, top_k, normalize, wide_logits, wide_weights, norm_weight, norm_eps, norm_offset)
     shared = Shared(shared_gate, shared_up, shared_down, shared_expert_gate)
-    _require(x, gate_up, down, top_k, activation, norm_weight, shared, residual)
+    _require(x, gate_up, down, top_k, activation, norm_weight, shared, residual, scales, format)
     if router.shape[0] != gate_up.shape[0]:
         raise Refused(f"The router must have a row per expert, got {router.shape[0]} of {gate_up.shape[0]}.")
 
 
-def _require(x, gate_up, down, k, activation, norm_weight, shared, residual) -> None:
+def _require(x, gate_up, down, k, activation, norm_weight, shared, residual, scales, format) -> None:
     tensors = {"gate_up": gate_up, "down": down, "shared_gate": shared.gate, "shared_up": shared.up, "shared_down": shared.down}
     tensors |= {"shared_expert_gate": shared.expert_gate, "residual": residual}
     require_dtypes(x=x, norm_weight=norm_weight, residual=residual)
     if x.dim() != 2 or gate_up.dim() != 3 or down.dim() != 3:
         raise Refused(f"x, gate_up and down must have 2, 3 and 3 dimensions, got {x.dim()}, {gate_up.dim()} and {down.dim()}.")
+    quantised = _require_scales(x, gate_up, down, shared, scales, format) if scales else ()
     for name, t in {"x": x, **tensors}.items():
         if t is None:
             continue
-        if name not in ("x", "residual") and t.dtype != x.dtype:
+        if name not in ("x", "residual", *quantised) and t.dtype != x.dtype:
             both = " and ".join(str(d).removeprefix("torch.") for d in (x.dtype, t.dtype))
             raise Refused(f"x and {name} must have one dtype, got {both}.")
         if t.shape[-1] > 1 and (not isinstance(t.stride(-1), int) or t.stride(-1) != 1):
@@ -695,12 +824,29 @@ def _require(x, gate_up, down, k, activation, norm_weight, shared, residual) -> 
     if not one:
         if norm_weight is not None:
             raise Refused("Several rows take no norm before their experts, got one.")
-        config_of_rows(UP_ROWS, x.dtype, H)
-        config_of_rows(DOWN_ROWS, x.dtype, *(n for n in (I, S) if n))
+        config_of_rows(UP_ROWS, gate_up.dtype, H)
+        config_of_rows(DOWN_ROWS, gate_up.dtype, *(n for n in (I, S) if n))
     if few:
         if H > skinny_linear.MAX_N:
             raise Refused(f"One row must be at most {skinny_linear.MAX_N} wide, got {H}.")
-        config_of_down(k, I, S, x.dtype)
+        config_of_down(k, I, S, gate_up.dtype)
+
+
+def _require_scales(x, gate_up, down, shared, scales, format) -> tuple[str, ...]:
+    """Refuse quantised experts that kernels cannot read; the names of the quantised weights."""
+    weights = {"gate_up": gate_up, "down": down}
+    if shared.down is not None:
+        weights |= {"shared_gate": shared.gate, "shared_up": shared.up, "shared_down": shared.down}
+    if len(scales) != len(weights):
+        raise Refused("Experts and the shared one must be quantised alike, found that some are not.")
+    for (name, w), scale in zip(weights.items(), scales, strict=True):
+        quantized.require(w, scale, format)
+        if not scale.is_contiguous():
+            raise Refused(f"Scales of {name} must be contiguous, got the strides {list(scale.stride())}.")
+    tile, _, _, *_ = config_of_up(gate_up.shape[2], gate_up.dtype)
+    if down.shape[2] % tile:
+        raise Refused(f"Quantised experts must have a multiple of {tile} columns between their products, got {down.shape[2]}.")
+    return tuple(weights)
 
 
 def require_alike(name: str, wanted: tuple[Any, ...], found: tuple[Any, ...]) -> None:

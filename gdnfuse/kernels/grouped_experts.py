@@ -26,9 +26,10 @@ import triton.language as tl
 
 from gdnfuse.kernels.few_rows_linear import OPERANDS
 from gdnfuse.kernels.launch.implementation import kernel_of
+from gdnfuse.kernels.quantized import dequantize, scales_of_rows
 
 if TYPE_CHECKING:
-    from gdnfuse.kernels.experts import Shared
+    from gdnfuse.kernels.experts import Scales, Shared
 
 ROWS = 8192  # that are taken at a time
 LISTED = 2048  # choices that a program of the first launch reads at once
@@ -55,6 +56,7 @@ CONFIGS = (
     (64, GroupedConfig(128, 64, 64, 4, 3)),
     (float("inf"), GroupedConfig(128, 128, 64, 4, 3)),
 )
+WIDENED = 64  # choices per tile of quantised experts, at most
 WIDE = GroupedConfig(64, 32, 32, 4, 2)  # for float32, of which larger tiles would spill
 
 
@@ -106,8 +108,10 @@ def _tile(tiles_ptr, tile, T, N, SHARED: tl.constexpr, shared, shared_tile, BB: 
 @triton.jit
 def grouped_up_kernel(
     x_ptr, order_ptr, tiles_ptr, gate_up_ptr, shared_gate_ptr, shared_up_ptr, h_ptr, shared_h_ptr,
+    scale_ptr, shared_gate_scale_ptr, shared_up_scale_ptr,
     N, T, I, S, columns, tiles, shared_tiles, shared_programs, stride_x, stride_e, stride_w, stride_sg, stride_su,
     K: tl.constexpr, OPERAND: tl.constexpr, BM: tl.constexpr, BB: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    KIND: tl.constexpr, SCALED: tl.constexpr, COLUMNS: tl.constexpr, CONVERTS: tl.constexpr,
 ):  # fmt: skip
     """BM / 2 columns of SwiGLU for BB choices of an expert, or for BB rows of the shared one."""
     pid = tl.program_id(0)
@@ -138,12 +142,25 @@ def grouped_up_kernel(
     gate_ptrs = gate_ptr + w_row[:, None] * stride_gate + k[None, :]  # [BO, BK]
     up_ptrs = up_ptr + w_row[:, None] * stride_up + k[None, :]  # [BO, BK]
     x_ptrs = x_ptr + n.to(tl.int64)[None, :] * stride_x + k[:, None]  # [BK, BB]
+    if KIND is not None:
+        of_gate = scale_ptr + scales_of_rows(expert, 2 * I, w_row, columns, SCALED, COLUMNS)  # [BO]
+        of_up = scale_ptr + scales_of_rows(expert, 2 * I, I + w_row, columns, SCALED, COLUMNS)  # [BO]
+        if shared_gate_ptr is not None:
+            place = scales_of_rows(0, S, w_row, columns, SCALED, COLUMNS)
+            of_gate = tl.where(shared, shared_gate_scale_ptr + place, of_gate)
+            of_up = tl.where(shared, shared_up_scale_ptr + place, of_up)
     gate = tl.zeros((BO, BB), tl.float32)
     up = tl.zeros((BO, BB), tl.float32)
     for start in tl.range(0, columns, BK, num_stages=STAGES):
         x = tl.load(x_ptrs + start, mask=live[None, :], other=0.0).to(OPERAND)
-        gate = tl.dot(tl.load(gate_ptrs + start).to(OPERAND), x, gate, input_precision="ieee")
-        up = tl.dot(tl.load(up_ptrs + start).to(OPERAND), x, up, input_precision="ieee")
+        if KIND is None:
+            w, w_up = tl.load(gate_ptrs + start), tl.load(up_ptrs + start)
+        else:
+            block = start // COLUMNS
+            w = dequantize(tl.load(gate_ptrs + start), tl.load(of_gate + block), KIND, CONVERTS)
+            w_up = dequantize(tl.load(up_ptrs + start), tl.load(of_up + block), KIND, CONVERTS)
+        gate = tl.dot(w.to(OPERAND), x, gate, input_precision="ieee")
+        up = tl.dot(w_up.to(OPERAND), x, up, input_precision="ieee")
     y = gate * tl.sigmoid(gate) * up  # [BO, BB]
     out_ptrs = out_ptr + at.to(tl.int64)[None, :] * width + row[:, None]
     tl.store(out_ptrs, y.to(h_ptr.dtype.element_ty), mask=(row < width)[:, None] & live[None, :])
@@ -152,8 +169,10 @@ def grouped_up_kernel(
 @triton.jit
 def grouped_down_kernel(
     h_ptr, shared_h_ptr, order_ptr, tiles_ptr, weights_ptr, down_ptr, shared_down_ptr, parts_ptr,
+    scale_ptr, shared_scale_ptr,
     N, NK, T, M, I, S, tiles, shared_programs, stride_e, stride_w, stride_s,
     OPERAND: tl.constexpr, BM: tl.constexpr, BB: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    KIND: tl.constexpr, SCALED: tl.constexpr, COLUMNS: tl.constexpr, CONVERTS: tl.constexpr,
 ):  # fmt: skip
     """BM columns of BB choices' parts of the result, times their weights, or of the shared expert's for BB rows."""
     pid = tl.program_id(0)
@@ -176,12 +195,21 @@ def grouped_down_kernel(
         weight_ptr = tl.where(shared, shared_down_ptr, weight_ptr)
         in_ptr = tl.where(shared, shared_h_ptr, h_ptr)
         choice = tl.where(shared, NK + at, choice)
-    w_ptrs = weight_ptr + tl.where(row < M, row, 0).to(tl.int64)[:, None] * stride + k[None, :]  # [BM, BK]
+    w_row = tl.where(row < M, row, 0)
+    w_ptrs = weight_ptr + w_row.to(tl.int64)[:, None] * stride + k[None, :]  # [BM, BK]
+    if KIND is not None:
+        scale_ptrs = scale_ptr + scales_of_rows(expert, M, w_row, I, SCALED, COLUMNS)  # [BM]
+        if shared_down_ptr is not None:
+            of_shared = shared_scale_ptr + scales_of_rows(0, M, w_row, S, SCALED, COLUMNS)
+            scale_ptrs = tl.where(shared, of_shared, scale_ptrs)
     h_ptrs = in_ptr + tl.where(live, at, first).to(tl.int64)[None, :] * width + k[:, None]  # [BK, BB]
     acc = tl.zeros((BM, BB), tl.float32)
     for start in tl.range(0, width, BK, num_stages=STAGES):
         h = tl.load(h_ptrs + start, mask=live[None, :], other=0.0).to(OPERAND)
-        acc = tl.dot(tl.load(w_ptrs + start).to(OPERAND), h, acc, input_precision="ieee")
+        w = tl.load(w_ptrs + start)
+        if KIND is not None:
+            w = dequantize(w, tl.load(scale_ptrs + start // COLUMNS), KIND, CONVERTS)
+        acc = tl.dot(w.to(OPERAND), h, acc, input_precision="ieee")
     y = acc * factor[None, :]
     out_ptrs = parts_ptr + choice.to(tl.int64)[None, :] * M + row[:, None]  # [BM, BB]
     tl.store(out_ptrs, y.to(parts_ptr.dtype.element_ty), mask=(row < M)[:, None] & live[None, :])
@@ -241,6 +269,7 @@ def launch(
     gate_up: torch.Tensor,
     down: torch.Tensor,
     shared: Shared,
+    scales: Scales,
     residual: torch.Tensor | None,
     shared_memory: int,
 ) -> torch.Tensor:
@@ -251,15 +280,18 @@ def launch(
     for start in range(0, N, ROWS):
         given = (x, indices, weights, residual, out)
         part = (None if t is None else t.narrow(0, start, min(ROWS, N - start)) for t in given)
-        _launch(*part, gate_up, down, shared, shared_memory)
+        _launch(*part, gate_up, down, shared, scales, shared_memory)
     return out
 
 
-def _launch(x, indices, weights, residual, out, gate_up, down, shared: Shared, shared_memory: int) -> None:
+def _launch(x, indices, weights, residual, out, gate_up, down, shared: Shared, scales: Scales, shared_memory: int) -> None:
     """The same for rows that are taken at a time, into `out`."""
     (N, K), (E, _, H), I, S = indices.shape, gate_up.shape, down.shape[2], shared.width
-    empty = lambda *shape, dtype=gate_up.dtype: torch.empty(shape, dtype=dtype, device=x.device)  # noqa: E731
-    config, operand = config_for(N, K, E, gate_up.dtype.itemsize, shared_memory), OPERANDS[gate_up.dtype]
+    empty = lambda *shape, dtype=x.dtype: torch.empty(shape, dtype=dtype, device=x.device)  # noqa: E731
+    config, operand = config_for(N, K, E, x.dtype.itemsize, shared_memory), OPERANDS[x.dtype]
+    if scales.format:
+        config = config._replace(BB=min(config.BB, WIDENED))  # weights on their way to the tensor cores take registers
+    how = {"SCALED" if name == "ROWS" else name: value for name, value in scales.how(x.device).items()}
     T = N * K // config.BB + E  # tiles of choices at most
     order, of_tiles = empty(N * K, dtype=torch.int32), empty(3, T, dtype=torch.int32)
     kernel_of(group_choices_kernel)[(E,)](
@@ -272,9 +304,9 @@ def _launch(x, indices, weights, residual, out, gate_up, down, shared: Shared, s
     tiles, shared_tiles = -(-I // (BM // 2)), max(-(-S // (BM // 2)), 1)
     shared_programs = shared_groups * shared_tiles
     kernel_of(grouped_up_kernel)[(shared_programs + T * tiles,)](
-        x, order, of_tiles, gate_up, shared.gate, shared.up, h, shared_h,
+        x, order, of_tiles, gate_up, shared.gate, shared.up, h, shared_h, scales.gate_up, scales.shared_gate, scales.shared_up,
         N, T, I, S, H, tiles, shared_tiles, shared_programs, x.stride(0), gate_up.stride(0), gate_up.stride(1),
-        *shared.strides()[:2], K=K, OPERAND=operand, BM=BM, BB=BB, BK=BK, STAGES=stages, num_warps=num_warps,
+        *shared.strides()[:2], K=K, OPERAND=operand, BM=BM, BB=BB, BK=BK, STAGES=stages, **how, num_warps=num_warps,
     )  # fmt: skip
 
     BM, BB, BK, num_warps, stages = fitting(config, *(n for n in (I, S) if n))
@@ -282,9 +314,9 @@ def _launch(x, indices, weights, residual, out, gate_up, down, shared: Shared, s
     tiles = -(-H // BM)
     shared_programs = shared_groups * tiles
     kernel_of(grouped_down_kernel)[(shared_programs + T * tiles,)](
-        h, shared_h, order, of_tiles, weights, down, shared.down, parts,
+        h, shared_h, order, of_tiles, weights, down, shared.down, parts, scales.down, scales.shared_down,
         N, N * K, T, H, I, S, tiles, shared_programs, down.stride(0), down.stride(1), shared.strides()[2],
-        OPERAND=operand, BM=BM, BB=BB, BK=BK, STAGES=stages, num_warps=num_warps,
+        OPERAND=operand, BM=BM, BB=BB, BK=BK, STAGES=stages, **how, num_warps=num_warps,
     )  # fmt: skip
 
     BN = min(SUMMED, triton.next_power_of_2(H))

@@ -105,3 +105,23 @@ def dot_scaled(w, x, scales, R: tl.constexpr, BN: tl.constexpr, KIND: tl.constex
         products = tl.reshape(widen(w[i], KIND, CONVERTS) * x[i][None, :], (R, BN // GROUP, GROUP))
         acc += tl.sum(products, 2) * scales[i][None, :]
     return tl.sum(acc, 1)
+
+
+@triton.jit
+def scales_of_rows(expert, rows, row, N, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Where the scales of rows of an expert begin: of contiguous scales of weights that have so many rows of N columns."""
+    columns = (N + COLUMNS - 1) // COLUMNS
+    return (tl.cast(expert, tl.int64) * ((rows + ROWS - 1) // ROWS) + row // ROWS) * columns
+
+
+@triton.jit
+def times(w, x, scale, OPERAND: tl.constexpr, KIND: tl.constexpr, CONVERTS: tl.constexpr):
+    """A step of a product on tensor cores, of columns that share a scale: w [BM, BK] as stored, x [BK, BB], scale [BM]."""
+    return scale[:, None] * tl.dot(widen(w, KIND, CONVERTS).to(OPERAND), x, input_precision="ieee")
+
+
+@triton.jit
+def dequantize(w, scale, KIND: tl.constexpr, CONVERTS: tl.constexpr):
+    """A step of a weight [BM, BK], of columns that share the scale [BM], in float32: for products of so many rows that a scale is
+    cheaper on the weight than on the product."""
+    return widen(w, KIND, CONVERTS) * scale[:, None]

@@ -162,14 +162,20 @@ def _experts_as_stored(call: dict[str, Any]) -> dict[str, Any]:
 
     Its reference dequantises no more experts than it needs, so that is better than weights of all, kernel or not.
     """
-    weights = [call.get(name) for name in ("gate_up", "down")]
-    if not all(map(quantized.is_quantized, weights)) or not all(map(quantized.is_weight, weights)):
+    dtype, found = value(call["x"]).dtype, {}
+    for names in (("gate_up", "down"), ("shared_gate", "shared_up", "shared_down")):
+        weights = {name: call.get(name) for name in names}
+        if not all(map(quantized.is_quantized, weights.values())) or not all(map(quantized.is_weight, weights.values())):
+            break
+        bound = {name: quantized.bind(w) for name, w in weights.items()}
+        formats = {b["format"] for b in (*found.values(), *bound.values())}
+        if len(formats) > 1 or any(b["dtype"] != dtype for b in bound.values()):
+            break
+        found |= bound
+    if not found:
         return call
-    bound = [quantized.bind(w) for w in weights]
-    if len({b["format"] for b in bound}) > 1 or any(b["dtype"] != value(call["x"]).dtype for b in bound):
-        return call
-    gate_up, down = (b["data"] for b in bound)
-    return {**call, "gate_up": gate_up, "down": down, "scales": [b["scale"] for b in bound], "format": bound[0]["format"]}
+    data = {name: b["data"] for name, b in found.items()}
+    return {**call, **data, "scales": [b["scale"] for b in found.values()], "format": found["down"]["format"]}
 
 
 def _linear(node: Node) -> tuple[str, dict[str, Any], str]:

@@ -525,17 +525,23 @@ def test_the_norm_of_a_sum_reads_its_weight_early_and_does_not_spill(n, parts, d
 
 
 def of_35b(op, rows):
-    """A call at Qwen3.5-35B-A3B's sizes, as a decode step has it: one row with its norm and residual, several without norm."""
+    """A call at Qwen3.5-35B-A3B's sizes, as a decode step has it: one row with its norm and residual, several without norm. An op
+    with "fp8" behind its name has the checkpoint's weights."""
     of = lambda *shape, dtype=BF16: torch.empty(shape, dtype=dtype, device="meta")  # noqa: E731
     H, E, k, width = 2048, 256, 8, 512
     norm = (of(H), 1e-6, 1.0) if rows == 1 else (None, 0.0, 0.0)
     x, router, behind = of(rows, H), of(E, H), (of(width, H), of(width, H), of(H, width), of(1, H), of(rows, H))
     if op == "route":
         return x, router, k, True, False, False, *norm
-    weights = of(E, 2 * width, H), of(E, H, width)
-    if op == "routed_experts":
-        return x, router, k, True, *weights, "silu", False, False, *norm, *behind
-    return x, of(rows, k, dtype=torch.int64), of(rows, k), *weights, "silu", *norm, *behind
+    weights, stored = (of(E, 2 * width, H), of(E, H, width)), ()
+    if "fp8" in op:
+        scale = lambda w: of(*w.shape[:-2], *(n // 128 for n in w.shape[-2:]), dtype=torch.float32)  # noqa: E731
+        stored = [scale(w) for w in (*weights, *behind[:3])], "fp8_block128"
+        *weights, gate, up, down = (torch.empty_like(w, dtype=torch.float8_e4m3fn) for w in (*weights, *behind[:3]))
+        behind = (gate, up, down, *behind[3:])
+    if op.startswith("routed_experts"):
+        return x, router, k, True, *weights, "silu", False, False, *norm, *behind, *stored
+    return x, of(rows, k, dtype=torch.int64), of(rows, k), *weights, "silu", *norm, *behind, *stored
 
 
 @pytest.mark.parametrize(
@@ -547,11 +553,15 @@ def of_35b(op, rows):
         ("routed_experts", 1, "gfx942"),
         ("route", 9, "sm_80"),
         ("experts", 8192, "gfx942"),
+        ("experts fp8", 2, "sm_120"),
+        ("routed_experts fp8", 1, "sm_80"),
+        ("experts fp8", 8192, "gfx942"),
     ],
 )
 def test_experts_compile_within_the_least_shared_memory(op, rows, target, tmp_path, monkeypatch):
-    monkeypatch.setattr(devices, "of", lambda device: devices.H200._replace(shared_memory=64 * 1024))
-    for spec in implementations()[op].jit_kernels(*of_35b(op, rows)):
+    card = CARDS[target]._replace(shared_memory=64 * 1024)
+    monkeypatch.setattr(devices, "of", lambda device: card)
+    for spec in implementations()[op.split()[0]].jit_kernels(*of_35b(op, rows)):
         assert compile_for(target, spec).metadata.shared <= 64 * 1024
 
 
@@ -571,6 +581,23 @@ def test_the_experts_of_one_row_are_on_their_way_before_those_who_need_them_wait
     assert [len(loads) for loads in early] == [16, 16 + 4, 9 * 2 + 1]
     assert "redux.sync.max.s32" in up.asm["ptx"]
     assert "prefetch.global.L2" in wait  # of the shared expert's down projection
+
+
+@pytest.mark.parametrize(
+    ("op", "rows"), [("routed_experts fp8", 1), ("experts fp8", 8), ("experts fp8", 32), ("experts fp8", 4096)]
+)
+def test_quantised_experts_do_not_spill_and_read_as_much_at_once(op, rows, tmp_path, record_property):
+    name, call = op.split()[0], of_35b(op, rows)
+    implementations()[name].supports(*call)
+    compiled = (
+        on_hopper(name, *call) if rows < 100 else [compile_for("sm_90", s) for s in implementations()[name].jit_kernels(*call)]
+    )
+    for kernel in compiled:
+        usage = resources(kernel.asm["cubin"], tmp_path)
+        record_property(kernel.metadata.name, str(usage))
+        assert usage["STACK"] <= 16 and usage["LOCAL"] == 0, f"{kernel.metadata.name} spills: {usage}"
+        if "up" in kernel.metadata.name or "down" in kernel.metadata.name:
+            assert re.search(r"(ld\.global\S*\.v[24]\.b32|cp\.async\.cg)", kernel.asm["ptx"])
 
 
 @pytest.mark.parametrize("rows", [8, 32])
