@@ -162,14 +162,14 @@ def _experts_as_stored(call: dict[str, Any]) -> dict[str, Any]:
 
     Its reference dequantises no more experts than it needs, so that is better than weights of all, kernel or not.
     """
-    dtype, found = value(call["x"]).dtype, {}
+    found: dict[str, dict[str, Any]] = {}
     for names in (("gate_up", "down"), ("shared_gate", "shared_up", "shared_down")):
         weights = {name: call.get(name) for name in names}
         if not all(map(quantized.is_quantized, weights.values())) or not all(map(quantized.is_weight, weights.values())):
             break
         bound = {name: quantized.bind(w) for name, w in weights.items()}
         formats = {b["format"] for b in (*found.values(), *bound.values())}
-        if len(formats) > 1 or any(b["dtype"] != dtype for b in bound.values()):
+        if len(formats) > 1 or any(b["dtype"] != value(call["x"]).dtype for b in bound.values()):
             break
         found |= bound
     if not found:

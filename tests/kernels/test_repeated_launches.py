@@ -81,7 +81,8 @@ def noted_call(function, noted, args, kwargs):
         inside = [(i, address - s.data_ptr()) for i, s in enumerate(storages) if 0 <= address - s.data_ptr() < s.nbytes()]
         return ("memory", *inside[0]) if inside else address
 
-    layouts = [(t.shape, t.stride(), t.dtype, t.storage_offset()) for t in pytree.tree_leaves(results)]
+    made = [t for t in pytree.tree_leaves(results) if t is not None]  # of an op that only writes
+    layouts = [(t.shape, t.stride(), t.dtype, t.storage_offset()) for t in made]
     return layouts, [(*launched, [placed(x) for x in launched_args]) for *launched, launched_args in noted]
 
 
