@@ -1,6 +1,6 @@
 """Speculative decoding beside plain steps: tokens per second at forced acceptances, and the replay of accepted tokens.
 
-    python benchmarks/speculation.py --models 4b --speculate lookup:4,lookup:7 --json speculation.json
+    python benchmarks/speculation.py --models 4b --speculate lookup:4,lookup:7,mtp:3 --json speculation.json
     python benchmarks/speculation.py --models 27b --speculate draft:4:0.8b --json speculation_27b.json
     python benchmarks/speculation.py --models CONFIG.json --dtype float32 --new 16 --prompt 32 --inner eager      (any machine)
 
@@ -26,7 +26,7 @@ from gdnfuse.files import check_writable
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="4b", help="presets or config.json, with commas between")
-    parser.add_argument("--speculate", default="lookup:4", help="lookup:N or draft:N:MODEL, with commas between")
+    parser.add_argument("--speculate", default="lookup:4", help="lookup:N, mtp:N or draft:N:MODEL, with commas between")
     parser.add_argument("--acceptances", default=",".join(map(str, ACCEPTANCES)))
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--prompt", type=int, default=512)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from gdnfuse.generation.explain import Explanation
+    from gdnfuse.generation.mtp import MTP
     from gdnfuse.generation.prefixes import PrefixStore
     from gdnfuse.generation.proposers import Callback, Draft, PromptLookup
     from gdnfuse.generation.rollback import RollbackCache
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from gdnfuse.generation.warmup import Warmup
 
 __all__ = [
+    "MTP",
     "Callback",
     "Draft",
     "GdnfuseError",
@@ -50,6 +52,7 @@ __all__ = [
 _LATER = {
     "Callback": "gdnfuse.generation.proposers",
     "Draft": "gdnfuse.generation.proposers",
+    "MTP": "gdnfuse.generation.mtp",
     "PrefixStore": "gdnfuse.generation.prefixes",
     "PromptLookup": "gdnfuse.generation.proposers",
     "RollbackCache": "gdnfuse.generation.rollback",

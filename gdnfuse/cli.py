@@ -121,7 +121,7 @@ def _parser() -> _Parser:
         help="instead time the first token of generate, of a prompt whose first N are known",
     )
     bench.add_argument(
-        "--speculate", type=_words, metavar="KIND,…", help="instead time speculative decoding: lookup:N, draft:N:MODEL"
+        "--speculate", type=_words, metavar="KIND,…", help="instead time speculative decoding: lookup:N, mtp:N, draft:N:MODEL"
     )
     bench.add_argument("--layers", type=_positive, metavar="N", help="only the first layers of the model")
     bench.add_argument("--inner", choices=INNER, default=INNER[0], help="what compiles the rewritten graphs")

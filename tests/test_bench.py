@@ -117,8 +117,9 @@ def test_speculation_at_forced_acceptances(tmp_path, monkeypatch, capsys):
 
 def test_speculation_of_no_kind_is_a_sentence(folder, capsys):
     for wrong, sentence in (
-        (["--speculate", "lookup"], "Drafts are lookup:N or draft:N:MODEL, found 'lookup'."),
-        (["--speculate", "lookup:9"], "PromptLookup drafts 1 to 7 tokens at a time, found 9."),
+        (["--speculate", "lookup"], "Drafts are lookup:N, mtp:N or draft:N:MODEL, found 'lookup'."),
+        (["--speculate", "lookup:9"], "lookup drafts 1 to 7 tokens at a time, found 9."),
+        (["--speculate", "lookup:3,mtp:5"], "mtp drafts 1 to 4 tokens at a time, found 5."),
         (["--speculate", "lookup:3", "--sides", "eager"], "--speculate measures one model by itself, found --sides with it."),
     ):
         assert main(["bench", str(folder / "config.json"), *QUICK, *wrong]) == 2

@@ -105,8 +105,9 @@ def test_speculation_benchmark(tmp_path, monkeypatch, capsys):
     zoo.causal_lm(**zoo.SMALL).config.save_pretrained(tmp_path)
     model, file = str(tmp_path / "config.json"), tmp_path / "speculation.json"
     how = ["--acceptances", "0.5", "--prompt", "12", "--new", "10", "--dtype", "float32", "--device", "cpu", "--inner", "eager"]
-    assert benchmark.main(["--models", model, "--speculate", f"draft:2:{model}", *how, "--json", str(file)]) == 0
-    ((result,),) = (data["results"] for data in json.loads(file.read_text()))
+    assert benchmark.main(["--models", model, "--speculate", f"draft:2:{model},mtp:2", *how, "--json", str(file)]) == 0
+    ((result, head),) = (data["results"] for data in json.loads(file.read_text()))
+    assert [row["tokens_per_step"] for row in head["drafts"]][1] > 1 and head["speculate"] == "mtp:2"
     # One model drafts for the other, and both are of one seed.
     assert result["drafts"][0]["accepted"] == 1 and result["drafts"][1]["accepted"] < 1
     assert "draft:2" in capsys.readouterr().out

@@ -19,8 +19,9 @@ import torch
 import gdnfuse
 from gdnfuse.bench.measure import machine, seconds
 from gdnfuse.errors import GdnfuseError
+from gdnfuse.generation import mtp
 from gdnfuse.generation.caches import cache_argument
-from gdnfuse.generation.proposers import Drafts, Proposer, Run
+from gdnfuse.generation.proposers import MOST_DRAFTS, Drafts, Proposer, Run, check_count
 from gdnfuse.generation.speculation import Acceptance, Generation, Speculative
 from gdnfuse.models import load_config, random_model
 
@@ -35,7 +36,7 @@ class Settings:
 
     Attributes:
         model: a preset, config.json, model folder or hub id; weights are random.
-        speculate: kinds of drafts, "lookup:4", or "draft:4:0.8b" with the model that drafts.
+        speculate: kinds of drafts: "lookup:4", "mtp:3" with a head of random weights, "draft:4:0.8b" with the model that drafts.
         acceptances: probabilities, each measured.
         batch, prompt, new: sequences, tokens of a prompt, tokens that are generated.
         dtype, device, inner: as of `gdnfuse.bench.run.Settings`.
@@ -52,20 +53,37 @@ class Settings:
     inner: str = "inductor"
 
 
-def proposer(kind: str, settings: Settings) -> Proposer:
-    """What "lookup:4" and "draft:4:0.8b" mean.
+KINDS = {"lookup": 1, "mtp": 1, "draft": 2}  # and how much is behind each
 
-    Raises:
-        GdnfuseError: something else.
-    """
-    name, *rest = kind.split(":")
-    if name not in ("lookup", "draft") or len(rest) != (1 if name == "lookup" else 2) or not rest[0].isdigit():
-        raise GdnfuseError(f"Drafts are lookup:N or draft:N:MODEL, found {kind!r}.")
+
+def check(settings: Settings) -> None:
+    """Raises GdnfuseError where that cannot be measured."""
+    for kind in settings.speculate:
+        name, *rest = kind.split(":")
+        if len(rest) != KINDS.get(name) or not rest[0].isdigit():
+            raise GdnfuseError(f"Drafts are lookup:N, mtp:N or draft:N:MODEL, found {kind!r}.")
+        check_count(int(rest[0]), name, 4 if name == "mtp" else MOST_DRAFTS)
+    if settings.new < 2:
+        raise GdnfuseError(f"At least two tokens must be generated, found {settings.new}.")
+    if wrong := [p for p in settings.acceptances if not 0 <= p <= 1]:
+        raise GdnfuseError(f"An acceptance must be from 0 to 1, found {wrong[0]}.")
+
+
+def proposer(kind: str, model: torch.nn.Module, settings: Settings) -> Proposer:
+    """What a kind that was checked means."""
+    name, n, *rest = kind.split(":")
     if name == "lookup":
-        return gdnfuse.PromptLookup(int(rest[0]))
-    drafter = _random(rest[1], settings)
+        return gdnfuse.PromptLookup(int(n))
+    if name == "mtp":
+        head = mtp.empty(model).to_empty(device=settings.device).to(model.dtype).eval().requires_grad_(False)
+        for p in head.parameters():
+            torch.nn.init.normal_(p, std=0.02)
+        found = gdnfuse.MTP(int(n), "random weights")
+        found.hold(model, head)
+        return found
+    drafter = _random(rest[0], settings)
     gdnfuse.compile(drafter, inner=settings.inner)
-    return gdnfuse.Draft(drafter, int(rest[0]))
+    return gdnfuse.Draft(drafter, int(n))
 
 
 def _random(model: str, settings: Settings) -> torch.nn.Module:
@@ -82,6 +100,7 @@ class Always:
 
     def start(self, run: Run) -> Always:
         self.drafting = self.of.start(run) if self.ever else None
+        self.hear, self.close = (getattr(self.drafting, name, lambda: None) for name in ("hear", "close"))
         return self
 
     def propose(self, ids: torch.Tensor, rows: Sequence[Sequence[int]]) -> Drafts | None:
@@ -159,12 +178,9 @@ def run(settings: Settings) -> dict[str, Any]:
     Raises:
         GdnfuseError: drafts of no kind, or of which the model can have none.
     """
-    if settings.new < 2:
-        raise GdnfuseError(f"At least two tokens must be generated, found {settings.new}.")
-    if wrong := [p for p in settings.acceptances if not 0 <= p <= 1]:
-        raise GdnfuseError(f"An acceptance must be from 0 to 1, found {wrong[0]}.")
-    proposers = {kind: proposer(kind, settings) for kind in settings.speculate}
+    check(settings)
     model = _random(settings.model, settings)
+    proposers = {kind: proposer(kind, model, settings) for kind in settings.speculate}
     gdnfuse.compile(model, inner=settings.inner)
     results = []
     for kind, of in proposers.items():

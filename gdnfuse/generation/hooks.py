@@ -61,7 +61,7 @@ class Hooks:
 
 # Transformers puts some there when hidden states are first asked for, and a RollbackCache when the first one is made. They do
 # nothing in calls that do not ask, and Dynamo looks whether a call does.
-ASKED_FOR = ("transformers.utils.output_capturing", "gdnfuse.generation.rollback")
+ASKED_FOR = ("transformers.utils.output_capturing", "gdnfuse.generation.rollback", "gdnfuse.generation.mtp")
 
 
 def hooks_now(modules: Iterable[torch.nn.Module]) -> list[tuple[Any, ...]]:

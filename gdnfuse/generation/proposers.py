@@ -66,9 +66,17 @@ class Proposer(Protocol):
     def start(self, run: Run) -> Drafting: ...
 
 
-def check_count(n: Any, name: str) -> None:
-    if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= MOST_DRAFTS:
-        raise GdnfuseError(f"{name} drafts 1 to {MOST_DRAFTS} tokens at a time, found {n!r}.")
+def check_count(n: Any, name: str, most: int = MOST_DRAFTS) -> None:
+    if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= most:
+        raise GdnfuseError(f"{name} drafts 1 to {most} tokens at a time, found {n!r}.")
+
+
+def drawn(run: Run, ids: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A drafted token [B, 1] of logits [B, V] behind ids [B, L], and what it was drawn with, if it was drawn."""
+    if run.scores is None:
+        return logits.argmax(-1, keepdim=True), None
+    probabilities = run.scores(ids, logits).softmax(-1)
+    return torch.multinomial(probabilities, 1), probabilities
 
 
 @dataclass(frozen=True)
@@ -248,11 +256,8 @@ class _Drafting:
                 logits = self.fed(so_far[:, -1:], last=True).logits[:, -1].float()
                 if i + 1 < self.n:  # the last is what the cache holds
                     self._keep(i)
-                if self.run.scores is None:
-                    token = logits.argmax(-1, keepdim=True)
-                else:
-                    probabilities.append(self.run.scores(so_far, logits).softmax(-1))
-                    token = torch.multinomial(probabilities[-1], 1)
+                token, p = drawn(self.run, so_far, logits)
+                probabilities += [] if p is None else [p]
                 drafts.append(token)
                 so_far = torch.cat([so_far, token], 1)
         return Drafts(torch.cat(drafts, 1), torch.stack(probabilities, 1) if probabilities else None)
@@ -318,6 +323,6 @@ def proposer_of(speculate: Any) -> Proposer:
         return Callback(speculate)
     found = speculate.__name__ if isinstance(speculate, type) else type(speculate).__name__
     raise GdnfuseError(
-        f"speculate must be a PromptLookup, a Draft, a Callback or a function that gives drafts, found {found}; a model drafts "
-        "as gdnfuse.Draft(model, 4)."
+        f"speculate must be a PromptLookup, a Draft, an MTP, a Callback or a function that gives drafts, found {found}; a model "
+        "drafts as gdnfuse.Draft(model, 4)."
     )

@@ -123,6 +123,7 @@ class Generation:
         most = config.max_length + self.n
         scores = processors if self.sample and not self.careful else None
         self.drafting = self.proposer.start(Run(model, mask, most, capacity is not None, scores))
+        self.fed.after = getattr(self.drafting, "hear", None)
         self.rows = _without_padding(ids, mask)
         self.done = [False] * len(self.rows)
         self.pad = config.pad_token_id if config.pad_token_id is not None else min(self.stop.eos, default=0)
@@ -131,6 +132,12 @@ class Generation:
         self.logits: list[torch.Tensor] | None = [] if wanted and config.output_logits else None
 
     def run(self) -> Any:
+        try:
+            return self._run()
+        finally:
+            getattr(self.drafting, "close", lambda: None)()
+
+    def _run(self) -> Any:
         if self.cache.is_recording:
             self.cache.stop_past_recording()
         logits, drafts, start = self._prompt(), None, None
