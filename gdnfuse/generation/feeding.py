@@ -11,6 +11,13 @@ import torch
 from gdnfuse.generation.caches import cache_argument
 
 
+def compiled_steps(model: torch.nn.Module, static: bool) -> Callable[..., Any] | None:
+    """What `generate` would call for steps of a model that gdnfuse.compile has compiled, on a GPU with CUDA graphs if the cache
+    stays where it is; None for the model itself."""
+    asked = vars(model).get("get_compiled_call")  # ours, if the model is compiled
+    return asked() if static and asked is not None and next(model.parameters()).device.type == "cuda" else None
+
+
 class Fed:
     """A model and a cache that has been fed so many tokens.
 

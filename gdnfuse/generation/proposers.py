@@ -13,7 +13,7 @@ import torch
 
 from gdnfuse import compat
 from gdnfuse.errors import GdnfuseError
-from gdnfuse.generation.feeding import Fed
+from gdnfuse.generation.feeding import Fed, compiled_steps
 
 MOST_DRAFTS = 7
 
@@ -245,7 +245,8 @@ class _Drafting:
         config = of.model.config.get_text_config(decoder=True)
         cache = StaticCache(config=config, max_cache_len=run.most) if run.static else DynamicCache(config=config)
         self.n, self.run = of.n, run
-        self.fed = Fed(of.model, cache, run.mask, run.most if run.static else None)
+        call = compiled_steps(of.model, run.static)
+        self.fed = Fed(of.model, cache, run.mask, run.most if run.static else None, call=call)
         self.states: list[_States] = []
 
     def propose(self, ids: torch.Tensor, rows: Sequence[Sequence[int]]) -> Drafts | None:

@@ -189,7 +189,7 @@ class RollbackCache(Cache):
             raise GdnfuseError("A RollbackCache must hold a prompt before it records, found it empty.")
         for mixer in self._mixers.values():
             _install(mixer)
-        if not self._at_home():
+        if not self._at_home() or self._replayed_with != self._weights():
             self._move_in()
         for layer in linear:
             layer.record_past = True
@@ -229,6 +229,11 @@ class RollbackCache(Cache):
                 "did not run to its end, so its cache cannot be used any more."
             )
         if keep:
+            if self._replayed_with != self._weights():
+                raise GdnfuseError(
+                    "The weights of GDN layers must be the same when a RollbackCache records a call and when it is cropped, "
+                    "found that they were written: cache.abandon(length) forgets the call."
+                )
             if not self._at_home():
                 self._move_in()
             self._commit(keep, pending)
@@ -262,6 +267,11 @@ class RollbackCache(Cache):
             of["conv_weight"], of["A_log"], of["dt_bias"], of["conv_state"], of["recurrent_state"],
         )  # fmt: skip
         _commit(*arguments, L2NORM_EPS, beta_scale_of(mixer))
+
+    def _weights(self) -> tuple[list[int], list[int]]:
+        """Where the weights are that tokens are replayed with, and torch's counters of their changes."""
+        tensors = [x for m in self._mixers.values() for x in (m.conv1d.weight, m.A_log, m.dt_bias)]
+        return [x.data_ptr() for x in tensors], compat.version_counters(tensors)
 
     def _linear(self) -> list[RollbackLayer]:
         return [self.layers[i] for i in self._mixers]
@@ -298,6 +308,7 @@ class RollbackCache(Cache):
             "A_log": torch.stack([m.A_log.detach() for m in mixers]),
             "dt_bias": torch.stack([m.dt_bias.detach() for m in mixers]),
         } | (recorded or {})
+        self._replayed_with = self._weights()
         for i, layer in enumerate(linear):
             part = {name: _with_its_own_storage(self._all[name][i]) for name in RECORDED}
             layer.recurrent_states[0], layer.conv_states[0] = part["recurrent_state"], part["conv_state"]
@@ -493,7 +504,8 @@ def _prove(mixer: torch.nn.Module) -> None:
         mixer(x[:, t : t + 1], _One(wanted, mixer.layer_idx))
     cache = RollbackCache.__new__(RollbackCache)
     Cache.__init__(cache, layers=[RollbackLayer()] * (mixer.layer_idx + 1))
-    cache.tokens, cache._mixers, cache._all = 3, _Shared({mixer.layer_idx: mixer}), {}
+    cache.tokens, cache._replayed_with = 3, None
+    cache._mixers, cache._all = _Shared({mixer.layer_idx: mixer}), {}
     mixer(x[:, :3], cache)
     cache.activate_past_recording()
     mixer(x[:, 3:], cache)

@@ -20,7 +20,7 @@ import torch
 from gdnfuse import compat
 from gdnfuse.errors import GdnfuseError
 from gdnfuse.generation.caches import cache_argument, cache_finder
-from gdnfuse.generation.feeding import Fed
+from gdnfuse.generation.feeding import Fed, compiled_steps
 from gdnfuse.generation.proposers import Drafts, Proposer, Run, proposer_of
 
 
@@ -113,10 +113,7 @@ class Generation:
         self.stop = _Stop(criteria)
         mask = _mask(ids, kwargs)
         self.cache, capacity, length = _cache(model, ids, config, kwargs, self.n)
-        # As transformers does: steps on a cache of fixed length are compiled for it, with CUDA graphs.
-        of_steps = vars(model).get("get_compiled_call")  # ours, if the model is compiled
-        steps = capacity is not None and ids.device.type == "cuda" and not config.disable_compile
-        call = of_steps(config.compile_config) if steps and of_steps is not None else None
+        call = None if config.disable_compile else compiled_steps(model, capacity is not None)
         self.fed = Fed(model, self.cache, mask, capacity, length, call)
         self.sample = bool(config.do_sample)
         self.careful = not all(map(_is_stateless, processors))
@@ -148,8 +145,7 @@ class Generation:
                 self._undo(drafts)
                 raise
             if drafts is not None:
-                self.cache.crop(emitted - logits.shape[1])
-                self.fed.length += emitted - logits.shape[1]
+                self._keep(emitted - logits.shape[1])
             start = time.perf_counter() if start is None else start
             if over:
                 break
@@ -181,6 +177,16 @@ class Generation:
         for part in new.split(chunk, 1):
             logits = self.fed(part, last=True).logits
         return logits[:, -1:]
+
+    def _keep(self, crop: int) -> None:
+        """Take back the last -crop tokens."""
+        length = self.fed.length
+        try:
+            self.cache.crop(crop)
+        except BaseException:
+            self.cache.abandon(length - self.cache.pending)
+            raise
+        self.fed.length = length + crop
 
     def _undo(self, drafts: Drafts | None) -> None:
         """Have the cache be as it was before drafts were fed."""

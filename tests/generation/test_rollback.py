@@ -177,6 +177,34 @@ def test_copies_resets_and_states_of_another_dtype_are_whole():
     assert zoo.relative(states[0], zoo.states(wanted)["recurrent"][0]) < 1e-2
 
 
+@torch.no_grad()
+def test_weights_that_change_between_call_and_crop_are_said_and_later_ones_heeded():
+    model, tokens = zoo.causal_lm(**zoo.SMALL), zoo.tokens_for(2, 3)
+    cache = filled(model)
+    model(tokens, **zoo.held(cache))
+    mixer = model.model.layers[0].linear_attn
+    mixer.A_log.add_(0.5)
+    with pytest.raises(gdnfuse.GdnfuseError, match="found that they were written: cache.abandon"):
+        cache.crop(-1)
+    mixer.A_log.sub_(0.5)
+    cache.abandon(9)
+    cache.stop_past_recording()
+    cache.activate_past_recording()
+    model(tokens, **zoo.held(cache))
+    cache.crop(0)
+    alike(cache, stepped(model, tokens)[0])
+    cache.stop_past_recording()
+    mixer.conv1d.weight.mul_(1.5)
+    wanted = copy.deepcopy(cache)
+    for t in range(2):
+        model(tokens[:, t : t + 1], **zoo.held(wanted))
+    cache.activate_past_recording()
+    model(tokens, **zoo.held(cache))
+    cache.crop(-1)
+    for kind in ("recurrent", "conv"):
+        assert zoo.relative(zoo.flat_states(cache, kind), zoo.flat_states(wanted, kind)) < 1e-5
+
+
 def test_other_caches_and_copies_of_the_model_know_nothing_of_it():
     model = zoo.causal_lm(**zoo.SMALL)
     RollbackCache(model)
