@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 
+from gdnfuse.generation import prefix_files
 from gdnfuse.generation.prefix_tree import BLOCK, TOKEN, Read, Tree
 
 TOKEN_BYTES, STATE_BYTES = 8, 160
@@ -68,8 +69,8 @@ def check_found(tree, row, most):
     return found
 
 
-def sequences(seed, steps=40):
-    """Random keeping, finding, pinning and clearing."""
+def sequences(seed, folder, steps=40):
+    """Random keeping, finding, pinning, clearing, and loading of what was saved."""
     rng = random.Random(seed)
     tree = Tree(rng.choice([1000, 3000, 8000]), rng.choice([0, 0, 1200, 5000]))
     known, pinned = [tokens()], []
@@ -88,7 +89,12 @@ def sequences(seed, steps=40):
                 tree.touch(entry)
                 if entry.on_host and rng.random() < 0.5:
                     tree.promote(entry)
-        elif what < 0.95 and not pinned:
+        elif what < 0.92 and not pinned:
+            prefix_files.write(folder, {"model": "of the test"}, [Read(e) for e in tree.entries()])
+            tree = Tree(tree.max_bytes, tree.host_bytes)
+            with prefix_files.reading(folder, {"model": "of the test"}, torch.device("cpu")) as saved:
+                assert all(tree.keep("weights", one.tokens, one) for one in saved)
+        elif what < 0.96 and not pinned:
             pinned = [e for e in tree.entries() if not e.on_host][:1]
             for entry in pinned:
                 entry.pins += 1
@@ -102,15 +108,15 @@ def sequences(seed, steps=40):
 
 
 @pytest.mark.parametrize("first", [0, 50])
-def test_random_sequences(first):
+def test_random_sequences(first, tmp_path):
     for seed in range(first, first + 50):
-        sequences(seed)
+        sequences(seed, tmp_path)
 
 
 @pytest.mark.sweep
-def test_many_random_sequences():
+def test_many_random_sequences(tmp_path):
     for seed in range(1000, 2000):
-        sequences(seed)
+        sequences(seed, tmp_path)
 
 
 def test_keys_are_held_once_and_states_where_asked():
