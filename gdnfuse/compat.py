@@ -789,7 +789,8 @@ def _copy_each(to: Sequence[Any], tensors: Sequence[Any]) -> None:
 
 @private("torch:_foreach_copy_", instead=_copy_each)
 def copy_all(copy: Any, to: Sequence[Any], tensors: Sequence[Any]) -> None:
-    """Copy many tensors into others in a few launches. Without it: a draft's states are copied one by one."""
+    """Copy many tensors into others in a few launches. Without it: states of drafts and of known
+    prefixes are copied one by one."""
     if to:
         copy(to, tensors)
 

@@ -461,20 +461,22 @@ class _Layout:
 
     def fill(self, cache: Any, entries: Sequence[Read], start: int) -> None:
         """Keys and values behind the first `start` tokens, and the states in place of those that are there."""
-        n, read = entries[0].length, {id(e): self._keys(e, start) for e in entries}
-        for place, (i, heads, *columns) in enumerate(self.attention):
-            pair = (torch.stack([read[id(e)][2 * place + j] for e in entries]) for j in range(2))
-            keys, values = (x.view(len(entries), heads, n - start, c) for x, c in zip(pair, columns, strict=True))
-            cache.layers[i].update(keys, values)
+        # Few launches: what a prompt takes is waited for before its first token.
+        read = {id(e): self._keys(e, start) for e in entries}
+        for place, (i, *_) in enumerate(self.attention):
+            pair = ([read[id(e)][2 * place + j] for e in entries] for j in range(2))
+            cache.layers[i].update(*(torch.stack(x) if x[1:] else x[0][None] for x in pair))
         states = {id(e): self._states(e) for e in entries}
+        to, of = [], []
         for place, (i, kind, j, shape) in enumerate(self.states):
-            layer, x = cache.layers[i], torch.stack([states[id(e)][place] for e in entries]).to(self.device)
-            x = x.view(len(entries), *shape)
+            layer, x = cache.layers[i], [states[id(e)][place].view(shape) for e in entries]
             held = getattr(layer, kind)
-            if held[j] is None or held[j].shape != x.shape:
-                layer.lazy_initialization(**{kind: x}, state_idx=j)
-            held[j].copy_(x)
+            if held[j] is None:
+                layer.lazy_initialization(**{kind: x[0].expand(len(x), *shape)}, state_idx=j)
             layer.has_previous_state[j] = True
+            to += held[j]
+            of += x
+        compat.copy_all(to, of)
         for i, *_ in self.attention:
             if not cache.layers[i].is_compileable:
                 mark_lengths(cache.layers[i])
@@ -493,13 +495,13 @@ class _Layout:
             r = entry.length % BLOCK
             for part, x, (heads, c) in zip(parts, entry.rest.to(self.device).split([w * r for w in widths]), sizes, strict=True):
                 part.append(x.view(heads, r, c))
-        return [torch.cat(part, 1)[:, start - first * BLOCK :].contiguous() for part in parts]
+        return [(torch.cat(part, 1) if part[1:] else part[0])[:, start - first * BLOCK :] for part in parts]
 
     def _states(self, entry: Read) -> list[torch.Tensor]:
         found, sizes = [], {kind: [] for kind in ("recurrent_states", "conv_states")}
         for _, kind, _, shape in self.states:
             sizes[kind].append(torch.Size(shape).numel())
-        by_kind = {kind: iter(x.split(of)) for (kind, of), x in zip(sizes.items(), entry.states, strict=True)}
+        by_kind = {kind: iter(x.to(self.device).split(of)) for (kind, of), x in zip(sizes.items(), entry.states, strict=True)}
         for _, kind, _, _ in self.states:
             found.append(next(by_kind[kind]))
         return found
