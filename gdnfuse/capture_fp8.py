@@ -6,7 +6,7 @@ that. Here weights alone are quantised and activations stay in the model's dtype
 
 A GPU's kernels are all that these functions have, so they cannot be run in a proof. Proved is instead what loading with
 `dequantize=True` makes of such weights, and the loop over experts, which multiplies with plain weights where it is given such.
-Experts on a GPU are left to transformers where its kernels are there: ours would compute them by a reference.
+Experts on a GPU are left to transformers where its kernels are there, until ours have run on one.
 """
 
 from __future__ import annotations

@@ -105,7 +105,8 @@ def test_experts_are_dequantised_as_far_as_they_are_needed(batch, monkeypatch):
         assert kinds["gate_up"].bytes == 4 * (272 * 128 + 4 * 3)
         chosen = [r.rule for r in report.all_records if r.stage == "lower" and "experts" in r.rule]
         assert chosen == ["routed_experts" if batch == 1 and report.phase == "decode" else "experts"] * 2
-        assert all("plain weight" in r.reason for r in report.all_records if r.rule == "shared_expert")
+        shared = [r.status.value for r in report.all_records if r.rule == "shared_expert"]
+        assert shared == ["fired"] * 2 or not shared and report.phase == "prefill"
 
 
 def right(model, run, batch=1):

@@ -54,16 +54,19 @@ class LiftSharedExpert(Rule[Facts]):
             node = m.inputs.get(name)
             if node is not None and not same_shape(value(node).shape, shape):
                 raise Refused(f"{name} must be {list(shape)}, found {list(value(node).shape)}.", at=node)
-            if node is not None and is_quantized(node):
-                found = bind_weight(node)["format"]
-                raise Refused(
-                    f"{name} must be a plain weight, as quantised ones are for kernels of linears, found {found}.", at=node
-                )
+            like = m.inputs["gate_up"] if name != "shared_expert_gate" else None
+            if node is not None and _stored(node) != _stored(like):
+                raise Refused(f"{name} must be {_stored(like)}, as kernels read it, found {_stored(node)}.", at=node)
             if node is not None and value(node).dtype != value(m.inputs["x"]).dtype:
                 raise Refused(f"{name} must be {value(m.inputs['x']).dtype}, found {value(node).dtype}.", at=node)
 
     def rewrite(self, m, t):
         return experts_call(m, t)
+
+
+def _stored(weight):
+    """How a weight is stored, in words."""
+    return f"a weight in {bind_weight(weight)['format']}" if is_quantized(weight) else "a plain weight"
 
 
 RULE = LiftSharedExpert()
