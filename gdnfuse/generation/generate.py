@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 CACHES = ("cache", "past_key_values")
 AS_LONG = ("input_ids", "position_ids", "mm_token_type_ids", "token_type_ids")  # as the prompt, along their last axis
+PASSED = 16  # states that a call passes at most, of all rows: they are in memory together until they are kept
 KNOWN = {*AS_LONG, *CACHES, "attention_mask", "use_cache", "logits_to_keep", "return_dict"}
 
 
@@ -274,7 +275,8 @@ class Run:
         passed = list(itertools.takewhile(lambda n: n % prefixes.every == 0 and n < end, stops))
         if prefixes.in_pieces or at % prefixes.every or len(passed) < 2:
             return stops[0], []
-        return stops[len(passed)], passed
+        most = max(2, PASSED // len(self._rows))
+        return stops[min(len(passed), most)], passed[:most]
 
     def _keep(self, rows: list[bytes], states: list[torch.Tensor] | None = None) -> None:
         """What the cache holds, or held when its states were these."""

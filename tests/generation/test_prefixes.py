@@ -163,6 +163,17 @@ def test_a_prompt_leaves_its_states_in_one_call(family, monkeypatch):
     assert store.open(torch.cat([longer[:, :650], ids(9, rows=2)], 1)).get_seq_length() == 640
 
 
+def test_a_long_prompt_holds_few_states_at_a_time():
+    store = pair()[2]
+    run = generate.Run(store, ["input_ids"], cache_finder())
+    store.in_pieces, run._rows = False, [b"", b""]
+    stops, at, pieces = list(range(64, 64 * 30, 64)), 0, []
+    while at < 64 * 30:
+        at, passed = run._piece(at, [n for n in stops if n > at], 64 * 30)
+        pieces.append((at // 64, len(passed)))
+    assert pieces == [(9, 8), (18, 8), (27, 8), (30, 2)]  # of two rows 16 states and those at the end, which the cache has
+
+
 def test_where_a_graph_leaves_no_states_calls_end_where_they_are_wanted(monkeypatch):
     plain, ours, store = pair(prefill=True, fuel=None)
     monkeypatch.setattr(checkpoints, "hand_back", lambda *_: (0, []))
