@@ -12,7 +12,7 @@ GDN layer hand it over, which do nothing on any other cache.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -162,10 +162,18 @@ class RollbackCache(Cache):
             )
         for i in self._mixers:
             _install(self._mixers[i])
-        self._all: dict[str, torch.Tensor] = {}
+        self._begin()
         mixer = self._mixers[min(self._mixers)]
         with dequantized_calls(mixer):
             _prove(mixer)
+
+    def _begin(self) -> None:
+        """Have nothing to record in yet."""
+        self._all: dict[str, torch.Tensor] = {}
+        self._homes: list[int] = []  # where the layers' states are
+        self._hooked: list[int] = []  # the linears that were seen to have hooks
+        self._sources: list[torch.Tensor] = []  # the weights that tokens are replayed with, and how they were when they were read
+        self._replayed_with: tuple[list[int], list[int]] | None = None
 
     @property
     def pending(self) -> int:
@@ -185,11 +193,16 @@ class RollbackCache(Cache):
         if self.is_recording:
             return
         linear = self._linear()
-        if not all(layer.has_previous_state[0] for layer in linear):
+        if not all([layer.has_previous_state[0] for layer in linear]):
             raise GdnfuseError("A RollbackCache must hold a prompt before it records, found it empty.")
-        for mixer in self._mixers.values():
-            _install(mixer)
-        if not self._at_home() or self._replayed_with != self._weights():
+        gates = _gates_of(self._mixers[min(self._mixers)])
+        linears = [getattr(m, name) for m in self._mixers.values() for name in gates]
+        if list(map(id, linears)) != self._hooked:  # an adapter stands in the place of one, or nobody has looked yet
+            for mixer in self._mixers.values():
+                _install(mixer)
+            self._hooked = list(map(id, linears))
+        sources = _sources(self._mixers.values())
+        if not self._at_home() or not self._unchanged() or list(map(id, sources)) != list(map(id, self._sources)):
             self._move_in()
         for layer in linear:
             layer.record_past = True
@@ -215,21 +228,21 @@ class RollbackCache(Cache):
         """
         if isinstance(tokens_to_remove, bool) or not isinstance(tokens_to_remove, int) or tokens_to_remove > 0:
             raise GdnfuseError(f"crop takes how many tokens to remove as a negative number, or 0, found {tokens_to_remove!r}.")
-        pending = self.pending
+        linear = self._linear()
+        counts = {layer.pending for layer in linear}
+        pending = max(counts)
         keep = pending + tokens_to_remove
         if keep < 0:
             raise GdnfuseError(
                 f"A RollbackCache takes back what it recorded since the last crop, {pending} tokens, found {-tokens_to_remove}."
             )
-        linear = self._linear()
-        if any(layer.pending != pending for layer in linear):
-            counts = sorted({layer.pending for layer in linear})
+        if len(counts) > 1:
             raise GdnfuseError(
-                f"All layers of a RollbackCache must have recorded the same call, found layers with {counts} tokens: the call "
+                f"All layers of a RollbackCache must have recorded the same call, found layers with {sorted(counts)} tokens: the call "
                 "did not run to its end, so its cache cannot be used any more."
             )
         if keep:
-            if self._replayed_with != self._weights():
+            if self._all and not self._unchanged():
                 raise GdnfuseError(
                     "The weights of GDN layers must be the same when a RollbackCache records a call and when it is cropped, "
                     "found that they were written: cache.abandon(length) forgets the call."
@@ -268,22 +281,18 @@ class RollbackCache(Cache):
         )  # fmt: skip
         _commit(*arguments, L2NORM_EPS, beta_scale_of(mixer))
 
-    def _weights(self) -> tuple[list[int], list[int]]:
-        """Where the weights are that tokens are replayed with, and torch's counters of their changes."""
-        tensors = [x for m in self._mixers.values() for x in (m.conv1d.weight, m.A_log, m.dt_bias)]
-        return [x.data_ptr() for x in tensors], compat.version_counters(tensors)
+    def _unchanged(self) -> bool:
+        """Whether nobody has written the weights that tokens are replayed with, as far as torch counts that."""
+        found = [x.data_ptr() for x in self._sources], compat.version_counters(self._sources)
+        return found == self._replayed_with
 
     def _linear(self) -> list[RollbackLayer]:
         return [self.layers[i] for i in self._mixers]
 
     def _at_home(self) -> bool:
         """Whether the layers' states are the parts of all layers' tensors that they were made."""
-        return bool(self._all) and all(
-            layer.recurrent_states[0].data_ptr() == state.data_ptr() and layer.conv_states[0].data_ptr() == window.data_ptr()
-            for layer, state, window in zip(
-                self._linear(), self._all["recurrent_state"], self._all["conv_state"], strict=True
-            )
-        )  # fmt: skip
+        states = [x for layer in self._linear() for x in (layer.recurrent_states[0], layer.conv_states[0])]
+        return bool(self._all) and [x.data_ptr() for x in states] == self._homes
 
     def _move_in(self) -> None:
         """Put the states of all layers side by side, so that one launch reaches them, and make what calls record in."""
@@ -308,23 +317,30 @@ class RollbackCache(Cache):
             "A_log": torch.stack([m.A_log.detach() for m in mixers]),
             "dt_bias": torch.stack([m.dt_bias.detach() for m in mixers]),
         } | (recorded or {})
-        self._replayed_with = self._weights()
+        self._sources = _sources(mixers)
+        self._replayed_with = [x.data_ptr() for x in self._sources], compat.version_counters(self._sources)
         for i, layer in enumerate(linear):
             part = {name: _with_its_own_storage(self._all[name][i]) for name in RECORDED}
             layer.recurrent_states[0], layer.conv_states[0] = part["recurrent_state"], part["conv_state"]
             layer.windows, layer.a, layer.b = part["windows"], part["a"], part["b"]
             for x in part.values():
                 compat.mark_static_address(x)
+        self._homes = [x.data_ptr() for layer in linear for x in (layer.recurrent_states[0], layer.conv_states[0])]
 
     def __getstate__(self) -> dict[str, Any]:
         if self.pending:
             raise GdnfuseError(
                 f"A RollbackCache can be copied when all is in its states, found {self.pending} tokens: crop first."
             )
-        return {**vars(self), "_all": {}}
+        return {**vars(self), "_all": {}, "_sources": [], "_replayed_with": None}
 
 
 RECORDED = ("recurrent_state", "conv_state", "windows", "a", "b")
+
+
+def _sources(mixers: Iterable[torch.nn.Module]) -> list[torch.Tensor]:
+    """The weights that tokens are replayed with."""
+    return [x for m in mixers for x in (m.conv1d.weight, m.A_log, m.dt_bias)]
 
 
 def _layer(like: Any, max_cache_len: int | None) -> Any:
@@ -504,8 +520,8 @@ def _prove(mixer: torch.nn.Module) -> None:
         mixer(x[:, t : t + 1], _One(wanted, mixer.layer_idx))
     cache = RollbackCache.__new__(RollbackCache)
     Cache.__init__(cache, layers=[RollbackLayer()] * (mixer.layer_idx + 1))
-    cache.tokens, cache._replayed_with = 3, None
-    cache._mixers, cache._all = _Shared({mixer.layer_idx: mixer}), {}
+    cache.tokens, cache._mixers = 3, _Shared({mixer.layer_idx: mixer})
+    cache._begin()
     mixer(x[:, :3], cache)
     cache.activate_past_recording()
     mixer(x[:, 3:], cache)
