@@ -193,7 +193,7 @@ class RollbackCache(Cache):
         if self.is_recording:
             return
         linear = self._linear()
-        if not all([layer.has_previous_state[0] for layer in linear]):
+        if not all(layer.has_previous_state[0] for layer in linear):
             raise GdnfuseError("A RollbackCache must hold a prompt before it records, found it empty.")
         gates = _gates_of(self._mixers[min(self._mixers)])
         linears = [getattr(m, name) for m in self._mixers.values() for name in gates]
@@ -238,8 +238,8 @@ class RollbackCache(Cache):
             )
         if len(counts) > 1:
             raise GdnfuseError(
-                f"All layers of a RollbackCache must have recorded the same call, found layers with {sorted(counts)} tokens: the call "
-                "did not run to its end, so its cache cannot be used any more."
+                f"All layers of a RollbackCache must have recorded the same call, found layers with "
+                f"{sorted(counts)} tokens: the call did not run to its end, so its cache cannot be used any more."
             )
         if keep:
             if self._all and not self._unchanged():
