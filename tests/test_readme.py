@@ -3,46 +3,85 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import shlex
+
+import pytest
+import tokenizers
+import torch
+import transformers
 
 import gdnfuse
 from gdnfuse.cli import _parser
 from gdnfuse.options import Options
+from tests.models import zoo
 from tests.pages import ROOT, blocks
 
 PAGE = ROOT / "README.md"
 README = PAGE.read_text()
+OPTIONS = (ROOT / "docs" / "options.md").read_text()
+RESULTS = ROOT / "benchmarks" / "results"
 
 
-def test_python_blocks_run_in_order(monkeypatch):
-    headline, *rest = blocks(PAGE, "python")
-    assert "gdnfuse.compile(model)" in headline
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """Names of the hub's models stand for a folder with a small one, on the device that there is."""
+    zoo.causal_lm(**zoo.SMALL).save_pretrained(tmp_path)
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"The": 0, "delta": 1, "rule": 2, "?": 3}, unk_token="?"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
+    for cls in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer):
+        load = cls.from_pretrained
+        here = {"device_map": "cuda" if torch.cuda.is_available() else "cpu"} if cls is transformers.AutoModelForCausalLM else {}
+        monkeypatch.setattr(
+            cls, "from_pretrained", lambda name, load=load, here=here, **given: load(tmp_path, **{**given, **here})
+        )
+
+
+def test_the_example_runs(monkeypatch, hub, capsys):
+    (block,) = blocks(PAGE, "python")
     # Inductor is tested elsewhere; here it would only be slow.
     init = Options.__init__
     monkeypatch.setattr(Options, "__init__", lambda self, **given: init(self, **{"inner": "eager", **given}))
+    torch.compiler.reset()
     gdnfuse.clear_reports()
-    scope: dict[str, object] = {}
-    for block in rest:
-        exec(compile(block, "README.md", "exec"), scope)
-    exec(compile(headline, "README.md", "exec"), scope)
-    assert [r.fused_layers for r in gdnfuse.reports()] == [3] * len(gdnfuse.reports())
-    assert len(gdnfuse.reports()) >= 2
+    exec(compile(block, "README.md", "exec"), {})
+    assert "GDN layers fused" in capsys.readouterr().out
+    assert len(gdnfuse.reports()) >= 2 and all(r.fused_layers == len(r.layers) > 0 for r in gdnfuse.reports())
+
+
+def test_a_newcomer_reads_little_before_the_install_line_and_the_example():
+    for mark, most in (("```console", 60), ("```python", 90)):
+        assert len(re.findall(r"\w[\w'./-]*", README[: README.index(mark)])) <= most
+    assert len(README.splitlines()) <= 120
+
+
+def test_figures_are_those_of_the_files():
+    of = lambda name: {s["side"]: s for s in json.loads((RESULTS / name).read_text())["results"][0]["sides"]}  # noqa: E731
+    step, prompt = of("decode_4b.json"), of("prefill.json")
+    rows = [re.findall(r"(?<![\w.])\d+(?:\.\d+)?(?= ms| \|)", line) for line in README.splitlines() if line.startswith("| ")]
+    sides = ("eager", "fla", "inductor", "gdnfuse")
+    digits = (1, 1, 2, 2)
+    assert [f"{step[s]['ms']:.{n}f}" for s, n in zip(sides, digits, strict=True)] in [row[:4] for row in rows]
+    assert [f"{step[s]['kernels_per_step']:g}" for s in sides] in rows
+    assert [f"{prompt[s]['ms']['4096']:.1f}" for s in ("fla", "gdnfuse")] in rows
 
 
 def test_commands_parse():
-    lines = [line for block in blocks(PAGE, "console") for line in block.splitlines()]
+    pages = [PAGE, *(ROOT / "docs").glob("*.md")]
+    lines = [line for page in pages for block in blocks(page, "console") for line in block.splitlines()]
     commands = [shlex.split(line, comments=True) for line in lines]
     for command in commands:
         if command[0] == "gdnfuse":
             _parser().parse_args(command[1:])
-        else:
+        elif command[0] != "pip":
             assert command[0] == "make"
             assert re.search(rf"^{command[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
 
 
 def test_every_option_is_in_the_table():
-    section = README.split("## Options")[1].split("\n## ")[0]
+    section = OPTIONS.split("## Options")[1].split("\n## ")[0]
     assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == [f.name for f in dataclasses.fields(Options)]
 
 
