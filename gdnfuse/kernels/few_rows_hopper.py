@@ -46,6 +46,28 @@ def _copy_x(ring, slot, x_ptrs, there, step):
 
 
 @gluon.jit
+def store_tiles(acc, out_ptr, first, part, B, M, width, live_rows, SWIGLU: gl.constexpr, TILES: gl.constexpr, BB: gl.constexpr):
+    """Store what the tiles of a program came to, [64, BB] each: of rows from `first` on, of which there are M, in rows that are
+    `width` apart. With SwiGLU a tile's first half is gate and its second up."""
+    ROWS: gl.constexpr = 32 if SWIGLU else 64
+    i = gl.arange(0, ROWS, layout=gl.SliceLayout(1, STORED))
+    column = gl.arange(0, BB, layout=gl.SliceLayout(0, STORED))
+    if SWIGLU:
+        scratch = gl.allocate_shared_memory(gl.float32, [64, BB], SCRATCH)
+    for t in gl.static_range(TILES):
+        if SWIGLU:
+            scratch.store(acc[t])
+            gate = scratch.slice(0, ROWS).load(STORED)
+            y = gate / (1.0 + gl.exp(-gate)) * scratch.slice(ROWS, ROWS).load(STORED)
+        else:
+            y = gl.convert_layout(acc[t], STORED)
+        out_row = first + t * live_rows + i
+        inside = ((i < live_rows) & (out_row < M))[:, None] & (column < B)[None, :]
+        out_ptrs = out_ptr + ((part * B + column).to(gl.int64)[None, :] * width + out_row[:, None])
+        gl.store(out_ptrs, y.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@gluon.jit
 def program(
     x_ptr, weight_ptr, out_ptr,
     index, part, B, M, width, live_rows, steps, stride_xb, stride_wm,
@@ -110,21 +132,7 @@ def program(
         slot = gl.where(slot == STAGES - 1, 0, slot + 1)
 
     async_copy.wait_group(0)
-    i = gl.arange(0, ROWS, layout=gl.SliceLayout(1, STORED))
-    column = gl.arange(0, BB, layout=gl.SliceLayout(0, STORED))
-    if SWIGLU:
-        scratch = gl.allocate_shared_memory(gl.float32, [64, BB], SCRATCH)
-    for t in gl.static_range(TILES):
-        if SWIGLU:
-            scratch.store(acc[t])
-            gate = scratch.slice(0, ROWS).load(STORED)
-            y = gate / (1.0 + gl.exp(-gate)) * scratch.slice(ROWS, ROWS).load(STORED)
-        else:
-            y = gl.convert_layout(acc[t], STORED)
-        out_row = first + t * live_rows + i
-        inside = ((i < live_rows) & (out_row < M))[:, None] & (column < B)[None, :]
-        out_ptrs = out_ptr + ((part * B + column).to(gl.int64)[None, :] * width + out_row[:, None])
-        gl.store(out_ptrs, y.to(out_ptr.dtype.element_ty), mask=inside)
+    store_tiles(acc, out_ptr, first, part, B, M, width, live_rows, SWIGLU, TILES, BB)
 
 
 @gluon.jit(do_not_specialize=["B", "M", "live_rows", "steps"])

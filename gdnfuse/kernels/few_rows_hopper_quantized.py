@@ -16,7 +16,7 @@ import torch
 
 from gdnfuse import compat
 from gdnfuse.kernels import few_rows_hopper, quantized
-from gdnfuse.kernels.few_rows_hopper import COPIED, RING, SCRATCH, SLICE, STORED, _copy_x
+from gdnfuse.kernels.few_rows_hopper import COPIED, RING, SLICE, _copy_x, store_tiles
 from gdnfuse.kernels.launch.implementation import kernel_of, launching, overlap_options
 from gdnfuse.kernels.linear_configs import STEP, RingConfig, columns_of, rings, rows_and_out
 
@@ -128,21 +128,7 @@ def _program(
         slot = gl.where(slot == STAGES - 1, 0, slot + 1)
 
     async_copy.wait_group(0)
-    i = gl.arange(0, HALF, layout=gl.SliceLayout(1, STORED))
-    column = gl.arange(0, BB, layout=gl.SliceLayout(0, STORED))
-    if SWIGLU:
-        scratch = gl.allocate_shared_memory(gl.float32, [64, BB], SCRATCH)
-    for t in gl.static_range(TILES):
-        if SWIGLU:
-            scratch.store(acc[t])
-            gate = scratch.slice(0, HALF).load(STORED)
-            y = gate / (1.0 + gl.exp(-gate)) * scratch.slice(HALF, HALF).load(STORED)
-        else:
-            y = gl.convert_layout(acc[t], STORED)
-        out_row = first + t * live_rows + i
-        inside = ((i < live_rows) & (out_row < stored))[:, None] & (column < B)[None, :]
-        out_ptrs = out_ptr + ((part * B + column).to(gl.int64)[None, :] * M + out_row[:, None])
-        gl.store(out_ptrs, y.to(out_ptr.dtype.element_ty), mask=inside)
+    store_tiles(acc, out_ptr, first, part, B, stored, M, live_rows, SWIGLU, TILES, BB)
 
 
 @gluon.jit(do_not_specialize=["B", "M", "stored", "live_rows", "steps", "plain_programs", "plain_rows"])

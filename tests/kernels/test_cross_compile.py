@@ -586,7 +586,7 @@ def test_the_experts_of_one_row_are_on_their_way_before_those_who_need_them_wait
 @pytest.mark.parametrize(
     ("op", "rows"), [("routed_experts fp8", 1), ("experts fp8", 8), ("experts fp8", 32), ("experts fp8", 4096)]
 )
-def test_quantised_experts_do_not_spill_and_read_as_much_at_once(op, rows, tmp_path, record_property):
+def test_quantised_experts_do_not_spill_and_read_several_at_once(op, rows, tmp_path, record_property):
     name, call = op.split()[0], of_35b(op, rows)
     implementations()[name].supports(*call)
     compiled = (
@@ -597,7 +597,8 @@ def test_quantised_experts_do_not_spill_and_read_as_much_at_once(op, rows, tmp_p
         record_property(kernel.metadata.name, str(usage))
         assert usage["STACK"] <= 16 and usage["LOCAL"] == 0, f"{kernel.metadata.name} spills: {usage}"
         if "up" in kernel.metadata.name or "down" in kernel.metadata.name:
-            assert re.search(r"(ld\.global\S*\.v[24]\.b32|cp\.async\.cg)", kernel.asm["ptx"])
+            # Eight bytes at once or more.
+            assert re.search(r"ld\.global\S*\.v[24]\.b32|cp\.async\.c[ag][^\n]*, 0x(8|10)", kernel.asm["ptx"])
 
 
 @pytest.mark.parametrize("rows", [8, 32])
