@@ -239,7 +239,7 @@ class RollbackCache(Cache):
         if len(counts) > 1:
             raise GdnfuseError(
                 f"All layers of a RollbackCache must have recorded the same call, found layers with "
-                f"{sorted(counts)} tokens: the call did not run to its end, so its cache cannot be used any more."
+                f"{sorted(counts)} tokens: the call did not run to its end, and cache.abandon(length) forgets it."
             )
         if keep:
             if self._all and not self._unchanged():

@@ -26,6 +26,8 @@ CALLS = {
     "fused_gating_chunk_delta_rule": kernel_cases.chunked(6, 70, 2, 4, 24, 16, gated=True),
     "causal_conv_update": kernel_cases.conv(6, 12, 4, 4, bias=True),
     "fused_gating_delta_rule": kernel_cases.rule(6, 3, 2, 4, 24, 16),
+    "delta_rule_commit": kernel_cases.commit(2, 6, 3, 4, 2, 4, 24, 16, [0, 1, 2, 3, 2, 1]),
+    "delta_rule_verify": kernel_cases.rule(6, 3, 2, 4, 24, 16),
     "packed_decode": kernel_cases.packed(6, 2, 4, 24, 16),
     "gated_rms_norm": kernel_cases.norm((6, 1, 4, 16), torch.float32, torch.bfloat16),
     "mixer_decode": kernel_cases.mixer(6, 2, 4, 24, 16, dtype=torch.bfloat16),
@@ -37,7 +39,7 @@ CALLS = {
     "experts": kernel_cases.chosen(3, 32, 6, 2, 16, torch.bfloat16, shared=16, gated=True, residual=True),
     "routed_experts": kernel_cases.routed_experts(64, 6, 2, 16, torch.bfloat16, norm=True),
 }
-STATIC = ("fused_linear", "in_proj_conv", "split_linear", "add_rms_norm", "routed_experts")
+STATIC = ("delta_rule_commit", "fused_linear", "in_proj_conv", "split_linear", "add_rms_norm", "routed_experts")
 BATCHED = [op for op in CALLS if op not in STATIC]
 # The axis of time of what a prompt, or the keys of all tokens, is made of, by the ops that take any length.
 TIME = dict.fromkeys(("q", "k", "v", "g", "beta", "a", "b"), 1)
