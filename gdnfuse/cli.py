@@ -93,6 +93,8 @@ def _sentence(e: BaseException) -> tuple[int, str]:
 def _parser() -> _Parser:
     parser = _Parser(prog="gdnfuse", description="Fuses the Gated DeltaNet layers of Hugging Face models under torch.compile.")
     parser.add_argument("--debug", action="store_true", help="show tracebacks and the library's warnings")
+    packages = " ".join(f"{package} {versions.version(package)}" for package in ("gdnfuse", "torch", "transformers", "triton"))
+    parser.add_argument("--version", action="version", version=packages, help="show this version, and of what it builds on")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     report = commands.add_parser("report", help="say what is fused in a model, and why not, without its weights")
     verify = commands.add_parser("verify", help="compare the rewritten graphs of a model, random weights, with those that came")

@@ -116,6 +116,13 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys):
         assert "Traceback" not in captured.err
 
 
+def test_version_names_what_it_builds_on(capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["--version"])
+    assert exit.value.code == 0
+    assert re.fullmatch(r"gdnfuse \S+ torch \S+ transformers \S+ triton \S+\n", capsys.readouterr().out)
+
+
 def test_debug_shows_the_traceback(capsys):
     assert main(["report", "nothing-like-it", "--debug"]) == 2
     assert "Traceback" in capsys.readouterr().err
