@@ -174,6 +174,42 @@ def holders(count: Any, address: Any, tensor: Any) -> int | None:
     return held - one + 1
 
 
+def _is_sharded(tensor: Any) -> bool:
+    return hasattr(tensor, "to_local") and hasattr(tensor, "device_mesh")
+
+
+@private("torch.distributed.tensor:DTensor", instead=_is_sharded, level=logging.DEBUG)
+def is_sharded(dtensor: Any, tensor: Any) -> bool:
+    """Whether a tensor is a DTensor. Without it: DTensors are told by their attributes."""
+    return isinstance(tensor, dtensor)
+
+
+@private("torch.distributed.tensor:DTensor._local_tensor", instead=nothing)
+def local_part(slot: Any) -> str | None:
+    """The attribute in which a DTensor has this rank's part, and no view of it, which would share its memory. Without it: weights
+    that are shared out over ranks are not packed."""
+    return "_local_tensor"
+
+
+@private("torch.distributed.distributed_c10d:_get_default_store", instead=nothing)
+def say_to_ranks(store: Any, key: str, message: str) -> None:
+    """Leave a message in the store that the process group was made with. Without it: no rank hears of another, and models are not
+    cut by heads."""
+    store().set(key, message)
+
+
+@private("torch.distributed.distributed_c10d:_get_default_store", instead=nothing, level=logging.DEBUG)
+def heard_from_rank(store: Any, key: str, seconds: float) -> str | None:
+    """A message that a rank leaves there, None if it does not within these seconds. Without it: no rank hears of another."""
+    from datetime import timedelta
+
+    try:
+        store().wait([key], timedelta(seconds=seconds))
+        return store().get(key).decode()
+    except RuntimeError:  # the time is over, or the rank whose store it is has ended
+        return None
+
+
 def _map(x: Any, change: Callable[[Any], Any]) -> Any:
     if isinstance(x, list | tuple):
         return type(x)(*(_map(y, change) for y in x)) if hasattr(x, "_fields") else type(x)(_map(y, change) for y in x)

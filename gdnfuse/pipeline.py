@@ -23,6 +23,7 @@ from gdnfuse.passes import (
     growing_keys,
     last_rows,
     lift,
+    local_weights,
     lower,
     normalize,
     packed,
@@ -88,6 +89,7 @@ def rewrite(
         node.meta["gdnfuse_real"] = tensor
     c = Compilation(gm, options, report, plan, real)
     c.packed, refused = subclasses.unwrap(gm, real)
+    c.packed += local_weights.to_inputs(gm, real)
     c.outcome.records += refused
     report.nodes_before = len(calls(gm))
     before = _survey(gm, mark=True)

@@ -19,6 +19,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.source import ConstantSource
 from torch._guards import GuardSource, TracingContext
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor, Shard
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from transformers.models.qwen3_5 import modeling_qwen3_5 as modeling
 
@@ -200,6 +201,45 @@ def holders(there):
     else:
         with pytest.raises(Refused, match="must be known, found that torch does not say"):
             packing.check([weight])
+
+
+@contextmanager
+def shared_out():
+    """A tensor and a DTensor of it, on a group of one rank."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        tensor = torch.ones(2, 3)
+        yield tensor, torch.nn.Parameter(DTensor.from_local(tensor, mesh, [Shard(0)]))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@case
+def is_sharded(there):
+    with shared_out() as (tensor, sharded):
+        assert compat.is_sharded(sharded) and not compat.is_sharded(tensor) and not compat.is_sharded(3)
+
+
+@case
+def local_part(there):
+    with shared_out() as (tensor, sharded):
+        part = compat.local_part()
+        assert getattr(sharded, part).data_ptr() == tensor.data_ptr() if there else part is None
+
+
+@case
+def say_to_ranks(there):
+    with shared_out():
+        compat.say_to_ranks("key", "message")
+        assert compat.heard_from_rank("key", 0.1) == ("message" if there else None)
+
+
+@case
+def heard_from_rank(there):
+    say_to_ranks(there)
+    with shared_out():
+        assert compat.heard_from_rank("nothing", 0.01) is None
 
 
 @case

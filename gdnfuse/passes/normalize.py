@@ -1,4 +1,4 @@
-"""normalize: one spelling for casts, commuted operands, squares, local buffers, sums in place and dead ops. Exact to the bit."""
+"""normalize: one spelling for casts, commuted operands, squares, buffers, what is done in place, dead ops. Exact to the bit."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from gdnfuse import compat
+from gdnfuse.passes import collectives
 from gdnfuse.rewrite.edit import infer, returned
 from gdnfuse.rewrite.graph import PURE, is_overload, is_tensor, op_name, remove_dead, same, same_shape, storage, value, writes
 
@@ -32,6 +33,7 @@ _BUFFERS = ("zeros_like", "zeros", "empty", "empty_like")
 
 def normalize(gm: GraphModule) -> None:
     """Rewrite `gm` in place into the one spelling that lift's patterns are written in."""
+    collectives.out_of_place(gm)
     _out_of_place(gm)
     written = {s: n for n in gm.graph.nodes for s in writes(n)}
     for node in list(gm.graph.nodes):

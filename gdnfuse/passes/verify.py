@@ -15,9 +15,10 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from gdnfuse import compat
 from gdnfuse.errors import Refused, one_line
+from gdnfuse.passes.collectives import collectives
 from gdnfuse.report.records import Comparison
 from gdnfuse.rewrite.evaluate import hint, in_precision
-from gdnfuse.rewrite.graph import storage, writes
+from gdnfuse.rewrite.graph import op_name, storage, writes
 
 # ours ≤ SLACK · theirs + FLOOR[dtype]: of one call errors are a draw, and each output was rounded once in any case.
 SLACK = 2.0
@@ -38,8 +39,11 @@ def verify(before: GraphModule, after: GraphModule, inputs: Sequence[Any], more:
         One comparison for each output that is a tensor, and for each input that one of them writes.
 
     Raises:
-        Refused: they cannot be run here: an input is fake or on the meta device, two written inputs share memory, a graph raised.
+        Refused: they cannot be run here: an input is fake or on the meta device, two written inputs share memory, other ranks
+            take part, a graph raised.
     """
+    if (shared := next(collectives(before), None)) is not None:
+        raise Refused(f"A graph must wait for no other rank to be verified, found {op_name(shared)}.")
     for x in (*inputs, *more):
         if isinstance(x, torch.Tensor) and (compat.is_fake(x) or x.is_meta):
             raise Refused("Verifying needs the tensors of a real call, found one without data.")

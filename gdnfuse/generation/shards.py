@@ -1,0 +1,352 @@
+"""Shards: models whose weights transformers has shared out over ranks, as `from_pretrained` with a tp_plan does under torchrun.
+
+transformers' plan for a Gated DeltaNet layer gathers the results of every projection, so that each rank computes conv, rule and
+states of all heads. By heads (`gdnfuse.compile(model, tensor_parallel="heads")`) a rank has the projections, conv channels, gates
+and states of its key heads and of their value heads, out_proj by rows, and one all-reduce per mixer is left. The model's code
+stays: it takes its sizes from two attributes of the mixer, and the rest from its tensors.
+
+Ranks agree before anything is changed (`agreement.py`), and before each layer. One that fails has all of them put back what they
+had, and raise its sentence.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gdnfuse import compat
+from gdnfuse.errors import GdnfuseError
+from gdnfuse.generation.agreement import Agreement, Alone
+from gdnfuse.generation.wrappers import gdn_layers
+
+AS_LOADED, HEADS = "as_loaded", "heads"
+WAYS = (AS_LOADED, HEADS)
+CUT = "_gdnfuse_cut_by_heads"  # attribute of a model
+
+K, V, HV = "key_dim", "value_dim", "num_v_heads"  # attributes of a mixer that say how wide a part of a projection is
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a mixer's projections are laid out.
+
+    Attributes:
+        rows: of each projection of the input, the parts that stand one behind the other in its rows. In each part a key head's
+            rows are together, with those of all its value heads.
+        out: the projection of its output, whose columns are the value heads.
+    """
+
+    rows: dict[str, tuple[str, ...]]
+    out: str
+
+
+KINDS = (
+    Kind({"in_proj_qkv": (K, K, V), "in_proj_z": (V,), "in_proj_b": (HV,), "in_proj_a": (HV,)}, "out_proj"),
+    # q, k, v and z of one key head after the other; b and a likewise. So each is one part.
+    Kind({"in_proj_qkvz": ("",), "in_proj_ba": ("",)}, "out_proj"),
+    Kind({"q_proj": (K,), "k_proj": (K,), "v_proj": (V,), "g_proj": (V,), "b_proj": (HV,), "a_proj": (HV,)}, "o_proj"),
+)
+SIZES = (K, V, HV, "num_k_heads", "conv_dim")
+
+
+def sharded(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Every parameter that is a DTensor, by its name; one that has several names by each."""
+    if not torch.distributed.is_available():
+        return {}
+    other = ((n, p) for n, p in model.named_parameters(remove_duplicate=False) if type(p) is not torch.nn.Parameter)
+    return {n: p for n, p in other if compat.is_sharded(p)}
+
+
+def agreement(way: Any) -> Agreement | Alone:
+    """On what the ranks have to agree where a model is compiled this way."""
+    return Alone() if way is None or not _grouped() else Agreement()
+
+
+def _grouped() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def plan(way: Any, model: torch.nn.Module, **others: Any) -> tuple[Any, list[Mixer]]:
+    """What will be cut, after a look at all that may keep it from it. Nothing is changed.
+
+    Args:
+        way: "as_loaded", "heads" or None.
+        model: of transformers.
+        others: arguments of `gdnfuse.compile` that do not work on models that are shared out, by their names.
+
+    Returns:
+        The device mesh, None where nothing is cut, and the layers.
+
+    Raises:
+        GdnfuseError: the model may not be compiled so.
+    """
+    if way is not None and way not in WAYS:
+        raise GdnfuseError(f"tensor_parallel must be {' or '.join(map(repr, WAYS))} or None, found {way!r}.")
+    if way is not None and not _grouped():
+        raise GdnfuseError(
+            f"tensor_parallel={way!r} needs a model that transformers has shared out over ranks, found no process group: start a "
+            f"process for each GPU with torchrun and load with DistributedConfig(tp_plan='auto')."
+        )
+    given = [name for name, argument in others.items() if argument is not None]
+    if given and (way is not None or sharded(model)):
+        raise GdnfuseError(
+            f"{given[0]} needs a model that is whole on one device, found weights that are shared out over ranks: leave "
+            f"{given[0]} away, or load the model without a tp_plan."
+        )
+    if way is None or getattr(model, CUT, False):
+        return None, []
+    mesh = _mesh(way, model)
+    return (mesh, list(_mixers(model, mesh.size()))) if way == HEADS else (None, [])
+
+
+def prepare(model: torch.nn.Module, mesh: Any, mixers: list[Mixer], agreement: Agreement | Alone) -> None:
+    """Have the weights as a model is to be compiled.
+
+    Args:
+        model: its parameters are changed in place.
+        mesh, mixers: of `plan`, on which all ranks have agreed.
+        agreement: on which they agree further.
+
+    Raises:
+        GdnfuseError: on every rank, with the sentence of the one that it comes from. Nothing is cut then.
+    """
+    own_memory(model)
+    if mesh is not None:
+        _cut_all(model, mixers, mesh, agreement)
+
+
+def _mesh(way: str, model: torch.nn.Module) -> Any:
+    """The device mesh that a model is shared out over."""
+    meshes = {p.device_mesh for p in sharded(model).values()}
+    if not meshes:
+        raise GdnfuseError(
+            f"tensor_parallel={way!r} needs a model that transformers has shared out over ranks, found one that is whole on this "
+            f"rank: load it on every rank with DistributedConfig(tp_plan='auto')."
+        )
+    mesh, ranks = next(iter(meshes)), torch.distributed.get_world_size()
+    if len(meshes) > 1 or mesh.ndim != 1 or mesh.size() != ranks:
+        raise GdnfuseError(
+            f"tensor_parallel={way!r} needs one mesh of all {ranks} ranks, found {' and '.join(sorted(map(str, meshes)))}: load "
+            f"the model with tensor parallelism alone."
+        )
+    return mesh
+
+
+@torch.no_grad()
+def own_memory(model: torch.nn.Module) -> None:
+    """Give memory of its own to each rank's part of a weight that is a slice of the tensor it was loaded from.
+
+    Otherwise the rank keeps the memory of all, and the part cannot be packed: a DTensor knows where in its memory it starts. The
+    parameter is a new one, of the same values and under the same names.
+    """
+    made: dict[int, torch.nn.Parameter] = {}
+    for name, p in sharded(model).items():
+        if p.storage_offset() == 0:
+            continue
+        if id(p) not in made:
+            made[id(p)] = _Layout.of(p).parameter(p.to_local().clone())
+        module, _, attribute = name.rpartition(".")
+        model.get_submodule(module)._parameters[attribute] = made[id(p)]
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How a parameter is shared out, and nothing that keeps its memory; `mesh` is None for a plain one."""
+
+    mesh: Any
+    placements: Any
+    shape: torch.Size
+    stride: tuple[int, ...]
+    requires_grad: bool
+
+    @classmethod
+    def of(cls, p: Any) -> _Layout:
+        mesh, placements = (p.device_mesh, p.placements) if compat.is_sharded(p) else (None, None)
+        return cls(mesh, placements, p.shape, p.stride(), p.requires_grad)
+
+    def parameter(self, part: torch.Tensor) -> torch.nn.Parameter:
+        """The parameter of which this rank has `part`."""
+        if self.mesh is not None:
+            from torch.distributed.tensor import DTensor
+
+            more = {"run_check": False, "shape": self.shape, "stride": self.stride}
+            part = DTensor.from_local(part, self.mesh, self.placements, **more)
+        return torch.nn.Parameter(part, requires_grad=self.requires_grad)
+
+
+@dataclass(frozen=True)
+class Mixer:
+    """A GDN layer that can be cut.
+
+    Attributes:
+        path: of the module.
+        module: with the sizes of all heads.
+        kind: where its projections are.
+    """
+
+    path: str
+    module: Any
+    kind: Kind
+
+    @property
+    def facts(self) -> list[Any]:
+        """What all ranks must find alike."""
+        return [self.path, *self.kind.rows, *(getattr(self.module, size) for size in SIZES)]
+
+
+def _mixers(model: torch.nn.Module, ranks: int) -> Iterator[Mixer]:
+    """The GDN layers of a model.
+
+    Raises:
+        GdnfuseError: one cannot be cut for so many ranks.
+    """
+    for path in gdn_layers(model):
+        module = model.get_submodule(path)
+        linears = {n for n, m in module.named_children() if "proj" in n}
+        kind = next((k for k in KINDS if linears == {*k.rows, k.out}), None)
+        if kind is None or not all(isinstance(getattr(module, size, None), int) for size in SIZES):
+            raise GdnfuseError(
+                f"tensor_parallel='heads' must know how a mixer's projections are laid out, found {type(module).__name__} with "
+                f"{', '.join(sorted(linears))}: use tensor_parallel='as_loaded'."
+            )
+        for name in (*kind.rows, kind.out):
+            _check_linear(f"{path}.{name}", getattr(module, name))
+        if module.num_k_heads % ranks:
+            raise GdnfuseError(
+                f"Key heads must be shared out evenly over ranks, found {module.num_k_heads} in {path} and {ranks} ranks: use a "
+                f"number of ranks that divides {module.num_k_heads}, or tensor_parallel='as_loaded'."
+            )
+        yield Mixer(path, module, kind)
+
+
+def _check_linear(path: str, linear: torch.nn.Module) -> None:
+    forward = vars(linear).get("forward")
+    theirs = forward is None or getattr(forward, "__module__", "").startswith("transformers.")
+    if type(linear) is not torch.nn.Linear or linear.bias is not None or not theirs:
+        bias = " with a bias" if getattr(linear, "bias", None) is not None else ""
+        found = f"{type(linear).__name__}{bias}{'' if theirs else ' with a forward of its own'}"
+        raise GdnfuseError(
+            f"tensor_parallel='heads' cuts plain linears without bias, found {found} at {path}: leave adapters and quantisation "
+            f"away, or use tensor_parallel='as_loaded'."
+        )
+
+
+class _Undo:
+    """What a model had, to be put back where a rank fails. Of weights on a GPU the host keeps a copy: both have no room there."""
+
+    def __init__(self) -> None:
+        self.steps: list[Callable[[], None]] = []
+
+    def parameter(self, module: Any, name: str) -> None:
+        self.steps.append(_putting_back(module, name, module._parameters[name]))
+
+    def attribute(self, module: Any, name: str) -> None:
+        had, before = name in vars(module), vars(module).get(name)
+        self.steps.append(lambda: setattr(module, name, before) if had else vars(module).pop(name, None))
+
+    def all(self) -> None:
+        while self.steps:
+            self.steps.pop()()
+
+
+def _putting_back(module: Any, name: str, p: torch.nn.Parameter) -> Callable[[], None]:
+    part, layout = p.to_local() if compat.is_sharded(p) else p.data, _Layout.of(p)
+    if part.device.type == "cpu":
+        return functools.partial(module._parameters.update, {name: p})
+    device, kept = part.device, part.cpu()
+    return lambda: module._parameters.update({name: layout.parameter(kept.to(device))})
+
+
+@torch.no_grad()
+def _cut_all(model: Any, mixers: list[Mixer], mesh: Any, agreement: Agreement) -> None:
+    """Cut one layer after the other; in between all ranks must have succeeded."""
+    undo, failed = _Undo(), None
+    try:
+        for mixer in mixers:
+            with agreement.reached(failed=failed):
+                _room_for(mixer)
+            try:
+                _cut(mixer, mesh, undo)
+            except Exception as e:  # out of memory, for one; the others hear of it before the next layer
+                failed = e
+        with agreement.reached(failed=failed):
+            pass
+    except BaseException:
+        undo.all()
+        raise
+    setattr(model, CUT, True)
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained = _refuse_to_save
+
+
+def _refuse_to_save(*args: Any, **kwargs: Any) -> None:
+    raise GdnfuseError(
+        "A model to save must be whole or shared out as transformers knows it, found one that was cut by heads: save it before "
+        "gdnfuse.compile(tensor_parallel='heads'), or load it again."
+    )
+
+
+def _room_for(mixer: Mixer) -> None:
+    """Raise here and not inside a collective, for which the others wait, where there is no room for a whole weight."""
+    weights = [getattr(mixer.module, name).weight for name in (*mixer.kind.rows, mixer.kind.out)]
+    largest = max(weights, key=lambda w: w.numel())
+    torch.empty(largest.shape, dtype=largest.dtype, device=largest.device)
+
+
+def _cut(mixer: Mixer, mesh: Any, undo: _Undo) -> None:
+    """Leave a mixer with the heads of this rank. Collectives come first: nothing has changed while another rank is waited for."""
+    module, rank, ranks = mixer.module, mesh.get_local_rank(), mesh.size()
+
+    def rows(x: torch.Tensor, parts: tuple[str, ...]) -> torch.Tensor:
+        widths = [getattr(module, part) for part in parts] if parts != ("",) else [x.shape[0]]
+        return torch.cat([part.chunk(ranks)[rank] for part in x.split(widths)])
+
+    new: list[tuple[Any, str, torch.Tensor]] = []
+    for name, parts in mixer.kind.rows.items():
+        linear = getattr(module, name)
+        new.append((linear, "weight", rows(_whole(linear.weight), parts)))
+    conv, out = module.conv1d, getattr(module, mixer.kind.out)
+    new += [(conv, name, rows(_whole(p), (K, K, V))) for name, p in conv.named_parameters()]
+    new += [(module, name, rows(_whole(getattr(module, name)), (HV,))) for name in ("A_log", "dt_bias")]
+    new.append((out, "weight", _whole(out.weight).chunk(ranks, 1)[rank].contiguous()))
+
+    for owner, name, part in new:
+        undo.parameter(owner, name)
+        requires_grad = owner._parameters[name].requires_grad
+        owner._parameters[name] = torch.nn.Parameter(part, requires_grad=requires_grad)
+    for size in SIZES:
+        undo.attribute(module, size)
+        setattr(module, size, getattr(module, size) // ranks)
+    for size in ("in_channels", "out_channels", "groups"):
+        undo.attribute(conv, size)
+        setattr(conv, size, module.conv_dim)
+    for name in (*mixer.kind.rows, mixer.kind.out):
+        linear = getattr(module, name)
+        undo.attribute(linear, "forward")
+        vars(linear).pop("forward", None)  # of the style that gathered its result
+        undo.attribute(linear, "out_features")
+        linear.out_features = linear.weight.shape[0]
+    _sum_up(out, mesh)
+
+
+def _whole(p: torch.Tensor) -> torch.Tensor:
+    return p.full_tensor() if compat.is_sharded(p) else p.data
+
+
+def _sum_up(out: Any, mesh: Any) -> None:
+    """Let a projection of this rank's heads give the sum over all ranks, as transformers' own style for rows does."""
+    from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
+
+    ALL_PARALLEL_STYLES["rowwise"].install_forward(out, mesh)
+    summed = out.forward
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise GdnfuseError("A model that was cut by heads must run under torch.no_grad(), found grad mode on.")
+        return summed(x)
+
+    out.forward = forward

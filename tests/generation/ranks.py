@@ -1,0 +1,331 @@
+"""What is checked on several ranks, over gloo on CPU: run once per rank by test_shards.py, which shows each check as a test.
+
+RANK=0 WORLD_SIZE=2 MASTER_ADDR=localhost MASTER_PORT=29500 python -m tests.generation.ranks FOLDER CHECK...
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import json
+import os
+import sys
+import time
+import traceback
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from transformers.distributed.configuration_utils import DistributedConfig
+
+import gdnfuse
+from gdnfuse import backend
+from gdnfuse.generation import agreement, shards
+from gdnfuse.passes.collectives import collectives
+from gdnfuse.report.records import Status
+from gdnfuse.rewrite.graph import op_name
+from tests.models import zoo
+from tests.pages import ROOT, blocks
+
+CHECKS, SWEPT = {}, []
+FOLDER = Path(sys.argv[1]) if __name__ == "__main__" else Path()
+GATHERS = "redistribute"  # what a gather is in a graph that was traced with DTensors
+SUM = "_c10d_functional.all_reduce"
+HEADS = {**zoo.SMALL, **zoo.HEADS_OF_27B}
+
+
+def check(function):
+    CHECKS[function.__name__] = function
+    return function
+
+
+def swept(function):
+    SWEPT.append(function.__name__)
+    return check(function)
+
+
+def rank():
+    return dist.get_rank()
+
+
+@functools.cache
+def saved(family, sizes):
+    """A model that is whole, and the folder that rank 0 has saved it in."""
+    model = getattr(zoo, family)(**json.loads(sizes))
+    folder = FOLDER / f"{family}-{zlib.crc32(sizes.encode())}"
+    if rank() == 0:
+        model.save_pretrained(folder)
+    dist.barrier()
+    return model, folder
+
+
+def loaded(family, plan="auto", **sizes):
+    """The whole model, and the same as transformers has shared it out over the ranks."""
+    model, folder = saved(family, json.dumps(sizes))
+    config = DistributedConfig(tp_plan=plan)
+    return model, type(model).from_pretrained(folder, distributed_config=config).eval().requires_grad_(False)
+
+
+@contextlib.contextmanager
+def graphs():
+    """The collectives of each graph that is compiled meanwhile, by their names."""
+    found, inner = [], backend._inner
+
+    def noting(gm, *args):
+        found.append(Counter(map(op_name, collectives(gm))))
+        return inner(gm, *args)
+
+    backend._inner = noting
+    try:
+        yield found
+    finally:
+        backend._inner = inner
+
+
+def close(found, wanted, limit=1e-5):
+    error = zoo.relative(found, wanted)
+    assert error < limit, error
+
+
+def states_of(cache, way, mixer):
+    """All states, of which each rank has its heads if they are cut."""
+    found = zoo.states(cache)
+    if way != "heads":
+        return found
+    K, V = mixer.key_dim, mixer.value_dim
+
+    def gathered(x):
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return parts
+
+    conv = [[p.split([K, K, V], 1) for p in gathered(c)] for c in found["conv"]]
+    return {
+        "recurrent": [torch.cat(gathered(r), 1) for r in found["recurrent"]],
+        "conv": [torch.cat([torch.cat(parts, 1) for parts in zip(*layer, strict=True)], 1) for layer in conv],
+    }
+
+
+def compare(family, way, kind, batch, *, steps=3, padded=False, **sizes):
+    """Logits and states of a prompt and of steps against those of one process; collectives of the two graphs, and the reports."""
+    whole, model = loaded(family, **sizes)
+    torch._dynamo.reset()
+    gdnfuse.clear_reports()
+    with graphs() as found:
+        gdnfuse.compile(model, tensor_parallel=way, inner="eager", strict=True)
+        mixer = next(m for m in model.modules() if hasattr(m, "A_log"))
+        ids, mask = zoo.prompt(batch, padded=padded)
+        tokens = zoo.tokens_for(batch, steps)
+        results = []
+        for one in (whole, model):
+            cache = zoo.new_cache(one, kind)
+            logits = one(input_ids=ids, attention_mask=mask, **zoo.held(cache)).logits
+            results.append((logits, zoo.decode(one, cache, mask, tokens), cache))
+    (a, b, wanted), (c, d, got) = results
+    close(c, a)
+    close(d, b)
+    all_states, expected = states_of(got, way, mixer), zoo.states(wanted)
+    for name in ("recurrent", "conv"):
+        for x, y in zip(all_states[name], expected[name], strict=True):
+            close(x, y)
+    if way == "heads":
+        sizes = [(s.numel(), w.numel()) for s, w in zip(zoo.states(got)["recurrent"], expected["recurrent"], strict=True)]
+        assert all(s * dist.get_world_size() == w for s, w in sizes), sizes
+    reports = gdnfuse.reports()
+    assert all(r.fused_layers == len(r.layers) for r in reports) and [r.phase for r in reports] == ["prefill", "decode"]
+    return found, reports
+
+
+def fired(report, stage="fuse"):
+    return Counter(r.rule for r in report.all_records if r.stage == stage and r.status is Status.FIRED)
+
+
+def step_ops(report):
+    return [op for layer in report.layers for op in zoo.ops_without_views(layer)]
+
+
+@check
+def as_loaded_weights_are_packed_and_linears_fused():
+    found, (_, step) = compare("causal_lm", "as_loaded", "static", 1, **HEADS)
+    lifted, fused = fired(step, "lift"), fired(step)
+    assert lifted["packed_linear"] == 4, lifted  # in_proj, q, k and v, gate and up of two layers
+    assert fused["mixer_decode"] == 1 and fused["swiglu_linear"] == 2, fused
+    assert [c[SUM] for c in found] == [3, 3], found  # two MLPs and o_proj
+
+
+@check
+def by_heads_a_mixer_has_one_all_reduce():
+    found, (_, step) = compare("causal_lm", "heads", "static", 1, **HEADS)
+    assert [c[SUM] for c in found] == [4, 4], found  # and the mixer
+    assert step_ops(step)[:2] == zoo.ONE_ROW, step_ops(step)
+    assert fired(step)["mixer_linears"] == 1
+
+
+@check
+def by_heads_four_sequences_and_a_cache_that_grows():
+    compare("causal_lm", "heads", "dynamic", 4, padded=True, **HEADS)
+
+
+@check
+def by_heads_experts():
+    _, (_, step) = compare("moe", "heads", "static", 1, **zoo.SMALL)
+    assert fired(step)["mixer_linears"] == 1
+
+
+def refused(call, sentence):
+    """Whether it says so, on this rank, within ten seconds."""
+    start = time.monotonic()
+    try:
+        call()
+    except gdnfuse.GdnfuseError as e:
+        assert sentence in str(e), str(e)
+    else:
+        raise AssertionError(f"not refused: {sentence}")
+    assert time.monotonic() - start < 10
+
+
+@check
+def ranks_that_differ_are_refused_on_all_and_nothing_is_cut():
+    whole, model = loaded("causal_lm", **HEADS)
+    before = dict(model.named_parameters())
+    compile = functools.partial(gdnfuse.compile, tensor_parallel="heads", inner="eager")
+    first = rank() == 0
+    refused(lambda: compile(model, fuel=3 + rank()), "Every rank must have the same options, found [('fuel', 3)")
+    refused(
+        lambda: compile(model if first else whole), "Rank 1: tensor_parallel='heads' needs a model that transformers has shared"
+    )
+    refused(lambda: compile(model, **({} if first else {"inner": "nonsense"})), "Rank 1: Option inner must be one of")
+    refused(
+        lambda: compile(model, tensor_parallel="head"), "tensor_parallel must be 'as_loaded' or 'heads' or None, found 'head'"
+    )
+    refused(lambda: compile(model, speculate=gdnfuse.PromptLookup()), "speculate needs a model that is whole on one device")
+    refused(lambda: compile(model, prefixes=object()), "prefixes needs a model that is whole on one device")
+    assert all(p is before[n] for n, p in model.named_parameters()) and not getattr(model, shards.CUT, False)
+
+
+@check
+def a_rank_that_fails_in_a_layer_has_all_put_back_what_they_had():
+    sizes = {**HEADS, "num_hidden_layers": 3, "layer_types": ["linear_attention", "linear_attention", "full_attention"]}
+    whole, model = loaded("causal_lm", **sizes)
+    ids, _ = zoo.prompt(2)
+    wanted, cut = model(ids).logits, shards._cut
+
+    def failing(mixer, mesh, undo):
+        cut(mixer, mesh, undo)
+        if rank() == 1 and "layers.1" in mixer.path:
+            raise torch.OutOfMemoryError("no room")
+
+    shards._cut = failing
+    try:
+        refused(lambda: gdnfuse.compile(model, tensor_parallel="heads", inner="eager"), "Rank 1: OutOfMemoryError: no room.")
+    finally:
+        shards._cut = cut
+    assert torch.equal(model(ids).logits, wanted) and not hasattr(model, shards.CUT)
+    gdnfuse.compile(model, tensor_parallel="heads", inner="eager")
+    close(model.forward(ids).logits, whole(ids).logits)
+
+
+@check
+def a_model_that_was_cut_is_not_saved_and_may_be_compiled_again():
+    whole, model = loaded("causal_lm", **HEADS)
+    for _ in range(2):
+        gdnfuse.compile(model, tensor_parallel="heads", inner="eager")
+    ids, _ = zoo.prompt(2)
+    close(model.forward(ids).logits, whole(ids).logits)
+    refused(lambda: model.save_pretrained(FOLDER / "never"), "A model to save must be whole")
+    assert not (FOLDER / "never").exists()
+    model.requires_grad_(True)
+    with torch.enable_grad():
+        refused(lambda: model.forward(ids), "must run under torch.no_grad(), found grad mode on")
+
+
+@check
+def the_page_does_what_it_says():
+    whole, folder = saved("causal_lm", json.dumps(HEADS))
+    scope = {"name": folder, "prompt": zoo.prompt(1, 6)[0]}
+    inner, backend._inner = backend._inner, lambda gm, *_: gm.forward  # Inductor would only be slow
+    (block,) = blocks(ROOT / "docs" / "several_gpus.md", "torchrun")
+    exec(compile(block, "several_gpus.md", "exec"), scope)
+    backend._inner = inner
+    assert torch.equal(scope["tokens"], whole.generate(scope["prompt"], max_new_tokens=4, do_sample=False))
+
+
+@check
+def a_rank_that_does_not_come_is_missed():
+    """The last of the two ranks' checks: they do not meet again."""
+    _, model = loaded("causal_lm", **HEADS)
+    agreement.SECONDS = 2.0
+    if rank() == 0:
+        refused(lambda: gdnfuse.compile(model, tensor_parallel="heads", inner="eager"), "found nothing of rank 1")
+
+
+# Key heads and heads of keys enough for four ranks.
+FOUR = {"linear_num_key_heads": 4, "linear_num_value_heads": 8, "num_key_value_heads": 4}
+
+
+@swept
+def families_by_heads():
+    """Of each the sums of a graph: mixer, attention and MLP, of experts their own and the shared one's."""
+    for family, sums in (("causal_lm", 4), ("moe", 6), ("qwen3_next", 6), ("olmo_hybrid", 4)):
+        found, (_, step) = compare(family, "heads", "static", 1, **zoo.SMALL, **FOUR)
+        assert [c[SUM] for c in found] == [sums] * 2, (family, found)
+        assert fired(step)["mixer_decode"] == 1
+
+
+@swept
+def families_as_loaded():
+    for family in ("causal_lm", "moe", "qwen3_next", "olmo_hybrid"):
+        compare(family, "as_loaded", "dynamic", 4, padded=True, **zoo.SMALL, **FOUR)
+
+
+@swept
+def caches_and_batches_by_heads():
+    for kind in ("static", "dynamic"):
+        for batch in (1, 4):
+            compare("causal_lm", "heads", kind, batch, padded=batch == 4, **zoo.SMALL, **FOUR)
+
+
+@swept
+def tokens_of_generate_by_heads():
+    whole, model = loaded("causal_lm", **zoo.SMALL, **FOUR)
+    torch._dynamo.reset()
+    ids, mask = zoo.prompt(4, padded=True)
+    for cache in (None, "static"):
+        how = {"max_new_tokens": 8, "do_sample": False, "attention_mask": mask, "cache_implementation": cache}
+        wanted = whole.generate(ids, **how)
+        gdnfuse.compile(model, tensor_parallel="heads", inner="eager", strict=True)
+        assert torch.equal(model.generate(ids, **how), wanted)
+
+
+@swept
+def heads_that_do_not_divide_are_refused():
+    _, model = loaded("causal_lm", **zoo.SMALL, linear_num_key_heads=3, linear_num_value_heads=3, num_key_value_heads=4)
+    found = f"found 3 in model.layers.0.linear_attn and {dist.get_world_size()} ranks"
+    refused(lambda: gdnfuse.compile(model, tensor_parallel="heads"), f"Key heads must be shared out evenly over ranks, {found}")
+
+
+def main(names):
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
+    dist.init_process_group("gloo")
+    results = {}
+    for name in names:
+        start = time.monotonic()
+        try:
+            CHECKS[name]()
+            results[name] = ""
+        except BaseException:
+            results[name] = traceback.format_exc()
+        print(name, round(time.monotonic() - start, 1), results[name], flush=True)
+        (FOLDER / f"{dist.get_rank()}.json").write_text(json.dumps(results))
+        gc.collect()
+        if results[name]:
+            break  # the other ranks may be elsewhere now
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[2:] or list(CHECKS))
