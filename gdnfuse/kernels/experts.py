@@ -28,7 +28,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gdnfuse import compat
+from gdnfuse import compat, formats
 from gdnfuse.dialect.experts import ACTIVATIONS
 from gdnfuse.errors import Refused
 from gdnfuse.kernels import devices, grouped_experts, quantized, route, skinny_linear
@@ -839,6 +839,8 @@ def _require_scales(x, gate_up, down, shared, scales, format) -> tuple[str, ...]
         weights |= {"shared_gate": shared.gate, "shared_up": shared.up, "shared_down": shared.down}
     if len(scales) != len(weights):
         raise Refused("Experts and the shared one must be quantised alike, found that some are not.")
+    if not quantized.stored(format).columns:
+        raise Refused(f"Kernels read experts whose scales are of blocks, found {formats.named(format).about}.")
     for (name, w), scale in zip(weights.items(), scales, strict=True):
         quantized.require(w, scale, format)
         if not scale.is_contiguous():

@@ -85,7 +85,7 @@ def _program(
         async_copy.commit_group()
     scales = ()
     for t in gl.static_range(TILES):
-        scales = scales + (gl.load(scale_ptrs[t]),)
+        scales = scales + (gl.load(scale_ptrs[t]).to(gl.float32),)
     if OVERLAP:
         gdc_wait()
     for i in gl.static_range(STAGES - 1):
@@ -107,7 +107,7 @@ def _program(
         async_copy.commit_group()  # also where it is empty, because groups are counted
         next_scales = ()
         for t in gl.static_range(TILES):
-            next_scales = next_scales + (gl.load(scale_ptrs[t] + gl.minimum(step + 1, steps - 1)),)
+            next_scales = next_scales + (gl.load(scale_ptrs[t] + gl.minimum(step + 1, steps - 1)).to(gl.float32),)
         products = ()
         for t in gl.static_range(TILES):
             tile = w_ring.index(slot * TILES + t)

@@ -28,6 +28,7 @@ from gdnfuse.kernels.linear_configs import (
     ring_config,
     rows_and_out,
 )
+from gdnfuse.kernels.quantized import times, widen
 
 if compat.gluon():
     from gdnfuse.kernels import few_rows_hopper, few_rows_hopper_quantized
@@ -74,10 +75,14 @@ def few_rows_linear_kernel(
         if pid < tiles:
             scale_ptrs = scale_ptr + row.to(tl.int64) // ROWS * stride_sm  # [BM]
             for start in tl.range(0, columns, BK, num_stages=STAGES):
-                w = quantized.widen(tl.load(w_ptrs + start), KIND, CONVERTS).to(OPERAND)
-                x = tl.load(x_ptrs + start).to(OPERAND)
-                scale = tl.load(scale_ptrs + (part * columns + start) // COLUMNS)  # [BM]
-                acc += scale[:, None] * tl.dot(w, x, input_precision="ieee")
+                w, x = tl.load(w_ptrs + start), tl.load(x_ptrs + start).to(OPERAND)
+                if COLUMNS > 0:
+                    scale = tl.load(scale_ptrs + (part * columns + start) // COLUMNS)  # [BM]
+                    acc += times(w, x, scale, OPERAND, KIND, CONVERTS)
+                else:
+                    acc = tl.dot(widen(w, KIND, CONVERTS).to(OPERAND), x, acc, input_precision="ieee")
+            if COLUMNS == 0:
+                acc = acc * tl.load(scale_ptrs).to(tl.float32)[:, None]
         elif plain_ptr is not None:
             plain_ptrs = plain_ptr + (tl.where(first < M, first, stored) - stored).to(tl.int64)[:, None] * stride_pm + k[None, :]
             for start in tl.range(0, columns, BK, num_stages=STAGES):
@@ -135,8 +140,8 @@ def launch_with(
         B, M, stored, N // parts, rows.stride(0), weight.stride(0),
         0 if scale is None else scale.stride(0), 0 if plain is None else plain.stride(0),
         SWIGLU=swiglu, OPERAND=OPERANDS[dtype], BM=BM, BK=BK, BB=columns_of(B),
-        STAGES=stages, EARLY=early, OVERLAP=bool(options), KIND=how and how.kind, ROWS=how and how.rows,
-        COLUMNS=how and how.columns, CONVERTS=bool(how) and quantized.converts(x.device), num_warps=num_warps, **options,
+        STAGES=stages, EARLY=early, OVERLAP=bool(options), KIND=how and how.kind, ROWS=how.rows if how else 1,
+        COLUMNS=how.columns if how else 0, CONVERTS=bool(how) and quantized.converts(x.device), num_warps=num_warps, **options,
     )  # fmt: skip
     return out
 

@@ -20,14 +20,19 @@ GROUP = 16  # columns whose products are added up before their scale, at most: 1
 
 
 class Stored(NamedTuple):
-    """How a kernel reads a format: what the data are, and of how many rows and columns of them a scale is."""
+    """How a kernel reads a format: what the data are, and of how many rows and columns of them a scale is. No columns are all."""
 
     kind: str
     rows: int
     columns: int
 
 
-STORED = {"fp8_block128": Stored("e4m3", 128, 128)}
+STORED = {
+    "fp8_block128": Stored("e4m3", 128, 128),
+    "fp8_channel": Stored("e4m3", 1, 0),
+    "int8_channel": Stored("int8", 1, 0),
+}
+SCALES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def stored(format: str) -> Stored | None:
@@ -43,8 +48,8 @@ def stored(format: str) -> Stored | None:
 
 
 def raw(data: torch.Tensor) -> torch.Tensor:
-    """The data as bytes: not all devices that can compute with e4m3 in other ways know its pointers."""
-    return data.view(torch.uint8)
+    """The data as integers: not all devices that can compute with e4m3 in other ways know its pointers."""
+    return data if data.dtype == torch.int8 else data.view(torch.uint8)
 
 
 def converts(device: torch.device) -> bool:
@@ -53,12 +58,12 @@ def converts(device: torch.device) -> bool:
 
 
 def require(data: torch.Tensor, scale: torch.Tensor, format: str) -> None:
-    """Refuse what kernels cannot read: another format, scales that are not float32, rows that are not contiguous, or columns that
-    do not fill a group."""
+    """Refuse what kernels cannot read: another format, scales of another kind, rows that are not contiguous, or columns that do
+    not fill a group."""
     stored(format)
     formats.named(format).check(data, scale)
-    if scale.dtype != torch.float32:
-        raise Refused(f"Scales must be float32, got {str(scale.dtype).removeprefix('torch.')}.")
+    if scale.dtype not in SCALES:
+        raise Refused(f"Scales must be float32, bfloat16 or float16, got {str(scale.dtype).removeprefix('torch.')}.")
     for name, t in (("weight", data), ("its scale", scale)):
         if t.shape[-1] > 1 and t.stride(-1) != 1:
             raise Refused(f"{name} must have contiguous rows, got the strides {list(t.stride())}.")
@@ -91,9 +96,9 @@ def load_scales(scale_ptr, N: tl.constexpr, BN: tl.constexpr, COLUMNS: tl.conste
     for start in tl.static_range(0, N, BN):
         place = (start + first) // COLUMNS
         if start + BN <= N:
-            steps = steps + (tl.load(scale_ptr + place),)
+            steps = steps + (tl.load(scale_ptr + place).to(tl.float32),)
         else:
-            steps = steps + (tl.load(scale_ptr + place, mask=first < N - start, other=0.0),)
+            steps = steps + (tl.load(scale_ptr + place, mask=first < N - start, other=0.0).to(tl.float32),)
     return steps
 
 
@@ -108,6 +113,15 @@ def dot_scaled(w, x, scales, R: tl.constexpr, BN: tl.constexpr, KIND: tl.constex
 
 
 @triton.jit
+def dot_widened(w, x, R: tl.constexpr, BN: tl.constexpr, KIND: tl.constexpr, CONVERTS: tl.constexpr):
+    """Σ over steps and columns of w·x, of weights whose scales are of whole rows: [R], float32."""
+    acc = tl.zeros((R, BN), tl.float32)
+    for i in tl.static_range(len(x)):
+        acc += widen(w[i], KIND, CONVERTS) * x[i][None, :]
+    return tl.sum(acc, 1)
+
+
+@triton.jit
 def scales_of_rows(expert, rows, row, N, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Where the scales of rows of an expert begin: of contiguous scales of weights that have so many rows of N columns."""
     columns = (N + COLUMNS - 1) // COLUMNS
@@ -117,11 +131,11 @@ def scales_of_rows(expert, rows, row, N, ROWS: tl.constexpr, COLUMNS: tl.constex
 @triton.jit
 def times(w, x, scale, OPERAND: tl.constexpr, KIND: tl.constexpr, CONVERTS: tl.constexpr):
     """A step of a product on tensor cores, of columns that share a scale: w [BM, BK] as stored, x [BK, BB], scale [BM]."""
-    return scale[:, None] * tl.dot(widen(w, KIND, CONVERTS).to(OPERAND), x, input_precision="ieee")
+    return scale.to(tl.float32)[:, None] * tl.dot(widen(w, KIND, CONVERTS).to(OPERAND), x, input_precision="ieee")
 
 
 @triton.jit
 def dequantize(w, scale, KIND: tl.constexpr, CONVERTS: tl.constexpr):
     """A step of a weight [BM, BK], of columns that share the scale [BM], in float32: for products of so many rows that a scale is
     cheaper on the weight than on the product."""
-    return widen(w, KIND, CONVERTS) * scale[:, None]
+    return widen(w, KIND, CONVERTS) * scale.to(tl.float32)[:, None]

@@ -25,7 +25,7 @@ from gdnfuse import compat
 from gdnfuse.kernels import devices, quantized
 from gdnfuse.kernels.gated_rms_norm import gated
 from gdnfuse.kernels.launch.implementation import kernel_of, overlap_options
-from gdnfuse.kernels.quantized import dot_scaled, load_scales
+from gdnfuse.kernels.quantized import dot_scaled, dot_widened, load_scales
 
 gdc_launch_dependents, gdc_wait = compat.dependent_launch()
 
@@ -139,6 +139,20 @@ def _regrouped(row, PARTS: tl.constexpr, HEADS: tl.constexpr):
 
 
 @triton.jit
+def _dot_stored(
+    w, x, scales, scale_ptr, row, live, stride_sm, R: tl.constexpr, BN: tl.constexpr, KIND: tl.constexpr,
+    CONVERTS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """As dot_rows, of rows of a quantised weight."""
+    if COLUMNS > 0:
+        y = dot_scaled(w, x, scales, R, BN, KIND, CONVERTS, GROUP)
+    else:
+        scale_ptrs = scale_ptr + (row // ROWS).to(tl.int64) * stride_sm  # [R]
+        y = dot_widened(w, x, R, BN, KIND, CONVERTS) * tl.load(scale_ptrs, mask=live, other=0.0).to(tl.float32)
+    return y
+
+
+@triton.jit
 def _scales_of(scale_ptr, row, end, stride_sm, ROWS: tl.constexpr):
     """Where the scales of a row's block begin; behind the weight's end those of its first."""
     return scale_ptr + tl.where(row < end, row, 0).to(tl.int64) // ROWS * stride_sm
@@ -207,9 +221,10 @@ def skinny_linear_kernel(
     up_ptr = weight_ptr + tl.cast(stored, tl.int64) * stride_wm
     row = first * R + tl.arange(0, R)  # [R]
     w = load_rows(weight_ptr, row, row < stored, stride_wm, N, BN, EVEN, GROUP)
+    scales, up_scales = (), ()
     if SWIGLU:
         w_up = load_rows(up_ptr, row, row < stored, stride_wm, N, BN, EVEN, GROUP)
-    if KIND is not None:
+    if KIND is not None and COLUMNS > 0:
         begin = first * R
         scales = load_scales(_scales_of(scale_ptr, begin, stored, stride_sm, ROWS), N, BN, COLUMNS, GROUP)
         if SWIGLU:
@@ -269,15 +284,19 @@ def skinny_linear_kernel(
             if SWIGLU:
                 y = y * tl.sigmoid(y) * (dot_rows(w_up, x, R, BN) * factor)
         else:
-            y = dot_scaled(w, x, scales, R, BN, KIND, CONVERTS, GROUP) * factor
+            y = _dot_stored(w, x, scales, scale_ptr, row, live, stride_sm, R, BN, KIND, CONVERTS, GROUP, ROWS, COLUMNS) * factor
             if SWIGLU:
-                y = y * tl.sigmoid(y) * (dot_scaled(w_up, x, up_scales, R, BN, KIND, CONVERTS, GROUP) * factor)
+                y = y * tl.sigmoid(y)
+                y = y * factor * _dot_stored(
+                    w_up, x, up_scales, scale_ptr, stored + row, live, stride_sm,
+                    R, BN, KIND, CONVERTS, GROUP, ROWS, COLUMNS,
+                )  # fmt: skip
         if LOOP:
             ahead = row + programs * R
             w = load_rows(weight_ptr, ahead, ahead < stored, stride_wm, N, BN, False, GROUP)
             if SWIGLU:
                 w_up = load_rows(up_ptr, ahead, ahead < stored, stride_wm, N, BN, False, GROUP)
-            if KIND is not None:
+            if KIND is not None and COLUMNS > 0:
                 begin = (tile + programs) * R
                 scales = load_scales(_scales_of(scale_ptr, begin, stored, stride_sm, ROWS), N, BN, COLUMNS, GROUP)
                 if SWIGLU:
@@ -332,7 +351,7 @@ def launch_with(
         W=1 if taps is None else taps.shape[2], SILU=activation == "silu", SWIGLU=swiglu,
         GATE_SILU=gate_activation == "silu",
         R=R, BN=BN, EVEN=stored % R == 0, LOOP=programs < tiles, OVERLAP=bool(options),
-        PARTS=parts, HEADS=heads, KIND=how and how.kind, ROWS=how and how.rows, COLUMNS=how and how.columns,
+        PARTS=parts, HEADS=heads, KIND=how and how.kind, ROWS=how.rows if how else 1, COLUMNS=how.columns if how else 0,
         CONVERTS=bool(how) and quantized.converts(x.device), GROUP=group[0] if group else 0,
         LINES=0 if plain is None else triton.next_power_of_2(N * plain.itemsize // 128), num_warps=num_warps, **options,
     )  # fmt: skip

@@ -212,7 +212,7 @@ def split(n_out, n_in, parts, dtype, lead, wrap=lambda x: x, **extras):
     return make
 
 
-FORMATS = (FP8,) = ("fp8_block128",)
+FORMATS = (FP8, *_) = ("fp8_block128", "fp8_channel", "int8_channel")
 
 
 def of(format, plain=0):
@@ -506,7 +506,7 @@ def rebuilt(value, device, dtype=None):
 
 def wide(value):
     if isinstance(value, list):
-        return wide(value[0])
+        return next(filter(None, map(wide, value)), None)
     return torch.float64 if isinstance(value, torch.Tensor) and value.is_floating_point() else None
 
 

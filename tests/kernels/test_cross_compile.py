@@ -433,12 +433,16 @@ def test_linears_read_16_bytes_at_once_and_do_not_spill(kind, m, n, dtype, tmp_p
     assert loads[0] == "ld.global.v4.b32" and loads.count(loads[0]) >= len(loads) / 2
 
 
-def quantised(kind, m, n, rows=1):
-    """A linear of a decode step whose weight is FP8 in blocks, and the last rows of an in_proj's are not: op, args, options."""
+def quantised(kind, m, n, rows=1, format="fp8_block128"):
+    """A linear of a decode step whose weight is quantised, and the last rows of an in_proj's are not: op, args, options."""
     of = lambda *shape, dtype=BF16: torch.empty(shape, dtype=dtype, device="meta")  # noqa: E731
     behind = m % 128 if kind == "conv" else 0
-    data, scale = of(m - behind, n, dtype=torch.float8_e4m3fn), of(-(-m // 128) - bool(behind), n // 128, dtype=torch.float32)
-    weights, stored = [data, *([of(behind, n)] if behind else [])], {"scales": [scale], "format": "fp8_block128"}
+    data = of(m - behind, n, dtype=torch.int8 if format.startswith("int8") else torch.float8_e4m3fn)
+    blocks = (len(data), 1) if "channel" in format else (-(-len(data) // 128), n // 128)
+    weights, stored = (
+        [data, *([of(behind, n)] if behind else [])],
+        {"scales": [of(*blocks, dtype=torch.float32)], "format": format},
+    )
     if kind == "conv" and rows == 1:
         return (
             "in_proj_conv",
@@ -460,15 +464,18 @@ QUANTISED = [size for size in LINEARS if size[2] in (2560, 5120) and size[1] < 2
 ]
 
 
-@pytest.mark.parametrize(("kind", "m", "n"), QUANTISED)
-def test_quantised_linears_read_as_much_at_once_and_do_not_spill(kind, m, n, tmp_path, record_property):
-    op, args, options = quantised(kind, m, n)
+OF_FORMATS = [(*size, "fp8_block128") for size in QUANTISED] + [(*size, "int8_channel") for size in QUANTISED if size[2] != 5120]
+
+
+@pytest.mark.parametrize(("kind", "m", "n", "format"), OF_FORMATS)
+def test_quantised_linears_read_as_much_at_once_and_do_not_spill(kind, m, n, format, tmp_path, record_property):
+    op, args, options = quantised(kind, m, n, format=format)
     (kernel,) = on_hopper(op, *args, **options)
     usage = resources(kernel.asm["cubin"], tmp_path)
     record_property("resources", str(usage))
     assert (usage["STACK"], usage["LOCAL"]) == (0, 0), f"{usage}"
     if m % 128:  # the rows behind have programs of their own, which wait for themselves
-        op, args, options = quantised(kind, m - m % 128, n)
+        op, args, options = quantised(kind, m - m % 128, n, format=format)
         (kernel,) = on_hopper(op, *args, **options)
     wide = re.findall(r"ld\.global\S*\.v[24]\.b32", before_the_wait(kernel))
     config = skinny_linear.config(kind, n, torch.float8_e4m3fn)

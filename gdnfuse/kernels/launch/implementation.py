@@ -23,7 +23,7 @@ from gdnfuse.kernels.launch.replay import Replayed
 log = logging.getLogger(__name__)
 
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
-INDEX_POINTERS = {torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*i1", torch.uint8: "*u8"}
+INDEX_POINTERS = {torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*i1", torch.uint8: "*u8", torch.int8: "*i8"}
 MAX_HEAD_DIM = 256
 # Constexprs by which a kernel shares out its work: tiles, steps, parts.
 SHARES = ("R", "BM", "BN", "BK", "BV", "BB", "BD", "BL", "TILES", "SPLITS", "STAGES", "EARLY", "AHEAD", "LOOP")
