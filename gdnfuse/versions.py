@@ -30,11 +30,14 @@ def standing(package: str) -> str:
 
 def too_old() -> list[str]:
     """A sentence for each package that is older than the first tested version; one that is not there needs none."""
-    return [
-        f"{package} {'.'.join(map(str, first))} or newer is required, found {version(package)}."
-        for package, (first, _) in TESTED.items()
-        if version(package) != "none" and _parts(package) < first
-    ]
+    sentences = (older(package, first) for package, (first, _) in TESTED.items() if version(package) != "none")
+    return [sentence for sentence in sentences if sentence]
+
+
+def older(package: str, first: tuple[int, ...]) -> str:
+    """A sentence where the installed version is older than this one, empty where it is not."""
+    wanted = ".".join(map(str, first))
+    return f"{package} {wanted} or newer is required, found {version(package)}." if _parts(package) < first else ""
 
 
 def _parts(package: str) -> tuple[int, ...]:

@@ -18,13 +18,14 @@ from typing import Any
 
 import torch
 
-from gdnfuse import compat
+from gdnfuse import compat, versions
 from gdnfuse.errors import GdnfuseError
 from gdnfuse.generation.agreement import Agreement, Alone
 from gdnfuse.generation.wrappers import gdn_layers
 
 AS_LOADED, HEADS = "as_loaded", "heads"
 WAYS = (AS_LOADED, HEADS)
+TRACEABLE = (5, 23)  # of transformers: hooks of older ones break graphs, or torch cannot trace their embedding
 CUT = "_gdnfuse_cut_by_heads"  # attribute of a model
 
 K, V, HV = "key_dim", "value_dim", "num_v_heads"  # attributes of a mixer that say how wide a part of a projection is
@@ -70,7 +71,7 @@ def _grouped() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def plan(way: Any, model: torch.nn.Module, **others: Any) -> tuple[Any, list[Mixer]]:
+def plan(way: Any, model: torch.nn.Module, **others: Any) -> tuple[Any, list[Mixer | KeyValues]]:
     """What will be cut, after a look at all that may keep it from it. Nothing is changed.
 
     Args:
@@ -99,11 +100,13 @@ def plan(way: Any, model: torch.nn.Module, **others: Any) -> tuple[Any, list[Mix
         )
     if way is None or getattr(model, CUT, False):
         return None, []
+    if sentence := versions.older("transformers", TRACEABLE):
+        raise GdnfuseError(f"tensor_parallel={way!r} needs tensor parallel that torch.compile can trace: {sentence}")
     mesh = _mesh(way, model)
-    return (mesh, list(_mixers(model, mesh.size()))) if way == HEADS else (None, [])
+    return (mesh, [*_mixers(model, mesh.size()), *_repeated(model, mesh.size())]) if way == HEADS else (None, [])
 
 
-def prepare(model: torch.nn.Module, mesh: Any, mixers: list[Mixer], agreement: Agreement | Alone) -> None:
+def prepare(model: torch.nn.Module, mesh: Any, mixers: list[Mixer | KeyValues], agreement: Agreement | Alone) -> None:
     """Have the weights as a model is to be compiled.
 
     Args:
@@ -193,9 +196,86 @@ class Mixer:
     kind: Kind
 
     @property
+    def linears(self) -> tuple[str, ...]:
+        """Names of its linears."""
+        return (*self.kind.rows, self.kind.out)
+
+    @property
     def facts(self) -> list[Any]:
         """What all ranks must find alike."""
         return [self.path, *self.kind.rows, *(getattr(self.module, size) for size in SIZES)]
+
+    def cut(self, mesh: Any, undo: _Undo) -> None:
+        """Leave the heads of this rank."""
+        _cut(self, mesh, undo)
+
+
+@dataclass(frozen=True)
+class KeyValues:
+    """An attention layer of fewer heads of keys than there are ranks: each rank gets one whole, which others have too.
+
+    Attributes:
+        path: of the module.
+        module: with k_proj and v_proj.
+        heads: of keys, in all.
+        queries: heads of queries, in all.
+    """
+
+    path: str
+    module: Any
+    heads: int
+    queries: int
+    linears = ("k_proj", "v_proj")
+
+    @property
+    def facts(self) -> list[Any]:
+        """What all ranks must find alike."""
+        return [self.path, self.heads, self.queries]
+
+    def cut(self, mesh: Any, undo: _Undo) -> None:
+        """Leave the head that this rank's queries look at."""
+        rank, ranks = mesh.get_local_rank(), mesh.size()
+        new = [_whole(getattr(self.module, n).weight).chunk(self.heads)[rank * self.heads // ranks].clone() for n in self.linears]
+        for name, part in zip(self.linears, new, strict=True):
+            linear = getattr(self.module, name)
+            undo.parameter(linear, "weight")
+            linear._parameters["weight"] = torch.nn.Parameter(part, requires_grad=linear.weight.requires_grad)
+            undo.attribute(linear, "forward")
+            vars(linear).pop("forward", None)
+            undo.attribute(linear, "out_features")
+            linear.out_features = part.shape[0]
+        undo.attribute(self.module, "num_key_value_groups")
+        self.module.num_key_value_groups = self.queries // ranks
+
+
+def _repeated(model: Any, ranks: int) -> Iterator[KeyValues]:
+    """The attention layers whose heads of keys are fewer than the ranks, if the plan shares them out by heads.
+
+    Raises:
+        GdnfuseError: heads of keys neither divide the ranks nor are a multiple of them.
+    """
+    plan = getattr(model, "tp_plan", None) or {}
+    if not any(name.rpartition(".")[2] == "k_proj" and style == "colwise" for name, style in plan.items()):
+        return
+    config = model.config.get_text_config(decoder=True)
+    heads, queries = config.num_key_value_heads, config.num_attention_heads
+    for what, count, fits in (
+        (
+            "Key heads of attention must divide the ranks or be a multiple of them",
+            heads,
+            heads % ranks == 0 or ranks % heads == 0,
+        ),
+        ("Query heads of attention must be a multiple of the ranks", queries, queries % ranks == 0),
+    ):
+        if not fits:
+            raise GdnfuseError(f"{what}, found {count} and {ranks} ranks: use another number of ranks.")
+    if heads % ranks == 0:
+        return
+    for path, module in model.named_modules():
+        if hasattr(module, "num_key_value_groups") and all(hasattr(module, name) for name in KeyValues.linears):
+            for name in KeyValues.linears:
+                _check_linear(f"{path}.{name}", getattr(module, name))
+            yield KeyValues(path, module, heads, queries)
 
 
 def _mixers(model: torch.nn.Module, ranks: int) -> Iterator[Mixer]:
@@ -255,14 +335,14 @@ class _Undo:
 
 def _putting_back(module: Any, name: str, p: torch.nn.Parameter) -> Callable[[], None]:
     part, layout = p.to_local() if compat.is_sharded(p) else p.data, _Layout.of(p)
-    if part.device.type == "cpu":
+    if part.device.type in ("cpu", "meta"):
         return functools.partial(module._parameters.update, {name: p})
     device, kept = part.device, part.cpu()
     return lambda: module._parameters.update({name: layout.parameter(kept.to(device))})
 
 
 @torch.no_grad()
-def _cut_all(model: Any, mixers: list[Mixer], mesh: Any, agreement: Agreement) -> None:
+def _cut_all(model: Any, mixers: list[Mixer | KeyValues], mesh: Any, agreement: Agreement) -> None:
     """Cut one layer after the other; in between all ranks must have succeeded."""
     undo, failed = _Undo(), None
     try:
@@ -270,7 +350,7 @@ def _cut_all(model: Any, mixers: list[Mixer], mesh: Any, agreement: Agreement) -
             with agreement.reached(failed=failed):
                 _room_for(mixer)
             try:
-                _cut(mixer, mesh, undo)
+                mixer.cut(mesh, undo)
             except Exception as e:  # out of memory, for one; the others hear of it before the next layer
                 failed = e
         with agreement.reached(failed=failed):
@@ -290,10 +370,9 @@ def _refuse_to_save(*args: Any, **kwargs: Any) -> None:
     )
 
 
-def _room_for(mixer: Mixer) -> None:
+def _room_for(mixer: Mixer | KeyValues) -> None:
     """Raise here and not inside a collective, for which the others wait, where there is no room for a whole weight."""
-    weights = [getattr(mixer.module, name).weight for name in (*mixer.kind.rows, mixer.kind.out)]
-    largest = max(weights, key=lambda w: w.numel())
+    largest = max((getattr(mixer.module, name).weight for name in mixer.linears), key=lambda w: w.numel())
     torch.empty(largest.shape, dtype=largest.dtype, device=largest.device)
 
 

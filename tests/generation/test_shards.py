@@ -11,13 +11,18 @@ import pytest
 import torch
 
 import gdnfuse
-from gdnfuse import models
+from gdnfuse import models, versions
 from gdnfuse.generation import shards
 from tests.generation import ranks
 from tests.models import zoo
 
 ROOT = Path(__file__).parents[2]
 TWO = [name for name in ranks.CHECKS if name not in ranks.SWEPT]
+
+
+traceable = pytest.mark.skipif(
+    bool(versions.older("transformers", shards.TRACEABLE)), reason="tensor parallel of this transformers is not traced"
+)
 
 
 def run(folder, count, names):
@@ -54,11 +59,13 @@ def two(tmp_path_factory):
     return run(tmp_path_factory.mktemp("two"), 2, TWO)
 
 
+@traceable
 @pytest.mark.parametrize("name", TWO)
 def test_on_two_ranks(two, name):
     assert two[name] == ["", ""], "\n".join(two[name])
 
 
+@traceable
 @pytest.mark.sweep
 @pytest.mark.parametrize("count", [2, 4])
 def test_families(tmp_path, count):
@@ -72,6 +79,16 @@ def test_without_a_process_group_it_is_refused(way):
     with pytest.raises(gdnfuse.GdnfuseError, match=f"^tensor_parallel='{way}' needs .* found no process group: start a process"):
         gdnfuse.compile(model, tensor_parallel=way, inner="eager")
     assert model._compiled_call_impl is None
+
+
+def test_transformers_whose_tensor_parallel_is_not_traced_are_refused(monkeypatch):
+    monkeypatch.setattr(versions, "version", lambda package: "5.21.1")
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(gdnfuse.GdnfuseError, match="can trace: transformers 5.23 or newer is required, found 5.21.1.$"):
+            gdnfuse.compile(zoo.causal_lm(**zoo.SMALL), tensor_parallel="heads")
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_an_unknown_way_is_refused():
