@@ -55,7 +55,9 @@ def few_rows_linear_kernel(
     i = tl.arange(0, BM)  # [BM]
     BO: tl.constexpr = BM // 2 if SWIGLU else BM
     shift, end = 0, M
-    if KIND is not None:
+    if KIND is None:
+        stored = M
+    else:
         # Where plain rows follow those of a quantised weight, which are `stored`, they begin with a tile of their own.
         tiles = tl.cdiv(stored, BO)
         shift, end = tl.where(pid < tiles, 0, tiles * BO - stored), tl.where(pid < tiles, stored, M)

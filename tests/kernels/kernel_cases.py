@@ -475,11 +475,11 @@ CASES = [
     Case("experts", "fp8-5-rows", chosen(5, 144, 6, 2, 144, BF16, shared=32, gated=True, masked=True, residual=True, format=FP8)),
     Case("experts", "fp8-12-rows", chosen(12, 64, 3, 2, 80, F32, format=FP8)),
     Case("experts", "fp8-prompt", chosen(70, 144, 4, 2, 144, BF16, shared=16, gated=True, masked=True, format=FP8)),
-    Case("routed_experts", "fp8", routed_experts(272, 6, 3, 144, BF16, shared=16, gated=True, norm=True, format=FP8)),
     Case("routed_experts", "fp32", routed_experts(64, 12, 3, 8)),
     Case("routed_experts", "bf16", routed_experts(100, 12, 5, 6, BF16, shared=10, gated=True, norm=True, residual=True)),
     Case("routed_experts", "fp16", routed_experts(64, 7, 7, 9, F16, shared=6, normalize=False, wrap_weight=padded)),
     Case("routed_experts", "wide", routed_experts(64, 12, 1, 24, BF16, wide_logits=True, normalize=False)),
+    Case("routed_experts", "fp8", routed_experts(272, 6, 3, 144, BF16, shared=16, gated=True, norm=True, format=FP8)),
 ]  # fmt: skip
 
 
