@@ -11,6 +11,7 @@ Whatever goes wrong is one line on stderr and an exit code that is not 0; `--deb
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import logging
@@ -139,6 +140,9 @@ def _parser() -> _Parser:
     report.add_argument(
         "--bandwidth", type=_rate, default=BANDWIDTH, metavar="TB/S", help="memory bandwidth for the limit (default 4.3, an H200)"
     )
+    report.add_argument(
+        "--tensor-parallel", type=_positive, metavar="N", help="what one of N ranks runs, its layers cut by heads"
+    )
     report.set_defaults(run=_report)
     rules = commands.add_parser("rules", help="list every rule with its equation")
     rules.set_defaults(run=_rules)
@@ -193,8 +197,10 @@ def _report(args: argparse.Namespace) -> None:
         if args.quantize:
             models.quantized(model, models.QUANTIZED[args.quantize])
         options = {"target": args.target, "stop_after": args.stop_after}
-        reports = models.trace(model, phase=args.phase, batch=args.batch, prompt=args.prompt, **options)
-    asked = {name: getattr(args, name) for name in ("model", "phase", "batch", "prompt", "dtype", "quantize", "target")}
+        with models.on_ranks(model, args.tensor_parallel) if args.tensor_parallel else contextlib.nullcontext():
+            reports = models.trace(model, phase=args.phase, batch=args.batch, prompt=args.prompt, **options)
+    names = ("model", "phase", "batch", "prompt", "dtype", "quantize", "target", "tensor_parallel")
+    asked = {name: getattr(args, name) for name in names}
     about = asked | {package: versions.version(package) for package in ("gdnfuse", "torch", "transformers", "triton")}
     if args.html:
         with replacing(args.html) as partial:

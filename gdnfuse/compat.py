@@ -210,6 +210,16 @@ def heard_from_rank(store: Any, key: str, seconds: float) -> str | None:
         return None
 
 
+@private("torch.testing._internal.distributed.fake_pg:FakeStore", instead=nothing, level=logging.DEBUG)
+def start_fake_ranks(store: Any, ranks: int) -> bool | None:
+    """Make this process the first of so many ranks of which the others are not there: collectives return at once, with nothing.
+    Without it: there is no report of a model on several ranks."""
+    import torch
+
+    torch.distributed.init_process_group("fake", store=store(), rank=0, world_size=ranks)
+    return True
+
+
 def _map(x: Any, change: Callable[[Any], Any]) -> Any:
     if isinstance(x, list | tuple):
         return type(x)(*(_map(y, change) for y in x)) if hasattr(x, "_fields") else type(x)(_map(y, change) for y in x)

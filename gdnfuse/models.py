@@ -19,6 +19,7 @@ from gdnfuse import compat, formats
 from gdnfuse import options as gdnfuse_options
 from gdnfuse.capture_fp8 import dequantized_calls
 from gdnfuse.errors import GdnfuseError, one_line
+from gdnfuse.generation import shards
 from gdnfuse.generation.caches import cache_argument
 from gdnfuse.generation.compile import apart
 from gdnfuse.progress import announce
@@ -203,6 +204,30 @@ def _quantize_experts(model: torch.nn.Module, format: str, block: tuple[int, int
         for weight in ("gate_up_proj", "down_proj"):
             _quantize(new, weight, getattr(module, weight), format)
         model.set_submodule(name, new.train(module.training))
+
+
+@contextlib.contextmanager
+def on_ranks(model: torch.nn.Module, ranks: int) -> Iterator[None]:
+    """Give a meta model meanwhile the weights that the first of so many ranks has of it by heads; the other ranks are not there.
+
+    Embedding and head stay whole.
+
+    Raises:
+        GdnfuseError: the model has no plan for tensor parallel, cannot be cut for so many ranks, or a process group is in use.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        raise GdnfuseError("A report of several ranks needs a process without a process group, found one in use.")
+    if not (plan := getattr(model, "tp_plan", None)):
+        raise GdnfuseError(f"A report of several ranks needs a model with a tp_plan, found {type(model).__name__} without one.")
+    if not compat.start_fake_ranks(ranks):
+        raise GdnfuseError("A report of several ranks needs torch's fake process group, found that this torch has none.")
+    try:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (ranks,))
+        shards.share_out(model, {k: v for k, v in plan.items() if "lm_head" not in k and "embed" not in k}, mesh)
+        shards.prepare(model, *shards.plan(shards.HEADS, model), shards.Alone())
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def verify(model: torch.nn.Module, *, batch: int = 1, prompt: int = 70, **options: Any) -> list[GraphReport]:

@@ -16,9 +16,10 @@ import torch
 import transformers
 
 import gdnfuse
-from gdnfuse import cli, compat, files, models
+from gdnfuse import cli, compat, files, models, versions
 from gdnfuse.cli import main
 from gdnfuse.dialect import OPS
+from gdnfuse.generation import shards
 from gdnfuse.models import presets
 from gdnfuse.passes import fuse, last_rows, lift
 from gdnfuse.progress import progress
@@ -45,6 +46,19 @@ def test_report_prints_summary_layers_and_rules(config_file, capsys):
     assert re.search(r"^0–2 +linear attention +✓", out, re.MULTILINE) and re.search(r"^0–3 +MLP +✓", out, re.MULTILINE)
     assert "Estimated limit of the step: " in out
     assert "mixer_decode" in out
+
+
+@pytest.mark.skipif(bool(versions.older("transformers", shards.TRACEABLE)), reason="tensor parallel is not traced")
+def test_report_of_one_of_several_ranks(config_file, capsys):
+    """Each layer has an all-reduce behind its mixer or attention and one behind its MLP, of a row of 64 in bfloat16."""
+    config = json.loads(config_file.read_text()) | {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    config_file.write_text(json.dumps(config))
+    assert main(["report", str(config_file), "--tensor-parallel", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "(decode): 3/3 GDN layers fused" in out and "Between ranks: 8 all_reduce, 1.02 kB in all." in out
+    assert main(["report", str(config_file), "--tensor-parallel", "3"]) == 2
+    assert "Key heads must be shared out evenly over ranks, found 2 in" in capsys.readouterr().err
+    assert not torch.distributed.is_initialized()
 
 
 def test_report_of_a_folder_is_that_of_its_config(config_file, capsys):

@@ -243,6 +243,14 @@ def heard_from_rank(there):
 
 
 @case
+def start_fake_ranks(there):
+    assert bool(compat.start_fake_ranks(3)) == there == torch.distributed.is_initialized()
+    if there:
+        assert torch.distributed.get_world_size() == 3
+        torch.distributed.destroy_process_group()
+
+
+@case
 def tree_leaves(there):
     assert compat.tree_leaves([1, (2, {"a": None, "b": [3]}), Result(4, None)]) == [1, 2, None, 3, 4, None]
 

@@ -28,8 +28,10 @@ class Alone:
     ranks = 1
 
     @contextlib.contextmanager
-    def reached(self, terms: dict[str, Any] | None = None) -> Iterator[dict[str, Any]]:
-        """Runs what is inside."""
+    def reached(self, terms: dict[str, Any] | None = None, failed: Exception | None = None) -> Iterator[dict[str, Any]]:
+        """Runs what is inside, and raises what has failed before."""
+        if failed is not None:
+            raise failed
         yield dict(terms or {})
 
 

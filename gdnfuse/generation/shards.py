@@ -12,6 +12,7 @@ had, and raise its sentence.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -137,6 +138,20 @@ def _mesh(way: str, model: torch.nn.Module) -> Any:
             f"the model with tensor parallelism alone."
         )
     return mesh
+
+
+def share_out(model: torch.nn.Module, plan: dict[str, str], mesh: Any) -> None:
+    """What `from_pretrained` does with a plan, of a model that has no weights: transformers' styles on what the plan names."""
+    from transformers.distributed.tensor_parallel import apply_tensor_parallelism
+
+    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+    found = {name: style for name in (*modules, *parameters) if (style := plan.get(_any_number(name)))}
+    found |= {name: style for name in parameters if name not in found and (style := found.get(name.rpartition(".")[0]))}
+    apply_tensor_parallelism(model, mesh, found)
+
+
+def _any_number(name: str) -> str:
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
 @torch.no_grad()

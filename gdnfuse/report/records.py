@@ -406,6 +406,18 @@ def limit_seconds(report: GraphReport, bandwidth: float) -> float | None:
     return report.limit_bytes / bandwidth if report.phase == "decode" else None
 
 
+def between_ranks(report: GraphReport) -> dict[str, tuple[int, int]]:
+    """The collectives of a graph: for each kind how many there are, and the bytes of their results."""
+    found: dict[str, tuple[int, int]] = {}
+    for block in report.blocks:
+        for o in report.structures[block.after]:
+            kind = o.op.removeprefix("_c10d_functional.")
+            if kind != o.op and kind != "wait_tensor":
+                count, moved = found.get(kind, (0, 0))
+                found[kind] = count + 1, moved + o.bytes // 2  # which counts what is read and what is written
+    return found
+
+
 def document(reports: Iterable[GraphReport], about: dict[str, Any], bandwidth: float = BANDWIDTH) -> dict[str, Any]:
     """Reports as one JSON document, described in docs/report.md.
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from gdnfuse.report.records import BANDWIDTH, COLUMNS, BlockReport, GraphReport, Refusal, Status, limit_seconds
+from gdnfuse.report.records import BANDWIDTH, COLUMNS, BlockReport, GraphReport, Refusal, Status, between_ranks, limit_seconds
 
 WIDTH = 60  # columns for a sentence in a table
 MARKS = {"fired": "✓", "declined": "✗", "both": "✓✗", None: "–"}
@@ -91,6 +91,8 @@ def pair(before: float, after: float) -> str:
 
 def _moved(report: GraphReport, bandwidth: float) -> str:
     text = f"Moved: {pair(report.bytes_before, report.bytes_after)}, if each kernel reads and writes its tensors once."
+    for kind, (count, moved) in between_ranks(report).items():
+        text += f"\nBetween ranks: {count} {kind}, {size(moved)} in all."
     seconds = limit_seconds(report, bandwidth)
     if seconds is None:
         return text
