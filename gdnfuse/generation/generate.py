@@ -62,13 +62,13 @@ class Generate:
         given = dict(self._signature.bind_partial(inputs, *args, **kwargs).arguments)
         given |= given.pop("kwargs", {})
         if self.proposer is None or _asks_for_more(self.__self__, given):
-            return self._with_prefixes(inputs, *args, **kwargs)
+            return self._with_prefixes(given, inputs, *args, **kwargs)
         speculative = Speculative(self.proposer, given.get("streamer"))
-        out = self._with_prefixes(inputs, *args, **kwargs, custom_generate=speculative)
+        out = self._with_prefixes(given, inputs, *args, **kwargs, custom_generate=speculative)
         self.acceptance = speculative.acceptance
         return out
 
-    def _with_prefixes(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    def _with_prefixes(self, given: dict[str, Any], inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if self.prefixes is None:
             return self._plain(inputs, *args, **kwargs)
         noted = getattr(self._runs, "noted", None)
@@ -89,7 +89,7 @@ class Generate:
             out = self._plain(inputs, *args, **kwargs)
         finally:
             self._runs.now = outer
-        if _beams(self.__self__, args, kwargs) == 1:
+        if _beams(self.__self__, given) == 1:
             run.finish(out)
         return out
 
@@ -127,10 +127,18 @@ class Generate:
         return getattr, (self.__self__, "generate")
 
 
-def _beams(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+def _asked(model: torch.nn.Module, given: dict[str, Any], name: str) -> Any:
+    """What a generate has for an argument: what a config that is passed says nothing of, the model's own says."""
+    if name in given:
+        return given[name]
+    configs = given.get("generation_config"), getattr(model, "generation_config", None)
+    values = (getattr(config, name, None) for config in configs)
+    return next((value for value in values if value is not None), None)
+
+
+def _beams(model: torch.nn.Module, given: dict[str, Any]) -> int:
     """How many beams a generate has: their rows trade places."""
-    given = kwargs.get("generation_config") or next(iter(args), None) or getattr(model, "generation_config", None)
-    return kwargs.get("num_beams") or getattr(given, "num_beams", None) or 1
+    return _asked(model, given, "num_beams") or 1
 
 
 # What asks for another way of decoding than one token after the other, or for its own way of drafting.
@@ -142,9 +150,7 @@ OTHERS = (
 
 def _asks_for_more(model: torch.nn.Module, given: dict[str, Any]) -> bool:
     """Whether a call of generate is transformers' own to answer, drafts or not."""
-    config = given.get("generation_config") or model.generation_config
-    value = {name: given[name] if name in given else getattr(config, name, None) for name in (*OTHERS, "num_beams")}
-    return any(value[name] for name in OTHERS) or (value["num_beams"] or 1) > 1
+    return any(_asked(model, given, name) for name in OTHERS) or _beams(model, given) > 1
 
 
 class Run:

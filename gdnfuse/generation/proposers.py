@@ -16,6 +16,7 @@ from gdnfuse.errors import GdnfuseError
 from gdnfuse.generation.feeding import Fed, compiled_steps
 
 MOST_DRAFTS = 7
+TOKENS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 @dataclass
@@ -174,7 +175,7 @@ class _Called:
         self.of, self.vocabulary = of, vocabulary
 
     def propose(self, ids: torch.Tensor, rows: Sequence[Sequence[int]]) -> Drafts | None:
-        drafts = self.of.propose(ids)
+        drafts = self.of.propose(ids.clone())  # which it may write
         if drafts is None:
             return None
         try:
@@ -187,9 +188,11 @@ class _Called:
             or drafts.ndim != 2
             or drafts.shape[0] != B
             or drafts.shape[1] > self.of.n
-            or drafts.is_floating_point()
+            or drafts.dtype not in TOKENS
+            or drafts.layout != torch.strided
         ):
             found = "something else" if drafts is None else f"{list(drafts.shape)} of {drafts.dtype}"
+            found += "" if drafts is None or drafts.layout == torch.strided else f", {drafts.layout}"
             raise GdnfuseError(f"A function that proposes drafts must give {wanted}, found {found}.")
         if drafts.shape[1] == 0:
             return None

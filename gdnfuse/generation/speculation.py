@@ -123,7 +123,7 @@ class Generation:
         self.fed.after = getattr(self.drafting, "hear", None)
         self.rows = _without_padding(ids, mask)
         self.done = [False] * len(self.rows)
-        self.pad = config.pad_token_id if config.pad_token_id is not None else min(self.stop.eos, default=0)
+        self.pad = config.pad_token_id if config.pad_token_id is not None else next(iter(self.stop.eos), 0)
         wanted = config.return_dict_in_generate
         self.scores: list[torch.Tensor] | None = [] if wanted and config.output_scores else None
         self.logits: list[torch.Tensor] | None = [] if wanted and config.output_logits else None
@@ -132,6 +132,8 @@ class Generation:
         try:
             return self._run()
         finally:
+            if not self.cache.pending:  # also where drafting or a streamer raised: later calls write the states
+                self.cache.stop_past_recording()
             getattr(self.drafting, "close", lambda: None)()
 
     def _run(self) -> Any:
@@ -166,7 +168,6 @@ class Generation:
                 self._undo(drafts)
                 raise
         self.counts.seconds = time.perf_counter() - start
-        self.cache.stop_past_recording()
         if self.streamer is not None:
             self.streamer.end()
         return self._answer()
@@ -201,7 +202,7 @@ class Generation:
         if columns > 1:
             standing = self._standing(picked, drafts.tokens)
             read = torch.cat([standing, picked], 1).tolist()  # the one time a round that the host waits
-            stands = [row[0] for row, done in zip(read, self.done, strict=True) if not done]
+            stands = [row[0] for row, padded in zip(read, self._padded, strict=True) if not padded]
             accepted, host = min(stands), [row[1:] for row in read]
         else:
             accepted, host = 0, picked.tolist()
@@ -211,7 +212,7 @@ class Generation:
         try:
             while emitted <= accepted and not over:
                 self._record(logits, scores, emitted)
-                column = [self.pad if done else row[emitted] for row, done in zip(host, self.done, strict=True)]
+                column = [self.pad if padded else row[emitted] for row, padded in zip(host, self._padded, strict=True)]
                 for row, token in zip(self.rows, column, strict=True):
                     row.append(token)
                 emitted += 1
@@ -225,12 +226,17 @@ class Generation:
             self.ids = before
             raise
         self.ids = self.ids[:, : before.shape[1] + emitted]
-        if len(self.rows) > 1 and any(self.done):  # of which the rest is padding
+        if len(self.rows) > 1 and any(self._padded):  # of which the rest is padding
             self.ids = torch.cat([before, torch.tensor([row[-emitted:] for row in self.rows], device=before.device)], 1)
         self.counts.tokens += emitted
         if drafts is not None:
             self.counts.accepted += min(accepted, emitted)
         return emitted, over
+
+    @property
+    def _padded(self) -> list[bool]:
+        """Which rows get padding: those that are done, where an end of text is known; else they go on until all are."""
+        return self.done if self.stop.pads else [False] * len(self.rows)
 
     def _standing(self, picked: torch.Tensor, drafts: torch.Tensor) -> torch.Tensor:
         """How many drafts of each row stand [B, 1]: those before the first that the model did not pick."""
@@ -258,7 +264,7 @@ class Generation:
             if self.careful and draft is not None:
                 # A processor that remembers what it was asked must not be asked of tokens that do not stand.
                 wrong = (picked[-1] != draft).tolist()
-                if any(w for w, done in zip(wrong, self.done, strict=True) if not done):
+                if any(w for w, padded in zip(wrong, self._padded, strict=True) if not padded):
                     break
         return torch.stack(picked, 1), scores
 
@@ -309,13 +315,15 @@ class _Stop:
     """Stopping criteria, asked of one more token of each row. Lengths and ends of text are looked at on the host."""
 
     def __init__(self, criteria: Any):
-        self.others, self.eos, self.most = [], set(), None
+        self.others, self.most = [], None
+        self.eos: dict[int, None] = {}  # in order: rows are padded with the first, if nothing else is known
+        self.pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
         for criterion in criteria:
             name = type(criterion).__name__
             if name == "MaxLengthCriteria":
                 self.most = criterion.max_length if self.most is None else min(self.most, criterion.max_length)
             elif name == "EosTokenCriteria":
-                self.eos |= set(criterion.eos_token_id.tolist())
+                self.eos |= dict.fromkeys(criterion.eos_token_id.tolist())
             else:
                 self.others.append(criterion)
 

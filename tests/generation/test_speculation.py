@@ -10,7 +10,7 @@ import pickle
 import pytest
 import torch
 import transformers
-from transformers import LogitsProcessor, StoppingCriteria
+from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 import gdnfuse
 from gdnfuse import Callback, Draft, PromptLookup, models
@@ -194,6 +194,29 @@ def test_an_end_of_text_inside_a_draft_ends_it_there():
             assert int(found[zoo.CACHE].get_seq_length()) == wanted.shape[1] - 1
 
 
+class Short(StoppingCriteria):
+    """Each row is done at another length."""
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.tensor([input_ids.shape[1] >= 11 + 3 * i for i in range(len(input_ids))])
+
+
+def test_rows_that_are_done_are_padded_as_transformers_pads_them():
+    model = built(**zoo.SMALL)
+    model.generation_config.pad_token_id = model.config.pad_token_id = None
+    ids = torch.cat([zoo.prompt(1, 8, seed=i)[0] for i in range(3)])
+    plain = model.generate(ids, **GREEDY)
+    ends = [int(row[11]) for row in plain]
+    for more in ({"eos_token_id": ends}, {"eos_token_id": ends[::-1]}, {}):
+        for criteria in ([], [Short()]):
+            for processors in ([], [Remembering()]):
+                asked = {**GREEDY, **more, "stopping_criteria": criteria, "logits_processor": processors}
+                wanted = model.generate(ids, **asked)
+                drafts = gdnfuse.speculative(guesses(wanted, 1.0))
+                assert torch.equal(model.generate(ids, **asked, custom_generate=drafts), wanted), (more, criteria, processors)
+                assert drafts.acceptance.accepted
+
+
 class Streamed:
     def __init__(self):
         self.tokens, self.ended = [], False
@@ -261,8 +284,7 @@ def test_an_error_in_the_middle_leaves_the_cache_whole():
             with pytest.raises(error):
                 model.generate(ids, **GREEDY, **more, **{zoo.CACHE: cache}, custom_generate=gdnfuse.speculative(proposer))
             length = int(cache.get_seq_length())
-            assert 8 < length < 16 and not cache.pending
-            cache.stop_past_recording()
+            assert 8 < length < 16 and not cache.pending and not cache.is_recording
             wanted = zoo.new_cache(model, "dynamic")
             with torch.no_grad():
                 model(answer[:, :length], **zoo.held(wanted))
@@ -381,6 +403,10 @@ def test_other_ways_of_decoding_are_transformers_own(fresh, monkeypatch):
         model.generate(ids, **GREEDY, prompt_lookup_num_tokens=3)
     assert model.generate(ids, **GREEDY, custom_generate=lambda model, input_ids, **_: input_ids) is not None
     assert model.generate.acceptance is None and "assistant_model" in OTHERS
+    model.generation_config.num_beams = 2  # which a config that says nothing of beams has too
+    passed = GenerationConfig(max_new_tokens=24, do_sample=False)
+    assert torch.equal(model.generate(ids, passed), wanted) and model.generate.acceptance is None
+    model.generation_config.num_beams = None
     several = model.generate(ids, do_sample=True, max_new_tokens=4, num_return_sequences=3)
     assert several.shape == (3, 12) and model.generate.acceptance.tokens == 4
 
@@ -503,12 +529,21 @@ def test_what_cannot_be_speculated_on_is_a_sentence_before_anything_runs(monkeyp
     [
         (torch.zeros(2, 2, dtype=torch.long), r"must give ids of tokens \[1, up to 4\], .* found \[2, 2\] of torch.int64"),
         (torch.zeros(1, 5, dtype=torch.long), r"found \[1, 5\]"), ([[0.5]], "of torch.float32"), ("text", "found something else"),
+        (torch.ones(1, 2).cfloat(), "of torch.complex64"), (torch.ones(1, 2).int().to_sparse(), "torch.int32, torch.sparse_coo"),
         ([[3, 128]], "must be ids below 128, the model's vocabulary, found 3 to 128"), ([[-1]], "found -1 to -1"),
     ],
 )  # fmt: skip
 def test_bad_drafts_of_a_function_are_sentences(drafts, sentence):
     with pytest.raises(gdnfuse.GdnfuseError, match=sentence):
         built(**zoo.SMALL).generate(zoo.prompt(1, 4)[0], **GREEDY, custom_generate=gdnfuse.speculative(lambda ids: drafts))
+
+
+def test_a_function_may_write_what_it_is_given():
+    model = built(**zoo.SMALL)
+    ids = zoo.prompt(1, 8)[0]
+    wanted = model.generate(ids, **GREEDY)
+    writing = gdnfuse.speculative(lambda ids: ids.fill_(7)[:, :3])
+    assert torch.equal(model.generate(ids, **GREEDY, custom_generate=writing), wanted)
 
 
 def test_lookup_finds_the_longest_and_last_and_goes_on_with_a_period():
