@@ -29,7 +29,7 @@ def demanding(model: torch.nn.Module, call: Callable[..., Any]) -> Callable[...,
     config = getattr(model, "config", None)
 
     def checked(*args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_dynamo_compiling():
             given = dict(zip(parameters, args, strict=False)) | kwargs
             for name in ("input_ids", "inputs_embeds"):
                 if isinstance(tokens := given.get(name), torch.Tensor) and 0 in tokens.shape[:2]:

@@ -117,7 +117,7 @@ def _compile(model: torch.nn.Module, settings: _Settings, parsed: gdnfuse_option
 
     first = plain
     if settings.prefixes is not None:
-        settings.prefixes.in_pieces = True
+        settings.prefixes.in_pieces, settings.prefixes.state_dtype = True, settings.state_dtype
     if settings.prefill:
         first = torch.compile(apart(plain), **shared, **_no_cuda_graphs(mode, options))
         first = coverage.checked(preparing_caches(first, fullgraph, settings.state_dtype, any_length), PROMPT)
@@ -254,7 +254,7 @@ def by_phase(
         call = decode if filled and tokens.shape[1] == 1 else first
         if filled and verify is not None and getattr(cache, "is_recording", False) and kwargs.get("inputs_embeds") is None:
             call = verify
-        if any_length and not torch.compiler.is_compiling() and not (call is not first and cache.is_compileable):
+        if any_length and not torch.compiler.is_dynamo_compiling() and not (call is not first and cache.is_compileable):
             args, kwargs = _of_any_length(any_length, args, kwargs, LENGTHS if call is first else LENGTHS_OF_STEP)
         return call(*args, **kwargs)
 

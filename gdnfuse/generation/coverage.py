@@ -101,7 +101,7 @@ class Coverage:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             nonlocal wanted, first
-            if torch.compiler.is_compiling():  # by somebody around us, to whom it is an ordinary function
+            if torch.compiler.is_dynamo_compiling():  # by somebody around us, to whom it is an ordinary function
                 look()
                 return fn(*args, **kwargs)
             before = RUNS.fused

@@ -41,7 +41,7 @@ class Hooks:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             nonlocal looked
-            if torch.compiler.is_compiling():
+            if torch.compiler.is_dynamo_compiling():
                 return compiled(*args, **kwargs)
             if looked != RemovableHandle.next_id or self._known:
                 if self._changed(anywhere=looked != RemovableHandle.next_id):

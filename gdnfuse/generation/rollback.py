@@ -12,6 +12,7 @@ GDN layer hand it over, which do nothing on any other cache.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ from gdnfuse import compat, kernels
 from gdnfuse.capture_fp8 import dequantized_calls
 from gdnfuse.dialect import delta_rule_commit
 from gdnfuse.errors import GdnfuseError, Refused
-from gdnfuse.generation.caches import cache_finder, mark_lengths
+from gdnfuse.generation.caches import cache_finder, mark_lengths, rope_that_looks_ahead
 from gdnfuse.generation.wrappers import gdn_layers
 
 MOST_TOKENS = 8
@@ -34,6 +35,7 @@ class RollbackLayer(LinearAttentionLayer):
 
     Attributes:
         pending: how many tokens are recorded.
+        heard: of how many gates, of the two.
         windows: [B, W + tokens, D], the conv state and behind it the recorded rows before the conv.
         a, b: [B, tokens, HV], what the recorded tokens' gates are made of.
     """
@@ -43,7 +45,7 @@ class RollbackLayer(LinearAttentionLayer):
 
     def __init__(self) -> None:
         super().__init__()
-        self.pending = 0
+        self.pending, self.heard = 0, 0
         self.windows: torch.Tensor | None = None
         self.a: torch.Tensor | None = None
         self.b: torch.Tensor | None = None
@@ -70,7 +72,13 @@ class RollbackLayer(LinearAttentionLayer):
                 f"A RollbackCache that records takes up to {most} tokens of {held} sequences in a call, found {tokens} of "
                 f"{rows}: make it with more tokens, or call stop_past_recording first."
             )
-        self.pending = tokens
+        self.pending, self.heard = tokens, 0
+
+    def hear(self, **gates: torch.Tensor) -> None:
+        """Record `a` or `b` or both, [B, T, HV], of the call that has begun."""
+        for name, x in gates.items():
+            getattr(self, name)[:, : x.shape[1]].copy_(x)
+        self.heard += len(gates)
 
     def update_conv_state(self, conv_states: torch.Tensor, state_idx: int = 0, **kwargs: Any) -> torch.Tensor:
         """The window and the new rows [B, D, W + T]; while recording, the window stays as it is."""
@@ -148,6 +156,11 @@ class RollbackCache(Cache):
             raise GdnfuseError(f"tokens must be at least 1, found {tokens!r}.")
         if isinstance(max_cache_len, bool) or not (max_cache_len is None or isinstance(max_cache_len, int) and max_cache_len > 0):
             raise GdnfuseError(f"max_cache_len must be None or at least 1, found {max_cache_len!r}.")
+        if (rope := rope_that_looks_ahead(model)) is not None:
+            raise GdnfuseError(
+                f"A RollbackCache needs a rotary embedding that is the same at all lengths, found rope_type {rope!r}, which "
+                "changes with the longest position of a call."
+            )
         config = model.config.get_text_config(decoder=True)
         like = DynamicCache(config=config) if max_cache_len is None else StaticCache(config=config, max_cache_len=max_cache_len)
         super().__init__(layers=[_layer(layer, max_cache_len) for layer in like.layers])
@@ -179,6 +192,12 @@ class RollbackCache(Cache):
     def pending(self) -> int:
         """How many tokens are recorded and in no state yet."""
         return max(layer.pending for layer in self._linear())
+
+    @property
+    def rows(self) -> int | None:
+        """How many sequences it holds; None before its prompt."""
+        state = self._linear()[0].conv_states.get(0)
+        return None if state is None else state.shape[0]
 
     @property
     def is_recording(self) -> bool:
@@ -240,6 +259,12 @@ class RollbackCache(Cache):
             raise GdnfuseError(
                 f"All layers of a RollbackCache must have recorded the same call, found layers with "
                 f"{sorted(counts)} tokens: the call did not run to its end, and cache.abandon(length) forgets it."
+            )
+        if pending and (heard := {layer.heard for layer in linear}) != {2}:
+            raise GdnfuseError(
+                f"Both gates of a recorded call must be handed to its RollbackCache, found layers with {sorted(heard)}: their "
+                "hooks are gone, or threads share a model whose graphs break inside a layer. cache.abandon(length) forgets the "
+                "call."
             )
         if keep:
             if self._all and not self._unchanged():
@@ -425,12 +450,21 @@ def _gates_of(mixer: torch.nn.Module) -> dict[str, str]:
 class Recorder:
     """The hooks of one GDN layer. A copy of the model has a copy of them, which knows nothing of the first.
 
+    While a call of the layer runs they know the layer of its cache, if that records. Each thread has its own; a graph holds its
+    own too, as Dynamo follows `traced` through one whole call of the layer.
+
     Attributes:
-        layer: of the cache that the layer is being called with, if that records, and only meanwhile.
+        key_heads: of the layer.
+        traced: the cache's layer, as traced code finds it.
     """
 
-    def __init__(self) -> None:
-        self.layer: RollbackLayer | None = None
+    def __init__(self, key_heads: int = 1) -> None:
+        self.key_heads = key_heads
+        self.traced: RollbackLayer | None = None
+        self._of_thread = threading.local()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Recorder, (self.key_heads,)
 
     def enter(self, mixer: torch.nn.Module, args: Any, kwargs: Any) -> None:
         cache = cache_finder()([*args, *kwargs.values()])
@@ -438,33 +472,37 @@ class Recorder:
         if layer is not None and layer.record_past:
             hidden_states = args[0] if args else kwargs["hidden_states"]
             layer.begin(*hidden_states.shape[:2])
-            self.layer = layer
-        elif self.layer is not None:  # left by a call that raised
-            self.layer = None
+        else:
+            layer = None
+        self.traced = layer
+        if not torch.compiler.is_dynamo_compiling():
+            self._of_thread.layer = layer
 
     def leave(self, mixer: torch.nn.Module, args: Any, out: Any) -> None:
-        if self.layer is not None:
-            self.layer = None
+        self.traced = None
+        if not torch.compiler.is_dynamo_compiling():
+            vars(self._of_thread).clear()
+
+    def layer(self) -> RollbackLayer | None:
+        # Where a graph breaks inside the layer, a part of one call is traced and a part is not.
+        return self.traced if torch.compiler.is_dynamo_compiling() else getattr(self._of_thread, "layer", self.traced)
 
     def b(self, linear: torch.nn.Module, args: Any, out: torch.Tensor) -> None:
-        if self.layer is not None:
-            self.layer.b[:, : out.shape[1]].copy_(out)
+        if (layer := self.layer()) is not None:
+            layer.hear(b=out)
 
     def a(self, linear: torch.nn.Module, args: Any, out: torch.Tensor) -> None:
-        if self.layer is not None:
-            self.layer.a[:, : out.shape[1]].copy_(out)
+        if (layer := self.layer()) is not None:
+            layer.hear(a=out)
 
     def ba(self, linear: torch.nn.Module, args: Any, out: torch.Tensor) -> None:
         """Of a linear that gives both, by key head."""
-        if self.layer is not None:
-            HV = self.layer.b.shape[-1]
+        if (layer := self.layer()) is not None:
+            HV = layer.b.shape[-1]
             heads = out.shape[-1] - HV  # as many columns as value heads, twice
             B, T, _ = out.shape
             parts = out.view(B, T, self.key_heads, 2, heads // self.key_heads)
-            self.layer.b[:, :T].copy_(parts[..., 0, :].reshape(B, T, HV))
-            self.layer.a[:, :T].copy_(parts[..., 1, :].reshape(B, T, HV))
-
-    key_heads = 1
+            layer.hear(b=parts[..., 0, :].reshape(B, T, HV), a=parts[..., 1, :].reshape(B, T, HV))
 
 
 def _install(mixer: torch.nn.Module) -> None:
@@ -476,8 +514,7 @@ def _install(mixer: torch.nn.Module) -> None:
 
     recorder = recorder_of(mixer)
     if recorder is None:
-        recorder = Recorder()
-        recorder.key_heads = getattr(mixer, "num_k_heads", 1)
+        recorder = Recorder(getattr(mixer, "num_k_heads", 1))
         mixer.register_forward_pre_hook(recorder.enter, with_kwargs=True)
         mixer.register_forward_hook(recorder.leave)
     for name, what in _gates_of(mixer).items():

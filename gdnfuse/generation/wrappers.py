@@ -83,7 +83,7 @@ def handing_on(wrapper: torch.nn.Module, inner: Sequence[torch.nn.Module], say: 
 
     def call(*args: Any, **kwargs: Any) -> Any:
         nonlocal reached
-        if reached or torch.compiler.is_compiling():
+        if reached or torch.compiler.is_dynamo_compiling():
             return plain(*args, **kwargs)
         compiled = [compat.compiled_call(m) for m in inner]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
 
 import pytest
 import torch
@@ -222,6 +223,35 @@ def test_other_caches_and_copies_of_the_model_know_nothing_of_it():
         alike(cache, wanted)
 
 
+def test_calls_in_other_threads_are_none_of_its_own():
+    model, tokens = zoo.causal_lm(**zoo.SMALL), zoo.tokens_for(2, 3)
+    wanted, _ = stepped(model, tokens)
+    cache = filled(model)
+
+    @torch.no_grad()
+    def other():
+        model(zoo.prompt(1, 4)[0], **zoo.held(zoo.new_cache(model, "dynamic")))
+
+    def meanwhile(*_):
+        handle.remove()
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+
+    (mixer,) = (m for m in model.modules() if hasattr(m, "A_log"))
+    handle = mixer.in_proj_qkv.register_forward_hook(meanwhile)
+    with torch.no_grad():
+        model(tokens, **zoo.held(cache))
+    cache.crop(0)
+    alike(cache, wanted)
+    cache.activate_past_recording()
+    mixer.in_proj_a._forward_hooks.clear()  # the gate is not heard
+    with torch.no_grad():
+        model(tokens, **zoo.held(cache))
+    with pytest.raises(gdnfuse.GdnfuseError, match=r"Both gates of a recorded call must be .* found layers with \[1\]"):
+        cache.crop(-1)
+
+
 def test_models_that_cannot_be_rolled_back_are_refused():
     with pytest.raises(
         gdnfuse.GdnfuseError, match="needs a model whose linear attention is Gated DeltaNet, found LlamaForCausalLM"
@@ -236,6 +266,8 @@ def test_models_that_cannot_be_rolled_back_are_refused():
     del mixer.in_proj_b
     with pytest.raises(gdnfuse.GdnfuseError, match="found Qwen3_5GatedDeltaNet with out_proj, in_proj_qkv, in_proj_z, in_proj_a"):
         RollbackCache(model)
+    with pytest.raises(gdnfuse.GdnfuseError, match="rotary embedding that is the same at all lengths, found rope_type 'dynamic'"):
+        RollbackCache(zoo.causal_lm(**zoo.SMALL, rope_parameters={**zoo.ROPE, "rope_type": "dynamic", "factor": 2.0}))
     mixer.activation = "relu"
     with pytest.raises(gdnfuse.GdnfuseError, match="conv1d without bias and SiLU behind it, .* with 'relu'"):
         RollbackCache(model)
