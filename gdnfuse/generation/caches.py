@@ -45,7 +45,7 @@ def preparing_caches(
 
     def call(*args: Any, **kwargs: Any) -> Any:
         out = fn(*args, **kwargs)
-        if not (fullgraph and torch.compiler.is_compiling()):
+        if not (fullgraph and torch.compiler.is_dynamo_compiling()):
             _prepare([*args, *kwargs.values()], out, state_dtype, any_length)
         return out
 
@@ -68,6 +68,13 @@ def _prepare(given: list[Any], out: Any, state_dtype: torch.dtype | None, any_le
         for tensor in states:
             if isinstance(tensor, torch.Tensor):
                 compat.mark_static_address(tensor)
+
+
+def rope_that_looks_ahead(model: torch.nn.Module) -> str | None:
+    """A kind of rotary embedding whose angles depend on the longest position of a call, so that keys depend on what follows them;
+    None where the model has none."""
+    kinds = (str(getattr(m, "rope_type", "")) for m in model.modules())
+    return next((kind for kind in kinds if "dynamic" in kind or kind == "longrope"), None)
 
 
 def mark_lengths(layer: Any) -> None:

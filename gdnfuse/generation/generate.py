@@ -97,7 +97,7 @@ class Generate:
         """The model's call, which takes what is known of a prompt while a generate runs in this thread."""
 
         def heeded(*args: Any, **kwargs: Any) -> Any:
-            run = None if torch.compiler.is_compiling() else getattr(self._runs, "now", None)
+            run = None if torch.compiler.is_dynamo_compiling() else getattr(self._runs, "now", None)
             return call(*args, **kwargs) if run is None else run(call, args, kwargs)
 
         return heeded
@@ -117,7 +117,7 @@ class Generate:
         known = self.prefixes
         size = 8 * rows * ((tokens // known.every + 3) * known.state_bytes + (tokens // BLOCK + 1) * known.block_bytes)
         self._runs.scratch = scratch = PrefixStore(self.__self__, known.every, size)
-        scratch.in_pieces = known.in_pieces
+        scratch.in_pieces, scratch.state_dtype = known.in_pieces, known.state_dtype
         try:
             yield
         finally:

@@ -114,9 +114,9 @@ def reading(folder: str | os.PathLike[str], owner: dict[str, str], device: torch
 
     folder = Path(folder)
     body = _body_of(folder)
-    for name, wanted in owner.items():
-        if body["owner"].get(name) != wanted:
-            found = body["owner"].get(name)
+    for name in {**owner, **body["owner"]}:
+        wanted, found = owner.get(name), body["owner"].get(name)
+        if found != wanted:
             found = f"{name} {found}" if name != "weights" else "other weights or adapters"
             raise GdnfuseError(f"The prefixes in {folder} must be of this model, with {name} {wanted}, found {found}.")
     with contextlib.ExitStack() as stack:

@@ -20,7 +20,7 @@ from gdnfuse import compat, versions
 from gdnfuse.capture_fp8 import dequantized_calls
 from gdnfuse.errors import GdnfuseError
 from gdnfuse.generation import prefix_files
-from gdnfuse.generation.caches import cache_argument, mark_lengths
+from gdnfuse.generation.caches import cache_argument, mark_lengths, rope_that_looks_ahead
 from gdnfuse.generation.prefix_tree import BLOCK, TOKEN, Read, Tree
 from gdnfuse.generation.weights import Weights
 from gdnfuse.generation.wrappers import compiled_models, gdn_layers
@@ -88,6 +88,8 @@ class PrefixStore:
             raise GdnfuseError(f"A PrefixStore needs one model with Gated DeltaNet layers, found {found}.")
         # A prompt ends a call wherever a state is wanted, but where `gdnfuse.compile` has its graph leave them.
         self.in_pieces = True
+        # Of recurrent states, as `gdnfuse.compile` was told: states that were rounded are others.
+        self.state_dtype: torch.dtype | None = None
         self.every, self.max_bytes, self.host_bytes = every, max_bytes, host_bytes
         self._model = weakref.ref(models[0])
         self._layout = _Layout.of(models[0])
@@ -278,7 +280,8 @@ class PrefixStore:
             raise GdnfuseError("Prefixes are saved and loaded without autocast, found it enabled.")
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
         known = {name: versions.version(name) or "" for name in ("gdnfuse", "torch", "transformers")}
-        return {"model": type(model).__name__, "dtype": dtype, **known, "weights": self._weights.digest()}
+        states = {} if self.state_dtype is None else {"state_dtype": str(self.state_dtype).removeprefix("torch.")}
+        return {"model": type(model).__name__, "dtype": dtype, **states, **known, "weights": self._weights.digest()}
 
     def clear(self) -> None:
         """Forget every prefix, pinned ones too."""
@@ -291,7 +294,7 @@ class PrefixStore:
         """By what prefixes are kept now."""
         with self._lock:
             _ = self.model
-            return self._weights.key()
+            return self._weights.key(), self.state_dtype
 
     def find(self, rows: Sequence[bytes], most: int, key: Hashable | None = None) -> tuple[int, list[Read]]:
         """The greatest length, of at most `most` tokens, at which there are states of all rows, and these; or 0."""
@@ -404,6 +407,11 @@ class _Layout:
         if len(devices) > 1 or next(iter(devices)).type == "meta":
             found = " and ".join(sorted(map(str, devices)))
             raise GdnfuseError(f"A PrefixStore needs a model whose weights are on one device, found {found}.")
+        if (rope := rope_that_looks_ahead(model)) is not None:
+            raise GdnfuseError(
+                f"A PrefixStore needs a rotary embedding that is the same at all lengths, found rope_type {rope!r}, with which "
+                "the keys of a prefix depend on what follows it."
+            )
         name, cache = type(model).__name__, cls.new_cache(model, None)
         if (why := _unlike(cache)) is not None:
             raise GdnfuseError(

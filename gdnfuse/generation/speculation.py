@@ -380,6 +380,8 @@ def _mask(ids: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor | None:
         name: x
         for name, x in kwargs.items()
         if x is not None and not isinstance(x, Cache) and not (isinstance(x, dict) and not x)
+        # Processors say of each token whether it is a picture's.
+        if not (name in ("mm_token_type_ids", "token_type_ids") and isinstance(x, torch.Tensor) and not x.any())
     }
     if others := [name for name in given if name not in HEEDED]:
         raise GdnfuseError(f"Speculation takes prompts of text alone, found {', '.join(others)}: generate without it.")
@@ -437,6 +439,10 @@ def _cache(model: torch.nn.Module, ids: torch.Tensor, config: Any, kwargs: dict[
         if length >= ids.shape[1]:
             raise GdnfuseError(
                 f"input_ids must hold the {length} tokens that the cache holds and at least one more, found {ids.shape[1]}."
+            )
+        if length and given.rows != ids.shape[0]:
+            raise GdnfuseError(
+                f"A RollbackCache of {given.rows} sequences takes as many rows of input_ids, found {ids.shape[0]}."
             )
         return given, given.capacity, length
     plain = type(given) in (DynamicCache, StaticCache) and not given.offloading

@@ -360,6 +360,16 @@ def test_another_dtype_has_other_prefixes():
         assert taken(store, lambda: ours.generate(ids(200), **ONE)) == 0
 
 
+def test_rounded_states_are_others(tmp_path):
+    plain, ours, store = pair(state_dtype=torch.bfloat16)
+    ours.generate(ids(200), **ONE)
+    store.save(tmp_path)
+    gdnfuse.compile(ours, inner="eager", prefill=False, fuel=0, prefixes=store)
+    assert taken(store, lambda: agree(plain, ours, ids(200))) == 0
+    with pytest.raises(GdnfuseError, match="with state_dtype None, found state_dtype bfloat16"):
+        store.load(tmp_path)
+
+
 def test_by_hand():
     plain = zoo.causal_lm(**zoo.SMALL)
     store = PrefixStore(plain, every=64)
@@ -450,6 +460,13 @@ def test_threads_share_a_store():
     assert not wrong and store.stats().hits >= 8 and store.stats().prompts == 16
 
 
+def test_a_prompt_is_known_while_another_thread_compiles(monkeypatch):
+    plain, ours, store = pair()
+    monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)  # which is one for all threads
+    assert [taken(store, lambda: agree(plain, ours, ids(130), max_new_tokens=3)) for _ in range(2)] == [0, 128]
+    assert not store.stats().left_out
+
+
 def test_copies_and_pickles_have_no_store():
     plain, ours, store = pair()
     agree(plain, ours, ids(100))
@@ -501,6 +518,8 @@ def test_bad_models_and_prompts():
     if hasattr(zoo.transformers, "LaraMiniForCausalLM"):
         with pytest.raises(GdnfuseError, match="keeps full attention's keys and GDN states, found a .*Sliding.* in LaraMini"):
             PrefixStore(zoo.lara_mini())
+    with pytest.raises(GdnfuseError, match="same at all lengths, found rope_type 'dynamic'"):
+        PrefixStore(zoo.causal_lm(**zoo.SMALL, rope_parameters={**zoo.ROPE, "rope_type": "dynamic", "factor": 2.0}))
     model = zoo.causal_lm(**zoo.SMALL)
     store = PrefixStore(model)
     with pytest.raises(GdnfuseError, match="prefixes must be a gdnfuse.PrefixStore, found int"):

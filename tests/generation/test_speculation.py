@@ -351,6 +351,17 @@ def test_drawn_tokens_have_the_models_distribution(proposer):
     assert chi_square(counts, exact(other, ids, 3), rows * runs) > 8  # which another distribution fails
 
 
+def test_a_prompt_of_which_no_token_is_a_pictures_is_text():
+    model = built("conditional_generation", **zoo.SMALL)
+    ids = zoo.prompt(1, 8)[0]
+    asked = {**GREEDY, "mm_token_type_ids": torch.zeros_like(ids)}
+    wanted = model.generate(ids, **asked)
+    assert torch.equal(model.generate(ids, **asked, custom_generate=gdnfuse.speculative(PromptLookup(2))), wanted)
+    asked["mm_token_type_ids"][0, 2] = 1
+    with pytest.raises(gdnfuse.GdnfuseError, match="takes prompts of text alone, found mm_token_type_ids"):
+        model.generate(ids, **asked, custom_generate=gdnfuse.speculative(PromptLookup(2)))
+
+
 # What is compiled
 
 
@@ -496,8 +507,9 @@ def test_what_cannot_be_speculated_on_is_a_sentence_before_anything_runs(monkeyp
         model(ids[:, :3], **zoo.held(recorded))
         recorded.activate_past_recording()
         model(ids[:, 3:5], **zoo.held(recorded))
-        full = gdnfuse.RollbackCache(model)
+        full, two = gdnfuse.RollbackCache(model), gdnfuse.RollbackCache(model)
         model(ids, **zoo.held(full))
+        model(ids[:, :3].expand(2, 3), **zoo.held(two))
     right = mask.clone()
     right[:, -1] = 0
     monkeypatch.setattr(type(model), "forward", model.forward.__func__)
@@ -512,6 +524,7 @@ def test_what_cannot_be_speculated_on_is_a_sentence_before_anything_runs(monkeyp
         (cache(tokens=4), "for 4 drafts must take 5 tokens a call, found 4"),
         ({zoo.CACHE: recorded}, "must have all in its states, found 2 tokens that are not: crop first"),
         ({zoo.CACHE: full}, "must hold the 8 tokens that the cache holds and at least one more, found 8"),
+        ({zoo.CACHE: two}, "of 2 sequences takes as many rows of input_ids, found 1"),
         ({"use_cache": False}, "needs a cache, found use_cache=False"),
         ({"num_beams": 2}, "one sequence per row, found num_beams=2"),
         ({"output_attentions": True, "return_dict_in_generate": True}, "found output_attentions=True: generate without it"),
