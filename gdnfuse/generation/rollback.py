@@ -35,7 +35,7 @@ class RollbackLayer(LinearAttentionLayer):
 
     Attributes:
         pending: how many tokens are recorded.
-        heard: of how many gates, of the two.
+        heard: of which gates, 1 for `a` and 2 for `b`, both added up.
         windows: [B, W + tokens, D], the conv state and behind it the recorded rows before the conv.
         a, b: [B, tokens, HV], what the recorded tokens' gates are made of.
     """
@@ -78,7 +78,7 @@ class RollbackLayer(LinearAttentionLayer):
         """Record `a` or `b` or both, [B, T, HV], of the call that has begun."""
         for name, x in gates.items():
             getattr(self, name)[:, : x.shape[1]].copy_(x)
-        self.heard += len(gates)
+            self.heard |= 1 if name == "a" else 2  # an adapter's layer gives it once more, as it is then
 
     def update_conv_state(self, conv_states: torch.Tensor, state_idx: int = 0, **kwargs: Any) -> torch.Tensor:
         """The window and the new rows [B, D, W + T]; while recording, the window stays as it is."""
@@ -260,11 +260,10 @@ class RollbackCache(Cache):
                 f"All layers of a RollbackCache must have recorded the same call, found layers with "
                 f"{sorted(counts)} tokens: the call did not run to its end, and cache.abandon(length) forgets it."
             )
-        if pending and (heard := {layer.heard for layer in linear}) != {2}:
+        if pending and {layer.heard for layer in linear} != {3}:
             raise GdnfuseError(
-                f"Both gates of a recorded call must be handed to its RollbackCache, found layers with {sorted(heard)}: their "
-                "hooks are gone, or threads share a model whose graphs break inside a layer. cache.abandon(length) forgets the "
-                "call."
+                "Both gates of a recorded call must be handed to its RollbackCache, found layers without: their hooks are gone, "
+                "or threads share a model whose graphs break inside a layer. cache.abandon(length) forgets the call."
             )
         if keep:
             if self._all and not self._unchanged():
