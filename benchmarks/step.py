@@ -64,7 +64,7 @@ PACKED = {
 }  # what the packed weight of a block is
 STATES = ("conv_states", "recurrent_states")  # inputs that a step reads and writes
 CACHED = ("keys", "values")  # inputs of which a step reads the tokens so far
-BYTES = {"bf16": 2, "f16": 2, "f32": 4, "f64": 8, "i64": 8, "i32": 4, "bool": 1}
+BYTES = {"bf16": 2, "f16": 2, "f32": 4, "f64": 8, "i64": 8, "i32": 4, "bool": 1, "e4m3": 1, "int8": 1}
 NAME = 44  # characters of a kernel's name in the table
 
 
