@@ -461,12 +461,13 @@ class Recorder:
         self.key_heads = key_heads
         self.traced: RollbackLayer | None = None
         self._of_thread = threading.local()
+        self._find_cache = cache_finder()  # here, as torch 2.11's Dynamo breaks the graph at an import
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Recorder, (self.key_heads,)
 
     def enter(self, mixer: torch.nn.Module, args: Any, kwargs: Any) -> None:
-        cache = cache_finder()([*args, *kwargs.values()])
+        cache = self._find_cache([*args, *kwargs.values()])
         layer = cache.layers[mixer.layer_idx] if isinstance(cache, RollbackCache) else None
         if layer is not None and layer.record_past:
             hidden_states = args[0] if args else kwargs["hidden_states"]
