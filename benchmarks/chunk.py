@@ -2,13 +2,15 @@
 
     python benchmarks/chunk.py --json chunk.json
     python benchmarks/chunk.py --shapes 1x8192 --sides gdnfuse
+    python benchmarks/chunk.py --sides gdnfuse --checkpoints 1024 --json chunk_checkpoints.json
 
 Both take the same q, k (16 heads), v (32 heads), g, β and initial state, l2-normalise q and k inside, and return the output and
 the last state. A CUDA graph runs the op over enough input sets that together exceed the L2 four times; the figure is the median
 of REPLAYS replays, in microseconds per call. The limit streams q, k, v, o and the states once at the rate of a copy, which is
 measured on the same device. Peak memory is what a call allocates beyond its inputs. No speed is reported for a side whose output
 or state is off float64's on the first SEGMENT tokens. Cold figures: seconds and machine codes of the first calls over all shapes
-with an empty Triton cache.
+with an empty Triton cache. With --checkpoints N there is one side more, gdnfuse's that leaves the states after every N tokens
+too, and `of_gdnfuse`, its time over that of gdnfuse without, measured in turns.
 """
 
 from __future__ import annotations
@@ -32,22 +34,24 @@ from tqdm import tqdm
 
 from gdnfuse.bench.measure import COLD_BYTES, bandwidth, machine, replayed
 from gdnfuse.dialect import chunk_delta_rule
+from gdnfuse.dialect.chunk_delta_rule import CHUNK
 from gdnfuse.kernels import implementations
 from gdnfuse.progress import hidden
 
 H, HV, K, V = 16, 32, 128, 128
 SIDES = ("fla", "gdnfuse")
 REPLAYS = 15
+ROUNDS = 5  # of what leaving states costs
 SEGMENT = 1024
 TOLERANCE = 2e-2  # ‖found − wanted‖ / ‖wanted‖ against float64, for bfloat16 operands
 EPS = 1e-6  # of the l2norm, in both
 
 
 def call_of(side: str) -> Callable[..., Any]:
-    """A function of (q, k, v, g, beta, state) → (o, last state)."""
-    if side == "gdnfuse":
-        op = implementations()["chunk_delta_rule"].op
-        return lambda q, k, v, g, beta, state: op(q, k, v, g, beta, state, K**-0.5, EPS, None, 0, 1.0)[:2]
+    """A function of (q, k, v, g, beta, state) → (o, last state, and of gdnfuse states on the way)."""
+    if side.startswith("gdnfuse"):
+        op, every = implementations()["chunk_delta_rule"].op, every_of(side)
+        return lambda q, k, v, g, beta, state: op(q, k, v, g, beta, state, K**-0.5, EPS, None, every // CHUNK, 1.0)
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
     def fla(q, k, v, g, beta, state):
@@ -55,6 +59,15 @@ def call_of(side: str) -> Callable[..., Any]:
         return chunk_gated_delta_rule(q, k, v, g=g, beta=beta, **options)
 
     return fla
+
+
+def leaving(every: int) -> str:
+    """The side that leaves states after every so many tokens."""
+    return f"gdnfuse, states every {every}"
+
+
+def every_of(side: str) -> int:
+    return int(side.rpartition(" ")[2]) if " " in side else 0
 
 
 def inputs(B: int, T: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
@@ -65,11 +78,12 @@ def inputs(B: int, T: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
     return *qkv, *gates, of(B, HV, K, V)
 
 
-def error(call: Callable[..., Any], args: tuple[torch.Tensor, ...]) -> float:
-    """The larger of the errors of output and state on one row's first tokens."""
+def error(side: str, args: tuple[torch.Tensor, ...]) -> float:
+    """The largest of the errors of output, state and states on the way on one row's first tokens."""
     part = [x[:1, :SEGMENT].contiguous() for x in args[:5]] + [args[5][:1].contiguous()]
-    want = chunk_delta_rule.reference(*(x.double() for x in part), K**-0.5, EPS)
-    pairs = zip(call(*part), want, strict=False)
+    options = {"checkpoint_every": every_of(side) // CHUNK}
+    want = chunk_delta_rule.reference(*(x.double() for x in part), K**-0.5, EPS, **options)
+    pairs = [pair for pair in zip(call_of(side)(*part), want, strict=False) if pair[1].numel()]
     return max(float((found.double() - wanted).norm() / wanted.norm()) for found, wanted in pairs)
 
 
@@ -113,12 +127,24 @@ def run_shape(B: int, T: int, sides: Sequence[str], rate: float) -> dict[str, An
     result: dict[str, Any] = {"batch": B, "tokens": T, "limit_us": 1e6 * size / rate, "sides": []}
     for side in sides:
         call = call_of(side)
-        row: dict[str, Any] = {"side": side, "error": error(call, sets[0])}
+        row: dict[str, Any] = {"side": side, "error": error(side, sets[0])}
         if row["error"] <= TOLERANCE:
             times = microseconds(call, sets)
             row |= {"us": statistics.median(times), "us_min": min(times), "us_max": max(times), "peak_bytes": peak(call, sets[0])}
         result["sides"].append(row)
+    leaves = [row for row in result["sides"] if "us" in row and every_of(row["side"])]
+    for row in leaves:
+        row["of_gdnfuse"] = cost(row["side"], sets)
     return result
+
+
+def cost(side: str, sets: Sequence[tuple[torch.Tensor, ...]]) -> float:
+    """Time of a side that leaves states over gdnfuse's, measured before and behind it each time; the median of ROUNDS."""
+    ratios = []
+    for _ in range(ROUNDS):
+        before, us, behind = (statistics.median(microseconds(call_of(x), sets)) for x in ("gdnfuse", side, "gdnfuse"))
+        ratios.append(2 * us / (before + behind))
+    return statistics.median(ratios)
 
 
 def table(results: Sequence[dict[str, Any]], rate: float) -> str:
@@ -142,11 +168,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default="1x2048,1x8192,1x32768,4x8192", help="batch x tokens, by comma")
     parser.add_argument("--sides", default="fla,gdnfuse", help=f"of {', '.join(SIDES)}")
+    parser.add_argument("--checkpoints", type=int, metavar="N", help="gdnfuse's that leaves states every N tokens, too")
     parser.add_argument("--json", metavar="FILE", help="write the figures, the machine and the versions here")
     args = parser.parse_args(argv)
     sides = args.sides.split(",")
     if unknown := set(sides) - set(SIDES):
         parser.error(f"unknown sides {', '.join(sorted(unknown))}; the valid ones are {', '.join(SIDES)}")
+    if args.checkpoints is not None:
+        if args.checkpoints <= 0 or args.checkpoints % CHUNK:
+            parser.error(f"--checkpoints must be a multiple of {CHUNK} tokens, found {args.checkpoints}")
+        sides.append(leaving(args.checkpoints))
     if not torch.cuda.is_available():
         parser.error("a CUDA device is needed, found none")
     shapes = [tuple(map(int, shape.split("x"))) for shape in args.shapes.split(",")]
@@ -161,6 +192,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     rate = data["bytes_per_second"] = bandwidth("cuda")
     data["results"] = [run_shape(B, T, sides, rate) for B, T in tqdm(shapes, disable=hidden(), leave=False, delay=1)]
     print(table(data["results"], rate))
+    for result in data["results"]:
+        for row in result["sides"]:
+            if "of_gdnfuse" in row:
+                shape, more = f"{result['batch']}x{result['tokens']}", 100 * row["of_gdnfuse"] - 100
+                print(f"{shape}, {row['side']}: {more:+.1f} % beside gdnfuse without")
     for side, figures in data["cold"].items():
         print(f"{side}: first calls {figures['first_calls_seconds']:.1f} s, {figures['machine_codes']} machine codes")
     if args.json:

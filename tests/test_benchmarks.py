@@ -272,6 +272,7 @@ def test_benchmarks_of_kernels_need_a_device(name, monkeypatch, capsys):
 
 
 COMMANDS = [
+    "chunk --checkpoints 100",
     "gemm --roles jax",
     "gemm --models jax",
     "gemm --rows jax",

@@ -334,7 +334,7 @@ def launch_with(
     operands, precision = _operands(v.dtype, K, beta_max)
     new = {"device": v.device, "dtype": torch.float32}
     hopper = chunk_scan_hopper if config is None and operands == torch.bfloat16 else None
-    on_hopper = hopper is not None and hopper.supports_here(q, k, v, checkpoint_every)
+    on_hopper = hopper is not None and hopper.supports_here(q, k, v)
     tokens = hopper.padded(T) if on_hopper else T
     inverse = torch.empty((B, HV, tokens, CHUNK), device=v.device, dtype=operands)
     attention, factors = torch.empty_like(inverse), torch.empty((4, B, HV, tokens), **new)
@@ -350,7 +350,7 @@ def launch_with(
         L2NORM=l2norm_eps is not None, GATED=A_log is not None, BETA_SCALE=beta_max, num_warps=PREPARE_WARPS, **shared,
     )  # fmt: skip
     if on_hopper:
-        hopper.launch_scan(q, k, v, inverse, attention, factors, state, cu_seqlens, out, last)
+        hopper.launch_scan(q, k, v, inverse, attention, factors, state, cu_seqlens, out, last, kept, checkpoint_every)
         return out, last, kept
     columns, num_warps, stages = _config(operands, N * HV, BK, V, devices.of(v.device)) if config is None else config
     BV = _tile(columns, V)

@@ -12,6 +12,8 @@ Products are asynchronous, in the order U, second half of QS, S, P·U, next KS, 
 chain there is one of the output, and under it runs the chain's elementwise work. ptxas would wait for every single product if one
 were in flight where the loop closes (C7514), so the loop closes after X of the next chunk, when none is.
 
+Where states are kept on the way, the loop over chunks ends after each so many of them, and S goes from registers to memory.
+
 The results are chunk_scan_kernel's bit for bit; benchmarks/chunk.py measures the op that has it. Without any loads it takes as
 long: a scheduler has one warp, which waits for itself. Slower: a second warpgroup for the output, fed through shared memory, and
 a warp for its copies.
@@ -86,9 +88,9 @@ def _producer(
 
 @gluon.jit
 def _consumer(
-    out_desc, out_ptr, factors_ptr, plane, state_ptr, last_ptr, stride_sb, stride_sh, stride_sk, stride_sv,
+    out_desc, out_ptr, factors_ptr, plane, state_ptr, last_ptr, checkpoint_ptr, stride_sb, stride_sh, stride_sk, stride_sv,
     q_smem, k_smem, v_smem, inverse_smem, attention_smem, factors_smem, out_smem, full, empty,
-    n, batch, hv, start, T, column,
+    n, batch, hv, start, T, column, checkpoint_every, checkpoints,
     HV: gl.constexpr, BV: gl.constexpr, STAGES: gl.constexpr, VARLEN: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     accumulator: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, 64, 16])
@@ -134,76 +136,90 @@ def _consumer(
 
     slot = 0
     phase = 0
-    for chunk in range(chunks):
-        # Nothing in flight. x is this chunk's, o has the first half of QS.
-        following = slot + 1
-        wraps = following == STAGES
-        following = gl.where(wraps, 0, following)
-        phase = gl.where(wraps, phase ^ 1, phase)
-        # With three slots an early wait is the faster one.
-        if STAGES > 2:
-            mbarrier.wait(full.index(following), phase, pred=chunk + 1 < chunks)
-        if VARLEN:
-            if chunk * 64 + 64 > T:
-                # Rows of the next sequence, which need not be finite.
-                for half in gl.static_range(2):
-                    tile = k_smem.index(slot * 2 + half)
-                    k = tile.load(rows)
-                    tile.store(gl.where((chunk * 64 + r_rows < T)[:, None], k, gl.zeros_like(k)))
-                fence_async_shared()
+    every = chunks
+    pieces = 1
+    if checkpoint_ptr is not None:
+        every = checkpoint_every
+        pieces = (chunks + every - 1) // every
+    for piece in range(pieces):
+        for chunk in range(piece * every, gl.minimum(piece * every + every, chunks)):
+            # Nothing in flight. x is this chunk's, o has the first half of QS.
+            following = slot + 1
+            wraps = following == STAGES
+            following = gl.where(wraps, 0, following)
+            phase = gl.where(wraps, phase ^ 1, phase)
+            # With three slots an early wait is the faster one.
+            if STAGES > 2:
+                mbarrier.wait(full.index(following), phase, pred=chunk + 1 < chunks)
+            if VARLEN:
+                if chunk * 64 + 64 > T:
+                    # Rows of the next sequence, which need not be finite.
+                    for half in gl.static_range(2):
+                        tile = k_smem.index(slot * 2 + half)
+                        k = tile.load(rows)
+                        tile.store(gl.where((chunk * 64 + r_rows < T)[:, None], k, gl.zeros_like(k)))
+                    fence_async_shared()
 
-        u = warpgroup_mma(x, inverse_smem.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
-        o = warpgroup_mma(a1, q_smem.index(slot * 2 + 1).permute((1, 0)), o, is_async=True)
-        of_qs = factors_smem.index(slot).slice(1, 1, 0).load(accumulator)
-        of_k = factors_smem.index(slot).slice(2, 1, 0).load(accumulator)
-        if VARLEN:
-            row = gl.minimum(T - chunk * 64, 64) - 1
-            decay = reinterpret(factors_smem.index(slot), gl.float32, [4 * 64, 1, 1], SCALARS).index(3 * 64 + row)
-            decay = decay.load(accumulator)  # [1, 1]
-        s0 = s0 * decay
-        s1 = s1 * decay
-        if not VARLEN:
-            decay = gl.load(decay_ptr + gl.minimum(T, chunk * 64 + 128) - 1)
-        u = warpgroup_mma_wait(1, [u])
-        if VARLEN:
-            u = gl.where(chunk * 64 + r[None, :] < T, u, 0.0)
-        operand_p = gl.convert_layout(u.to(gl.bfloat16), operand)
-        operand_k = gl.convert_layout((u * of_k).to(gl.bfloat16), operand)
-        t0 = warpgroup_mma(operand_k, k_smem.index(slot * 2), s0, is_async=True)
-        t1 = warpgroup_mma(operand_k, k_smem.index(slot * 2 + 1), s1, is_async=True)
-        o = warpgroup_mma_wait(2, [o])
-        o = warpgroup_mma(operand_p, attention_smem.index(slot).permute((1, 0)), o * of_qs, is_async=True)
-        if STAGES <= 2:
-            mbarrier.wait(full.index(following), phase, pred=chunk + 1 < chunks)
-        s0, s1 = warpgroup_mma_wait(1, [t0, t1])
+            u = warpgroup_mma(x, inverse_smem.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
+            o = warpgroup_mma(a1, q_smem.index(slot * 2 + 1).permute((1, 0)), o, is_async=True)
+            of_qs = factors_smem.index(slot).slice(1, 1, 0).load(accumulator)
+            of_k = factors_smem.index(slot).slice(2, 1, 0).load(accumulator)
+            if VARLEN:
+                row = gl.minimum(T - chunk * 64, 64) - 1
+                decay = reinterpret(factors_smem.index(slot), gl.float32, [4 * 64, 1, 1], SCALARS).index(3 * 64 + row)
+                decay = decay.load(accumulator)  # [1, 1]
+            s0 = s0 * decay
+            s1 = s1 * decay
+            if not VARLEN:
+                decay = gl.load(decay_ptr + gl.minimum(T, chunk * 64 + 128) - 1)
+            u = warpgroup_mma_wait(1, [u])
+            if VARLEN:
+                u = gl.where(chunk * 64 + r[None, :] < T, u, 0.0)
+            operand_p = gl.convert_layout(u.to(gl.bfloat16), operand)
+            operand_k = gl.convert_layout((u * of_k).to(gl.bfloat16), operand)
+            t0 = warpgroup_mma(operand_k, k_smem.index(slot * 2), s0, is_async=True)
+            t1 = warpgroup_mma(operand_k, k_smem.index(slot * 2 + 1), s1, is_async=True)
+            o = warpgroup_mma_wait(2, [o])
+            o = warpgroup_mma(operand_p, attention_smem.index(slot).permute((1, 0)), o * of_qs, is_async=True)
+            if STAGES <= 2:
+                mbarrier.wait(full.index(following), phase, pred=chunk + 1 < chunks)
+            s0, s1 = warpgroup_mma_wait(1, [t0, t1])
 
-        # Of the next chunk; after the last one of whatever lies there, for nothing.
-        a0 = gl.convert_layout(s0.to(gl.bfloat16), operand)
-        a1 = gl.convert_layout(s1.to(gl.bfloat16), operand)
-        x = warpgroup_mma(a0, k_smem.index(following * 2).permute((1, 0)), zero, use_acc=False, is_async=True)
-        x = warpgroup_mma(a1, k_smem.index(following * 2 + 1).permute((1, 0)), x, is_async=True)
-        v = v_smem.index(following).permute((1, 0)).load(accumulator).to(gl.float32)
-        of_ks = factors_smem.index(following).slice(0, 1, 0).load(accumulator)
-        o = warpgroup_mma_wait(2, [o])
-        mbarrier.arrive(empty.index(slot))
-        tile = out_smem.index(chunk % 2)
-        tile.permute((1, 0)).store(o.to(gl.bfloat16))
-        o = warpgroup_mma(a0, q_smem.index(following * 2).permute((1, 0)), zero, use_acc=False, is_async=True)
-        fence_async_shared()
-        store_wait(0)  # of the chunk before, so that the other tile is free
-        tile = reinterpret(tile, gl.bfloat16, [1, 1, 64, BV], TILE_4D)
-        if VARLEN:
-            if chunk * 64 + 64 <= T:
-                store_tile(out_desc, [batch, hv, start + chunk * 64, column], tile)
-        else:
-            store_tile(out_desc, [batch, hv, chunk * 64, column], tile)
-        x = warpgroup_mma_wait(1, [x])
-        x = v - x * of_ks
-        if VARLEN:
-            x = gl.where((chunk * 64 + 64) + r[None, :] < T, x, 0.0)
-        x = gl.convert_layout(x.to(gl.bfloat16), operand)
-        o = warpgroup_mma_wait(0, [o])
-        slot = following
+            # Of the next chunk; after the last one of whatever lies there, for nothing.
+            a0 = gl.convert_layout(s0.to(gl.bfloat16), operand)
+            a1 = gl.convert_layout(s1.to(gl.bfloat16), operand)
+            x = warpgroup_mma(a0, k_smem.index(following * 2).permute((1, 0)), zero, use_acc=False, is_async=True)
+            x = warpgroup_mma(a1, k_smem.index(following * 2 + 1).permute((1, 0)), x, is_async=True)
+            v = v_smem.index(following).permute((1, 0)).load(accumulator).to(gl.float32)
+            of_ks = factors_smem.index(following).slice(0, 1, 0).load(accumulator)
+            o = warpgroup_mma_wait(2, [o])
+            mbarrier.arrive(empty.index(slot))
+            tile = out_smem.index(chunk % 2)
+            tile.permute((1, 0)).store(o.to(gl.bfloat16))
+            o = warpgroup_mma(a0, q_smem.index(following * 2).permute((1, 0)), zero, use_acc=False, is_async=True)
+            fence_async_shared()
+            store_wait(0)  # of the chunk before, so that the other tile is free
+            tile = reinterpret(tile, gl.bfloat16, [1, 1, 64, BV], TILE_4D)
+            if VARLEN:
+                if chunk * 64 + 64 <= T:
+                    store_tile(out_desc, [batch, hv, start + chunk * 64, column], tile)
+            else:
+                store_tile(out_desc, [batch, hv, chunk * 64, column], tile)
+            x = warpgroup_mma_wait(1, [x])
+            x = v - x * of_ks
+            if VARLEN:
+                x = gl.where((chunk * 64 + 64) + r[None, :] < T, x, 0.0)
+            x = gl.convert_layout(x.to(gl.bfloat16), operand)
+            o = warpgroup_mma_wait(0, [o])
+            slot = following
+        if checkpoint_ptr is not None:
+            # Here, because a branch and a counter in the inner loop spill registers. Offsets of all stores would spill too: LLVM
+            # computes them ahead of the loops. Bits 1 and 2 of a row of S are the thread's, and the others numbers of each store.
+            if piece < checkpoints:
+                of_thread = checkpoint_ptr + ((n * checkpoints + piece) * HV + hv).to(gl.int64) * (K * V)
+                of_thread += i_v[:, None] + (r & 6)[None, :] * V
+                gl.store(of_thread + (r & 57)[None, :] * V, s0)
+                gl.store(of_thread + ((r & 57)[None, :] + 64) * V, s1)
 
     if VARLEN:
         if T % 64 != 0:
@@ -218,11 +234,11 @@ def _consumer(
     store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["T", "plane"])
+@gluon.jit(do_not_specialize=["T", "plane", "checkpoint_every", "checkpoints"])
 def chunk_scan_hopper_kernel(
     q_desc, k_desc, v_desc, inverse_desc, attention_desc, factors_desc, out_desc,
-    out_ptr, factors_ptr, state_ptr, last_ptr, cu_seqlens_ptr,
-    T, plane, stride_sb, stride_sh, stride_sk, stride_sv,
+    out_ptr, factors_ptr, state_ptr, last_ptr, checkpoint_ptr, cu_seqlens_ptr,
+    T, plane, checkpoint_every, checkpoints, stride_sb, stride_sh, stride_sk, stride_sv,
     H: gl.constexpr, HV: gl.constexpr, BV: gl.constexpr, STAGES: gl.constexpr, VARLEN: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     head = gl.program_id(0) // (128 // BV)
@@ -252,9 +268,10 @@ def chunk_scan_hopper_kernel(
     gl.warp_specialize(
         [
             (_consumer, (
-                out_desc, out_ptr, factors_ptr, plane, state_ptr, last_ptr, stride_sb, stride_sh, stride_sk, stride_sv,
+                out_desc, out_ptr, factors_ptr, plane, state_ptr, last_ptr, checkpoint_ptr,
+                stride_sb, stride_sh, stride_sk, stride_sv,
                 q_smem, k_smem, v_smem, inverse_smem, attention_smem, factors_smem, out_smem, full, empty,
-                n, batch, hv, start, T, column, HV, BV, STAGES, VARLEN, num_warps,
+                n, batch, hv, start, T, column, checkpoint_every, checkpoints, HV, BV, STAGES, VARLEN, num_warps,
             )),
             (_producer, (
                 q_desc, k_desc, v_desc, inverse_desc, attention_desc, factors_desc,
@@ -272,8 +289,8 @@ def padded(T: int) -> int:
     return -(-T // 4) * 4
 
 
-def supports_here(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, checkpoint_every: int) -> bool:
-    """Whether this kernel takes the scan: bfloat16, K = V = 128, no checkpoints, a Hopper GPU, addresses that TMA can take."""
+def supports_here(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether this kernel takes the scan: bfloat16, K = V = 128, a Hopper GPU, addresses that TMA can take."""
     return (
         v.is_cuda
         and torch.version.hip is None
@@ -282,7 +299,6 @@ def supports_here(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, checkpoint_
         and launching()
         and q.dtype == k.dtype == v.dtype == torch.bfloat16
         and q.shape[-1] == v.shape[-1] == 128
-        and not checkpoint_every
         and all(_for_tma(x) for x in (q, k, v))
     )
 
@@ -317,15 +333,19 @@ def launch_scan(
     cu_seqlens: torch.Tensor | None,
     out: torch.Tensor,
     last: torch.Tensor,
+    kept: torch.Tensor,
+    checkpoint_every: int = 0,
     config: tuple[int, int] | None = None,
 ) -> None:
-    """Fills `out` and `last` as `chunk_scan_kernel` does.
+    """Fills `out`, `last` and `kept` as `chunk_scan_kernel` does.
 
     Args:
         q, k, v, state, cu_seqlens: as for `chunk_delta_rule.launch`; what `supports_here` took.
         inverse, attention: [B, HV, padded(T), 64] bfloat16, factors [4, B, HV, padded(T)] float32, from `chunk_prepare_kernel`
             with TOKENS = padded(T); rows from T on are not read.
         out: [B, T, HV, V], last: [N, HV, K, V] float32, contiguous, written.
+        kept: [B, T // (64·checkpoint_every), HV, K, V] float32, contiguous, written with the states after every so many tokens;
+            not looked at where checkpoint_every is 0, as it is with cu_seqlens.
         config: value columns per program, 64 or 128, and slots of the ring.
     """
     _, T, HV, V = v.shape
@@ -336,7 +356,8 @@ def launch_scan(
         _descriptor(by_head[0], 64, 64), _descriptor(by_head[1], 64, 64), _descriptor(by_head[2], 64, BV),
         _descriptor(inverse[:, :, :T], 64, 64), _descriptor(attention[:, :, :T], 64, 64),
         _descriptor(factors.permute(1, 2, 0, 3)[..., :T], 4, 64), _descriptor(by_head[3], 64, BV),
-        out, factors, state, last, cu_seqlens, T, factors[0].numel(),
+        out, factors, state, last, kept if checkpoint_every else None, cu_seqlens,
+        T, factors[0].numel(), min(checkpoint_every, T), kept.shape[1],
         *((0,) * 4 if state is None else state.stride()),
         H=H, HV=HV, BV=BV, STAGES=stages, VARLEN=cu_seqlens is not None, num_warps=BV // 16,
     )  # fmt: skip

@@ -294,9 +294,16 @@ SPILLS = pytest.mark.xfail(
 
 
 @pytest.mark.parametrize(
-    ("columns", "slots", "varlen"), [(64, 3, False), pytest.param(64, 3, True, marks=SPILLS), (128, 2, False)]
+    ("columns", "slots", "varlen", "checkpoints"),
+    [
+        (64, 3, False, False),
+        (64, 3, False, True),
+        pytest.param(64, 3, True, False, marks=SPILLS),
+        (128, 2, False, False),
+        (128, 2, False, True),
+    ],
 )
-def test_the_hopper_scan_does_not_spill(columns, slots, varlen, tmp_path, record_property):
+def test_the_hopper_scan_does_not_spill(columns, slots, varlen, checkpoints, tmp_path, record_property):
     """The configurations that are chosen, for the heads of a 4B model."""
     kernel = chunk_scan_hopper.chunk_scan_hopper_kernel
     tile, factors = chunk_scan_hopper.TILE_4D.value, chunk_scan_hopper.FACTORS_4D.value
@@ -305,7 +312,10 @@ def test_the_hopper_scan_does_not_spill(columns, slots, varlen, tmp_path, record
     if not varlen:
         constexprs["cu_seqlens_ptr"] = None
     signature = dict.fromkeys(kernel.arg_names, "i32")
-    pointers = {"out_ptr": "*bf16", "factors_ptr": "*fp32", "state_ptr": "*fp32", "last_ptr": "*fp32", "cu_seqlens_ptr": "*i64"}
+    if not checkpoints:
+        constexprs["checkpoint_ptr"] = None
+    pointers = {"out_ptr": "*bf16", "cu_seqlens_ptr": "*i64"}
+    pointers |= dict.fromkeys(("factors_ptr", "state_ptr", "last_ptr", "checkpoint_ptr"), "*fp32")
     squares = ("q_desc", "k_desc", "inverse_desc", "attention_desc")
     signature |= pointers | dict.fromkeys(squares, f"tensordesc<bf16[1, 1, 64, 64],{tile!r}>")
     signature |= dict.fromkeys(("v_desc", "out_desc"), f"tensordesc<bf16[1, 1, 64, {columns}],{tile!r}>")

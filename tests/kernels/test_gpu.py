@@ -12,7 +12,7 @@ from kernel_cases import BF16, F16, Case
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gdnfuse import compat, dialect
-from gdnfuse.kernels import implementations, loaded, skinny_linear
+from gdnfuse.kernels import chunk_delta_rule, implementations, loaded, skinny_linear
 from gdnfuse.kernels.launch import replay
 from gdnfuse.kernels.launch.replay import Recorded
 
@@ -291,6 +291,26 @@ def test_chunked_states_do_not_drift_over_32k_tokens():
     errors = ((states.double() - kept).flatten(2).norm(dim=2) / kept.flatten(2).norm(dim=2)).flatten()
     assert torch.equal(states[:, -1], last)
     assert errors.isfinite().all() and errors[-1] < 1.5 * errors[0] and errors.max() < 1e-2
+
+
+@pytest.mark.parametrize("every", [0, 1, 3, 5, 100])
+@pytest.mark.parametrize(("B", "columns"), [(1, 64), (4, 128)])
+def test_the_scan_for_hopper_leaves_what_the_general_one_leaves(B, columns, every):
+    """Outputs, last states and those on the way, bit for bit; with 5, 320 tokens, the last of them is the last state."""
+    args, _ = kernel_cases.chunked(B, 320, H, HV, K, V, BF16)()
+    q, k, v, g, beta, state = pytree.tree_map_only(torch.Tensor, torch.Tensor.cuda, args)
+    hopper = chunk_delta_rule.chunk_scan_hopper
+    if hopper is None or not hopper.supports_here(q, k, v):
+        pytest.skip("needs a Hopper GPU")
+    assert hopper._config(B * HV, False, q.device)[0] == columns
+    launch = lambda config: chunk_delta_rule.launch_with(  # noqa: E731
+        q, k, v, g, beta, None, None, state, K**-0.5, 1e-6, None, every, 1.0, config
+    )
+    for _ in range(2):
+        found, wanted = launch(None), launch((32, 4, 2))
+        assert found[2].shape[1] == (320 // (64 * every) if every else 0)
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, wanted, strict=True))
+    assert every != 5 or torch.equal(found[2][:, -1], found[1])
 
 
 @pytest.mark.parametrize("op", ["chunk_delta_rule", "fused_gating_chunk_delta_rule"])

@@ -192,8 +192,8 @@ def test_windows_at_eight_bytes():
 def test_the_scan_for_hopper(monkeypatch):
     monkeypatch.setattr(chunk_scan_hopper, "supports_here", lambda *args: True)
     monkeypatch.setattr(chunk_scan_hopper, "_config", lambda *args: (64, 3))
-    for T, lengths in ((130, None), (128, None), (130, (1, 64, 65))):
-        assert check("chunk_delta_rule", *kernel_cases.chunked(1, T, 2, 4, 128, 128, kernel_cases.BF16, lengths=lengths)())
+    for T, how in ((130, {}), (128, {}), (130, {"lengths": (1, 64, 65)}), (130, {"every": 1})):
+        assert check("chunk_delta_rule", *kernel_cases.chunked(1, T, 2, 4, 128, 128, kernel_cases.BF16, **how)())
 
 
 def test_the_ring_for_hopper(monkeypatch):
