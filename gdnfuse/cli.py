@@ -126,6 +126,12 @@ def _parser() -> _Parser:
     bench.add_argument(
         "--speculate", type=_words, metavar="KIND,…", help="instead time speculative decoding: lookup:N, mtp:N, draft:N:MODEL"
     )
+    bench.add_argument(
+        "--tensor-parallel",
+        type=_positive,
+        metavar="N",
+        help="measure sides on N ranks too, as gdnfuse:heads and inductor:as_loaded; starts torchrun",
+    )
     bench.add_argument("--layers", type=_positive, metavar="N", help="only the first layers of the model")
     bench.add_argument("--inner", choices=INNER, default=INNER[0], help="what compiles the rewritten graphs")
     bench.add_argument(
@@ -254,7 +260,7 @@ def _bench(args: argparse.Namespace) -> int:
         return _speculate(args, device)
     settings = run.Settings(
         model=args.model,
-        sides=args.sides or run.default_sides(device, args.quantize),
+        sides=args.sides or run.default_sides(device, args.quantize, args.tensor_parallel),
         phases=[run.PREFIX] if args.prefix else [args.phase] if args.phase else list(run.PHASES),
         batch=args.batch,
         prompt=args.prompt,
@@ -265,6 +271,7 @@ def _bench(args: argparse.Namespace) -> int:
         device=device,
         inner=args.inner,
         prefix=args.prefix,
+        tensor_parallel=args.tensor_parallel,
         timeout=args.timeout,
     )
     run.check(settings)
@@ -283,9 +290,9 @@ def _bench(args: argparse.Namespace) -> int:
 def _speculate(args: argparse.Namespace, device: str) -> int:
     from gdnfuse.bench import speculation
 
-    given = ("sides", "phase", "prefix", "layers", "quantize", "plot", "timeout")
+    given = ("sides", "phase", "prefix", "layers", "quantize", "plot", "timeout", "tensor_parallel")
     if unheeded := [name for name in given if getattr(args, name) is not None] or ["batch"] * (len(args.batch) > 1):
-        raise GdnfuseError(f"--speculate measures one model by itself, found --{unheeded[0]} with it.")
+        raise GdnfuseError(f"--speculate measures one model by itself, found --{unheeded[0].replace('_', '-')} with it.")
     how = {name: getattr(args, name) for name in ("prompt", "new", "dtype", "inner")}
     with progress() as announce, listening(announce):
         announce("speculate")

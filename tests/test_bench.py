@@ -19,6 +19,7 @@ from transformers import StaticCache
 from gdnfuse.bench import measure, run, speculation, workers
 from gdnfuse.cli import main
 from gdnfuse.errors import GdnfuseError
+from tests.generation.test_shards import traceable
 from tests.models import zoo
 from tests.pages import check_reference
 from tests.terminal import Terminal
@@ -113,6 +114,35 @@ def test_speculation_at_forced_acceptances(tmp_path, monkeypatch, capsys):
     assert all(row["speedup"] == row["tokens_per_second"] / result["plain"]["tokens_per_second"] for row in result["drafts"])
     assert any("(verify): 1/1 GDN layers fused" in line for line in result["graphs"])
     assert "tokens per second" in speculation.tables(data) and "its own" in speculation.tables(data)
+
+
+def test_sides_on_ranks_that_cannot_be_are_a_sentence(folder, capsys):
+    for wrong, sentence in (
+        (["--sides", "gdnfuse:heads"], "Unknown side 'gdnfuse:heads'; the valid ones are eager, fla, inductor, gdnfuse."),
+        (["--tensor-parallel", "2", "--sides", "gdnfuse:rows"], "Unknown side 'gdnfuse:rows'; the valid ones are eager, fla, "),
+        (
+            ["--tensor-parallel", "2", "--quantize", "fp8"],
+            "measures steps and prompts of plain weights, found --quantize with it.",
+        ),
+        (["--tensor-parallel", "2", "--speculate", "lookup:3"], "one model by itself, found --tensor-parallel with it."),
+    ):
+        assert main(["bench", str(folder / "config.json"), *QUICK, *wrong]) == 2
+        assert sentence in capsys.readouterr().err
+
+
+@traceable
+@pytest.mark.sweep
+def test_sides_on_ranks_are_started_by_the_command(tmp_path, capsys):
+    """One process, two ranks that are right, and two of which one cannot cut the model: its sentence is the side's."""
+    zoo.causal_lm(**zoo.SMALL, linear_num_key_heads=3, linear_num_value_heads=3).config.save_pretrained(tmp_path)
+    command = ["bench", str(tmp_path / "config.json"), *QUICK, "--prompt", "20", "--phase", "decode", "--tensor-parallel", "2"]
+    assert main([*command, "--sides", "gdnfuse,gdnfuse:as_loaded,gdnfuse:heads", "--json"]) == 1
+    out, err = capsys.readouterr()
+    data = json.loads(out)
+    one, ours, refused = data["results"][0]["sides"]
+    assert one["decode"]["right"] and ours["decode"]["right"] and ours["ranks"] == 2
+    assert "Key heads must be shared out evenly over ranks, found 3" in refused["failed"] and refused["failed"] in err
+    assert "each of 2 ranks holds" in run.tables(data)
 
 
 def test_speculation_of_no_kind_is_a_sentence(folder, capsys):

@@ -11,12 +11,15 @@ import math
 import platform
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 
+from gdnfuse import compat
 from gdnfuse.capture_fp8 import dequantized_calls
 from gdnfuse.generation.caches import cache_argument
 from gdnfuse.versions import version
@@ -25,6 +28,7 @@ SLACK = 1.5  # error allowed, in units of eager's own: of a few steps it is a dr
 FLOOR = 1e-5  # relative error allowed whatever eager's is: a float32 model is its own reference
 BLOCK = 8
 COPIED = {"cuda": 2**30, "cpu": 2**28}  # bytes, more than caches hold
+REDUCED = {"cuda": 2**28, "cpu": 2**20}  # bytes of a large all-reduce
 COLD_BYTES = 4 * 60e6  # four times an H200's L2: what is read behind so many other bytes comes from memory
 COPIES, ROUNDS = {"cuda": 10, "cpu": 1}, 10  # copies that are timed together, and how many times
 
@@ -47,7 +51,7 @@ class Decoder:
 
 
 def weight_bytes(model: torch.nn.Module, batch: int = 1) -> int:
-    """Bytes of weights that one step must read. Of the embedding only rows are read, unless the head is tied to it.
+    """Bytes of weights that one step must read on this rank. Of the embedding only rows are read, unless the head is tied to it.
 
     A mixture of experts reads the experts that the step chooses: `num_experts_per_tok` per token and layer, of which several
     tokens, choosing by chance, have some in common.
@@ -56,6 +60,7 @@ def weight_bytes(model: torch.nn.Module, batch: int = 1) -> int:
     seen: set[int] = set()
     for name, p in model.named_parameters():
         embedding = name.endswith("embed_tokens.weight") and not config.tie_word_embeddings
+        p = p.to_local() if compat.is_sharded(p) else p
         if p.data_ptr() in seen or embedding:
             continue
         seen.add(p.data_ptr())
@@ -102,6 +107,47 @@ def bandwidth(device: str) -> float:
     return copies * 2 * source.nbytes / statistics.median(times[1:])
 
 
+class Collectives(TorchDispatchMode):
+    """Counts the collectives of eager calls, by their names, and the bytes of their results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+        self.bytes: Counter[str] = Counter()
+
+    def moved(self, ranks: int) -> int:
+        """Bytes that a rank receives at least: of a sum there are two ways, a gather brings the others' parts."""
+        return int(sum(b * (1 + (name == "all_reduce")) * (ranks - 1) / ranks for name, b in self.bytes.items()))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func).split(".")[1]
+        result = func(*args, **(kwargs or {}))
+        if func.namespace in ("c10d", "_c10d_functional") and name != "wait_tensor" and not name.startswith("_"):
+            name = {"allreduce_": "all_reduce", "all_gather_into_tensor": "all_gather"}.get(name, name)
+            self.found[name] += 1
+            self.bytes[name] += sum(t.nbytes for t in compat.tree_leaves(result) if isinstance(t, torch.Tensor))
+        return result
+
+
+def link(device: str, shape: Sequence[int], dtype: torch.dtype) -> dict[str, float]:
+    """What the ranks' connection does: the rate of a large all-reduce, and the microseconds of one of a tensor as a step has.
+
+    The rate is what each rank sends and receives at least, 2 (ranks - 1) / ranks of the tensor, in bytes per second. On a GPU
+    the small one is timed inside a CUDA graph, as steps run.
+    """
+    ranks, kind = torch.distributed.get_world_size(), torch.device(device).type
+    large = torch.zeros(REDUCED[kind], dtype=torch.uint8, device=device)
+    small = torch.zeros(*shape, dtype=dtype, device=device)
+    reduce = lambda x: torch.distributed.all_reduce(x)  # noqa: E731
+    times = [seconds(lambda: reduce(large), device) for _ in range(ROUNDS + 1)]
+    rate = 2 * (ranks - 1) / ranks * large.nbytes / statistics.median(times[1:])
+    if kind == "cuda":
+        us = statistics.median(replayed(reduce, [small], launches=50))
+    else:
+        us = 1e6 * statistics.median(seconds(lambda: reduce(small), device) for _ in range(ROUNDS))
+    return {"link_bytes_per_second": rate, "all_reduce_us": us}
+
+
 def replayed(
     call: Callable[[Any], Any], sets: Sequence[Any], launches: int = 1, replays: int = 15, keep: bool = False
 ) -> list[float]:
@@ -121,7 +167,8 @@ def replayed(
     torch.cuda.synchronize()
     passes = math.ceil(launches / len(sets))
     graph, kept = torch.cuda.CUDAGraph(), []
-    with torch.cuda.graph(graph):
+    # Of this thread alone: NCCL's own asks its events meanwhile.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         for each in itertools.chain.from_iterable(itertools.repeat(sets, passes)):
             kept.append(call(each))
             if not keep:

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 import gdnfuse
 from gdnfuse import compat
+from gdnfuse.bench import ranks
 from gdnfuse.bench.measure import (
     BLOCK,
     Decoder,
@@ -33,12 +34,13 @@ from gdnfuse.bench.measure import (
     weight_bytes,
     widen,
 )
-from gdnfuse.bench.workers import Interrupted, answer, fla_version, note, run_sides, show_fla
+from gdnfuse.bench.workers import Interrupted, answer, fla_version, note, run_sides, say_failed, show_fla
 from gdnfuse.capture_fp8 import dequantized_calls
 from gdnfuse.errors import GdnfuseError, one_line
 from gdnfuse.files import check_writable, replacing
 from gdnfuse.generation.caches import cache_argument
 from gdnfuse.generation.compile import apart
+from gdnfuse.generation.shards import WAYS
 from gdnfuse.models import QUANTIZED, load_config, preset, quantized, random_model
 from gdnfuse.report.text import table
 
@@ -47,6 +49,8 @@ SIDES = ("eager", "fla", "inductor", "gdnfuse")
 DEVICES = ("cpu", "cuda")
 COMPILED = ("inductor", "gdnfuse")
 PHASES = ("decode", "prefill")
+# With ranks: one device, what users of transformers have on several, and both ways of gdnfuse.
+SIDES_ON_RANKS = ("gdnfuse", "inductor:as_loaded", "gdnfuse:as_loaded", "gdnfuse:heads")
 PREFIX = "prefix"  # instead of these, if it is asked for
 TAIL = 64  # tokens behind a known prefix
 CHECKED = 8  # steps, and last tokens of a prompt, whose logits are compared
@@ -62,7 +66,7 @@ class Settings:
 
     Attributes:
         model: a preset, config.json, model folder or hub id.
-        sides: of SIDES.
+        sides: of SIDES, each by itself or, with ranks, as "gdnfuse:heads": a way of `gdnfuse.generation.shards.WAYS` behind it.
         phases: of PHASES, or PREFIX alone.
         batch: numbers of sequences, each measured by itself.
         prompt: tokens of a prompt, and in the cache when decoding starts.
@@ -73,6 +77,7 @@ class Settings:
         quantize: a format of `gdnfuse.models.QUANTIZED` that linears are turned to, or None.
         inner: what compiles gdnfuse's graphs, see `gdnfuse.options.Options`.
         prefix: tokens that are known of a prompt of TAIL more, in the phase PREFIX.
+        tensor_parallel: ranks of the sides that have a way, each a process, on a GPU of its own if there are GPUs.
         timeout: seconds that a side, or the reference, may take at one number of sequences; None for as long as it takes.
     """
 
@@ -88,14 +93,17 @@ class Settings:
     device: str = "cpu"
     inner: str = "inductor"
     prefix: int | None = None
+    tensor_parallel: int | None = None
     timeout: int | None = None
 
 
-def default_sides(device: str, quantize: str | None = None) -> list[str]:
+def default_sides(device: str, quantize: str | None = None, tensor_parallel: int | None = None) -> list[str]:
     """All that can run here; flash-linear-attention only where it is installed and there is a GPU for it.
 
-    Of a quantised model all others need kernels of the hub, on a GPU.
+    Of a quantised model all others need kernels of the hub, on a GPU. With ranks they are SIDES_ON_RANKS.
     """
+    if tensor_parallel:
+        return [*SIDES_ON_RANKS]
     gpu = torch.device(device).type == "cuda"
     if quantize and not (gpu and importlib.util.find_spec("kernels")):
         return ["gdnfuse"]
@@ -110,7 +118,12 @@ def check(settings: Settings) -> None:
         GdnfuseError: with a sentence.
     """
     quantize = [settings.quantize] if settings.quantize else []
-    given = ("side", settings.sides, SIDES), ("phase", settings.phases, (*PHASES, PREFIX)), ("format", quantize, tuple(QUANTIZED))
+    valid_sides = (*SIDES, *(f"{side}:{way}" for side in SIDES for way in WAYS)) if settings.tensor_parallel else SIDES
+    given = (
+        ("side", settings.sides, valid_sides),
+        ("phase", settings.phases, (*PHASES, PREFIX)),
+        ("format", quantize, tuple(QUANTIZED)),
+    )
     for what, found, valid in given:
         for name in found:
             if name not in valid:
@@ -121,6 +134,11 @@ def check(settings: Settings) -> None:
         raise GdnfuseError(f"The known prefix must be a multiple of {TAIL} tokens, found {settings.prefix}.")
     if "fla" in settings.sides and importlib.util.find_spec("fla") is None:
         raise GdnfuseError("The side fla needs flash-linear-attention, which is not installed.")
+    if settings.tensor_parallel:
+        for name in ("quantize", "prefix"):
+            if getattr(settings, name):
+                raise GdnfuseError(f"--tensor-parallel measures steps and prompts of plain weights, found --{name} with it.")
+        ranks.check(settings.tensor_parallel, settings.device)
     config_of(settings)
 
 
@@ -170,6 +188,7 @@ def compiled(side: str, phase: str, model: torch.nn.Module, settings: Settings) 
 
     Prompts have code of their own, so that no size of theirs makes one of the steps' dynamic.
     """
+    side, _ = ranks.split(side)
     if side not in COMPILED:
         return model
     graphs = phase == "decode" and torch.device(settings.device).type == "cuda"
@@ -180,14 +199,24 @@ def compiled(side: str, phase: str, model: torch.nn.Module, settings: Settings) 
 
 
 class Work:
-    """What all workers of one batch do alike."""
+    """What all workers of one batch do alike.
 
-    def __init__(self, settings: Settings, batch: int, folder: str):
-        self.settings, self.batch, self.device = settings, batch, settings.device
+    Args:
+        settings: with the device of this process.
+        batch: sequences.
+        folder: that all workers share.
+        way: how the model is shared out over the ranks of this process's group; None where it is whole.
+    """
+
+    def __init__(self, settings: Settings, batch: int, folder: str, way: str | None = None):
+        self.settings, self.batch, self.device, self.way = settings, batch, settings.device, way
         self.note = partial(note, folder)
         self.shared = Path(folder) / SHARED
         self.note("build the model")
         self.model = build(settings)
+        if way:
+            self.note("share the model out")
+            self.model = ranks.shared_out(self.model, way, self.device)
         self.block = min(BLOCK, max(settings.new // 2, 1))
         self.steps = CHECKED + WARMUP + settings.new
         generator = torch.Generator(self.device).manual_seed(1)
@@ -256,8 +285,10 @@ class Work:
     def side(self, side: str) -> dict[str, Any]:
         """Compile, check and time each phase; one that fails or is wrong has no speed."""
         row: dict[str, Any] = {"side": side}
-        if side == "fla":
+        if ranks.split(side)[0] == "fla":
             row["fla"] = fla_version()
+        if self.way:
+            row |= self.rank_facts()
         shared = torch.load(self.shared)
         # Prompts first: CUDA graphs of the steps keep their memory.
         for phase in sorted(self.settings.phases, reverse=True):
@@ -265,6 +296,8 @@ class Work:
                 try:
                     row[phase] = self.measure(phase, side, shared["exact"][phase], shared["errors"][phase])
                 except Exception as e:  # the other phase may still be measured
+                    if self.way:
+                        raise  # other ranks wait in a collective
                     traceback.print_exc()
                     row[phase] = {"failed": one_line(e)}
         return row
@@ -282,7 +315,8 @@ class Work:
             figures = self.time_prefill(call, exact, eager_error)
         else:
             new = self.settings.new
-            figures = self.time_decode(call, exact, eager_error, new if side in COMPILED else min(EAGER_STEPS, new))
+            steps = new if ranks.split(side)[0] in COMPILED else min(EAGER_STEPS, new)
+            figures = self.time_decode(call, exact, eager_error, steps)
         figures["graphs"] = [report.summary() for report in gdnfuse.reports()[known:]]
         figures["peak_bytes"] = self.peak()
         return figures
@@ -291,11 +325,11 @@ class Work:
         self.forget_peak()
         got: list[torch.Tensor] = []
         figures: dict[str, Any] = {"first_call_seconds": seconds(lambda: got.append(self.fill(call)), self.device)}
-        figures |= right(got.pop().float().cpu(), exact, eager_error)
+        figures |= self.right(got.pop().float().cpu(), exact, eager_error)
         if figures["right"]:
             self.note(f"prefill, {PROMPTS} prompts")
             times = [1e3 * seconds(lambda: self.fill(call), self.device) for _ in range(PROMPTS)]
-            figures |= speed(times, self.batch * self.settings.prompt)
+            figures |= speed(self.slowest(times), self.batch * self.settings.prompt)
         return figures
 
     def time_prefix(self, side: str, exact: torch.Tensor, eager_error: float) -> dict[str, Any]:
@@ -336,15 +370,32 @@ class Work:
         first, *rest = self.step_tokens(0, CHECKED)
         figures: dict[str, Any] = {"first_call_seconds": seconds(lambda: got.append(decode(first).float().cpu()), self.device)}
         got += [decode(t).float().cpu() for t in rest]
-        figures |= right(torch.stack(got), exact, eager_error)
+        figures |= self.right(torch.stack(got), exact, eager_error)
         if figures["right"]:
             self.note(f"decode, {steps} steps")
             for t in self.step_tokens(CHECKED, WARMUP):
                 decode(t)
             synchronize(self.device)
             times = time_steps(decode, self.step_tokens(CHECKED + WARMUP, steps), self.device, self.block)
-            figures |= speed(times, self.batch) | {"steps": steps}
+            figures |= speed(self.slowest(times), self.batch) | {"steps": steps}
         return figures
+
+    def right(self, found: torch.Tensor, exact: torch.Tensor, eager_error: float) -> dict[str, Any]:
+        return ranks.worst(right(found, exact, eager_error)) if self.way else right(found, exact, eager_error)
+
+    def slowest(self, times: list[float]) -> list[float]:
+        return ranks.slowest(times) if self.way else times
+
+    def rank_facts(self) -> dict[str, Any]:
+        """Of a side on several ranks: how many they are, what each holds, and what limits a step."""
+        facts: dict[str, Any] = {
+            "ranks": self.settings.tensor_parallel,
+            "held_bytes": max(ranks.everywhere(ranks.held(self.model))),
+        }
+        if "decode" in self.settings.phases:
+            tokens = self.settings.prompt + self.steps // 2
+            facts |= ranks.step_facts(self.model, lambda: self.decoder(self.model), self.step_tokens(0, 1)[0], tokens)
+        return facts
 
     def forget_peak(self) -> None:
         if torch.device(self.device).type == "cuda":
@@ -369,14 +420,26 @@ def worker(argv: Sequence[str]) -> None:
     given, _, side, _, folder = argv
     data = json.loads(given)
     batch = data.pop("this_batch")
-    show_fla(side)
+    name, way = ranks.split(side)
+    show_fla(name)
 
     def work() -> dict[str, Any]:
         with torch.no_grad():
-            task = Work(Settings(**data), batch, folder)
+            task = Work(Settings(**data), batch, folder, way)
             return task.reference() if side == "reference" else task.side(side)
 
-    answer(work)
+    if way is None:
+        answer(work)
+        return
+    try:
+        data["device"] = ranks.join(data["device"])
+        row = work()
+    except Exception as e:
+        say_failed(folder, e)
+        raise
+    if torch.distributed.get_rank() == 0:
+        answer(lambda: row)
+    torch.distributed.destroy_process_group()
 
 
 def run(settings: Settings, debug: bool = False) -> dict[str, Any]:
@@ -404,7 +467,9 @@ def run(settings: Settings, debug: bool = False) -> dict[str, Any]:
         how = {"quiet": not debug, "title": f"{settings.model}, batch {batch}", "timeout": settings.timeout, "again": again}
         interrupted = False
         try:
-            first, rows = run_sides(["-m", "gdnfuse.bench"], settings.model, settings.sides, worker_argv(settings, batch), **how)
+            first, rows = run_sides(
+                partial(program, settings), settings.model, settings.sides, worker_argv(settings, batch), **how
+            )
         except Interrupted as e:
             first, rows, interrupted = e.first, e.rows, True
         except KeyboardInterrupt:
@@ -418,6 +483,11 @@ def run(settings: Settings, debug: bool = False) -> dict[str, Any]:
         if interrupted:
             break
     return data
+
+
+def program(settings: Settings, side: str) -> list[str]:
+    """What Python is started with for a side's worker, or for all its ranks'."""
+    return ranks.program(settings.tensor_parallel) if ranks.split(side)[1] else ["-m", "gdnfuse.bench"]
 
 
 def worker_argv(settings: Settings, batch: int, **changes: Any) -> list[str]:
@@ -449,12 +519,25 @@ def tables(data: dict[str, Any]) -> str:
                 f"\nbatch {result['batch']}: a step reads {gb[0]:.3g} GB of weights{chosen} and moves {gb[1]:.3g} GB of states, "
                 f"keys and values: {result['limit_ms']:.3g} ms at the {rate:.4g} GB/s of a copy here"
             )
+        parts[0] += "".join(f"\nbatch {result['batch']}, {on_ranks(row)}" for row in result["sides"] if "limit_ms" in row)
     for phase in arguments["phases"]:
         rows = [row for result in data["results"] for row in phase_rows(result, phase)]
         parts.append(f"{titles(arguments)[phase]}\n{table(rows)}")
     ours = [(r["batch"], row.get(phase, {})) for r in data["results"] for row in r["sides"] for phase in arguments["phases"]]
     parts.append("\n".join(f"batch {batch}, {line}" for batch, found in ours for line in found.get("graphs", ())))
     return "\n\n".join(filter(None, parts))
+
+
+def on_ranks(row: dict[str, Any]) -> str:
+    """What limits a step of a side on several ranks."""
+    gb = [row[k] / 1e9 for k in ("held_bytes", "weight_bytes", "state_bytes")]
+    found = " and ".join(f"{count} {name}" for name, count in row["collectives"].items())
+    return (
+        f"{row['side']}: each of {row['ranks']} ranks holds {gb[0]:.3g} GB of weights, and in a step reads {gb[1]:.3g} GB, moves "
+        f"{gb[2]:.3g} GB of states, keys and values, and waits for {found}: {row['limit_ms']:.3g} ms with "
+        f"{row['collective_bytes'] / 1e6:.3g} MB at the {row['link_bytes_per_second'] / 1e9:.4g} GB/s of a large all-reduce; one "
+        f"of a step's size takes {row['all_reduce_us']:.3g} µs"
+    )
 
 
 def titles(arguments: dict[str, Any]) -> dict[str, str]:
@@ -471,7 +554,7 @@ def phase_rows(result: dict[str, Any], phase: str) -> list[dict[str, str]]:
     for row in result["sides"]:
         found = row.get(phase, {})
         ms, peak, error = found.get("ms"), found.get("peak_bytes"), found.get("error")
-        limit = result.get("limit_ms") if phase == "decode" else None
+        limit = row.get("limit_ms", result.get("limit_ms")) if phase == "decode" else None
         rows.append(
             {
                 "batch": str(result["batch"]),
@@ -480,7 +563,7 @@ def phase_rows(result: dict[str, Any], phase: str) -> list[dict[str, str]]:
                 "tokens/s": f"{found['tokens_per_second']:.4g}" if ms else "",
                 "of the limit": f"{100 * limit / ms:.0f} %" if ms and limit else "",
                 "cold first call (s)": f"{found['first_call_seconds']:.1f}"
-                if error is not None and row["side"] in COMPILED
+                if error is not None and ranks.split(row["side"])[0] in COMPILED
                 else "",
                 **({"unknown (ms)": f"{found['unknown_ms']:.4g}" if "unknown_ms" in found else ""} if phase == PREFIX else {}),
                 **({"tokens taken": str(found.get("tokens_taken", ""))} if phase == PREFIX else {}),

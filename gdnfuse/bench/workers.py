@@ -5,6 +5,7 @@ transformers chooses flash-linear-attention when it imports a model, and for goo
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -22,7 +23,9 @@ from gdnfuse.errors import one_line
 from gdnfuse.progress import progress
 
 STEP = "step"  # the file of the shared folder in which a worker says what it does
+FAILED = "failed"  # and the one in which the first of several ranks that failed says why
 POLL = 0.5  # seconds
+PATIENCE = 10.0  # seconds that a worker has to end
 
 
 class Interrupted(KeyboardInterrupt):
@@ -49,7 +52,7 @@ def fla_version() -> str:
 
 
 def run_sides(
-    program: Sequence[str],
+    program: Sequence[str] | Callable[[str], Sequence[str]],
     model: str,
     sides: Sequence[str],
     argv: Sequence[str],
@@ -64,7 +67,7 @@ def run_sides(
     They share a folder, in which the reference leaves what sides are compared with: without it no side runs.
 
     Args:
-        program: what Python is started with, a script or `-m module`.
+        program: what Python is started with, a script or `-m module`; a function says it of a side.
         model: one that the program knows.
         sides: of the benchmark.
         argv: arguments of all its workers.
@@ -84,10 +87,12 @@ def run_sides(
             line = f"{title or model}, {side} ({i} of {len(sides) + 1})"
             say = lambda step, line=line: announce(f"{line}: {step}" if step else line)  # noqa: E731
             try:
-                row = spawn(program, side, model, argv, folder, say, timeout)
+                starting = program(side) if callable(program) else program
+                row = spawn(starting, side, model, argv, folder, say, timeout)
                 if "failed" in row and (rest := again(row.get("step", ""))):
                     part, left = rest
-                    others = spawn(program, side, model, left, folder, say, timeout)
+                    starting = program(side) if callable(program) else program
+                    others = spawn(starting, side, model, left, folder, say, timeout)
                     stderr = row.get("stderr", "") + others.get("stderr", "")
                     row = {**others, part: {"failed": row["failed"]}, "stderr": stderr}
             except KeyboardInterrupt:
@@ -138,6 +143,7 @@ def spawn(
     # Its compile caches go with the folder, however it ends.
     how: dict[str, Any] = {"env": os.environ | {"TMPDIR": folder}, "text": True}
     note(folder, "")
+    Path(folder, FAILED).unlink(missing_ok=True)
     start = time.monotonic()
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **how) as process:
         try:
@@ -149,15 +155,17 @@ def spawn(
                     break
                 except subprocess.TimeoutExpired as e:
                     if timeout is not None and time.monotonic() - start > timeout:
-                        process.kill()
+                        end(process)
                         failed = f"It was ended after {timeout:g} seconds{f', at {step!r}' if step else ''}."
                         stderr = (e.stderr or b"").decode(errors="replace")
                         return {"side": side, "failed": failed, "step": step, "stderr": stderr}
         except BaseException:
-            process.kill()
+            end(process)
             raise
     code, lines = process.returncode, err.strip().splitlines()
     failure = {"side": side, "step": Path(folder, STEP).read_text(encoding="utf-8"), "stderr": err}
+    if code and Path(folder, FAILED).exists():
+        return {**failure, "failed": Path(folder, FAILED).read_text(encoding="utf-8")}
     if code:
         ended = f"signal {-code} ({signal.strsignal(-code)})" if code < 0 else f"status {code}"
         return {**failure, "failed": lines[-1] if lines and code > 0 else f"The process ended with {ended}."}
@@ -168,6 +176,21 @@ def spawn(
     if any("failed" in part for part in row.values() if isinstance(part, dict)):
         row["stderr"] = err
     return row
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """End a worker, and with it the ranks that it has started: those only if it is asked before it is killed."""
+    process.terminate()
+    try:
+        process.wait(PATIENCE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+
+
+def say_failed(folder: str, error: Exception) -> None:
+    """Leave what a rank failed with, unless another was first: what others fail with then is that it has gone."""
+    with contextlib.suppress(FileExistsError), open(Path(folder, FAILED), "x", encoding="utf-8") as file:
+        file.write(one_line(error))
 
 
 def answer(work: Callable[[], dict[str, Any]]) -> None:

@@ -141,13 +141,16 @@ def _mesh(way: str, model: torch.nn.Module) -> Any:
 
 
 def share_out(model: torch.nn.Module, plan: dict[str, str], mesh: Any) -> None:
-    """What `from_pretrained` does with a plan, of a model that has no weights: transformers' styles on what the plan names."""
+    """What `from_pretrained` does with a plan, of a model whose weights every rank has, or none has: transformers' styles on what
+    the plan names. Until `own_memory` a rank keeps the memory of the whole weights."""
     from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
     modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
     found = {name: style for name in (*modules, *parameters) if (style := plan.get(_any_number(name)))}
     found |= {name: style for name in parameters if name not in found and (style := found.get(name.rpartition(".")[0]))}
     apply_tensor_parallelism(model, mesh, found)
+    if model.config.tie_word_embeddings:
+        model.tie_weights()
 
 
 def _any_number(name: str) -> str:
@@ -161,14 +164,19 @@ def own_memory(model: torch.nn.Module) -> None:
     Otherwise the rank keeps the memory of all, and the part cannot be packed: a DTensor knows where in its memory it starts. The
     parameter is a new one, of the same values and under the same names.
     """
-    made: dict[int, torch.nn.Parameter] = {}
+    names: dict[int, list[str]] = {}
     for name, p in sharded(model).items():
-        if p.storage_offset() == 0:
+        names.setdefault(id(p), []).append(name)
+    for several in names.values():
+        p = model.get_parameter(several[0])
+        part = p.to_local()
+        if part.untyped_storage().nbytes() == part.nbytes:
             continue
-        if id(p) not in made:
-            made[id(p)] = _Layout.of(p).parameter(p.to_local().clone())
-        module, _, attribute = name.rpartition(".")
-        model.get_submodule(module)._parameters[attribute] = made[id(p)]
+        new = _Layout.of(p).parameter(part.clone(memory_format=torch.contiguous_format))
+        for name in several:
+            module, _, attribute = name.rpartition(".")
+            model.get_submodule(module)._parameters[attribute] = new
+        del p, part  # so that there is never more than one whole weight too much
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from transformers.distributed.configuration_utils import DistributedConfig
 
 import gdnfuse
 from gdnfuse import backend
+from gdnfuse.bench import run
 from gdnfuse.generation import agreement, shards
 from gdnfuse.passes.collectives import collectives
 from gdnfuse.report.records import Status
@@ -252,6 +253,31 @@ def the_page_does_what_it_says():
     exec(compile(block, "several_gpus.md", "exec"), scope)
     backend._inner = inner
     assert torch.equal(scope["tokens"], whole.generate(scope["prompt"], max_new_tokens=4, do_sample=False))
+
+
+@check
+def sides_of_a_benchmark_are_measured_on_all_ranks():
+    """What each side waits for in a step, that it is right, and that a rank has its part of the memory and no more."""
+    folder, ranks = FOLDER / "bench", dist.get_world_size()
+    whole = zoo.causal_lm(**HEADS)
+    if rank() == 0:
+        whole.config.save_pretrained(folder)
+    dist.barrier()
+    how = {"phases": ["decode"], "prompt": 20, "new": 16, "dtype": "float32", "inner": "eager", "tensor_parallel": ranks}
+    settings = run.Settings(str(folder / "config.json"), [], **how)
+    if rank() == 0:
+        run.Work(settings, 1, folder).reference()
+    dist.barrier()
+    gathers = {"gdnfuse:as_loaded": (4, 6), "gdnfuse:heads": (5, 1)}  # embedding, MLPs, attention, mixer; and the head
+    for side, (sums, gathered) in gathers.items():
+        torch._dynamo.reset()
+        row = run.Work(settings, 1, folder, side.partition(":")[2]).side(side)
+        assert row["decode"]["right"] and row["decode"]["ms"] > 0, row
+        planned = sums - ("embed_tokens" not in " ".join(whole.tp_plan))
+        assert row["collectives"] == {"all_reduce": planned, "all_gather": gathered}, row["collectives"]
+        nbytes = sum(p.nbytes for p in whole.parameters()) - whole.model.embed_tokens.weight.nbytes
+        assert row["held_bytes"] < 1.05 * nbytes / ranks + whole.model.embed_tokens.weight.nbytes, (row["held_bytes"], nbytes)
+        assert row["limit_ms"] > 0 and row["all_reduce_us"] > 0
 
 
 @check
