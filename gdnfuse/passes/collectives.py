@@ -22,7 +22,7 @@ def collectives(gm: GraphModule) -> Iterator[Node]:
         name = op_name(node)
         if name.startswith(("_c10d_functional", "c10d.")) and not name.endswith(".wait_tensor"):
             yield node
-        elif node.op == "call_method" and node.target in ("redistribute", "full_tensor"):
+        elif name in ("redistribute", "full_tensor"):
             yield node
 
 

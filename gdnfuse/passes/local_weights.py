@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 from gdnfuse import compat
 from gdnfuse.packing import Inner
 from gdnfuse.rewrite.edit import inserting
-from gdnfuse.rewrite.graph import kept, storage, value, writes
+from gdnfuse.rewrite.graph import kept, op_name, storage, value, writes
 
 
 def to_inputs(gm: GraphModule, real: dict[Node, Any]) -> list[Inner]:
@@ -27,7 +27,7 @@ def to_inputs(gm: GraphModule, real: dict[Node, Any]) -> list[Inner]:
     Returns:
         How to find the new inputs at each call, in their order.
     """
-    if not gm.graph.find_nodes(op="call_method", target="to_local") or (attribute := compat.local_part()) is None:
+    if not any(map(_local, gm.graph.nodes)) or (attribute := compat.local_part()) is None:
         return []
     written = {s for n in gm.graph.nodes for s in writes(n)}
     found = []
@@ -52,4 +52,4 @@ def to_inputs(gm: GraphModule, real: dict[Node, Any]) -> list[Inner]:
 
 
 def _local(node: Node) -> bool:
-    return node.op == "call_method" and node.target == "to_local" and len(node.args) == 1 and not node.kwargs
+    return op_name(node) == "to_local" and len(node.args) == 1 and not node.kwargs

@@ -28,6 +28,9 @@ SYNONYMS = {
     "concat": "cat",
     "concatenate": "cat",
     "permute": "transpose",
+    # Methods of DTensors are functions that torch 2.11's Dynamo makes.
+    "prim_to_local": "to_local",
+    "prim_redistribute": "redistribute",
 }
 
 # Packages whose functions do what their names say, and write what ends in an underscore.

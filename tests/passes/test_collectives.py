@@ -118,10 +118,11 @@ def shared_out(tensor):
 class Graph:
     """A function's graph with a shared-out weight, and what became of it."""
 
-    def __init__(self, f, weight):
+    def __init__(self, f, weight, change=lambda gm: None):
         graphs = []
         torch.compile(lambda x: f(x, weight), backend=lambda gm, inputs: graphs.append((gm, inputs)) or gm, fullgraph=True)(X)
         ((self.gm, self.inputs),) = graphs
+        change(self.gm)
         self.real = dict(zip(self.gm.graph.find_nodes(op="placeholder"), self.inputs, strict=True))
         self.local = local_weights.to_inputs(self.gm, self.real)
         self.gm.graph.lint()
@@ -138,6 +139,20 @@ def test_the_local_part_of_a_weight_is_an_input():
     graph.gm.recompile()
     (found,) = graph.gm(*graph.inputs, weight._local_tensor)
     torch.testing.assert_close(found, F.linear(X, W) + F.linear(X * 2, W))
+
+
+def as_torch_2_11_has_it(gm):
+    """Methods of DTensors called by a function that Dynamo makes."""
+    for node in gm.graph.find_nodes(op="call_method", target="to_local"):
+        method = lambda x: x.to_local()  # noqa: E731
+        method.__name__, method.__module__ = "prim_to_local", "torch._dynamo.variables.tensor"
+        node.op, node.target = "call_function", method
+
+
+@torch.no_grad()
+def test_the_local_part_is_an_input_whatever_reads_it():
+    graph = Graph(lambda x, w: F.linear(x, w.to_local()), shared_out(W.clone()), as_torch_2_11_has_it)
+    assert len(graph.local) == 1 and not any("to_local" in op_name(n) for n in calls(graph.gm))
 
 
 def written(x, w):
