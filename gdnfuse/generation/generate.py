@@ -90,7 +90,8 @@ class Generate:
         finally:
             self._runs.now = outer
         if _beams(self.__self__, given) == 1:
-            run.finish(out)
+            loop = kwargs.get("custom_generate")
+            run.finish(out, loop.seen if isinstance(loop, Speculative) else None)
         return out
 
     def heeding(self, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -195,13 +196,20 @@ class Run:
         if self._keeps and self.prefixes.leave_out(why):
             log.info("generate uses a prefix store for prompts of plain tokens, found that %s, so nothing is taken or kept.", why)
 
-    def finish(self, out: Any) -> None:
-        """Keep the whole turn, if the cache has seen what `generate` answered and nothing else."""
+    def finish(self, out: Any, drafted: tuple[Any, list[torch.Tensor]] | None = None) -> None:
+        """Keep the whole turn, if the cache has seen what `generate` answered and nothing else.
+
+        Args:
+            out: of `generate`.
+            drafted: a cache that was fed drafts, and what of all that it was fed behind the prompt it still has.
+        """
         sequences = getattr(out, "sequences", out)
         if self._left or self._cache is None or not isinstance(sequences, torch.Tensor):
             return
+        if drafted is not None and drafted[0] is self._cache:
+            self._fed = drafted[1]
         n = int(self._cache.get_seq_length())
-        seen = len(self._rows[0]) // TOKEN + len(self._fed)
+        seen = len(self._rows[0]) // TOKEN + sum(x.shape[1] for x in self._fed)
         if n != seen or sequences.shape[0] != len(self._rows) or sequences.shape[1] < n or self.prefixes.unlike(self._cache):
             return
         rows = self._rows

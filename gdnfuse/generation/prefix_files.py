@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,24 @@ from gdnfuse.generation.prefix_tree import BLOCK, TOKEN, Node, Read
 
 FORMAT, INDEX = "gdnfuse.prefixes/1", "index.json"
 BYTES_OF_A_FILE = 1 << 30
+
+
+def check_writable(folder: str | os.PathLike[str]) -> tuple[Path, set[str]]:
+    """A folder that prefixes can be saved to, and which of its files its index names; nothing is changed.
+
+    Raises:
+        GdnfuseError: it is none, or has an index of something else, or files cannot be made in it.
+    """
+    folder = _path(folder)
+    try:
+        before = _files_of(folder)
+        there = next(x for x in (folder.absolute(), *folder.absolute().parents) if x.exists())
+        if not there.is_dir():
+            raise GdnfuseError(f"Prefixes must be written to a folder, found that {there} is a file.")
+        tempfile.TemporaryFile(dir=there).close()
+    except (OSError, ValueError) as e:
+        raise GdnfuseError(f"Prefixes must be written to a folder, found {one_line(e)}.") from e
+    return folder, before
 
 
 def write(folder: str | os.PathLike[str], owner: dict[str, str], entries: Sequence[Read]) -> None:
@@ -37,8 +56,7 @@ def write(folder: str | os.PathLike[str], owner: dict[str, str], entries: Sequen
     """
     from safetensors.torch import save_file
 
-    folder = Path(folder)
-    before = _files_of(folder)
+    folder, before = check_writable(folder)
     nodes: dict[Node, int] = {}
     for entry in entries:
         for node in entry.nodes:
@@ -46,7 +64,7 @@ def write(folder: str | os.PathLike[str], owner: dict[str, str], entries: Sequen
     body: dict[str, Any] = {"format": FORMAT, "owner": owner, "files": [], "nodes": [], "entries": []}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
+    except (OSError, ValueError) as e:
         raise GdnfuseError(f"Prefixes must be written to a folder, found {one_line(e)}.") from e
     partial = folder / f".{os.getpid()}.safetensors"
     try:
@@ -104,16 +122,23 @@ class Saved:
 
 
 @contextlib.contextmanager
-def reading(folder: str | os.PathLike[str], owner: dict[str, str], device: torch.device) -> Iterator[Iterable[Saved]]:
+def reading(
+    folder: str | os.PathLike[str], owner: Callable[[], dict[str, str]], device: torch.device
+) -> Iterator[Iterable[Saved]]:
     """What a folder holds, in the order in which it was saved, once all of it is known to be as it was written.
+
+    Args:
+        folder: that was saved to.
+        owner: says what the folder's owner has to be; asked once there is one, because it digests weights.
+        device: that tensors are put on.
 
     Raises:
         GdnfuseError: there is none, it is of another owner, or a file is missing, cut short or changed.
     """
     from safetensors import safe_open
 
-    folder = Path(folder)
-    body = _body_of(folder)
+    folder = _path(folder)
+    body, owner = _body_of(folder), owner()
     for name in {**owner, **body["owner"]}:
         wanted, found = owner.get(name), body["owner"].get(name)
         if found != wanted:
@@ -191,7 +216,7 @@ def _body_of(folder: Path) -> dict[str, Any]:
     index = folder / INDEX
     try:
         text = index.read_text()
-    except (OSError, UnicodeDecodeError) as e:
+    except (OSError, ValueError) as e:
         raise GdnfuseError(f"Prefixes must be read from a folder that they were saved to, found {one_line(e)}.") from e
     try:
         found = json.loads(text)
@@ -202,6 +227,12 @@ def _body_of(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError):
         why = "something else"
     raise GdnfuseError(f"{index} must be an index of prefixes as {FORMAT} writes it, found {why}.")
+
+
+def _path(folder: Any) -> Path:
+    if not isinstance(folder, (str, os.PathLike)) or not isinstance(os.fspath(folder), str) or not os.fspath(folder):
+        raise GdnfuseError(f"A folder of prefixes must be named by a path, found {folder!r}.")
+    return Path(folder)
 
 
 def _files_of(folder: Path) -> set[str]:

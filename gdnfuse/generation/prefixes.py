@@ -26,6 +26,7 @@ from gdnfuse.generation.weights import Weights
 from gdnfuse.generation.wrappers import compiled_models, gdn_layers
 
 MiB = 1 << 20
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 AT_ONCE = 16  # blocks that are cut out of a cache together
 
 
@@ -142,8 +143,10 @@ class PrefixStore:
         Raises:
             GdnfuseError: `ids` is something else, or does not fit in the cache.
         """
-        rows = tokens(ids)
+        rows = self._tokens(ids)
         length = len(rows[0]) // TOKEN
+        if max_cache_len is not None and type(max_cache_len) is not int:
+            raise GdnfuseError(f"max_cache_len must be None or a number of tokens, found {max_cache_len!r}.")
         if max_cache_len is not None and max_cache_len < length:
             raise GdnfuseError(f"max_cache_len must have room for the prompt of {length} tokens, found {max_cache_len}.")
         cache = self._layout.new_cache(self.model, max_cache_len)
@@ -172,11 +175,14 @@ class PrefixStore:
         rows = tokens(getattr(sequences, "sequences", sequences))
         if (why := self._layout.unlike(cache)) is not None:
             raise GdnfuseError(f"close needs a cache whose states and keys can be kept, found {why}.")
-        n, held = int(cache.get_seq_length()), self._layout.rows(cache)
-        if not 0 < n <= len(rows[0]) // TOKEN:
+        n = int(cache.get_seq_length())
+        if n == 0 or any(x is None for x in self._layout.states_of(cache)):
+            raise GdnfuseError(f"close needs a cache that a model has filled, found one of {n} tokens that lacks states.")
+        if n > len(rows[0]) // TOKEN:
             raise GdnfuseError(f"close needs all the tokens that the cache has seen, {n}, found {len(rows[0]) // TOKEN}.")
-        if held != len(rows):
+        if (held := self._layout.rows(cache)) != len(rows):
             raise GdnfuseError(f"close needs a row of tokens for each of the cache's {held}, found {len(rows)}.")
+        self._tokens(getattr(sequences, "sequences", sequences)[:, :n])
         self.check_opened(cache, rows)
         return self.keep(self.key(), cache, [row[: n * TOKEN] for row in rows])
 
@@ -199,7 +205,7 @@ class PrefixStore:
         return self._pin(ids, -1)
 
     def _pin(self, ids: torch.Tensor, more: int) -> int:
-        rows, key = tokens(ids), self.key()
+        rows, key = self._tokens(ids), self.key()
         with self._lock:
             found = [self._tree.find(key, row, len(row) // TOKEN) for row in rows]
             wanted = [{n: e for n, e in of.items() if more > 0 or e.pins} for of in found]
@@ -214,6 +220,14 @@ class PrefixStore:
             for entry in entries:
                 entry.pins += more
             return entries[0].length
+
+    def _tokens(self, ids: Any) -> list[bytes]:
+        """Rows of token ids that the model knows."""
+        rows, size = tokens(ids), self.model.config.get_text_config(decoder=True).vocab_size
+        if not 0 <= (least := int(ids.min())) <= (most := int(ids.max())) < size:
+            found = least if least < 0 else most
+            raise GdnfuseError(f"Token ids must be of the model's vocabulary, at least 0 and below {size}, found {found}.")
+        return rows
 
     def stats(self) -> PrefixStats:
         """What it has done and holds."""
@@ -245,6 +259,7 @@ class PrefixStore:
         Raises:
             GdnfuseError: it cannot be written, or the model has forward hooks or runs under autocast, which no folder can tell.
         """
+        prefix_files.check_writable(folder)
         owner, key = self._owner(), self.key()
         with self._lock:
             # Held as they are: what goes from the store meanwhile is written all the same.
@@ -264,8 +279,8 @@ class PrefixStore:
         Raises:
             GdnfuseError: the folder is of another model, or is not as it was written. The store is as it was then.
         """
-        owner, key = self._owner(), self.key()
-        with prefix_files.reading(folder, owner, self._layout.device) as saved, self._lock:
+        with prefix_files.reading(folder, self._owner, self._layout.device) as saved, self._lock:
+            key = self.key()
             kept = [one.tokens for one in saved if self._tree.keep(key, one.tokens, one)]
             self._synchronize()
             return sum(len(row) // TOKEN in self._tree.find(key, row, len(row) // TOKEN) for row in kept)
@@ -293,7 +308,9 @@ class PrefixStore:
     def key(self) -> Hashable:
         """By what prefixes are kept now."""
         with self._lock:
-            _ = self.model
+            if (device := next(self.model.parameters()).device) != self._layout.device:
+                where = f"on {self._layout.device}, where it was, found it on {device}"
+                raise GdnfuseError(f"A PrefixStore must be used while its model is {where}: make one anew.")
             return self._weights.key(), self.state_dtype
 
     def find(self, rows: Sequence[bytes], most: int, key: Hashable | None = None) -> tuple[int, list[Read]]:
@@ -455,6 +472,12 @@ class _Layout:
             return f"{len(layers)} layers of other kinds than the model's"
         if any(layers[i].is_initialized and _heads(layers[i]) != tuple(heads) for i, *heads in self.attention):
             return "keys and values of other heads than the model's"
+        states = [(x, shape) for x, (*_, shape) in zip(self.states_of(cache), self.states, strict=True) if x is not None]
+        if any(tuple(x.shape[1:]) != shape for x, shape in states):
+            return "states of other sizes than the model's"
+        devices = {x.device for x in (*(x for x, _ in states), *self.held(cache)) if x is not None} - {self.device}
+        if devices:
+            return f"tensors on {' and '.join(sorted(map(str, devices)))}, where the model's are on {self.device}"
         return None
 
     def rows(self, cache: Any) -> int:
@@ -550,10 +573,16 @@ def forget_rope_deltas(model: torch.nn.Module) -> None:
 
 def tokens(ids: Any) -> list[bytes]:
     """Rows of token ids [B, T] as bytes."""
-    if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or 0 in ids.shape or ids.is_floating_point() or ids.is_complex():
+    if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or 0 in ids.shape or ids.dtype not in INTEGERS or _without_data(ids):
         found = f"{ids.dtype} of the shape {list(ids.shape)}" if isinstance(ids, torch.Tensor) else type(ids).__name__
+        if isinstance(ids, torch.Tensor) and _without_data(ids):
+            found += f", {ids.layout} on {ids.device}"
         raise GdnfuseError(f"A PrefixStore needs token ids [rows, tokens], integers, found {found}.")
     return [row.tobytes() for row in ids.to("cpu", torch.int64).contiguous().numpy()]
+
+
+def _without_data(x: torch.Tensor) -> bool:
+    return x.is_meta or x.layout is not torch.strided
 
 
 def _linear(layer: Any) -> bool:

@@ -71,6 +71,8 @@ class Speculative:
 
     Attributes:
         acceptance: how the last generation went; None before the first.
+        seen: of the last generation that came to its end its cache, and the tokens [B, ...] that the cache was fed behind the
+            prompt and that stayed in it; None before the first.
         loop: what runs one generation.
 
     Raises:
@@ -84,6 +86,7 @@ class Speculative:
         self.proposer: Proposer = proposer_of(speculate)
         self.streamer = streamer
         self.acceptance: Acceptance | None = None
+        self.seen: tuple[Any, list[torch.Tensor]] | None = None
 
     def __call__(
         self,
@@ -97,7 +100,9 @@ class Speculative:
         self.acceptance = Acceptance()
         one = self.loop(self, model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
         with torch.no_grad():
-            return one.run()
+            out = one.run()
+        self.seen = one.cache, one.seen
+        return out
 
 
 class Generation:
@@ -123,6 +128,7 @@ class Generation:
         self.fed.after = getattr(self.drafting, "hear", None)
         self.rows = _without_padding(ids, mask)
         self.done = [False] * len(self.rows)
+        self.seen: list[torch.Tensor] = []
         self.pad = config.pad_token_id if config.pad_token_id is not None else next(iter(self.stop.eos), 0)
         wanted = config.return_dict_in_generate
         self.scores: list[torch.Tensor] | None = [] if wanted and config.output_scores else None
@@ -157,13 +163,15 @@ class Generation:
             if drafts is None:
                 self.counts.plain_steps += 1
                 self.cache.stop_past_recording()
-                logits = self.fed(self.ids[:, -1:], last=True).logits
+                self.seen.append(self.ids[:, -1:])
+                logits = self.fed(self.seen[-1], last=True).logits
                 continue
             self.counts.rounds += 1
             self.counts.drafted += self.n
             self.cache.activate_past_recording()
+            self.seen.append(torch.cat([self.ids[:, -1:], drafts.tokens], 1))
             try:
-                logits = self.fed(torch.cat([self.ids[:, -1:], drafts.tokens], 1)).logits
+                logits = self.fed(self.seen[-1]).logits
             except BaseException:
                 self._undo(drafts)
                 raise
@@ -188,6 +196,7 @@ class Generation:
             self.cache.abandon(length - self.cache.pending)
             raise
         self.fed.length = length + crop
+        self.seen[-1] = self.seen[-1][:, : self.seen[-1].shape[1] + crop]
 
     def _undo(self, drafts: Drafts | None) -> None:
         """Have the cache be as it was before drafts were fed."""

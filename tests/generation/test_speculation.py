@@ -422,19 +422,47 @@ def test_other_ways_of_decoding_are_transformers_own(fresh, monkeypatch):
     assert several.shape == (3, 12) and model.generate.acceptance.tokens == 4
 
 
-@pytest.mark.parametrize("implementation", ["static", None])
-def test_prompts_begin_with_known_prefixes(fresh, implementation):
+@pytest.mark.parametrize(("share", "implementation"), [(0.0, None), (0.7, "static"), (0.7, None), (1.0, "static")])
+def test_prompts_begin_with_known_prefixes_and_turns_end_behind_their_drafts(fresh, share, implementation):
+    """All that the cache has seen is kept, as without drafts, and a turn behind it is computed from there."""
     model = built(**zoo.SMALL)
     plain, store = copy.deepcopy(model), gdnfuse.PrefixStore(model)
-    gdnfuse.compile(model, inner="eager", prefill=False, prefixes=store, speculate=PromptLookup(3, 1))
-    prompt = zoo.prompt(1, 150)[0].clamp(min=1)
+    talk, known = zoo.prompt(1, 140)[0].clamp(min=1), 0
     for turn in range(3):
-        asked = {**GREEDY, "cache_implementation": implementation, "attention_mask": torch.ones_like(prompt)}
-        wanted = plain.generate(prompt, **asked)
-        assert torch.equal(model.generate(prompt, **asked), wanted)
-        assert model.generate.acceptance.rounds and store.stats().tokens_taken == (0, 128, 256)[turn]
-        prompt = torch.cat([prompt[:, :140], zoo.tokens_for(1, 9, seed=turn)], 1)
-    assert not store.stats().left_out
+        asked = {**GREEDY, "cache_implementation": implementation, "attention_mask": torch.ones_like(talk)}
+        asked |= {"output_logits": True, "return_dict_in_generate": True}
+        wanted = plain.generate(talk, **asked)
+        gdnfuse.compile(model, inner="eager", prefill=False, fuel=0, prefixes=store, speculate=guesses(wanted.sequences, share))
+        before = store.stats().tokens_taken
+        found = model.generate(talk, **asked)
+        assert torch.equal(found.sequences, wanted.sequences) and model.generate.acceptance.rounds
+        assert zoo.relative(torch.stack(found.logits), torch.stack(wanted.logits)) < 1e-5
+        assert store.stats().tokens_taken - before == known
+        known = wanted.sequences.shape[1] - 1
+        cache, computed = store.open(wanted.sequences), zoo.new_cache(plain, "dynamic")
+        with torch.no_grad():
+            plain(wanted.sequences[:, :-1], **zoo.held(computed))
+        assert cache.get_seq_length() == known
+        for kind in ("conv", "recurrent"):
+            assert zoo.relative(zoo.flat_states(cache, kind), zoo.flat_states(computed, kind)) < 1e-5
+        talk = torch.cat([wanted.sequences, zoo.tokens_for(1, 9, seed=turn)], 1)
+    # An earlier part of the talk begins where its prompt was known.
+    before = store.stats().tokens_taken
+    model.generate(torch.cat([talk[:, :135], talk[:, :9]], 1), **GREEDY)
+    assert store.stats().tokens_taken - before == 128 and not store.stats().left_out
+
+
+def test_of_rows_that_end_apart_no_end_is_kept_that_a_cache_has_not_seen(fresh):
+    """A row that is done is padded, while the cache was fed its drafts."""
+    model, ids = built(**zoo.SMALL), zoo.prompt(2, 70)[0].clamp(min=1)
+    on = model.generate(ids, **GREEDY)
+    ends = {**GREEDY, "eos_token_id": int(on[0, 75])}
+    wanted = model.generate(ids, **ends)
+    assert (wanted[0, 76:] == 0).all() and (wanted[1, 76:] != 0).all()
+    store = gdnfuse.PrefixStore(model)
+    gdnfuse.compile(model, inner="eager", prefill=False, fuel=0, prefixes=store, speculate=guesses(on, 1.0))
+    assert torch.equal(model.generate(ids, **ends), wanted) and model.generate.acceptance.accepted
+    assert [store.open(row[None]).get_seq_length() for row in wanted] == [64, 64]
 
 
 def test_with_adapters_the_gates_that_they_change_are_recorded():
