@@ -38,7 +38,7 @@ def check_writable(folder: str | os.PathLike[str]) -> tuple[Path, set[str]]:
         if not there.is_dir():
             raise GdnfuseError(f"Prefixes must be written to a folder, found that {there} is a file.")
         tempfile.TemporaryFile(dir=there).close()
-    except (OSError, ValueError) as e:
+    except OSError as e:
         raise GdnfuseError(f"Prefixes must be written to a folder, found {one_line(e)}.") from e
     return folder, before
 
@@ -64,7 +64,7 @@ def write(folder: str | os.PathLike[str], owner: dict[str, str], entries: Sequen
     body: dict[str, Any] = {"format": FORMAT, "owner": owner, "files": [], "nodes": [], "entries": []}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as e:
+    except OSError as e:
         raise GdnfuseError(f"Prefixes must be written to a folder, found {one_line(e)}.") from e
     partial = folder / f".{os.getpid()}.safetensors"
     try:
@@ -216,7 +216,7 @@ def _body_of(folder: Path) -> dict[str, Any]:
     index = folder / INDEX
     try:
         text = index.read_text()
-    except (OSError, ValueError) as e:
+    except (OSError, UnicodeDecodeError) as e:
         raise GdnfuseError(f"Prefixes must be read from a folder that they were saved to, found {one_line(e)}.") from e
     try:
         found = json.loads(text)
@@ -230,7 +230,8 @@ def _body_of(folder: Path) -> dict[str, Any]:
 
 
 def _path(folder: Any) -> Path:
-    if not isinstance(folder, (str, os.PathLike)) or not isinstance(os.fspath(folder), str) or not os.fspath(folder):
+    name = os.fspath(folder) if isinstance(folder, (str, os.PathLike)) else None
+    if not isinstance(name, str) or not name or "\0" in name:
         raise GdnfuseError(f"A folder of prefixes must be named by a path, found {folder!r}.")
     return Path(folder)
 

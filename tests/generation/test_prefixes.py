@@ -664,15 +664,13 @@ def test_a_folder_that_cannot_be_written_is_left_as_it_is(tmp_path, monkeypatch)
     for bad in (tmp_path / "file", tmp_path / "file" / "folder"):
         with pytest.raises(GdnfuseError, match="Prefixes must be written to a folder, found that .*file is a file"):
             store.save(bad)
-    for bad in (None, 3, "", b"prefixes", ["prefixes"]):
+    for bad in (None, 3, "", "a\0b", b"prefixes", ["prefixes"]):
         for call in (store.save, store.load):
             with pytest.raises(GdnfuseError, match="A folder of prefixes must be named by a path, found "):
                 call(bad)
-    for bad in ("a\0b", "a" * 5000):
-        with pytest.raises(GdnfuseError, match="Prefixes must be written to a folder, found (ValueError|OSError)"):
-            store.save(bad)
-        with pytest.raises(GdnfuseError, match="Prefixes must be read from a folder that .*, found (ValueError|OSError)"):
-            store.load(bad)
+    for call, way in ((store.save, "written to a folder"), (store.load, "read from a folder that they were saved to")):
+        with pytest.raises(GdnfuseError, match=f"Prefixes must be {way}, found OSError"):
+            call("a" * 5000)
     monkeypatch.undo()
     before = fingerprints(folder)
 
