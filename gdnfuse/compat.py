@@ -711,6 +711,19 @@ def dispatch_mode(mode: Any, without: Any) -> tuple[Any, Any]:
     return mode, without
 
 
+@private("torch.utils._python_dispatch:TorchDispatchMode", instead=lambda seen: nullcontext())
+def seeing_ops(mode: Any, seen: Callable[[Any, Any], None]) -> Any:
+    """A context in which `seen` is told of each op of eager calls and its result. Without it: benchmarks find no collectives."""
+
+    class Seeing(mode):
+        def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = op(*args, **(kwargs or {}))
+            seen(op, result)
+            return result
+
+    return Seeing()
+
+
 @private("torch._C._dynamo.guards:TensorGuards", instead=nothing)
 def tensor_guards(guards: Any, tensors: Sequence[Any], sizes: Any, strides: Any) -> Callable[..., bool] | None:
     """Compares tensors with these: class, dispatch keys, dtype, device, and sizes and strides where these are no None. Without

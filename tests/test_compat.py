@@ -710,6 +710,14 @@ def dispatch_mode(there):
     assert list(op.layouts.values()) == [replay.NOT_RECORDED]
 
 
+@case
+def seeing_ops(there):
+    seen = []
+    with compat.seeing_ops(lambda op, result: seen.append((op.name(), result.shape))):
+        torch.ones(2).mul(3)
+    assert (("aten::mul.Tensor", (2,)) in seen) == there
+
+
 NOTHING = Recorded([((1,), (1,), torch.float32, torch.device("cpu"))], [], [Result(0, None)], False)  # but an allocation
 
 

@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 
 from gdnfuse import compat
@@ -107,11 +106,10 @@ def bandwidth(device: str) -> float:
     return copies * 2 * source.nbytes / statistics.median(times[1:])
 
 
-class Collectives(TorchDispatchMode):
-    """Counts the collectives of eager calls, by their names, and the bytes of their results."""
+class Collectives:
+    """The collectives of eager calls: how many there are of a name, and the bytes of their results."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.found: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()
 
@@ -119,14 +117,12 @@ class Collectives(TorchDispatchMode):
         """Bytes that a rank receives at least: of a sum there are two ways, a gather brings the others' parts."""
         return int(sum(b * (1 + (name == "all_reduce")) * (ranks - 1) / ranks for name, b in self.bytes.items()))
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = str(func).split(".")[1]
-        result = func(*args, **(kwargs or {}))
-        if func.namespace in ("c10d", "_c10d_functional") and name != "wait_tensor" and not name.startswith("_"):
+    def see(self, op: Any, result: Any) -> None:
+        name = str(op).split(".")[1]
+        if op.namespace in ("c10d", "_c10d_functional") and name != "wait_tensor" and not name.startswith("_"):
             name = {"allreduce_": "all_reduce", "all_gather_into_tensor": "all_gather"}.get(name, name)
             self.found[name] += 1
             self.bytes[name] += sum(t.nbytes for t in compat.tree_leaves(result) if isinstance(t, torch.Tensor))
-        return result
 
 
 def link(device: str, shape: Sequence[int], dtype: torch.dtype) -> dict[str, float]:

@@ -109,7 +109,8 @@ def step_facts(model: torch.nn.Module, decoder: Callable[[], Any], token: torch.
         tokens: in the cache of a step of average length.
     """
     decode, device, B = decoder(), str(token.device), token.shape[0]
-    with Collectives() as seen:
+    seen = Collectives()
+    with compat.seeing_ops(seen.see):
         decode(token)
     ranks = dist.get_world_size()
     facts: dict[str, Any] = {
