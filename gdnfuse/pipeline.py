@@ -136,7 +136,7 @@ def _stages(c: Compilation) -> Iterator[tuple[str, list[Callable[[GraphModule], 
         c.checkpoints, made = checkpoints.hand_back(gm, c.options.checkpoint_every, len(c.report.layers))
         outcome.records += made
     c.packed += lower.pack_weights(gm, c.real, c.plan)
-    outcome.records += lower.lower(gm, c.options.target, linears=c.report.phase in ("decode", "verify"), ahead=not c.plan)
+    outcome.records += lower.lower(gm, c.options.target, linears=c.report.phase in STEPS, ahead=not c.plan)
     yield "lower", [lower.check]
 
 
@@ -165,7 +165,7 @@ def _look(c: Compilation) -> None:
     """
     _find_layers(c.gm, c.report)
     c.outcome.records += _captured(c.gm)
-    if c.report.phase == "prefill" and compat.dynamo_setting("automatic_dynamic_shapes", True):
+    if c.report.phase in ("prefill", "short") and compat.dynamo_setting("automatic_dynamic_shapes", True):
         with _costing_no_fusion("could not tell which results of a prompt grow; its first step may be compiled twice"):
             c.growing += growing_keys.growing_keys(c.gm.graph)
 
@@ -187,7 +187,8 @@ def _find_layers(gm: GraphModule, report: GraphReport) -> None:
         writes = [n for n in gm.graph.nodes if op_name(n) == "copy_" and is_tensor(n.args[0])]
         states = [w.args[0] for w in writes if w.args[0].op == "placeholder" and value(w.args[0]).ndim == 4]
         one = bool(states) and all(_one_token(value(a).shape, value(states[0]).shape[0]) for a in anchors)
-        report.phase = "decode" if one else "verify" if not states and _few_tokens(gm) else "prefill"
+        few = ("short" if states else "verify") if _few_tokens(gm) else "prefill"
+        report.phase = "decode" if one else few
 
 
 def _few_tokens(gm: GraphModule) -> bool:
@@ -215,13 +216,15 @@ def _captured(gm: GraphModule) -> list[Record]:
     return [recorded(op.name, "capture", n, op.equation) for n, op in ops if op is not None]
 
 
+STEPS = ("decode", "verify", "short")  # phases of few rows, in which time goes by the weights that are read
+
 # What to do where a layer stands in a function that is given to an op.
 REMEDIES = {"tag_activation_checkpoint": "Checkpointing saves memory in training; call model.eval()."}
 
 # A prefill layer is fused when each of these is one op.
 PREFILL = {
     "causal conv": {"causal_conv", "causal_conv_update"},
-    "chunk rule": {"chunk_delta_rule", "fused_gating_chunk_delta_rule", "delta_rule_verify"},
+    "chunk rule": {"chunk_delta_rule", "fused_gating_chunk_delta_rule", "delta_rule_verify", "fused_gating_delta_rule"},
     "gated norm": {"gated_rms_norm"},
 }
 

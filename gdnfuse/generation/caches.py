@@ -77,6 +77,11 @@ def rope_that_looks_ahead(model: torch.nn.Module) -> str | None:
     return next((kind for kind in kinds if "dynamic" in kind or kind == "longrope"), None)
 
 
+def holds_states(cache: Any) -> bool:
+    """Whether a prompt has left its states in a cache: one of fixed length is initialised before, if it comes in pieces."""
+    return any(any(layer.has_previous_state.values()) for layer in cache.layers if hasattr(layer, "recurrent_states"))
+
+
 def mark_lengths(layer: Any) -> None:
     """Have the keys and values of a layer of a cache that grows taken for ones of any length."""
     from gdnfuse.passes.growing_keys import mark

@@ -16,8 +16,8 @@ from gdnfuse import options as gdnfuse_options
 from gdnfuse.errors import GdnfuseError
 from gdnfuse.generation import generate, shards
 from gdnfuse.generation.arguments import demanding, parameters_of
-from gdnfuse.generation.caches import cache_finder, check_state_dtype, preparing_caches
-from gdnfuse.generation.coverage import PROMPT, STEP, VERIFY, Coverage
+from gdnfuse.generation.caches import cache_finder, check_state_dtype, holds_states, mark_lengths, preparing_caches
+from gdnfuse.generation.coverage import PROMPT, SHORT, STEP, VERIFY, Coverage
 from gdnfuse.generation.hooks import Hooks
 from gdnfuse.generation.wrappers import compiled_models, handing_on
 
@@ -137,14 +137,19 @@ def _compile(model: torch.nn.Module, settings: _Settings, parsed: gdnfuse_option
     own = _mode_or_options(mode, options)
     decode = coverage.checked(torch.compile(plain, **shared, **own), STEP)
 
-    def verifying(**how: Any) -> Callable[..., Any] | None:
-        compiled = lambda T: torch.compile(apart(plain, f"verify_{T}"), **shared, **how)  # noqa: E731
-        return by_tokens(lambda T: coverage.checked(compiled(T), VERIFY)) if settings.prefill else None
+    def few_tokens(**how: Any) -> list[Callable[..., Any]]:
+        """Verify steps, and short ones where their rule is one op and not unrolled."""
+        phases = [("verify", VERIFY), ("short", SHORT)][: 1 + parsed.capture] if settings.prefill else []
 
-    verify = verifying(**own)
+        def of(name: str, phase: str) -> Callable[..., Any]:
+            return by_tokens(lambda T: coverage.checked(torch.compile(apart(plain, f"{name}_{T}"), **shared, **how), phase))
+
+        return [of(*phase) for phase in phases]
+
+    few = few_tokens(**own)
     ours = generate.install(model, settings.prefixes, settings.proposer)
     heeding = ours.heeding if ours else lambda call: call
-    call = heeding(hooks.heeded(demanding(model, by_phase(decode, first, parameters, verify))))
+    call = heeding(hooks.heeded(demanding(model, by_phase(decode, first, parameters, *few))))
     call.coverage = coverage
     if not compat.set_compiled_call(model, call) and parsed.strict:
         raise GdnfuseError("strict: calls of a model must be able to go elsewhere, found that torch leaves no way.")
@@ -152,8 +157,8 @@ def _compile(model: torch.nn.Module, settings: _Settings, parsed: gdnfuse_option
         in_generate = _mode_or_options(_mode_of_generate(mode, parsed), options)
         if in_generate != own:
             decode = coverage.checked(torch.compile(apart(plain, "in_generate"), **shared, **in_generate), STEP)
-            verify = verifying(**in_generate)
-        in_generate = heeding(hooks.heeded(demanding(model, by_phase(decode, first, parameters, verify))))
+            few = few_tokens(**in_generate)
+        in_generate = heeding(hooks.heeded(demanding(model, by_phase(decode, first, parameters, *few))))
         model.get_compiled_call = CompiledCall(model, in_generate, coverage)
         # Ours is in place of both: a config of the user's for it, and a call that generate has compiled before.
         if getattr(model, "generation_config", None) is not None:
@@ -237,8 +242,10 @@ def by_phase(
     first: Callable[..., Any],
     any_length: Sequence[str] = (),
     verify: Callable[..., Any] | None = None,
+    short: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
-    """Calls of one token on a filled cache go to `decode`, those on a cache that records to `verify`, all others to `first`.
+    """Calls of one token on a filled cache go to `decode`, those on a cache that records to `verify`, those of 2 to 8 tokens, of
+    all rows at most 32, to `short`, and all others to `first`.
 
     With `any_length`, the names of their parameters, either is compiled for prompts and caches of all lengths from its first call
     on. Dynamo alone compiles it for the length that it meets first, and again at the second.
@@ -252,13 +259,22 @@ def by_phase(
         cache = find_cache([*args, *kwargs.values()])
         filled = tokens is not None and cache is not None and cache.is_initialized
         call = decode if filled and tokens.shape[1] == 1 else first
-        if filled and verify is not None and getattr(cache, "is_recording", False) and kwargs.get("inputs_embeds") is None:
-            call = verify
+        if filled and verify is not None and kwargs.get("inputs_embeds") is None:
+            if getattr(cache, "is_recording", False):
+                call = verify
+            elif short is not None and not torch.compiler.is_dynamo_compiling() and tokens.shape[1] in FEW_TOKENS:
+                call = short if tokens.numel() <= MOST_ROWS and holds_states(cache) else call
         if any_length and not torch.compiler.is_dynamo_compiling() and not (call is not first and cache.is_compileable):
+            if call is short:
+                for layer in cache.layers:
+                    mark_lengths(layer)
             args, kwargs = _of_any_length(any_length, args, kwargs, LENGTHS if call is first else LENGTHS_OF_STEP)
         return call(*args, **kwargs)
 
     return call
+
+
+FEW_TOKENS, MOST_ROWS = range(2, 9), 32  # of a short step; kernels of few rows take no more
 
 
 def by_tokens(compiled: Callable[[int], Callable[..., Any]]) -> Callable[..., Any]:

@@ -23,7 +23,7 @@ from gdnfuse.runs import RUNS
 
 log = logging.getLogger(__name__)
 
-PROMPT, STEP, VERIFY = "prompt", "decode step", "verify step"
+PROMPT, STEP, VERIFY, SHORT = "prompt", "decode step", "verify step", "short step"
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Coverage:
         quiet: log nothing.
 
     Attributes:
-        missing: by what was called, "prompt", "decode step" or "verify step"; nothing where all layers ran fused.
+        missing: by what was called, "prompt", "decode step", "verify step" or "short step"; nothing where all layers ran fused.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Coverage:
         on_purpose = disabled() or options.stop_after is not None or options.fuel is not None
         asked = len(gdn_layers(model)) if options.strict or not on_purpose else 0
         captured = asked if options.capture else 0
-        self._wanted = {STEP: asked, PROMPT: captured, VERIFY: captured}
+        self._wanted = {STEP: asked, PROMPT: captured, VERIFY: captured, SHORT: captured}
         self._said: set[str] = set()
 
     def checked(self, fn: Callable[..., Any], phase: str, cause: tuple[str, str] | None = None) -> Callable[..., Any]:
@@ -85,7 +85,7 @@ class Coverage:
 
         Args:
             fn: compiled.
-            phase: what is called: "prompt", "decode step" or "verify step".
+            phase: what is called: "prompt", "decode step", "verify step" or "short step".
             cause: why they may not be and what to do about it, where that is known ahead.
 
         Raises:

@@ -21,8 +21,8 @@ from gdnfuse.errors import GdnfuseError, one_line
 from gdnfuse.generation import generate
 from gdnfuse.generation.arguments import parameters_of
 from gdnfuse.generation.causes import Finding, left, noted
-from gdnfuse.generation.compile import apart, by_phase
-from gdnfuse.generation.coverage import PROMPT, STEP, VERIFY, Coverage
+from gdnfuse.generation.compile import apart, by_phase, by_tokens
+from gdnfuse.generation.coverage import PROMPT, SHORT, STEP, VERIFY, Coverage
 from gdnfuse.generation.wrappers import compiled_models, is_compiled
 from gdnfuse.options import Options
 from gdnfuse.passes.growing_keys import mark
@@ -158,12 +158,13 @@ def explain(call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanati
             for one in {id(m): m for m in (model, *models)}.values():
                 stack.enter_context(_attributes_of(one))
             for one, coverage in zip(models, coverages, strict=True):
-                phases = []
-                for phase in (STEP, PROMPT, VERIFY):
+
+                def compiled(phase: str, one: Any = one, coverage: Coverage = coverage) -> Callable[..., Any]:
                     names[name := f"{phase}_{next(_calls)}".replace(" ", "_")] = f"{phase}s"
-                    phases.append(coverage.checked(torch.compile(apart(compat.call_of(one), name), backend=backend), phase))
-                step, first, verify = phases
-                traced = by_phase(step, first, parameters_of(one), verify)
+                    return coverage.checked(torch.compile(apart(compat.call_of(one), name), backend=backend), phase)
+
+                few = (by_tokens(lambda T, phase=phase, of=compiled: of(phase)) for phase in (VERIFY, SHORT))
+                traced = by_phase(compiled(STEP), compiled(PROMPT), parameters_of(one), *few)
                 if (ours := generate.of(one)) is not None:
                     runs.append(stack.enter_context(ours.noting()))
                     traced = ours.heeding(traced)

@@ -17,7 +17,8 @@ from gdnfuse.generation.wrappers import compiled_models, is_compiled
 from gdnfuse.report.records import reports
 
 # Two lengths: with a static cache Dynamo makes one graph for the first and one for any length at the second.
-WARM_PROMPTS = (70, 83)
+# Both longer than a block of a prefix store by more than a short step has.
+WARM_PROMPTS = (76, 83)
 LONG = 5  # times the tokens between two states that the longest prompt has besides
 
 
@@ -42,7 +43,8 @@ class Warmup:
 def warmup(model: torch.nn.Module, *, batch: int = 1, new_tokens: int = 4, **generate: Any) -> Warmup:
     """Compile all that `model.generate` will need, by generating a few tokens from two short random prompts.
 
-    Chunks are of 64 tokens whatever the prompt's length and nothing is tuned at run time, so later prompts compile nothing more.
+    Chunks are of 64 tokens whatever the prompt's length and nothing is tuned at run time, so later prompts compile nothing more,
+    but for 2 to 8 tokens on a filled cache, as a short turn has: each number has its own graph, which its first call compiles.
     Of a model with a prefix store the rest of a prompt, behind what is known, is compiled too, and prompts so long that their
     graphs leave states on the way, from four more prompts; the store itself stays as it is.
 

@@ -9,9 +9,11 @@ Layout: q, k [B, T, H, K], v [B, T, HV, V], a, b [B, T, HV], state [B, HV, K, V]
 hv // (HV // H). The state is read once and written once, in place, whatever T. All maths is float32; β and the decay are never
 rounded below it.
 
-Two kernels share the rule. `delta_rule_kernel` splits V over programs. `delta_rule_gated_kernel` (T = 1) ends in the gated
-RMSNorm, which needs all V columns of a head, so it takes one program per head, tile by tile. On Hopper both may start, and load
-the state, while the kernel before them still runs (programmatic dependent launch).
+Two kernels share the rule. `delta_rule_kernel` splits V over programs. Of 2 to 8 tokens it knows the number when it is compiled:
+all tokens are loaded before the first is used, so that a step waits for memory once and not for each token; and a step that
+checks drafts leaves its state as it is (`delta_rule_verify`). `delta_rule_gated_kernel` (T = 1) ends in the gated RMSNorm, which
+needs all V columns of a head, so it takes one program per head, tile by tile. On Hopper both may start, and load the state, while
+the kernel before them still runs (programmatic dependent launch).
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ gdc_launch_dependents, gdc_wait = compat.dependent_launch()
 RULE_CONFIGS = ((512, (32, 1)), (float("inf"), (64, 2)))
 GATED_CONFIGS = ((128, (128, 4, False)), (512, (64, 4, True)), (float("inf"), (64, 4, False)))
 LOOP_CONFIG = (32, 2)  # of the rule over several tokens, where more columns a warp would spill
+FEW_TOKENS = range(2, 9)  # of which the kernel knows the number
 SMALL = 512  # heads of 128×128 states in float32, 32 MiB
 
 
@@ -96,9 +99,11 @@ def delta_rule_kernel(
     stride_qb, stride_qt, stride_qh, stride_qk, stride_kb, stride_kt, stride_kh, stride_kk,
     stride_vb, stride_vt, stride_vh, stride_vv, stride_ab, stride_at, stride_ah, stride_bb, stride_bt, stride_bh,
     stride_sb, stride_sh, stride_sk, stride_sv,
+    FEW: tl.constexpr, WRITE: tl.constexpr,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, L2NORM: tl.constexpr,
     BETA_SCALE: tl.constexpr, EVICT: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    """The rule over T tokens, or over the FEW that there are where that is known."""
     if OVERLAP:
         gdc_launch_dependents()
     pid = tl.program_id(0).to(tl.int64)
@@ -121,15 +126,28 @@ def delta_rule_kernel(
     s = tl.load(state_ptrs, mask=live, other=0.0, eviction_policy=EVICT).to(tl.float32)  # [BK, BV]
     if OVERLAP:
         gdc_wait()
-    for i in range(T):
-        t = tl.cast(i, tl.int64)
-        q, k = load_qk(q_ptrs + t * stride_qt, k_ptrs + t * stride_kt, live_k, scale, l2norm_eps, L2NORM)
-        v = tl.load(v_ptrs + t * stride_vt, mask=live_v, other=0.0).to(tl.float32)  # [BV]
-        decay = tl.exp(log_decay(tl.load(a_ptr + t * stride_at).to(tl.float32), A_log, dt_bias))
-        beta = BETA_SCALE * tl.sigmoid(tl.load(b_ptr + t * stride_bt).to(tl.float32))
-        s, o = rule_step(s, q, k, v, decay, beta)
-        tl.store(out_ptr + ((batch * T + t) * HV + hv) * V + i_v, o, mask=live_v)
-    tl.store(state_ptrs, s.to(state_ptr.dtype.element_ty), mask=live, eviction_policy=EVICT)
+    if FEW:
+        qs, ks, vs, decays, betas = (), (), (), (), ()
+        for t in tl.static_range(FEW):
+            q, k = load_qk(q_ptrs + t * stride_qt, k_ptrs + t * stride_kt, live_k, scale, l2norm_eps, L2NORM)
+            qs, ks = qs + (q,), ks + (k,)
+            vs = vs + (tl.load(v_ptrs + t * stride_vt, mask=live_v, other=0.0).to(tl.float32),)  # [BV]
+            decays = decays + (tl.exp(log_decay(tl.load(a_ptr + t * stride_at).to(tl.float32), A_log, dt_bias)),)
+            betas = betas + (BETA_SCALE * tl.sigmoid(tl.load(b_ptr + t * stride_bt).to(tl.float32)),)
+        for t in tl.static_range(FEW):
+            s, o = rule_step(s, qs[t], ks[t], vs[t], decays[t], betas[t])
+            tl.store(out_ptr + ((batch * FEW + t) * HV + hv) * V + i_v, o, mask=live_v)
+    else:
+        for i in range(T):
+            t = tl.cast(i, tl.int64)
+            q, k = load_qk(q_ptrs + t * stride_qt, k_ptrs + t * stride_kt, live_k, scale, l2norm_eps, L2NORM)
+            v = tl.load(v_ptrs + t * stride_vt, mask=live_v, other=0.0).to(tl.float32)  # [BV]
+            decay = tl.exp(log_decay(tl.load(a_ptr + t * stride_at).to(tl.float32), A_log, dt_bias))
+            beta = BETA_SCALE * tl.sigmoid(tl.load(b_ptr + t * stride_bt).to(tl.float32))
+            s, o = rule_step(s, q, k, v, decay, beta)
+            tl.store(out_ptr + ((batch * T + t) * HV + hv) * V + i_v, o, mask=live_v)
+    if WRITE:
+        tl.store(state_ptrs, s.to(state_ptr.dtype.element_ty), mask=live, eviction_policy=EVICT)
 
 
 @triton.jit
@@ -250,18 +268,24 @@ def launch(
     Returns:
         o [B, T, HV, V] in float32.
     """
+    return launch_rule(q, k, v, a, b, A_log, dt_bias, recurrent_state, scale, l2norm_eps, beta_scale, overlap, write=True)
+
+
+def launch_rule(q, k, v, a, b, A_log, dt_bias, state, scale, l2norm_eps, beta_scale, overlap: bool, write: bool) -> torch.Tensor:
+    """`launch`, with a choice whether the state is written."""
     B, T, HV, V = v.shape
     H, K = q.shape[2:]
-    columns, num_warps = _config(RULE_CONFIGS, recurrent_state) if T == 1 else LOOP_CONFIG
+    columns, num_warps = _config(RULE_CONFIGS, state) if T == 1 else LOOP_CONFIG
     BV = columns_of(columns, K, V)
     out = torch.empty((B, T, HV, V), dtype=torch.float32, device=v.device)
-    options = overlap_options(v, A_log, dt_bias) if overlap and fits(recurrent_state) else {}
+    options = overlap_options(v, A_log, dt_bias) if overlap and fits(state) else {}
     kernel_of(delta_rule_kernel)[(B * HV * -(-V // BV),)](
-        q, k, v, a, b, A_log.contiguous(), dt_bias.contiguous(), recurrent_state, out,
+        q, k, v, a, b, A_log.contiguous(), dt_bias.contiguous(), state, out,
         scale, 0.0 if l2norm_eps is None else l2norm_eps, T,
-        *q.stride(), *k.stride(), *v.stride(), *a.stride(), *b.stride(), *recurrent_state.stride(),
+        *q.stride(), *k.stride(), *v.stride(), *a.stride(), *b.stride(), *state.stride(),
+        FEW=T if T in FEW_TOKENS else 0, WRITE=write,
         H=H, HV=HV, K=K, V=V, BK=triton.next_power_of_2(K), BV=BV, L2NORM=l2norm_eps is not None,
-        BETA_SCALE=beta_scale, EVICT="evict_first" if fits(recurrent_state) else "", OVERLAP=bool(options),
+        BETA_SCALE=beta_scale, EVICT="evict_first" if fits(state) else "", OVERLAP=bool(options),
         num_warps=num_warps, **options,
     )  # fmt: skip
     return out

@@ -260,7 +260,7 @@ COLUMNS = {
     "conv": ("causal_conv", "causal_conv_update", "conv_context"),
     "gates": ("gating", "gating_delta_rule", "gating_chunk_delta_rule"),
     "l2norm": ("l2norm", "l2norm_delta_rule"),
-    "rule": ("delta_rule", "chunk_delta_rule", "repeat_delta_rule", "packed_decode", "verify_delta_rule"),
+    "rule": ("delta_rule", "chunk_delta_rule", "repeat_delta_rule", "packed_decode", "verify_delta_rule", "short_delta_rule"),
     "gated norm": ("gated_rms_norm",),
     "mixer": ("mixer_decode", "mixer_linears"),
     "attention": ("attention_decode", "attention_growing", "attention_one_query", "causal_attention"),
@@ -291,7 +291,7 @@ class GraphReport:
     Attributes:
         graph_id: counts the graphs of this process from 0.
         phase: "decode" (cached states are read and one token is processed), "verify" (a few tokens, and states stay as they are),
-            "prefill" or "other" (no GDN layer).
+            "short" (a few tokens behind others, into the states), "prefill" or "other" (no GDN layer).
         layers: the GDN layers.
         blocks: the parts of all layers, and what is in none, in the order of the graph.
         structures: lists of operations; blocks that are equal share one.

@@ -120,6 +120,29 @@ def test_a_cache_is_found_by_what_it_is(model, kind):
         for name in ("cache", "past_key_values", "cache_params"):
             assert call(token, **{name: cache}) == call(input_ids=token, use_cache=True, **{name: cache}) == phase
     assert call(PROMPT, cache=filled) == call(PROMPT, None, None, filled) == "first"
+    phases = (lambda *args, phase=phase, **kwargs: phase for phase in ("decode", "first", "verify", "short"))
+    decode, first, *few = phases
+    call = compile.by_phase(decode, first, (), *few)
+    assert call(PROMPT, cache=filled) == call(PROMPT.repeat(2, 1)[:, :2], cache=filled) == "short"
+    for tokens in (PROMPT.repeat(3, 1), torch.cat([PROMPT, PROMPT], 1)):  # 36 rows, and 12 tokens
+        assert call(tokens, cache=filled) == "first"
+    # A cache of fixed length may be initialised before its first tokens.
+    assert call(PROMPT, cache=empty) == "first" and call(PROMPT) == "first"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+def test_turns_of_a_few_tokens_are_short_steps(model, kind):
+    """A graph for each number of tokens, however long the cache has become, and none more when a turn comes again."""
+    plain = copy.deepcopy(model)
+    gdnfuse.compile(model, strict=True, **EAGER)
+    held = [zoo.new_cache(m, kind) for m in (model, plain)]
+    for T in (6, 3, 1, 3, 5, 3):
+        found, wanted = (m(PROMPT[:, :T], **zoo.held(cache)).logits for m, cache in zip((model, plain), held, strict=True))
+        torch.testing.assert_close(found, wanted)
+    assert [r.phase for r in gdnfuse.reports()] == ["prefill", "short", "decode", "short"]
+    states = (zoo.flat_states(cache, "recurrent") for cache in held)
+    torch.testing.assert_close(*states)
 
 
 def test_a_cache_by_its_place_or_keyword_is_a_step_of_the_compiled_model(model):

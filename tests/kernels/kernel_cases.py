@@ -346,6 +346,7 @@ CASES = [
     Case("delta_rule_commit", "beta-to-2", commit(1, 2, 8, 4, 1, 8, 16, 16, [8, 0], beta_scale=2.0)),
     Case("delta_rule_commit", "strided", commit(2, 2, 3, 4, 2, 4, 16, 24, [3, 1], BF16, wrap=every_second, wrap_state=strided)),
     *(Case("fused_gating_delta_rule", f"{name(d)}-T{T}", rule(2, T, 2, 4, 16, 16, d)) for d in (F32, BF16, F16) for T in (1, 3)),
+    Case("fused_gating_delta_rule", "many-tokens", rule(1, 9, 1, 2, 16, 16)),
     Case("fused_gating_delta_rule", "odd-head-dims", rule(3, 2, 1, 3, 24, 40)),
     Case("fused_gating_delta_rule", "no-l2norm", rule(1, 3, 2, 2, 40, 24, BF16, eps=None)),
     Case("fused_gating_delta_rule", "bf16-state", rule(2, 2, 2, 6, 24, 24, BF16, BF16)),

@@ -1,4 +1,4 @@
-"""A step that checks drafts: what its rule and its conv become, and what looks alike and is left."""
+"""Steps of a few tokens, that check drafts or go on: what their rule and conv become, and what looks alike and is left."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ import gdnfuse
 from gdnfuse.backend import rewritten_copy
 from gdnfuse.dialect import delta_rule
 from gdnfuse.options import Options
-from gdnfuse.passes.fuse import conv_context, verify_delta_rule
+from gdnfuse.passes.fuse import conv_context, short_delta_rule, verify_delta_rule
 from gdnfuse.report.records import GraphReport, Status
 from tests.models import zoo
 from tests.rewrite.captured import Captured
@@ -22,8 +22,14 @@ def step(*tensors, taken=(0,), every=0, bounds=None):
     return tuple(results[i] for i in taken)
 
 
-def fused(f, *args):
-    return Captured(f, *args).normalize().apply(verify_delta_rule.RULE).normalize().close()
+def written(*tensors):
+    o, state = step(*tensors, taken=(0, 1))
+    tensors[-1].copy_(state)
+    return o
+
+
+def fused(f, *args, rule=verify_delta_rule.RULE):
+    return Captured(f, *args).normalize().apply(rule).normalize().close()
 
 
 @pytest.mark.parametrize("T", [2, 5, 8])
@@ -32,13 +38,41 @@ def test_a_rule_of_few_tokens_on_a_state_that_stays_is_the_recurrent_one(T):
     assert found.record.status is Status.FIRED and found.ops() == [VERIFY]
 
 
-def test_other_rules_are_left_as_they_are():
+@pytest.mark.parametrize("T", [2, 8])
+def test_a_rule_of_few_tokens_on_a_state_that_goes_on_is_the_recurrent_one_in_place(T):
+    found = fused(written, *delta_rule.example_tensors(B, T, H, HV, K, V), rule=short_delta_rule.RULE)
+    assert found.record.status is Status.FIRED and found.ops() == ["gdnfuse.fused_gating_delta_rule"]
+
+
+def test_rules_whose_new_state_goes_elsewhere_or_is_read_are_left():
     tensors = delta_rule.example_tensors(B, 5, H, HV, K, V)
 
-    def written(*tensors):
-        o, state = step(*tensors, taken=(0, 1))
+    def elsewhere(*tensors):
+        o, state = step(*tensors[:-1], taken=(0, 1))
         tensors[-1].copy_(state)
         return o
+
+    def returned(*tensors):
+        o, state = step(*tensors, taken=(0, 1))
+        tensors[-1].copy_(state)
+        return o, state
+
+    def read_later(*tensors):
+        return written(*tensors), tensors[-1] * 2
+
+    for f, args in (
+        (elsewhere, (*tensors, torch.zeros_like(tensors[-1]))),
+        (returned, tensors),
+        (step, tensors),
+        (written, delta_rule.example_tensors(B, 9, H, HV, K, V)),
+    ):
+        found = fused(f, *args, rule=short_delta_rule.RULE)
+        assert not found.outcome.records and CHUNKED in found.ops()
+    assert fused(read_later, *tensors, rule=short_delta_rule.RULE).record.status is Status.REFUSED
+
+
+def test_other_rules_are_left_as_they_are():
+    tensors = delta_rule.example_tensors(B, 5, H, HV, K, V)
 
     def packed(*tensors):
         return step(*(x[:1] for x in tensors[:5]), *tensors[5:], bounds=torch.tensor([0, 2, 5]))
@@ -95,21 +129,24 @@ def traced(model, cache, tokens):
     return report
 
 
-def test_what_a_layer_of_a_verify_step_becomes():
-    """Few rows' linears, the conv on the cached window, the rule that leaves its state, and the gated norm; a kernel each."""
+def test_what_a_layer_of_a_verify_and_of_a_short_step_becomes():
+    """Few rows' linears, the conv on the cached window, the rule that leaves its state or not, the gated norm; a kernel each."""
     gdnfuse.capture.install()
     model = zoo.causal_lm(**zoo.SMALL, hidden_size=128, linear_value_head_dim=32).bfloat16()
     cache = gdnfuse.RollbackCache(model, 32)
     with torch.no_grad():
         model(zoo.prompt(1, 6)[0], **zoo.held(cache))
-    cache.activate_past_recording()
-    report = traced(model, cache, zoo.tokens_for(1, 5))
-    assert report.phase == "verify" and report.fused_layers == 1
-    chosen = [(r.rule, r.chosen) for r in report.all_records if r.stage == "lower"]
-    assert {("causal_conv", "triton"), ("delta_rule_verify", "triton"), ("gated_rms_norm", "triton")} <= {*chosen}
-    linears = [how for what, how in chosen if what in ("linear", "packed_linear", "fused_linear")]
-    assert linears.count("triton") == len(linears) >= 6
-    assert ("add_rms_norm", "triton") in chosen
-    cache.abandon(6)
-    cache.stop_past_recording()
-    assert traced(model, cache, zoo.tokens_for(1, 5)).phase == "prefill"  # which writes its states
+    for phase, rule in (("verify", "delta_rule_verify"), ("short", "fused_gating_delta_rule")):
+        if phase == "verify":
+            cache.activate_past_recording()
+        report = traced(model, cache, zoo.tokens_for(1, 5))
+        assert report.phase == phase and report.fused_layers == 1
+        chosen = [(r.rule, r.chosen) for r in report.all_records if r.stage == "lower"]
+        assert {("causal_conv", "triton"), (rule, "triton"), ("gated_rms_norm", "triton")} <= {*chosen}
+        linears = [how for what, how in chosen if what in ("linear", "packed_linear", "fused_linear")]
+        assert linears.count("triton") == len(linears) >= 6
+        assert ("add_rms_norm", "triton") in chosen
+        if phase == "verify":
+            cache.abandon(6)
+            cache.stop_past_recording()
+    assert traced(model, cache, zoo.tokens_for(1, 9)).phase == "prefill"

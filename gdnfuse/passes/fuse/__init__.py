@@ -15,6 +15,7 @@ from gdnfuse.passes.fuse import (
     residual_experts,
     residual_linear,
     route_experts,
+    short_delta_rule,
     swiglu_linear,
     verify_delta_rule,
 )
@@ -25,6 +26,7 @@ RULES = [
     l2norm_delta_rule.RULE,
     repeat_delta_rule.RULE,
     verify_delta_rule.RULE,
+    short_delta_rule.RULE,
     conv_context.RULE,
     packed_decode.RULE,
     mixer_decode.RULE,

@@ -80,7 +80,7 @@ def rule_match(rule: Node, new: DialectOp, operands: dict[str, Any]) -> Match[Ru
             del taken[1]
     facts = RuleCall(new, numbers, tuple(sorted(taken)))
     m = Match(tensors, [taken[i] for i in facts.taken], facts, writes=writes)
-    m.shapes |= _small(m.inputs)
+    m.shapes |= smaller(m.inputs)
     return m
 
 
@@ -95,12 +95,12 @@ def rule_call(m: Match[RuleCall], t: SimpleNamespace) -> Any:
     return tuple(results[i] for i in m.facts.taken)
 
 
-def _small(inputs: dict[str, Node]) -> dict[str, tuple[int, ...]]:
+def smaller(inputs: dict[str, Node], limits: dict[str, tuple[int, ...]] = LIMITS) -> dict[str, tuple[int, ...]]:
     """Shapes for the proof: what fusions replace treats sequences, tokens and the columns of heads alike, however many."""
     shapes = {}
     for name, node in inputs.items():
         if value(node).ndim > 2:
             shape = [hint(s) for s in value(node).shape]
-            limits = LIMITS.get(name, LIMITS["a"])
-            shapes[name] = tuple(map(min, shape, [*limits, *shape[len(limits) :]]))
+            most = limits.get(name, limits["a"])
+            shapes[name] = tuple(map(min, shape, [*most, *shape[len(most) :]]))
     return shapes

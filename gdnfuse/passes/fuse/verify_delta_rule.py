@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from torch.fx import Node
+from collections.abc import Iterator
+from typing import Any
+
+from torch.fx import Graph, Node
 
 from gdnfuse.dialect import delta_rule_verify, fused_gating_chunk_delta_rule
 from gdnfuse.passes.fuse.rules import RuleCall, rule_match
@@ -10,7 +13,7 @@ from gdnfuse.rewrite.edit import call
 from gdnfuse.rewrite.graph import op_name, value
 from gdnfuse.rewrite.rule import Rule
 
-TOKENS = range(2, 9)  # of a verify step; a longer one is a prompt, for which chunks are the faster way
+TOKENS = range(2, 9)  # of a verify or a short step; a longer one is a prompt, for which chunks are the faster way
 
 
 class FuseVerifyDeltaRule(Rule[RuleCall]):
@@ -18,12 +21,7 @@ class FuseVerifyDeltaRule(Rule[RuleCall]):
 
     def anchors(self, graph):
         """Rules over a few tokens, of which the output alone is read."""
-        for node in graph.nodes:
-            if op_name(node) == "gdnfuse.fused_gating_chunk_delta_rule" and few_tokens(value(node.args[2])):
-                bound = fused_gating_chunk_delta_rule.op.bind(node.args, node.kwargs)
-                plain = isinstance(bound["state"], Node) and bound["cu_seqlens"] is None and not bound["checkpoint_every"]
-                if plain and [u.args[1] for u in node.users if op_name(u) == "getitem"] == [0]:
-                    yield node
+        return (node for node, _, taken in over_few_tokens(graph) if list(taken) == [0])
 
     def match(self, anchor):
         return rule_match(anchor, delta_rule_verify.op, {})
@@ -31,6 +29,15 @@ class FuseVerifyDeltaRule(Rule[RuleCall]):
     def rewrite(self, m, t):
         given = vars(t) | m.facts.numbers
         return call(m.facts.op.overload, *(given[name] for name in m.facts.op.arg_names))
+
+
+def over_few_tokens(graph: Graph) -> Iterator[tuple[Node, dict[str, Any], dict[int, Node]]]:
+    """Rules over a few tokens behind a state: the node, its arguments, and which of its results are taken."""
+    for node in graph.nodes:
+        if op_name(node) == "gdnfuse.fused_gating_chunk_delta_rule" and few_tokens(value(node.args[2])):
+            bound = fused_gating_chunk_delta_rule.op.bind(node.args, node.kwargs)
+            if isinstance(bound["state"], Node) and bound["cu_seqlens"] is None and not bound["checkpoint_every"]:
+                yield node, bound, {u.args[1]: u for u in node.users if op_name(u) == "getitem"}
 
 
 def few_tokens(v):
