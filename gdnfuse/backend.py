@@ -55,6 +55,7 @@ def gdnfuse(
         kernels.read_triton()
     report = new_report()
     report.inner = opts.inner
+    report.phase = "draft" if RUNS.drafting else report.phase
     done = rewritten_copy(gm, example_inputs, opts, report)
     if opts.verify and report.rewritten and report.all_records:
         _verify(gm, done.gm, example_inputs, opts, report)

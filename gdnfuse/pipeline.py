@@ -116,7 +116,7 @@ def _stages(c: Compilation) -> Iterator[tuple[str, list[Callable[[GraphModule], 
     _look(c)
     packed.require_apart(gm)
     yield "normalize", [spec.check, normalize.check]
-    if not c.report.layers and not outcome.records:
+    if not c.report.layers and not outcome.records and c.report.phase != "draft":
         return
     if constants.make_numbers(gm):
         normalize.normalize(gm)
@@ -216,7 +216,7 @@ def _captured(gm: GraphModule) -> list[Record]:
     return [recorded(op.name, "capture", n, op.equation) for n, op in ops if op is not None]
 
 
-STEPS = ("decode", "verify", "short")  # phases of few rows, in which time goes by the weights that are read
+STEPS = ("decode", "verify", "short", "draft")  # phases of few rows, in which time goes by the weights that are read
 
 # What to do where a layer stands in a function that is given to an op.
 REMEDIES = {"tag_activation_checkpoint": "Checkpointing saves memory in training; call model.eval()."}

@@ -17,12 +17,14 @@ class Runs(threading.local):
         watched: the inputs that fused layers read, while somebody watches; None otherwise.
         checkpoints: while somebody collects them, the states that each graph of a prompt has passed, if it was compiled for it:
             of one layer after the other recurrent states [B, n, HV, K, V] and conv windows [B, n, D, W]. None otherwise.
+        drafting: whether what runs drafts for a model, and is of few rows.
     """
 
     fused: int = 0
     unfused: Mapping[str, str] = MappingProxyType({})
     watched: list[Any] | None = None
     checkpoints: list[list[Any]] | None = None
+    drafting: bool = False
 
 
 RUNS = Runs()

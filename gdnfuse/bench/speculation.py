@@ -100,7 +100,7 @@ class Always:
 
     def start(self, run: Run) -> Always:
         self.drafting = self.of.start(run) if self.ever else None
-        self.hear, self.close = (getattr(self.drafting, name, lambda: None) for name in ("hear", "close"))
+        self.hear, self.close = (getattr(self.drafting, name, lambda *_: None) for name in ("hear", "close"))
         return self
 
     def propose(self, ids: torch.Tensor, rows: Sequence[Sequence[int]]) -> Drafts | None:

@@ -20,6 +20,7 @@ from gdnfuse.generation.caches import cache_finder, check_state_dtype, holds_sta
 from gdnfuse.generation.coverage import PROMPT, SHORT, STEP, VERIFY, Coverage
 from gdnfuse.generation.hooks import Hooks
 from gdnfuse.generation.wrappers import compiled_models, handing_on
+from gdnfuse.runs import RUNS
 
 
 def compile(
@@ -150,7 +151,7 @@ def _compile(model: torch.nn.Module, settings: _Settings, parsed: gdnfuse_option
     ours = generate.install(model, settings.prefixes, settings.proposer)
     heeding = ours.heeding if ours else lambda call: call
     call = heeding(hooks.heeded(demanding(model, by_phase(decode, first, parameters, *few))))
-    call.coverage = coverage
+    call.coverage, call.beside = coverage, Beside({**shared, **own})
     if not compat.set_compiled_call(model, call) and parsed.strict:
         raise GdnfuseError("strict: calls of a model must be able to go elsewhere, found that torch leaves no way.")
     if hasattr(type(model), "get_compiled_call"):
@@ -158,13 +159,41 @@ def _compile(model: torch.nn.Module, settings: _Settings, parsed: gdnfuse_option
         if in_generate != own:
             decode = coverage.checked(torch.compile(apart(plain, "in_generate"), **shared, **in_generate), STEP)
             few = few_tokens(**in_generate)
+        how = {**shared, **in_generate}
         in_generate = heeding(hooks.heeded(demanding(model, by_phase(decode, first, parameters, *few))))
+        in_generate.beside = Beside(how)
         model.get_compiled_call = CompiledCall(model, in_generate, coverage)
         # Ours is in place of both: a config of the user's for it, and a call that generate has compiled before.
         if getattr(model, "generation_config", None) is not None:
             model.generation_config.compile_config = None
         compat.forget_compiled_call(model)
     return coverage
+
+
+class Beside:
+    """What drafts for a model, compiled as the model is.
+
+    Args:
+        how: arguments of torch.compile.
+    """
+
+    def __init__(self, how: dict[str, Any]):
+        self._how, self._made = how, {}
+
+    def __call__(self, name: str, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """The compiled function of a name, which is `fn` at its first time."""
+        if name not in self._made:
+            compiled = torch.compile(apart(fn, name), **self._how)
+
+            def call(*args: Any, **kwargs: Any) -> Any:
+                outer, RUNS.drafting = RUNS.drafting, True
+                try:
+                    return compiled(*args, **kwargs)
+                finally:
+                    RUNS.drafting = outer
+
+            self._made[name] = call
+        return self._made[name]
 
 
 class CompiledCall:

@@ -31,7 +31,7 @@ class Fed:
 
     Attributes:
         length: tokens in the cache. Whoever crops the cache sets it.
-        after: called behind each call, if given.
+        after: called behind each call with its tokens, if given.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Fed:
         call: Callable[..., Any] | None = None,
     ):
         self.cache, self.length, self._call = cache, length, call or model
-        self.after: Callable[[], None] | None = None
+        self.after: Callable[[torch.Tensor], None] | None = None
         self._arguments = {**cache_argument(model, cache), "use_cache": True, "return_dict": True}
         named = inspect.signature(model.forward).parameters
         self._keeps, self._places = "logits_to_keep" in named, "position_ids" in named
@@ -74,7 +74,7 @@ class Fed:
         out = self._call(input_ids=tokens.clone(memory_format=torch.contiguous_format), **arguments)
         self.length = end
         if self.after is not None:
-            self.after()
+            self.after(tokens)
         return out
 
     def _positions(self, tokens: torch.Tensor, end: int) -> torch.Tensor:

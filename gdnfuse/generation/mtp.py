@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from gdnfuse.generation.caches import cache_argument
 from gdnfuse.generation.proposers import Drafting, Drafts, Run, check_count, drawn
 
 PREFIX = "mtp."
+PIECE = 1024  # tokens of a prompt that the head takes at a time
 EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 
 
@@ -141,12 +143,32 @@ class Tap:
     def __init__(self) -> None:
         self.wanted, self.hidden = False, None
 
+    def open(self) -> None:
+        """Have calls handed on until `close`.
+
+        Raises:
+            GdnfuseError: somebody has them handed on already.
+        """
+        with _opening:
+            if self.wanted:
+                raise GdnfuseError(
+                    "MTP drafts for one generation of a model at a time, found a second one, of another thread or inside the "
+                    "first: give each thread a copy of the model, or other drafts."
+                )
+            self.wanted = True
+
+    def close(self) -> None:
+        self.wanted, self.hidden = False, None
+
     def __call__(self, module: torch.nn.Module, args: Any, out: torch.Tensor) -> None:
         if self.wanted:
             self.hidden = out
 
     def __getstate__(self) -> dict[str, Any]:
         return {"wanted": False, "hidden": None}
+
+
+_opening = threading.Lock()
 
 
 def tap_of(model: torch.nn.Module) -> Tap:
@@ -165,7 +187,8 @@ _heads: weakref.WeakKeyDictionary[torch.nn.Module, dict[str, Head]] = weakref.We
 class MTP:
     """Drafts what the checkpoint's own head says, the layer named `mtp.*`.
 
-    It runs eager, on a cache of its own that grows.
+    It has a cache of its own. Where the model's is of fixed length so is that, and drafts of a compiled model are compiled: one
+    graph for the tokens of a round, one for each further token. On a cache that grows the head runs eager.
 
     Args:
         n: tokens per draft, 1 to 4; for more than the first the head goes over what it made itself.
@@ -213,67 +236,147 @@ class _Chain:
     """One generation's drafts of a head."""
 
     def __init__(self, of: MTP, run: Run):
-        from transformers import DynamicCache
+        from transformers import DynamicCache, StaticCache
 
-        self.n, self.run, self.head = of.n, run, of.head(run.model)
-        self.cache, self.tap = DynamicCache(config=_config(run.model)), tap_of(run.model)
-        self.tap.wanted, self.parts = True, []
+        self.n, self.run, self.tap, self.parts = of.n, run, tap_of(run.model), []
+        config, self.capacity = _config(run.model), run.most if run.static else None
+        self.cache = StaticCache(config=config, max_cache_len=run.most) if run.static else DynamicCache(config=config)
+        self.steps = _Steps(run.model, of.head(run.model))
+        self.known = 0  # tokens that the cache holds and that stand
         self.first: int | None = None  # the place among all tokens of the first that the head has seen
+        self.tap.open()
 
-    def hear(self) -> None:
-        """Take the hidden states of the model's last call."""
-        if self.tap.hidden is None:
+    def hear(self, tokens: torch.Tensor) -> None:
+        """Take the hidden states of the model's last call, which was of these tokens [B, T]."""
+        hidden = self.tap.hidden
+        if hidden is None:
             raise GdnfuseError(
                 "MTP reads the model's last hidden states, found that its graphs were traced before anybody wanted them: "
                 "gdnfuse.compile(model, speculate=gdnfuse.MTP(...))."
             )
-        self.parts.append(self.tap.hidden.clone())
+        if hidden.shape[:2] != tokens.shape:
+            raise GdnfuseError(
+                f"MTP reads the hidden states of its own generation, {list(tokens.shape)} tokens, found those of "
+                f"{list(hidden.shape[:2])}: another thread called the model meanwhile, so give each a copy."
+            )
+        self.parts.append(hidden.clone())
         self.tap.hidden = None
 
     def close(self) -> None:
-        self.tap.wanted, self.tap.hidden = False, None
+        self.tap.close()
 
     def propose(self, ids: torch.Tensor, rows: Sequence[Sequence[int]]) -> Drafts | None:
         hidden, self.parts = torch.cat(self.parts, 1), []
-        known = self.cache.get_seq_length()
-        if self.first is None:
-            self.first = ids.shape[1] - 1 - hidden.shape[1]  # of a prompt, all of whose tokens stand
-        new = ids.shape[1] - 1 - self.first - known
-        x = self._fed(ids[:, ids.shape[1] - new :], hidden[:, :new], known)[:, -1:]
-        tokens, probabilities, so_far = [], [], ids
+        prompt = self.first is None
+        if prompt:
+            self._begin(ids, ids.shape[1] - 1 - hidden.shape[1])  # all of whose tokens stand
+        new = ids.shape[1] - 1 - self.first - self.known
+        tokens = ids[:, ids.shape[1] - new :]
+        if not prompt and self.capacity is not None and hidden.shape[1] == self.n + 1:
+            # Of one shape in all rounds: what is fed behind the tokens that stand is overwritten.
+            tokens = torch.cat([tokens, tokens[:, -1:].expand(-1, self.n + 1 - new)], 1)
+        else:
+            hidden = hidden[:, :new]
+        done = 0
+        while tokens.shape[1] - done > PIECE:  # of a long prompt, whose mask is as wide as all of it
+            piece = slice(done, done + PIECE)
+            self._fed(tokens[:, piece], hidden[:, piece], self.known + done, prompt=True)
+            done += PIECE
+        x, logits = self._fed(tokens[:, done:], hidden[:, done:], self.known + done, new - 1 - done, prompt)
+        self._crop(tokens.shape[1] - new)
+        self.known += new
+        drafts, probabilities, so_far = [], [], ids
         for i in range(self.n):
             if i:
-                x = self._fed(tokens[-1], x, known + new + i - 1)
-            logits = self.run.model.get_output_embeddings()(x)[:, -1].float()
+                x, logits = self._fed(drafts[-1], x, self.known + i - 1)
             token, p = drawn(self.run, so_far, logits)
-            tokens.append(token)
+            drafts.append(token)
             probabilities += [] if p is None else [p]
             so_far = torch.cat([so_far, token], 1)
-        self.cache.crop(-(self.n - 1))  # which were made of its own hidden states
-        return Drafts(torch.cat(tokens, 1), torch.stack(probabilities, 1) if probabilities else None)
+        self._crop(self.n - 1)  # which were made of its own hidden states
+        return Drafts(torch.cat(drafts, 1), torch.stack(probabilities, 1) if probabilities else None)
 
-    def _fed(self, tokens: torch.Tensor, hidden: torch.Tensor, known: int) -> torch.Tensor:
-        embedded = self.run.model.get_input_embeddings()(tokens)
+    def _begin(self, ids: torch.Tensor, first: int) -> None:
+        self.first, mask = first, self.run.mask
+        self.shift, self.real = torch.full((ids.shape[0], 1), first, device=ids.device), None
+        if mask is not None:
+            self.shift = self.shift - (mask == 0).sum(1, keepdim=True)
+            real = mask[:, first:].bool()
+            missing = (self.capacity or real.shape[1]) - real.shape[1]
+            self.real = torch.cat([real, real.new_ones(ids.shape[0], missing)], 1)
+
+    def _crop(self, tokens: int) -> None:
+        from gdnfuse.generation.rollback import take_back
+
+        take_back(self.cache.layers, tokens)
+
+    def _fed(
+        self, tokens: torch.Tensor, hidden: torch.Tensor, known: int, last: int = 0, prompt: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The head's hidden state [B, 1, H] and logits [B, V] behind one of the tokens [B, T]."""
         B, T = tokens.shape
-        L = known + T
-        keys = torch.arange(L, device=tokens.device)
-        seen = (keys[None] <= keys[known:, None])[None].expand(B, T, L)
-        places = (self.first + keys[known:]).expand(B, T)
-        if self.run.mask is not None:
-            real = self.run.mask[:, self.first : self.first + L].bool()
+        L, real = self.capacity or known + T, self.real
+        if real is not None and real.shape[1] < L:
             real = torch.cat([real, real.new_ones(B, L - real.shape[1])], 1)
+        step = self.steps
+        if self.run.compiled is not None and self.capacity is not None and not prompt:
+            step = self.run.compiled(f"mtp_{id(step.head)}_{T}", step)
+        at = torch.full((1,), known, device=tokens.device)
+        place = torch.full((1,), last, device=tokens.device)
+        given = tokens.clone(memory_format=torch.contiguous_format), hidden.contiguous(), at, place, self.shift
+        x, logits = step(*given, None if real is None else real[:, :L], self.cache, L)
+        # What a CUDA graph answers is overwritten by its next run.
+        return (x, logits.float()) if step is self.steps else (x.clone(), logits.to(torch.float32, copy=True))
+
+
+class _Steps:
+    """What a head of a model does in a step."""
+
+    def __init__(self, model: torch.nn.Module, head: Head):
+        self.model, self.head = model, head
+
+    def __call__(
+        self,
+        tokens: torch.Tensor,
+        hidden: torch.Tensor,
+        at: torch.Tensor,
+        last: torch.Tensor,
+        shift: torch.Tensor,
+        real: torch.Tensor | None,
+        cache: Any,
+        L: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The hidden state [B, 1, H] and the logits [B, V] of one place.
+
+        Args:
+            tokens: [B, T].
+            hidden: [B, T, H], before each of them.
+            at: [1], where the first goes in the cache.
+            last: [1], which of the tokens.
+            shift: [B, 1], the position of what is first in the cache.
+            real: [B, L], False where the cache has padding; None where nowhere.
+            cache: of the head.
+            L: keys that the layer will see.
+        """
+        decoder, embedded = self.model.get_decoder(), self.model.get_input_embeddings()(tokens)
+        B, T = tokens.shape
+        keys = torch.arange(L, device=tokens.device)
+        own = at + torch.arange(T, device=tokens.device)
+        seen = (keys <= own[:, None])[None].expand(B, T, L)
+        if real is not None:
             # A row of padding sees itself, so that it is a number.
-            seen = seen & real[:, None] | (keys[None] == keys[known:, None])[None]
-            places = (places - (self.run.mask == 0).sum(1, keepdim=True)).clamp(min=0)
-        mask = torch.zeros(B, 1, T, L, dtype=embedded.dtype, device=tokens.device)
-        mask = mask.masked_fill(~seen[:, None], torch.finfo(embedded.dtype).min)
-        decoder = self.run.model.get_decoder()
+            seen = seen & real[:, None] | (keys == own[:, None])[None]
+        mask = seen[:, None]
+        if compat.attention_of(self.model.config) != "sdpa":  # others may add their masks
+            mask = torch.zeros_like(mask, dtype=embedded.dtype).masked_fill(~mask, torch.finfo(embedded.dtype).min)
+        places = (own + shift).clamp(min=0)
         rotary = decoder.rotary_emb(embedded, places[None].expand(3, B, T) if _several(decoder) else places)
-        layer = self.head.layers[0]
-        return self.head(
+        x = self.head(
             embedded, hidden, position_embeddings=rotary, attention_mask=mask, position_ids=places, use_cache=True,
-            **cache_argument(layer, self.cache),
+            **cache_argument(self.head.layers[0], cache),
         )  # fmt: skip
+        x = x.index_select(1, last)
+        return x, self.model.get_output_embeddings()(x)[:, -1]
 
 
 def _several(decoder: torch.nn.Module) -> bool:

@@ -30,6 +30,7 @@ class Run:
         static: whether the model's cache has a fixed length, which a draft's then has too.
         scores: what makes of ids [B, L] and logits [B, V] the scores that tokens are drawn from, where they are drawn and it may
             be called for drafts too; else drafts are the likeliest.
+        compiled: has a function that drafts compiled as the model is, once for each name; None where the model is not compiled.
     """
 
     model: torch.nn.Module
@@ -37,6 +38,7 @@ class Run:
     most: int
     static: bool
     scores: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+    compiled: Callable[[str, Callable[..., Any]], Callable[..., Any]] | None = None
 
 
 @dataclass

@@ -124,8 +124,6 @@ class Generation:
         self.careful = not all(map(_is_stateless, processors))
         most = config.max_length + self.n
         scores = processors if self.sample and not self.careful else None
-        self.drafting = self.proposer.start(Run(model, mask, most, capacity is not None, scores))
-        self.fed.after = getattr(self.drafting, "hear", None)
         self.rows = _without_padding(ids, mask)
         self.done = [False] * len(self.rows)
         self.seen: list[torch.Tensor] = []
@@ -133,6 +131,10 @@ class Generation:
         wanted = config.return_dict_in_generate
         self.scores: list[torch.Tensor] | None = [] if wanted and config.output_scores else None
         self.logits: list[torch.Tensor] | None = [] if wanted and config.output_logits else None
+        # Last, because whoever has started must be closed.
+        beside = getattr(call or compat.compiled_call(model), "beside", None)
+        self.drafting = self.proposer.start(Run(model, mask, most, capacity is not None, scores, beside))
+        self.fed.after = getattr(self.drafting, "hear", None)
 
     def run(self) -> Any:
         try:

@@ -291,7 +291,8 @@ class GraphReport:
     Attributes:
         graph_id: counts the graphs of this process from 0.
         phase: "decode" (cached states are read and one token is processed), "verify" (a few tokens, and states stay as they are),
-            "short" (a few tokens behind others, into the states), "prefill" or "other" (no GDN layer).
+            "short" (a few tokens behind others, into the states), "prefill", "draft" (of what drafts for a model) or "other" (no
+            GDN layer).
         layers: the GDN layers.
         blocks: the parts of all layers, and what is in none, in the order of the graph.
         structures: lists of operations; blocks that are equal share one.

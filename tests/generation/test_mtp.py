@@ -107,21 +107,22 @@ def said(model, head, ids, n):
     return tokens[:, -n:]
 
 
-@pytest.mark.parametrize("family", ["causal_lm", "qwen3_next"])
+@pytest.mark.parametrize(("family", "static"), [("causal_lm", True), ("causal_lm", False), ("qwen3_next", True)])
 @torch.no_grad()
-def test_drafts_are_what_the_head_says_round_by_round(family, tmp_path):
+def test_drafts_are_what_the_head_says_round_by_round(family, static, tmp_path, monkeypatch):
+    monkeypatch.setattr(mtp, "PIECE", 4)  # so that a prompt comes in two
     model = getattr(zoo, family)(**zoo.SMALL)
     checkpoint(model, tmp_path, weights_of(model))
     of = MTP(3, tmp_path)
     of.check(model)
     ids = zoo.prompt(2, 14)[0]
-    chain, cache = of.start(Run(model, None, 99, False)), zoo.new_cache(model, "dynamic")
+    chain, cache = of.start(Run(model, None, 99, static)), zoo.new_cache(model, "dynamic")
     at = 0
     for end, extra in ((7, 0), (9, 2), (10, 3), (14, 0)):  # and tokens that were fed and do not stand
         fed = torch.cat([ids[:, at : end - 1], zoo.tokens_for(2, extra)], 1)
         held = copy.deepcopy(cache)
         model(fed, **zoo.held(held))
-        chain.hear()
+        chain.hear(fed)
         model(ids[:, at : end - 1], **zoo.held(cache))
         at = end - 1
         assert torch.equal(chain.propose(ids[:, :end], ()).tokens, said(model, of.head(model), ids[:, :end], 3))
@@ -159,7 +160,11 @@ def test_a_compiled_model_hands_its_hidden_states_on_and_copies_want_none(tmp_pa
     wanted = model.generate(ids, **GREEDY, cache_implementation="static")
     gdnfuse.compile(model, inner="eager", strict=True, speculate=MTP(2, tmp_path))
     assert torch.equal(model.generate(ids, **GREEDY, cache_implementation="static"), wanted)
-    assert [r.phase for r in gdnfuse.reports()].count("verify") == 1 and model.generate.acceptance.rounds > 2
+    phases = [r.phase for r in gdnfuse.reports()]
+    # The head's graphs are of the tokens of a round, and of one more.
+    assert phases.count("verify") == 1 and phases.count("draft") == 2 and model.generate.acceptance.rounds > 2
+    fired = {r.rule for report in gdnfuse.reports() if report.phase == "draft" for r in report.all_records if r.status == "fired"}
+    assert {"attention_decode", "norm_linear", "swiglu_linear"} <= fired
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         tap = mtp.tap_of(copied)
         assert tap is not mtp.tap_of(model) and not tap.wanted and tap.hidden is None
@@ -172,8 +177,36 @@ def test_a_call_that_hands_nothing_on_is_said(tmp_path):
     of = MTP(2, checkpoint(model, tmp_path, weights_of(model)))
     of.check(model)
     chain = of.start(Run(model, None, 99, False))
+    ids = zoo.prompt(1, 6)[0]
     with pytest.raises(gdnfuse.GdnfuseError, match="its graphs were traced before anybody wanted them: gdnfuse.compile"):
-        chain.hear()
+        chain.hear(ids)
+    with torch.no_grad():
+        model(ids)
+    with pytest.raises(
+        gdnfuse.GdnfuseError, match=r"its own generation, \[1, 5\] tokens, found those of \[1, 6\]"
+    ):
+        chain.hear(ids[:, 1:])
+
+
+def test_a_second_generation_of_a_model_is_refused_while_one_goes_on(tmp_path):
+    """Its head hears whoever calls the model. The first goes on, and once it is done another may begin."""
+    model = zoo.causal_lm(**SMALL)
+    model.generation_config.pad_token_id = 0
+    of = MTP(2, checkpoint(model, tmp_path, weights_of(model)))
+    ids, refused = zoo.prompt(1, 8)[0] % 7 + 1, []
+
+    class Streamer:
+        def put(self, value):
+            with pytest.raises(gdnfuse.GdnfuseError, match="one generation of a model at a time, found a second one"):
+                model.generate(ids, **GREEDY, custom_generate=gdnfuse.speculative(of))
+            refused.append(value)
+
+        def end(self):
+            pass
+
+    wanted = model.generate(ids, **GREEDY)
+    assert torch.equal(model.generate(ids, **GREEDY, custom_generate=gdnfuse.speculative(of, Streamer())), wanted) and refused
+    assert torch.equal(model.generate(ids, **GREEDY, custom_generate=gdnfuse.speculative(of)), wanted)
 
 
 def test_what_cannot_be_loaded_is_a_sentence(tmp_path):
