@@ -182,9 +182,7 @@ def test_a_call_that_hands_nothing_on_is_said(tmp_path):
         chain.hear(ids)
     with torch.no_grad():
         model(ids)
-    with pytest.raises(
-        gdnfuse.GdnfuseError, match=r"its own generation, \[1, 5\] tokens, found those of \[1, 6\]"
-    ):
+    with pytest.raises(gdnfuse.GdnfuseError, match=r"its own generation, \[1, 5\] tokens, found those of \[1, 6\]"):
         chain.hear(ids[:, 1:])
 
 
