@@ -4,6 +4,7 @@
     python benchmarks/gemm.py --models 4b --roles conv,swiglu
     python benchmarks/gemm.py --chosen --rows 1,8 --json gemm_chosen.json
     python benchmarks/gemm.py --rows 2,8,16,32 --json gemm_rows.json
+    python benchmarks/gemm.py --format int4_group128 --models 4b --rows 1,8,32
     python benchmarks/gemm.py --format fp8_block128 --models 4b,9b --json gemm_fp8.json
 
 Each linear is measured as a decode step has it, with what is fused around it, by its role:
@@ -56,6 +57,7 @@ from tabulate import tabulate
 from torch.nn.functional import linear
 from tqdm import tqdm
 
+from gdnfuse import formats
 from gdnfuse.bench.measure import COLD_BYTES, bandwidth, machine, replayed
 from gdnfuse.dialect import fused_linear, in_proj_conv
 from gdnfuse.kernels import devices, few_rows_hopper, few_rows_hopper_quantized, few_rows_linear, quantized, skinny_linear
@@ -63,7 +65,6 @@ from gdnfuse.kernels.linear_configs import (
     STEP,
     FewRowsConfig,
     RingConfig,
-    few_rows_config,
     quantized_ring_config,
     ring_config,
     rings,
@@ -97,8 +98,13 @@ class Linear:
     format: str = ""
 
     @property
+    def bits(self) -> int:
+        return formats.named(self.format).bits if self.format else 16
+
+    @property
     def itemsize(self) -> int:
-        return 1 if self.format else 2
+        """Bytes of an element, at least one."""
+        return max(self.bits // 8, 1)
 
     @property
     def plain(self) -> int:
@@ -109,8 +115,14 @@ class Linear:
     def size(self) -> int:
         """Bytes of the weight, and of its scales."""
         quantised = self.rows - self.plain
-        scales = 4 * -(-quantised // BLOCK) * -(-self.columns // BLOCK) if self.format else 0
-        return (quantised * self.itemsize + 2 * self.plain) * self.columns + scales
+        scales = 4 * math.prod(self.scales) if self.format else 0
+        return (quantised * self.bits // 8 + 2 * self.plain) * self.columns + scales
+
+    @property
+    def scales(self) -> tuple[int, int]:
+        """The shape of a quantised weight's scale."""
+        how = quantized.stored(self.format)
+        return -(-(self.rows - self.plain) // how.rows), -(-self.columns // (how.columns or self.columns))
 
     @property
     def outputs(self) -> int:
@@ -178,11 +190,17 @@ def on_a_ring() -> bool:
     return torch.cuda.is_available() and rings(torch.empty(0, dtype=torch.bfloat16, device=DEVICE))
 
 
+def ring_takes(of: Linear) -> bool:
+    """Whether there is a ring for the format."""
+    how = quantized.stored(of.format)
+    return how is None or (how.kind, how.columns) == ("e4m3", STEP)
+
+
 def chosen(of: Linear) -> Config:
     """The config that a decode step takes."""
     if of.sequences == 1:
-        return skinny_linear.config(of.role, of.columns, stored_dtype(of))
-    ring = on_a_ring()
+        return skinny_linear.config_of(of.role, one_of(of), of.format)
+    ring = on_a_ring() and ring_takes(of)
     quantised = bool(of.format)
     parts = 1 if of.role == "swiglu" or of.plain else split(of.rows, of.columns, of.sequences, ring, quantised)
     taken, swiglu = None, of.role == "swiglu"
@@ -191,11 +209,23 @@ def chosen(of: Linear) -> Config:
     elif ring:
         taken = ring_config(of.outputs, of.columns, swiglu, parts)
     device = devices.of(torch.device(DEVICE))
-    return taken or few_rows_config(of.columns, of.sequences, of.role == "swiglu", parts, stored_dtype(of), device)
+    return taken or quantized.config_of_rows(one_of(of), of.format, of.sequences, of.role == "swiglu", parts, device)
 
 
 def stored_dtype(of: Linear) -> torch.dtype:
-    return torch.float8_e4m3fn if of.format else torch.bfloat16
+    kinds = {"e4m3": torch.float8_e4m3fn, "int8": torch.int8, "int4": torch.int32}
+    return kinds[quantized.stored(of.format).kind] if of.format else torch.bfloat16
+
+
+def weights_like(of: Linear, copies: int, device: str) -> torch.Tensor:
+    """As many weights, without rows that are not quantised, as they are stored: uninitialised."""
+    dtype = stored_dtype(of)
+    width = of.columns * of.bits // (8 * dtype.itemsize)
+    return torch.empty(copies, of.rows - of.plain, width, dtype=dtype, device=device)
+
+
+def one_of(of: Linear) -> torch.Tensor:
+    return weights_like(of, 1, "meta")[0]
 
 
 def configs(of: Linear, sweep: bool = True) -> Iterator[Config]:
@@ -211,8 +241,9 @@ def configs(of: Linear, sweep: bool = True) -> Iterator[Config]:
 def few_rows_configs(of: Linear) -> Iterator[FewRowsConfig]:
     """Whole steps, two or more of them, as much shared memory as it takes to stream, and a sensible number of programs."""
     width = max(LEAST, triton.next_power_of_2(of.sequences))
+    most = (quantized.stored(of.format).columns or BLOCK) if of.format else 0  # columns of a step, which share a scale
     for (tile, warps), step, stages, parts in itertools.product(TILES, STEPS, STAGES, PARTS if of.role == "plain" else (1,)):
-        if of.columns % (step * parts) or of.columns // parts < 2 * step or of.format and step > BLOCK:
+        if of.columns % (step * parts) or of.columns // parts < 2 * step or of.format and step > most:
             continue
         if (
             (of.itemsize * tile + 2 * width) * step * stages not in SHARED
@@ -226,7 +257,7 @@ def few_rows_configs(of: Linear) -> Iterator[FewRowsConfig]:
 
 def ring_configs(of: Linear) -> Iterator[RingConfig]:
     """One or two programs per multiprocessor, with equally many rows each."""
-    if not on_a_ring():
+    if not on_a_ring() or not ring_takes(of):
         return
     most, width = 32 if of.role == "swiglu" else 64, max(LEAST, triton.next_power_of_2(of.sequences))
     sizes = itertools.product(PROGRAMS_PER_SM, RING_TILES, RING_STAGES, PARTS if of.role == "plain" else (1,))
@@ -241,7 +272,7 @@ def ring_configs(of: Linear) -> Iterator[RingConfig]:
 
 def one_row_configs(of: Linear) -> Iterator[skinny_linear.Config]:
     """Whole loads, no spills, little padding, one tile per program or more."""
-    groups = ((8,), (16,)) if of.format else ((),)
+    groups = ((),) if not of.format else ((8,), (16,), (32,)) if of.bits == 4 else ((8,), (16,))
     for rows, block, warps, per_sm, group in itertools.product(ROWS, BLOCKS, WARPS, PER_SM, groups):
         padded, threads = -(-of.columns // block) * block, 32 * warps
         tile = of.itemsize * rows * padded * (2 if of.role == "swiglu" else 1) / threads
@@ -261,10 +292,10 @@ def operands(of: Linear, copies: int) -> tuple[torch.Tensor, list[dict[str, Any]
     bf16 = {"dtype": torch.bfloat16}
     alone = of.sequences == 1
     x = make(of.sequences, 1, of.columns, dtype=torch.float32 if of.role == "gate" else torch.bfloat16)
-    weights = make(copies, of.rows - of.plain, of.columns, dtype=stored_dtype(of))
+    weights = weights_like(of, copies, DEVICE)
     sets: list[dict[str, Any]] = [{"weight": w} for w in weights]
     for each in sets if of.format else ():
-        scale = make(-(-(of.rows - of.plain) // BLOCK), -(-of.columns // BLOCK))
+        scale = make(of.scales)
         each |= {"scale": scale, "format": of.format, "dtype": torch.bfloat16}
         if of.plain:
             each["plain"] = make(of.plain, of.columns, **bf16)
@@ -297,7 +328,9 @@ def fill(x: torch.Tensor, sets: Sequence[dict[str, Any]]) -> None:
     for each in sets:
         for name, value in each.items():
             for tensor in value if name == "conv" else (value,):
-                if isinstance(tensor, torch.Tensor) and tensor.itemsize == 1:
+                if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.int32:
+                    tensor.random_(-(2**31), 2**31)
+                elif isinstance(tensor, torch.Tensor) and tensor.itemsize == 1:
                     tensor.copy_(torch.randn_like(tensor, dtype=torch.float16))
                 elif isinstance(tensor, torch.Tensor):
                     tensor.normal_(std=x.shape[-1] ** -0.5 if name in ("weight", "plain", "scale") else 0.5)
@@ -359,11 +392,11 @@ def exact(x: torch.Tensor, each: dict[str, Any]) -> list[torch.Tensor]:
     """Float64's output, and conv state if there is one, by the dialect's reference."""
 
     def wide(value: Any) -> Any:
-        return value.double() if isinstance(value, torch.Tensor) else value
+        return value.double() if isinstance(value, torch.Tensor) and value.dtype != torch.int32 else value
 
     stored = ("scale", "format", "dtype", "plain")
     given = {name: wide(value) for name, value in each.items() if name not in ("weight", "conv", *stored)}
-    weights = [each[name].double() for name in ("weight", "plain") if name in each]
+    weights = [wide(each[name]) for name in ("weight", "plain") if name in each]
     quantised = {"scales": [each["scale"]], "format": each["format"]} if "scale" in each else {}
     if "conv" not in each:
         return [fused_linear.reference(x.double(), weights, **given, **quantised)]

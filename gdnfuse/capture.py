@@ -343,7 +343,7 @@ def _substitute(function: types.FunctionType, capturable: Capturable) -> None:
     foreign = tuple(sorted({"seq_idx", *held} - capturable.means))
 
     def captured(*args, **kwargs):
-        if _wanted() and len(args) <= positional and _plain(args, kwargs, foreign) and accepts(*args, **kwargs):
+        if wanted() and len(args) <= positional and _plain(args, kwargs, foreign) and accepts(*args, **kwargs):
             return call(*args, **kwargs)
         return _originals[key](*args, **kwargs)
 
@@ -364,7 +364,7 @@ def _plain(args, kwargs, foreign):
 
 
 @torch.compiler.assume_constant_result
-def _wanted() -> bool:
+def wanted() -> bool:
     """Whether the compilation under way is one to capture in. Dynamo runs this for real while it traces.
 
     torch hands a backend its options only with the finished graph, so they are read off the tracer. Where that cannot be done, as

@@ -38,7 +38,7 @@ from gdnfuse.report.records import BANDWIDTH, Comparison, GraphReport, document
 from gdnfuse.report.text import Style, render, table
 
 DTYPES = ("bfloat16", "float16", "float32")
-FORMATS = ("fp8", "fp8-tensor")  # keys of gdnfuse.models.QUANTIZED, which parsing need not import
+FORMATS = ("fp8", "fp8-tensor", "int8", "int4")  # keys of gdnfuse.models.QUANTIZED, which parsing need not import
 VERIFICATION = "gdnfuse.verification/1"  # the schema of what verify prints as JSON
 
 

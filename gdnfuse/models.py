@@ -24,6 +24,7 @@ from gdnfuse.generation.caches import cache_argument
 from gdnfuse.generation.compile import apart
 from gdnfuse.progress import announce
 from gdnfuse.report.records import GraphReport, reports
+from gdnfuse.stored_linear import StoredLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -140,7 +141,9 @@ def random_model(config: PreTrainedConfig, dtype: torch.dtype = torch.bfloat16, 
     return model.eval().requires_grad_(False)
 
 
-QUANTIZED = {"fp8": "fp8_block128", "fp8-tensor": "fp8_tensor"}  # what commands call the formats of `quantized`
+# What commands call the formats of `quantized`.
+QUANTIZED = {"fp8": "fp8_block128", "fp8-tensor": "fp8_tensor", "int8": "int8_channel", "int4": "int4_group128"}
+OF_TRANSFORMERS = {"fp8_block128": (formats.fp8_block128.BLOCK,) * 2, "fp8_tensor": None}  # FP8Linear's blocks
 # What checkpoints leave as it is, whatever the format: small, or where an error would show in every token.
 NOT_QUANTIZED = ("lm_head", "in_proj_a", "in_proj_b", "in_proj_ba", "a_proj", "b_proj", "gate", "shared_expert_gate")
 
@@ -148,12 +151,14 @@ NOT_QUANTIZED = ("lm_head", "in_proj_a", "in_proj_b", "in_proj_ba", "a_proj", "b
 def quantized(model: torch.nn.Module, format: str = "fp8_block128") -> torch.nn.Module:
     """Turn the linears of a model into those of a quantised checkpoint, in place and one by one, without the hub.
 
-    Those become transformers' FP8Linear, and experts its FP8Experts, as loading a checkpoint of FineGrainedFP8Config makes of
-    them. The head, what a GDN layer makes its gates of and routers stay as they are.
+    Of "fp8_block128" and "fp8_tensor" those become transformers' FP8Linear, and of the first experts its FP8Experts, as loading a
+    checkpoint of FineGrainedFP8Config makes of them. Of other formats they become a `StoredLinear`, with the tensors that a
+    checkpoint of compressed-tensors has. The head, what a GDN layer makes its gates of and routers stay as they are, and so do
+    linears whose columns are no whole groups.
 
     Args:
         model: with weights on any device, or on the meta device.
-        format: "fp8_block128", or "fp8_tensor" for one scale a weight, which experts are not turned to.
+        format: a name of `gdnfuse.formats.FORMATS`.
 
     Returns:
         The model.
@@ -161,25 +166,32 @@ def quantized(model: torch.nn.Module, format: str = "fp8_block128") -> torch.nn.
     Raises:
         GdnfuseError: there is no such format, or the model has nothing to quantise.
     """
-    from transformers.integrations.finegrained_fp8 import FP8Linear
-
-    blocks = {"fp8_block128": (formats.fp8_block128.BLOCK,) * 2, "fp8_tensor": None}
-    if format not in blocks:
-        raise GdnfuseError(f"A model can be quantised to {' or '.join(blocks)}, found {format!r}.")
+    if format not in formats.FORMATS:
+        raise GdnfuseError(f"A model can be quantised to {', '.join(formats.FORMATS)}, found {format!r}.")
     names = [n for n, m in model.named_modules() if type(m) is torch.nn.Linear and n.rpartition(".")[2] not in NOT_QUANTIZED]
+    names = [n for n in names if model.get_submodule(n).in_features % formats.named(format).columns == 0]
     if not names:
-        raise GdnfuseError("A model to quantise must have linears beside its head, found none.")
+        raise GdnfuseError("A model to quantise must have linears beside its head with whole groups of columns, found none.")
     for name in names:
         linear = model.get_submodule(name)
-        with torch.device("meta"):
-            new = FP8Linear(linear.in_features, linear.out_features, blocks[format], has_bias=linear.bias is not None)
-        _quantize(new, "weight", linear.weight, format)
-        new.bias = linear.bias
+        new = _quantized_linear(linear, format)
         model.set_submodule(name, new.train(linear.training))
         del linear
-    if blocks[format]:
-        _quantize_experts(model, format, blocks[format])
+    if OF_TRANSFORMERS.get(format):
+        _quantize_experts(model, format, OF_TRANSFORMERS[format])
     return model
+
+
+def _quantized_linear(linear: torch.nn.Linear, format: str) -> torch.nn.Linear:
+    if format not in OF_TRANSFORMERS:
+        return StoredLinear(format, *formats.named(format).quantize(linear.weight.detach()), linear.bias)
+    from transformers.integrations.finegrained_fp8 import FP8Linear
+
+    with torch.device("meta"):
+        new = FP8Linear(linear.in_features, linear.out_features, OF_TRANSFORMERS[format], has_bias=linear.bias is not None)
+    _quantize(new, "weight", linear.weight, format)
+    new.bias = linear.bias
+    return new
 
 
 def _quantize(module: torch.nn.Module, name: str, weight: torch.Tensor, format: str) -> None:

@@ -5,6 +5,7 @@ They are no part of the product, so `make trust` runs these tests and `make test
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import os
@@ -325,6 +326,24 @@ def test_gemm_benchmark_sweeps_configs_of_several_rows(rows):
         for c in configs:
             assert of.columns % (c.BK * c.parts) == 0
             assert (c.BM + max(8, rows)) * c.BK * 2 * c.stages <= 150 * 1024
+
+
+@pytest.mark.parametrize("format", ["fp8_block128", "int8_channel", "int4_group32", "int4_group128"])
+def test_gemm_benchmark_has_quantised_weights_as_they_are_stored(format, monkeypatch):
+    gemm = importlib.import_module("gemm")
+    monkeypatch.setattr(gemm, "on_a_ring", lambda: format == "fp8_block128")
+    for of in (dataclasses.replace(linear, format=format) for linear in gemm.LINEARS if "head" not in linear.whose):
+        quantised = torch.empty(of.rows - of.plain, of.columns, dtype=torch.bfloat16, device="meta")
+        data, scale = gemm.formats.named(format).quantize(quantised)
+        one = gemm.one_of(of)
+        assert (one.shape, one.dtype, of.scales) == (data.shape, data.dtype, tuple(scale.shape))
+        assert of.size == data.nbytes + 4 * scale.numel() + 2 * of.plain * of.columns
+        for rows in (1, 9):
+            configs = list(gemm.configs(of.of_rows(rows)))
+            few = 0 if format == "int4_group32" and rows > 1 else 5  # whose steps have but one size
+            assert configs[0] == gemm.chosen(of.of_rows(rows)) and len(configs) == len({*configs}) > few, (of, rows)
+            steps = [c.BK for c in configs if isinstance(c, gemm.FewRowsConfig)]
+            assert all(step <= 32 for step in steps) or format != "int4_group32"
 
 
 @pytest.mark.parametrize("rows", [2, 32])

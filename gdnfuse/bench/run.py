@@ -41,7 +41,7 @@ from gdnfuse.files import check_writable, replacing
 from gdnfuse.generation.caches import cache_argument
 from gdnfuse.generation.compile import apart
 from gdnfuse.generation.shards import WAYS
-from gdnfuse.models import QUANTIZED, load_config, preset, quantized, random_model
+from gdnfuse.models import OF_TRANSFORMERS, QUANTIZED, load_config, preset, quantized, random_model
 from gdnfuse.report.text import table
 
 SCHEMA = "gdnfuse.bench/1"
@@ -100,12 +100,13 @@ class Settings:
 def default_sides(device: str, quantize: str | None = None, tensor_parallel: int | None = None) -> list[str]:
     """All that can run here; flash-linear-attention only where it is installed and there is a GPU for it.
 
-    Of a quantised model all others need kernels of the hub, on a GPU. With ranks they are SIDES_ON_RANKS.
+    from gdnfuse.generation.shards import WAYS
+    from gdnfuse.models import OF_TRANSFORMERS, QUANTIZED, load_config, preset, quantized, random_model
     """
     if tensor_parallel:
         return [*SIDES_ON_RANKS]
     gpu = torch.device(device).type == "cuda"
-    if quantize and not (gpu and importlib.util.find_spec("kernels")):
+    if QUANTIZED.get(quantize) in OF_TRANSFORMERS and not (gpu and importlib.util.find_spec("kernels")):
         return ["gdnfuse"]
     fla = importlib.util.find_spec("fla") is not None and gpu
     return [side for side in SIDES if side != "fla" or fla]

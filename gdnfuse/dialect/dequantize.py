@@ -16,7 +16,7 @@ def reference(data: torch.Tensor, scale: torch.Tensor, format: str, dtype: torch
     """What the format's own library makes of them, computed in float32 (float64 if any of these is) and rounded once.
 
     Args:
-        data: [M, N] as stored, or [E, M, N] of experts.
+        data: [M, N] as stored, or [E, M, N] of experts; fewer columns where several are in one element.
         scale: as the format has it.
         format: a name of `gdnfuse.formats.FORMATS`.
         dtype: of the weight.
@@ -32,8 +32,7 @@ def reference(data: torch.Tensor, scale: torch.Tensor, format: str, dtype: torch
 
 
 def fake(data, scale, format, dtype):
-    formats.named(format)
-    return torch.empty(data.shape, dtype=dtype, device=data.device)
+    return torch.empty(formats.named(format).shape(data), dtype=dtype, device=data.device)
 
 
 def examples():
@@ -41,6 +40,7 @@ def examples():
         ("fp8_block128", (256, 128), torch.bfloat16), ("fp8_block128", (130, 200), torch.float32),
         ("fp8_block128", (2, 128, 130), torch.float16), ("fp8_tensor", (5, 8), torch.float32),
         ("int8_channel", (5, 8), torch.bfloat16), ("fp8_channel", (5, 8), torch.float32),
+        ("int4_group32", (5, 64), torch.bfloat16),
     ]  # fmt: skip
     return [((*formats.named(name).quantize(torch.randn(shape)), name, dtype), {}) for name, shape, dtype in made]
 

@@ -24,7 +24,8 @@ class Format:
         quantize: a floating weight's data and scale.
         rows: of how many rows of a weight a scale is; weights of whole such blocks may stand in one buffer, one behind the other.
             None where all rows share one.
-        bits: of one element of the data.
+        columns: of whose multiples a weight must have as many.
+        bits: of one element of a weight; the data have several in each of theirs where these have more.
     """
 
     name: str
@@ -35,6 +36,11 @@ class Format:
     quantize: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
     rows: int | None
     bits: int
+    columns: int = 1
+
+    def shape(self, data: torch.Tensor) -> tuple[int, ...]:
+        """The shape of the weight that data stand for."""
+        return (*data.shape[:-1], data.shape[-1] * (8 * data.element_size() // self.bits))
 
 
 FORMATS: dict[str, Format] = {}

@@ -521,7 +521,8 @@ class Scales(NamedTuple):
         stored = quantized.stored(self.format) if self.format else None
         if stored is None:
             return {"KIND": None, "ROWS": 1, "COLUMNS": 1, "CONVERTS": False}
-        return {**dict(zip(("KIND", "ROWS", "COLUMNS"), stored, strict=True)), "CONVERTS": quantized.converts(device)}
+        how = {"KIND": stored.kind, "ROWS": stored.rows, "COLUMNS": stored.columns}
+        return how | {"CONVERTS": quantized.converts(device, stored)}
 
 
 def as_stored(
@@ -839,7 +840,7 @@ def _require_scales(x, gate_up, down, shared, scales, format) -> tuple[str, ...]
         weights |= {"shared_gate": shared.gate, "shared_up": shared.up, "shared_down": shared.down}
     if len(scales) != len(weights):
         raise Refused("Experts and the shared one must be quantised alike, found that some are not.")
-    if not quantized.stored(format).columns:
+    if not quantized.stored(format).columns or quantized.stored(format).rows == 1:
         raise Refused(f"Kernels read experts whose scales are of blocks, found {formats.named(format).about}.")
     for (name, w), scale in zip(weights.items(), scales, strict=True):
         quantized.require(w, scale, format)

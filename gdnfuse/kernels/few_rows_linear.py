@@ -23,12 +23,11 @@ from gdnfuse.kernels.launch.implementation import kernel_of, overlap_options
 from gdnfuse.kernels.linear_configs import (
     FewRowsConfig,
     columns_of,
-    few_rows_config,
     quantized_ring_config,
     ring_config,
     rows_and_out,
 )
-from gdnfuse.kernels.quantized import times, widen
+from gdnfuse.kernels.quantized import times, times_pairs, widen
 
 if compat.gluon():
     from gdnfuse.kernels import few_rows_hopper, few_rows_hopper_quantized
@@ -42,8 +41,8 @@ OPERANDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float1
 
 @triton.jit
 def few_rows_linear_kernel(
-    x_ptr, weight_ptr, scale_ptr, plain_ptr, out_ptr,
-    B, M, stored, columns, stride_xb, stride_wm, stride_sm, stride_pm,
+    x_ptr, pairs_ptr, weight_ptr, scale_ptr, plain_ptr, out_ptr,
+    B, M, stored, columns, stride_xb, stride_pb, stride_wm, stride_sm, stride_pm,
     SWIGLU: tl.constexpr, OPERAND: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BB: tl.constexpr,
     STAGES: tl.constexpr, EARLY: tl.constexpr, OVERLAP: tl.constexpr,
     KIND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CONVERTS: tl.constexpr,
@@ -76,13 +75,23 @@ def few_rows_linear_kernel(
             gdc_wait()
         if pid < tiles:
             scale_ptrs = scale_ptr + row.to(tl.int64) // ROWS * stride_sm  # [BM]
-            for start in tl.range(0, columns, BK, num_stages=STAGES):
-                w, x = tl.load(w_ptrs + start), tl.load(x_ptrs + start).to(OPERAND)
-                if COLUMNS > 0:
+            if KIND == "int4":
+                # Two columns are in a byte of the weight, and in a pair of x.
+                half = part * (columns // BK) * (BK // 2) + tl.arange(0, BK // 2)  # [BK / 2]
+                byte_ptrs = weight_ptr + row.to(tl.int64)[:, None] * stride_wm + half[None, :]  # [BM, BK / 2]
+                pair_ptrs = pairs_ptr + tl.where(b < B, b, 0).to(tl.int64)[None, :] * stride_pb + half[:, None]  # [BK / 2, BB]
+                for start in tl.range(0, columns, BK, num_stages=STAGES):
+                    w, x = tl.load(byte_ptrs + start // 2), tl.load(pair_ptrs + start // 2)
                     scale = tl.load(scale_ptrs + (part * columns + start) // COLUMNS)  # [BM]
-                    acc += times(w, x, scale, OPERAND, KIND, CONVERTS)
-                else:
-                    acc = tl.dot(widen(w, KIND, CONVERTS).to(OPERAND), x, acc, input_precision="ieee")
+                    acc += times_pairs(w, x, scale, x_ptr.dtype.element_ty, OPERAND, CONVERTS)
+            else:
+                for start in tl.range(0, columns, BK, num_stages=STAGES):
+                    w, x = tl.load(w_ptrs + start), tl.load(x_ptrs + start).to(OPERAND)
+                    if COLUMNS > 0:
+                        scale = tl.load(scale_ptrs + (part * columns + start) // COLUMNS)  # [BM]
+                        acc += times(w, x, scale, OPERAND, KIND, CONVERTS)
+                    else:
+                        acc = tl.dot(widen(w, KIND, CONVERTS).to(OPERAND), x, acc, input_precision="ieee")
             if COLUMNS == 0:
                 acc = acc * tl.load(scale_ptrs).to(tl.float32)[:, None]
         elif plain_ptr is not None:
@@ -136,14 +145,17 @@ def launch_with(
     rows, out = rows_and_out(x, M, dtype, parts)
     B, N = rows.shape
     options = overlap_options(x) if overlap else {}
+    data, pairs = quantized.raw(weight) if how else weight, None
+    if how and how.kind == "int4":
+        data, pairs = data.view(torch.uint8), quantized.pairs(rows)
     tile = BM // 2 if swiglu else BM
     kernel_of(few_rows_linear_kernel)[(-(-stored // tile) + -(-(M - stored) // tile), parts)](
-        rows, quantized.raw(weight) if how else weight, scale, plain, out,
-        B, M, stored, N // parts, rows.stride(0), weight.stride(0),
+        rows, pairs, data, scale, plain, out,
+        B, M, stored, N // parts, rows.stride(0), 0 if pairs is None else pairs.stride(0), data.stride(0),
         0 if scale is None else scale.stride(0), 0 if plain is None else plain.stride(0),
         SWIGLU=swiglu, OPERAND=OPERANDS[dtype], BM=BM, BK=BK, BB=columns_of(B),
         STAGES=stages, EARLY=early, OVERLAP=bool(options), KIND=how and how.kind, ROWS=how.rows if how else 1,
-        COLUMNS=how.columns if how else 0, CONVERTS=bool(how) and quantized.converts(x.device), num_warps=num_warps, **options,
+        COLUMNS=how.columns if how else 0, CONVERTS=quantized.converts(x.device, how), num_warps=num_warps, **options,
     )  # fmt: skip
     return out
 
@@ -155,7 +167,8 @@ def launch(
 
     `stored` is what `launch_with` is told of a quantised weight.
     """
-    M, N = weight.shape[0] // (2 if swiglu else 1), weight.shape[1]
+    M, format = weight.shape[0] // (2 if swiglu else 1), stored.get("format", "")
+    N = quantized.width(weight, format)
     rows = x.reshape(-1, N)
     x = rows.view(x.shape)  # so that what had to be copied is copied once
     if stored and few_rows_hopper_quantized and (ring := quantized_ring_config(M, N, rows.shape[0], swiglu, parts)):
@@ -163,5 +176,5 @@ def launch(
             return few_rows_hopper_quantized.launch_with(ring, x, weight, swiglu, overlap, **stored)
     elif few_rows_hopper and (ring := ring_config(M, N, swiglu, parts)) and few_rows_hopper.supports_here(rows, weight):
         return few_rows_hopper.launch_with(ring, x, weight, swiglu, overlap)
-    config = few_rows_config(N, rows.shape[0], swiglu, parts, weight.dtype, devices.of(x.device))
+    config = quantized.config_of_rows(weight, format, rows.shape[0], swiglu, parts, devices.of(x.device))
     return launch_with(config, x, weight, swiglu, overlap, **stored)

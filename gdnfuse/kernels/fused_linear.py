@@ -16,7 +16,7 @@ from gdnfuse.kernels import devices, few_rows_linear, quantized, skinny_linear
 from gdnfuse.kernels.causal_conv_update import ACTIVATIONS
 from gdnfuse.kernels.gated_rms_norm import require_gate
 from gdnfuse.kernels.launch.implementation import register, require_dtypes, require_static
-from gdnfuse.kernels.linear_configs import MAX_ROWS, few_rows_config
+from gdnfuse.kernels.linear_configs import MAX_ROWS
 
 
 def launch(
@@ -47,7 +47,7 @@ def launch(
     weight, stored = weights[0], _stored(weights, scales, format, dtype)
     if _rows(x) > 1:
         return few_rows_linear.launch(x, weight, swiglu, overlap=overlap, **stored)
-    chosen = skinny_linear.config(skinny_linear.kind(norm_weight, gate, swiglu), weight.shape[1], weight.dtype)
+    chosen = skinny_linear.config_of(skinny_linear.kind(norm_weight, gate, swiglu), weight, format)
     return skinny_linear.launch_with(
         chosen, x, weight, norm_weight, norm_eps, norm_offset, gate, swiglu, residual, gate_activation, overlap=overlap, **stored
     )
@@ -92,7 +92,7 @@ def launch_in_proj_conv(
     """
     weight = weights[0]
     conv = (conv_state, conv_weight, conv_bias, conv_offset, activation)
-    chosen = skinny_linear.config("conv", weight.shape[1], weight.dtype)
+    chosen = skinny_linear.config_of("conv", weight, format)
     if parts is not None:
         offsets, strides, widths = parts[::3], parts[1::3], parts[2::3]
         first = accumulate((heads * width for width in widths), initial=0)
@@ -152,8 +152,8 @@ def supports(
             raise Refused(f"x and weight must have one dtype, got {both}.")
     if x.dim() < 1 or weight.dim() != 2:
         raise Refused(f"x must have at least one dimension and weight two, got {x.dim()} and {weight.dim()}.")
-    M, N = weight.shape
-    require_static(M=M, N=N)
+    require_static(M=weight.shape[0], N=weight.shape[1])
+    N = quantized.width(weight, format)
     require_static(**{"x's last size": x.shape[-1]})
     if x.shape[-1] != N:
         raise Refused(f"x and weight must agree on N, got {x.shape[-1]} and {N}.")
@@ -163,7 +163,7 @@ def supports(
         raise Refused(f"x must have at most {MAX_ROWS} rows, got the sizes {list(x.shape)}.")
     if quantised:
         quantized.require(weight, scales[0], format)
-        _require_beside(weights, _rows(x), swiglu, gate, residual, parts)
+        _require_beside(weights, format, _rows(x), swiglu, gate, residual, parts)
     for name, t in (("x", x), ("weight", weight), ("gate", gate), ("residual", residual)):
         if t is not None and t.shape[-1] > 1 and (not isinstance(t.stride(-1), int) or t.stride(-1) != 1):
             raise Refused(f"{name} must have contiguous rows, got the strides {list(t.stride())}.")
@@ -171,21 +171,21 @@ def supports(
         around = {"norm or gate before": norm_weight, "residual behind": residual}
         if given := [name for name, t in around.items() if t is not None]:
             raise Refused(f"Several rows take SwiGLU behind their linear and nothing else, got a {given[0]} it.")
-        few_rows_config(N, _rows(x), swiglu, parts, weight.dtype, devices.of(x.device))
+        quantized.config_of_rows(weight, format, _rows(x), swiglu, parts, devices.of(x.device))
     elif N > skinny_linear.MAX_N:
         raise Refused(f"One row must be at most {skinny_linear.MAX_N} wide, got {N}.")
     if gate is not None:
         require_gate(gate_activation)
-        V, step = norm_weight.shape[0], skinny_linear.config("gate", N)[1]
+        V, step = norm_weight.shape[0], skinny_linear.config_of("gate", weight, format)[1]
         if N % step or step % V:
             raise Refused(f"Heads must fill steps of {step} columns, and these the row, got {N} columns in heads of {V}.")
 
 
-def _require_beside(weights, rows, swiglu, gate, residual, parts) -> None:
+def _require_beside(weights, format, rows, swiglu, gate, residual, parts) -> None:
     """Refuse a quantised weight that does not fill tiles of rows, where rows of up or plain ones follow, or other things beside
     the plain ones."""
     kind = "swiglu" if swiglu else "conv" if len(weights) > 1 else "plain"
-    tile = skinny_linear.config(kind, weights[0].shape[1], weights[0].dtype)[0]
+    tile = skinny_linear.config_of(kind, weights[0], format)[0]
     own = weights[0].shape[0] // (2 if swiglu else 1)
     if kind != "plain" and rows == 1 and own % tile:
         raise Refused(f"Rows of a quantised weight must be a multiple of {tile} there, got {own}.")
@@ -194,7 +194,7 @@ def _require_beside(weights, rows, swiglu, gate, residual, parts) -> None:
     if swiglu or gate is not None or residual is not None or parts > 1:
         raise Refused("Rows that are not quantised must have nothing but a norm or a conv beside them, got more.")
     plain = weights[1]
-    if plain.dim() != 2 or plain.shape[1] != weights[0].shape[1] or plain.stride(-1) != 1:
+    if plain.dim() != 2 or plain.shape[1] != quantized.width(weights[0], format) or plain.stride(-1) != 1:
         raise Refused(f"Weights must agree on N and have contiguous rows, got {list(weights[0].shape)} and {list(plain.shape)}.")
 
 

@@ -116,14 +116,16 @@ def columns_of(rows: int) -> int:
 
 
 def few_rows_config(
-    N: int, rows: int, swiglu: bool = False, parts: int = 1, dtype: torch.dtype = torch.bfloat16, device: Device = H200
-) -> FewRowsConfig:
+    N: int, rows: int, swiglu: bool = False, parts: int = 1, dtype: torch.dtype = torch.bfloat16, device: Device = H200,
+    scaled: int = SCALED,
+) -> FewRowsConfig:  # fmt: skip
     """The config for `rows` rows times a weight of N columns, with as many stages as the device has shared memory for.
 
     Args:
         swiglu: whether the weight is of gate and up.
         parts: of split_linear.
         device: that it runs on.
+        scaled: columns that share a scale, of a quantised weight, whose dtype has one byte.
 
     Raises:
         Refused: N, or a part of it, does not fill the steps over columns, or a step does not fit the shared memory.
@@ -143,7 +145,7 @@ def few_rows_config(
     if dtype.itemsize > 2:
         config = config._replace(BM=32)  # more would spill
     if dtype.itemsize < 2:
-        config, block = FewRowsConfig(64, SCALED, 4, 4, parts, False), SCALED
+        config, block = FewRowsConfig(64, scaled, 4, 4, parts, False), scaled
     while block > 32 and N % (block * parts):
         block //= 2
     if N % (block * parts):

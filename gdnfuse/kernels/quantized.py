@@ -15,22 +15,26 @@ import triton.language as tl
 from gdnfuse import compat, formats
 from gdnfuse.errors import Refused
 from gdnfuse.kernels import devices
+from gdnfuse.kernels.linear_configs import SCALED, FewRowsConfig, few_rows_config
 
 GROUP = 16  # columns whose products are added up before their scale, at most: 16 bytes, what a thread reads at once
 
 
 class Stored(NamedTuple):
-    """How a kernel reads a format: what the data are, and of how many rows and columns of them a scale is. No columns are all."""
+    """How a kernel reads a format: what the data are, of how many rows and columns of the weight a scale is, and how many columns
+    are in an element of the data. A scale of no columns is of all."""
 
     kind: str
     rows: int
     columns: int
+    packed: int = 1
 
 
 STORED = {
     "fp8_block128": Stored("e4m3", 128, 128),
     "fp8_channel": Stored("e4m3", 1, 0),
     "int8_channel": Stored("int8", 1, 0),
+    **{f"int4_group{columns}": Stored("int4", 1, columns, formats.int4_group.PACKED) for columns in formats.int4_group.GROUPS},
 }
 SCALES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -49,12 +53,39 @@ def stored(format: str) -> Stored | None:
 
 def raw(data: torch.Tensor) -> torch.Tensor:
     """The data as integers: not all devices that can compute with e4m3 in other ways know its pointers."""
-    return data if data.dtype == torch.int8 else data.view(torch.uint8)
+    return data if data.dtype in (torch.int8, torch.int32) else data.view(torch.uint8)
 
 
-def converts(device: torch.device) -> bool:
-    """Whether a device has an instruction that widens e4m3. Triton's interpreter has one that takes NaN for a number."""
-    return devices.of(device).widens_e4m3 and not compat.interpreting()
+def width(weight: torch.Tensor, format: str) -> int:
+    """The columns of a weight, which is data where there is a format."""
+    return formats.named(format).shape(weight)[-1] if format else weight.shape[-1]
+
+
+def config_of_rows(
+    weight: torch.Tensor, format: str, rows: int, swiglu: bool, parts: int, device: devices.Device
+) -> FewRowsConfig:
+    """`few_rows_config` for so many rows times a weight, which is data where there is a format."""
+    N, how = width(weight, format), stored(format)
+    dtype, scaled = (torch.uint8, (how.columns or SCALED)) if how else (weight.dtype, SCALED)
+    return few_rows_config(N, rows, swiglu, parts, dtype, device, scaled)
+
+
+PAIRS = {4: torch.int64, 2: torch.int32}
+
+
+def pairs(x: torch.Tensor) -> torch.Tensor:
+    """Two columns of x [B, N] as one integer: [B, N/2]. Rows that do not begin at a whole one are copied."""
+    if x.storage_offset() % 2 or x.stride(0) % 2:
+        x = x.clone(memory_format=torch.contiguous_format)
+    return x.view(PAIRS[x.itemsize])
+
+
+def converts(device: torch.device, how: Stored | None) -> bool:
+    """Whether a device has an instruction that helps to widen such data: one for e4m3, or logic of three inputs for int4, as
+    NVIDIA's have. Triton's interpreter has one for e4m3 that takes NaN for a number."""
+    if how is None or compat.interpreting():
+        return False
+    return not devices.of(device).amd if how.kind == "int4" else devices.of(device).widens_e4m3
 
 
 def require(data: torch.Tensor, scale: torch.Tensor, format: str) -> None:
@@ -67,14 +98,40 @@ def require(data: torch.Tensor, scale: torch.Tensor, format: str) -> None:
     for name, t in (("weight", data), ("its scale", scale)):
         if t.shape[-1] > 1 and t.stride(-1) != 1:
             raise Refused(f"{name} must have contiguous rows, got the strides {list(t.stride())}.")
-    if data.shape[-1] % GROUP:
-        raise Refused(f"A quantised weight must have a multiple of {GROUP} columns, got {data.shape[-1]}.")
+    if (columns := width(data, format)) % GROUP:
+        raise Refused(f"A quantised weight must have a multiple of {GROUP} columns, got {columns}.")
+
+
+@triton.jit
+def _integer(w, I: tl.constexpr, CONVERTS: tl.constexpr):
+    """The integer in the I'th four bits of int32, of which the first to the fourth can be asked for, in float32.
+
+    A device has no fast conversion. These bits are put where they stand into the fraction of 2^23; moving them to their place and
+    taking off what is too much is one multiplication and addition, of which nothing is rounded.
+    """
+    FACTOR: tl.constexpr = 1.0 / (1 << (4 * I))
+    if CONVERTS:
+        # (w & mask) | 2^23 in one instruction, of which ptxas makes two where both are constants.
+        given = [w, 15 << (4 * I), 0x4B000000]
+        bits = tl.inline_asm_elementwise("lop3.b32 $0, $1, $2, $3, 0xEA;", "=r,r,r,r", given, tl.int32, is_pure=True, pack=1)
+    else:
+        bits = (w & (15 << (4 * I))) | 0x4B000000
+    return bits.to(tl.float32, bitcast=True) * FACTOR - (8388608 * FACTOR + 8)
 
 
 @triton.jit
 def widen(w, KIND: tl.constexpr, CONVERTS: tl.constexpr):
-    """Stored weights as float32, exactly: NaN stays NaN, and zero keeps its sign."""
-    if KIND == "e4m3":
+    """Stored weights as float32, exactly: NaN stays NaN, and zero keeps its sign. Of [R, C] of int4 come [R, 8·C]."""
+    if KIND == "int4":
+        # In the order of columns: what is joined last lies side by side.
+        upper = w >> 16
+        w04 = tl.join(_integer(w, 0, CONVERTS), _integer(upper, 0, CONVERTS))
+        w15 = tl.join(_integer(w, 1, CONVERTS), _integer(upper, 1, CONVERTS))
+        w26 = tl.join(_integer(w, 2, CONVERTS), _integer(upper, 2, CONVERTS))
+        w37 = tl.join(_integer(w, 3, CONVERTS), _integer(upper, 3, CONVERTS))
+        even, odd = tl.join(w04, w26), tl.join(w15, w37)
+        wide = tl.reshape(tl.join(even, odd), (w.shape[0], 8 * w.shape[1]))
+    elif KIND == "e4m3":
         if CONVERTS:
             wide = w.to(tl.float8e4nv, bitcast=True).to(tl.float32)
         else:
@@ -103,12 +160,26 @@ def load_scales(scale_ptr, N: tl.constexpr, BN: tl.constexpr, COLUMNS: tl.conste
 
 
 @triton.jit
+def load_scales_of_rows(scale_ptrs, N: tl.constexpr, BN: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
+    """The same of rows that have scales of their own, from where those of each begin, [R]: a tuple of [R, BN / GROUP]."""
+    first = tl.arange(0, BN // GROUP) * GROUP  # [BN / GROUP]
+    steps = ()
+    for start in tl.static_range(0, N, BN):
+        place = scale_ptrs[:, None] + ((start + first) // COLUMNS)[None, :]  # [R, BN / GROUP]
+        if start + BN <= N:
+            steps = steps + (tl.load(place).to(tl.float32),)
+        else:
+            steps = steps + (tl.load(place, mask=(first < N - start)[None, :], other=0.0).to(tl.float32),)
+    return steps
+
+
+@triton.jit
 def dot_scaled(w, x, scales, R: tl.constexpr, BN: tl.constexpr, KIND: tl.constexpr, CONVERTS: tl.constexpr, GROUP: tl.constexpr):
-    """Σ over steps and columns of w·scale·x for rows of one block of rows: [R], float32."""
+    """Σ over steps and columns of w·scale·x for rows of one block of rows, or each with scales of its own: [R], float32."""
     acc = tl.zeros((R, BN // GROUP), tl.float32)
     for i in tl.static_range(len(x)):
         products = tl.reshape(widen(w[i], KIND, CONVERTS) * x[i][None, :], (R, BN // GROUP, GROUP))
-        acc += tl.sum(products, 2) * scales[i][None, :]
+        acc += tl.sum(products, 2) * (scales[i] if KIND == "int4" else scales[i][None, :])
     return tl.sum(acc, 1)
 
 
@@ -132,6 +203,19 @@ def scales_of_rows(expert, rows, row, N, ROWS: tl.constexpr, COLUMNS: tl.constex
 def times(w, x, scale, OPERAND: tl.constexpr, KIND: tl.constexpr, CONVERTS: tl.constexpr):
     """A step of a product on tensor cores, of columns that share a scale: w [BM, BK] as stored, x [BK, BB], scale [BM]."""
     return scale.to(tl.float32)[:, None] * tl.dot(widen(w, KIND, CONVERTS).to(OPERAND), x, input_precision="ieee")
+
+
+@triton.jit
+def times_pairs(w, x, scale, X: tl.constexpr, OPERAND: tl.constexpr, CONVERTS: tl.constexpr):
+    """The same of int4 [BM, BK/2] as bytes and pairs of columns of x [BK/2, BB], whose halves have the dtype X: a product of the
+    even columns and one of the odd ones, so that nothing need be put side by side."""
+    BITS: tl.constexpr = X.primitive_bitwidth
+    HALF: tl.constexpr = tl.uint16 if BITS == 16 else tl.uint32
+    even, odd = x.to(HALF).to(X, bitcast=True), (x >> BITS).to(HALF).to(X, bitcast=True)
+    w = w.to(tl.int32)
+    product = tl.dot(_integer(w, 0, CONVERTS).to(OPERAND), even.to(OPERAND), input_precision="ieee")
+    product = tl.dot(_integer(w, 1, CONVERTS).to(OPERAND), odd.to(OPERAND), product, input_precision="ieee")
+    return scale.to(tl.float32)[:, None] * product
 
 
 @triton.jit

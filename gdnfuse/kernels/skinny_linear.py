@@ -25,7 +25,7 @@ from gdnfuse import compat
 from gdnfuse.kernels import devices, quantized
 from gdnfuse.kernels.gated_rms_norm import gated
 from gdnfuse.kernels.launch.implementation import kernel_of, overlap_options
-from gdnfuse.kernels.quantized import dot_scaled, dot_widened, load_scales
+from gdnfuse.kernels.quantized import dot_scaled, dot_widened, load_scales, load_scales_of_rows
 
 gdc_launch_dependents, gdc_wait = compat.dependent_launch()
 
@@ -62,6 +62,15 @@ QUANTIZED_CONFIGS = {
     "plain": ((3072, (8, 512, 4, 0, 8)), (12288, (2, 1024, 4, 0, 8)), (float("inf"), (2, 2048, 8, 0, 8))),
 }
 
+# And for one of int4. Chosen by its machine code for sm_90, as few instructions per weight as nothing spills with; not measured.
+INT4_CONFIGS = {
+    "conv": ((1024, (16, 1024, 4, 0, 32)), (2560, (16, 512, 4, 0, 32)), (float("inf"), (8, 1024, 4, 0, 32))),
+    "norm": ((1024, (16, 1024, 4, 0, 32)), (2560, (16, 512, 4, 0, 32)), (float("inf"), (8, 1024, 4, 0, 32))),
+    "gate": ((512, (8, 512, 4, 0, 32)), (float("inf"), (8, 1024, 4, 0, 32))),
+    "swiglu": ((2560, (8, 512, 4, 0, 16)), (float("inf"), (4, 1024, 4, 0, 16))),
+    "plain": ((4096, (8, 512, 4, 0, 16)), (12288, (4, 2048, 4, 0, 16)), (float("inf"), (4, 2048, 8, 0, 16))),
+}
+
 Config = tuple[int, ...]
 # Of rows that follow a quantised weight's: how many a program takes, and how many of their columns at once.
 PLAIN_ROWS, PLAIN_COLUMNS = tl.constexpr(2), tl.constexpr(2048)
@@ -84,6 +93,15 @@ def config(kind: str, n: int, dtype: torch.dtype = torch.bfloat16) -> Config:
     if dtype != torch.bfloat16 and rows > 1 and rows // 2 * block * dtype.itemsize >= 16 * 32 * num_warps:
         rows //= 2
     return rows, min(block, triton.next_power_of_2(n)), num_warps, per_sm
+
+
+def config_of(kind: str, weight: torch.Tensor, format: str = "") -> Config:
+    """`config` for a weight, which is data where there is a format."""
+    n = quantized.width(weight, format)
+    if format and quantized.stored(format).kind == "int4":
+        rows, block, *rest = next(c for width, c in INT4_CONFIGS[kind] if n <= width)
+        return rows, max(min(block, triton.next_power_of_2(n)), rest[-1]), *rest
+    return config(kind, n, weight.dtype)
 
 
 @triton.jit
@@ -220,11 +238,17 @@ def skinny_linear_kernel(
             return
     up_ptr = weight_ptr + tl.cast(stored, tl.int64) * stride_wm
     row = first * R + tl.arange(0, R)  # [R]
-    w = load_rows(weight_ptr, row, row < stored, stride_wm, N, BN, EVEN, GROUP)
+    PACKED: tl.constexpr = 8 if KIND == "int4" else 1
+    w = load_rows(weight_ptr, row, row < stored, stride_wm, N // PACKED, BN // PACKED, EVEN, GROUP // PACKED)
     scales, up_scales = (), ()
     if SWIGLU:
-        w_up = load_rows(up_ptr, row, row < stored, stride_wm, N, BN, EVEN, GROUP)
-    if KIND is not None and COLUMNS > 0:
+        w_up = load_rows(up_ptr, row, row < stored, stride_wm, N // PACKED, BN // PACKED, EVEN, GROUP // PACKED)
+    if KIND == "int4":
+        scales = load_scales_of_rows(_scales_of(scale_ptr, row, stored, stride_sm, ROWS), N, BN, COLUMNS, GROUP)
+        if SWIGLU:
+            of_up = _scales_of(scale_ptr, stored + row, 2 * stored, stride_sm, ROWS)
+            up_scales = load_scales_of_rows(of_up, N, BN, COLUMNS, GROUP)
+    elif KIND is not None and COLUMNS > 0:
         begin = first * R
         scales = load_scales(_scales_of(scale_ptr, begin, stored, stride_sm, ROWS), N, BN, COLUMNS, GROUP)
         if SWIGLU:
@@ -293,10 +317,15 @@ def skinny_linear_kernel(
                 )  # fmt: skip
         if LOOP:
             ahead = row + programs * R
-            w = load_rows(weight_ptr, ahead, ahead < stored, stride_wm, N, BN, False, GROUP)
+            w = load_rows(weight_ptr, ahead, ahead < stored, stride_wm, N // PACKED, BN // PACKED, False, GROUP // PACKED)
             if SWIGLU:
-                w_up = load_rows(up_ptr, ahead, ahead < stored, stride_wm, N, BN, False, GROUP)
-            if KIND is not None and COLUMNS > 0:
+                w_up = load_rows(up_ptr, ahead, ahead < stored, stride_wm, N // PACKED, BN // PACKED, False, GROUP // PACKED)
+            if KIND == "int4":
+                scales = load_scales_of_rows(_scales_of(scale_ptr, ahead, stored, stride_sm, ROWS), N, BN, COLUMNS, GROUP)
+                if SWIGLU:
+                    of_up = _scales_of(scale_ptr, stored + ahead, 2 * stored, stride_sm, ROWS)
+                    up_scales = load_scales_of_rows(of_up, N, BN, COLUMNS, GROUP)
+            elif KIND is not None and COLUMNS > 0:
                 begin = (tile + programs) * R
                 scales = load_scales(_scales_of(scale_ptr, begin, stored, stride_sm, ROWS), N, BN, COLUMNS, GROUP)
                 if SWIGLU:
@@ -329,7 +358,7 @@ def launch_with(
     has `scale` and `format`, as of the dialect's dequantize, and rows of `plain` may follow its own; the result has `dtype`.
     """
     R, BN, num_warps, per_sm, *group = chosen
-    N = weight.shape[1]
+    N = quantized.width(weight, format)
     stored = weight.shape[0] // (2 if swiglu else 1)
     M = stored + (0 if plain is None else plain.shape[0])
     how = quantized.stored(format)
@@ -352,7 +381,7 @@ def launch_with(
         GATE_SILU=gate_activation == "silu",
         R=R, BN=BN, EVEN=stored % R == 0, LOOP=programs < tiles, OVERLAP=bool(options),
         PARTS=parts, HEADS=heads, KIND=how and how.kind, ROWS=how.rows if how else 1, COLUMNS=how.columns if how else 0,
-        CONVERTS=bool(how) and quantized.converts(x.device), GROUP=group[0] if group else 0,
+        CONVERTS=quantized.converts(x.device, how), GROUP=group[0] if group else 0,
         LINES=0 if plain is None else triton.next_power_of_2(N * plain.itemsize // 128), num_warps=num_warps, **options,
     )  # fmt: skip
     return out

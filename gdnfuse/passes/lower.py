@@ -190,9 +190,11 @@ def _parts(call: dict[str, Any]) -> int:
     if len(call["weights"]) > 1 or any(given for name, given in call.items() if name not in ("x", "weights", *QUANTIZED)):
         return 1
     x, (weight,) = value(call["x"]), map(value, call["weights"])
-    known = weight.dim() == 2 and all(isinstance(n, int) for n in (*x.shape, *weight.shape))
-    quantised = bool(call.get("scales"))
-    return split(*weight.shape, x.shape[:-1].numel(), rings(x if quantised else weight), quantised) if known else 1
+    if weight.dim() != 2 or not all(isinstance(n, int) for n in (*x.shape, *weight.shape)):
+        return 1
+    rows, quantised = x.shape[:-1].numel(), bool(call.get("scales"))
+    ring = rings(x if quantised else weight) and not (quantised and weight.dtype == torch.int32)  # there is none for int4
+    return split(weight.shape[0], x.shape[-1], rows, ring, quantised)
 
 
 def _add_up(node: Node, parts: int, dtype: torch.dtype) -> None:

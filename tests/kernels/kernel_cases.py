@@ -212,7 +212,8 @@ def split(n_out, n_in, parts, dtype, lead, wrap=lambda x: x, **extras):
     return make
 
 
-FORMATS = (FP8, *_) = ("fp8_block128", "fp8_channel", "int8_channel")
+FORMATS = (FP8, *_) = ("fp8_block128", "fp8_channel", "int8_channel", "int4_group32", "int4_group128")
+WIDTHS = dict.fromkeys(FORMATS, 272) | {"int4_group32": 288, "int4_group128": 384}  # columns, of whole groups
 
 
 def of(format, plain=0):
@@ -434,15 +435,18 @@ CASES = [
     Case("attention_one_query", "strided", one_query(2, 4, 2, 24, 70, BF16, wrap=lambda x: strided(x, 2))),
     Case("attention_one_query", "tokens-first", one_query(2, 4, 2, 16, 70, wrap=lambda x: x.mT.contiguous().mT)),
     Case("attention_one_query", "masks-in-turns", one_query(1, 2, 1, 16, 2**15 + 1000, hidden=2**15 + 900)),
-    *(Case("fused_linear", f"{f}-{name(d)}", linear(200, 272, d, norm=True, **of(f))) for f in FORMATS for d in (F32, BF16)),
+    *(Case("fused_linear", f"{f}-F32", linear(200, WIDTHS[f], F32, norm=True, **of(f))) for f in FORMATS),
+    *(Case("fused_linear", f"{f}-BF16", linear(200, WIDTHS[f], BF16, norm=True, **of(f))) for f in FORMATS),
     *(Case("fused_linear", f"{f}-swiglu", linear(136, 512, BF16, norm=True, swiglu=True, **of(f))) for f in FORMATS),
     *(Case("fused_linear", f"{f}-gated", linear(17, 512, BF16, head=16, residual=True, **of(f))) for f in FORMATS),
-    *(Case("fused_linear", f"{f}-and-plain", linear(416, 272, BF16, norm=True, **of(f, plain=1))) for f in FORMATS),
+    *(Case("fused_linear", f"{f}-and-plain", linear(416, WIDTHS[f], BF16, norm=True, **of(f, plain=1))) for f in FORMATS),
     *(Case("fused_linear", f"{f}-3-rows", linear(200, 256, BF16, (3, 1), **of(f))) for f in FORMATS),
     *(Case("fused_linear", f"{f}-9-rows-swiglu", linear(136, 256, BF16, (9, 1), swiglu=True, **of(f))) for f in FORMATS),
     *(Case("fused_linear", f"{f}-2-rows-and-plain", linear(416, 256, BF16, (2, 1), **of(f, plain=1))) for f in FORMATS),
     *(Case("split_linear", f"{f}-4-rows", split(140, 512, 2, BF16, (4, 1), format=f)) for f in FORMATS),
-    *(Case("in_proj_conv", f, in_proj(416, 272, 128, BF16, weights=2, format=f, plain=1)) for f in FORMATS),
+    Case("fused_linear", "int4-no-pairs", linear(40, 64, BF16, (3, 1), wrap=lambda x: strided(x, pad=1), **of("int4_group32"))),
+    Case("fused_linear", "int4-F32-rows", linear(40, 96, F32, (3, 1), wrap=padded, **of("int4_group32"))),
+    *(Case("in_proj_conv", f, in_proj(416, WIDTHS[f], 128, BF16, weights=2, format=f, plain=1)) for f in FORMATS),
     Case("in_proj_conv", "fp32", in_proj(70, 100, 40, offset=9)),
     Case("in_proj_conv", "bf16-all", in_proj(64, 128, 64, BF16, bias=True)),
     Case("in_proj_conv", "no-norm-windows", in_proj(33, 24, 20, norm=False, S=5, W=3, offset=13)),
@@ -500,9 +504,8 @@ def rebuilt(value, device, dtype=None):
         return [rebuilt(v, device, dtype) for v in value]
     if not isinstance(value, torch.Tensor):
         return value
-    return (
-        whole(value).to(device, dtype or value.dtype, copy=True).as_strided(value.shape, value.stride(), value.storage_offset())
-    )
+    dtype = dtype if dtype and value.is_floating_point() else value.dtype
+    return whole(value).to(device, dtype, copy=True).as_strided(value.shape, value.stride(), value.storage_offset())
 
 
 def wide(value):

@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
+from gdnfuse import formats
 from gdnfuse.dialect.mixer_decode import layout, part_sizes
 from gdnfuse.kernels import chunk_scan_hopper, devices, few_rows_hopper, few_rows_hopper_quantized, implementations, skinny_linear
 from gdnfuse.kernels.chunk_delta_rule import prepare_bytes, scan_bytes
@@ -447,12 +448,8 @@ def quantised(kind, m, n, rows=1, format="fp8_block128"):
     """A linear of a decode step whose weight is quantised, and the last rows of an in_proj's are not: op, args, options."""
     of = lambda *shape, dtype=BF16: torch.empty(shape, dtype=dtype, device="meta")  # noqa: E731
     behind = m % 128 if kind == "conv" else 0
-    data = of(m - behind, n, dtype=torch.int8 if format.startswith("int8") else torch.float8_e4m3fn)
-    blocks = (len(data), 1) if "channel" in format else (-(-len(data) // 128), n // 128)
-    weights, stored = (
-        [data, *([of(behind, n)] if behind else [])],
-        {"scales": [of(*blocks, dtype=torch.float32)], "format": format},
-    )
+    quantised, scale = formats.named(format).quantize(of(m - behind, n))
+    weights, stored = [quantised, *([of(behind, n)] if behind else [])], {"scales": [scale], "format": format}
     if kind == "conv" and rows == 1:
         return (
             "in_proj_conv",
@@ -474,7 +471,11 @@ QUANTISED = [size for size in LINEARS if size[2] in (2560, 5120) and size[1] < 2
 ]
 
 
-OF_FORMATS = [(*size, "fp8_block128") for size in QUANTISED] + [(*size, "int8_channel") for size in QUANTISED if size[2] != 5120]
+OF_FORMATS = [
+    *((*size, "fp8_block128") for size in QUANTISED),
+    *((*size, "int8_channel") for size in QUANTISED if size[2] != 5120),
+    *((*size, "int4_group128") for size in QUANTISED),
+]
 
 
 @pytest.mark.parametrize(("kind", "m", "n", "format"), OF_FORMATS)
@@ -488,7 +489,7 @@ def test_quantised_linears_read_as_much_at_once_and_do_not_spill(kind, m, n, for
         op, args, options = quantised(kind, m - m % 128, n, format=format)
         (kernel,) = on_hopper(op, *args, **options)
     wide = re.findall(r"ld\.global\S*\.v[24]\.b32", before_the_wait(kernel))
-    config = skinny_linear.config(kind, n, torch.float8_e4m3fn)
+    config = skinny_linear.config_of(kind, args[1][0], format)
     assert len(wide) >= config[0] * n * (2 if kind == "swiglu" else 1) / (32 * config[2] * config[4])
 
 
@@ -499,6 +500,27 @@ def test_quantised_linears_compile_for_cards_that_cannot_widen_them(rows, target
     (spec,) = supported(op, *args, **options)
     assert spec.constexprs["CONVERTS"] == (target == "sm_100")
     assert compile_for(target, spec).metadata.shared <= CARDS[target].shared_memory
+
+
+@pytest.mark.parametrize("format", ["int4_group32", "int4_group128"])
+@pytest.mark.parametrize(
+    ("rows", "target"), [(1, "sm_80"), (1, "gfx942"), (32, "sm_86"), (32, "gfx942"), (2, "sm_90"), (9, "sm_120")]
+)
+def test_linears_of_int4_compile_for_every_card(rows, target, format, on, tmp_path):
+    on(target)
+    op, args, options = quantised("conv", 12352, 2560, rows, format)
+    (spec,) = supported(op, *args, **options)
+    assert spec.constexprs["CONVERTS"] == (not target.startswith("gfx"))
+    kernel = compile_for(target, spec)
+    assert kernel.metadata.shared <= CARDS[target].shared_memory
+    if rows > 1:
+        c = spec.constexprs
+        assert kernel.metadata.shared <= FewRowsConfig(c["BM"], c["BK"], 4, c["STAGES"], 1, c["EARLY"]).shared_memory(c["BB"], 2)
+    if target == "sm_90":
+        usage = resources(kernel.asm["cubin"], tmp_path)
+        assert (usage["STACK"], usage["LOCAL"]) == (0, 0), f"{usage}"
+        if format == "int4_group128":
+            assert re.findall(r"cp\.async\.cg\S*", kernel.asm["ptx"]), "rows of bytes are copied 16 at once"
 
 
 # The same linears of a few rows: SwiGLU or not × M × N. What is around them is not fused.

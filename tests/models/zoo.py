@@ -11,6 +11,9 @@ import transformers
 from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache, StaticCache
 
+from gdnfuse import formats
+from gdnfuse.stored_linear import StoredLinear
+
 ROPE = {
     "rope_type": "default",
     "rope_theta": 1e7,
@@ -251,6 +254,13 @@ def dequantized(model, dtype=None):
 
     plain = copy.deepcopy(model)
     for name, module in list(plain.named_modules()):
+        if isinstance(module, StoredLinear):
+            new = torch.nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+            new.bias = module.bias
+            made = formats.named(module.format).dequantize(*module.stored(), torch.float64)
+            new.weight = torch.nn.Parameter(made, requires_grad=False)
+            plain.set_submodule(name, new.eval())
+            continue
         if isinstance(module, finegrained_fp8.FP8Linear):
             new = torch.nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
             new.bias = module.bias
@@ -266,7 +276,7 @@ def dequantized(model, dtype=None):
             made = by_loop(getattr(module, weight), getattr(module, f"{weight}_scale_inv"))
             setattr(new, weight, torch.nn.Parameter(made, requires_grad=False))
         plain.set_submodule(name, new.eval())
-    return plain.to(dtype or next(p.dtype for p in model.parameters() if p.itemsize > 1))
+    return plain.to(dtype or next(p.dtype for p in model.parameters() if p.is_floating_point() and p.itemsize > 1))
 
 
 def by_loop(data, scale, block=128):

@@ -1,0 +1,110 @@
+"""int4 in groups of columns: what data and scales mean, against compressed-tensors' own and element by element."""
+
+import pytest
+import torch
+
+from gdnfuse import formats
+from gdnfuse.dialect import dequantize
+from gdnfuse.errors import Refused
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+GROUPS = formats.int4_group.GROUPS
+
+
+def of(group):
+    return formats.named(f"int4_group{group}")
+
+
+def data_of(M, N):
+    """Every integer in every place, the last with the sign bit of an int32 set."""
+    return torch.randint(-(2**31), 2**31, (M, N // 8), generator=torch.Generator().manual_seed(0)).to(torch.int32)
+
+
+def one_by_one(data, scale, group):
+    rows = []
+    for words, scales in zip(data.tolist(), scale.double().tolist(), strict=True):
+        integers = [((word & 0xFFFFFFFF) >> 4 * i & 15) - 8 for word in words for i in range(8)]
+        rows.append([q * scales[n // group] for n, q in enumerate(integers)])
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("special", [0.0, 2.0**-60, 2.0**60, float("nan"), float("inf"), -0.5])
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_element_is_an_integer_times_its_groups_scale(group, special):
+    data, scale = data_of(5, 2 * group), torch.rand(5, 2) + 0.5
+    scale[-1, -1] = special
+    of(group).check(data, scale)
+    for dtype in DTYPES:
+        found = dequantize.reference(data, scale, f"int4_group{group}", dtype)
+        wanted = one_by_one(data, scale, group).to(torch.promote_types(torch.float32, dtype)).to(dtype)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+        finite = ~wanted.isnan()
+        assert torch.equal(found.signbit()[finite], wanted.signbit()[finite])
+
+
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_is_what_compressed_tensors_makes_of_them(dtype, group):
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.lifecycle import forward
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    weight = torch.randn(6, 256).to(dtype)
+    weight[2, :group] = 0
+    data, scale = of(group).quantize(weight)
+    assert scale.dtype == dtype
+    args = QuantizationArgs(num_bits=4, type="int", symmetric=True, strategy="group", group_size=group)
+    integers = unpack_from_int32(data, 4, weight.shape)
+    assert torch.equal(pack_to_int32(integers, 4), data)
+    found = dequantize.reference(data, scale, f"int4_group{group}", dtype)
+    assert torch.equal(found, forward.dequantize(integers, scale, None, args))
+    groups = weight.unflatten(-1, (-1, group))
+    wanted, _ = calculate_qparams(groups.amin(-1), groups.amax(-1), args)
+    nonzero = groups.abs().amax(-1) > 0
+    torch.testing.assert_close(scale[nonzero], wanted[nonzero].to(dtype), rtol=2**-8, atol=0)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_quantised_values_are_near(group):
+    weight = torch.randn(3, 7, 2 * group)
+    weight[0, 0] = 0
+    data, scale = of(group).quantize(weight)
+    of(group).check(data, scale)
+    assert of(group).shape(data) == weight.shape
+    found = of(group).dequantize(data, scale, torch.float32)
+    # Half a step, and a whole one at the largest positive number, which would be 7.5 steps.
+    step = scale.repeat_interleave(group, -1)
+    assert ((found - weight).abs() <= 0.501 * step).all() and found[0, 0].count_nonzero() == 0
+
+
+REFUSED = {
+    "dtype": (torch.zeros(4, 16), torch.ones(4, 1), "Data of int4_group128 must be int32, found float32."),
+    "scale's dtype": (
+        torch.zeros(4, 16).int(), torch.ones(4, 1).double(),
+        "The scale of int4_group128 must be float32 or bfloat16 or float16, found float64.",
+    ),
+    "ragged": (
+        torch.zeros(4, 17).int(), torch.ones(4, 2),
+        "Data of int4_group128 must have whole groups of 128 columns, found 136 columns.",
+    ),
+    "scale's shape": (
+        torch.zeros(4, 16).int(), torch.ones(4, 2),
+        "The scale of int4_group128 must have the shape [4, 1] for data of [4, 16], found [4, 2].",
+    ),
+    "a vector": (torch.zeros(16).int(), torch.ones(1), "Data of int4_group128 must be a matrix, found the shape [16]."),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_is_no_such_weight_is_refused(what):
+    data, scale, sentence = REFUSED[what]
+    with pytest.raises(Refused) as e:
+        of(128).check(data, scale)
+    assert e.value.reason == sentence
+
+
+def test_a_weight_of_parts_of_groups_is_not_quantised():
+    with pytest.raises(Refused, match=r"^A weight in groups of 32 columns must have whole ones, found 40 columns\.$"):
+        of(32).quantize(torch.randn(2, 40))
