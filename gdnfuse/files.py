@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +31,8 @@ def check_writable(file: Path) -> None:
 def replacing(file: Path) -> Iterator[Path]:
     """A file beside it to write to, which takes its place when all is written; a link stays a link."""
     target = file.resolve()
-    partial = target.with_name(f".{target.stem}.{os.getpid()}{target.suffix}")  # a plot's format goes by the suffix
+    own = f"{os.getpid()}.{threading.get_ident()}"
+    partial = target.with_name(f".{target.stem}.{own}{target.suffix}")  # a plot's format goes by the suffix
     try:
         yield partial
         partial.replace(target)

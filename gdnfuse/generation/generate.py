@@ -90,6 +90,8 @@ class Generate:
         finally:
             self._runs.now = outer
         if _beams(self.__self__, given) == 1:
+            if cache is not None:
+                prefixes.went_on(cache, getattr(out, "sequences", out))
             loop = kwargs.get("custom_generate")
             run.finish(out, loop.seen if isinstance(loop, Speculative) else None)
         return out
@@ -214,6 +216,8 @@ class Run:
             return
         rows = self._rows
         if self._fed:
+            if self.prefixes.moment() != self._began:  # a streamer or another thread has changed the model meanwhile
+                return
             rows = [row + fed for row, fed in zip(rows, tokens(torch.cat(self._fed, 1)), strict=True)]
         if rows == tokens(sequences[:, :n]):
             self._keep(rows)
@@ -253,7 +257,8 @@ class Run:
         prefixes, ids = self.prefixes, given["input_ids"]
         self._cache = self._find_cache(given.values())
         if not self._rows:
-            self.taken, self._key = 0, prefixes.key()
+            self.taken, self._began = 0, prefixes.moment()
+            self._key = self._began[0]
             self._rows = [b""] * ids.shape[0]
         have = len(self._rows[0]) // TOKEN
         end = have + ids.shape[1]

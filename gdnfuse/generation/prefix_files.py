@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ def write(folder: str | os.PathLike[str], owner: dict[str, str], entries: Sequen
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise GdnfuseError(f"Prefixes must be written to a folder, found {one_line(e)}.") from e
-    partial = folder / f".{os.getpid()}.safetensors"
+    partial = folder / f".{os.getpid()}.{threading.get_ident()}.safetensors"
     try:
         for tensors in _by_file(nodes, entries):
             save_file({name: x.contiguous().cpu() for name, x in tensors.items()}, partial)

@@ -112,6 +112,9 @@ class PrefixStore:
         self._counts: Counter[str] = Counter()
         self._left_out: Counter[str] = Counter()
 
+    def __reduce__(self) -> Any:
+        raise GdnfuseError("A PrefixStore must stay with its model and process, found a copy or a pickle: save and load it.")
+
     @property
     def model(self) -> torch.nn.Module:
         """Whose prefixes these are."""
@@ -313,6 +316,11 @@ class PrefixStore:
                 raise GdnfuseError(f"A PrefixStore must be used while its model is {where}: make one anew.")
             return self._weights.key(), self.state_dtype
 
+    def moment(self) -> tuple[Hashable, int]:
+        """By what prefixes are kept now, and how often that was found changed: what was the same all the while has one moment."""
+        with self._lock:
+            return self.key(), self._weights.changes
+
     def find(self, rows: Sequence[bytes], most: int, key: Hashable | None = None) -> tuple[int, list[Read]]:
         """The greatest length, of at most `most` tokens, at which there are states of all rows, and these; or 0."""
         key = self.key() if key is None else key
@@ -380,13 +388,23 @@ class PrefixStore:
     def check_opened(self, cache: Any, rows: Sequence[bytes]) -> None:
         """Raises GdnfuseError for a cache that `open` has filled with other tokens than these begin with."""
         opened = self._opened.get(cache)
+        if opened is not None and int(cache.get_seq_length()) < len(opened[0]) // TOKEN:
+            del self._opened[cache]  # it was reset
+            return
         if opened is not None and not (
             len(opened) == len(rows) and all(row.startswith(known) for row, known in zip(rows, opened, strict=True))
         ):
             raise GdnfuseError(
-                f"A cache must go on with the prompt that it was opened for, found other tokens among its first "
-                f"{len(opened[0]) // TOKEN}: open one for this prompt."
+                f"A cache must go on with the prompt that it was opened for, found one that does not begin with the "
+                f"{len(opened[0]) // TOKEN} tokens that it has seen: open one for this prompt."
             )
+
+    def went_on(self, cache: Any, sequences: Any) -> None:
+        """Note that a cache which `open` has filled has now seen the first of these tokens [B, N], as many as it holds."""
+        if cache in self._opened and isinstance(sequences, torch.Tensor):
+            n, rows = int(cache.get_seq_length()), tokens(sequences)
+            if n <= sequences.shape[1] and len(rows) == len(self._opened[cache]):
+                self._opened[cache] = [row[: n * TOKEN] for row in rows]
 
     def unlike(self, cache: Any) -> str | None:
         """What of a cache cannot be kept or filled, or None."""
@@ -432,7 +450,8 @@ class _Layout:
         name, cache = type(model).__name__, cls.new_cache(model, None)
         if (why := _unlike(cache)) is not None:
             raise GdnfuseError(
-                f"A PrefixStore needs a model that keeps full attention's keys and GDN states, found {why} in {name}."
+                f"A PrefixStore needs a model that keeps full attention's keys and GDN states, found {why} in {name}: "
+                "compile it without prefixes."
             )
         with torch.no_grad(), dequantized_calls(model):
             token = torch.zeros(1, 1, dtype=torch.long, device=next(iter(devices)))
@@ -542,8 +561,9 @@ class _Row:
     """One row of a cache, as `prefix_tree.Source`."""
 
     def __init__(self, layout: _Layout, cache: Any, row: int, states: Sequence[torch.Tensor]):
-        self._held = [x[row] for x in layout.held(cache)]
-        states = [(kind, x[row]) for (_, kind, _, _), x in zip(layout.states, states, strict=True)]
+        # Without the graph that made them, which would be held as long.
+        self._held = [x.detach()[row] for x in layout.held(cache)]
+        states = [(kind, x.detach()[row]) for (_, kind, _, _), x in zip(layout.states, states, strict=True)]
         self._states = [[x for of, x in states if of == kind] for kind in ("recurrent_states", "conv_states")]
         self.token_bytes = sum(x[:, :1].nbytes for x in self._held)
         self.state_bytes = sum(x.nbytes for of in self._states for x in of)

@@ -32,12 +32,16 @@ class Weights:
 
     Args:
         model: held weakly. No tensor of it is held.
+
+    Attributes:
+        changes: how often something of that was found. What was put back as it was has the same digest, and has changed twice.
     """
 
     def __init__(self, model: torch.nn.Module):
         self._model = weakref.ref(model)
         self._seen: list[Any] | None = None
         self._digest = ""
+        self.changes = 0
         self._looked, self._hooked = -1, weakref.WeakSet()
         self._samples: list[tuple[weakref.ref[torch.nn.Module], str]] = []
 
@@ -54,6 +58,7 @@ class Weights:
         seen.append(self._sampled())
         if seen != self._seen:
             self._seen, self._digest = seen, _digest(model, adapters)
+            self.changes += 1
         return self._digest
 
     def hooks(self) -> list[tuple[Any, ...]]:

@@ -317,6 +317,34 @@ def test_changed_weights_have_other_prefixes(how):
     assert taken(store, lambda: agree(plain, ours, prompt)) == 192  # as they were, at another place or not
 
 
+def test_a_turn_in_which_weights_changed_is_not_kept():
+    """What a cache holds then is of no weights that there were, even if they are again what they have been."""
+    plain, ours, store = pair()
+    weight = ours.model.layers[0].mlp.down_proj.weight
+    before = weight.clone()
+
+    class Streamer:
+        def __init__(self, back):
+            self.puts, self.back = 0, back
+
+        def put(self, value):
+            self.puts += 1
+            if self.puts == 4:
+                weight.mul_(1.5)
+            if self.puts == 6 and self.back:
+                weight.copy_(before)
+
+        def end(self):
+            pass
+
+    for back in (True, False):
+        out = ours.generate(ids(100), streamer=Streamer(back), max_new_tokens=8, do_sample=False)
+        weight.copy_(before)
+        assert store.open(torch.cat([out, ids(5)], 1)).get_seq_length() == 64
+        agree(plain, ours, torch.cat([out, ids(5)], 1))
+        store.clear()
+
+
 def test_weights_that_only_moved_have_the_same_prefixes():
     plain, ours, store = pair()
     agree(plain, ours, ids(200))
@@ -374,6 +402,7 @@ def test_rounded_states_are_others(tmp_path):
 def test_by_hand():
     plain = zoo.causal_lm(**zoo.SMALL)
     store = PrefixStore(plain, every=64)
+    plain.model.layers[1].requires_grad_(True)
     for kind, made in (({}, DynamicCache), ({"max_cache_len": 120}, StaticCache)):
         prompt = torch.cat([ids(70), ids(30, len(kind))], 1)
         cache = store.open(prompt, **kind)
@@ -383,21 +412,29 @@ def test_by_hand():
         again = torch.cat([out, ids(5, 3)], 1)
         cache = store.open(again, **kind)
         assert cache.get_seq_length() == 100
-        logits = plain(input_ids=again[:, 100:], **zoo.held(cache)).logits[:, -1]
-        assert zoo.relative(logits, plain(input_ids=again).logits[:, -1]) < 1e-5
+        logits = plain(input_ids=again[:, 100:], **zoo.held(cache)).logits[:, -1].detach()
+        assert zoo.relative(logits, plain(input_ids=again).logits[:, -1].detach()) < 1e-5
         if not kind:  # a state where the next prompt parts
             head = store.open(prompt[:, :64])
             plain(input_ids=prompt[:, :64], **zoo.held(head))
             store.close(head, prompt[:, :64])
+    held = [x for e in store._tree.entries() for x in (*e.states, e.rest, *(node.block for node in e.node.path()))]
+    assert held and not any(x.requires_grad for x in held if x is not None)  # nor is the graph that made them held
 
 
 def test_a_cache_of_other_tokens_is_refused():
     plain, ours, store = pair()
     agree(plain, ours, ids(100))
     cache, other = store.open(ids(100)), ids(100, 1)
-    with pytest.raises(GdnfuseError, match="A cache must go on with the prompt that it was opened for, found other tokens among"):
+    with pytest.raises(GdnfuseError, match="prompt that it was opened for, found one that does not begin with the 64 tokens"):
         ours.generate(other, **{zoo.CACHE: cache}, **ONE)
     ours.generate(ids(100), **{zoo.CACHE: cache}, **ONE)
+    # It has gone on with its prompt, and goes on from there alone, until it is reset.
+    with pytest.raises(GdnfuseError, match="found one that does not begin with the 100 tokens"):
+        ours.generate(ids(99), **{zoo.CACHE: cache}, **ONE)
+    static = store.open(ids(100), 200)
+    static.reset()
+    assert torch.equal(ours.generate(other, **{zoo.CACHE: static}, **ONE), plain.generate(other, **ONE))
     for sequences, why in (
         (other, "A cache must go on with the prompt"),
         (ids(99), "close needs all the tokens that the cache has seen, 100, found 99"),
@@ -455,6 +492,27 @@ def test_what_the_device_has_no_room_for_goes_to_the_host_and_comes_back():
         assert taken(store, lambda seed=seed: agree(plain, ours, torch.cat([ids(65, seed), ids(3)], 1))) == 65
 
 
+def test_threads_save_to_one_folder(tmp_path):
+    plain, ours, store = pair()
+    agree(plain, ours, ids(200))
+    failed = []
+
+    def work():
+        try:
+            for _ in range(5):
+                store.save(tmp_path)
+        except GdnfuseError as e:
+            failed.append(str(e))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed and PrefixStore(ours, 64).load(tmp_path) == store.stats().states
+    assert {p.suffix for p in tmp_path.iterdir()} == {".json", ".safetensors"} and len(list(tmp_path.iterdir())) == 2
+
+
 def test_threads_share_a_store():
     plain, ours, store = pair(max_bytes=300_000)
     wanted = {seed: plain.generate(torch.cat([ids(130), ids(20, seed)], 1), **ONE) for seed in range(4)}
@@ -491,6 +549,8 @@ def test_copies_and_pickles_have_no_store():
             GdnfuseError, match="prefixes must be a PrefixStore of the model that is compiled, found one of another"
         ):
             gdnfuse.compile(copied, inner="eager", prefixes=store)
+    with pytest.raises(GdnfuseError, match="A PrefixStore must stay with its model and process, found a copy"):
+        copy.deepcopy(store)
     assert taken(store, lambda: agree(plain, ours, ids(100))) == 64
     gdnfuse.compile(ours, inner="eager", prefill=False, fuel=0)
     assert taken(store, lambda: agree(plain, ours, ids(100))) == 0 and "generate" not in vars(ours)
