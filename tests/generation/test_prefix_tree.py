@@ -92,7 +92,7 @@ def sequences(seed, folder, steps=40):
         elif what < 0.92 and not pinned:
             prefix_files.write(folder, {"model": "of the test"}, [Read(e) for e in tree.entries()])
             tree = Tree(tree.max_bytes, tree.host_bytes)
-            with prefix_files.reading(folder, {"model": "of the test"}, torch.device("cpu")) as saved:
+            with prefix_files.reading(folder, lambda: {"model": "of the test"}, torch.device("cpu")) as saved:
                 assert all(tree.keep("weights", one.tokens, one) for one in saved)
         elif what < 0.96 and not pinned:
             pinned = [e for e in tree.entries() if not e.on_host][:1]

@@ -589,9 +589,10 @@ def test_bad_models_and_prompts():
         PrefixStore(torch.nn.Linear(2, 2))
     with pytest.raises(GdnfuseError, match="on one device, found meta"):
         PrefixStore(zoo.causal_lm(**zoo.SMALL).to("meta"))
-    if hasattr(zoo.transformers, "LaraMiniForCausalLM"):
-        with pytest.raises(GdnfuseError, match="keeps full attention's keys and GDN states, found a .*Sliding.* in LaraMini"):
-            PrefixStore(zoo.lara_mini())
+    for name, family, kind in (("LaraMini", zoo.lara_mini, "Sliding"), ("Qwen4Exp", zoo.qwen4_exp, "Indexed")):
+        if hasattr(zoo.transformers, f"{name}ForCausalLM"):
+            with pytest.raises(GdnfuseError, match=f"keys and GDN states, found a .*{kind}.* in {name}.*: compile it without"):
+                PrefixStore(family())
     with pytest.raises(GdnfuseError, match="same at all lengths, found rope_type 'dynamic'"):
         PrefixStore(zoo.causal_lm(**zoo.SMALL, rope_parameters={**zoo.ROPE, "rope_type": "dynamic", "factor": 2.0}))
     model = zoo.causal_lm(**zoo.SMALL)
