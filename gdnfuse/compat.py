@@ -210,6 +210,28 @@ def heard_from_rank(store: Any, key: str, seconds: float) -> str | None:
         return None
 
 
+def _summed(x: Any, group: str) -> Any:
+    import torch
+
+    summed = x.clone()
+    torch.distributed.all_reduce(summed)
+    return summed
+
+
+@private("torch:ops._c10d_functional.all_reduce", "torch:ops._c10d_functional.wait_tensor", instead=_summed)
+def summed_over_ranks(all_reduce: Any, wait: Any, x: Any, group: str) -> Any:
+    """The sum over the ranks of a process group, by its name. Without it: over those of the default group."""
+    return wait(all_reduce(x.contiguous(), "sum", group))
+
+
+@private("torch.distributed._symmetric_memory:empty", "torch.distributed._symmetric_memory:rendezvous", instead=nothing)
+def symmetric_buffer(empty: Any, rendezvous: Any, count: int, dtype: Any, device: Any, group: str) -> Any:
+    """Memory that all ranks of a group can read, [count]. Without it: small sums over ranks go as large ones."""
+    buffer = empty(count, dtype=dtype, device=device)
+    rendezvous(buffer, group)
+    return buffer
+
+
 @private("torch.testing._internal.distributed.fake_pg:FakeStore", instead=nothing, level=logging.DEBUG)
 def start_fake_ranks(store: Any, ranks: int) -> bool | None:
     """Make this process the first of so many ranks of which the others are not there: collectives return at once, with nothing.

@@ -18,6 +18,7 @@ from gdnfuse.options import Options
 from gdnfuse.packing import Inner, PackedWeight
 from gdnfuse.passes import (
     checkpoints,
+    collectives,
     constants,
     fuse,
     growing_keys,
@@ -115,6 +116,7 @@ def _stages(c: Compilation) -> Iterator[tuple[str, list[Callable[[GraphModule], 
     quantized.to_inputs(gm)
     _look(c)
     packed.require_apart(gm)
+    collectives.join_sums(gm)
     yield "normalize", [spec.check, normalize.check]
     if not c.report.layers and not outcome.records and c.report.phase != "draft":
         return
@@ -137,6 +139,7 @@ def _stages(c: Compilation) -> Iterator[tuple[str, list[Callable[[GraphModule], 
         outcome.records += made
     c.packed += lower.pack_weights(gm, c.real, c.plan)
     outcome.records += lower.lower(gm, c.options.target, linears=c.report.phase in STEPS, ahead=not c.plan)
+    collectives.one_shot(gm, c.options.one_shot_bytes or 0)
     yield "lower", [lower.check]
 
 

@@ -243,6 +243,24 @@ def heard_from_rank(there):
 
 
 @case
+def summed_over_ranks(there):
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    x = torch.ones(3)
+    found = compat.summed_over_ranks(x, torch.distributed.group.WORLD.group_name)
+    torch.distributed.destroy_process_group()
+    assert found.tolist() == [1.0] * 3 and found is not x
+
+
+@case
+def symmetric_buffer(there):
+    if not there:
+        assert compat.symmetric_buffer(4, torch.float32, "cpu", "group") is None
+        return
+    with pytest.raises(Exception, match="(?i)symm|backend|alloc|cuda|device"):  # there is none on a CPU
+        compat.symmetric_buffer(4, torch.float32, "cpu", "group")
+
+
+@case
 def start_fake_ranks(there):
     assert bool(compat.start_fake_ranks(3)) == there == torch.distributed.is_initialized()
     if there:

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from gdnfuse import compat, versions
 from gdnfuse.bench.measure import Collectives, bandwidth, link, state_bytes, weight_bytes
 from gdnfuse.errors import GdnfuseError
-from gdnfuse.generation import shards
+from gdnfuse.generation import links, shards
+from gdnfuse.generation.links import everywhere
 
 BACKENDS = {"cuda": "nccl", "cpu": "gloo"}
 
@@ -74,13 +75,6 @@ def shared_out(model: torch.nn.Module, way: str, device: str) -> torch.nn.Module
     return model
 
 
-def everywhere(what: Any) -> list[Any]:
-    """What each rank has, on all."""
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, what)
-    return found
-
-
 def worst(found: dict[str, Any]) -> dict[str, Any]:
     """Of `measure.right` what holds for all ranks: they go on together or not at all."""
     each = everywhere(found)
@@ -118,6 +112,7 @@ def step_facts(model: torch.nn.Module, decoder: Callable[[], Any], token: torch.
         "state_bytes": max(everywhere(state_bytes(decode.cache, tokens))),
         "collectives": dict(seen.found),
         "collective_bytes": seen.moved(ranks),
+        "one_shot_bytes": links.one_shot_bytes(device),
         "bytes_per_second": min(everywhere(bandwidth(device))),
         **link(device, (B, 1, model.config.hidden_size), model.dtype),
     }

@@ -38,8 +38,9 @@ from gdnfuse.bench.workers import Interrupted, answer, fla_version, note, run_si
 from gdnfuse.capture_fp8 import dequantized_calls
 from gdnfuse.errors import GdnfuseError, one_line
 from gdnfuse.files import check_writable, replacing
+from gdnfuse.generation import links
 from gdnfuse.generation.caches import cache_argument
-from gdnfuse.generation.compile import apart
+from gdnfuse.generation.compile import apart, mode_or_options
 from gdnfuse.generation.shards import WAYS
 from gdnfuse.models import OF_TRANSFORMERS, QUANTIZED, load_config, preset, quantized, random_model
 from gdnfuse.report.text import table
@@ -189,13 +190,16 @@ def compiled(side: str, phase: str, model: torch.nn.Module, settings: Settings) 
 
     Prompts have code of their own, so that no size of theirs makes one of the steps' dynamic.
     """
-    side, _ = ranks.split(side)
+    side, way = ranks.split(side)
     if side not in COMPILED:
         return model
     graphs = phase == "decode" and torch.device(settings.device).type == "cuda"
     how: dict[str, Any] = {"mode": "reduce-overhead" if graphs else None}
-    if side == "gdnfuse" and settings.inner != "inductor":
-        how = {"options": {"inner": settings.inner}}
+    if side == "gdnfuse":
+        options = {"inner": settings.inner} if settings.inner != "inductor" else {}
+        if way and (most := links.one_shot_bytes(settings.device)):
+            options["one_shot_bytes"] = most
+        how = mode_or_options(how["mode"] if settings.inner == "inductor" else None, options)
     return torch.compile(apart(model) if phase == "prefill" else model, backend=side, **how)
 
 

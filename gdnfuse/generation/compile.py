@@ -14,7 +14,7 @@ import torch
 from gdnfuse import compat, versions
 from gdnfuse import options as gdnfuse_options
 from gdnfuse.errors import GdnfuseError
-from gdnfuse.generation import generate, shards
+from gdnfuse.generation import generate, links, shards
 from gdnfuse.generation.arguments import demanding, parameters_of
 from gdnfuse.generation.caches import cache_finder, check_state_dtype, holds_states, mark_lengths, preparing_caches
 from gdnfuse.generation.coverage import PROMPT, SHORT, STEP, VERIFY, Coverage
@@ -85,6 +85,7 @@ def compile(
             generate.check(models, prefixes)
         proposer = None if speculate is None else generate.proposer(models, speculate)
     prefill = prefill or prefill is None and parsed.capture
+    options = _with_measured_links(options, parsed, [shards.device_of(one) for one in models if tensor_parallel])
     settings = _Settings(mode, fullgraph, dynamic, prefill, state_dtype, prefixes, proposer, options)
     for one, (mesh, mixers) in zip(models, plans, strict=True):
         shards.prepare(one, mesh, mixers, agreement)
@@ -135,7 +136,7 @@ def _compile(model: torch.nn.Module, settings: _Settings, parsed: gdnfuse_option
         first = preparing_caches(plain, fullgraph, settings.state_dtype, any_length)
 
     parameters = parameters_of(model) if any_length else ()
-    own = _mode_or_options(mode, options)
+    own = mode_or_options(mode, options)
     decode = coverage.checked(torch.compile(plain, **shared, **own), STEP)
 
     def few_tokens(**how: Any) -> list[Callable[..., Any]]:
@@ -155,7 +156,7 @@ def _compile(model: torch.nn.Module, settings: _Settings, parsed: gdnfuse_option
     if not compat.set_compiled_call(model, call) and parsed.strict:
         raise GdnfuseError("strict: calls of a model must be able to go elsewhere, found that torch leaves no way.")
     if hasattr(type(model), "get_compiled_call"):
-        in_generate = _mode_or_options(_mode_of_generate(mode, parsed), options)
+        in_generate = mode_or_options(_mode_of_generate(mode, parsed), options)
         if in_generate != own:
             decode = coverage.checked(torch.compile(apart(plain, "in_generate"), **shared, **in_generate), STEP)
             few = few_tokens(**in_generate)
@@ -237,7 +238,14 @@ def _check_mode(mode: str | None, parsed: gdnfuse_options.Options) -> None:
         raise GdnfuseError(f"mode={mode!r} is Inductor's and needs inner='inductor', found inner={parsed.inner!r}.")
 
 
-def _mode_or_options(mode: str | None, options: dict[str, Any]) -> dict[str, Any]:
+def _with_measured_links(options: dict[str, Any], parsed: gdnfuse_options.Options, devices: list[str]) -> dict[str, Any]:
+    """Options with the size of sums that are faster through symmetric memory, where the ranks' GPUs are linked so."""
+    if parsed.one_shot_bytes is not None or not devices or not (most := links.one_shot_bytes(devices[0])):
+        return options
+    return {**options, "one_shot_bytes": most}
+
+
+def mode_or_options(mode: str | None, options: dict[str, Any]) -> dict[str, Any]:
     """torch.compile refuses mode and options together, so beside options a mode becomes the Inductor options it stands for."""
     if not options:
         return {"mode": mode, "options": None}
@@ -262,7 +270,7 @@ def apart(fn: Callable[..., Any], name: str = "apart") -> Callable[..., Any]:
 def _no_cuda_graphs(mode: str | None, options: dict[str, Any]) -> dict[str, Any]:
     settings = {**(compat.modes()[mode] if mode else {}), **options.get("inductor", {})}
     if not settings.get("triton.cudagraphs"):
-        return _mode_or_options(mode, options)
+        return mode_or_options(mode, options)
     return {"mode": None, "options": {**options, "inductor": {**settings, "triton.cudagraphs": False}}}
 
 

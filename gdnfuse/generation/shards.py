@@ -63,6 +63,11 @@ def sharded(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {n: p for n, p in other if compat.is_sharded(p)}
 
 
+def device_of(model: torch.nn.Module) -> str:
+    """Of this rank's part of the model."""
+    return str(next(model.parameters()).device)
+
+
 def agreement(way: Any) -> Agreement | Alone:
     """On what the ranks have to agree where a model is compiled this way."""
     return Alone() if way is None or not _grouped() else Agreement()

@@ -412,7 +412,7 @@ def between_ranks(report: GraphReport) -> dict[str, tuple[int, int]]:
     found: dict[str, tuple[int, int]] = {}
     for block in report.blocks:
         for o in report.structures[block.after]:
-            kind = o.op.removeprefix("_c10d_functional.")
+            kind = o.op.removeprefix("_c10d_functional.").replace("gdnfuse.one_shot", "one_shot")
             if kind != o.op and kind != "wait_tensor":
                 count, moved = found.get(kind, (0, 0))
                 found[kind] = count + 1, moved + o.bytes // 2  # which counts what is read and what is written

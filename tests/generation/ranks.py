@@ -25,7 +25,7 @@ import gdnfuse
 from gdnfuse import backend
 from gdnfuse.bench import run
 from gdnfuse.generation import agreement, shards
-from gdnfuse.passes.collectives import collectives
+from gdnfuse.passes.collectives import ONE_SHOT, SUM, collectives
 from gdnfuse.report.records import Status
 from gdnfuse.rewrite.graph import op_name
 from tests.models import zoo
@@ -34,7 +34,6 @@ from tests.pages import ROOT, blocks
 CHECKS, SWEPT = {}, []
 FOLDER = Path(sys.argv[1]) if __name__ == "__main__" else Path()
 GATHERS = "redistribute"  # what a gather is in a graph that was traced with DTensors
-SUM = "_c10d_functional.all_reduce"
 HEADS = {**zoo.SMALL, **zoo.HEADS_OF_27B}
 
 
@@ -110,13 +109,13 @@ def states_of(cache, way, mixer):
     }
 
 
-def compare(family, way, kind, batch, *, steps=3, padded=False, **sizes):
+def compare(family, way, kind, batch, *, steps=3, padded=False, options=None, **sizes):
     """Logits and states of a prompt and of steps against those of one process; collectives of the two graphs, and the reports."""
     whole, model = loaded(family, **sizes)
     torch._dynamo.reset()
     gdnfuse.clear_reports()
     with graphs() as found:
-        gdnfuse.compile(model, tensor_parallel=way, inner="eager", strict=True)
+        gdnfuse.compile(model, tensor_parallel=way, inner="eager", strict=True, **(options or {}))
         mixer = next(m for m in model.modules() if hasattr(m, "A_log"))
         ids, mask = zoo.prompt(batch, padded=padded)
         tokens = zoo.tokens_for(batch, steps)
@@ -168,13 +167,18 @@ def by_heads_a_mixer_has_one_all_reduce():
 
 @check
 def by_heads_four_sequences_and_a_cache_that_grows():
-    compare("causal_lm", "heads", "dynamic", 4, padded=True, **HEADS)
+    """And sums of up to so many bytes the other way: all of a step's, and none of a prompt's."""
+    options = {"one_shot_bytes": 4 * 4 * 64}
+    found, _ = compare("causal_lm", "heads", "dynamic", 4, padded=True, options=options, **HEADS)
+    assert [(c[SUM], c[ONE_SHOT]) for c in found] == [(4, 0), (0, 4)], found
 
 
 @check
 def by_heads_experts():
-    _, (_, step) = compare("moe", "heads", "static", 1, **zoo.SMALL)
-    assert fired(step)["mixer_linears"] == 1
+    """One sum of a block's experts and its shared one."""
+    found, (_, step) = compare("moe", "heads", "static", 1, **zoo.SMALL)
+    assert fired(step)["mixer_linears"] == 1 and fired(step, "lift")["shared_expert"] == 2
+    assert [c[SUM] for c in found] == [4, 4], found
 
 
 def refused(call, sentence):
@@ -295,10 +299,10 @@ FOUR = {"linear_num_key_heads": 4, "linear_num_value_heads": 8, "num_key_value_h
 
 @swept
 def families_by_heads():
-    """Of each the sums of a graph: mixer, attention and MLP, of experts their own and the shared one's."""
-    for family, sums in (("causal_lm", 4), ("moe", 6), ("qwen3_next", 6), ("olmo_hybrid", 4)):
+    """Of each the sums of a graph of two layers: of each layer's mixer or attention, and of its MLP or experts."""
+    for family in ("causal_lm", "moe", "qwen3_next", "olmo_hybrid"):
         found, (_, step) = compare(family, "heads", "static", 1, **zoo.SMALL, **FOUR)
-        assert [c[SUM] for c in found] == [sums] * 2, (family, found)
+        assert [c[SUM] for c in found] == [4, 4], (family, found)
         assert fired(step)["mixer_decode"] == 1
 
 

@@ -12,7 +12,7 @@ import torch
 
 import gdnfuse
 from gdnfuse import models, versions
-from gdnfuse.generation import shards
+from gdnfuse.generation import links, shards
 from tests.generation import ranks
 from tests.models import zoo
 
@@ -89,6 +89,14 @@ def test_transformers_whose_tensor_parallel_is_not_traced_are_refused(monkeypatc
             gdnfuse.compile(zoo.causal_lm(**zoo.SMALL), tensor_parallel="heads")
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_the_way_of_small_sums_is_chosen_by_the_slowest_rank():
+    sizes = len(links.SIZES)
+    faster, slower = [(5.0, 9.0)] * sizes, [(5.0, 9.0)] * 3 + [(11.0, 9.0)] + [(5.0, 9.0)] * (sizes - 4)
+    assert links.chosen([faster, faster]) == links.SIZES[-1] and links.chosen([faster, slower]) == links.SIZES[2]
+    assert links.chosen([faster, [(9.0, 9.0)] * sizes]) == 0
+    assert links.one_shot_bytes("cpu") == 0
 
 
 def test_an_unknown_way_is_refused():

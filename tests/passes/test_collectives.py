@@ -104,6 +104,59 @@ def test_collectives_write_nothing_and_are_known():
     assert op_name(found) == "_c10d_functional.all_reduce" and not writes(found)
 
 
+def gated(x, gate, w, v, read=False, act=torch.sigmoid):
+    """A block's routed experts and its shared one, each summed up over the ranks, the shared one's behind its gate."""
+    shared = reduced(F.linear(x, v))
+    out = reduced(F.linear(x, w)) + act(F.linear(x, gate)) * shared
+    return (out, shared) if read else (out,)
+
+
+@pytest.mark.parametrize(
+    ("f", "sums"),
+    [
+        (gated, 1),
+        (lambda *args: gated(*args, read=True), 2),
+        (lambda *args: gated(*args, act=torch.tanh), 2),
+        (lambda x, gate, w, v: gated(x, reduced(gate * 1), w, v), 3),
+        (lambda x, gate, w, v: gated(x, gate[0], w, v), 2),
+    ],
+    ids=["as of experts", "read by others too", "no sigmoid", "no whole weight", "no gate of a row"],
+)
+def test_two_sums_of_a_block_become_one(f, sums):
+    """With the other rank's part three times as much is summed, before as behind."""
+    captured = Captured(f, X, torch.randn(1, 8), torch.randn(8, 8), torch.randn(8, 8))
+    captured.normalize()
+    before = [op_name(n) for n in collectives.collectives(captured.gm)]
+    joined = collectives.join_sums(captured.gm)
+    captured.gm.graph.lint()
+    found = [op_name(n) for n in collectives.collectives(captured.gm)]
+    assert found == [collectives.SUM] * sums and len(before) == sums + joined
+    given = copied(captured.args)
+    torch.testing.assert_close(TwoRanks(captured.gm).run(*given), TwoRanks(captured.before).run(*copied(captured.args)))
+
+
+@pytest.mark.parametrize(("most", "ways"), [(64, 1), (63, 0), (0, 0)])
+def test_small_sums_go_through_symmetric_memory(most, ways):
+    """Those of at most so many bytes, here 2 of 8 numbers; on a CPU they are summed as always."""
+    captured = Captured(lambda x, w: (reduced(F.linear(x, w)) + reduced(torch.cat([x, x]).flatten(0, 1)).sum(),), X, torch.eye(8))
+    captured.normalize()
+    assert collectives.one_shot(captured.gm, most) == ways == captured.ops().count(collectives.ONE_SHOT)
+    captured.gm.graph.lint()
+    found = [op_name(n) for n in collectives.collectives(captured.gm)]
+    assert found == [collectives.ONE_SHOT if ways else collectives.SUM, collectives.SUM]
+    torch.testing.assert_close(captured.gm(*captured.args), captured.before(*copied(captured.args)))
+
+
+def test_a_maximum_stays():
+    def f(x):
+        dist.all_reduce(x, dist.ReduceOp.MAX)
+        return (x,)
+
+    captured = Captured(lambda x, w: f(F.linear(x, w)), X, W)
+    captured.normalize()
+    assert collectives.one_shot(captured.gm, 2**20) == 0
+
+
 def test_a_graph_that_waits_for_other_ranks_is_not_verified():
     captured = Captured(lambda x, w: (reduced(F.linear(x, w)) + 1,), X, W)
     with pytest.raises(Refused, match="^A graph must wait for no other rank to be verified, found _c10d_functional.all_reduce."):
