@@ -75,7 +75,7 @@ ROWS: dict[str, list[str]] = {
     "Attention of steps and prompts: masks, caches, lengths": [
         "tests/passes/test_attention_decode.py",
         "tests/passes/test_attention_growing.py",
-        "tests/passes/test_attention_one_query.py",
+        "tests/passes/test_attention_few_queries.py",
         "tests/passes/test_causal_attention.py",
         "tests/kernels/test_causal_attention.py",
     ],

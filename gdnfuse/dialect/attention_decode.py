@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gdnfuse.dialect.attention_one_query import reference as attention
+from gdnfuse.dialect.attention_few_queries import reference as attention
 from gdnfuse.dialect.op import register
 from gdnfuse.dialect.rms_norm import reference as rms_norm
 

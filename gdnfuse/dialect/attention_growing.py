@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from gdnfuse.dialect import attention_decode
-from gdnfuse.dialect.attention_one_query import reference as attention
+from gdnfuse.dialect.attention_few_queries import reference as attention
 from gdnfuse.dialect.op import register
 
 

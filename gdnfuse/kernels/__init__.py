@@ -35,8 +35,8 @@ def implementations() -> dict[str, Implementation]:
     from gdnfuse.kernels import (
         add_rms_norm,
         attention_decode,
+        attention_few_queries,
         attention_growing,
-        attention_one_query,
         causal_attention,
         causal_conv,
         causal_conv_update,
@@ -55,7 +55,7 @@ def implementations() -> dict[str, Implementation]:
         add_rms_norm.implementation,
         attention_decode.implementation,
         attention_growing.implementation,
-        attention_one_query.implementation,
+        attention_few_queries.implementation,
         causal_attention.implementation,
         causal_conv.implementation,
         causal_conv_update.implementation,

@@ -11,7 +11,7 @@ sizes has no barrier, and in its registers there is room for the first keys and 
 this one still run. Every program makes its queries anew. The new key and value are taken from registers, by the last split,
 which alone writes them to the cache: no program uses what another one writes. A split takes every SPLITS-th block of the cache,
 its first in any case. Where it has more than one it looks at the mask, and of the others reads none at either end that the query
-may not see, so the time goes with what is filled rather than allocated. Both kernels are attention_one_query's too, and
+may not see, so the time goes with what is filled rather than allocated. Both kernels are attention_few_queries's too, and
 attention_growing's, where the programs of a key head's first queries also copy what they read.
 
 Layout: q, k, v, gate [B, 1, heads, D], keys and values [B, HKV, L, D], mask [B or 1, 1, 1, L], where they grow L + 1, all of any
@@ -228,13 +228,13 @@ def attention_split_kernel(
 
 @triton.jit
 def attention_combine_kernel(
-    sums_ptr, largest_ptr, total_ptr, gate_ptr, out_ptr, stride_gb, stride_gh, stride_gd,
-    H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, SPLITS: tl.constexpr, OVERLAP: tl.constexpr,
+    sums_ptr, largest_ptr, total_ptr, gate_ptr, out_ptr, stride_gb, stride_gt, stride_gh, stride_gd,
+    T: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, SPLITS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
         gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
-    batch, head = row // H, row % H
+    batch, t, head = row // (T * H), row // H % T, row % H
     split = tl.arange(0, SPLITS)  # [SPLITS]
     d = tl.program_id(1) * BD + tl.arange(0, BD)  # [BD]
     live = d < D
@@ -248,8 +248,8 @@ def attention_combine_kernel(
     whole = tl.sum(weight * total, 0)
     o = tl.sum(sums * weight[:, None], 0) / tl.where(whole == 0.0, 1.0, whole)  # [BD]
     if gate_ptr is not None:
-        gate = tl.load(gate_ptr + batch * stride_gb + head * stride_gh + d * stride_gd, mask=live, other=0.0).to(tl.float32)
-        o = o * tl.sigmoid(gate)
+        gate_ptr += batch * stride_gb + t * stride_gt + head * stride_gh
+        o = o * tl.sigmoid(tl.load(gate_ptr + d * stride_gd, mask=live, other=0.0).to(tl.float32))
     tl.store(out_ptr + row * D + d, o.to(out_ptr.dtype.element_ty), mask=live)
 
 
@@ -347,13 +347,10 @@ def attend(
     empty = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device=q.device)  # noqa: E731
     sums = largest = total = None
     if splits > 1:
-        sums, largest, total = empty(B, H, splits, D), empty(B, H, splits), empty(B, H, splits)
+        sums, largest, total = empty(B, 1, H, splits, D), empty(B, 1, H, splits), empty(B, 1, H, splits)
     out = empty(B, 1, H * D, dtype=q.dtype)
     options = overlap_options(q) if overlap else {}
     early = {"OVERLAP": bool(options), **options}
-
-    def strides(t: torch.Tensor | None, *axes: int) -> list[int]:
-        return [0 if t is None or i == 0 and t.shape[0] == 1 else t.stride(i) for i in axes]
 
     gate_strides = strides(gate, 0, 2, 3)
     kernel_of(attention_split_kernel)[(B * HKV * groups, splits)](
@@ -365,18 +362,35 @@ def attend(
         SPLITS=splits, AT_ONCE=AT_ONCE, num_warps=1, **early,
     )  # fmt: skip
     if splits > 1:
-        columns = min(BD, max(COMBINED // splits, 1))
-        kernel_of(attention_combine_kernel)[(B * H, -(-D // columns))](
-            sums, largest, total, gate, out, *gate_strides,
-            H=H, D=D, BD=columns, SPLITS=splits, num_warps=COMBINE_WARPS, **early,
-        )  # fmt: skip
+        combine(sums, largest, total, gate, out, early)
     return out
+
+
+def strides(t: torch.Tensor | None, *axes: int) -> list[int]:
+    """Of these axes of a tensor, which is one for all sequences or not there."""
+    return [0 if t is None or i == 0 and t.shape[0] == 1 else t.stride(i) for i in axes]
+
+
+def combine(
+    sums: torch.Tensor,
+    largest: torch.Tensor,
+    total: torch.Tensor,
+    gate: torch.Tensor | None,
+    out: torch.Tensor,
+    early: dict[str, Any],
+) -> None:
+    """The splits' sums [B, T, H, SPLITS, D], largest scores and totals [B, T, H, SPLITS], into `out` [B, T, H·D]."""
+    B, T, H, splits, D = sums.shape
+    columns = min(triton.next_power_of_2(D), max(COMBINED // splits, 1))
+    kernel_of(attention_combine_kernel)[(B * T * H, -(-D // columns))](
+        sums, largest, total, gate, out, *strides(gate, 0, 1, 2, 3),
+        T=T, H=H, D=D, BD=columns, SPLITS=splits, num_warps=COMBINE_WARPS, **early,
+    )  # fmt: skip
 
 
 def require_attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, gate: torch.Tensor | None) -> None:
     """Refuse what `attend` cannot take."""
     require_dtypes(q=q, keys=keys, values=values, gate=gate)
-    require_one_token(q.shape[2])
     H, HKV = q.shape[1], keys.shape[1]
     require_static(H=H, HKV=HKV)
     require_head_dims(D=q.shape[3])
@@ -400,6 +414,7 @@ def require_new(
     """Refuse what `attend` cannot take of a token whose q and k are to be normed and turned; q [B, 1, H, D]."""
     require_dtypes(q=q, k=k, v=v, q_norm_weight=q_norm_weight, cos=cos, sin=sin)
     require_static(R=cos.shape[-1])
+    require_one_token(q.shape[1])
     require_attention(q.transpose(1, 2), keys, values, gate)
     if cos.shape[-1] % 2:
         raise Refused(f"R must be even, got {cos.shape[-1]}.")

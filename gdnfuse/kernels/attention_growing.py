@@ -2,7 +2,7 @@
 
 Keys and values one token longer are new memory, so each step writes all of them. A program that reads a block to attend to it has
 it in registers and stores it from there, to the last bit what it was, whether anybody may see it or not; of the programs that
-share a key head, the one of its first queries does. Nothing is compiled for a length, as in attention_one_query.py.
+share a key head, the one of its first queries does. Nothing is compiled for a length, as in attention_few_queries.py.
 """
 
 from __future__ import annotations

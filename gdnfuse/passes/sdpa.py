@@ -24,12 +24,12 @@ PROVED, SMALL = 2**22, 37
 
 @dataclass(frozen=True)
 class OneQuery:
-    """What rules of attention with one query know of it.
+    """What rules of attention with one query, or a few, know of it.
 
     Attributes:
         anchor: torch's attention.
         scale: of its scores.
-        back: brings the op's [B, 1, H·D] to the layout of the match's output.
+        back: brings the op's [B, T, H·D] to the layout of the match's output.
     """
 
     anchor: Node
@@ -43,6 +43,18 @@ def one_query(graph):
         if op_name(node) == "scaled_dot_product_attention" and len(node.args) >= 3:
             shape = value(node.args[0]).shape
             if len(shape) == 4 and same(shape[-2], 1):
+                yield node
+
+
+MOST_QUERIES = 8
+
+
+def few_queries(graph):
+    """Attention of [B, heads, T, D] with T from 1 to 8, whatever the inputs."""
+    for node in graph.nodes:
+        if op_name(node) == "scaled_dot_product_attention" and len(node.args) >= 3:
+            shape = value(node.args[0]).shape
+            if len(shape) == 4 and (same(shape[-2], 1) or isinstance(shape[-2], int) and 1 < shape[-2] <= MOST_QUERIES):
                 yield node
 
 
@@ -78,31 +90,32 @@ def gated(anchor):
     return anchor, None
 
 
-def back_to(out, H, D):
-    """How to bring the op's [B, 1, H·D] to the layout of a node."""
+def back_to(out, T, H, D):
+    """How to bring the op's [B, T, H·D] to the layout of a node."""
     if value(out).ndim != 4:
         return lambda y: y
-    if same(value(out).shape[1], 1):
-        return lambda y: y.reshape(-1, 1, H, D)
-    return lambda y: y.reshape(-1, 1, H, D).transpose(1, 2)
+    if same(value(out).shape[1], T) and op_name(out) != "scaled_dot_product_attention":
+        return lambda y: y.reshape(-1, T, H, D)
+    return lambda y: y.reshape(-1, T, H, D).transpose(1, 2)
 
 
 def require_plain(anchor, m):
-    """Refuse attention with more than a mask of [B or 1, 1, 1, L] of bool, a scale and groups of queries."""
+    """Refuse attention with more than a mask of [B or 1, 1, T, L] of bool, a scale and groups of queries."""
     options = options_of(anchor)
     if unknown := options.keys() - OPTIONS:
         raise Refused(f"Attention must have no options but {', '.join(sorted(OPTIONS))}, found {', '.join(unknown)}.", at=anchor)
     require_numbers(anchor)
     if options.get("is_causal", False):
         raise Refused(
-            "Attention of one query must not be causal, which would show it the first key alone; found it is.", at=anchor
+            "Attention of few queries must not be causal, which would show the first of them the first key alone; found it is.",
+            at=anchor,
         )
     if "mask" not in m.inputs:
         return
-    mask, B, L = value(m.inputs["mask"]), value(anchor.args[0]).shape[0], value(anchor.args[1]).shape[-2]
-    if mask.dtype != torch.bool or not any(_shaped(mask.shape, (n, 1, 1, L), 3) for n in (B, 1)):
+    (B, _, T, _), L, mask = value(anchor.args[0]).shape, value(anchor.args[1]).shape[-2], value(m.inputs["mask"])
+    if mask.dtype != torch.bool or not any(_shaped(mask.shape, (n, 1, T, L), 3) for n in (B, 1)):
         found = f"{shown(mask.shape)} of {mask.dtype}"
-        raise Refused(f"The mask must be {shown((B, 1, 1, L))} or {shown((1, 1, 1, L))} of bool, found {found}.", at=anchor)
+        raise Refused(f"The mask must be {shown((B, 1, T, L))} or {shown((1, 1, T, L))} of bool, found {found}.", at=anchor)
 
 
 def require_numbers(anchor):
@@ -127,12 +140,12 @@ def require_heads(anchor, m):
         raise Refused(f"Heads must be numbers, H a multiple of HKV, found H = {H}, HKV = {HKV} and D = {D}.", at=anchor)
 
 
-def require_provable(anchor, m):
+def require_provable(anchor, m, most=None):
     """Refuse keys too long for a proof."""
     B, HKV, L, D = value(m.inputs["keys"]).shape
-    size = math.prod(hint(n) for n in (B, HKV, L if m.small is None else m.small, D))
-    if size > PROVED:
-        raise Refused(f"The keys must have at most {PROVED} elements to be proved, found {size}.", at=anchor)
+    size, most = math.prod(hint(n) for n in (B, HKV, L if m.small is None else m.small, D)), most or PROVED
+    if size > most:
+        raise Refused(f"The keys must have at most {most} elements to be proved, found {size}.", at=anchor)
 
 
 def require_dtype_of_q(m, *names):

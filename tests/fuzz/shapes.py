@@ -81,8 +81,8 @@ def _conv(B, T, H, HV, K, V, dtype, state_dtype, wrap, wrap_state):
     return cases.prompt_conv(B, 2 * H * K + HV * V, T, 4, dtype, S=4 * (H % 2), wrap=wrap)
 
 
-def _one_query(B, T, H, HV, K, V, dtype, state_dtype, wrap, wrap_state):
-    return cases.one_query(B, HV, H, K, 9 * T + 1, dtype, mask=V % 2 == 0, wrap=wrap)
+def _few_queries(B, T, H, HV, K, V, dtype, state_dtype, wrap, wrap_state):
+    return cases.few_queries(B, HV, H, K, 9 * T + 1, dtype, mask=V % 2 == 0, wrap=wrap)
 
 
 def _growing(B, T, H, HV, K, V, dtype, state_dtype, wrap, wrap_state):
@@ -91,7 +91,7 @@ def _growing(B, T, H, HV, K, V, dtype, state_dtype, wrap, wrap_state):
 
 MAKE = {
     "attention_growing": _growing,
-    "attention_one_query": _one_query,
+    "attention_few_queries": _few_queries,
     "fused_gating_delta_rule": _rule,
     "packed_decode": _packed,
     "mixer_decode": _mixer,

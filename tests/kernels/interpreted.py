@@ -8,6 +8,7 @@ import torch
 
 from gdnfuse.kernels import (
     attention_decode,
+    attention_few_queries,
     causal_conv_update,
     chunk_delta_rule,
     devices,
@@ -24,7 +25,7 @@ from tests.sweeps import pairs
 chunk_delta_rule.OPERANDS.clear()
 few_rows_linear.OPERANDS[torch.bfloat16] = few_rows_linear.OPERANDS[torch.float32]
 # It runs one program after another; of few splits each has several blocks of keys, and with more heads there is but one.
-attention_decode.PROGRAMS = 16
+attention_decode.PROGRAMS = attention_few_queries.PROGRAMS = 16
 
 # The interpreter truncates where devices round to the nearest bfloat16.
 TOLERANCE = kernel_cases.TOLERANCE | {torch.bfloat16: 2.0**-7 + kernel_cases.MATHS}

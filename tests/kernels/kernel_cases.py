@@ -15,8 +15,8 @@ from gdnfuse import dialect
 from gdnfuse.dialect import (
     add_rms_norm,
     attention_decode,
+    attention_few_queries,
     attention_growing,
-    attention_one_query,
     delta_rule,
     delta_rule_commit,
     experts,
@@ -284,8 +284,8 @@ def growing(*sizes, **options):
     return lambda: attention_growing.example_call(*sizes, **options)
 
 
-def one_query(*sizes, **options):
-    return lambda: attention_one_query.example_call(*sizes, **options)
+def few_queries(*sizes, **options):
+    return lambda: attention_few_queries.example_call(*sizes, **options)
 
 
 def v_major(s):
@@ -424,17 +424,24 @@ CASES = [
     Case("attention_growing", "far-blocks", growing(1, 4, 1, 16, 400, R=8, hidden=360)),
     Case("attention_growing", "strided", growing(2, 4, 2, 24, 70, BF16, wrap=lambda x: strided(x, 2))),
     Case("attention_growing", "tokens-first", growing(2, 4, 2, 16, 70, wrap=lambda x: x.mT.contiguous().mT)),
-    *(Case("attention_one_query", f"{name(d)}-{L}", one_query(2, 4, 2, 16, L, d)) for d, L in ((F32, 1), (F32, 270), (F16, 1))),
-    Case("attention_one_query", "bfloat16-270", one_query(2, 4, 2, 16, 270, BF16)),
-    *(Case("attention_one_query", f"no-mask-{L}", one_query(1, 6, 2, 20, L, BF16, mask=False)) for L in (1, 17, 600)),
-    Case("attention_one_query", "no-gate", one_query(3, 3, 3, 24, 40, F16, gate=False)),
-    Case("attention_one_query", "padded", one_query(1, 4, 1, 16, 400, hidden=350)),
-    Case("attention_one_query", "nothing-shown", one_query(2, 4, 2, 16, 40, hidden=40)),
-    Case("attention_one_query", "seven-queries", one_query(2, 14, 2, 16, 30, F16, hidden=4)),
-    Case("attention_one_query", "one-mask", one_query(3, 2, 2, 16, 70, shared=True, hidden=3)),
-    Case("attention_one_query", "strided", one_query(2, 4, 2, 24, 70, BF16, wrap=lambda x: strided(x, 2))),
-    Case("attention_one_query", "tokens-first", one_query(2, 4, 2, 16, 70, wrap=lambda x: x.mT.contiguous().mT)),
-    Case("attention_one_query", "masks-in-turns", one_query(1, 2, 1, 16, 2**15 + 1000, hidden=2**15 + 900)),
+    *(Case("attention_few_queries", f"float32-{L}", few_queries(2, 4, 2, 16, L)) for L in (1, 270)),
+    Case("attention_few_queries", "float16-1", few_queries(2, 4, 2, 16, 1, F16)),
+    Case("attention_few_queries", "bfloat16-270", few_queries(2, 4, 2, 16, 270, BF16)),
+    *(Case("attention_few_queries", f"no-mask-{L}", few_queries(1, 6, 2, 20, L, BF16, mask=False)) for L in (1, 17, 600)),
+    Case("attention_few_queries", "no-gate", few_queries(3, 3, 3, 24, 40, F16, gate=False)),
+    Case("attention_few_queries", "padded", few_queries(1, 4, 1, 16, 400, hidden=350)),
+    Case("attention_few_queries", "nothing-shown", few_queries(2, 4, 2, 16, 40, hidden=40)),
+    Case("attention_few_queries", "seven-queries", few_queries(2, 14, 2, 16, 30, F16, hidden=4)),
+    Case("attention_few_queries", "one-mask", few_queries(3, 2, 2, 16, 70, shared=True, hidden=3)),
+    Case("attention_few_queries", "strided", few_queries(2, 4, 2, 24, 70, BF16, wrap=lambda x: strided(x, 2))),
+    Case("attention_few_queries", "tokens-first", few_queries(2, 4, 2, 16, 70, wrap=lambda x: x.mT.contiguous().mT)),
+    *(Case("attention_few_queries", f"{name(d)}-T{T}", few_queries(2, 4, 2, 16, 70, d, T=T)) for d, T in ((F32, 2), (BF16, 8))),
+    Case("attention_few_queries", "T3-one-split", few_queries(40, 10, 10, 8, 37, F16, T=3)),
+    Case("attention_few_queries", "T5-no-mask-no-gate", few_queries(1, 6, 2, 20, 65, T=5, mask=False, gate=False)),
+    Case("attention_few_queries", "T8-two-tiles", few_queries(1, 5, 1, 8, 40, T=8)),
+    Case("attention_few_queries", "T4-strided", few_queries(3, 2, 2, 24, 70, BF16, T=4, shared=True, wrap=every_second)),
+    Case("attention_few_queries", "T2-nothing-shown", few_queries(2, 2, 1, 16, 300, T=2, hidden=300)),
+    Case("attention_few_queries", "masks-in-turns", few_queries(1, 2, 1, 16, 2**15 + 1000, hidden=2**15 + 900)),
     *(Case("fused_linear", f"{f}-F32", linear(200, WIDTHS[f], F32, norm=True, **of(f))) for f in FORMATS),
     *(Case("fused_linear", f"{f}-BF16", linear(200, WIDTHS[f], BF16, norm=True, **of(f))) for f in FORMATS),
     *(Case("fused_linear", f"{f}-swiglu", linear(136, 512, BF16, norm=True, swiglu=True, **of(f))) for f in FORMATS),

@@ -25,7 +25,7 @@ OPS = {
         [(1,), (2,), *SPLIT[1:-1], (129, 256)],
     ),
     "attention_growing": (lambda B: kernel_cases.growing(B, 16, 4, 256, 300, BF16), SPLIT),
-    "attention_one_query": (lambda B: kernel_cases.one_query(B, 16, 4, 256, 300, BF16), SPLIT),
+    "attention_few_queries": (lambda B: kernel_cases.few_queries(B, 16, 4, 256, 300, BF16), SPLIT),
     "add_rms_norm": (lambda B: kernel_cases.added(2560, dtype=BF16, lead=(B, 1)), ANY),
     "causal_conv": (lambda B: kernel_cases.prompt_conv(B, D, 70, 4, BF16), ANY),
     "packed_decode": (lambda B: kernel_cases.packed(B, H, HV, K, V, BF16), [(1, 2, 16), (17, 33)]),
@@ -58,7 +58,7 @@ def test_how_work_is_shared_out_by_the_number_of_sequences(op):
 
 @pytest.mark.parametrize("mask", [False, True])
 @pytest.mark.parametrize("B", [1, 2])
-@pytest.mark.parametrize("op", ["attention_growing", "attention_one_query"])
+@pytest.mark.parametrize("op", ["attention_growing", "attention_few_queries"])
 def test_keys_of_any_length_have_one_machine_code(op, B, mask):
     """Not one more argument is specialised, by its value or as a multiple of 16, than for the first length."""
 

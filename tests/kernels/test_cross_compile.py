@@ -96,12 +96,20 @@ def calls(B, HV, K=128, V=128, state_dtype=torch.float32):
             of(B, 1, 1, 5001, dtype=torch.bool),
             1 / 16,
         ),
-        "attention_one_query": (
+        "attention_few_queries": (
             of(B, 16, 1, 256),
             of(B, 4, 5001, 256),
             of(B, 4, 5001, 256),
             of(B, 1, 16, 512)[..., 256:],
             of(B, 1, 1, 5001, dtype=torch.bool),
+            1 / 16,
+        ),
+        "attention_few_queries of five": (
+            of(B, 16, 5, 256),
+            of(B, 4, 5001, 256),
+            of(B, 4, 5001, 256),
+            of(B, 5, 16, 512)[..., 256:],
+            of(B, 1, 5, 5001, dtype=torch.bool),
             1 / 16,
         ),
         "causal_conv": (many[..., :D].mT, of(D, W), None, "silu"),
@@ -143,7 +151,7 @@ def calls(B, HV, K=128, V=128, state_dtype=torch.float32):
     }
 
 
-LAUNCHES = {"attention_decode": 2, "attention_growing": 2, "attention_one_query": 2, "mixer_decode": 2}
+LAUNCHES = {"attention_decode": 2, "attention_growing": 2, "attention_few_queries": 2, "mixer_decode": 2}
 MODELS = {"4B": (1, 32), "4B-batched": (32, 32), "27B": (2, 48)}
 # Every op at every model's shapes for sm_90, where nothing may spill, and for sm_80, sm_100 and gfx942 at those of one in turn.
 CASES = [
@@ -702,7 +710,8 @@ def test_keys_and_values_are_read_before_the_query_and_no_program_waits_for_anot
             assert split.asm["ptx"].count("st.global.v4.b32") >= 8
             usage = resources(split.asm["cubin"], tmp_path)
             assert (usage["STACK"], usage["LOCAL"]) == (0, 0), f"{usage}"
-    split, *_ = on_hopper("attention_one_query", *calls(*MODELS[model])["attention_one_query"])
-    assert "ld.global" not in before_the_wait(split)
-    usage = resources(split.asm["cubin"], tmp_path)
-    assert (usage["STACK"], usage["LOCAL"]) == (0, 0), f"{usage}"
+    for name in ("attention_few_queries", "attention_few_queries of five"):
+        split, *_ = on_hopper("attention_few_queries", *calls(*MODELS[model])[name])
+        assert "ld.global" not in before_the_wait(split) and "cp.async" not in before_the_wait(split)
+        usage = resources(split.asm["cubin"], tmp_path)
+        assert (usage["STACK"], usage["LOCAL"]) == (0, 0), f"{usage}"

@@ -126,7 +126,7 @@ MANY = {
     "chunk_delta_rule of many prompts": prompt(4096, 65),
     "chunk_delta_rule of many packed prompts": prompt(1, 2**19, cu_seqlens=of(4097, dtype=torch.int32)),
     "gated_rms_norm": (of(4, 2**21, 32, 64), of(4, 2**21, 32, 64), of(64), 1e-6),
-    "attention_one_query": (of(4096, 16, 1, 64), of(4096, 16, 100, 64), of(4096, 16, 100, 64), None, None, 0.1),
+    "attention_few_queries": (of(4096, 16, 1, 64), of(4096, 16, 100, 64), of(4096, 16, 100, 64), None, None, 0.1),
     "mixer_decode": decoded(4096),
 }
 

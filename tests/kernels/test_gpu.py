@@ -36,7 +36,8 @@ REAL = [
             "gated_rms_norm", f"real-B{B}", kernel_cases.norm((B, 1, HV, V), torch.float32, BF16, wrap=kernel_cases.gate_of_row)
         ),
         Case("attention_growing", f"real-B{B}", kernel_cases.growing(B, 16, 4, 256, 300, BF16, R=64, hidden=7)),
-        Case("attention_one_query", f"real-B{B}", kernel_cases.one_query(B, 16, 4, 256, 300, BF16, hidden=7)),
+        Case("attention_few_queries", f"real-T5-B{B}", kernel_cases.few_queries(B, 16, 4, 256, 300, BF16, T=5, hidden=7)),
+        Case("attention_few_queries", f"real-B{B}", kernel_cases.few_queries(B, 16, 4, 256, 300, BF16, hidden=7)),
         Case("mixer_decode", f"real-B{B}", kernel_cases.mixer(B, H, HV, K, V, dtype=BF16)),
         Case("mixer_decode", f"real-27B-B{B}", kernel_cases.mixer(B, H, 48, K, V, dtype=BF16, state_dtype=BF16)),
     )
@@ -47,8 +48,9 @@ REAL += [
     for case in (
         Case("attention_growing", f"real-long-B{B}", kernel_cases.growing(B, 16, 4, 256, 5000, BF16, R=64, hidden=4000)),
         Case("attention_growing", f"real-no-mask-B{B}", kernel_cases.growing(B, 16, 4, 256, 5003, BF16, R=64, mask=False)),
-        Case("attention_one_query", f"real-long-B{B}", kernel_cases.one_query(B, 16, 4, 256, 5000, BF16, hidden=4000)),
-        Case("attention_one_query", f"real-no-mask-B{B}", kernel_cases.one_query(B, 16, 4, 256, 5000, BF16, mask=False)),
+        Case("attention_few_queries", f"real-T8-B{B}", kernel_cases.few_queries(B, 16, 4, 256, 5000, BF16, T=8, hidden=4000)),
+        Case("attention_few_queries", f"real-long-B{B}", kernel_cases.few_queries(B, 16, 4, 256, 5000, BF16, hidden=4000)),
+        Case("attention_few_queries", f"real-no-mask-B{B}", kernel_cases.few_queries(B, 16, 4, 256, 5000, BF16, mask=False)),
         Case("causal_conv", f"real-B{B}", kernel_cases.prompt_conv(B, 8192, 333, 4, BF16, S=4, wrap=kernel_cases.row_slice)),
         Case("chunk_delta_rule", f"real-B{B}", kernel_cases.chunked(B, 333, H, HV, K, V, BF16, every=2)),
         Case("fused_gating_chunk_delta_rule", f"real-B{B}", kernel_cases.chunked(B, 333, H, HV, K, V, BF16, gated=True)),
@@ -183,7 +185,7 @@ def unreachable(*args, **kwargs):
     raise AssertionError("the launch was not repeated")
 
 
-@pytest.mark.parametrize("name", ["attention_growing", "attention_one_query"])
+@pytest.mark.parametrize("name", ["attention_growing", "attention_few_queries"])
 def test_keys_of_any_length_are_repeated(name, monkeypatch):
     replayed, op = implementations()[name].replayed, implementations()[name].op
     replayed.forget()
@@ -336,7 +338,7 @@ def test_linear_configs(config):
 
 
 @pytest.mark.parametrize("mask", [False, True])
-@pytest.mark.parametrize("name", ["attention_growing", "attention_one_query"])
+@pytest.mark.parametrize("name", ["attention_growing", "attention_few_queries"])
 def test_keys_of_any_length_have_one_machine_code(name, mask):
     op, before = implementations()[name].op, None
     for L in (1, 16, 17, 300, 2048, 2049, 40000):
@@ -346,7 +348,7 @@ def test_keys_of_any_length_have_one_machine_code(name, mask):
         assert loaded() == before, L
 
 
-ATTENTION = ("attention_decode-bf16", "attention_growing-seven-queries", "attention_one_query-no-gate")
+ATTENTION = ("attention_decode-bf16", "attention_growing-seven-queries", "attention_few_queries-no-gate")
 AHEAD = [c for c in kernel_cases.CASES if str(c) in ATTENTION]
 AHEAD += [c for c in REAL if c.label == "real-B2" and c.op in ("causal_conv_update", "mixer_decode")]
 

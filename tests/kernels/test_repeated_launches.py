@@ -131,7 +131,7 @@ def check(op, args, kwargs):
 
 @pytest.mark.parametrize("wrap", [lambda t: t, lambda t: t.transpose(1, 2).contiguous().transpose(1, 2)], ids=["heads", "tokens"])
 @pytest.mark.parametrize("options", [{}, {"mask": False}, {"shared": True, "gate": False}], ids=str)
-@pytest.mark.parametrize("name", ["attention_growing", "attention_one_query"])
+@pytest.mark.parametrize("name", ["attention_growing", "attention_few_queries"])
 def test_keys_that_grow(name, options, wrap, monkeypatch):
     """Three lengths are recorded, and repeated at all others, with what the launch hands on at those."""
     implementation, noted, codes = implementations()[name], [], {}

@@ -31,13 +31,8 @@ PARTS = "Parts of a linear need at least two rows and two parts"
 WIDE_K = "K above 128 must be 256, q, k and v bfloat16 and β at most 1; got K = 256"
 
 
-def two_queries():
-    (q, *rest), _ = kernel_cases.one_query(1, 2, 2, 8, 4)()
-    return (torch.cat([q, q], 2), *rest), {}
-
-
 def keys_in_half_precision():
-    (q, keys, *rest), _ = kernel_cases.one_query(1, 2, 2, 8, 4)()
+    (q, keys, *rest), _ = kernel_cases.few_queries(1, 2, 2, 8, 4)()
     return (q, keys.half(), *rest), {}
 
 
@@ -88,6 +83,7 @@ REFUSED = [
     ("fused_gating_delta_rule", kernel_cases.rule(1, 1, 1, 1, 257, 8), "K must be at most 256, got 257."),
     ("fused_gating_delta_rule", kernel_cases.rule(1, 1, 2, 3, 8, 8), "HV must be a multiple of H, got HV = 3 and H = 2."),
     ("fused_gating_delta_rule", kernel_cases.rule(1, 1, 1, 1, 8, 8, state_dtype=F64), "recurrent_state must be float32"),
+    ("attention_few_queries", kernel_cases.few_queries(1, 2, 1, 8, 9, T=9), "T must be at most 8, got 9."),
     ("delta_rule_verify", kernel_cases.rule(1, 9, 1, 1, 8, 8), "T must be at most 8, got 9."),
     ("delta_rule_verify", kernel_cases.rule(1, 2, 2, 3, 8, 8), "HV must be a multiple of H, got HV = 3 and H = 2."),
     ("delta_rule_commit", kernel_cases.commit(1, 1, 2, 4, 2, 3, 8, 8, [1]), "D must be 2·H·K + HV·V with HV a multiple of H,"),
@@ -150,11 +146,14 @@ REFUSED = [
     ("attention_growing", kernel_cases.growing(1, 2, 2, 8, 4, R=3), "R must be even, got 3."),
     ("attention_growing", kernel_cases.growing(1, 2, 2, 8, 4, F64), "q must be float32, bfloat16 or float16, got float64."),
     ("attention_growing", cache_in_half_precision, "q, keys and values must have one dtype, got torch.float32, torch.float16"),
-    ("attention_one_query", kernel_cases.one_query(1, 3, 2, 8, 4), "H must be a multiple of HKV, got H = 3 and HKV = 2."),
-    ("attention_one_query", kernel_cases.one_query(1, 2, 2, 300, 4), "D must be at most 256, got 300."),
-    ("attention_one_query", kernel_cases.one_query(1, 2, 2, 8, 4, F64), "q must be float32, bfloat16 or float16, got float64."),
-    ("attention_one_query", two_queries, "T must be 1, got 2."),
-    ("attention_one_query", keys_in_half_precision, "q, keys and values must have one dtype, got torch.float32, torch.float16"),
+    ("attention_few_queries", kernel_cases.few_queries(1, 3, 2, 8, 4), "H must be a multiple of HKV, got H = 3 and HKV = 2."),
+    ("attention_few_queries", kernel_cases.few_queries(1, 2, 2, 300, 4), "D must be at most 256, got 300."),
+    (
+        "attention_few_queries",
+        kernel_cases.few_queries(1, 2, 2, 8, 4, F64),
+        "q must be float32, bfloat16 or float16, got float64.",
+    ),
+    ("attention_few_queries", keys_in_half_precision, "q, keys and values must have one dtype, got torch.float32, torch.float16"),
     ("in_proj_conv", kernel_cases.in_proj(9, 256, 4, B=2), f"{SEVERAL_ROWS}, got a norm or gate before it."),
     ("in_proj_conv", kernel_cases.in_proj(9, 256, 4, B=2, norm=False), "x must be one row, got the sizes [2, 1, 256]."),
     ("in_proj_conv", kernel_cases.in_proj(9, 8, 4, state_dtype=F64), "conv_state must be float32"),
@@ -251,7 +250,7 @@ def test_the_length_of_a_cache_may_be_symbolic_where_it_grows_and_not_where_it_i
     assert not mode.shape_env.guards
 
 
-@pytest.mark.parametrize("op", ["attention_growing", "attention_one_query"])
+@pytest.mark.parametrize("op", ["attention_growing", "attention_few_queries"])
 def test_lengths_that_differ_are_an_error(op):
     """Symbols of different names may be one number, which shows when they are called with."""
     args, _ = kernel_cases.CASES[[c.op for c in kernel_cases.CASES].index(op)].call()

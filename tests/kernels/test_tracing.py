@@ -16,7 +16,7 @@ from gdnfuse.kernels import implementations
 CALLS = {
     "attention_decode": kernel_cases.attention(6, 4, 2, 16, 40, filled=20),
     "attention_growing": kernel_cases.growing(6, 4, 2, 16, 40),
-    "attention_one_query": kernel_cases.one_query(6, 4, 2, 16, 40),
+    "attention_few_queries": kernel_cases.few_queries(6, 4, 2, 16, 40),
     "causal_attention": lambda: (
         tuple(torch.randn(6, n, T, 136).bfloat16() for n, T in ((4, 5), (2, 9), (2, 9))),
         {"scale": 0.3},
@@ -46,7 +46,7 @@ TIME = dict.fromkeys(("q", "k", "v", "g", "beta", "a", "b"), 1)
 KEYS = {"keys": 2, "values": 2, "mask": 3}
 TIMES = {
     "attention_growing": KEYS,
-    "attention_one_query": KEYS,
+    "attention_few_queries": KEYS,
     "causal_attention": {"q": 2, "k": 2, "v": 2},
     "causal_conv": {"x": 2},
     "chunk_delta_rule": TIME,

@@ -160,7 +160,7 @@ def test_attention_on_a_cache_that_grows_is_one_op_in_a_graph_for_all_lengths(ba
     for report in decode_reports():
         lifted = [r for r in report.all_records if r.rule == "attention_growing" and r.stage == "lift"]
         assert [r.status for r in lifted] == ["fired"] * (len(ours.config.layer_types) - zoo.GDN_LAYERS)
-        assert not [r for r in report.all_records if r.rule == "attention_one_query"]
+        assert not [r for r in report.all_records if r.rule == "attention_few_queries"]
         (attention,) = [b for b in report.blocks if b.kind == "full attention"]
         after = [o.op for o in report.structures[attention.after]]
         assert "attention_growing" in after and not {"scaled_dot_product_attention", "cat"} & set(after)

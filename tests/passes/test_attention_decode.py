@@ -34,7 +34,7 @@ def test_fires_and_writes_the_cache_as_eager_does(batch, padded):
     (report,) = gdnfuse.reports()
     attention = [layer for layer in model.config.layer_types if layer == "full_attention"]
     assert [r.status for r in records(report)] == [Status.FIRED] * len(attention) and attention
-    assert records(report, "attention_growing") == records(report, "attention_one_query") == []
+    assert records(report, "attention_growing") == records(report, "attention_few_queries") == []
     assert "scaled_dot_product_attention" not in report_code(model, batch, padded)
 
 

@@ -9,7 +9,7 @@ import transformers
 
 import gdnfuse
 from gdnfuse.passes import sdpa
-from gdnfuse.passes.lift import attention_growing, attention_one_query, rms_norm
+from gdnfuse.passes.lift import attention_few_queries, attention_growing, rms_norm
 from gdnfuse.report.records import Status
 from gdnfuse.rewrite import proof
 from gdnfuse.rewrite.graph import op_name
@@ -18,7 +18,7 @@ from tests.passes.test_lower import Lowered
 from tests.rewrite.captured import Captured
 
 B, H, HKV, D, R, EPS = 3, 4, 2, 8, 4, 1e-6
-RULES = [rms_norm.RULE, attention_growing.RULE, attention_one_query.RULE]
+RULES = [rms_norm.RULE, attention_growing.RULE, attention_few_queries.RULE]
 
 
 def normed(x, weight, eps=EPS):
@@ -118,7 +118,7 @@ def test_every_spelling_becomes_one_op(name, dynamic):
     assert record(g).status is Status.FIRED, record(g).reason
     assert "gdnfuse.attention_growing" in g.ops()
     assert not {"cat", "sigmoid", "expand", "neg", "gdnfuse.rms_norm", "scaled_dot_product_attention"} & set(g.ops())
-    assert [r for r in g.outcome.records if r.rule == "attention_one_query"] == []
+    assert [r for r in g.outcome.records if r.rule == "attention_few_queries"] == []
     g.close()
 
 
@@ -226,7 +226,7 @@ def test_what_is_not_that_stays(name):
 def test_attention_alone_has_its_chance_behind_it(name):
     function, _ = (UNMATCHED | REFUSED)[name]
     g = applied(function, *arguments())
-    assert record(g, "attention_one_query").status is Status.FIRED, record(g, "attention_one_query").reason
+    assert record(g, "attention_few_queries").status is Status.FIRED, record(g, "attention_few_queries").reason
     g.close()
 
 
@@ -243,7 +243,7 @@ def test_a_size_of_the_longer_cache_is_read_before_there_is_one(name):
     expand.args = (*expand.args[:4], size, *expand.args[5:])
     g.apply(*RULES)
     assert record(g).reason == f"{cat.name} must not be read before all operands exist, found that size reads it."
-    assert record(g, "attention_one_query").status is Status.FIRED
+    assert record(g, "attention_few_queries").status is Status.FIRED
     g.close()
 
 
@@ -335,4 +335,4 @@ def test_a_model_on_a_cache_with_a_sliding_window_is_left_to_attention_alone():
     ]
     assert first["attention_growing"] == "" and others
     for reasons in others:
-        assert "must stay in the cache whole" in reasons["attention_growing"] and reasons["attention_one_query"] == ""
+        assert "must stay in the cache whole" in reasons["attention_growing"] and reasons["attention_few_queries"] == ""

@@ -2,8 +2,8 @@
 
 from gdnfuse.passes.lift import (
     attention_decode,
+    attention_few_queries,
     attention_growing,
-    attention_one_query,
     causal_attention,
     causal_conv_update,
     chunk_delta_rule,
@@ -31,7 +31,7 @@ RULES = [
     rms_norm.RULE,
     attention_decode.RULE,
     attention_growing.RULE,
-    attention_one_query.RULE,
+    attention_few_queries.RULE,
     causal_attention.RULE,
     experts.RULE,
     route.RULE,

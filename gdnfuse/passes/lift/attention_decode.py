@@ -57,7 +57,7 @@ class LiftAttentionDecode(Rule[OneToken]):
 
     def match(self, anchor):
         keys, values = (_cache(anchor.args[i], name) for i, name in ((1, "keys"), (2, "values")))
-        wrote_k, wrote_v = (_write(cache, name) for cache, name in ((keys, "keys"), (values, "values")))
+        wrote_k, wrote_v = (write_into(cache, name) for cache, name in ((keys, "keys"), (values, "values")))
         if wrote_v.args[2] is not wrote_k.args[2]:
             raise Mismatch(wrote_v, f"values written at {wrote_k.args[2]}, as keys are", str(wrote_v.args[2]))
         operands, out, facts = one_token(anchor, wrote_k.args[3], wrote_v.args[3], value(keys).shape[1])
@@ -128,7 +128,7 @@ def one_token(anchor: Node, new_k: Node, new_v: Node, HKV: Any) -> tuple[dict[st
         "mask": mask if is_tensor(mask := mask_of(anchor)) else None,
     }
     eps, offset = (norms["q"]["eps"], norms["q"]["offset"]) if norms else (0.0, 0.0)
-    return operands, out, OneToken(anchor, scale_of(anchor), back_to(out, H, D), eps, offset)
+    return operands, out, OneToken(anchor, scale_of(anchor), back_to(out, 1, H, D), eps, offset)
 
 
 def _anywhere(length, shape, generator):
@@ -144,7 +144,8 @@ def _cache(node, name):
     return piece
 
 
-def _write(cache, name):
+def write_into(cache, name):
+    """The one write of new tokens into a cache of fixed length."""
     found = [u for u in cache.users if op_name(u) == "index_copy_"]
     if len(found) != 1 or len(found[0].args) != 4 or found[0].args[1] not in (2, -2):
         raise Mismatch(cache, f"one index_copy_ into the {name} along their tokens", f"{len(found)} such")

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from gdnfuse.passes import sdpa
-from gdnfuse.passes.lift import attention_one_query
-from gdnfuse.passes.lift.attention_one_query import RULE
+from gdnfuse.passes.lift import attention_few_queries
+from gdnfuse.passes.lift.attention_few_queries import RULE
 from gdnfuse.report.records import Status
 from gdnfuse.rewrite import proof
 from tests.rewrite.captured import Captured
@@ -90,7 +90,7 @@ def test_every_spelling_becomes_one_op(function, dynamic):
     """Where lengths are dynamic, those of keys, values and mask are symbols of their own until they meet in another op."""
     g = applied(function, *arguments(dynamic=dynamic))
     assert g.record.status is Status.FIRED, g.record.reason
-    assert "gdnfuse.attention_one_query" in g.ops() and "scaled_dot_product_attention" not in g.ops()
+    assert "gdnfuse.attention_few_queries" in g.ops() and "scaled_dot_product_attention" not in g.ops()
     assert not {"sigmoid", "expand"} & set(g.ops())
     g.close()
 
@@ -148,7 +148,7 @@ REFUSED = {
     ),
     "causal": (
         lambda q, k, v, gate, mask: F.scaled_dot_product_attention(q, repeated(k), repeated(v), is_causal=True),
-        "Attention of one query must not be causal",
+        "Attention of few queries must not be causal",
     ),
     "wider values": (
         lambda q, k, v, gate, mask: F.scaled_dot_product_attention(q, repeated(k), repeated(torch.cat([v, v], -1))),
@@ -184,10 +184,49 @@ def test_what_is_not_that_stays(name):
         g.equal()
 
 
-def test_several_queries_and_attention_without_an_axis_of_heads_need_no_record():
+@pytest.mark.parametrize("T", [2, 8])
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("behind", ["nothing", "a gate", "a gate, heads first"])
+def test_a_few_queries_each_with_a_mask_of_its_own(T, dynamic, behind):
     def function(q, k, v, gate, mask):
-        several = F.scaled_dot_product_attention(torch.cat([q, q], 2), repeated(k), repeated(v))
-        return several, F.scaled_dot_product_attention(q[:, 0], k[:, 0], v[:, 0])
+        o = F.scaled_dot_product_attention(q, repeated(k), repeated(v), attn_mask=mask)
+        if behind == "a gate":
+            return o.transpose(1, 2).contiguous().reshape(B, T, H * D) * torch.sigmoid(gate)
+        return o if behind == "nothing" else o * torch.sigmoid(gate.reshape(B, T, H, D).transpose(1, 2))
+
+    _, k, v, _, _ = arguments(dynamic=dynamic)
+    mask = (torch.rand(B, 1, T, 21) < 0.7) | (torch.arange(21) == 0)
+    if dynamic:
+        torch._dynamo.mark_dynamic(mask, 3)
+    g = applied(function, torch.randn(B, H, T, D), k, v, torch.randn(B, T, H * D), mask)
+    assert g.record.status is Status.FIRED, g.record.reason
+    assert "gdnfuse.attention_few_queries" in g.ops() and "scaled_dot_product_attention" not in g.ops()
+    g.close()
+
+
+def test_a_cache_of_fixed_length_is_written_before_and_read_once():
+    """Keys and values at one place each; written at another place, attention stays as it came."""
+
+    def function(q, keys, values, k, v, position, mask, other=0):
+        keys.index_copy_(2, position, k)
+        values.index_copy_(2, position + other if other else position, v)
+        return F.scaled_dot_product_attention(q, repeated(keys), repeated(values), attn_mask=mask)
+
+    T, (_, keys, values, _, _) = 3, arguments()
+    mask = torch.arange(21) <= torch.tensor([4, 5, 6])[:, None]
+    args = torch.randn(B, H, T, D), keys, values, *torch.randn(2, B, HKV, T, D), torch.tensor([4, 5, 6]), mask.expand(B, 1, T, 21)
+    g = applied(function, *args)
+    assert g.record.status is Status.FIRED and g.ops().count("index_copy_") == 2, g.record.reason
+    g.close()
+    g = applied(lambda *given: function(*given, other=1), *args)
+    assert g.record.status is Status.UNMATCHED and "gdnfuse.attention_few_queries" not in g.ops()
+    g.equal()
+
+
+def test_many_queries_and_attention_without_an_axis_of_heads_need_no_record():
+    def function(q, k, v, gate, mask):
+        many = F.scaled_dot_product_attention(torch.cat([q] * 9, 2), repeated(k), repeated(v))
+        return many, F.scaled_dot_product_attention(q[:, 0], k[:, 0], v[:, 0])
 
     g = applied(function, *arguments())
     assert g.outcome.records == []
@@ -217,12 +256,12 @@ def test_long_keys_are_proved_where_their_length_is_symbolic(dynamic, monkeypatc
 )
 def test_the_proof_bites(wrong, monkeypatch):
     proof.forget()
-    right = attention_one_query.call
+    right = attention_few_queries.call
 
     def changed(target, **given):
         return right(target, **{**given, **(wrong(given) if callable(wrong) else wrong)})
 
-    monkeypatch.setattr(attention_one_query, "call", changed)
+    monkeypatch.setattr(attention_few_queries, "call", changed)
     g = applied(gated, *arguments(dynamic=True))
     proof.forget()
     assert g.record.status is Status.REFUSED and "The float64 proof failed" in g.record.reason

@@ -1,0 +1,164 @@
+"""Attention with 1 to 8 queries per sequence on keys of any length, on queries and keys that are ready.
+
+    one       attention_decode.py's kernels
+    several   softmax(q·Kᵀ·scale)·V over some of the blocks of keys, of the queries that share a key head,
+              which are the rows of tiles on tensor cores                         programs per key head's tiles × SPLITS
+              then that file's kernel that brings the splits together             none where SPLITS is 1
+
+Splits follow Flash-Decoding (Dao et al. 2023). Each row has a mask of its own; a block that no row may see is not read.
+
+The keys of a cache that grows have another length at each token. Nothing here is compiled for one: programs per key head are as
+many for short keys as for the longest, so that no later length asks for another machine code.
+
+Layout: q [B, H, T, D], gate [B, T, H, D], keys and values [B, HKV, L, D], mask [B or 1, 1, T, L], all of any strides. Products of
+half precision have its operands, weights of the softmax rounded to it; sums are float32. Where nothing may be seen the output is
+zero.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from gdnfuse import compat
+from gdnfuse.errors import Refused
+from gdnfuse.kernels.attention_decode import GROWS, attend, combine, require_attention, strides
+from gdnfuse.kernels.few_rows_linear import OPERANDS
+from gdnfuse.kernels.launch.implementation import kernel_of, overlap_options, register, require_static
+
+gdc_launch_dependents, gdc_wait = compat.dependent_launch()
+
+MOST_QUERIES = 8
+# Rows of a tile at most, keys at once, splits at most, programs in all, and warps. Not measured. Rows are too few for wgmma, of
+# whose operands Triton 3.6 has some wrong where loads in a loop are not pipelined.
+ROWS, BLOCK, SPLITS, PROGRAMS, NUM_WARPS = 32, 32, 32, 512, 4
+
+
+@triton.jit(do_not_specialize=["L", "stride_mb", "stride_mt"])
+def attention_tile_kernel(
+    q_ptr, keys_ptr, values_ptr, mask_ptr, gate_ptr, sums_ptr, largest_ptr, total_ptr, out_ptr, scale, L,
+    stride_qb, stride_qh, stride_qt, stride_qd, stride_gb, stride_gt, stride_gh, stride_gd,
+    stride_yb, stride_yh, stride_yl, stride_yd, stride_ub, stride_uh, stride_ul, stride_ud, stride_mb, stride_mt, stride_ml,
+    T: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr, TILES: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+    BD: tl.constexpr, BL: tl.constexpr, SPLITS: tl.constexpr, OPERAND: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    if OVERLAP:
+        gdc_launch_dependents()
+    pair, split = (tl.program_id(0) // TILES).to(tl.int64), tl.program_id(1)
+    batch, h = pair // HKV, pair % HKV
+    row = tl.program_id(0) % TILES * ROWS + tl.arange(0, ROWS)  # [ROWS]
+    head, t, live = h * G + row // T, row % T, row < G * T
+    d = tl.arange(0, BD)  # [BD]
+    n = tl.arange(0, BL)  # [BL]
+    keys_ptr += batch * stride_yb + h * stride_yh
+    values_ptr += batch * stride_ub + h * stride_uh
+    whole = live[:, None] & (d < D)[None, :]  # [ROWS, BD]
+    if OVERLAP:
+        gdc_wait()
+    q_ptrs = q_ptr + batch * stride_qb + head[:, None] * stride_qh + t[:, None] * stride_qt + d[None, :] * stride_qd
+    q = tl.load(q_ptrs, mask=whole, other=0.0).to(OPERAND)  # [ROWS, BD]
+    largest = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    acc = tl.zeros((ROWS, BD), tl.float32)
+
+    for block in range(split, tl.cdiv(L, BL), SPLITS):
+        at = (block * BL + n).to(tl.int64)  # [BL]
+        seen = live[:, None] & (at < L)[None, :]  # [ROWS, BL]
+        if mask_ptr is not None:
+            ptrs = mask_ptr + batch * stride_mb + t[:, None] * stride_mt + at[None, :] * stride_ml
+            seen = tl.load(ptrs, mask=seen, other=0).to(tl.int32) > 0
+        some = tl.max(seen.to(tl.int32), 0)  # [BL]
+        if tl.max(some, 0) > 0:
+            there = (at < L)[:, None] & (d < D)[None, :]
+            k = tl.load(keys_ptr + at[:, None] * stride_yl + d[None, :] * stride_yd, mask=there, other=0.0)  # [BL, BD]
+            v = tl.load(values_ptr + at[:, None] * stride_ul + d[None, :] * stride_ud, mask=there, other=0.0)
+            # What nobody may see may be no number.
+            v = tl.where((some > 0)[:, None], v, 0.0).to(OPERAND)
+            scores = tl.dot(q, tl.trans(k.to(OPERAND)), input_precision="ieee") * tl.cast(scale, tl.float32)  # [ROWS, BL]
+            scores = tl.where(seen, scores, float("-inf"))
+            new = tl.maximum(largest, tl.max(scores, 1))
+            # Where nothing was seen so far all is −∞, and exp(−∞ − −∞) no number.
+            base = tl.where(new == float("-inf"), 0.0, new)
+            weight, keep = tl.exp(scores - base[:, None]), tl.exp(largest - base)  # [ROWS, BL], [ROWS]
+            total = total * keep + tl.sum(weight, 1)
+            acc = acc * keep[:, None] + tl.dot(weight.to(OPERAND), v, input_precision="ieee")
+            largest = new
+
+    at_row = (batch * T + t) * (HKV * G) + head  # [ROWS]
+    if SPLITS == 1:
+        o = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+        if gate_ptr is not None:
+            ptrs = gate_ptr + batch * stride_gb + t[:, None] * stride_gt + head[:, None] * stride_gh + d[None, :] * stride_gd
+            o = o * tl.sigmoid(tl.load(ptrs, mask=whole, other=0.0).to(tl.float32))
+        tl.store(out_ptr + at_row[:, None] * D + d[None, :], o.to(out_ptr.dtype.element_ty), mask=whole)
+    else:
+        at_row = at_row * SPLITS + split
+        tl.store(sums_ptr + at_row[:, None] * D + d[None, :], acc, mask=whole)
+        tl.store(largest_ptr + at_row, largest, mask=live)
+        tl.store(total_ptr + at_row, total, mask=live)
+
+
+def launch(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    gate: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    scale: float,
+    *,
+    overlap: bool = False,
+) -> torch.Tensor:
+    """The dialect's attention_few_queries.
+
+    Args:
+        q, gate, mask, scale: as there, of any strides.
+        keys, values: [B, HKV, L, D], any strides.
+        overlap: whether both launches may start while the kernel before them runs.
+
+    Returns:
+        [B, T, H·D] in q's dtype.
+
+    Raises:
+        ValueError: keys, values and mask are not of one length.
+    """
+    B, H, T, D = q.shape
+    if T == 1:
+        return attend(q, keys, values, gate, mask, scale, overlap)
+    HKV, L = keys.shape[1:3]
+    if values.shape != keys.shape or mask is not None and mask.shape[2:] != (T, L):
+        found = f"{list(keys.shape)}, {list(values.shape)} and {None if mask is None else list(mask.shape)}"
+        raise ValueError(f"Keys, values and mask must be of one length, got {found}.")
+    G = H // HKV
+    rows = min(ROWS, max(16, triton.next_power_of_2(G * T)))
+    tiles, splits = -(-G * T // rows), SPLITS
+    while splits > 1 and splits * B * HKV * tiles > PROGRAMS:
+        splits //= 2
+    empty = lambda *shape: torch.empty(shape, dtype=torch.float32, device=q.device)  # noqa: E731
+    sums = largest = total = None
+    if splits > 1:
+        sums, largest, total = empty(B, T, H, splits, D), empty(B, T, H, splits), empty(B, T, H, splits)
+    out = torch.empty((B, T, H * D), dtype=q.dtype, device=q.device)
+    options = overlap_options(q) if overlap else {}
+    early = {"OVERLAP": bool(options), **options}
+    kernel_of(attention_tile_kernel)[(B * HKV * tiles, splits)](
+        q, keys, values, mask, gate, sums, largest, total, out, scale, L,
+        *strides(q, 0, 1, 2, 3), *strides(gate, 0, 1, 2, 3), *keys.stride(), *values.stride(), *strides(mask, 0, 2, 3),
+        T=T, HKV=HKV, G=G, TILES=tiles, D=D, ROWS=rows, BD=max(16, triton.next_power_of_2(D)), BL=BLOCK,
+        SPLITS=splits, OPERAND=OPERANDS[q.dtype], num_warps=NUM_WARPS, **early,
+    )  # fmt: skip
+    if splits > 1:
+        combine(sums, largest, total, gate, out, early)
+    return out
+
+
+def supports(q, keys, values, gate, mask, scale) -> None:
+    """Raises Refused unless T is static and at most 8, dtypes are float32, bfloat16 or float16, heads static, H a multiple of HKV
+    and D ≤ 256."""
+    require_attention(q, keys, values, gate)
+    require_static(T=q.shape[2])
+    if q.shape[2] > MOST_QUERIES:
+        raise Refused(f"T must be at most {MOST_QUERIES}, got {q.shape[2]}.")
+
+
+implementation = register("attention_few_queries", launch, supports, grows=GROWS)
