@@ -60,15 +60,25 @@ from tqdm import tqdm
 from gdnfuse import formats
 from gdnfuse.bench.measure import COLD_BYTES, bandwidth, machine, replayed
 from gdnfuse.dialect import fused_linear, in_proj_conv
-from gdnfuse.kernels import devices, few_rows_hopper, few_rows_hopper_quantized, few_rows_linear, quantized, skinny_linear
+from gdnfuse.kernels import (
+    devices,
+    few_rows_hopper,
+    few_rows_hopper_quantized,
+    few_rows_linear,
+    quantized,
+    skinny_linear,
+    skinny_tensor_cores,
+)
 from gdnfuse.kernels.linear_configs import (
     STEP,
     FewRowsConfig,
     RingConfig,
+    TensorCoresConfig,
     quantized_ring_config,
     ring_config,
     rings,
     split,
+    tensor_cores_config,
 )
 from gdnfuse.progress import hidden
 
@@ -182,7 +192,10 @@ LEAST = 8  # columns of a product on tensor cores, so that fewer rows are as man
 # For a ring of shared memory: programs per multiprocessor, tiles per program, stages; bytes of shared memory per program at most.
 PROGRAMS_PER_SM, RING_TILES, RING_STAGES, RING_BYTES = (1, 2, 3, 4), (1, 2, 3), (2, 3, 4, 6, 8), 220 * 1024
 
-Config = skinny_linear.Config | FewRowsConfig | RingConfig
+Config = skinny_linear.Config | TensorCoresConfig | FewRowsConfig | RingConfig
+
+# For one row of a quantised weight on tensor cores: warps, and steps loaded ahead.
+TENSOR_WARPS, AHEAD = (4, 8, 16), (4, 6, 8, 10, 12, 16)
 
 
 def on_a_ring() -> bool:
@@ -199,7 +212,8 @@ def ring_takes(of: Linear) -> bool:
 def chosen(of: Linear) -> Config:
     """The config that a decode step takes."""
     if of.sequences == 1:
-        return skinny_linear.config_of(of.role, one_of(of), of.format)
+        taken = tensor_cores_config(of.role, of.columns) if of.format and on_a_ring() and ring_takes(of) else None
+        return taken or skinny_linear.config_of(of.role, one_of(of), of.format)
     ring = on_a_ring() and ring_takes(of)
     quantised = bool(of.format)
     parts = 1 if of.role == "swiglu" or of.plain else split(of.rows, of.columns, of.sequences, ring, quantised)
@@ -272,6 +286,8 @@ def ring_configs(of: Linear) -> Iterator[RingConfig]:
 
 def one_row_configs(of: Linear) -> Iterator[skinny_linear.Config]:
     """Whole loads, no spills, little padding, one tile per program or more."""
+    if of.format and on_a_ring() and ring_takes(of):
+        yield from tensor_cores_configs(of)
     groups = ((),) if not of.format else ((8,), (16,), (32,)) if of.bits == 4 else ((8,), (16,))
     for rows, block, warps, per_sm, group in itertools.product(ROWS, BLOCKS, WARPS, PER_SM, groups):
         padded, threads = -(-of.columns // block) * block, 32 * warps
@@ -284,6 +300,13 @@ def one_row_configs(of: Linear) -> Iterator[skinny_linear.Config]:
             continue
         if per_sm * SM < -(-of.outputs // rows):
             yield (rows, block, warps, per_sm, *group)
+
+
+def tensor_cores_configs(of: Linear) -> Iterator[TensorCoresConfig]:
+    """As many steps ahead as registers hold, where there are so many."""
+    for warps, ahead in itertools.product(TENSOR_WARPS, AHEAD):
+        if ahead <= -(-of.columns // (64 * warps)) and 8 * ahead * 32 * warps < 65536:
+            yield TensorCoresConfig(warps, ahead)
 
 
 def operands(of: Linear, copies: int) -> tuple[torch.Tensor, list[dict[str, Any]]]:
@@ -343,7 +366,8 @@ def run_with(config: Config, x: torch.Tensor, each: dict[str, Any]) -> torch.Ten
         return kernel.launch_with(config, x, overlap=True, **each)
     if isinstance(config, FewRowsConfig):
         return few_rows_linear.launch_with(config, x, overlap=True, **each)
-    return skinny_linear.launch_with(config, x, overlap=True, **each)
+    kernel = skinny_tensor_cores if isinstance(config, TensorCoresConfig) else skinny_linear
+    return kernel.launch_with(config, x, overlap=True, **each)
 
 
 class Ahead:
@@ -356,7 +380,7 @@ class Ahead:
         return partial(self.kernel.warmup, grid=grid)
 
 
-MODULES = (skinny_linear, few_rows_linear, few_rows_hopper, few_rows_hopper_quantized)
+MODULES = (skinny_linear, skinny_tensor_cores, few_rows_linear, few_rows_hopper, few_rows_hopper_quantized)
 
 
 def compile_all(linears: Sequence[Linear], sweep: bool) -> None:

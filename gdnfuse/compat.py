@@ -243,8 +243,10 @@ def start_fake_ranks(store: Any, ranks: int) -> bool | None:
 
 
 def _map(x: Any, change: Callable[[Any], Any]) -> Any:
-    if isinstance(x, list | tuple):
-        return type(x)(*(_map(y, change) for y in x)) if hasattr(x, "_fields") else type(x)(_map(y, change) for y in x)
+    if hasattr(x, "_fields"):
+        return type(x)(*(_map(y, change) for y in x))
+    if type(x) in (list, tuple):
+        return type(x)(_map(y, change) for y in x)
     return {k: _map(v, change) for k, v in x.items()} if isinstance(x, dict) else change(x)
 
 
@@ -646,6 +648,13 @@ def gluon(gluon: Any, language: Any, async_copy: Any, hopper: Any, descriptor: A
     """Gluon for Hopper, or None: (gluon, its language, async_copy, the language's hopper, TensorDescriptor). Without it: Triton's
     kernels take the places of the chunk scan and of the ring that are written for Hopper."""
     return gluon, language, async_copy, hopper, descriptor
+
+
+@private("triton.experimental.gluon.language.nvidia.ampere:mma_v2", instead=nothing)
+def mma_v2(mma: Any) -> Any | None:
+    """Gluon's product on tensor cores whose operands are in registers, or None. Without it: FP8 weights of one row are multiplied
+    without tensor cores."""
+    return mma
 
 
 @private(  # by their names from Triton 3.8 or 3.9 on, and before

@@ -12,6 +12,7 @@ new one.
 from __future__ import annotations
 
 import logging
+import operator
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -127,6 +128,9 @@ class PackedWeights:
         self.all = tuple(each)
         self.each = tuple(e for e in each if isinstance(e, PackedWeight))
         self.where = [w for packed in self.each for w in packed.where]
+        # A step asks for a few hundred pointers: in C, where all parts are arguments and there are several.
+        arguments = len(self.where) > 1 and all(isinstance(w, int) for w in self.where)
+        self._parts = operator.itemgetter(*self.where) if arguments else lambda args: [_part(args, w) for w in self.where]
         # In one attribute: several threads may read and write it.
         self._last: tuple[list[int], list[Callable[[], torch.Tensor | None]]] = ([], [])
 
@@ -139,7 +143,7 @@ class PackedWeights:
         return [next(remaining) if isinstance(e, PackedWeight) else e.current(args) for e in self.all]
 
     def _packed(self, args: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        pointers = [_part(args, w).data_ptr() for w in self.where]
+        pointers = list(map(torch.Tensor.data_ptr, self._parts(args)))
         known, refs = self._last
         if pointers == known:
             buffers = [ref() for ref in refs]

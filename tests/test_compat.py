@@ -269,8 +269,14 @@ def start_fake_ranks(there):
 
 
 @case
+def mma_v2(there):
+    assert callable(compat.mma_v2()) if there else compat.mma_v2() is None
+
+
+@case
 def tree_leaves(there):
     assert compat.tree_leaves([1, (2, {"a": None, "b": [3]}), Result(4, None)]) == [1, 2, None, 3, 4, None]
+    assert compat.tree_leaves([torch.Size([5])]) == ([5] if there else [torch.Size([5])])
 
 
 @case

@@ -1,6 +1,7 @@
 """The linears of a decode step with what stands around them, for one row or a few: which kernel takes which.
 
-One row goes to `skinny_linear`, which fuses on both sides of the product; two to 32 go to `few_rows_linear`, on tensor cores.
+One row goes to `skinny_linear`, which fuses on both sides of the product, or of FP8 to `skinny_tensor_cores`, which does so too.
+Two to 32 go to `few_rows_linear`, on tensor cores.
 """
 
 from __future__ import annotations
@@ -10,13 +11,19 @@ from typing import Any
 
 import torch
 
+from gdnfuse import compat
 from gdnfuse.dialect.fused_linear import weight_dtype
 from gdnfuse.errors import Refused
 from gdnfuse.kernels import devices, few_rows_linear, quantized, skinny_linear
 from gdnfuse.kernels.causal_conv_update import ACTIVATIONS
 from gdnfuse.kernels.gated_rms_norm import require_gate
 from gdnfuse.kernels.launch.implementation import register, require_dtypes, require_static
-from gdnfuse.kernels.linear_configs import MAX_ROWS
+from gdnfuse.kernels.linear_configs import MAX_ROWS, tensor_cores_config
+
+if compat.gluon() and compat.mma_v2():
+    from gdnfuse.kernels import skinny_tensor_cores
+else:
+    skinny_tensor_cores = None
 
 
 def launch(
@@ -47,10 +54,27 @@ def launch(
     weight, stored = weights[0], _stored(weights, scales, format, dtype)
     if _rows(x) > 1:
         return few_rows_linear.launch(x, weight, swiglu, overlap=overlap, **stored)
-    chosen = skinny_linear.config_of(skinny_linear.kind(norm_weight, gate, swiglu), weight, format)
-    return skinny_linear.launch_with(
-        chosen, x, weight, norm_weight, norm_eps, norm_offset, gate, swiglu, residual, gate_activation, overlap=overlap, **stored
-    )
+    around = {"gate": gate, "swiglu": swiglu, "residual": residual, "gate_activation": gate_activation}
+    kind = skinny_linear.kind(norm_weight, gate, swiglu)
+    return _one_row(kind, x, weight, norm_weight, norm_eps, norm_offset, **around, overlap=overlap, **stored)
+
+
+def _one_row(
+    kind: str,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    norm_weight: torch.Tensor | None,
+    *args: Any,
+    format: str = "",
+    **kwargs: Any,
+) -> torch.Tensor:
+    """skinny_linear, or skinny_tensor_cores in its place, with their config for what is around the linear."""
+    if format and skinny_tensor_cores and (chosen := tensor_cores_config(kind, quantized.width(weight, format))):
+        head = norm_weight.shape[0] if kind == "gate" else 1
+        if skinny_tensor_cores.supports_here(x, weight, format, head, chosen.warps):
+            return skinny_tensor_cores.launch_with(chosen, x, weight, norm_weight, *args, format=format, **kwargs)
+    chosen = skinny_linear.config_of(kind, weight, format)
+    return skinny_linear.launch_with(chosen, x, weight, norm_weight, *args, format=format, **kwargs)
 
 
 def _stored(weights: list[torch.Tensor], scales: list[torch.Tensor] | None, format: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -92,13 +116,12 @@ def launch_in_proj_conv(
     """
     weight = weights[0]
     conv = (conv_state, conv_weight, conv_bias, conv_offset, activation)
-    chosen = skinny_linear.config_of("conv", weight, format)
     if parts is not None:
         offsets, strides, widths = parts[::3], parts[1::3], parts[2::3]
         first = accumulate((heads * width for width in widths), initial=0)
         parts = tuple(zip(first, widths, offsets, strides, strict=False))
-    return skinny_linear.launch_with(
-        chosen, x, weight, norm_weight, norm_eps, norm_offset, conv=conv, parts=parts, heads=heads, overlap=overlap,
+    return _one_row(
+        "conv", x, weight, norm_weight, norm_eps, norm_offset, conv=conv, parts=parts, heads=heads, overlap=overlap,
         **_stored(weights, scales, format, weight_dtype(x, weights, scales)),
     )  # fmt: skip
 

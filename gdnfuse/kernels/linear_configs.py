@@ -50,6 +50,13 @@ class RingConfig(NamedTuple):
     parts: int
 
 
+class TensorCoresConfig(NamedTuple):
+    """Warps of a program, and how many steps of weights it loads before the row is there."""
+
+    warps: int
+    ahead: int
+
+
 SCALED = 128  # columns that share a scale, of a quantised weight
 STEP = 128  # columns
 TILE = 64  # rows of the weight
@@ -108,6 +115,27 @@ def quantized_ring_config(M: int, N: int, rows: int, swiglu: bool = False, parts
     programs *= max(-(-M // (programs * most)), 1)
     steps = N // parts // STEP
     return RingConfig(1, max(-(-M // programs), LEAST_ROWS), 3 if steps < 6 else min(6 if rows <= 8 else 4, steps + 1), parts)
+
+
+# By what is fused around one row's linear: N up to, and the config. Where no line fits, skinny_linear does better. Chosen on an
+# H200 with benchmarks/gemm.py --format fp8_block128.
+TENSOR_CORES = {
+    "conv": ((3072, TensorCoresConfig(4, 4)), (8192, TensorCoresConfig(4, 10))),
+    "norm": ((8192, TensorCoresConfig(4, 6)),),
+    "gate": ((8192, TensorCoresConfig(4, 16)),),
+    "swiglu": ((3072, TensorCoresConfig(4, 6)), (8192, TensorCoresConfig(4, 16))),
+    "plain": (),
+}
+
+
+def tensor_cores_config(kind: str, N: int) -> TensorCoresConfig | None:
+    """The config of skinny_tensor_cores for a weight of N columns, or None where skinny_linear does better.
+
+    Args:
+        kind: what is fused around the linear, as `skinny_linear.kind` names it.
+        N: columns of the weight.
+    """
+    return next((chosen for width, chosen in TENSOR_CORES[kind] if N <= width), None)
 
 
 def columns_of(rows: int) -> int:

@@ -20,7 +20,15 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from gdnfuse import formats
 from gdnfuse.dialect.mixer_decode import layout, part_sizes
-from gdnfuse.kernels import chunk_scan_hopper, devices, few_rows_hopper, few_rows_hopper_quantized, implementations, skinny_linear
+from gdnfuse.kernels import (
+    chunk_scan_hopper,
+    devices,
+    few_rows_hopper,
+    few_rows_hopper_quantized,
+    implementations,
+    skinny_linear,
+    skinny_tensor_cores,
+)
 from gdnfuse.kernels.chunk_delta_rule import prepare_bytes, scan_bytes
 from gdnfuse.kernels.devices import H200, Device
 from gdnfuse.kernels.linear_configs import FewRowsConfig, few_rows_config, quantized_ring_config, ring_config, split
@@ -166,7 +174,8 @@ CASES = [
 def compile_for(target, spec):
     if target == "gfx942" and spec.constexprs.get("PRECISION") == "tf32x3":
         spec.constexprs["PRECISION"] = "ieee"  # what the launch takes there
-    source = ASTSource(spec.kernel, spec.signature, spec.constexprs, spec.attrs)
+    source = GluonASTSource if spec.kernel.is_gluon() else ASTSource
+    source = source(spec.kernel, spec.signature, spec.constexprs, spec.attrs)
     return triton.compile(source, target=TARGETS[target], options=spec.options)
 
 
@@ -499,6 +508,29 @@ def test_quantised_linears_read_as_much_at_once_and_do_not_spill(kind, m, n, for
     wide = re.findall(r"ld\.global\S*\.v[24]\.b32", before_the_wait(kernel))
     config = skinny_linear.config_of(kind, args[1][0], format)
     assert len(wide) >= config[0] * n * (2 if kind == "swiglu" else 1) / (32 * config[2] * config[4])
+
+
+@pytest.mark.parametrize("target", ["sm_89", "sm_90", "sm_100", "sm_120"] if SWEEP else ["sm_89", "sm_90"])
+@pytest.mark.parametrize(("kind", "m", "n"), [size for size in QUANTISED if size[0] != "plain"])
+def test_tensor_cores_take_weights_as_they_were_loaded(kind, m, n, target, tmp_path, monkeypatch, record_property):
+    monkeypatch.setattr(skinny_tensor_cores, "supports_here", lambda *args: True)
+    op, args, options = quantised(kind, m, n)
+    (spec,) = implementations()[op].jit_kernels(*args, **options)
+    overlaps = target in ("sm_90", "sm_100", "sm_120")
+    spec.constexprs["OVERLAP"] = overlaps
+    kernel = compile_for(target, replace(spec, options=spec.options | ({"launch_pdl": True} if overlaps else {})))
+    usage = resources(kernel.asm["cubin"], tmp_path)
+    record_property("resources", str(usage))
+    assert (usage["STACK"], usage["LOCAL"]) == (0, 0), f"{usage}"
+    # Shared memory has the row alone, in float16 once or twice, and what warps add up: no weight passes through it.
+    warps, halves = spec.options["num_warps"], spec.constexprs["HALVES"]
+    assert kernel.metadata.shared <= max(2 * halves * -(-n // (128 * warps)) * 128 * warps, 1024)
+    ptx = kernel.asm["ptx"]
+    steps = -(-n // (64 * warps))
+    assert len(re.findall(r"mma\.sync\.aligned\.m16n8k16\S*f16\.f16", ptx)) == 4 * steps
+    if overlaps:
+        *_, early = ptx.split("griddepcontrol.wait")[: 2 if kind == "conv" and m % 128 else 1]
+        assert early.count("ld.global.v4.b32") >= 2 * min(spec.constexprs["AHEAD"], steps)  # 16 bytes of two rows each
 
 
 @pytest.mark.parametrize(("rows", "target"), [(1, "sm_80"), (1, "gfx942"), (9, "sm_86"), (2, "gfx942"), (32, "sm_100")])

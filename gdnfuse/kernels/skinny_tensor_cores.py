@@ -1,0 +1,344 @@
+"""skinny_linear for weights of e4m3 with a scale per block, on tensor cores, in Gluon.
+
+At one row the way of weights from memory to a sum costs more instructions than the bytes cost time, once a weight is one byte:
+unpack two, widen each, multiply each. Tensor cores multiply e4m3 that was unpacked to float16, two weights an instruction, with
+nothing widened. The row takes one column of eight of the product, or two; the others repeat them.
+
+A tile is 16 rows, with SwiGLU 8 of gate and the 8 of up that belong to them. The warps of a program share out the columns of a
+tile, 64 each of a step. A sum does not depend on which columns a product takes. So each thread's 16 bytes of a row, as they were
+loaded, are its operands of four products, and nothing goes through shared memory but the row itself.
+
+For the product the row is float16, times a power of two that brings its largest element to 2^14. That is eight times as close as
+bfloat16, to which the result is rounded. Where the result is closer, the row is the sum of two float16, 22 bits together. Sums
+are float32; each step's product is put on the sum with its scale.
+
+Layout: as for skinny_linear; data at multiples of 16 bytes, as many columns as fill 16 bytes; scales [⌈M/ROWS⌉, ⌈N/COLUMNS⌉].
+"""
+
+from __future__ import annotations
+
+import torch
+
+from gdnfuse import compat
+from gdnfuse.kernels import quantized
+from gdnfuse.kernels.launch.implementation import kernel_of, launching, overlap_options
+
+gluon, gl, *_ = compat.gluon()  # whoever imports this has asked whether it is there
+mma_v2 = compat.mma_v2()
+gdc_launch_dependents, gdc_wait = compat.dependent_launch()
+
+TILE = gl.constexpr(16)  # rows
+PLAIN_ROWS = gl.constexpr(4)  # of a program for rows that are not quantised
+ROW = gl.constexpr(gl.SwizzledSharedLayout(8, 1, 2, order=[1, 0]))  # so that both float16 of a column come from banks apart
+
+
+@gluon.jit
+def _sum_and_most(sum_a, most_a, sum_b, most_b):
+    return sum_a + sum_b, gl.maximum(most_a, most_b)
+
+
+@gluon.jit
+def _sigmoid(x):
+    return 1.0 / (1.0 + gl.exp(-x))
+
+
+@gluon.jit
+def _load_row(ptr, N: gl.constexpr, PART: gl.constexpr, layout: gl.constexpr):
+    """A row in parts of so many elements: a tuple of [PART], float32."""
+    column = gl.arange(0, PART, layout=layout)
+    parts = ()
+    for start in gl.static_range(0, N, PART):
+        if start + PART <= N:
+            parts = parts + (gl.load(ptr + start + column),)
+        else:
+            parts = parts + (gl.load(ptr + start + column, mask=column < N - start, other=0.0),)
+    return parts
+
+
+@gluon.jit
+def _gated(o, z, weight, eps, V: gl.constexpr, SILU: gl.constexpr, PART: gl.constexpr, layout: gl.constexpr):
+    """The gated RMSNorm of the heads in a part."""
+    heads = gl.reshape(o * o, (PART // V, V))
+    squares = gl.sum(heads, 1)
+    mean_square = gl.expand_dims(squares, 1) / V + gl.zeros_like(heads)
+    mean_square = gl.convert_layout(gl.reshape(mean_square, (PART,)), layout)
+    gate = _sigmoid(z)
+    if SILU:
+        gate = z * gate
+    return weight * (o * gl.rsqrt(mean_square + eps)) * gate
+
+
+@gluon.jit
+def _prepared(
+    x_ptr, norm_weight, gate_ptr, weight_ptr, norm_eps, norm_offset,
+    N: gl.constexpr, V: gl.constexpr, GATE_SILU: gl.constexpr, PART: gl.constexpr, layout: gl.constexpr,
+):  # fmt: skip
+    """What the row is before the product, in parts, with what the result is multiplied by, and the largest magnitude of all.
+
+    norm_weight: in parts, or None.
+    """
+    loaded = _load_row(x_ptr, N, PART, layout)
+    x = ()
+    square = gl.zeros([PART], gl.float32, layout)
+    most = gl.zeros([PART], gl.float32, layout)
+    if gate_ptr is not None:
+        gates = _load_row(gate_ptr, N, PART, layout)
+        weight = gl.load(weight_ptr + gl.arange(0, PART, layout=layout) % V).to(gl.float32)
+    for i in gl.static_range(len(loaded)):
+        step = loaded[i].to(gl.float32)
+        if gate_ptr is not None:
+            step = _gated(step, gates[i].to(gl.float32), weight, norm_eps, V, GATE_SILU, PART, layout)
+        elif norm_weight is not None:
+            square += step * step
+            step = step * (norm_offset + norm_weight[i].to(gl.float32))
+        most = gl.maximum(most, gl.abs(step))
+        x = x + (step,)
+    total, largest = gl.reduce((square, most), 0, _sum_and_most)
+    factor = gl.full([], 1.0, gl.float32)
+    if norm_weight is not None and gate_ptr is None:
+        factor = gl.rsqrt(total / N + norm_eps)
+    return x, factor, largest
+
+
+@gluon.jit
+def _operand(parts, largest, PART: gl.constexpr, HALVES: gl.constexpr):
+    """The row times a power of two in shared memory, in parts [HALVES, PART]: what float16 takes of it and what that leaves. Then
+    what undoes the power."""
+    exponent = gl.maximum((largest.to(gl.int32, bitcast=True) >> 23) & 255, 15)
+    up = ((268 - exponent) << 23).to(gl.float32, bitcast=True)
+    shared = ()
+    for i in gl.static_range(len(parts)):
+        whole = parts[i] * up
+        high = whole.to(gl.float16)
+        if HALVES == 2:
+            stored = gl.permute(gl.join(high, (whole - high.to(gl.float32)).to(gl.float16)), (1, 0))
+        else:
+            stored = gl.reshape(high, (1, PART))
+        # Memory of its own each, or every part would wait for the one before.
+        shared = shared + (gl.allocate_shared_memory(gl.float16, [HALVES, PART], ROW, stored),)
+    return shared, ((exponent - 14) << 23).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def _load_weights(w_ptrs, step, live, column, N: gl.constexpr, STEP: gl.constexpr):
+    if (step + 1) * STEP <= N:
+        w = gl.load(w_ptrs + step * STEP, mask=live, other=0)
+    else:
+        w = gl.load(w_ptrs + step * STEP, mask=live & (column < N - step * STEP), other=0)
+    return w
+
+
+@gluon.jit
+def _load_scales(scale_ptrs, warp, step, N: gl.constexpr, STEP: gl.constexpr, COLUMNS: gl.constexpr):
+    return gl.load(scale_ptrs + gl.minimum(step * STEP + warp * 64, N - 1) // COLUMNS)
+
+
+@gluon.jit
+def skinny_tensor_cores_kernel(
+    x_ptr, weight_ptr, scale_ptr, plain_ptr, norm_weight_ptr, gate_ptr, residual_ptr,
+    conv_state_ptr, conv_weight_ptr, conv_bias_ptr, out_ptr,
+    norm_eps, norm_offset, M, stored, plain_programs, conv_offset, D,
+    stride_wm, stride_pm, stride_sm, stride_sd, stride_ss, stride_cd, stride_cw,
+    N: gl.constexpr, V: gl.constexpr, S: gl.constexpr, W: gl.constexpr, SILU: gl.constexpr, SWIGLU: gl.constexpr,
+    GATE_SILU: gl.constexpr, AHEAD: gl.constexpr, HALVES: gl.constexpr, OVERLAP: gl.constexpr,
+    PARTS: gl.constexpr, HEADS: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr,
+):  # fmt: skip
+    if OVERLAP:
+        gdc_launch_dependents()
+    WARPS: gl.constexpr = gl.num_warps()
+    STEP: gl.constexpr = 64 * WARPS
+    STEPS: gl.constexpr = (N + STEP - 1) // STEP
+    PART: gl.constexpr = 2 * STEP
+    COUNT: gl.constexpr = (N + PART - 1) // PART
+    loaded: gl.constexpr = gl.BlockedLayout([1, 16], [8, 4], [1, WARPS], [1, 0])  # of [rows, STEP]: 16 bytes a thread
+    COPIES: gl.constexpr = 8 // HALVES
+    repeated: gl.constexpr = gl.BlockedLayout([1, 1, 16], [COPIES, HALVES, 4], [1, 1, WARPS], [2, 1, 0])  # [COPIES, HALVES, STEP]
+    of_row: gl.constexpr = gl.BlockedLayout([4], [32], [WARPS], [0])
+    products: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[WARPS, 1, 1], instr_shape=[1, 16, 8])
+    first_operand: gl.constexpr = gl.DotOperandLayout(0, products, 2)
+    second_operand: gl.constexpr = gl.DotOperandLayout(1, products, 2)
+    of_sums: gl.constexpr = gl.SliceLayout(2, products)  # [WARPS, TILE]
+    of_tile: gl.constexpr = gl.SliceLayout(0, of_sums)  # [TILE]
+    eps = gl.to_tensor(norm_eps).to(gl.float32)
+    offset = gl.to_tensor(norm_offset).to(gl.float32)
+
+    index = gl.program_id(0) - plain_programs
+    if plain_ptr is not None:
+        if index < 0:
+            i = (index + plain_programs) * PLAIN_ROWS
+            w = ()
+            for r in gl.static_range(PLAIN_ROWS):
+                w = w + (_load_row(plain_ptr + gl.minimum(i + r, M - stored - 1).to(gl.int64) * stride_pm, N, PART, of_row),)
+            norm_weight = None
+            if norm_weight_ptr is not None:
+                norm_weight = _load_row(norm_weight_ptr, N, PART, of_row)
+            if OVERLAP:
+                gdc_wait()
+            x, factor, _ = _prepared(x_ptr, norm_weight, None, None, eps, offset, N, V, GATE_SILU, PART, of_row)
+            for r in gl.static_range(PLAIN_ROWS):
+                acc = gl.zeros([PART], gl.float32, of_row)
+                for n in gl.static_range(COUNT):
+                    acc += w[r][n].to(gl.float32) * x[n]
+                row = stored + i + r
+                place = row
+                if PARTS is not None:
+                    place = _regrouped(row, PARTS, HEADS)
+                gl.store(out_ptr + place, (gl.sum(acc, 0) * factor).to(out_ptr.dtype.element_ty), mask=(row < M) & (place >= 0))
+            return
+
+    # Of a thread's 16 bytes every four go to one of four products: column t·16 + j·4 + h·2 + i to product j as h·8 + t·2 + i.
+    HALF: gl.constexpr = TILE // 2
+    LIVE: gl.constexpr = HALF if SWIGLU else TILE
+    r = gl.arange(0, TILE, layout=gl.SliceLayout(1, loaded))
+    column = gl.arange(0, STEP, layout=gl.SliceLayout(0, loaded))
+    taken = index * LIVE + r % LIVE
+    live = (taken < stored)[:, None]
+    w_row = gl.minimum(taken, stored - 1)
+    if SWIGLU:
+        w_row = w_row + gl.where(r < HALF, 0, stored)
+    w_ptrs = weight_ptr + w_row.to(gl.int64)[:, None] * stride_wm + column[None, :]
+    weights = ()
+    for s in gl.static_range(AHEAD if AHEAD < STEPS else STEPS):
+        weights = weights + (_load_weights(w_ptrs, s, live, column[None, :], N, STEP),)
+
+    t = gl.arange(0, TILE, layout=of_tile)
+    row = index * LIVE + t % LIVE
+    there = row < stored
+    s_row = gl.minimum(row, stored - 1)
+    if SWIGLU:
+        s_row = s_row + gl.where(t < HALF, 0, stored)
+    warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, of_sums))
+    scale_ptrs = gl.expand_dims(scale_ptr + (s_row // ROWS).to(gl.int64) * stride_sm, 0)  # [1, TILE]
+    scales = ()
+    for s in gl.static_range(AHEAD if AHEAD < STEPS else STEPS):
+        scales = scales + (_load_scales(scale_ptrs, gl.expand_dims(warp, 1), s, N, STEP, COLUMNS),)
+
+    norm_weight = None
+    if norm_weight_ptr is not None and gate_ptr is None:
+        norm_weight = _load_row(norm_weight_ptr, N, PART, of_row)
+    place = row
+    if PARTS is not None:
+        place = _regrouped(row, PARTS, HEADS)
+    if conv_state_ptr is not None:
+        channel = (place - conv_offset).to(gl.int64)
+        convolved = there & (channel >= 0) & (channel < D)
+        taps = ()
+        for j in gl.static_range(W):
+            taps = taps + (gl.load(conv_weight_ptr + channel * stride_cd + j * stride_cw, mask=convolved, other=0.0),)
+        if conv_bias_ptr is not None:
+            bias = gl.load(conv_bias_ptr + channel, mask=convolved, other=0.0)
+    if OVERLAP:
+        gdc_wait()
+
+    if conv_state_ptr is not None:
+        states = ()
+        for j in gl.static_range(S):
+            states = states + (gl.load(conv_state_ptr + channel * stride_sd + j * stride_ss, mask=convolved, other=0.0),)
+    if residual_ptr is not None:
+        residual = gl.load(residual_ptr + row, mask=there, other=0.0)
+
+    x, factor, largest = _prepared(x_ptr, norm_weight, gate_ptr, norm_weight_ptr, eps, offset, N, V, GATE_SILU, PART, of_row)
+    shared, undone = _operand(x, largest, PART, HALVES)
+    undone *= factor
+    acc = gl.zeros([WARPS, TILE, 8], gl.float32, products)
+    for s in gl.static_range(STEPS):
+        part = shared[s // 2].slice(s % 2 * STEP, STEP, dim=1).load(gl.SliceLayout(0, repeated))
+        b, _ = gl.broadcast(gl.expand_dims(part, 0), gl.zeros([COPIES, HALVES, STEP], gl.float16, repeated))
+        b = gl.permute(gl.reshape(b, (COPIES, HALVES, WARPS, 4, 4, 2, 2)), (2, 4, 5, 3, 6, 0, 1))
+        b = gl.convert_layout(gl.reshape(b, (WARPS, 64, 8)), second_operand)
+        a = weights[s].to(gl.float8e4nv, bitcast=True).to(gl.float16)
+        a = gl.permute(gl.reshape(a, (TILE, WARPS, 4, 4, 2, 2)), (1, 0, 3, 4, 2, 5))
+        a = gl.convert_layout(gl.reshape(a, (WARPS, TILE, 64)), first_operand)
+        if s + AHEAD < STEPS:
+            weights = weights + (_load_weights(w_ptrs, s + AHEAD, live, column[None, :], N, STEP),)
+            scales = scales + (_load_scales(scale_ptrs, gl.expand_dims(warp, 1), s + AHEAD, N, STEP, COLUMNS),)
+        product = mma_v2(a, b, gl.zeros([WARPS, TILE, 8], gl.float32, products))
+        acc += product * gl.expand_dims(scales[s].to(gl.float32), 2)
+    # So often, exactly, what the row's float16 came to: a thread has two columns, and the others the same two.
+    y = gl.sum(gl.sum(acc, 2) / COPIES, 0) * undone  # [TILE]
+
+    if SWIGLU:
+        both = gl.permute(gl.reshape(y, (2, HALF)), (1, 0))
+        gate, up = gl.split(both)
+        y = gate * _sigmoid(gate) * up
+        out_row = index * HALF + gl.arange(0, HALF, layout=y.type.layout)
+        gl.store(out_ptr + out_row, y.to(out_ptr.dtype.element_ty), mask=out_row < stored)
+    else:
+        if residual_ptr is not None:
+            y += residual.to(gl.float32)
+        if conv_state_ptr is not None:
+            mixed = y * taps[W - 1].to(gl.float32)
+            if conv_bias_ptr is not None:
+                mixed += bias.to(gl.float32)
+            for j in gl.static_range(W - 1):
+                mixed += states[S + 1 - W + j].to(gl.float32) * taps[j].to(gl.float32)
+            if SILU:
+                mixed = mixed * _sigmoid(mixed)
+            # The sum over warps has a barrier: all threads that hold a channel have read it before one of them writes.
+            for j in gl.static_range(S - 1):
+                gl.store(conv_state_ptr + channel * stride_sd + j * stride_ss, states[j + 1], mask=convolved)
+            newest = conv_state_ptr + channel * stride_sd + (S - 1) * stride_ss
+            gl.store(newest, y.to(conv_state_ptr.dtype.element_ty), mask=convolved)
+            y = gl.where(convolved, mixed, y)
+        gl.store(out_ptr + place, y.to(out_ptr.dtype.element_ty), mask=there & (place >= 0))
+
+
+@gluon.jit
+def _regrouped(row, PARTS: gl.constexpr, HEADS: gl.constexpr):
+    """As skinny_linear's."""
+    column = row * 0 - 1
+    for i in gl.static_range(len(PARTS)):
+        e = row - PARTS[i][2]
+        head, inner = e // PARTS[i][3], e % PARTS[i][3]
+        inside = (e >= 0) & (head < HEADS) & (inner < PARTS[i][1])
+        column = gl.where(inside, PARTS[i][0] + head * PARTS[i][1] + inner, column)
+    return column
+
+
+def supports_here(x: torch.Tensor, weight: torch.Tensor, format: str, head: int, warps: int) -> bool:
+    """Whether this kernel takes a row x [..., N]: e4m3 in blocks of at least 64 columns on a GPU that unpacks it, rows whose 16
+    bytes can be loaded at once, and under a gate heads of a size that fills the parts of a row."""
+    how = quantized.stored(format)
+    return (
+        x.is_cuda
+        and torch.version.hip is None
+        and quantized.converts(x.device, how)
+        and how.kind == "e4m3"
+        and how.columns > 0
+        and how.columns % 64 == 0
+        and weight.shape[1] % 16 == 0
+        and 128 * warps % head == 0
+        and weight.stride(0) % 16 == 0
+        and (not launching() or weight.data_ptr() % 16 == 0)
+    )
+
+
+def launch_with(
+    chosen, x, weight, norm_weight=None, norm_eps=0.0, norm_offset=0.0, gate=None, swiglu=False, residual=None,
+    gate_activation="silu", conv=None, parts=None, heads=1, scale=None, format="", plain=None, dtype=None, overlap=False,
+) -> torch.Tensor:  # fmt: skip
+    """As skinny_linear.launch_with; `chosen` is warps and how many steps of weights are loaded before the row is waited for."""
+    num_warps, ahead = chosen
+    N = weight.shape[1]
+    stored = weight.shape[0] // (2 if swiglu else 1)
+    M = stored + (0 if plain is None else plain.shape[0])
+    how = quantized.stored(format)
+    plain_programs = -(-(M - stored) // PLAIN_ROWS.value)
+    programs = -(-stored // (8 if swiglu else 16))
+    state, taps, bias, conv_offset, activation = (None, None, None, 0, "none") if conv is None else conv
+    columns = M if parts is None else heads * sum(width for _, width, *_ in parts)
+    out = torch.empty((*x.shape[:-1], columns), dtype=dtype if conv is None else torch.float32, device=x.device)
+    options = overlap_options(x, norm_weight, bias) if overlap else {}
+    kernel_of(skinny_tensor_cores_kernel)[(plain_programs + programs,)](
+        x, quantized.raw(weight), scale, plain,
+        None if norm_weight is None else norm_weight.contiguous(), gate, residual, state, taps,
+        None if bias is None else bias.contiguous(), out,
+        norm_eps, norm_offset, M, stored, plain_programs, conv_offset, 0 if state is None else state.shape[1],
+        weight.stride(0), 0 if plain is None else plain.stride(0), scale.stride(0),
+        *((0, 0, 0, 0) if conv is None else (*state.stride()[1:], taps.stride(0), taps.stride(2))),
+        N=N, V=1 if gate is None else norm_weight.shape[0], S=1 if state is None else state.shape[2],
+        W=1 if taps is None else taps.shape[2], SILU=activation == "silu", SWIGLU=swiglu,
+        GATE_SILU=gate_activation == "silu", AHEAD=ahead, HALVES=1 if out.dtype == torch.bfloat16 else 2, OVERLAP=bool(options),
+        PARTS=parts, HEADS=heads, ROWS=how.rows, COLUMNS=how.columns, num_warps=num_warps, **options,
+    )  # fmt: skip
+    return out
