@@ -18,6 +18,7 @@ import torch
 from gdnfuse import compat, formats
 from gdnfuse import options as gdnfuse_options
 from gdnfuse.capture_fp8 import dequantized_calls
+from gdnfuse.compressed import keep_compressed as keep_compressed
 from gdnfuse.errors import GdnfuseError, one_line
 from gdnfuse.generation import shards
 from gdnfuse.generation.caches import cache_argument

@@ -38,8 +38,14 @@ class StoredLinear(torch.nn.Linear):
             kept = isinstance(tensor, torch.nn.Parameter)
             setattr(self, name, tensor if kept else torch.nn.Parameter(tensor, requires_grad=False))
         if self.packed:
+            self.register_parameter("weight", None)  # which peft asks for first
             self.weight_shape = torch.nn.Parameter(torch.tensor([M, N], device=data.device), requires_grad=False)
         self.bias = bias
+
+    @property
+    def qweight(self) -> torch.Tensor:
+        """The data under the name by which peft takes the device of a linear that has no plain weight."""
+        return self.stored()[0]
 
     def stored(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Data and scale."""

@@ -26,7 +26,8 @@ HOOKS = (  # that libraries put around every module
     ),
     (
         r"compressed_tensors",
-        "Load the weights decompressed: CompressedTensorsConfig(dequantize=True), run_compressed=False in older versions.",
+        "Call gdnfuse.models.keep_compressed(model) before the model's first call, or load the weights decompressed: "
+        "CompressedTensorsConfig(dequantize=True), run_compressed=False in older versions.",
     ),
 )
 BREAKS = (

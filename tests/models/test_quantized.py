@@ -251,9 +251,12 @@ def test_what_stays_with_its_own_library_is_told_beside_what_is_fused(monkeypatc
     torch._dynamo.reset()
 
 
-def test_adapters_on_quantised_weights_keep_working():
+@pytest.mark.parametrize(
+    ("format", "found"), [("fp8_block128", "Float8"), ("int4_group64", "'NoneType' object has no attribute 'data'")]
+)
+def test_adapters_on_quantised_weights_keep_working(format, found):
     peft = pytest.importorskip("peft")
-    model = quantized(zoo.FILLED, torch.float32)
+    model = quantized(zoo.FILLED, torch.float32, format)
     config = peft.LoraConfig(r=4, target_modules=["in_proj_qkv", "out_proj", "gate_proj", "q_proj"], init_lora_weights=False)
     adapted = peft.get_peft_model(model, config).eval().requires_grad_(False)
     run = compiled(adapted.base_model.model, strict=False)
@@ -261,8 +264,8 @@ def test_adapters_on_quantised_weights_keep_working():
     with adapted.disable_adapter():
         without = right(adapted.base_model.model, run)
     assert zoo.relative(with_adapter, without) > 1e-3
-    # Eight bits do not hold what merging makes; torch raises before anything has changed.
-    with pytest.raises((RuntimeError, NotImplementedError), match="Float8"):
+    # A few bits do not hold what merging makes; torch, or peft that finds no weight, raises before anything has changed.
+    with pytest.raises((RuntimeError, NotImplementedError, AttributeError), match=found):
         adapted.merge_adapter()
     assert torch.equal(right(adapted.base_model.model, run), with_adapter)
     assert all(r.fused_layers == len(r.layers) for r in gdnfuse.reports()[-2:])
