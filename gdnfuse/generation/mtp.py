@@ -244,6 +244,8 @@ class _Chain:
         self.steps = _Steps(run.model, of.head(run.model))
         self.known = 0  # tokens that the cache holds and that stand
         self.first: int | None = None  # the place among all tokens of the first that the head has seen
+        # A prompt may then begin behind a known prefix, and run in several calls, of which the last one's are here.
+        self.in_parts = getattr(vars(run.model).get("generate"), "prefixes", None) is not None
         self.tap.open()
 
     def hear(self, tokens: torch.Tensor) -> None:
@@ -254,7 +256,9 @@ class _Chain:
                 "MTP reads the model's last hidden states, found that its graphs were traced before anybody wanted them: "
                 "gdnfuse.compile(model, speculate=gdnfuse.MTP(...))."
             )
-        if hidden.shape[:2] != tokens.shape:
+        if self.in_parts and self.first is None and hidden.shape[0] == len(tokens) and hidden.shape[1] < tokens.shape[1]:
+            self.parts = []  # no gap between those that there are
+        elif hidden.shape[:2] != tokens.shape:
             raise GdnfuseError(
                 f"MTP reads the hidden states of its own generation, {list(tokens.shape)} tokens, found those of "
                 f"{list(hidden.shape[:2])}: another thread called the model meanwhile, so give each a copy."

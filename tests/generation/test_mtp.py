@@ -171,6 +171,19 @@ def test_a_compiled_model_hands_its_hidden_states_on_and_copies_want_none(tmp_pa
     assert mtp.tap_of(model).hidden is None and not mtp.tap_of(model).wanted
 
 
+def test_behind_known_prefixes_a_head_has_what_the_last_call_of_a_prompt_computed(tmp_path):
+    model = zoo.causal_lm(**SMALL)
+    model.generation_config.pad_token_id = 0
+    checkpoint(model, tmp_path, weights_of(model))
+    plain, store = copy.deepcopy(model), gdnfuse.PrefixStore(model, 64)
+    gdnfuse.compile(model, inner="eager", prefill=False, fuel=0, prefixes=store, speculate=MTP(2, tmp_path))
+    for n, chunk in ((150, None), (200, None), (201, 110)):
+        ids = torch.randint(1, 8, (1, n), generator=torch.Generator().manual_seed(0))
+        asked = {**GREEDY, "prefill_chunk_size": chunk}
+        assert torch.equal(model.generate(ids, **asked), plain.generate(ids, **asked)) and model.generate.acceptance.rounds
+    assert store.stats().hits == 2 and not store.stats().left_out
+
+
 def test_a_call_that_hands_nothing_on_is_said(tmp_path):
     """As one whose graph was traced before there was a hook."""
     model = zoo.causal_lm(**zoo.SMALL)
