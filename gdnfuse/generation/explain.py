@@ -18,15 +18,16 @@ import torch
 from gdnfuse import compat
 from gdnfuse.backend import noting, rewritten_copy
 from gdnfuse.errors import GdnfuseError, one_line
-from gdnfuse.generation import generate
+from gdnfuse.generation import generate, speculation
 from gdnfuse.generation.arguments import parameters_of
 from gdnfuse.generation.causes import Finding, left, noted
-from gdnfuse.generation.compile import apart, by_phase, by_tokens
+from gdnfuse.generation.compile import Beside, apart, by_phase, by_tokens
 from gdnfuse.generation.coverage import PROMPT, SHORT, STEP, VERIFY, Coverage
 from gdnfuse.generation.wrappers import compiled_models, is_compiled
 from gdnfuse.options import Options
 from gdnfuse.passes.growing_keys import mark
 from gdnfuse.report.records import GraphReport
+from gdnfuse.runs import RUNS
 
 SCHEMA = "gdnfuse.explanation/1"
 
@@ -59,11 +60,13 @@ class Explanation:
         reports: one for each graph of the call, in the order they were traced.
         findings: what stood between the call and one fused graph for each phase, with causes.
         prefixes: for each generate of a model that has a prefix store, what it took from it.
+        drafts: for each generation with drafts, how it went.
     """
 
     reports: list[GraphReport]
     findings: list[Finding]
     prefixes: list[Taken] = field(default_factory=list)
+    drafts: list[speculation.Acceptance] = field(default_factory=list)
 
     @property
     def breaks(self) -> list[Finding]:
@@ -83,7 +86,7 @@ class Explanation:
             f"{_count(len(self.reports), 'graph')}, {sum(layer.fused for layer in layers)}/{len(layers)} GDN layers fused, "
             f"{_count(breaks, 'graph break')}, {_count(again, 'recompilation')}."
         ]
-        lines += map(str, self.prefixes)
+        lines += map(str, [*self.prefixes, *self.drafts])
         for report in self.reports:
             lines.append(report.summary())
             lines += [f"  {layer.path} is not fused. {layer.why_not}" for layer in report.layers if not layer.fused]
@@ -99,7 +102,8 @@ class Explanation:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: the schema with its version, graphs as of `GraphReport.to_dict`, findings as their attributes."""
         graphs, findings = [r.to_dict() for r in self.reports], [asdict(f) for f in self.findings]
-        return {"schema": SCHEMA, "graphs": graphs, "findings": findings, "prefixes": [asdict(x) for x in self.prefixes]}
+        more = {"prefixes": [asdict(x) for x in self.prefixes], "drafts": [x.to_dict() for x in self.drafts]}
+        return {"schema": SCHEMA, "graphs": graphs, "findings": findings, **more}
 
 
 def explain(call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanation:
@@ -129,7 +133,7 @@ def explain(call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanati
     reports: list[GraphReport] = []
 
     def backend(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        reports.append(GraphReport(len(reports), inner="eager"))
+        reports.append(GraphReport(len(reports), "draft" if RUNS.drafting else "other", inner="eager"))
         growing = rewritten_copy(gm, inputs, Options(inner="eager"), reports[-1], plan=True).growing
         note = noting(gm, reports[-1])
 
@@ -148,7 +152,7 @@ def explain(call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanati
     names: dict[str, str] = {}
     runs: list[list[generate.Run]] = []
     with contextlib.ExitStack() as stack:
-        found = stack.enter_context(noted())
+        found, drafts = stack.enter_context(noted()), stack.enter_context(speculation.noting())
         stack.enter_context(_random_states())
         if model is None:
             name = f"call_{next(_calls)}"
@@ -168,6 +172,7 @@ def explain(call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanati
                 if (ours := generate.of(one)) is not None:
                     runs.append(stack.enter_context(ours.noting()))
                     traced = ours.heeding(traced)
+                traced.beside = Beside({"backend": backend})
                 compat.set_compiled_call(one, traced)
             if call is not model:
                 # Where generate compiles the decode step for itself, it would not be with this backend.
@@ -185,7 +190,7 @@ def explain(call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanati
         cause = "generate calls the model, which is not compiled now; torch.compile(model) does not change that."
         findings.append(Finding("not compiled", cause, "model.generate", "Call gdnfuse.compile(model) first."))
     taken = [Taken(run.taken or 0, run.prompt, run.why_not or "") for noted in runs for run in noted]
-    return Explanation(reports, findings, taken)
+    return Explanation(reports, findings, taken, drafts)
 
 
 _calls = itertools.count()

@@ -24,7 +24,7 @@ from gdnfuse.generation.caches import cache_finder
 from gdnfuse.generation.prefix_tree import BLOCK, TOKEN
 from gdnfuse.generation.prefixes import PrefixStore, tokens
 from gdnfuse.generation.proposers import Proposer, proposer_of
-from gdnfuse.generation.speculation import Acceptance, Speculative, check_model
+from gdnfuse.generation.speculation import NOTED, Acceptance, Speculative, check_model
 from gdnfuse.runs import RUNS
 
 log = logging.getLogger(__name__)
@@ -65,7 +65,8 @@ class Generate:
             return self._with_prefixes(given, inputs, *args, **kwargs)
         speculative = Speculative(self.proposer, given.get("streamer"))
         out = self._with_prefixes(given, inputs, *args, **kwargs, custom_generate=speculative)
-        self.acceptance = speculative.acceptance
+        if NOTED.generations is None:
+            self.acceptance = speculative.acceptance
         return out
 
     def _with_prefixes(self, given: dict[str, Any], inputs: Any, *args: Any, **kwargs: Any) -> Any:

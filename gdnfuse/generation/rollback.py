@@ -164,7 +164,7 @@ class RollbackCache(Cache):
         config = model.config.get_text_config(decoder=True)
         like = DynamicCache(config=config) if max_cache_len is None else StaticCache(config=config, max_cache_len=max_cache_len)
         super().__init__(layers=[_layer(layer, max_cache_len) for layer in like.layers])
-        self.tokens, self.capacity = tokens, max_cache_len
+        self.tokens, self.capacity, self.replayed_by = tokens, max_cache_len, ""
         self._mixers = _mixers(model, len(self.layers))
         if not self._mixers or sorted(self._mixers) != [
             i for i, layer in enumerate(self.layers) if isinstance(layer, RollbackLayer)
@@ -303,7 +303,7 @@ class RollbackCache(Cache):
             windows[:, :, : W + pending], of["a"][:, :, :pending], of["b"][:, :, :pending], of["counts"][keep],
             of["conv_weight"], of["A_log"], of["dt_bias"], of["conv_state"], of["recurrent_state"],
         )  # fmt: skip
-        _commit(*arguments, L2NORM_EPS, beta_scale_of(mixer))
+        self.replayed_by = _commit(*arguments, L2NORM_EPS, beta_scale_of(mixer))
 
     def _unchanged(self) -> bool:
         """Whether nobody has written the weights that tokens are replayed with, as far as torch counts that."""
@@ -387,14 +387,16 @@ def _with_its_own_storage(part: torch.Tensor) -> torch.Tensor:
     return part.new_empty(0).set_(storage, 0, part.shape, part.stride())
 
 
-def _commit(*arguments: Any) -> None:
-    """Replay on a device: by our kernel where there is one that takes it, by the reference elsewhere."""
+def _commit(*arguments: Any) -> str:
+    """Replay on a device: by our kernel where there is one that takes it, by the reference elsewhere. Says by which."""
     if arguments[0].device.type == "cuda":
         with contextlib.suppress(Refused):  # no Triton, or heads wider than it takes
             kernel = kernels.implementations()["delta_rule_commit"]
             kernel.supports(*arguments)
-            return kernel.op(*arguments)
-    return delta_rule_commit.op.overload(*arguments)
+            kernel.op(*arguments)
+            return kernel.by
+    delta_rule_commit.op.overload(*arguments)
+    return "reference"
 
 
 # What a model's GDN layers are called with

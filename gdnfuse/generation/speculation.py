@@ -10,9 +10,11 @@ draws a token anew which it had accepted already does not change its distributio
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -35,6 +37,7 @@ class Acceptance:
         accepted: how many of them every row accepted.
         tokens: that were generated, per row; the prompt's own step gives the first.
         seconds: from the first token to the last.
+        replay: by what tokens that stand were put into the states, "triton" or "reference"; empty where none were.
     """
 
     rounds: int = 0
@@ -43,6 +46,7 @@ class Acceptance:
     accepted: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    replay: str = ""
 
     @property
     def rate(self) -> float:
@@ -58,8 +62,32 @@ class Acceptance:
     def __str__(self) -> str:
         return (
             f"{self.accepted} of {self.drafted} drafts accepted ({self.rate:.0%}), {self.tokens_per_step:.2f} tokens per step: "
-            f"{self.rounds} steps with drafts and {self.plain_steps} plain ones."
+            f"{self.rounds} steps with drafts and {self.plain_steps} plain ones"
+            f"{f', what stands replayed by delta_rule_commit ({self.replay})' if self.replay else ''}."
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON: the attributes, `rate` and `tokens_per_step`."""
+        return {**asdict(self), "rate": self.rate, "tokens_per_step": self.tokens_per_step}
+
+
+class _Noted(threading.local):
+    """Of one thread, how generations with drafts went, while somebody notes them; None otherwise."""
+
+    generations: list[Acceptance] | None = None
+
+
+NOTED = _Noted()
+
+
+@contextlib.contextmanager
+def noting() -> Iterator[list[Acceptance]]:
+    """How the generations with drafts of this thread go meanwhile."""
+    outer, NOTED.generations = NOTED.generations, []
+    try:
+        yield NOTED.generations
+    finally:
+        NOTED.generations = outer
 
 
 class Speculative:
@@ -99,6 +127,8 @@ class Speculative:
     ) -> Any:
         self.acceptance = Acceptance()
         one = self.loop(self, model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
+        if NOTED.generations is not None:
+            NOTED.generations.append(self.acceptance)
         with torch.no_grad():
             out = one.run()
         self.seen = one.cache, one.seen
@@ -197,6 +227,7 @@ class Generation:
         except BaseException:
             self.cache.abandon(length - self.cache.pending)
             raise
+        self.counts.replay = self.cache.replayed_by
         self.fed.length = length + crop
         self.seen[-1] = self.seen[-1][:, : self.seen[-1].shape[1] + crop]
 

@@ -165,6 +165,17 @@ def test_a_compiled_model_hands_its_hidden_states_on_and_copies_want_none(tmp_pa
     assert phases.count("verify") == 1 and phases.count("draft") == 2 and model.generate.acceptance.rounds > 2
     fired = {r.rule for report in gdnfuse.reports() if report.phase == "draft" for r in report.all_records if r.status == "fired"}
     assert {"attention_decode", "norm_linear", "swiglu_linear"} <= fired
+    before = str(model.generate.acceptance)
+    found = gdnfuse.explain(model.generate, ids, **GREEDY, cache_implementation="static")
+    (drafts,) = found.drafts
+    phases = [r.phase for r in found.reports]
+    assert phases.count("draft") == 2 and phases.count("verify") == phases.count("prefill") == 1
+    assert (
+        f"{drafts.accepted} of {drafts.drafted} drafts accepted" in found.summary()
+        and drafts.rounds
+        and drafts.replay == "reference"
+    )
+    assert found.to_dict()["drafts"][0]["tokens_per_step"] == drafts.tokens_per_step and str(model.generate.acceptance) == before
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         tap = mtp.tap_of(copied)
         assert tap is not mtp.tap_of(model) and not tap.wanted and tap.hidden is None
