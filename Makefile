@@ -1,6 +1,6 @@
 # Each target sets up what it needs: `make demo` and `make test` work in a fresh clone.
 .DEFAULT_GOAL := test
-.PHONY: demo test test-matrix trust installed lint arch clean
+.PHONY: demo test test-matrix trust figures installed lint arch clean
 .DELETE_ON_ERROR:
 
 VENV ?= .venv
@@ -61,6 +61,10 @@ test-matrix:
 # Takes about half an hour on 2 cores; writes the table in docs/trust.md.
 trust: $(VENV)/.stamp
 	$(PY) docs/trust.py
+
+# Writes the tables of figures on the pages from benchmarks/results/*.json, and draws the plots that the pages show.
+figures: $(VENV)/.stamp
+	$(PY) benchmarks/figures.py
 
 # pip install into an environment of its own, then the README's commands.
 installed: $(VENV)/.stamp

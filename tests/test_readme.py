@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import shlex
 
@@ -21,7 +20,6 @@ from tests.pages import ROOT, blocks
 PAGE = ROOT / "README.md"
 README = PAGE.read_text()
 OPTIONS = (ROOT / "docs" / "options.md").read_text()
-RESULTS = ROOT / "benchmarks" / "results"
 
 
 @pytest.fixture
@@ -53,17 +51,6 @@ def test_a_newcomer_reads_little_before_the_install_line_and_the_example():
     for mark, most in (("```console", 60), ("```python", 90)):
         assert len(re.findall(r"\w[\w'./-]*", README[: README.index(mark)])) <= most
     assert len(README.splitlines()) <= 120
-
-
-def test_figures_are_those_of_the_files():
-    of = lambda name: {s["side"]: s for s in json.loads((RESULTS / name).read_text())["results"][0]["sides"]}  # noqa: E731
-    step, prompt = of("decode_4b.json"), of("prefill.json")
-    rows = [re.findall(r"(?<![\w.])\d+(?:\.\d+)?(?= ms| \|)", line) for line in README.splitlines() if line.startswith("| ")]
-    sides = ("eager", "fla", "inductor", "gdnfuse")
-    digits = (1, 1, 2, 2)
-    assert [f"{step[s]['ms']:.{n}f}" for s, n in zip(sides, digits, strict=True)] in [row[:4] for row in rows]
-    assert [f"{step[s]['kernels_per_step']:g}" for s in sides] in rows
-    assert [f"{prompt[s]['ms']['4096']:.1f}" for s in ("fla", "gdnfuse")] in rows
 
 
 def test_commands_parse():
