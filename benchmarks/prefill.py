@@ -39,6 +39,12 @@ PROMPTS, NEW = 7, 3
 SHORT = (200, 333)  # the prompts that compile
 
 
+def prompt(model: torch.nn.Module, call: Callable[..., Any], tokens: torch.Tensor, keep: int = 1) -> torch.Tensor:
+    """Logits of the last tokens [B, T] of a prompt, into a new dynamic cache."""
+    held = cache_argument(model, transformers.DynamicCache(config=model.config))
+    return call(tokens, **held, use_cache=True, logits_to_keep=keep).logits
+
+
 def worker(side: str, name: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """The row of a side. For "reference" the machine, and in `folder` the logits that sides are compared with."""
     show_fla(side)
@@ -49,8 +55,7 @@ def worker(side: str, name: str, args: argparse.Namespace, folder: Path) -> dict
     tokens = torch.randint(0, model.config.vocab_size, (args.batch, longest), device=args.device, generator=generator)
 
     def run(call: Callable[..., Any], length: int, keep: int = 1) -> torch.Tensor:
-        held = cache_argument(model, transformers.DynamicCache(config=model.config))
-        return call(tokens[:, :length], **held, use_cache=True, logits_to_keep=keep).logits
+        return prompt(model, call, tokens[:, :length], keep)
 
     if side == "reference":
         eager = run(model, CHECKED, CHECKED)

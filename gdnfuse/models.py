@@ -155,7 +155,8 @@ def quantized(model: torch.nn.Module, format: str = "fp8_block128") -> torch.nn.
     Of "fp8_block128" and "fp8_tensor" those become transformers' FP8Linear, and of the first experts its FP8Experts, as loading a
     checkpoint of FineGrainedFP8Config makes of them. Of other formats they become a `StoredLinear`, with the tensors that a
     checkpoint of compressed-tensors has. The head, what a GDN layer makes its gates of and routers stay as they are, and so do
-    linears whose columns are no whole groups.
+    linears whose columns are no whole groups. The model's config says what was done, so that a saved model is loaded as a
+    checkpoint of that format.
 
     Args:
         model: with weights on any device, or on the meta device.
@@ -180,7 +181,30 @@ def quantized(model: torch.nn.Module, format: str = "fp8_block128") -> torch.nn.
         del linear
     if OF_TRANSFORMERS.get(format):
         _quantize_experts(model, format, OF_TRANSFORMERS[format])
+    if (config := getattr(model, "config", None)) is not None:
+        kept = [n for n, m in model.named_modules() if type(m) is torch.nn.Linear]
+        config.quantization_config = _described(format, kept)
     return model
+
+
+def _described(format: str, kept: list[str]) -> dict[str, Any]:
+    """What a saved model's config says of a format, by which transformers loads it: of its own FP8, or compressed-tensors'.
+
+    Args:
+        kept: names of the linears that are not quantised.
+    """
+    if format in OF_TRANSFORMERS:
+        block = OF_TRANSFORMERS[format]
+        about = {"quant_method": "fp8", "activation_scheme": "dynamic", "modules_to_not_convert": kept}
+        return {**about, "weight_block_size": list(block) if block else None}
+    bits = formats.named(format).bits
+    weights = {"num_bits": bits, "type": "float" if format.startswith("fp8") else "int", "symmetric": True, "dynamic": False}
+    group = formats.named(format).columns
+    weights |= {"strategy": "group", "group_size": group} if group > 1 else {"strategy": "channel"}
+    stored = "pack-quantized" if bits == 4 else f"{weights['type']}-quantized"
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights, "format": stored}}
+    about = {"quant_method": "compressed-tensors", "format": stored, "config_groups": groups, "ignore": kept}
+    return {**about, "quantization_status": "compressed"}
 
 
 def _quantized_linear(linear: torch.nn.Linear, format: str) -> torch.nn.Linear:

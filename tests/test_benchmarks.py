@@ -80,6 +80,30 @@ def test_decode_benchmark(workers, tmp_path, monkeypatch, capsys):
     assert "second process" not in out
 
 
+def test_quantized_benchmark(workers, tmp_path, monkeypatch, capsys):
+    quantized, decode, file = importlib.import_module("quantized"), importlib.import_module("decode"), tmp_path / "figures.json"
+    for module in (quantized, decode):
+        monkeypatch.setattr(module, "compiled", quickly_compiled)
+    monkeypatch.setattr(quantized, "SHORT", (5, 7))
+    monkeypatch.setattr(quantized, "PROMPTS", 1)
+    monkeypatch.setattr(quantized, "SIDES", ("eager", "gdnfuse"))  # Inductor takes minutes here
+    how = ["--formats", "bf16,fp8,int8", "--prompts", "70", "--json", str(file), "--sides", "eager,gdnfuse"]
+    assert quantized.main([*BENCHMARK, *how]) == 0
+    results = json.loads(file.read_text())["results"]
+    assert [(r["format"], [row["side"] for row in r["sides"]]) for r in results] == [
+        (format, ["eager", "gdnfuse"]) for format in ("bf16", "fp8", "int8")
+    ]
+    for r in results:
+        assert all(row["ms"] > 0 and row["prompt_ms"]["70"] > 0 for row in r["sides"])
+        assert "3/3 GDN layers fused" in r["sides"][1]["summary"]
+    plain, *others = (r["weight_bytes"] for r in results)
+    assert all(bytes < 0.6 * plain for bytes in others)
+    out = capsys.readouterr().out
+    assert "70 tokens (ms)" in out and "ms per step" in out
+    assert quantized.sides_of("fp8", ("inductor", "gdnfuse")) == ["gdnfuse"]
+    assert quantized.sides_of("int4", ("inductor", "gdnfuse")) == ["inductor", "gdnfuse"]
+
+
 def test_prefix_benchmark(workers, tmp_path, monkeypatch, capsys):
     prefix, file = importlib.import_module("prefix"), tmp_path / "prefix.json"
     monkeypatch.setattr(prefix, "REPEATS", 2)

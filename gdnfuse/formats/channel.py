@@ -32,10 +32,10 @@ def check(name: str, dtype: torch.dtype, data: torch.Tensor, scale: torch.Tensor
 
 
 def quantize(dtype: torch.dtype, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each row's largest magnitude becomes the largest number; a row of zeros has the scale 1."""
+    """Each row's largest magnitude becomes the largest number; a row of zeros has the scale 1. Scales have the weight's dtype."""
     largest = weight.float().abs().amax(-1, keepdim=True)
-    scale = torch.where(largest > 0, largest / LARGEST[dtype], 1.0)
-    data = (weight.float() / scale).clamp(-LARGEST[dtype], LARGEST[dtype])
+    scale = torch.where(largest > 0, largest / LARGEST[dtype], 1.0).to(weight.dtype if weight.dtype in SCALES else torch.float32)
+    data = (weight.float() / scale.float()).clamp(-LARGEST[dtype], LARGEST[dtype])
     return (data if dtype.is_floating_point else data.round()).to(dtype), scale
 
 

@@ -111,6 +111,20 @@ def test_weights_stay_as_they_are_stored(kind, tmp_path):
         assert kinds["in_proj_qkv"] == kinds["down_proj"] == format and kinds["in_proj_a"] == "float32"
 
 
+@pytest.mark.parametrize("format", ["int4_group64", "int8_channel", "fp8_channel"])
+def test_a_model_that_was_quantised_here_is_saved_as_such_a_checkpoint(format, tmp_path):
+    model = models.quantized(zoo.causal_lm(**zoo.FILLED).bfloat16(), format)
+    model.save_pretrained(tmp_path)
+    options = {"dtype": torch.bfloat16}
+    found = models.keep_compressed(AutoModelForCausalLM.from_pretrained(tmp_path, **options)).state_dict()
+    assert found.keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name].double(), tensor.double()), name
+    options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
+    found, plain = AutoModelForCausalLM.from_pretrained(tmp_path, **options).state_dict(), zoo.dequantized(model).state_dict()
+    assert found.keys() >= plain.keys() and all(torch.equal(found[name], p) for name, p in plain.items())
+
+
 @pytest.mark.parametrize("kind", REFUSED)
 def test_other_weights_are_refused_by_name_and_left_alone(kind, tmp_path):
     weights, stored, found = REFUSED[kind]

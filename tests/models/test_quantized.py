@@ -8,6 +8,7 @@ import itertools
 
 import pytest
 import torch
+import transformers
 from transformers.integrations import finegrained_fp8
 
 import gdnfuse
@@ -279,6 +280,17 @@ def test_one_scale_a_weight_and_half_a_model():
     mlp.up_proj = models.quantized(torch.nn.ModuleDict({"up_proj": mlp.up_proj}))["up_proj"]
     right(half, compiled(half))
     assert len(weights(half)) == 1
+
+
+@pytest.mark.parametrize("format", ["fp8_block128", "fp8_tensor"])
+def test_a_saved_model_is_a_checkpoint_of_its_format(format, tmp_path):
+    model = quantized(zoo.FILLED, format=format)
+    plain = zoo.dequantized(model).state_dict()
+    model.save_pretrained(tmp_path)
+    how = transformers.FineGrainedFP8Config(dequantize=True)  # the default where there is no GPU
+    found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, quantization_config=how)
+    assert found.state_dict().keys() == plain.keys()
+    assert all(torch.equal(p, plain[name]) for name, p in found.state_dict().items())
 
 
 def test_static_activation_scales_are_not_needed():
