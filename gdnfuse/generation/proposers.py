@@ -74,6 +74,26 @@ def check_count(n: Any, name: str, most: int = MOST_DRAFTS) -> None:
         raise GdnfuseError(f"{name} drafts 1 to {most} tokens at a time, found {n!r}.")
 
 
+def is_users(proposer: Proposer) -> bool:
+    """Whether a proposer is a user's own class, whose drafts are looked at before the model is given them."""
+    return not type(proposer).__module__.startswith("gdnfuse.")
+
+
+def check_drafts(drafts: Any, ids: torch.Tensor, n: int, vocabulary: int) -> None:
+    """Raises GdnfuseError unless drafts are `Drafts` of up to n tokens for each row of ids [B, L], all in the vocabulary."""
+    wanted = f"Drafts of ids [{ids.shape[0]}, up to {n}] on {ids.device}"
+    if not isinstance(drafts, Drafts) or not isinstance(drafts.tokens, torch.Tensor):
+        raise GdnfuseError(f"A proposer must give {wanted}, or None, found {type(getattr(drafts, 'tokens', drafts)).__name__}.")
+    x, p = drafts.tokens, drafts.probabilities
+    if x.ndim != 2 or x.shape[0] != ids.shape[0] or x.shape[1] > n or x.dtype not in TOKENS or x.device != ids.device:
+        raise GdnfuseError(f"A proposer must give {wanted}, or None, found {list(x.shape)} of {x.dtype} on {x.device}.")
+    if p is not None and p.shape != (*x.shape, vocabulary):
+        raise GdnfuseError(f"Probabilities of drafts must be {[*x.shape, vocabulary]}, found {list(p.shape)}.")
+    low, high = (int(x.min()), int(x.max())) if x.numel() else (0, 0)
+    if low < 0 or high >= vocabulary:
+        raise GdnfuseError(f"Drafts must be ids below {vocabulary}, the model's vocabulary, found {low} to {high}.")
+
+
 def drawn(run: Run, ids: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     """A drafted token [B, 1] of logits [B, V] behind ids [B, L], and what it was drawn with, if it was drawn."""
     if run.scores is None:
@@ -324,6 +344,8 @@ def proposer_of(speculate: Any) -> Proposer:
     if isinstance(speculate, type) or isinstance(speculate, torch.nn.Module) or isinstance(speculate, bool):
         pass
     elif hasattr(speculate, "start") and hasattr(speculate, "n"):
+        if is_users(speculate):
+            check_count(speculate.n, type(speculate).__name__)
         return speculate
     elif callable(speculate):
         return Callback(speculate)

@@ -23,7 +23,7 @@ from gdnfuse import compat
 from gdnfuse.errors import GdnfuseError
 from gdnfuse.generation.caches import cache_argument, cache_finder
 from gdnfuse.generation.feeding import Fed, compiled_steps
-from gdnfuse.generation.proposers import Drafts, Proposer, Run, proposer_of
+from gdnfuse.generation.proposers import Drafts, Proposer, Run, check_drafts, is_users, proposer_of
 
 
 @dataclass
@@ -191,7 +191,7 @@ class Generation:
                 break
             # With one token left there is nothing to check drafts for.
             left = self.stop.most - self.ids.shape[1] if self.stop.most is not None else 2
-            drafts = self.drafting.propose(self.ids, self.rows) if left > 1 else None
+            drafts = self._drafts() if left > 1 else None
             if drafts is None:
                 self.counts.plain_steps += 1
                 self.cache.stop_past_recording()
@@ -199,7 +199,7 @@ class Generation:
                 logits = self.fed(self.seen[-1], last=True).logits
                 continue
             self.counts.rounds += 1
-            self.counts.drafted += self.n
+            self.counts.drafted += drafts.tokens.shape[1]
             self.cache.activate_past_recording()
             self.seen.append(torch.cat([self.ids[:, -1:], drafts.tokens], 1))
             try:
@@ -211,6 +211,12 @@ class Generation:
         if self.streamer is not None:
             self.streamer.end()
         return self._answer()
+
+    def _drafts(self) -> Drafts | None:
+        drafts = self.drafting.propose(self.ids, self.rows)
+        if drafts is not None and is_users(self.proposer):
+            check_drafts(drafts, self.ids, self.n, self.model.config.get_text_config(decoder=True).vocab_size)
+        return drafts if drafts is not None and drafts.tokens.shape[1] else None
 
     def _prompt(self) -> torch.Tensor:
         new = self.ids[:, self.fed.length :]

@@ -15,7 +15,7 @@ from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 import gdnfuse
 from gdnfuse import Callback, Draft, PromptLookup, models
 from gdnfuse.generation.generate import OTHERS
-from gdnfuse.generation.proposers import Run
+from gdnfuse.generation.proposers import Drafts, Run
 from tests.models import zoo
 from tests.models.test_adapters import LoRA
 
@@ -126,6 +126,47 @@ def answers(model, speculate, **more):
     wanted = model.generate(ids, **asked)
     speculative = gdnfuse.speculative(speculate or guesses(wanted.sequences, 0.8))
     return wanted, model.generate(ids, custom_generate=speculative, **fresh), speculative.acceptance
+
+
+class Own:
+    """A proposer of a user's."""
+
+    def __init__(self, give, n=4):
+        self.give, self.n = give, n
+
+    def start(self, run):
+        return self
+
+    def propose(self, ids, rows):
+        return self.give(ids)
+
+
+def test_what_a_users_proposer_gives_is_looked_at():
+    """Fewer tokens than n, or none, are steps of fewer; what is none of the model's is a sentence, and the model goes on."""
+    model = built()
+    ids = zoo.prompt(1, 8)[0]
+    wanted = model.generate(ids, **GREEDY)
+    for n in (2, 0):
+        speculative = gdnfuse.speculative(Own(lambda ids, n=n: Drafts(ids[:, ids.shape[1] - n :])))
+        assert torch.equal(model.generate(ids, **GREEDY, custom_generate=speculative), wanted)
+        assert speculative.acceptance.drafted == n * speculative.acceptance.rounds
+    for give, sentence in (
+        (lambda ids: Drafts(ids[:, -4:] + 1000), "Drafts must be ids below 128, the model's vocabulary, found 10"),
+        (lambda ids: Drafts(ids[:, -4:] - 1000), "Drafts must be ids below 128"),
+        (
+            lambda ids: Drafts(ids[:, -4:].float()),
+            r"Drafts of ids \[1, up to 4\] on cpu, or None, found \[1, 4\] of torch.float32",
+        ),
+        (lambda ids: Drafts(ids[:, -6:]), r"or None, found \[1, 6\] of torch.int64"),
+        (lambda ids: Drafts(ids[:, -4:].repeat(2, 1)), r"or None, found \[2, 4\]"),
+        (lambda ids: Drafts(ids[:, -4:], torch.ones(1, 4, 7)), r"must be \[1, 4, 128\], found \[1, 4, 7\]"),
+        (lambda ids: [[1, 2]], "or None, found list"),
+    ):
+        with pytest.raises(gdnfuse.GdnfuseError, match=sentence):
+            model.generate(ids, **GREEDY, custom_generate=gdnfuse.speculative(Own(give)))
+    for n in (0, 8, "4"):
+        with pytest.raises(gdnfuse.GdnfuseError, match="Own drafts 1 to 7 tokens at a time"):
+            gdnfuse.speculative(Own(None, n))
 
 
 class Remembering(LogitsProcessor):
