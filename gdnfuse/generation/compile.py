@@ -151,7 +151,8 @@ def _compile(model: torch.nn.Module, settings: _Settings, parsed: gdnfuse_option
     few = few_tokens(**own)
     ours = generate.install(model, settings.prefixes, settings.proposer)
     heeding = ours.heeding if ours else lambda call: call
-    call = heeding(hooks.heeded(demanding(model, by_phase(decode, first, parameters, *few))))
+    together = shards.together if shards.sharded(model) else lambda call: call
+    call = together(heeding(hooks.heeded(demanding(model, by_phase(decode, first, parameters, *few)))))
     call.coverage, call.beside = coverage, Beside({**shared, **own})
     if not compat.set_compiled_call(model, call) and parsed.strict:
         raise GdnfuseError("strict: calls of a model must be able to go elsewhere, found that torch leaves no way.")
@@ -161,7 +162,7 @@ def _compile(model: torch.nn.Module, settings: _Settings, parsed: gdnfuse_option
             decode = coverage.checked(torch.compile(apart(plain, "in_generate"), **shared, **in_generate), STEP)
             few = few_tokens(**in_generate)
         how = {**shared, **in_generate}
-        in_generate = heeding(hooks.heeded(demanding(model, by_phase(decode, first, parameters, *few))))
+        in_generate = together(heeding(hooks.heeded(demanding(model, by_phase(decode, first, parameters, *few)))))
         in_generate.beside = Beside(how)
         model.get_compiled_call = CompiledCall(model, in_generate, coverage)
         # Ours is in place of both: a config of the user's for it, and a call that generate has compiled before.

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from gdnfuse import compat, versions
-from gdnfuse.errors import GdnfuseError
+from gdnfuse.errors import GdnfuseError, one_line
 from gdnfuse.generation.agreement import Agreement, Alone
 from gdnfuse.generation.wrappers import gdn_layers
 
@@ -61,6 +61,23 @@ def sharded(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         return {}
     other = ((n, p) for n, p in model.named_parameters(remove_duplicate=False) if type(p) is not torch.nn.Parameter)
     return {n: p for n, p in other if compat.is_sharded(p)}
+
+
+def together(call: Callable[..., Any]) -> Callable[..., Any]:
+    """A call of a model that is shared out, which says in a sentence where another rank has gone: collectives do not."""
+
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return call(*args, **kwargs)
+        except RuntimeError as e:
+            if not isinstance(e, torch.distributed.DistError) and "gloo" not in str(e):
+                raise
+            raise GdnfuseError(
+                f"Every rank must take part in each call, found that a collective failed on rank {torch.distributed.get_rank()} "
+                f"({one_line(e)}): end all ranks and start them again."
+            ) from e
+
+    return checked
 
 
 def device_of(model: torch.nn.Module) -> str:
