@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 from gdnfuse import capture, compat, kernels, versions
 from gdnfuse.errors import GdnfuseError, Refused, one_line
 from gdnfuse.kernels.launch.inductor import announce
-from gdnfuse.options import DISABLE, Options, disabled, parse
+from gdnfuse.options import DISABLE, MEASURED, Options, disabled, parse
 from gdnfuse.packing import PackedWeights
 from gdnfuse.passes import verify
 from gdnfuse.passes.growing_keys import mark
@@ -50,6 +50,8 @@ def gdnfuse(
         GdnfuseError: bad options; or `strict` and a GDN layer left unfused that should not be.
     """
     opts = parse(options)
+    if opts.one_shot_bytes == MEASURED:
+        raise GdnfuseError("one_shot_bytes='measured' needs gdnfuse.compile, which measures, found torch.compile: give bytes.")
     patches = _inductor_patches(mode, opts)
     if any(isinstance(x, torch.Tensor) and x.is_cuda for x in example_inputs):
         kernels.read_triton()

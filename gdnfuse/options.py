@@ -12,7 +12,7 @@ from gdnfuse.errors import GdnfuseError
 STAGES = ("normalize", "lift", "fuse", "lay_out", "lower")
 DISABLE = "GDNFUSE_DISABLE"
 INNER = ("inductor", "aot_eager", "eager")
-ONE_SHOT_MOST = 2**20  # bytes
+ONE_SHOT_MOST, MEASURED = 2**20, "measured"  # of one_shot_bytes
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Options:
         checkpoint_every: if not 0, a multiple of 64: the graph of a prompt also leaves the states of its GDN layers after every
             so many tokens in `gdnfuse.runs.RUNS.checkpoints`, where somebody collects them. A prefix store has prompts do it.
         one_shot_bytes: sums over ranks of at most so many bytes go through symmetric memory, by one launch that reads all ranks'
-            parts; None for none, but that `gdnfuse.compile` measures with `tensor_parallel` up to which size that is faster.
+            parts. MEASURED is for `gdnfuse.compile` with `tensor_parallel`, which times up to which size that is faster.
         target: device type the lowering assumes, e.g. "cuda"; None takes it from the tensors. For reports without a GPU.
     """
 
@@ -43,7 +43,7 @@ class Options:
     verify: bool = False
     fuel: int | None = None
     checkpoint_every: int = 0
-    one_shot_bytes: int | None = None
+    one_shot_bytes: int | str = 0
     target: str | None = None
 
 
@@ -78,8 +78,8 @@ def parse(given: dict[str, Any] | None) -> Options:
     if type(every) is not int or every < 0 or every % 64:
         raise GdnfuseError(f"Option checkpoint_every must be 0 or a multiple of 64 tokens, found {every!r}.")
     most = options.one_shot_bytes
-    if most is not None and (type(most) is not int or not 0 <= most <= ONE_SHOT_MOST):
-        raise GdnfuseError(f"Option one_shot_bytes must be a number of bytes up to {ONE_SHOT_MOST} or None, found {most!r}.")
+    if most != MEASURED and (type(most) is not int or not 0 <= most <= ONE_SHOT_MOST):
+        raise GdnfuseError(f"Option one_shot_bytes must be {MEASURED!r} or bytes, at most {ONE_SHOT_MOST}, found {most!r}.")
     if options.target is not None and not isinstance(options.target, str):
         raise GdnfuseError(f"Option target must be a device type such as 'cuda', found {options.target!r}.")
     if not isinstance(options.inductor, dict) or not all(isinstance(k, str) for k in options.inductor):

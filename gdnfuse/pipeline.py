@@ -139,7 +139,7 @@ def _stages(c: Compilation) -> Iterator[tuple[str, list[Callable[[GraphModule], 
         outcome.records += made
     c.packed += lower.pack_weights(gm, c.real, c.plan)
     outcome.records += lower.lower(gm, c.options.target, linears=c.report.phase in STEPS, ahead=not c.plan)
-    collectives.one_shot(gm, c.options.one_shot_bytes or 0)
+    collectives.one_shot(gm, c.options.one_shot_bytes)
     yield "lower", [lower.check]
 
 

@@ -17,7 +17,7 @@ BAD = {
     "verify": [1, "yes", None],
     "fuel": [-1, True, 1.5, "all"],
     "checkpoint_every": [-64, 100, 64.0, None],
-    "one_shot_bytes": [-1, 2**21, 4096.0, True],
+    "one_shot_bytes": [-1, 2**21, 4096.0, True, None, "all"],
     "target": [0, torch.device("cpu")],
     "inductor": [None, ["max_autotune"], {1: 2}],
 }

@@ -13,15 +13,16 @@ import torch.distributed as dist
 from gdnfuse import compat, versions
 from gdnfuse.bench.measure import Collectives, bandwidth, link, state_bytes, weight_bytes
 from gdnfuse.errors import GdnfuseError
-from gdnfuse.generation import links, shards
+from gdnfuse.generation import shards
 from gdnfuse.generation.links import everywhere
 
+ONE_SHOT = ":one_shot"  # behind a side of gdnfuse, of which small sums go through symmetric memory as far as that is faster
 BACKENDS = {"cuda": "nccl", "cpu": "gloo"}
 
 
 def split(side: str) -> tuple[str, str | None]:
     """Of "gdnfuse:heads" what runs and how the model is shared out; of a side on one device the second is None."""
-    name, _, way = side.partition(":")
+    name, _, way = side.removesuffix(ONE_SHOT).partition(":")
     return name, way or None
 
 
@@ -112,7 +113,6 @@ def step_facts(model: torch.nn.Module, decoder: Callable[[], Any], token: torch.
         "state_bytes": max(everywhere(state_bytes(decode.cache, tokens))),
         "collectives": dict(seen.found),
         "collective_bytes": seen.moved(ranks),
-        "one_shot_bytes": links.one_shot_bytes(device),
         "bytes_per_second": min(everywhere(bandwidth(device))),
         **link(device, (B, 1, model.config.hidden_size), model.dtype),
     }

@@ -51,7 +51,7 @@ DEVICES = ("cpu", "cuda")
 COMPILED = ("inductor", "gdnfuse")
 PHASES = ("decode", "prefill")
 # With ranks: one device, what users of transformers have on several, and both ways of gdnfuse.
-SIDES_ON_RANKS = ("gdnfuse", "inductor:as_loaded", "gdnfuse:as_loaded", "gdnfuse:heads")
+SIDES_ON_RANKS = ("gdnfuse", "inductor:as_loaded", "gdnfuse:as_loaded", "gdnfuse:heads", "gdnfuse:heads:one_shot")
 PREFIX = "prefix"  # instead of these, if it is asked for
 TAIL = 64  # tokens behind a known prefix
 CHECKED = 8  # steps, and last tokens of a prompt, whose logits are compared
@@ -120,7 +120,8 @@ def check(settings: Settings) -> None:
         GdnfuseError: with a sentence.
     """
     quantize = [settings.quantize] if settings.quantize else []
-    valid_sides = (*SIDES, *(f"{side}:{way}" for side in SIDES for way in WAYS)) if settings.tensor_parallel else SIDES
+    on_ranks = [f"{side}:{way}" for side in SIDES for way in WAYS] + [f"gdnfuse:{way}{ranks.ONE_SHOT}" for way in WAYS]
+    valid_sides = (*SIDES, *on_ranks) if settings.tensor_parallel else SIDES
     given = (
         ("side", settings.sides, valid_sides),
         ("phase", settings.phases, (*PHASES, PREFIX)),
@@ -190,14 +191,14 @@ def compiled(side: str, phase: str, model: torch.nn.Module, settings: Settings) 
 
     Prompts have code of their own, so that no size of theirs makes one of the steps' dynamic.
     """
-    side, way = ranks.split(side)
+    (side, _), summed = ranks.split(side), side.endswith(ranks.ONE_SHOT)
     if side not in COMPILED:
         return model
     graphs = phase == "decode" and torch.device(settings.device).type == "cuda"
     how: dict[str, Any] = {"mode": "reduce-overhead" if graphs else None}
     if side == "gdnfuse":
         options = {"inner": settings.inner} if settings.inner != "inductor" else {}
-        if way and (most := links.one_shot_bytes(settings.device)):
+        if summed and (most := links.one_shot_bytes(settings.device)):
             options["one_shot_bytes"] = most
         how = mode_or_options(how["mode"] if settings.inner == "inductor" else None, options)
     return torch.compile(apart(model) if phase == "prefill" else model, backend=side, **how)
@@ -294,6 +295,8 @@ class Work:
             row["fla"] = fla_version()
         if self.way:
             row |= self.rank_facts()
+        if side.endswith(ranks.ONE_SHOT):
+            row["one_shot_bytes"] = links.one_shot_bytes(self.device)
         shared = torch.load(self.shared)
         # Prompts first: CUDA graphs of the steps keep their memory.
         for phase in sorted(self.settings.phases, reverse=True):

@@ -76,6 +76,10 @@ def compile(
             raise GdnfuseError(" ".join(sentences))
         parsed = gdnfuse_options.parse(options)
         _check_mode(mode, parsed)
+        if parsed.one_shot_bytes and tensor_parallel is None:
+            raise GdnfuseError(
+                f"one_shot_bytes={parsed.one_shot_bytes!r} needs ranks that agree, found tensor_parallel=None: give it too."
+            )
         if state_dtype is not None:
             check_state_dtype(state_dtype)
         models = compiled_models(model)
@@ -85,7 +89,8 @@ def compile(
             generate.check(models, prefixes)
         proposer = None if speculate is None else generate.proposer(models, speculate)
     prefill = prefill or prefill is None and parsed.capture
-    options = _with_measured_links(options, parsed, [shards.device_of(one) for one in models if tensor_parallel])
+    if parsed.one_shot_bytes == gdnfuse_options.MEASURED:
+        options = {**options, "one_shot_bytes": links.one_shot_bytes(shards.device_of(models[0]))}
     settings = _Settings(mode, fullgraph, dynamic, prefill, state_dtype, prefixes, proposer, options)
     for one, (mesh, mixers) in zip(models, plans, strict=True):
         shards.prepare(one, mesh, mixers, agreement)
@@ -237,13 +242,6 @@ def _check_mode(mode: str | None, parsed: gdnfuse_options.Options) -> None:
         raise GdnfuseError(f"Unknown mode {mode!r}; the valid ones are {', '.join(valid)}.")
     if mode not in (None, "default") and parsed.inner != "inductor":
         raise GdnfuseError(f"mode={mode!r} is Inductor's and needs inner='inductor', found inner={parsed.inner!r}.")
-
-
-def _with_measured_links(options: dict[str, Any], parsed: gdnfuse_options.Options, devices: list[str]) -> dict[str, Any]:
-    """Options with the size of sums that are faster through symmetric memory, where the ranks' GPUs are linked so."""
-    if parsed.one_shot_bytes is not None or not devices or not (most := links.one_shot_bytes(devices[0])):
-        return options
-    return {**options, "one_shot_bytes": most}
 
 
 def mode_or_options(mode: str | None, options: dict[str, Any]) -> dict[str, Any]:

@@ -146,15 +146,15 @@ def prepare(model: torch.nn.Module, mesh: Any, mixers: list[Mixer | KeyValues], 
 
 
 def _mesh(way: str, model: torch.nn.Module) -> Any:
-    """The device mesh that a model is shared out over."""
-    meshes = {p.device_mesh for p in sharded(model).values()}
+    """The device mesh that a model is shared out over. Experts may have one of their own, over the same ranks."""
+    meshes = list(dict.fromkeys(p.device_mesh for p in sharded(model).values()))
     if not meshes:
         raise GdnfuseError(
             f"tensor_parallel={way!r} needs a model that transformers has shared out over ranks, found one that is whole on this "
             f"rank: load it on every rank with DistributedConfig(tp_plan='auto')."
         )
-    mesh, ranks = next(iter(meshes)), torch.distributed.get_world_size()
-    if len(meshes) > 1 or mesh.ndim != 1 or mesh.size() != ranks:
+    mesh, ranks = min(meshes, key=lambda mesh: "ep" in (mesh.mesh_dim_names or ())), torch.distributed.get_world_size()
+    if mesh.ndim != 1 or mesh.size() != ranks or any(one.mesh.tolist() != mesh.mesh.tolist() for one in meshes):
         raise GdnfuseError(
             f"tensor_parallel={way!r} needs one mesh of all {ranks} ranks, found {' and '.join(sorted(map(str, meshes)))}: load "
             f"the model with tensor parallelism alone."

@@ -99,6 +99,16 @@ def test_the_way_of_small_sums_is_chosen_by_the_slowest_rank():
     assert links.one_shot_bytes("cpu") == 0
 
 
+def test_measuring_small_sums_needs_ranks():
+    model = zoo.causal_lm(**zoo.SMALL)
+    with pytest.raises(
+        gdnfuse.GdnfuseError, match="^one_shot_bytes='measured' needs ranks that agree, found tensor_parallel=None: "
+    ):
+        gdnfuse.compile(model, one_shot_bytes="measured")
+    with pytest.raises(Exception, match="one_shot_bytes='measured' needs gdnfuse.compile, which measures"):
+        torch.compile(lambda x: x + 1, backend="gdnfuse", options={"one_shot_bytes": "measured"})(torch.ones(1))
+
+
 def test_an_unknown_way_is_refused():
     with pytest.raises(gdnfuse.GdnfuseError, match="^tensor_parallel must be 'as_loaded' or 'heads' or None, found 'rows'.$"):
         gdnfuse.compile(zoo.causal_lm(**zoo.SMALL), tensor_parallel="rows")
