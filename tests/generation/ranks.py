@@ -334,7 +334,7 @@ def experts_of_a_rank():
         found, (_, step) = compare(family, "heads", "static", 1, by_expert=True, **zoo.SMALL, **FOUR)
         assert [c[SUM] for c in found] == [4, 4], (family, found)
         assert fired(step, "lift")["shared_expert"] == 2
-        compare(family, "as_loaded", "dynamic", 4, padded=True, by_expert=True, **zoo.SMALL, **FOUR)
+    compare("moe", "as_loaded", "dynamic", 4, padded=True, by_expert=True, **zoo.SMALL, **FOUR)
 
 
 @swept
