@@ -245,7 +245,13 @@ def uninstall() -> None:
 
 
 def status() -> list[Capture]:
-    """What was found so far and whether it is captured. Functions are looked for when something is compiled, or by `scan`."""
+    """What functions were found so far, and whether they are captured.
+
+    They are looked for when something is compiled, or by `scan`.
+
+    Returns:
+        One Capture for each function, in the order they were found.
+    """
     return [capture for _, capture, _ in _seen.values()]
 
 

@@ -68,6 +68,9 @@ def compile(
         GdnfuseError: a bad option or mode, a store of another model, a wrapper that cannot hand calls on, a model that cannot be
             speculated on or shared out, ranks that differ, or a version of torch or transformers that is too old. The model is as
             it was then.
+
+    Source:
+        The layers: Yang et al. 2024, Gated Delta Networks, arXiv:2412.06464; their chunked form: arXiv:2406.06484.
     """
     agreement = shards.agreement(tensor_parallel)
     asked = {"mode": mode, "fullgraph": fullgraph, "dynamic": dynamic, "prefill": prefill, "state_dtype": state_dtype}

@@ -109,6 +109,11 @@ class Explanation:
 def explain(call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanation:
     """Make a real call and say what fuses in it, where it breaks its graph, what compiles it again, and what to do about that.
 
+    The model stays as it is: no weights are packed, no kernel is compiled, and what the call makes it write to its own buffers is
+    the same as without us. The graphs run as they came, not as fast as they will. Random numbers are drawn from a copy of the
+    generators' states. Dynamo keeps the call's own traces apart from yours, but code behind a graph break is compiled by itself
+    and keeps the entry, which counts towards torch's recompilation limit there until `torch.compiler.reset()`.
+
     Args:
         call: a model, its `generate` (`explain(model.generate, ids, max_new_tokens=8)`), or any function. A model's calls are
             traced as after `gdnfuse.compile(model)`, prompts apart from decode steps, whether it is compiled now or not; a
@@ -118,11 +123,6 @@ def explain(call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanati
 
     Returns:
         Reports and findings. Nothing is added to `gdnfuse.reports()`.
-
-    The model stays as it is: no weights are packed, no kernel is compiled, and what the call makes it write to its own buffers is
-    the same as without us. The graphs run as they came, not as fast as they will. Random numbers are drawn from a copy of the
-    generators' states. Dynamo keeps the call's own traces apart from yours, but code behind a graph break is compiled by itself
-    and keeps the entry, which counts towards torch's recompilation limit there until `torch.compiler.reset()`.
 
     Raises:
         GdnfuseError: `call` cannot be called, or its arguments cannot be copied.

@@ -196,6 +196,9 @@ class MTP:
 
     Raises:
         GdnfuseError: another number.
+
+    Source:
+        Gloeckle et al. 2024, arXiv:2404.19737; DeepSeek-V3, arXiv:2412.19437, whose form this head has.
     """
 
     n: int = 3
@@ -223,12 +226,14 @@ class MTP:
         tap_of(model)
 
     def head(self, model: torch.nn.Module) -> Head:
+        """The head of a model that `check` has seen."""
         return _heads[model][self._where(model)]
 
     def _where(self, model: torch.nn.Module) -> str:
         return str(self.folder or model.config.name_or_path)
 
     def start(self, run: Run) -> Drafting:
+        """What drafts for one generation."""
         return _Chain(self, run)
 
 

@@ -75,6 +75,9 @@ class PrefixStore:
 
     Raises:
         GdnfuseError: any of them is not so, or the model keeps something that cannot be cut at a token, as sliding windows.
+
+    Source:
+        SGLang's RadixAttention, Zheng et al. 2023, arXiv:2312.07104; for recurrent states Marconi, arXiv:2411.19379.
     """
 
     def __init__(self, model: torch.nn.Module, every: int = 1024, max_bytes: int = 4 << 30, *, host_bytes: int = 0):
@@ -141,7 +144,10 @@ class PrefixStore:
 
         Args:
             ids: [B, T] token ids without padding.
-            max_cache_len: of a static cache; None makes one that grows.
+            max_cache_len: tokens that a static cache holds; None makes a cache that grows.
+
+        Returns:
+            The cache, of transformers.
 
         Raises:
             GdnfuseError: `ids` is something else, or does not fit in the cache.
@@ -204,7 +210,17 @@ class PrefixStore:
         return self._pin(ids, 1)
 
     def unpin(self, ids: torch.Tensor) -> int:
-        """Take back one `pin` of the same tokens. As there."""
+        """Take back one `pin` of the same tokens.
+
+        Args:
+            ids: [1, T] or [B, T] token ids, as `pin` took them.
+
+        Returns:
+            How many tokens that is, of the first row.
+
+        Raises:
+            GdnfuseError: they are not pinned.
+        """
         return self._pin(ids, -1)
 
     def _pin(self, ids: torch.Tensor, more: int) -> int:
@@ -233,7 +249,11 @@ class PrefixStore:
         return rows
 
     def stats(self) -> PrefixStats:
-        """What it has done and holds."""
+        """What the store has done, and what it holds.
+
+        Returns:
+            Its counts of tokens and states, and the bytes that they take.
+        """
         with self._lock:
             tree, counts = self._tree, self._counts
             return PrefixStats(
@@ -275,6 +295,9 @@ class PrefixStore:
 
         Every file is compared with its digest first, so that nothing is served of one that was cut short or changed. Several
         processes may read one folder.
+
+        Args:
+            folder: that `save` has written.
 
         Returns:
             How many states are known now of those in the folder; fewer than there are where the budget has no room.
@@ -374,8 +397,9 @@ class PrefixStore:
         return [[x[:, i] for x in left] for i in range(n)]
 
     def count(self, rows: int, taken: int, run: int, *, prompt: bool, hit: bool) -> None:
-        """Of each row so many tokens were taken and so many computed. With `prompt` these are new prompts, with `hit` ones of
-        which nothing had been taken until now."""
+        """Count the tokens of each row that were taken and that were computed.
+
+        With `prompt` these are new prompts, with `hit` ones of which nothing had been taken until now."""
         with self._lock:
             self._counts.update(prompts=rows * prompt, hits=rows * hit, taken=rows * taken, run=rows * run)
 

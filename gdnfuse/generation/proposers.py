@@ -106,7 +106,7 @@ def drawn(run: Run, ids: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tens
 class PromptLookup:
     """Drafts what followed the last tokens where they stood before, in the prompt or in what was generated.
 
-    Saxena 2023, prompt lookup decoding. Nothing is proposed where they stood nowhere: such a step is a plain one.
+    Where they stood nowhere nothing is proposed, and the step is a plain one.
 
     Args:
         n: tokens per draft, 1 to 7.
@@ -114,6 +114,9 @@ class PromptLookup:
 
     Raises:
         GdnfuseError: another number of either.
+
+    Source:
+        Saxena 2023, prompt lookup decoding, https://github.com/apoorvumang/prompt-lookup-decoding.
     """
 
     n: int = 4
@@ -125,6 +128,7 @@ class PromptLookup:
             raise GdnfuseError(f"PromptLookup looks for at least one token, found ngram={self.ngram!r}.")
 
     def start(self, run: Run) -> Drafting:
+        """What drafts for one generation."""
         return _Lookup(self)
 
 
@@ -178,6 +182,9 @@ class Callback:
 
     Raises:
         GdnfuseError: it is no function, or another number.
+
+    Source:
+        The acceptance of drafts: Leviathan et al. 2023, arXiv:2211.17192.
     """
 
     propose: Callable[[torch.Tensor], Any]
@@ -189,6 +196,7 @@ class Callback:
             raise GdnfuseError(f"Callback needs a function, found {type(self.propose).__name__}.")
 
     def start(self, run: Run) -> Drafting:
+        """What drafts for one generation."""
         return _Called(self, run.model.config.get_text_config(decoder=True).vocab_size)
 
 
@@ -227,7 +235,7 @@ class _Called:
 
 @dataclass(frozen=True)
 class Draft:
-    """Drafts what a smaller model says (Leviathan et al. 2023, arXiv:2211.17192; Chen et al. 2023, arXiv:2302.01318).
+    """Drafts what a smaller model says.
 
     It goes on a cache of its own, one token at a time. A recurrent state of it is copied after each draft, so that what was
     rejected is taken back exactly: `n` + 1 times its states, 19 MiB each in a 0.8B model.
@@ -238,6 +246,9 @@ class Draft:
 
     Raises:
         GdnfuseError: it is no causal language model, or another number.
+
+    Source:
+        Leviathan et al. 2023, arXiv:2211.17192; Chen et al. 2023, arXiv:2302.01318.
     """
 
     model: torch.nn.Module
@@ -260,6 +271,7 @@ class Draft:
             raise GdnfuseError("A draft must be another model than the one it drafts for, found the same.")
 
     def start(self, run: Run) -> Drafting:
+        """What drafts for one generation."""
         return _Drafting(self, run)
 
 

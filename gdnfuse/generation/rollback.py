@@ -149,6 +149,9 @@ class RollbackCache(Cache):
 
     Raises:
         GdnfuseError: the model has layers, or GDN layers, that cannot be rolled back.
+
+    Source:
+        The states that are rebuilt: Yang et al. 2024, Gated Delta Networks, arXiv:2412.06464.
     """
 
     def __init__(self, model: torch.nn.Module, max_cache_len: int | None = None, *, tokens: int = MOST_TOKENS):
@@ -201,6 +204,7 @@ class RollbackCache(Cache):
 
     @property
     def is_recording(self) -> bool:
+        """Whether the next call of few tokens is a recorded one."""
         return any(layer.record_past for layer in self._linear())
 
     def activate_past_recording(self) -> None:

@@ -106,6 +106,9 @@ class Speculative:
     Raises:
         GdnfuseError: nothing that proposes drafts. From a call: what is asked for cannot be speculated on; nothing has been
             generated then.
+
+    Source:
+        Leviathan et al. 2023, arXiv:2211.17192; Chen et al. 2023, arXiv:2302.01318.
     """
 
     loop: type[Generation]

@@ -19,6 +19,15 @@ STAGES = ("capture", "lift", "fuse", "lower")  # of records
 
 
 class Status(enum.StrEnum):
+    """What came of a rule at one anchor.
+
+    Attributes:
+        FIRED: it matched, was proved and rewrote the graph.
+        REFUSED: its motif is there, but may not be rewritten.
+        UNMATCHED: what its anchor promised is not there.
+        SHADOWED: another rule has taken the same nodes.
+    """
+
     FIRED = "fired"
     REFUSED = "refused"
     UNMATCHED = "unmatched"
@@ -305,7 +314,8 @@ class GraphReport:
         launches_before, launches_after: as of a layer, for the whole graph.
         bytes_before, bytes_after: as of a block, for the whole graph.
         limit_bytes: of the weights, states and caches that the graph needs, each read once, and written once where it is written.
-        proofs: proofs run (not taken from the cache); proof_seconds: their time in all.
+        proofs: how many were run, without those taken from the cache.
+        proof_seconds: of all of them.
         pass_seconds: time of every pass together, proofs included.
         comparisons: with the option verify, how near the rewritten graph is to the graph as it came.
         stage_code: the graph after the stage that `stop_after` named, as text.
@@ -336,14 +346,20 @@ class GraphReport:
 
     @property
     def fused_layers(self) -> int:
+        """How many of the GDN layers are fused."""
         return sum(layer.fused for layer in self.layers)
 
     @property
     def all_records(self) -> list[Record]:
+        """The records of all layers, then those that belong to none."""
         return [r for layer in self.layers for r in layer.records] + self.records
 
     def summary(self) -> str:
-        """The one line logged per compiled graph."""
+        """The line that is logged for each compiled graph.
+
+        Returns:
+            Phase, fused layers, nodes and kernels before and after, proofs and their time.
+        """
         if not self.rewritten:
             return f"graph {self.graph_id} ({self.phase}): not rewritten. {self.note}"
         if not self.layers and not any(r.status is Status.FIRED for r in self.records):
@@ -375,7 +391,11 @@ class GraphReport:
         return list(found.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON; Status becomes its string."""
+        """Plain data for JSON.
+
+        Returns:
+            The fields by name, as docs/report.md lists them; a Status is its string.
+        """
         data = dataclasses.asdict(self)
         data |= {"summary": self.summary(), "fused_layers": self.fused_layers}
         data["refusals"] = [dataclasses.asdict(r) for r in self.refusals]
@@ -451,7 +471,11 @@ def publish(report: GraphReport) -> None:
 
 
 def reports() -> list[GraphReport]:
-    """Reports of every graph compiled in this process, oldest first."""
+    """Reports of the graphs that were compiled in this process.
+
+    Returns:
+        A list of them, oldest first. `clear_reports` empties it.
+    """
     with _lock:
         return list(_reports)
 
