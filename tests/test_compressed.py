@@ -1,0 +1,73 @@
+"""Which weights may stay compressed, by what compressed-tensors says of them; its checkpoints are in tests/models."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from gdnfuse import models
+from gdnfuse.errors import GdnfuseError
+
+INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 64, "block_structure": None, "symmetric": True}
+
+
+def compressed(weights, data, scale, status="compressed", **more):
+    """A model of one linear [128, 128] as compressed-tensors leaves it."""
+    linear = torch.nn.Linear(128, 128, bias=False)
+    del linear.weight
+    name = "weight_packed" if data.dtype == torch.int32 else "weight"
+    for attribute, tensor in {name: data, "weight_scale": scale}.items():
+        setattr(linear, attribute, torch.nn.Parameter(tensor, requires_grad=False))
+    linear.quantization_scheme = SimpleNamespace(weights=SimpleNamespace(**weights), **more)
+    linear.quantization_status = status
+    return torch.nn.Sequential(linear)
+
+
+def packed():
+    return torch.zeros(128, 16, dtype=torch.int32), torch.ones(128, 2)
+
+
+KNOWN = "FP8 by block of 128 × 128, channel or tensor, int8 by channel, or int4 by group of 32, 64 or 128"
+REFUSED = {
+    "NVFP4": (
+        lambda: compressed(
+            {**INT4, "type": "float", "strategy": "tensor_group"}, torch.zeros(128, 64, dtype=torch.uint8), torch.ones(128, 8)
+        ),
+        f"Compressed weights must be {KNOWN}, found float4 by tensor_group in uint8.",
+    ),
+    "zero points": (
+        lambda: compressed({**INT4, "symmetric": False}, *packed()),
+        "Compressed weights must be symmetric, found int4 by group of 64 with zero points.",
+    ),
+    "another group": (
+        lambda: compressed({**INT4, "group_size": 128}, *packed()),
+        "The scale of int4_group128 must have the shape [128, 1] for data of [128, 16], found [128, 2].",
+    ),
+    "another size": (
+        lambda: compressed(INT4, torch.zeros(128, 8, dtype=torch.int32), torch.ones(128, 1)),
+        "A compressed weight must have the sizes [128, 128], found [128, 64].",
+    ),
+    "results": (
+        lambda: compressed(INT4, *packed(), output_activations=object()),
+        "Results of a linear must not be quantised, found that they are.",
+    ),
+    "frozen": (lambda: compressed(INT4, *packed(), "frozen"), "Weights must be compressed still, found them frozen."),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_cannot_stay_compressed_is_said_and_left_alone(what):
+    make, sentence = REFUSED[what]
+    model = make()
+    with pytest.raises(GdnfuseError) as e:
+        models.keep_compressed(model)
+    assert str(e.value) == f"0 cannot stay compressed: load the model with CompressedTensorsConfig(dequantize=True). {sentence}"
+    assert type(model[0]) is torch.nn.Linear
+
+
+def test_a_linear_computes_with_what_is_stored():
+    data, scale = torch.randint(-(2**31), 2**31, (128, 16)).to(torch.int32), torch.rand(128, 2)
+    model = models.keep_compressed(compressed(INT4, data, scale))
+    weight = torch.ops.gdnfuse.dequantize(data, scale, "int4_group64", torch.float32)
+    x = torch.randn(3, 128)
+    assert torch.equal(model(x), x @ weight.T) and model[0].weight_packed.data_ptr() == data.data_ptr()
