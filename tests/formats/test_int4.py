@@ -42,6 +42,13 @@ def test_every_element_is_an_integer_times_its_groups_scale(group, special):
         assert torch.equal(found.signbit()[finite], wanted.signbit()[finite])
 
 
+def test_compiled_it_is_the_same():
+    data, scale = of(32).quantize(torch.randn(5, 96))
+    torch._dynamo.reset()
+    found = torch.compile(lambda *given: dequantize.reference(*given, "int4_group32", torch.float32))(data, scale)
+    assert torch.equal(found, one_by_one(data, scale, 32).float())
+
+
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_is_what_compressed_tensors_makes_of_them(dtype, group):
