@@ -10,7 +10,6 @@ drafts alone. The first generation of each kind compiles, and records CUDA graph
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +20,7 @@ from gdnfuse.bench.measure import machine, seconds
 from gdnfuse.errors import GdnfuseError
 from gdnfuse.generation import mtp
 from gdnfuse.generation.caches import cache_argument
-from gdnfuse.generation.proposers import MOST_DRAFTS, Drafts, Proposer, Run, check_count
+from gdnfuse.generation.proposers import MOST_DRAFTS, Always, Proposer, check_count
 from gdnfuse.generation.speculation import Acceptance, Generation, Speculative
 from gdnfuse.models import load_config, random_model
 
@@ -90,23 +89,6 @@ def _random(model: str, settings: Settings) -> torch.nn.Module:
     torch.manual_seed(0)
     config = load_config(model).get_text_config(decoder=True)
     return random_model(config, getattr(torch, settings.dtype), settings.device)
-
-
-class Always:
-    """The same drafts, and any others where there are none; or none ever."""
-
-    def __init__(self, of: Proposer, ever: bool = True):
-        self.of, self.n, self.ever = of, of.n, ever
-
-    def start(self, run: Run) -> Always:
-        self.drafting = self.of.start(run) if self.ever else None
-        self.hear, self.close = (getattr(self.drafting, name, lambda *_: None) for name in ("hear", "close"))
-        return self
-
-    def propose(self, ids: torch.Tensor, rows: Sequence[Sequence[int]]) -> Drafts | None:
-        if self.drafting is None:
-            return None
-        return self.drafting.propose(ids, rows) or Drafts(ids[:, -1:].expand(-1, self.n))
 
 
 def forced(of: Proposer, probability: float) -> Speculative:

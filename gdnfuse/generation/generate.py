@@ -23,7 +23,7 @@ from gdnfuse.generation.arguments import parameters_of
 from gdnfuse.generation.caches import cache_finder
 from gdnfuse.generation.prefix_tree import BLOCK, TOKEN
 from gdnfuse.generation.prefixes import PrefixStore, tokens
-from gdnfuse.generation.proposers import Proposer, proposer_of
+from gdnfuse.generation.proposers import Always, Proposer, proposer_of
 from gdnfuse.generation.speculation import NOTED, Acceptance, Speculative, check_model
 from gdnfuse.runs import RUNS
 
@@ -63,7 +63,8 @@ class Generate:
         given |= given.pop("kwargs", {})
         if self.proposer is None or _asks_for_more(self.__self__, given):
             return self._with_prefixes(given, inputs, *args, **kwargs)
-        speculative = Speculative(self.proposer, given.get("streamer"))
+        always = getattr(self._runs, "always", False)
+        speculative = Speculative(Always(self.proposer) if always else self.proposer, given.get("streamer"))
         out = self._with_prefixes(given, inputs, *args, **kwargs, custom_generate=speculative)
         if NOTED.generations is None:
             self.acceptance = speculative.acceptance
@@ -114,6 +115,15 @@ class Generate:
             yield noted
         finally:
             self._runs.noted = None
+
+    @contextlib.contextmanager
+    def drafting(self) -> Iterator[None]:
+        """Runs of this thread have drafts to check at every step meanwhile."""
+        self._runs.always = True
+        try:
+            yield
+        finally:
+            self._runs.always = False
 
     @contextlib.contextmanager
     def apart(self, rows: int, tokens: int) -> Iterator[None]:

@@ -347,6 +347,23 @@ class _States:
         compat.copy_all(self._states(), self.copies)
 
 
+class Always:
+    """The same drafts, and any others where there are none; or none ever."""
+
+    def __init__(self, of: Proposer, ever: bool = True):
+        self.of, self.n, self.ever = of, of.n, ever
+
+    def start(self, run: Run) -> Always:
+        self.drafting = self.of.start(run) if self.ever else None
+        self.hear, self.close = (getattr(self.drafting, name, lambda *_: None) for name in ("hear", "close"))
+        return self
+
+    def propose(self, ids: torch.Tensor, rows: Sequence[Sequence[int]]) -> Drafts | None:
+        if self.drafting is None:
+            return None
+        return self.drafting.propose(ids, rows) or Drafts(ids[:, -1:].expand(-1, self.n))
+
+
 def proposer_of(speculate: Any) -> Proposer:
     """What `speculate=` means.
 

@@ -46,7 +46,8 @@ def warmup(model: torch.nn.Module, *, batch: int = 1, new_tokens: int = 4, **gen
     Chunks are of 64 tokens whatever the prompt's length and nothing is tuned at run time, so later prompts compile nothing more,
     but for 2 to 8 tokens on a filled cache, as a short turn has: each number has its own graph, which its first call compiles.
     Of a model with a prefix store the rest of a prompt, behind what is known, is compiled too, and prompts so long that their
-    graphs leave states on the way, from four more prompts; the store itself stays as it is.
+    graphs leave states on the way, from four more prompts; the store itself stays as it is. Of a model with drafts verify steps
+    are compiled, whether there is anything to propose or not, and what drafts.
 
     Args:
         model: after `gdnfuse.compile`.
@@ -69,9 +70,12 @@ def warmup(model: torch.nn.Module, *, batch: int = 1, new_tokens: int = 4, **gen
     known, start = len(reports()), time.perf_counter()
     device = next(model.parameters()).device
     vocabulary = model.config.get_text_config().vocab_size
-    ours = [found for found in map(of, models) if found is not None and found.prefixes is not None]
+    found = [x for x in map(of, models) if x is not None]
+    ours = [x for x in found if x.prefixes is not None]
     long = max((x.prefixes.every for x in ours if not x.prefixes.in_pieces), default=0)
     with contextlib.ExitStack() as stack:
+        for x in found:
+            stack.enter_context(x.drafting())
         for x in ours:
             stack.enter_context(x.apart(batch, LONG * long + max(WARM_PROMPTS)))
         for ids in _prompts(torch.randint(0, vocabulary, (batch, LONG * long + max(WARM_PROMPTS)), device=device), long):

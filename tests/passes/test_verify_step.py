@@ -114,7 +114,7 @@ def test_a_window_that_stays_is_the_convs_context():
 
 
 def traced(model, cache, tokens):
-    """The report of a call's graph as a GPU would have it."""
+    """The report of a call's graph as a GPU would have it. With some versions of transformers masks are a graph before it."""
     reports = []
 
     def backend(gm, inputs):
@@ -125,7 +125,7 @@ def traced(model, cache, tokens):
     torch.compiler.reset()
     with torch.no_grad():
         torch.compile(model, backend=backend)(tokens, **zoo.held(cache))
-    (report,) = reports
+    (report,) = [r for r in reports if r.layers]
     return report
 
 
