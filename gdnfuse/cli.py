@@ -2,8 +2,8 @@
 
 `gdnfuse report MODEL_OR_CONFIG` says what would be fused, without weights and without a GPU; `gdnfuse verify` runs a prompt and a
 decode step with random weights and compares the rewritten graphs with those that came; `gdnfuse bench` times steps and prompts
-beside eager and Inductor; `gdnfuse rules` lists what is matched, and `gdnfuse doctor` what this machine has and what of ours it
-will use.
+beside eager and Inductor; `gdnfuse rules` lists what is matched, and `gdnfuse doctor` says what this machine has, what of
+it is used, and what to do next.
 
 Whatever goes wrong is one line on stderr and an exit code that is not 0; `--debug`, before or behind the command, shows where.
 """
@@ -12,23 +12,21 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import json
 import logging
 import math
 import os
-import platform
 import re
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from tabulate import tabulate
 
-from gdnfuse import compat, versions
+from gdnfuse import doctor, versions
 from gdnfuse.errors import GdnfuseError, one_line
 from gdnfuse.files import check_writable, replacing
 from gdnfuse.options import INNER, STAGES
@@ -152,9 +150,9 @@ def _parser() -> _Parser:
     report.set_defaults(run=_report)
     rules = commands.add_parser("rules", help="list every rule with its equation")
     rules.set_defaults(run=_rules)
-    doctor = commands.add_parser("doctor", help="say what this machine has, what will be used and why")
-    doctor.set_defaults(run=_doctor)
-    for command in (report, verify, bench, rules, doctor):
+    checked = commands.add_parser("doctor", help="say what this machine has, what of it is used, and what to do next")
+    checked.set_defaults(run=_doctor)
+    for command in (report, verify, bench, rules, checked):
         command.add_argument("--json", action="store_true", help="print the data as JSON")
         command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return parser
@@ -335,57 +333,14 @@ def _rules(args: argparse.Namespace) -> None:
 
 
 def _doctor(args: argparse.Namespace) -> None:
-    rows = [{"what": what, "found": found, "so": so} for what, found, so in _findings()]
-    print(json.dumps(rows, indent=1, ensure_ascii=False) if args.json else tabulate(rows, "keys", maxcolwidths=[None, None, 90]))
-
-
-def _findings() -> Iterator[tuple[str, str, str]]:
-    """What there is to know of this machine, what of it is here, and what follows."""
-    import torch
-
-    from gdnfuse.options import DISABLE, disabled
-
-    yield (
-        "gdnfuse",
-        versions.version("gdnfuse"),
-        f"Every graph is left as it came: {DISABLE} is set." if disabled() else "In use.",
-    )
-    yield "python", platform.python_version(), "In use."
-    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}" if torch.version.hip else "CPU"
-    yield "torch", f"{torch.__version__} ({build})", versions.standing("torch")
-    yield "transformers", versions.version("transformers"), versions.standing("transformers")
-    triton = importlib.util.find_spec("triton") is not None
-    yield "triton", versions.version("triton"), "In use on a GPU." if triton else "There are no GPU kernels without it."
-    if not torch.cuda.is_available():
-        yield "GPU", "none", "References are inlined, and Inductor compiles them for the CPU."
-    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        properties = torch.cuda.get_device_properties(i)
-        architecture = getattr(properties, "gcnArchName", "") if torch.version.hip else f"sm_{properties.major}{properties.minor}"
-        found = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, {architecture}"
-        yield f"GPU {i}", found, _kernels_for(0 if torch.version.hip else properties.major, triton)
-    gone = compat.missing()
-    lost = " ".join(f"Without {entry.missing()} {entry.cost}" for entry in gone)
-    found = f"{len(compat.ENTRIES) - len(gone)} of {len(compat.ENTRIES)}"
-    yield "private APIs", found, lost or "All are as in the versions that are tested."
-    for package, captured in (("fla", "rule"), ("causal_conv1d", "convolution")):
-        here = importlib.util.find_spec(package) is not None
-        so = (
-            f"Eager calls take its {captured}; compiled ones take ours."
-            if here
-            else f"Not needed: compiled calls take our {captured}."
-        )
-        yield package, versions.version({"fla": "flash-linear-attention"}.get(package, package)) if here else "none", so
-
-
-def _kernels_for(capability: int, triton: bool) -> str:
-    """`capability` is NVIDIA's major one, 0 elsewhere."""
-    if not triton:
-        return "References are inlined, and Inductor compiles them."
-    if capability == 9:
-        return "Triton kernels that overlap, and a chunk scan of its own in Gluon."
-    if capability >= 10:
-        return "Triton kernels that overlap; compiled for it in tests, not measured."
-    return "Triton kernels; compiled for sm_80, sm_86, sm_89 and gfx942 in tests, not measured."
+    rows = [dict(zip(("what", "found", "so", "do"), found, strict=True)) for found in doctor.findings()]
+    if args.json:
+        print(json.dumps(rows, indent=1, ensure_ascii=False))
+        return
+    for row in rows:
+        print(f"{'to do' if row['do'] else 'ok':5}  {row['what']}, {row['found']}. {row['so']} {row['do']}".rstrip())
+    left = sum(bool(row["do"]) for row in rows)
+    print(f"\n{left} to do." if left else f"\nNothing to do. Next: gdnfuse {doctor.next_command()}")
 
 
 def _quiet() -> None:

@@ -28,6 +28,15 @@ def standing(package: str) -> str:
     return f"In use, {tested}."
 
 
+def remedy(package: str) -> str:
+    """What to do about the installed version, empty where it is one that is tested."""
+    first, last = TESTED[package]
+    found = _parts(package)
+    if found < first:
+        return f"Install a newer one: pip install '{package}>={'.'.join(map(str, first))}'"
+    return "Compare results once: gdnfuse verify 0.8b" if found > last else ""
+
+
 def too_old() -> list[str]:
     """A sentence for each package that is older than the first tested version; one that is not there needs none."""
     sentences = (older(package, first) for package, (first, _) in TESTED.items() if version(package) != "none")

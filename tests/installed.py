@@ -1,4 +1,4 @@
-"""`pip install .` into an environment of its own, then the README's commands as printed, from an empty folder.
+"""A wheel, its metadata, and it in an environment of its own; then the README's commands as printed, from an empty folder.
 
     python -m tests.installed
 
@@ -9,16 +9,20 @@ that a command makes random weights of.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import site
 import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 import venv
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from packaging.metadata import Metadata
 from transformers import Qwen3_5TextConfig
 
 from tests.pages import ROOT, blocks
@@ -37,14 +41,44 @@ def commands() -> list[str]:
     return list(dict.fromkeys(lines))
 
 
+PIP = [sys.executable, "-m", "pip"]
+BUILD = ["--quiet", "--no-deps", "--no-build-isolation"]
+
+
+def wheel(folder: Path) -> Path:
+    subprocess.run([*PIP, "wheel", *BUILD, "--wheel-dir", str(folder), str(ROOT)], check=True)
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+def check_metadata(text: bytes) -> None:
+    """What `twine check` says of a wheel, from its METADATA; and that it is the version of the project.
+
+    Raises:
+        ExceptionGroup: a field is missing or is not as the specification says.
+        ValueError: there is no page to show, or the version is another.
+    """
+    metadata = Metadata.from_email(text, validate=True)
+    if not metadata.description or not (metadata.description_content_type or "").startswith("text/markdown"):
+        raise ValueError(f"The metadata must have a description in Markdown, found {metadata.description_content_type}.")
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    if str(metadata.version) != wanted:
+        raise ValueError(f"The wheel must have version {wanted}, found {metadata.version}.")
+
+
 def install(folder: Path) -> Path:
     """The folder of the new environment's programs."""
+    built = wheel(folder / "wheels")
+    with zipfile.ZipFile(built) as files:
+        (metadata,) = [name for name in files.namelist() if name.endswith(".dist-info/METADATA")]
+        check_metadata(files.read(metadata))
+    if importlib.util.find_spec("twine"):
+        subprocess.run([sys.executable, "-m", "twine", "check", "--strict", str(built)], check=True)
     venv.create(folder, with_pip=False)
     packages = folder / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
     (packages / "all-else.pth").write_text(site.getsitepackages()[0])
     python = folder / "bin" / "python"
-    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*pip, "--ignore-installed", str(ROOT)], check=True)
+    subprocess.run([*PIP, "--python", str(python), "install", *BUILD, "--ignore-installed", str(built)], check=True)
     where = subprocess.run([python, "-c", "import gdnfuse; print(gdnfuse.__file__)"], cwd=folder, capture_output=True, text=True)
     assert where.stdout.startswith(str(folder)), where
     return python.parent

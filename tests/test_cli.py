@@ -13,10 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 
 import gdnfuse
-from gdnfuse import cli, compat, files, models, versions
+from gdnfuse import cli, files, models, versions
 from gdnfuse.cli import main
 from gdnfuse.dialect import OPS
 from gdnfuse.generation import shards
@@ -323,25 +322,3 @@ def test_rules_lists_every_rule_once(capsys):
     assert main(["rules"]) == 0
     out = capsys.readouterr().out
     assert all(rule.equation in out for rule in (*lift.RULES, *fuse.RULES))
-
-
-def test_doctor_says_what_follows_from_what_is_here(capsys, monkeypatch):
-    assert main(["doctor", "--json"]) == 0
-    rows = {row["what"]: row for row in json.loads(capsys.readouterr().out)}
-    assert rows["torch"]["found"].startswith(torch.__version__) and rows["transformers"]["found"] == transformers.__version__
-    assert all(row["so"].endswith(".") for row in rows.values())
-    if not torch.cuda.is_available():
-        assert rows["GPU"]["found"] == "none"
-    assert rows["private APIs"]["so"] == "All are as in the versions that are tested."
-    monkeypatch.setenv("GDNFUSE_DISABLE", "1")
-    monkeypatch.setattr(compat.ENTRIES["holders"], "paths", ["torch._C:_nothing"])
-    assert main(["doctor"]) == 0
-    out = capsys.readouterr().out
-    assert "Every graph is left as it came: GDNFUSE_DISABLE is set." in out
-    assert "Without torch._C._nothing weights are not packed." in out
-
-
-@pytest.mark.parametrize("capability", [0, 8, 9, 10])
-def test_doctor_names_the_kernels_of_a_gpu(capability):
-    assert ("overlap" in cli._kernels_for(capability, True)) == (capability >= 9)
-    assert "Triton" not in cli._kernels_for(capability, False)
