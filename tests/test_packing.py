@@ -80,7 +80,7 @@ def test_two_parameters_swapped():
     assert torch.equal(weights[0], a) and torch.equal(weights[1], b)
 
 
-def test_buffers_go_with_their_parameters():
+def test_buffers_go_with_their_parameters(set_aside):
     weights = parameters(2, 3)
     buffer = weakref.ref(PackedWeight((0, 1)).current(weights).untyped_storage())
     gc.collect()
@@ -90,7 +90,7 @@ def test_buffers_go_with_their_parameters():
     assert buffer() is None
 
 
-def test_a_buffer_goes_when_its_parameters_move_though_nobody_calls():
+def test_a_buffer_goes_when_its_parameters_move_though_nobody_calls(set_aside):
     """A model that is moved off a device gives its memory back there."""
     weights = parameters(2, 3)
     buffer = weakref.ref(pack(weights).untyped_storage())

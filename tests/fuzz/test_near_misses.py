@@ -3,6 +3,7 @@
 `GDNFUSE_FUZZ=1000 pytest tests/fuzz` tries so many, and other ones each time.
 """
 
+import functools
 import logging
 import os
 import warnings
@@ -36,6 +37,7 @@ def quiet():
     log.setLevel(level)
 
 
+@functools.cache
 def unedited(name):
     gm, calls = graphs.graph_of(name)
     return oracle.check(original(gm), calls)
@@ -88,19 +90,13 @@ def test_near_misses(record_property):
     found = Counter()
 
     def seen(name, verdict):
-        whole = unedited_once(name)
+        whole = unedited(name)
         lost = sum((whole.fired - verdict.fired).values())
         means = "the same" if oracle.same_results(verdict.results, whole.results) else "something else"
         rewrites = "all rewrites made" if not lost else "fewer rewrites" if verdict.fired else "no rewrite"
         found["graphs"] += 1
         found[f"it means {means}, {rewrites}"] += 1
         found[f"{verdict.layers} layers fused"] += name != "prompt"
-
-    known = {}
-
-    def unedited_once(name):
-        known[name] = known.get(name) or unedited(name)
-        return known[name]
 
     fuzz(ASKED or COUNT, seen, derandomize=not ASKED)
     for what, times in sorted(found.items()):

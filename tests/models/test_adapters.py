@@ -5,6 +5,7 @@ import torch
 
 import gdnfuse
 from tests.models import zoo
+from tests.sweeps import ALL
 
 TARGETS = {
     "GDN projections": ("in_proj_qkv", "in_proj_z", "out_proj"),
@@ -56,8 +57,10 @@ def adapted(targets):
     return model.requires_grad_(False), wrapped
 
 
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("where", TARGETS)
+CASES = [(where, batch) for where in TARGETS for batch in (1, 2)]
+
+
+@pytest.mark.parametrize(("where", "batch"), CASES if ALL else [CASES[0], CASES[3], CASES[4], CASES[5]])
 def test_adapters_stay_effective(where, batch):
     model, wrapped = adapted(TARGETS[where])
     run = torch.compile(model, backend="gdnfuse", options={"inner": "eager"})

@@ -24,8 +24,7 @@ STEP_OF_ONE = {"in_proj_conv": 1, "packed_decode": 1}
 class Family:
     """A model, how a small one is built, and what its layers have beside the counts above.
 
-        are; the conv of a prompt reads channels side by side: one cat puts q, k, v together, and reshapes that copy z, b and a.
-        are; the conv of a prompt reads channels side by side: one cat puts q, k and v together (reshapes that copy, z, b and a).
+    more_in_prompt: qwen3_next's channels are not side by side, as the conv of a prompt reads them: one cat puts q, k and v together.
     more_in_step_of_one: qwen4_exp has no residual behind out_proj.
     by_layer: qwen4_exp's attention layers ask how many blocks of tokens there are, which ends a graph; what is compiled is each
         decoder layer with a gated delta rule.
@@ -41,9 +40,9 @@ class Family:
 FAMILIES = {
     "qwen3_5": Family("Qwen3_5ForCausalLM", zoo.causal_lm),
     "qwen3_5, 27B's heads": Family("Qwen3_5ForCausalLM", partial(zoo.causal_lm, **zoo.SMALL, **zoo.HEADS_OF_27B)),
-    "qwen3_5_moe": Family("Qwen3_5MoeForCausalLM", zoo.moe),
-    "qwen3_next": Family("Qwen3NextForCausalLM", zoo.qwen3_next, more_in_prompt=("cat",)),
-    "olmo_hybrid": Family("OlmoHybridForCausalLM", zoo.olmo_hybrid),
+    "qwen3_5_moe": Family("Qwen3_5MoeForCausalLM", partial(zoo.moe, **zoo.SMALL)),
+    "qwen3_next": Family("Qwen3NextForCausalLM", partial(zoo.qwen3_next, **zoo.SMALL), more_in_prompt=("cat",)),
+    "olmo_hybrid": Family("OlmoHybridForCausalLM", partial(zoo.olmo_hybrid, **zoo.SMALL)),
     "lara_mini": Family("LaraMiniForCausalLM", zoo.lara_mini),
     "qwen4_exp": Family("Qwen4ExpForCausalLM", zoo.qwen4_exp, more_in_step_of_one=("fused_linear",), by_layer=True),
     "qwen4_exp, sigmoid": Family(
@@ -144,7 +143,8 @@ def test_no_less_accurate_than_eager_in_bfloat16(name):
 @pytest.mark.parametrize("batch", [1, 2])
 def test_the_shapes_of_olmo_hybrid(batch):
     """Heads of 96 keys and 192 values, no powers of two, and a cache that is continued by several tokens."""
-    model = zoo.olmo_hybrid(linear_key_head_dim=96, linear_value_head_dim=192, linear_num_key_heads=2, linear_num_value_heads=2)
+    heads = {"linear_key_head_dim": 96, "linear_value_head_dim": 192, "linear_num_key_heads": 2, "linear_num_value_heads": 2}
+    model = zoo.olmo_hybrid(**zoo.SMALL, **heads)
     ours = copy.deepcopy(model)
     call = compiled(FAMILIES["olmo_hybrid"], ours)
     sides = []

@@ -185,7 +185,7 @@ def live(least):
     return {t.untyped_storage().data_ptr() for t in found if t.numel() >= least}
 
 
-def test_whatever_is_done_to_weights_results_are_theirs_and_nothing_is_kept(tmp_path):
+def test_whatever_is_done_to_weights_results_are_theirs_and_nothing_is_kept(tmp_path, set_aside):
     model = quantized(zoo.FILLED, torch.float32)
     size, least = bytes_of(model), min(m.weight.numel() for m in weights(model))
     run = compiled(model)

@@ -42,9 +42,8 @@ def storages(model):
 
 
 @pytest.fixture(autouse=True)
-def buffers():
+def buffers(set_aside):
     """Those made since the test began: models of other tests may live as long as their module."""
-    gc.collect()
     before = set(packing._buffers)
     return lambda: [places for places in packing._buffers if places not in before]
 

@@ -22,7 +22,7 @@ def compiled(model, fullgraph=True, **options):
 @pytest.mark.parametrize(("batch", "padded"), [(1, False), (1, True), (3, True)])
 @torch.no_grad()
 def test_fires_and_writes_the_cache_as_eager_does(batch, padded):
-    model = zoo.causal_lm()
+    model = zoo.causal_lm(**zoo.SMALL)
     cache, mask = zoo.prefill(model, batch, "static", padded)
     other = copy.deepcopy(cache)
     tokens = zoo.tokens_for(batch, 6)
@@ -48,7 +48,7 @@ def report_code(model, batch, padded):
 
 @torch.no_grad()
 def test_a_cache_that_grows_is_left_to_another_rule():
-    model = zoo.causal_lm()
+    model = zoo.causal_lm(**zoo.SMALL)
     cache, mask = zoo.prefill(model, 1, "dynamic")
     zoo.decode(compiled(model), cache, mask, zoo.tokens_for(1, 1))
     found = records(gdnfuse.reports()[0])
@@ -58,7 +58,7 @@ def test_a_cache_that_grows_is_left_to_another_rule():
 
 @torch.no_grad()
 def test_several_tokens_are_left_alone():
-    model = zoo.causal_lm()
+    model = zoo.causal_lm(**zoo.SMALL)
     cache, _ = zoo.prefill(model, 1, "static")
     call = compiled(model, fullgraph=not zoo.FILLED_STATIC_CACHE_BREAKS)
     call(input_ids=torch.tensor([[1, 2]]), **zoo.held(cache))
@@ -86,7 +86,7 @@ def test_the_proof_bites(name, wrong, monkeypatch):
         return right(target, **{**given, **(wrong(given) if callable(wrong) else wrong)})
 
     monkeypatch.setattr(attention_decode, "call", changed)
-    model = zoo.causal_lm()
+    model = zoo.causal_lm(**zoo.SMALL)
     cache, mask = zoo.prefill(model, 1, "static")
     zoo.decode(compiled(model), cache, mask, zoo.tokens_for(1, 1))
     proof.forget()

@@ -257,7 +257,7 @@ def prompt(model, run, cache, ids, keep):
 @pytest.mark.parametrize(("cached", "keep"), [("dynamic", 1), ("static", 3)])
 def test_prompts_of_a_model(cached, keep):
     """Lengths that make a fixed and a symbolic graph, then a second prompt and steps on the last one's cache."""
-    model = zoo.causal_lm()
+    model = zoo.causal_lm(**zoo.SMALL)
     ours = copy.deepcopy(model)
     run = torch.compile(ours, backend="gdnfuse", options={"inner": "eager"})
     for length in (70, 20):
@@ -274,7 +274,7 @@ def test_prompts_of_a_model(cached, keep):
 
 @pytest.mark.parametrize(("options", "keep", "wanted"), [({}, 0, []), ({"fuel": 0}, 1, ["refused"])])
 def test_all_logits_and_no_fuel(options, keep, wanted):
-    model = zoo.causal_lm()
+    model = zoo.causal_lm(**zoo.SMALL)
     ids, _ = zoo.prompt(2, 20)
     run = torch.compile(copy.deepcopy(model), backend="gdnfuse", options={"inner": "eager", **options})
     prompt(model, run, transformers.DynamicCache(config=model.config), ids, keep)

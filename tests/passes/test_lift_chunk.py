@@ -362,7 +362,7 @@ def test_records_say_what_was_expected():
 @torch.no_grad()
 def test_every_layer_of_a_prompt_is_lifted_without_capture(kind, dtype):
     """Without a cache, into a new one, and into one that holds a prompt already."""
-    model = zoo.causal_lm().to(dtype)
+    model = zoo.causal_lm(**zoo.SMALL).to(dtype)
     options = {"inner": "eager", "capture": False}
     run = torch.compile(model, backend="gdnfuse", fullgraph=True, dynamic=False, options=options)
     caches = [zoo.new_cache(model, kind, 256) if kind else None for _ in range(2)]
@@ -378,7 +378,7 @@ def test_every_layer_of_a_prompt_is_lifted_without_capture(kind, dtype):
         assert zoo.relative(*(zoo.flat_states(c, "recurrent") for c in caches)) < close
     assert len(gdnfuse.reports()) == len(lengths)
     for report in gdnfuse.reports():
-        assert report.rewritten and report.phase == "prefill" and len(report.layers) == zoo.GDN_LAYERS
+        assert report.rewritten and report.phase == "prefill" and len(report.layers) == 1
         for layer in report.layers:
             (record,) = [r for r in layer.records if r.stage == "lift" and r.rule == "chunk_delta_rule"]
             assert record.status is Status.FIRED, record
@@ -390,7 +390,7 @@ def test_every_layer_of_a_prompt_is_lifted_without_capture(kind, dtype):
 def test_a_mistake_in_a_model_is_reported_and_keeps_its_result(monkeypatch):
     wrong = edited(("chunk_decay = cum_decay[..., -1].exp()", "chunk_decay = (0.9 * cum_decay[..., -1].exp())"))
     monkeypatch.setattr(modeling, "torch_chunk_gated_delta_rule", wrong)
-    model = zoo.causal_lm()
+    model = zoo.causal_lm(**zoo.SMALL)
     ids, _ = zoo.prompt(2, 130)
     run = torch.compile(model, backend="gdnfuse", fullgraph=True, dynamic=False, options={"inner": "eager", "capture": False})
     assert zoo.relative(run(input_ids=ids, use_cache=False).logits, model(input_ids=ids, use_cache=False).logits) < 1e-5
