@@ -12,13 +12,14 @@ TORCH ?= $(shell grep '^torch==' constraints.txt)
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
-# torch goes in first and alone, so that a local or CPU build of it is what everything else resolves against.
+# torch goes in first and alone, so that a local or CPU build of it is what everything else resolves against. Python compiles what it
+# imports; of all that is installed that is a tenth.
 $(VENV)/.stamp: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer found; set PYTHON=/path/to/python3." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --constraint constraints.txt setuptools wheel
-	$(PY) -m pip install --quiet --constraint constraints.txt $(TORCH)
-	$(PY) -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	$(PY) -m pip install --quiet --no-compile --constraint constraints.txt setuptools wheel
+	$(PY) -m pip install --quiet --no-compile --constraint constraints.txt $(TORCH)
+	$(PY) -m pip install --quiet --no-compile --constraint constraints.txt --no-build-isolation --editable '.[dev]'
 	@touch $@
 
 demo: $(VENV)/.stamp

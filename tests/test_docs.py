@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -58,8 +59,13 @@ def test_pictures_are_drawn_from_the_graphs(tmp_path, monkeypatch):
 def test_the_table_of_trust_counts_what_ran(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(DOCS))
     trust = importlib.import_module("trust")
-    for files in trust.ROWS.values():
-        assert all((trust.ROOT / f).exists() for f in files if f.startswith("tests/"))
+    asked = {f for files in trust.ROWS.values() for f in files if f.startswith("tests/")}
+    assert all((trust.ROOT / f).exists() for f in asked)
+    sweeps = [f for f in (ROOT / "tests").rglob("test_*.py") if re.search(r"mark\.sweep|import ALL|import pairs", f.read_text())]
+    names = [f.relative_to(ROOT) for f in sweeps if f != Path(__file__)]
+    assert len(names) > 9 and not [n for n in names if not {str(n), str(n.parent)} & asked], (
+        "a row must run what `make test` leaves out"
+    )
     (tmp_path / "test_one.py").write_text("def test_first(): pass\ndef test_second(): pass\ndef test_wrong(): assert False\n")
     page = tmp_path / "trust.md"
     page.write_text(f"before\n{trust.START}old\n{trust.END}behind\n")

@@ -1,5 +1,6 @@
 """Every case under Triton's interpreter; test_interpreted runs this file in processes of its own, with TRITON_INTERPRET set."""
 
+from dataclasses import replace
 from unittest import mock
 
 import kernel_cases
@@ -11,6 +12,7 @@ from gdnfuse.kernels import (
     attention_few_queries,
     causal_conv_update,
     chunk_delta_rule,
+    delta_rule,
     devices,
     experts,
     few_rows_linear,
@@ -19,7 +21,7 @@ from gdnfuse.kernels import (
     skinny_linear,
 )
 from gdnfuse.kernels.linear_configs import FewRowsConfig
-from tests.sweeps import pairs
+from tests.sweeps import ALL, pairs
 
 # The interpreter multiplies the bits of bfloat16 as integers, so products get float32 operands here.
 chunk_delta_rule.OPERANDS.clear()
@@ -31,9 +33,31 @@ attention_decode.PROGRAMS = attention_few_queries.PROGRAMS = 16
 TOLERANCE = kernel_cases.TOLERANCE | {torch.bfloat16: 2.0**-7 + kernel_cases.MATHS}
 
 
-@pytest.mark.parametrize("case", kernel_cases.CASES, ids=str)
+# What a device needs hundreds of keys for, few programs need for some dozens: several blocks a split, and several turns.
+FEWER_KEYS = {
+    "attention_growing-far-blocks": kernel_cases.growing(1, 4, 1, 16, 110, R=8, hidden=100),
+    "attention_one_query-float32-270": kernel_cases.one_query(2, 4, 2, 16, 70, torch.float32),
+    "attention_one_query-bfloat16-270": kernel_cases.one_query(2, 4, 2, 16, 70, torch.bfloat16),
+    "attention_one_query-no-mask-600": kernel_cases.one_query(1, 6, 2, 20, 100, torch.bfloat16, mask=False),
+    "attention_one_query-padded": kernel_cases.one_query(1, 4, 1, 16, 110, hidden=100),
+    "attention_one_query-masks-in-turns": kernel_cases.one_query(1, 2, 1, 16, 2200, hidden=2150),
+}
+MANY_HEADS = ("mixer_decode-tiles-ahead", "mixer_decode-many-heads")
+CASES = [replace(case, make=FEWER_KEYS.get(str(case), case.make)) for case in kernel_cases.CASES if str(case) not in MANY_HEADS]
+
+
+@pytest.mark.parametrize("case", kernel_cases.CASES if ALL else CASES, ids=str)
 def test_launch(case):
     kernel_cases.check(case, implementations()[case.op].launch, tolerance=TOLERANCE)
+
+
+@pytest.mark.parametrize("config", [config for _, config in delta_rule.GATED_CONFIGS])
+def test_mixers_of_few_heads_in_the_way_of_many(config, monkeypatch):
+    """Heads of three tiles, and of one."""
+    monkeypatch.setattr(delta_rule, "GATED_CONFIGS", ((float("inf"), config),))
+    for sizes in ((2, 1, 3, 16, 168), (3, 2, 6, 16, 24)):
+        case = kernel_cases.Case("mixer_decode", "", kernel_cases.mixer(*sizes, dtype=torch.bfloat16))
+        kernel_cases.check(case, implementations()["mixer_decode"].launch, tolerance=TOLERANCE)
 
 
 @pytest.mark.parametrize(*pairs(config=[(1, 64, 4, 0), (2, 32, 4, 0), (4, 64, 4, 1)], m=[1, 7, 8], n=[16, 100, 128]))

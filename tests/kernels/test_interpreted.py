@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 FILE = Path(__file__).with_name("interpreted.py")
-HALF = "attention or mixer_decode"
+HALF = "attention or mixer or experts"
 
 
 @pytest.mark.parametrize("half", [HALF, f"not ({HALF})"])

@@ -634,14 +634,14 @@ def test_every_kernel_of_a_decode_step_that_can_but_the_first_overlaps(batch, mo
     graphs, honest = [], lower.lower
     monkeypatch.setattr(lower, "lower", lambda gm, *args, **kwargs: (graphs.append(gm), honest(gm, *args, **kwargs))[1])
     config = models.load_config("qwen3.5-0.8b")
-    config.num_hidden_layers, config.layer_types = 8, config.layer_types[:8]
+    config.num_hidden_layers, config.layer_types = 3, config.layer_types[2:5]
     models.trace(models.meta_model(config), batch=batch, target="cuda")
     (gm,) = graphs
     able = [n for n in gm.graph.nodes if is_kernel(n.target) and "overlap" in [a.name for a in n.target._schema.arguments]]
-    assert len(able) > 8 * 3 and ["overlap" in n.kwargs for n in able] == [False] + [True] * (len(able) - 1)
+    assert len(able) > 3 * 3 and ["overlap" in n.kwargs for n in able] == [False] + [True] * (len(able) - 1)
     names = [n.target._schema.name.split("::")[1] for n in able]
     # Two per layer, but for the norm in front of the first.
-    assert names.count("add_rms_norm") == (0 if batch == 1 else 2 * 8)
+    assert names.count("add_rms_norm") == (0 if batch == 1 else 2 * 3)
     splits = [n for n in able if n.target._schema.name.endswith("split_linear")]
     assert bool(splits) == (batch > 1)
     for n in splits:
@@ -654,7 +654,7 @@ def test_a_model_gives_the_same_with_references_for_its_kernels(batch, monkeypat
     """Wide enough for its linears to be split, decoded for some tokens on a CPU."""
     torch.manual_seed(0)
     heads = {"linear_num_value_heads": 8, "linear_value_head_dim": 128}
-    model = zoo.causal_lm(hidden_size=1024, intermediate_size=1024, **heads)
+    model = zoo.causal_lm(**zoo.SMALL, hidden_size=1024, intermediate_size=1024, **heads)
     ours, tokens, graphs = copy.deepcopy(model), zoo.tokens_for(batch, 3), []
 
     def references(gm, *rest):
@@ -667,7 +667,7 @@ def test_a_model_gives_the_same_with_references_for_its_kernels(batch, monkeypat
     run = torch.compile(ours, backend="gdnfuse", fullgraph=True, options={"inner": "eager", "target": "cuda"})
     found, wanted = zoo.decode(run, cache, mask, tokens), zoo.decode(model, wanted_cache, mask, tokens)
     (report,) = gdnfuse.reports()
-    assert report.rewritten and report.fused_layers == zoo.GDN_LAYERS, report.note
+    assert report.rewritten and report.fused_layers == 1, report.note
     assert zoo.relative(found, wanted) < 1e-5
     for kind in ("recurrent", "conv"):
         assert zoo.relative(zoo.flat_states(cache, kind), zoo.flat_states(wanted_cache, kind)) < 1e-5
