@@ -24,7 +24,7 @@ STEP_OF_ONE = {"in_proj_conv": 1, "packed_decode": 1}
 class Family:
     """A model, how a small one is built, and what its layers have beside the counts above.
 
-    more_in_prompt: qwen3_next's channels are not side by side, as the conv of a prompt reads them: one cat puts q, k and v together.
+    more_in_prompt: the conv of a prompt reads channels side by side, as qwen3_next's are not: one cat puts q, k, v together.
     more_in_step_of_one: qwen4_exp has no residual behind out_proj.
     by_layer: qwen4_exp's attention layers ask how many blocks of tokens there are, which ends a graph; what is compiled is each
         decoder layer with a gated delta rule.
