@@ -38,10 +38,10 @@ def ops(report, block):
     ("name", "sizes", "batch", "padded"),
     [
         ("qwen3_5_moe", SIZES, 1, False),
-        ("qwen3_5_moe", SIZES, 5, True),
+        pytest.param("qwen3_5_moe", SIZES, 5, True, marks=pytest.mark.sweep),
         ("qwen3_next", SIZES | {"norm_topk_prob": False}, 2, True),
         ("qwen3_next", {"num_experts": 256, "num_experts_per_tok": 8, "moe_intermediate_size": 16}, 1, False),
-        ("lara_mini", SIZES, 1, False),
+        pytest.param("lara_mini", SIZES, 1, False, marks=pytest.mark.sweep),
         ("lara_mini", SIZES, 33, False),
     ],
 )
