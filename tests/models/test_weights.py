@@ -345,7 +345,7 @@ def test_quantized_weights_are_left_alone_and_the_rest_is_fused(how, batch):
         for name, child in list(parent.named_children()):
             if isinstance(child, torch.nn.Linear) and name not in ("in_proj_a", "in_proj_b", "lm_head"):
                 setattr(parent, name, quantize(child))
-    run = torch.compile(model, backend="gdnfuse", options={"inner": "aot_eager"})
+    run = torch.compile(model, backend="gdnfuse", options={"inner": "aot_eager" if how == "subclass" else "eager"})
     assert zoo.relative(outputs(model, run, batch), outputs(model, model, batch)) < 1e-5
     decode, prompt = gdnfuse.reports()
     fused = {"causal_conv_update", "packed_decode", "gated_rms_norm", "packed_linear"}
