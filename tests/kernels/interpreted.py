@@ -36,13 +36,14 @@ TOLERANCE = kernel_cases.TOLERANCE | {torch.bfloat16: 2.0**-7 + kernel_cases.MAT
 # What a device needs hundreds of keys for, few programs need for some dozens: several blocks a split, and several turns.
 FEWER_KEYS = {
     "attention_growing-far-blocks": kernel_cases.growing(1, 4, 1, 16, 110, R=8, hidden=100),
-    "attention_one_query-float32-270": kernel_cases.one_query(2, 4, 2, 16, 70, torch.float32),
-    "attention_one_query-bfloat16-270": kernel_cases.one_query(2, 4, 2, 16, 70, torch.bfloat16),
-    "attention_one_query-no-mask-600": kernel_cases.one_query(1, 6, 2, 20, 100, torch.bfloat16, mask=False),
-    "attention_one_query-padded": kernel_cases.one_query(1, 4, 1, 16, 110, hidden=100),
-    "attention_one_query-masks-in-turns": kernel_cases.one_query(1, 2, 1, 16, 2200, hidden=2150),
+    "attention_few_queries-float32-270": kernel_cases.few_queries(2, 4, 2, 16, 70, torch.float32),
+    "attention_few_queries-bfloat16-270": kernel_cases.few_queries(2, 4, 2, 16, 70, torch.bfloat16),
+    "attention_few_queries-no-mask-600": kernel_cases.few_queries(1, 6, 2, 20, 100, torch.bfloat16, mask=False),
+    "attention_few_queries-padded": kernel_cases.few_queries(1, 4, 1, 16, 110, hidden=100),
+    "attention_few_queries-masks-in-turns": kernel_cases.few_queries(1, 2, 1, 16, 2200, hidden=2150),
 }
 MANY_HEADS = ("mixer_decode-tiles-ahead", "mixer_decode-many-heads")
+assert {*FEWER_KEYS, *MANY_HEADS} <= {*map(str, kernel_cases.CASES)}
 CASES = [replace(case, make=FEWER_KEYS.get(str(case), case.make)) for case in kernel_cases.CASES if str(case) not in MANY_HEADS]
 
 
