@@ -23,7 +23,7 @@ $(VENV)/.stamp: pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(VENV)/.stamp
-	$(PY) examples/demo.py $(DEMO)
+	$(PY) benchmarks/demo.py $(DEMO)
 
 test: $(VENV)/.stamp
 	$(PY) -m pytest -n $(WORKERS) --dist worksteal

@@ -1,29 +1,21 @@
 """The one-liner for `generate()`: the model is compiled in place, everything else stays as it was."""
 
-from __future__ import annotations
-
-import argparse
-from collections.abc import Sequence
-
-import torch
-from small_model import default_device, small_model
+from pretrained import arguments, load
 
 import gdnfuse
 
 
-def main(argv: Sequence[str] | None = None) -> torch.Tensor:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--inner", default="inductor", choices=("inductor", "aot_eager", "eager"))
-    args = parser.parse_args(argv)
-    device = default_device()
-    model = gdnfuse.compile(small_model(device), inner=args.inner)
-    prompt = torch.randint(0, model.config.vocab_size, (1, 16), device=device)
+def main(argv=None):
+    args = arguments(__doc__, argv)
+    model, tokenizer = load(args.model)
+    gdnfuse.compile(model, inner=args.inner)
 
-    tokens = model.generate(prompt, max_new_tokens=args.tokens, do_sample=False, cache_implementation="static")
+    prompt = tokenizer("The delta rule", return_tensors="pt").to(model.device)
+    asked = {"max_new_tokens": args.tokens, "do_sample": False, "cache_implementation": "static"}
+    tokens = model.generate(prompt.input_ids, attention_mask=prompt.attention_mask, **asked)
 
+    print(tokenizer.decode(tokens[0]))
     print(gdnfuse.reports()[-1].summary())
-    print("tokens:", tokens[0, prompt.shape[1] :].tolist())
     return tokens
 
 

@@ -3,17 +3,13 @@
 The same as `gdnfuse report CONFIG --batch 8`, in Python: a model without memory is traced for a GPU that need not be there.
 """
 
-from __future__ import annotations
-
 import argparse
-from collections.abc import Sequence
 
-from gdnfuse import GraphReport
 from gdnfuse.models import load_config, meta_model, trace
 
 
-def main(argv: Sequence[str] | None = None) -> list[GraphReport]:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config", nargs="?", default="0.8b", help="preset, config.json, model folder or hub id")
     parser.add_argument("--batch", type=int, default=8)
     args = parser.parse_args(argv)

@@ -1,32 +1,23 @@
 """Speculative decoding: tokens that stood in the prompt before are checked several in a step."""
 
-from __future__ import annotations
-
-import argparse
-from collections.abc import Sequence
-
-import torch
-from small_model import default_device, small_model
+from pretrained import arguments, load
 
 import gdnfuse
 
 
-def main(argv: Sequence[str] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, default=48)
-    parser.add_argument("--inner", default="inductor", choices=("inductor", "aot_eager", "eager"))
-    args = parser.parse_args(argv)
-    device = default_device()
-    model = small_model(device)
-    prompt = torch.randint(0, model.config.vocab_size, (1, 12), device=device).repeat(1, 3)
+def main(argv=None):
+    args = arguments(__doc__, argv, tokens=48)
+    model, tokenizer = load(args.model)
+    prompt = tokenizer("The delta rule. The delta rule. The delta", return_tensors="pt").input_ids.to(model.device)
     asked = {"max_new_tokens": args.tokens, "do_sample": False, "cache_implementation": "static"}
     plain = model.generate(prompt, **asked)
 
     gdnfuse.compile(model, inner=args.inner, speculate=gdnfuse.PromptLookup(4))
     tokens = model.generate(prompt, **asked)
 
+    print(tokenizer.decode(tokens[0]))
     print(model.generate.acceptance)
-    print("the same tokens:", torch.equal(tokens, plain))
+    print("the same tokens:", tokens.equal(plain))
     return tokens, plain
 
 

@@ -1,28 +1,37 @@
-"""Every example runs, with settings that keep it quick."""
+"""Every example runs on the model that it makes where no hub is, with settings that keep it quick."""
 
 from __future__ import annotations
 
 import importlib
-from functools import partial
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import Qwen3_5TextConfig
+import transformers
 
 import gdnfuse
+from gdnfuse.options import Options
 from tests.models import zoo
 
 ROOT = Path(__file__).parent.parent
 QUICK = ["--inner", "eager"]
+MOST_LINES = 40
 
 
 @pytest.fixture(autouse=True)
 def importable(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    small = importlib.import_module("small_model")  # with one layer of each kind
-    monkeypatch.setitem(small.small_model.__kwdefaults__, "layers", 2)
-    monkeypatch.setattr(small, "Qwen3_5TextConfig", partial(Qwen3_5TextConfig, full_attention_interval=2))
+    """Without a hub, as a machine without a network is."""
+
+    def offline(name, **_):
+        raise OSError(f"We couldn't connect to load {name}.")
+
+    for cls in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer):
+        monkeypatch.setattr(cls, "from_pretrained", offline)
+    for folder in ("examples", "benchmarks"):
+        monkeypatch.syspath_prepend(str(ROOT / folder))
+    for name in ("num_hidden_layers", "full_attention_interval"):  # one layer of each kind
+        monkeypatch.setitem(importlib.import_module("pretrained").SIZES, name, 2)
     torch.compiler.reset()
     gdnfuse.clear_reports()
 
@@ -31,25 +40,41 @@ def main_of(name: str):
     return importlib.import_module(name).main
 
 
-def test_each_example_is_tested():
+def test_each_example_is_short_and_tested():
     here = Path(__file__).read_text()
     for path in (ROOT / "examples").glob("*.py"):
-        assert f'main_of("{path.stem}")' in here or path.stem == "small_model", path
+        assert f'main_of("{path.stem}")' in here or path.stem in ("pretrained", "handwritten_layer"), path
+        assert len(path.read_text().splitlines()) < MOST_LINES, path
 
 
-def test_generate_and_static_loop_agree():
+def test_a_model_is_loaded_where_there_is_one(monkeypatch, tmp_path):
+    pretrained = importlib.import_module("pretrained")
+    model, tokenizer = pretrained.load("nobody/nothing")
+    ids = tokenizer("Δ rule").input_ids
+    assert tokenizer.decode(ids) == "Δ rule" and 0 not in ids and max(ids) < model.config.vocab_size
+    found = {}
+    for cls, thing in ((transformers.AutoModelForCausalLM, model), (transformers.AutoTokenizer, tokenizer)):
+        monkeypatch.setattr(
+            cls, "from_pretrained", lambda name, thing=thing, **_: found.setdefault(name, []).append(thing) or thing
+        )
+    assert pretrained.load("some/model") == (model, tokenizer) and list(found) == ["some/model"]
+
+
+def test_generate_and_static_loop_agree(capsys):
     looped = main_of("static_loop")(["--tokens", "6", *QUICK])
     generated = main_of("generate")(["--tokens", "6", *QUICK])
     assert torch.equal(generated[:, -6:], looped)
+    assert "Qwen/Qwen3.5-0.8B cannot be loaded, so this is a small model with random weights." in capsys.readouterr().out
 
 
 def test_read_report(capsys):
-    (report,) = main_of("read_report")([])
-    assert report.fused_layers == 1
+    prompt, step = main_of("read_report")([*QUICK])
+    assert prompt.fused_layers == step.fused_layers == 1
     assert "model.layers.0.linear_attn" in capsys.readouterr().out
 
 
 def test_lora():
+    pytest.importorskip("peft")
     tokens = main_of("lora")(["--tokens", "6", *QUICK])
     assert torch.equal(tokens["active"], tokens["merged"]) and torch.equal(tokens["active"], tokens["unmerged"])
     assert not torch.equal(tokens["active"], tokens["off"])
@@ -57,7 +82,7 @@ def test_lora():
 
 def test_prefixes():
     # The first question shows nothing new, the second where questions part from the document: the third begins there.
-    assert main_of("prefixes")(["--document", "440", *QUICK]) == [0, 0, 384]
+    assert main_of("prefixes")(QUICK, document="A document. " * 37) == [0, 0, 384]
 
 
 def test_padded_batch(capsys):
@@ -82,6 +107,22 @@ def test_handwritten(batch, ops, capsys):
     assert report.phase == "decode" and report.fused_layers == 1
     assert zoo.ops_without_views(report.layers[0]) == ops
     assert "outputs and both states are eager's after 16 tokens" in capsys.readouterr().out
+
+
+def test_the_notebook_opens_the_page(monkeypatch, tmp_path, capsys):
+    """Its cells, in order, without Jupyter. It is stored without outputs."""
+    book = json.loads((ROOT / "examples" / "report.ipynb").read_text())
+    code = [cell for cell in book["cells"] if cell["cell_type"] == "code"]
+    assert book["nbformat"] == 4 and all(not cell["outputs"] and cell["execution_count"] is None for cell in code)
+    init = Options.__init__  # Inductor is tested elsewhere; here it would only be slow
+    monkeypatch.setattr(Options, "__init__", lambda self, **given: init(self, **{"inner": "eager", **given}))
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, object] = {}
+    for cell in code:
+        exec(compile("".join(cell["source"]), "report.ipynb", "exec"), scope)
+    text = (tmp_path / "report.html").read_text()
+    assert "Qwen3_5ForCausalLM" in text and "model.layers.0" in text and text.startswith("<!DOCTYPE html>")
+    assert all(report.fused_layers == 1 for report in gdnfuse.reports()) and len(gdnfuse.reports()) == 2
 
 
 DEMO = ["--layers", "2", "--hidden", "64", "--tokens", "8", *QUICK]

@@ -9,15 +9,23 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
-from small_model import default_device, small_model
 from tabulate import tabulate
-from transformers import StaticCache
+from transformers import Qwen3_5TextConfig, StaticCache
 from transformers.utils import logging
 
 import gdnfuse
+from gdnfuse.models import random_model
 from gdnfuse.report.text import render
 
 SIDES = ("eager", "Inductor", "gdnfuse")
+
+
+def config(layers: int, hidden: int) -> Qwen3_5TextConfig:
+    """Qwen3.5: of four layers three are Gated DeltaNet, and of fewer all but one."""
+    heads = {"linear_num_key_heads": max(hidden // 64, 1), "linear_num_value_heads": max(hidden // 32, 2)}
+    sizes = {"vocab_size": 1024, "hidden_size": hidden, "intermediate_size": 3 * hidden, "head_dim": max(hidden // 4, 16)}
+    heads |= {"num_attention_heads": 4, "num_key_value_heads": 2, "linear_key_head_dim": 64, "linear_value_head_dim": 64}
+    return Qwen3_5TextConfig(**sizes, **heads, num_hidden_layers=layers, full_attention_interval=min(4, layers))
 
 
 def decode(model: torch.nn.Module, step: Callable, prompt: torch.Tensor, tokens: int, room: int) -> tuple[list[int], list[float]]:
@@ -52,8 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--inner", default="inductor", choices=("inductor", "aot_eager", "eager"))
     args = parser.parse_args(argv)
     logging.set_verbosity_error()
-    device = default_device()
-    model = small_model(device, layers=args.layers, hidden=args.hidden)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = random_model(config(args.layers, args.hidden), torch.float32, device)
     prompt = torch.randint(0, model.config.vocab_size, (1, 32), device=device)
 
     tokens, rows = {}, []
