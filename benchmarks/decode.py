@@ -46,9 +46,9 @@ from gdnfuse.bench.measure import (
     BLOCK,
     Decoder,
     bandwidth,
+    compare_logits,
     difference,
     machine,
-    right,
     state_bytes,
     synchronize,
     time_steps,
@@ -213,7 +213,7 @@ def checked(
     first = decode(tokens[args.prompt]).float().cpu()
     seconds = time.perf_counter() - start
     rest = [decode(t).float().cpu() for t in tokens[args.prompt + 1 : args.prompt + CHECKED]]
-    found = right(torch.stack([first, *rest]), shared["expected"], shared["eager_error"])
+    found = compare_logits(torch.stack([first, *rest]), shared["expected"], shared["eager_error"])
     summary = gdnfuse.reports()[-1].summary() if gdnfuse.reports() else ""
     return decode, tokens, {"first_call_seconds": seconds, **found, "summary": summary}
 

@@ -286,7 +286,7 @@ def rendered(kind: str, names: Sequence[str], folder: Path, page: Path) -> str:
     return text + conditions(files, page)
 
 
-def written(page: Path, folder: Path) -> str:
+def filled(page: Path, folder: Path) -> str:
     def block(found: re.Match[str]) -> str:
         kind, *names = found["ask"].split()
         if kind not in TABLES:
@@ -309,13 +309,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing, and fail if a page differs")
     parser.add_argument("--no-plots", action="store_true", help="write the tables alone")
     args = parser.parse_args(argv)
-    stale = [page for page in PAGES if written(page, RESULTS) != page.read_text(encoding="utf-8")]
+    stale = [page for page in PAGES if filled(page, RESULTS) != page.read_text(encoding="utf-8")]
     if args.check:
         for page in stale:
             print(f"{page.relative_to(ROOT)} must have the figures of its JSON files, and has others. Run: make figures")
         return bool(stale)
     for page in stale:
-        page.write_text(written(page, RESULTS), encoding="utf-8")
+        page.write_text(filled(page, RESULTS), encoding="utf-8")
         print(page.relative_to(ROOT))
     if not args.no_plots:
         draw(PAGES, RESULTS)

@@ -29,7 +29,7 @@ from tabulate import tabulate
 from torch._inductor.utils import fresh_cache
 
 import gdnfuse
-from gdnfuse.bench.measure import difference, machine, right, seconds, widen
+from gdnfuse.bench.measure import compare_logits, difference, machine, seconds, widen
 from gdnfuse.bench.workers import answer, fla_version, run_sides, show_fla
 from gdnfuse.generation.caches import cache_argument
 
@@ -70,7 +70,7 @@ def worker(side: str, name: str, args: argparse.Namespace, folder: Path) -> dict
     with fresh_cache():
         row["first_calls_seconds"] = [seconds(lambda n=n: run(call, n), args.device) for n in SHORT]
         saved = torch.load(folder / SHARED)
-        found = right(run(call, CHECKED, CHECKED), saved["exact"], saved["eager_error"])
+        found = compare_logits(run(call, CHECKED, CHECKED), saved["exact"], saved["eager_error"])
         row["error"], row["eager_error"] = found["error"], saved["eager_error"]
         row["graphs"] = [report.summary() for report in gdnfuse.reports()]
         if found["right"]:

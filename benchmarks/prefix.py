@@ -28,7 +28,7 @@ from decode import SHARED, build
 from tabulate import tabulate
 
 import gdnfuse
-from gdnfuse.bench.measure import difference, machine, right, seconds, widen
+from gdnfuse.bench.measure import compare_logits, difference, machine, seconds, widen
 from gdnfuse.bench.workers import answer, fla_version, run_sides, show_fla
 
 SIDES = ("eager", "fla", "gdnfuse", "prefixes")
@@ -91,7 +91,7 @@ def worker(side: str, name: str, args: argparse.Namespace, folder: Path) -> dict
         gdnfuse.compile(talk.model, inner=args.inner, prefixes=store)
     talk.checked()  # of the prompts that are compared nothing is unknown to a store the second time
     saved = torch.load(folder / SHARED)
-    row |= right(talk.checked(), saved["exact"], saved["eager_error"]) | {"eager_error": saved["eager_error"]}
+    row |= compare_logits(talk.checked(), saved["exact"], saved["eager_error"]) | {"eager_error": saved["eager_error"]}
     row["graphs"] = [report.summary() for report in gdnfuse.reports()]
     if row["right"]:
         row["first_token"] = {kind: first_token(talk, kind, store) for kind in KINDS}

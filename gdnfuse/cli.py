@@ -279,7 +279,7 @@ def _bench(args: argparse.Namespace) -> int:
     print(json.dumps(data, indent=1) if args.json else run.tables(data))
     if args.plot:
         run.plot(data, args.plot)
-    silent = run.silent(data)
+    silent = run.sides_without_speed(data)
     for sentence in silent:
         print(sentence, file=sys.stderr)
     return 1 if silent else 0

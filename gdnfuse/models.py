@@ -22,7 +22,7 @@ from gdnfuse.compressed import keep_compressed as keep_compressed
 from gdnfuse.errors import GdnfuseError, one_line
 from gdnfuse.generation import shards
 from gdnfuse.generation.caches import cache_argument
-from gdnfuse.generation.compile import apart
+from gdnfuse.generation.compile import with_own_code
 from gdnfuse.progress import announce
 from gdnfuse.report.records import GraphReport, reports
 from gdnfuse.stored_linear import StoredLinear
@@ -321,7 +321,7 @@ def trace(
     limits = {"recompile_limit": 1000, "accumulated_recompile_limit": 1000, "automatic_dynamic_shapes": False}
     with torch.no_grad(), compat.dynamo_settings(**limits), _running(prompt):
         # Code of its own: Dynamo would take an equal model, traced before, for this one, and make no graph.
-        step = torch.compile(apart(model), backend="gdnfuse", options=options or None)
+        step = torch.compile(with_own_code(model), backend="gdnfuse", options=options or None)
         if phase == "decode":
             announce("run a prompt")
             # Two tokens are enough for the cached states to exist, and keep the chunk rule to one chunk.

@@ -112,7 +112,7 @@ class PackedWeight:
                 if not self._warned:
                     log.warning("Weights are copied at every call, which is slow. %s", e.reason)
                     self._warned = True
-                settle(weights)
+                give_own_memory(weights)
                 return torch.cat([w.detach() for w in weights])
             self._last = weakref.ref(buffer), [w.data_ptr() for w in weights]
         return buffer
@@ -187,7 +187,7 @@ def pack(weights: Sequence[torch.Tensor]) -> torch.Tensor:
     return buffer
 
 
-def settle(tensors: Iterable[Any]) -> None:
+def give_own_memory(tensors: Iterable[Any]) -> None:
     """Give memory of its own to each range of a buffer that is one no more, because another of its Parameters has left it.
 
     Otherwise the one would keep the memory of all.

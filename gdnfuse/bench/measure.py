@@ -247,7 +247,7 @@ def difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found.double() - wanted).norm() / wanted.double().norm())
 
 
-def right(found: torch.Tensor, wanted: torch.Tensor, eager_error: float) -> dict[str, Any]:
+def compare_logits(found: torch.Tensor, wanted: torch.Tensor, eager_error: float) -> dict[str, Any]:
     """Whether logits are near enough to those in float32: {"error", "finite", "right"}."""
     finite, error = bool(torch.isfinite(found).all()), difference(found, wanted)
     return {"error": error, "finite": finite, "right": finite and error <= SLACK * eager_error + FLOOR}

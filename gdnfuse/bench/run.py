@@ -24,9 +24,9 @@ from gdnfuse.bench.measure import (
     BLOCK,
     Decoder,
     bandwidth,
+    compare_logits,
     difference,
     machine,
-    right,
     seconds,
     state_bytes,
     synchronize,
@@ -40,7 +40,7 @@ from gdnfuse.errors import GdnfuseError, one_line
 from gdnfuse.files import check_writable, replacing
 from gdnfuse.generation import links
 from gdnfuse.generation.caches import cache_argument
-from gdnfuse.generation.compile import apart, mode_or_options
+from gdnfuse.generation.compile import mode_or_options, with_own_code
 from gdnfuse.generation.shards import WAYS
 from gdnfuse.models import OF_TRANSFORMERS, QUANTIZED, load_config, preset, quantized, random_model
 from gdnfuse.report.text import table
@@ -201,7 +201,7 @@ def compiled(side: str, phase: str, model: torch.nn.Module, settings: Settings) 
         if summed and (most := links.one_shot_bytes(settings.device)):
             options["one_shot_bytes"] = most
         how = mode_or_options(how["mode"] if settings.inner == "inductor" else None, options)
-    return torch.compile(apart(model) if phase == "prefill" else model, backend=side, **how)
+    return torch.compile(with_own_code(model) if phase == "prefill" else model, backend=side, **how)
 
 
 class Work:
@@ -333,7 +333,7 @@ class Work:
         self.forget_peak()
         got: list[torch.Tensor] = []
         figures: dict[str, Any] = {"first_call_seconds": seconds(lambda: got.append(self.fill(call)), self.device)}
-        figures |= self.right(got.pop().float().cpu(), exact, eager_error)
+        figures |= self.compare_logits(got.pop().float().cpu(), exact, eager_error)
         if figures["right"]:
             self.note(f"prefill, {PROMPTS} prompts")
             times = [1e3 * seconds(lambda: self.fill(call), self.device) for _ in range(PROMPTS)]
@@ -350,7 +350,7 @@ class Work:
             self.model.compile()
         self.forget_peak()
         figures: dict[str, Any] = {"first_call_seconds": seconds(lambda: self.first_token(0), self.device)}
-        figures |= right(self.first_token(0).float().cpu(), exact, eager_error)
+        figures |= compare_logits(self.first_token(0).float().cpu(), exact, eager_error)
         if not figures["right"]:
             return figures
         self.note(f"{PREFIX}, {PROMPTS} prompts")
@@ -378,7 +378,7 @@ class Work:
         first, *rest = self.step_tokens(0, CHECKED)
         figures: dict[str, Any] = {"first_call_seconds": seconds(lambda: got.append(decode(first).float().cpu()), self.device)}
         got += [decode(t).float().cpu() for t in rest]
-        figures |= self.right(torch.stack(got), exact, eager_error)
+        figures |= self.compare_logits(torch.stack(got), exact, eager_error)
         if figures["right"]:
             self.note(f"decode, {steps} steps")
             for t in self.step_tokens(CHECKED, WARMUP):
@@ -388,8 +388,8 @@ class Work:
             figures |= speed(self.slowest(times), self.batch) | {"steps": steps}
         return figures
 
-    def right(self, found: torch.Tensor, exact: torch.Tensor, eager_error: float) -> dict[str, Any]:
-        return ranks.worst(right(found, exact, eager_error)) if self.way else right(found, exact, eager_error)
+    def compare_logits(self, found: torch.Tensor, exact: torch.Tensor, eager_error: float) -> dict[str, Any]:
+        return ranks.worst(compare_logits(found, exact, eager_error)) if self.way else compare_logits(found, exact, eager_error)
 
     def slowest(self, times: list[float]) -> list[float]:
         return ranks.slowest(times) if self.way else times
@@ -582,7 +582,7 @@ def phase_rows(result: dict[str, Any], phase: str) -> list[dict[str, str]]:
     return rows
 
 
-def silent(data: dict[str, Any]) -> list[str]:
+def sides_without_speed(data: dict[str, Any]) -> list[str]:
     """A sentence for each speed that there is not, and why."""
     sentences = []
     for result in data["results"]:

@@ -129,11 +129,11 @@ def _compile(model: torch.nn.Module, settings: _Settings, parsed: gdnfuse_option
     if settings.prefixes is not None:
         settings.prefixes.in_pieces, settings.prefixes.state_dtype = True, settings.state_dtype
     if settings.prefill:
-        first = torch.compile(apart(plain), **shared, **_no_cuda_graphs(mode, options))
+        first = torch.compile(with_own_code(plain), **shared, **_no_cuda_graphs(mode, options))
         first = coverage.checked(preparing_caches(first, fullgraph, settings.state_dtype, any_length), PROMPT)
         if settings.prefixes is not None and parsed.capture and not parsed.checkpoint_every:
             leaving = {**options, "checkpoint_every": settings.prefixes.every}
-            kept = torch.compile(apart(plain, "kept"), **shared, **_no_cuda_graphs(mode, leaving))
+            kept = torch.compile(with_own_code(plain, "kept"), **shared, **_no_cuda_graphs(mode, leaving))
             kept = coverage.checked(preparing_caches(kept, fullgraph, settings.state_dtype, any_length), PROMPT)
             first = generate.keeping(first, kept)
             settings.prefixes.in_pieces = False
@@ -152,7 +152,9 @@ def _compile(model: torch.nn.Module, settings: _Settings, parsed: gdnfuse_option
         phases = [("verify", VERIFY), ("short", SHORT)][: 1 + parsed.capture] if settings.prefill else []
 
         def of(name: str, phase: str) -> Callable[..., Any]:
-            return by_tokens(lambda T: coverage.checked(torch.compile(apart(plain, f"{name}_{T}"), **shared, **how), phase))
+            return by_tokens(
+                lambda T: coverage.checked(torch.compile(with_own_code(plain, f"{name}_{T}"), **shared, **how), phase)
+            )
 
         return [of(*phase) for phase in phases]
 
@@ -167,7 +169,7 @@ def _compile(model: torch.nn.Module, settings: _Settings, parsed: gdnfuse_option
     if hasattr(type(model), "get_compiled_call"):
         in_generate = mode_or_options(_mode_of_generate(mode, parsed), options)
         if in_generate != own:
-            decode = coverage.checked(torch.compile(apart(plain, "in_generate"), **shared, **in_generate), STEP)
+            decode = coverage.checked(torch.compile(with_own_code(plain, "in_generate"), **shared, **in_generate), STEP)
             few = few_tokens(**in_generate)
         how = {**shared, **in_generate}
         in_generate = together(heeding(hooks.heeded(demanding(model, by_phase(decode, first, parameters, *few)))))
@@ -193,7 +195,7 @@ class Beside:
     def __call__(self, name: str, fn: Callable[..., Any]) -> Callable[..., Any]:
         """The compiled function of a name, which is `fn` at its first time."""
         if name not in self._made:
-            compiled = torch.compile(apart(fn, name), **self._how)
+            compiled = torch.compile(with_own_code(fn, name), **self._how)
 
             def call(*args: Any, **kwargs: Any) -> Any:
                 outer, RUNS.drafting = RUNS.drafting, True
@@ -256,7 +258,7 @@ def mode_or_options(mode: str | None, options: dict[str, Any]) -> dict[str, Any]
     return {"mode": None, "options": dict(options)}
 
 
-def apart(fn: Callable[..., Any], name: str = "apart") -> Callable[..., Any]:
+def with_own_code(fn: Callable[..., Any], name: str = "own_code") -> Callable[..., Any]:
     """The same with code of its own: Dynamo counts compilations by code, and prompts and decode steps must not add up.
 
     What Dynamo learns of sizes that change it keeps by the code's name, so another `name` starts afresh in that too.

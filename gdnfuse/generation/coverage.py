@@ -164,7 +164,7 @@ class Coverage:
             cause = self.missing[phase].cause, self.missing[phase].fix
         found, graphs = (watched.found, watched.graphs or self.reports()) if watched else (None, self.reports()[-1:])
         why, fix = cause or likeliest(found, graphs, missing)
-        counts = f"{ran} of {len(layers)} in a {phase}{some(missing)}"
+        counts = f"{ran} of {len(layers)} in a {phase}{in_parentheses(missing)}"
         self.missing[phase] = Missing(missing, counts, why, fix)
         name = type(self.model).__name__
         self.say(f"Every GDN layer of {name} must run fused, found {counts}. {why} {fix}".rstrip(), why)
@@ -178,7 +178,7 @@ class Coverage:
             log.log(logging.DEBUG if self.quiet else logging.WARNING, sentence)
 
 
-def some(layers: Sequence[str]) -> str:
+def in_parentheses(layers: Sequence[str]) -> str:
     """The first of the layers that are missing, and how many more, in parentheses; nothing if it is not known which."""
     more = f" and {len(layers) - 1} more" if layers[1:] else ""
     return f" (not {layers[0]}{more})" if layers else ""

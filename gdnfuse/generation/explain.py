@@ -21,7 +21,7 @@ from gdnfuse.errors import GdnfuseError, one_line
 from gdnfuse.generation import generate, speculation
 from gdnfuse.generation.arguments import parameters_of
 from gdnfuse.generation.causes import Finding, left, noted
-from gdnfuse.generation.compile import Beside, apart, by_phase, by_tokens
+from gdnfuse.generation.compile import Beside, by_phase, by_tokens, with_own_code
 from gdnfuse.generation.coverage import PROMPT, SHORT, STEP, VERIFY, Coverage
 from gdnfuse.generation.wrappers import compiled_models, is_compiled
 from gdnfuse.options import Options
@@ -157,7 +157,7 @@ def explain(call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanati
         if model is None:
             name = f"call_{next(_calls)}"
             names[name] = getattr(call, "__name__", "the call")
-            torch.compile(apart(call, name), backend=backend)(*args, **kwargs)
+            torch.compile(with_own_code(call, name), backend=backend)(*args, **kwargs)
         else:
             for one in {id(m): m for m in (model, *models)}.values():
                 stack.enter_context(_attributes_of(one))
@@ -165,7 +165,7 @@ def explain(call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanati
 
                 def compiled(phase: str, one: Any = one, coverage: Coverage = coverage) -> Callable[..., Any]:
                     names[name := f"{phase}_{next(_calls)}".replace(" ", "_")] = f"{phase}s"
-                    return coverage.checked(torch.compile(apart(compat.call_of(one), name), backend=backend), phase)
+                    return coverage.checked(torch.compile(with_own_code(compat.call_of(one), name), backend=backend), phase)
 
                 few = (by_tokens(lambda T, phase=phase, of=compiled: of(phase)) for phase in (VERIFY, SHORT))
                 traced = by_phase(compiled(STEP), compiled(PROMPT), parameters_of(one), *few)

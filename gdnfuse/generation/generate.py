@@ -126,7 +126,7 @@ class Generate:
             self._runs.always = False
 
     @contextlib.contextmanager
-    def apart(self, rows: int, tokens: int) -> Iterator[None]:
+    def with_scratch_store(self, rows: int, tokens: int) -> Iterator[None]:
         """Runs of this thread have a store of their own meanwhile, for some prompts of so many rows and tokens."""
         known = self.prefixes
         size = 8 * rows * ((tokens // known.every + 3) * known.state_bytes + (tokens // BLOCK + 1) * known.block_bytes)

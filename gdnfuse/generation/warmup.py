@@ -77,7 +77,7 @@ def warmup(model: torch.nn.Module, *, batch: int = 1, new_tokens: int = 4, **gen
         for x in found:
             stack.enter_context(x.drafting())
         for x in ours:
-            stack.enter_context(x.apart(batch, LONG * long + max(WARM_PROMPTS)))
+            stack.enter_context(x.with_scratch_store(batch, LONG * long + max(WARM_PROMPTS)))
         for ids in _prompts(torch.randint(0, vocabulary, (batch, LONG * long + max(WARM_PROMPTS)), device=device), long):
             options = {"attention_mask": torch.ones_like(ids), "min_new_tokens": new_tokens, "max_new_tokens": new_tokens}
             model.generate(ids, **{**options, **generate})

@@ -15,7 +15,7 @@ from gdnfuse.dialect.chunk_delta_rule import CHUNK
 from gdnfuse.errors import Refused
 from gdnfuse.report.records import Record, Status
 from gdnfuse.rewrite.edit import infer, recorded
-from gdnfuse.rewrite.graph import kept, value
+from gdnfuse.rewrite.graph import kept_meta, value
 
 RULES = ("chunk_delta_rule", "fused_gating_chunk_delta_rule")
 EQUATION = "states and conv windows after every n tokens"
@@ -60,7 +60,7 @@ def _of_layer(graph: Graph, rule: Node, conv: Node, every: int) -> list[Node]:
         states = graph.call_function(operator.getitem, (rule, 2))
         windows = graph.call_function(conv_windows.op.overload, (given["x"], call["v"], every, width))
     for node in (states, windows):
-        node.meta |= kept(rule) | {"example_value": infer(node)}
+        node.meta |= kept_meta(rule) | {"example_value": infer(node)}
     return [states, windows]
 
 

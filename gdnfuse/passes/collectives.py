@@ -20,7 +20,7 @@ from torch.fx import GraphModule, Node
 from gdnfuse import compat
 from gdnfuse.kernels.one_shot_all_reduce import takes
 from gdnfuse.rewrite.edit import infer, inserting
-from gdnfuse.rewrite.graph import is_tensor, kept, op_name, same_shape, storage, value, writes
+from gdnfuse.rewrite.graph import is_tensor, kept_meta, op_name, same_shape, storage, value, writes
 
 ONE_SHOT, SUM, WAIT = "gdnfuse.one_shot_all_reduce", "_c10d_functional.all_reduce", "_c10d_functional.wait_tensor"
 
@@ -84,7 +84,7 @@ def join_sums(gm: GraphModule) -> int:
                 operands = tuple(b.args[0] if x is scaled else x for x in product.args)
                 total = gm.graph.call_function(operator.add, (a.args[0], gm.graph.call_function(operator.mul, operands)))
             for new in (total.args[1], total):
-                new.meta.update(kept(add), example_value=infer(new))
+                new.meta.update(kept_meta(add), example_value=infer(new))
             a.args = (total, *a.args[1:])
             add.prepend(a)
             add.prepend(wait)

@@ -17,7 +17,7 @@ from torch.fx import Graph, GraphModule, Node
 from gdnfuse import compat
 from gdnfuse.passes.sdpa import without_copies
 from gdnfuse.rewrite.edit import infer, quiet_shapes
-from gdnfuse.rewrite.graph import chain, kept, op_name, same_shape, storage, value, writes
+from gdnfuse.rewrite.graph import chain, kept_meta, op_name, same_shape, storage, value, writes
 
 LENGTH = 2  # axis of keys and values [B, HKV, L, D]
 
@@ -48,7 +48,7 @@ def lay_out(gm: GraphModule, places: Sequence[int]) -> None:
             with graph.inserting_before(output), quiet_shapes(gm):
                 # Also where they seem to be: Inductor lays out what follows empty keys as it came.
                 copied = graph.call_method("clone", (results[i],), {"memory_format": torch.contiguous_format})
-                copied.meta |= kept(results[i]) | {"example_value": infer(copied)}
+                copied.meta |= kept_meta(results[i]) | {"example_value": infer(copied)}
             results[i] = copied
     output.args = (type(output.args[0])(results),)
 

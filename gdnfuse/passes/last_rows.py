@@ -19,7 +19,7 @@ from gdnfuse.errors import Refused
 from gdnfuse.passes.sdpa import attention_of
 from gdnfuse.rewrite.driver import Outcome, deciding
 from gdnfuse.rewrite.edit import infer, inserting, quiet_shapes, recorded
-from gdnfuse.rewrite.graph import is_tensor, kept, op_name, same, same_shape, storage, value, writes
+from gdnfuse.rewrite.graph import is_tensor, kept_meta, op_name, same, same_shape, storage, value, writes
 
 ELEMENTWISE = {
     "add", "sub", "mul", "div", "neg", "exp", "silu", "gelu", "relu", "tanh", "sigmoid", "to", "float", "contiguous", "clone",
@@ -195,7 +195,7 @@ class _Rows:
         return self._added(new, node)
 
     def _added(self, new: Node, like: Node) -> Node:
-        new.meta |= kept(like) | {"example_value": infer(new)}
+        new.meta |= kept_meta(like) | {"example_value": infer(new)}
         return new
 
 

@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 from gdnfuse import compat
 from gdnfuse.packing import Inner
 from gdnfuse.rewrite.edit import inserting
-from gdnfuse.rewrite.graph import kept, op_name, storage, value, writes
+from gdnfuse.rewrite.graph import kept_meta, op_name, storage, value, writes
 
 
 def to_inputs(gm: GraphModule, real: dict[Node, Any]) -> list[Inner]:
@@ -41,7 +41,7 @@ def to_inputs(gm: GraphModule, real: dict[Node, Any]) -> list[Inner]:
         with inserting(gm.graph, gm.graph.find_nodes(op="placeholder")[-1]):
             new = gm.graph.placeholder(f"{node.name}_local")
         local, where = getattr(tensor, attribute), Inner(place, attribute)
-        new.meta.update(kept(node), example_value=value(parts[0]), gdnfuse_real=local, gdnfuse_inner=where)
+        new.meta.update(kept_meta(node), example_value=value(parts[0]), gdnfuse_real=local, gdnfuse_inner=where)
         compat.like_a_parameter(gm, new)
         real[new] = local
         for part in parts:

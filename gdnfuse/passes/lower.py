@@ -14,14 +14,14 @@ from gdnfuse.dialect import add_rms_norm, causal_attention, dequantize, op_of, p
 from gdnfuse.dialect.fused_linear import weight_dtype
 from gdnfuse.errors import Refused
 from gdnfuse.kernels.linear_configs import rings, split
-from gdnfuse.packing import Inner, PackedWeight, pack, settle
+from gdnfuse.packing import Inner, PackedWeight, give_own_memory, pack
 from gdnfuse.passes import quantized
 from gdnfuse.passes.sdpa import attention_of
 from gdnfuse.passes.survey import CHOSEN
 from gdnfuse.report.records import Record
 from gdnfuse.rewrite.driver import failed
 from gdnfuse.rewrite.edit import infer, inserting, recorded
-from gdnfuse.rewrite.graph import held, is_plain, kept, op_name, storage, value, writes
+from gdnfuse.rewrite.graph import held, is_plain, kept_meta, op_name, storage, value, writes
 
 EQUATIONS = {"linear": "x·Wᵀ", "scaled_dot_product_attention": causal_attention.op.equation}  # of what is torch's
 QUANTIZED = ("scales", "format")  # arguments of an op that say what its weights are made of
@@ -211,7 +211,7 @@ def _add_up(node: Node, parts: int, dtype: torch.dtype) -> None:
             steps = [("unflatten", 0, (2, parts // 2)), ("sum", 0), *steps]
         for method, *args in steps:
             total = graph.call_method(method, (total, *args))
-            total.meta |= kept(node) | {"example_value": infer(total)}
+            total.meta |= kept_meta(node) | {"example_value": infer(total)}
     for reader in readers:
         reader.replace_input_with(node, total)
 
@@ -312,7 +312,7 @@ def pack_weights(gm: GraphModule, real: dict[Node, Any], plan: bool = False) -> 
                 data, scale = (packed_input([b[name] for b in bound], value(node)) for name in ("data", "scale"))
                 with gm.graph.inserting_before(node):
                     made = gm.graph.call_function(dequantize.op.overload, (data, scale, bound[0]["format"], bound[0]["dtype"]))
-                made.meta |= kept(node) | {"example_value": infer(made), quantized.WITH_INPUTS: True}
+                made.meta |= kept_meta(node) | {"example_value": infer(made), quantized.WITH_INPUTS: True}
                 weights.append(made)
         call["weights"] = weights
         if op is packed_linear.op and len(weights) == 1:
@@ -320,7 +320,7 @@ def pack_weights(gm: GraphModule, real: dict[Node, Any], plan: bool = False) -> 
         else:
             node.args, node.kwargs = (), call
     if not plan:
-        settle(real.values())
+        give_own_memory(real.values())
     return packed
 
 

@@ -168,7 +168,7 @@ def _shaped(found, wanted, axis):
 SEEN_EVERY = 4  # positions
 
 
-def some(shape, generator):
+def random_mask(shape, generator):
     """A mask that hides about three in eight, but none where a token may be written: what is hidden may be wrong unnoticed."""
     mask = torch.rand(shape, generator=generator) < 0.5
     mask[..., ::SEEN_EVERY] = True

@@ -17,7 +17,7 @@ from gdnfuse.errors import Refused
 from gdnfuse.packing import Inner
 from gdnfuse.report.records import Record, Status
 from gdnfuse.rewrite.edit import infer, recorded
-from gdnfuse.rewrite.graph import is_tensor, kept, op_name, value
+from gdnfuse.rewrite.graph import is_tensor, kept_meta, op_name, value
 
 # Of torchao's weights what else they may hold, which a weight alone does not: activations are quantised, or scaled first.
 MORE = ("act_quant_kwargs", "act_quant_scale", "act_quant_zero_point", "act_pre_scale")
@@ -94,7 +94,7 @@ def unwrap(gm: GraphModule, real: dict[Node, Any]) -> tuple[list[Inner], list[Re
             dtype = value(x).dtype if is_tensor(x) else tensor.dtype
             with gm.graph.inserting_before(n):
                 weight = gm.graph.call_function(dequantize.op.overload, (*stored, name, dtype))
-            weight.meta |= kept(n) | {"nn_module_stack": n.meta.get("nn_module_stack", {})}
+            weight.meta |= kept_meta(n) | {"nn_module_stack": n.meta.get("nn_module_stack", {})}
             weight.meta["example_value"] = infer(weight)
             n.update_arg(1, weight)
     return found, refused

@@ -23,7 +23,7 @@ from gdnfuse.rewrite.graph import (
     held,
     is_plain,
     is_tensor,
-    kept,
+    kept_meta,
     op_name,
     origin,
     remove_dead,
@@ -302,7 +302,7 @@ def _replace(gm: GraphModule, m: Match, region: Region, replacement: Graph, anch
     env: dict[Node, Node] = {}
     placeholders = iter(region.inputs)
     results: tuple[Node, ...] = ()
-    meta = kept(anchor)
+    meta = kept_meta(anchor)
     with inserting(gm.graph, region.point):
         for n in replacement.nodes:
             if n.op == "placeholder":

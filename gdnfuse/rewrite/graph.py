@@ -310,7 +310,7 @@ def clean_path(path: str) -> str:
     return ".".join(parts) or "(root)"
 
 
-def kept(node: Node) -> dict[str, Any]:
+def kept_meta(node: Node) -> dict[str, Any]:
     return {k: node.meta[k] for k in KEPT if k in node.meta}
 
 

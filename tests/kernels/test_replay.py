@@ -183,7 +183,7 @@ def test_optional_tensors_are_told_from_none(monkeypatch):
 def test_another_device_is_not_taken_for_the_one_recorded(gpu):
     x, y = some(), some()
     gpu[0] = 1
-    match = codegen.written((x, y), {}, [x, y], 1, NOTHING)
+    match = codegen.repeating_function((x, y), {}, [x, y], 1, NOTHING)
     assert match(x, y).shape == (1,)
     gpu[0] = 0
     assert match(x, y) is replay.MISSED
@@ -250,7 +250,7 @@ def test_what_is_plain_is_compared_with_its_class(monkeypatch):
     monkeypatch.setattr(replay, "OFTEN", 1)
     x, y = some(), some()
     shape = [5, 1]
-    match = codegen.written((x, y, 1.0, shape), {"flag": True}, [x, y], -1, NOTHING)
+    match = codegen.repeating_function((x, y, 1.0, shape), {"flag": True}, [x, y], -1, NOTHING)
     assert match(x, y, 1.0, [5, 1], flag=True).shape == (1,)
     shape[1] = 2
     for plain, sizes, flag in (
@@ -647,7 +647,7 @@ def test_triton_s_launcher_is_called_as_its_runner_calls_it(gpu):
 
     hooks, spy, x = triton.knobs.runtime, [], some()
     launch = Launch(compiled(spy), (2, 3, 1), None, [None, 5, 0.5], [(0, 0, 4)], [], frozenset())
-    match = codegen.written((x,), {}, [x], 0, NOTHING._replace(launches=[launch]))
+    match = codegen.repeating_function((x,), {}, [x], 0, NOTHING._replace(launches=[launch]))
     assert match(x).shape == (1,)
     launch.compiled[launch.grid](x.data_ptr() + 4, 5, 0.5, stream=70)
     ours, theirs = spy

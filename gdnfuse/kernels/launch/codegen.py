@@ -21,7 +21,7 @@ MISSED: Any = object()
 SPECIALISED_BY_STORAGE = torch.version.hip is not None  # there Triton has other machine codes for storages of 2 GiB and more
 
 
-def written(
+def repeating_function(
     args: Sequence[Any],
     kwargs: dict[str, Any],
     tensors: Sequence[torch.Tensor],

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 
 from gdnfuse import compat
-from gdnfuse.kernels.launch.codegen import ALIGNMENT, MISSED, SPECIALISED_BY_STORAGE, written
+from gdnfuse.kernels.launch.codegen import ALIGNMENT, MISSED, SPECIALISED_BY_STORAGE, repeating_function
 from gdnfuse.kernels.launch.recording import INT32, Differs, Launch, Recorded, Result, based, common
 
 MOST = 512  # layouts of one op that are kept: prompts have one per length
@@ -99,7 +99,7 @@ class Replayed:
             given = (len(args), *kwargs)
             if self.met[key] >= self.often.get(given, OFTEN) and not any(key[-len(tensors) :]):
                 self.met[key] = 0  # met otherwise, by another class of tensors, it gets another function
-                if match := written(args, kwargs, tensors, device, recorded):
+                if match := repeating_function(args, kwargs, tensors, device, recorded):
                     self._compare_with(match, given)
             return recorded.repeat(addresses)
         if recorded is NOT_RECORDED:
@@ -171,7 +171,7 @@ def _at_all_lengths(
     lengths = [a.length for a in at_lengths]
     try:
         layout, recorded = common(lengths, [(a.layout, a.recorded.without_runs()) for a in at_lengths])
-        return written(args, kwargs, tensors, device, recorded, layout, place)
+        return repeating_function(args, kwargs, tensors, device, recorded, layout, place)
     except Differs:
         return None
 

@@ -18,10 +18,10 @@ from gdnfuse.passes.sdpa import (
     gated,
     mask_of,
     one_query,
+    random_mask,
     require_dtype_of_q,
     require_plain,
     scale_of,
-    some,
     without_copies,
 )
 from gdnfuse.rewrite.edit import call
@@ -66,7 +66,7 @@ class LiftAttentionDecode(Rule[OneToken]):
             [out],
             facts,
             writes={"keys": wrote_k, "values": wrote_v},
-            samplers={"mask": some, "position": functools.partial(_anywhere, value(keys).shape[2])},
+            samplers={"mask": random_mask, "position": functools.partial(_anywhere, value(keys).shape[2])},
         )
 
     def check(self, m):

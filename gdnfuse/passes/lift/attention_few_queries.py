@@ -20,12 +20,12 @@ from gdnfuse.passes.sdpa import (
     few_queries,
     gated,
     mask_of,
+    random_mask,
     require_dtype_of_q,
     require_heads,
     require_plain,
     require_provable,
     scale_of,
-    some,
     without_copies,
 )
 from gdnfuse.rewrite.edit import call
@@ -58,7 +58,7 @@ class LiftAttentionFewQueries(Rule[OneQuery]):
             {**operands, **(new := _written(keys, values))},
             [out],
             OneQuery(anchor, scale_of(anchor), back_to(out, T, H, D)),
-            samplers={"mask": some},
+            samplers={"mask": random_mask},
             small=None if isinstance(L, int) else SMALL,
             alike=[(L, value(n).shape[axis]) for n, axis in ((values, -2), (mask, -1)) if is_tensor(n)],
         )

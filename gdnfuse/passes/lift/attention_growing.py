@@ -8,11 +8,11 @@ from gdnfuse.passes.lift.attention_decode import OneToken, one_token
 from gdnfuse.passes.sdpa import (
     SMALL,
     one_query,
+    random_mask,
     require_dtype_of_q,
     require_heads,
     require_plain,
     require_provable,
-    some,
     without_copies,
 )
 from gdnfuse.rewrite.edit import call, returned
@@ -84,7 +84,7 @@ def _parts(node):
 
 def _some_and_the_last(shape, generator):
     """A mask that hides some of the cache and shows the new token, whose scores no other operand would tell of."""
-    mask = some(shape, generator)
+    mask = random_mask(shape, generator)
     mask[..., -1] = True
     return mask
 
