@@ -54,3 +54,19 @@ def check_reference(data: dict[str, Any], name: str, absent: Collection[str] = (
         wanted[f"{name}.graphs[]"] = [n for n in documented(REPORT)["document.graphs[]"] if n != "limit_seconds"]
     assert {p: set(n) for p, n in found.items()} == {p: set(n) - set(absent) for p, n in wanted.items()}
     assert f"`{data['schema']}`" in REFERENCE.read_text(encoding="utf-8")
+
+
+def redirect_hub(monkeypatch: Any, folder: Path) -> None:
+    """Names of the hub's models stand for a folder with a small one, of random weights."""
+    import tokenizers
+    import transformers
+
+    from tests.models import zoo
+
+    zoo.causal_lm(**zoo.SMALL).save_pretrained(folder)
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"The": 0, "delta": 1, "rule": 2, "?": 3}, unk_token="?"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
+    for cls in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer):
+        load = cls.from_pretrained
+        monkeypatch.setattr(cls, "from_pretrained", lambda name, load=load, **given: load(folder, **given))

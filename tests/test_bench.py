@@ -414,7 +414,7 @@ def test_calls_of_a_graph_go_through_all_sets_in_turn(launches, passes, keep, mo
     for name, stub in {
         "synchronize": lambda: events.append("waited"),
         "CUDAGraph": lambda: SimpleNamespace(replay=replay),
-        "graph": lambda graph: contextlib.nullcontext(),
+        "graph": lambda graph, capture_error_mode: contextlib.nullcontext(),
         "Event": event,
     }.items():
         monkeypatch.setattr(torch.cuda, name, stub)

@@ -13,7 +13,7 @@ import torch
 import gdnfuse
 from gdnfuse import backend
 from tests.models import zoo
-from tests.pages import ROOT, blocks
+from tests.pages import ROOT, blocks, redirect_hub
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
@@ -24,6 +24,8 @@ def test_python_blocks_run_in_order(page, monkeypatch, tmp_path):
     """With `model` and `prompt` as the pages say. Inductor is tested elsewhere; here it would only be slow."""
     monkeypatch.setattr(backend, "_inner", lambda gm, *_: gm.forward)
     monkeypatch.chdir(tmp_path)  # where a page writes files
+    if "from_pretrained(" in "".join(blocks(page, "python")):
+        redirect_hub(monkeypatch, tmp_path / "hub")
     torch.compiler.reset()
     gdnfuse.clear_reports()
     scope: dict[str, object] = {"gdnfuse": gdnfuse, "model": zoo.causal_lm(**zoo.SMALL), "prompt": zoo.prompt(1, 6)[0]}

@@ -44,6 +44,12 @@ def test_results_are_of_one_card_and_each_is_on_a_page(figures):
         assert json.loads(file.read_text())["machine"]["gpu"] in ("NVIDIA H200", None), file
 
 
+def test_the_page_of_trust_has_the_figures_of_its_run_on_a_gpu():
+    rows = json.loads((ROOT / "docs" / "trust_gpu.json").read_text())["rows"]
+    passed, failed = (sum(row[name] for row in rows) for name in ("passed", "failed"))
+    assert f"{passed} passed, {failed} failed" in (ROOT / "docs" / "trust.md").read_text()
+
+
 def doubled(data):
     """Sizes are whole numbers, and stay."""
     if isinstance(data, dict):

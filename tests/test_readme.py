@@ -7,15 +7,12 @@ import re
 import shlex
 
 import pytest
-import tokenizers
 import torch
-import transformers
 
 import gdnfuse
 from gdnfuse.cli import _parser
 from gdnfuse.options import Options
-from tests.models import zoo
-from tests.pages import ROOT, blocks
+from tests.pages import ROOT, blocks, redirect_hub
 
 PAGE = ROOT / "README.md"
 README = PAGE.read_text()
@@ -24,14 +21,7 @@ OPTIONS = (ROOT / "docs" / "options.md").read_text()
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """Names of the hub's models stand for a folder with a small one."""
-    zoo.causal_lm(**zoo.SMALL).save_pretrained(tmp_path)
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"The": 0, "delta": 1, "rule": 2, "?": 3}, unk_token="?"))
-    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
-    for cls in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer):
-        load = cls.from_pretrained
-        monkeypatch.setattr(cls, "from_pretrained", lambda name, load=load, **given: load(tmp_path, **given))
+    redirect_hub(monkeypatch, tmp_path)
 
 
 def test_the_example_runs(monkeypatch, hub, capsys):
