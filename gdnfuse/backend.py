@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from gdnfuse import capture, compat, kernels, versions
+from gdnfuse import cache_keys, capture, compat, kernels, versions
 from gdnfuse.errors import GdnfuseError, Refused, one_line
 from gdnfuse.kernels.launch.inductor import announce
 from gdnfuse.options import DISABLE, MEASURED, Options, disabled, parse
@@ -263,10 +263,12 @@ def _finish(
 def _inner(gm: GraphModule, inputs: Sequence[Any], opts: Options, patches: dict[str, Any]) -> Callable[..., Any]:
     if any(isinstance(x, torch.Tensor) and x.is_meta for x in inputs):
         return gm.forward
-    extra = {"config_patches": patches} if patches else {}
     if opts.inner == "inductor":
         announce(gm)
-    return compat.lookup_backend(opts.inner)(gm, list(inputs), **extra)
+        patches = {**patches, **cache_keys.cacheable(gm, patches)}
+    extra = {"config_patches": patches} if patches else {}
+    with cache_keys.alike():
+        return compat.lookup_backend(opts.inner)(gm, list(inputs), **extra)
 
 
 def _inductor_patches(mode: str | None, opts: Options) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from operator import attrgetter
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -688,6 +689,29 @@ def parameters(kernel: Any) -> list[Any] | None:
 def machine_codes(jit_function: Any, kernel: Any) -> int:
     """How many machine codes of a kernel this process has; 0 for what is none. Without it: warmup counts no kernels."""
     return sum(len(cache[0]) for cache in kernel.device_caches.values()) if isinstance(kernel, jit_function) else 0
+
+
+@private("triton.runtime.jit:JITFunction", instead=lambda kernel: {})
+def machine_code_files(jit_function: Any, kernel: Any) -> dict[str, dict[str, bytes]]:
+    """What Triton's cache on disk has of a kernel's machine codes in this process: files by name, by the key there. Without it:
+    files of artifacts lack our kernels, which are compiled again."""
+    caches = kernel.device_caches.values() if isinstance(kernel, jit_function) else ()
+    found = {}
+    for code in [code for cache in caches for code in cache[0].values()]:
+        with contextlib.suppress(FileNotFoundError):  # somebody has emptied the cache since
+            found[code.hash] = {name: Path(path).read_bytes() for name, path in code.metadata_group.items()}
+    return found
+
+
+@private("triton.runtime.cache:get_cache_manager", "torch._inductor.runtime.runtime_utils:triton_cache_dir", instead=nothing)
+def keep_machine_code(manager: Any, folder: Any, key: str, files: dict[str, bytes], device: int) -> None:
+    """Put a machine code into Triton's cache on disk, where it is found when its kernel is compiled for the device of that index.
+    Without it: our kernels are compiled whatever a file of artifacts has."""
+    # As Inductor does at its first kernel of Triton's: from then on its folder is Triton's, and ours would be looked for there.
+    os.environ.setdefault("TRITON_CACHE_DIR", folder(device))
+    cache = manager(key)
+    paths = {name: cache.put(content, name) for name, content in files.items()}
+    cache.put_group(next(name for name in files if name.endswith(".json")), paths)
 
 
 @private(instead=nothing)

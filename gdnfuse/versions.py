@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import importlib.metadata
 import re
+from pathlib import Path
 
 TESTED = {"torch": ((2, 11), (2, 13)), "transformers": ((5, 17), (5, 24))}  # the first and the last
 
@@ -14,6 +17,16 @@ def version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "none"
+
+
+@functools.cache
+def of_sources(*folders: str) -> str:
+    """A digest of gdnfuse's Python files in these folders: a checkout has one version for many of them."""
+    here, digest = Path(__file__).parent, hashlib.sha256()
+    files = [file for folder in folders for file in sorted((here / folder).rglob("*.py"))]
+    for file in files:
+        digest.update(f"{file.relative_to(here)}\n".encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def standing(package: str) -> str:

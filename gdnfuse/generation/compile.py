@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import torch
 from gdnfuse import compat, versions
 from gdnfuse import options as gdnfuse_options
 from gdnfuse.errors import GdnfuseError
+from gdnfuse.generation import artifacts as files
 from gdnfuse.generation import generate, links, shards
 from gdnfuse.generation.arguments import demanding, parameters_of
 from gdnfuse.generation.caches import cache_finder, check_state_dtype, holds_states, mark_lengths, preparing_caches
@@ -34,6 +36,7 @@ def compile(
     prefixes: Any = None,
     speculate: Any = None,
     tensor_parallel: str | None = None,
+    artifacts: str | Path | None = None,
     **options: Any,
 ) -> torch.nn.Module:
     """Compile a model in place, for `generate()` and for direct calls alike: decode steps one way, prompts another.
@@ -59,15 +62,18 @@ def compile(
         tensor_parallel: of a model that transformers has shared out over ranks, with a tp_plan under torchrun. "heads" cuts the
             Gated DeltaNet layers by key heads, with one all-reduce each in place of five gathers; "as_loaded" keeps
             transformers' plan, as None does, but makes sure that all ranks compile alike. Every rank must call this.
+        artifacts: a file that `gdnfuse.warmup(model, save=FILE)` wrote in another process. What it has is not compiled again. One
+            warning says where it was made with other versions or for another device or model. There is code in it, which will
+            run: use files of those alone whose code you would run.
         options: see `gdnfuse.options.Options`.
 
     Returns:
         The same model.
 
     Raises:
-        GdnfuseError: a bad option or mode, a store of another model, a wrapper that cannot hand calls on, a model that cannot be
-            speculated on or shared out, ranks that differ, or a version of torch or transformers that is too old. The model is as
-            it was then.
+        GdnfuseError: a bad option or mode, artifacts that are no whole file of them, a store of another model, a wrapper that
+            cannot hand calls on, a model that cannot be speculated on or shared out, ranks that differ, or a version of torch or
+            transformers that is too old. The model is as it was then.
 
     Source:
         The layers: Yang et al. 2024, Gated Delta Networks, arXiv:2412.06464; their chunked form: arXiv:2406.06484.
@@ -91,10 +97,13 @@ def compile(
         if prefixes is not None:
             generate.check(models, prefixes)
         proposer = None if speculate is None else generate.proposer(models, speculate)
+        kept = None if artifacts is None else files.read(artifacts)
     prefill = prefill or prefill is None and parsed.capture
     if parsed.one_shot_bytes == gdnfuse_options.MEASURED:
         options = {**options, "one_shot_bytes": links.one_shot_bytes(shards.device_of(models[0]))}
     settings = _Settings(mode, fullgraph, dynamic, prefill, state_dtype, prefixes, proposer, options)
+    if kept is not None:
+        files.load(kept, models[0])
     for one, (mesh, mixers) in zip(models, plans, strict=True):
         shards.prepare(one, mesh, mixers, agreement)
     coverages = [_compile(one, settings, parsed) for one in models]

@@ -6,12 +6,15 @@ import contextlib
 import time
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from gdnfuse import compat, kernels
 from gdnfuse.errors import GdnfuseError
+from gdnfuse.files import check_writable
+from gdnfuse.generation import artifacts
 from gdnfuse.generation.generate import of
 from gdnfuse.generation.wrappers import compiled_models, is_compiled
 from gdnfuse.report.records import reports
@@ -32,15 +35,19 @@ class Warmup:
         kernels: machine codes of each Triton kernel that are loaded.
         unfused: paths of the Gated DeltaNet layers that do not run fused, by "prompt" and "decode step"; empty where all do, and
             where the model was not compiled by `gdnfuse.compile`.
+        saved: bytes of the file of artifacts; 0 where none was asked for.
     """
 
     seconds: float
     graphs: dict[str, int]
     kernels: dict[str, int]
     unfused: dict[str, list[str]]
+    saved: int = 0
 
 
-def warmup(model: torch.nn.Module, *, batch: int = 1, new_tokens: int = 4, **generate: Any) -> Warmup:
+def warmup(
+    model: torch.nn.Module, *, batch: int = 1, new_tokens: int = 4, save: str | Path | None = None, **generate: Any
+) -> Warmup:
     """Compile all that `model.generate` will need, by generating a few tokens from two short random prompts.
 
     Chunks are of 64 tokens whatever the prompt's length and nothing is tuned at run time, so later prompts compile nothing more,
@@ -53,13 +60,15 @@ def warmup(model: torch.nn.Module, *, batch: int = 1, new_tokens: int = 4, **gen
         model: after `gdnfuse.compile`.
         batch: rows per prompt, as later.
         new_tokens: generated from each.
+        save: a file for all that this process has compiled by then: others take it from there, with
+            `gdnfuse.compile(model, artifacts=FILE)`.
         generate: arguments of `model.generate` that change what is compiled, such as `cache_implementation` or `num_beams`.
 
     Returns:
         What it compiled.
 
     Raises:
-        GdnfuseError: the model has no `generate`, or is not compiled.
+        GdnfuseError: the model has no `generate`, or is not compiled, or the file cannot be written.
     """
     if not hasattr(model, "generate"):
         raise GdnfuseError(f"warmup needs a model with generate, found {type(model).__name__}.")
@@ -67,6 +76,8 @@ def warmup(model: torch.nn.Module, *, batch: int = 1, new_tokens: int = 4, **gen
     given = generate.get("compile_config") or getattr(getattr(model, "generation_config", None), "compile_config", None)
     if not given and not any(map(is_compiled, models)):
         raise GdnfuseError(f"warmup needs a compiled model, found {type(model).__name__} as it came: gdnfuse.compile(model).")
+    if save is not None:
+        check_writable(Path(save))
     known, start = len(reports()), time.perf_counter()
     device = next(model.parameters()).device
     vocabulary = model.config.get_text_config().vocab_size
@@ -86,7 +97,8 @@ def warmup(model: torch.nn.Module, *, batch: int = 1, new_tokens: int = 4, **gen
     graphs = Counter(report.phase for report in reports()[known:])
     coverages = [getattr(compat.compiled_call(m), "coverage", None) for m in models]
     unfused = {phase: missing.layers for c in coverages if c is not None for phase, missing in c.missing.items()}
-    return Warmup(time.perf_counter() - start, dict(graphs), kernels.loaded(), unfused)
+    seconds, saved = time.perf_counter() - start, 0 if save is None else artifacts.save(models[0], Path(save))
+    return Warmup(seconds, dict(graphs), kernels.loaded(), unfused, saved)
 
 
 def _prompts(ids: torch.Tensor, every: int) -> list[torch.Tensor]:

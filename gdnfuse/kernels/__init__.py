@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import os
 import sys
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -113,10 +114,18 @@ def _pool() -> ThreadPoolExecutor:
 
 def loaded() -> dict[str, int]:
     """How many machine codes of each of our kernels this process has compiled or loaded, by kernel; empty before any launch."""
-    counts: dict[str, int] = {}
+    return {name: made for name, kernel in _jitted() if (made := compat.machine_codes(kernel))}
+
+
+def machine_codes() -> dict[str, dict[str, bytes]]:
+    """The files of these machine codes by name, by their keys in Triton's cache."""
+    return {key: files for _, kernel in _jitted() for key, files in compat.machine_code_files(kernel).items()}
+
+
+def _jitted() -> Iterator[tuple[str, Any]]:
+    """What stands in our kernels' files under names of their own, once Triton is imported."""
     ours = [m for name, m in sys.modules.items() if name.startswith("gdnfuse.kernels.")]
     for module in ours if "triton.runtime.jit" in sys.modules else []:
         for name, kernel in vars(module).items():
-            if getattr(kernel, "__module__", module.__name__) == module.__name__ and (made := compat.machine_codes(kernel)):
-                counts[name] = made
-    return counts
+            if getattr(kernel, "__module__", module.__name__) == module.__name__:
+                yield name, kernel
