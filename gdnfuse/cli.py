@@ -2,8 +2,8 @@
 
 `gdnfuse report MODEL_OR_CONFIG` says what would be fused, without weights and without a GPU; `gdnfuse verify` runs a prompt and a
 decode step with random weights and compares the rewritten graphs with those that came; `gdnfuse bench` times steps and prompts
-beside eager and Inductor; `gdnfuse rules` lists what is matched, and `gdnfuse doctor` says what this machine has, what of
-it is used, and what to do next.
+beside eager and Inductor; `gdnfuse warmup` compiles into a file for other processes; `gdnfuse rules` lists what is matched, and
+`gdnfuse doctor` says what this machine has, what of it is used, and what to do about the rest.
 
 Whatever goes wrong is one line on stderr and an exit code that is not 0; `--debug`, before or behind the command, shows where.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import logging
 import math
@@ -37,6 +38,7 @@ from gdnfuse.report.text import Style, render, table
 
 DTYPES = ("bfloat16", "float16", "float32")
 FORMATS = ("fp8", "fp8-tensor", "int8", "int4")  # keys of gdnfuse.models.QUANTIZED, which parsing need not import
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")  # of torch.compile
 VERIFICATION = "gdnfuse.verification/1"  # the schema of what verify prints as JSON
 
 
@@ -98,18 +100,25 @@ def _parser() -> _Parser:
     report = commands.add_parser("report", help="say what is fused in a model, and why not, without its weights")
     verify = commands.add_parser("verify", help="compare the rewritten graphs of a model, random weights, with those that came")
     bench = commands.add_parser("bench", help="time decode steps and prompts: eager, Inductor and gdnfuse")
-    for command in (report, verify, bench):
+    warmup = commands.add_parser("warmup", help="compile what generate needs, random weights, into a file for other processes")
+    for command in (report, verify, bench, warmup):
         command.add_argument(
             "model", metavar="MODEL_OR_CONFIG", help="preset (4b), config.json, model folder or hub id (owner/name)"
         )
         command.add_argument("--dtype", choices=DTYPES, default=DTYPES[0])
         command.add_argument("--quantize", choices=FORMATS, help="turn linears into those of a checkpoint of this format")
-    for command in (report, verify):
+    for command in (report, verify, warmup):
         command.add_argument("--batch", type=_positive, default=1, metavar="N", help="sequences (default 1)")
+    for command in (report, verify):
         command.add_argument("--prompt", type=_positive, default=70, metavar="N", help="tokens to prefill (default 70)")
-    for command in (verify, bench):
+    for command in (verify, bench, warmup):
         command.add_argument("--device", help="where to run (default: cuda if there is a GPU, else cpu)")
     verify.set_defaults(run=_verify)
+    warmup.add_argument(
+        "--save", type=Path, metavar="FILE", required=True, help="the file, which gdnfuse.compile(model, artifacts=FILE) reads"
+    )
+    warmup.add_argument("--mode", choices=MODES, help="as that of gdnfuse.compile")
+    warmup.set_defaults(run=_warmup)
     bench.add_argument("--batch", type=_numbers, default=[1], metavar="N,…", help="sequences, each measured (default 1)")
     bench.add_argument("--prompt", type=_positive, default=512, metavar="N", help="tokens of a prompt (default 512)")
     bench.add_argument("--new", type=_positive, default=128, metavar="N", help="decode steps that are timed (default 128)")
@@ -152,7 +161,7 @@ def _parser() -> _Parser:
     rules.set_defaults(run=_rules)
     checked = commands.add_parser("doctor", help="say what this machine has, what of it is used, and what to do next")
     checked.set_defaults(run=_doctor)
-    for command in (report, verify, bench, rules, checked):
+    for command in (report, verify, bench, warmup, rules, checked):
         command.add_argument("--json", action="store_true", help="print the data as JSON")
         command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return parser
@@ -246,6 +255,32 @@ def _verify(args: argparse.Namespace) -> int:
     else:
         print("\n\n".join(f"{r.summary()}\n\n{table(_comparison_rows(r))}" if r.comparisons else r.summary() for r in reports))
     return 0 if verified else 1
+
+
+def _warmup(args: argparse.Namespace) -> None:
+    check_writable(args.save)
+    import torch
+
+    from gdnfuse import models
+    from gdnfuse.generation import compile, warmup
+
+    if not args.debug:
+        _quiet()
+    device = _device(args.device)
+    with progress() as announce, listening(announce):
+        announce("read config")
+        config = models.load_config(args.model)
+        announce("build model")
+        model = models.random_model(config, getattr(torch, args.dtype), device)
+        if args.quantize:
+            models.quantized(model, models.QUANTIZED[args.quantize])
+        announce("compile")
+        made = warmup.warmup(compile.compile(model, mode=args.mode), batch=args.batch, save=args.save)
+    if args.json:
+        print(json.dumps({"file": str(args.save), **dataclasses.asdict(made)}, indent=1))
+        return
+    graphs = ", ".join(f"{count} {phase}" for phase, count in made.graphs.items())
+    print(f"Wrote {args.save}, {made.saved / 2**20:.1f} MiB: {graphs} graphs, compiled in {made.seconds:.0f} s.")
 
 
 def _bench(args: argparse.Namespace) -> int:

@@ -603,6 +603,12 @@ def inductor_options(get: Any) -> dict[str, Any] | None:
     return get()
 
 
+@private("torch._inductor.runtime.runtime_utils:cache_dir", instead=nothing, level=logging.DEBUG)
+def cache_folder(folder: Any) -> str | None:
+    """Where Inductor keeps what it compiles. Without it: gdnfuse doctor does not say where."""
+    return folder()
+
+
 @contextmanager
 def _fresh_cache() -> Iterator[None]:
     before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")

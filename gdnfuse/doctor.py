@@ -45,6 +45,12 @@ def findings() -> Iterator[tuple[str, str, str, str]]:
     compiler = next((path for name in (os.environ.get("CC"), "cc", "gcc", "clang") if name and (path := shutil.which(name))), "")
     so, do = ("In use.", "") if compiler else ("Inductor and Triton cannot compile without one.", "Install gcc, or set CC.")
     yield "C compiler", compiler or "none", so, do
+    folder = compat.cache_folder()
+    so = "A second process finds in it what the first compiled; gdnfuse warmup MODEL --save FILE is for other machines."
+    if torch.compiler.config.force_disable_caches:
+        yield "compile cache", "off", "Each process compiles anew.", "Unset TORCHINDUCTOR_FORCE_DISABLE_CACHES."
+    elif folder:
+        yield "compile cache", folder, so, ""
     header = Path(sysconfig.get_path("include")) / "Python.h"
     so, do = (
         ("In use.", "")

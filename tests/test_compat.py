@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+import tempfile
 import types
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -690,6 +691,36 @@ def machine_codes(there):
         patch.setattr(add_rms_norm_kernel, "device_caches", {0: ({"a": 1, "b": 2}, None)})
         assert compat.machine_codes(add_rms_norm_kernel) == (2 if there else 0)
     assert compat.machine_codes(None) == 0
+
+
+@case
+def machine_code_files(there):
+    from gdnfuse.kernels.add_rms_norm import add_rms_norm_kernel
+
+    gone = SimpleNamespace(hash="b", metadata_group={"b.json": "/no/such/file"})
+    code = SimpleNamespace(hash="a", metadata_group={"this.py": __file__})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(add_rms_norm_kernel, "device_caches", {0: ({1: code, 2: gone}, None)})
+        found = compat.machine_code_files(add_rms_norm_kernel)
+    assert found == ({"a": {"this.py": Path(__file__).read_bytes()}} if there else {})
+    assert compat.machine_code_files(None) == {}
+
+
+@case
+def keep_machine_code(there):
+    from triton.runtime.cache import get_cache_manager
+
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", folder)
+        compat.keep_machine_code("ab" * 32, {"k.json": b"{}", "k.cubin": b"code"}, 0)
+        found = get_cache_manager("ab" * 32).get_group("k.json")
+        assert (found or {}).keys() == ({"k.json", "k.cubin"} if there else set())
+        assert not there or Path(found["k.cubin"]).read_bytes() == b"code"
+
+
+@case
+def cache_folder(there):
+    assert Path(compat.cache_folder()).is_dir() if there else compat.cache_folder() is None
 
 
 class Compiled:
