@@ -55,6 +55,6 @@ def alike() -> Iterator[None]:
     try:
         yield
     finally:
-        del copyreg.dispatch_table[torch.memory_format]
+        copyreg.dispatch_table.pop(torch.memory_format, None)
         if before is not None:
             copyreg.pickle(torch.memory_format, before)

@@ -58,7 +58,7 @@ def fingerprint(model: torch.nn.Module) -> dict[str, str]:
     config = getattr(model, "config", None)
     text = config.get_text_config(decoder=True).to_dict() if hasattr(config, "get_text_config") else {}
     facts = json.dumps({k: v for k, v in text.items() if k not in OF_NO_GRAPH}, sort_keys=True, default=str)
-    made = {package: versions.version(package) for package in PACKAGES}
+    made = {package: versions.version(package) for package in PACKAGES} | {"torch": torch.__version__}  # its build too
     dtype = str(parameter.dtype).removeprefix("torch.")
     digest = hashlib.sha256(facts.encode()).hexdigest()[:12]
     return made | {"device": device, "model": type(model).__name__, "dtype": dtype, "config": digest}

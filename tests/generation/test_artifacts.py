@@ -1,6 +1,7 @@
 """Artifacts: a second process with the file of a first compiles nothing again, and a file that does not fit is one sentence."""
 
 import contextlib
+import importlib.metadata
 import io
 import json
 import logging
@@ -120,14 +121,17 @@ def test_artifacts_of_something_else_are_one_warning(saved, caplog, monkeypatch)
     file, _ = saved
     model, taken = zoo.causal_lm(**zoo.SMALL, hidden_size=48).bfloat16(), []
     monkeypatch.setattr(torch.compiler, "load_cache_artifacts", taken.append)
-    monkeypatch.setattr(versions, "version", lambda package: "1.0" if package == "torch" else "none")
+    made = versions.version("gdnfuse")
+    monkeypatch.setattr(
+        versions, "version", lambda package: "99.0" if package == "gdnfuse" else importlib.metadata.version(package)
+    )
     with caplog.at_level(logging.WARNING):
         assert not artifacts.load(artifacts.read(file), model)
     (said,) = [record.getMessage() for record in caplog.records]
     assert not taken and said.count(". ") == 0 and str(file) in said and said.endswith("gdnfuse.warmup(model, save=…).")
-    for part in ("torch 1.0", f"torch {torch.__version__}", "dtype bfloat16", "dtype float32", "config "):
+    for part in ("gdnfuse 99.0", f"gdnfuse {made}", "dtype bfloat16", "dtype float32", "config "):
         assert part in said
-    assert "device" not in said
+    assert "device" not in said and "torch" not in said
 
 
 def test_a_file_that_is_not_whole_is_one_sentence_and_nothing_is_loaded(saved, tmp_path, monkeypatch):
