@@ -95,10 +95,14 @@ def _parser() -> _Parser:
     parser = _Parser(prog="gdnfuse", description="Fuses the Gated DeltaNet layers of Hugging Face models under torch.compile.")
     parser.add_argument("--debug", action="store_true", help="show tracebacks and the library's warnings")
     packages = " ".join(f"{package} {versions.version(package)}" for package in ("gdnfuse", "torch", "transformers", "triton"))
-    parser.add_argument("--version", action="version", version=packages, help="show this version, and of what it builds on")
+    parser.add_argument(
+        "--version", action="version", version=packages, help="show the versions of gdnfuse, torch, transformers and triton"
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     report = commands.add_parser("report", help="say what is fused in a model, and why not, without its weights")
-    verify = commands.add_parser("verify", help="compare the rewritten graphs of a model, random weights, with those that came")
+    verify = commands.add_parser(
+        "verify", help="run a model with random weights and compare its rewritten graphs with the original ones"
+    )
     bench = commands.add_parser("bench", help="time decode steps and prompts: eager, Inductor and gdnfuse")
     warmup = commands.add_parser("warmup", help="compile what generate needs, random weights, into a file for other processes")
     for command in (report, verify, bench, warmup):
@@ -106,7 +110,7 @@ def _parser() -> _Parser:
             "model", metavar="MODEL_OR_CONFIG", help="preset (4b), config.json, model folder or hub id (owner/name)"
         )
         command.add_argument("--dtype", choices=DTYPES, default=DTYPES[0])
-        command.add_argument("--quantize", choices=FORMATS, help="turn linears into those of a checkpoint of this format")
+        command.add_argument("--quantize", choices=FORMATS, help="quantise the linears to this format first")
     for command in (report, verify, warmup):
         command.add_argument("--batch", type=_positive, default=1, metavar="N", help="sequences (default 1)")
     for command in (report, verify):
@@ -122,16 +126,18 @@ def _parser() -> _Parser:
     bench.add_argument("--batch", type=_numbers, default=[1], metavar="N,…", help="sequences, each measured (default 1)")
     bench.add_argument("--prompt", type=_positive, default=512, metavar="N", help="tokens of a prompt (default 512)")
     bench.add_argument("--new", type=_positive, default=128, metavar="N", help="decode steps that are timed (default 128)")
-    bench.add_argument("--sides", type=_words, metavar="SIDE,…", help="of eager, fla, inductor, gdnfuse (default: all there are)")
-    bench.add_argument("--phase", choices=("decode", "prefill"), help="only this one")
+    bench.add_argument(
+        "--sides", type=_words, metavar="SIDE,…", help="of eager, fla, inductor, gdnfuse (default: all that are installed)"
+    )
+    bench.add_argument("--phase", choices=("decode", "prefill"), help="measure this phase alone")
     bench.add_argument(
         "--prefix",
         type=_positive,
         metavar="N",
-        help="instead time the first token of generate, of a prompt whose first N are known",
+        help="time the first token of generate instead, of a prompt whose first N tokens are known",
     )
     bench.add_argument(
-        "--speculate", type=_words, metavar="KIND,…", help="instead time speculative decoding: lookup:N, mtp:N, draft:N:MODEL"
+        "--speculate", type=_words, metavar="KIND,…", help="time speculative decoding instead: lookup:N, mtp:N, draft:N:MODEL"
     )
     bench.add_argument(
         "--tensor-parallel",
@@ -141,9 +147,7 @@ def _parser() -> _Parser:
     )
     bench.add_argument("--layers", type=_positive, metavar="N", help="only the first layers of the model")
     bench.add_argument("--inner", choices=INNER, default=INNER[0], help="what compiles the rewritten graphs")
-    bench.add_argument(
-        "--timeout", type=_positive, metavar="SECONDS", help="end a side that takes longer; what it was at has no speed"
-    )
+    bench.add_argument("--timeout", type=_positive, metavar="SECONDS", help="stop a side that takes longer; it then has no speed")
     bench.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the milliseconds")
     bench.set_defaults(run=_bench)
     report.add_argument("--phase", choices=("decode", "prefill"), default="decode")

@@ -174,7 +174,7 @@ def _compile(model: torch.nn.Module, settings: _Settings, parsed: gdnfuse_option
     call = together(heeding(hooks.heeded(demanding(model, by_phase(decode, first, parameters, *few)))))
     call.coverage, call.beside = coverage, Beside({**shared, **own})
     if not compat.set_compiled_call(model, call) and parsed.strict:
-        raise GdnfuseError("strict: calls of a model must be able to go elsewhere, found that torch leaves no way.")
+        raise GdnfuseError("strict: a model's call must be replaceable, found that this torch has no way: use a tested version.")
     if hasattr(type(model), "get_compiled_call"):
         in_generate = mode_or_options(_mode_of_generate(mode, parsed), options)
         if in_generate != own:
