@@ -166,10 +166,16 @@ def quantized(model: torch.nn.Module, format: str = "fp8_block128") -> torch.nn.
         The model.
 
     Raises:
-        GdnfuseError: there is no such format, or the model has nothing to quantise.
+        GdnfuseError: there is no such format, or the model has nothing to quantise, or quantised linears already. The model is as
+            it was then.
     """
     if format not in formats.FORMATS:
         raise GdnfuseError(f"A model can be quantised to {', '.join(formats.FORMATS)}, found {format!r}.")
+    if before := next((n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and _is_quantized(m)), None):
+        raise GdnfuseError(
+            f"A model to quantise must have plain weights, found {type(model.get_submodule(before)).__name__} at {before}: begin "
+            "with a model that is not quantised."
+        )
     names = [n for n, m in model.named_modules() if type(m) is torch.nn.Linear and n.rpartition(".")[2] not in NOT_QUANTIZED]
     names = [n for n in names if model.get_submodule(n).in_features % formats.named(format).columns == 0]
     if not names:
@@ -185,6 +191,11 @@ def quantized(model: torch.nn.Module, format: str = "fp8_block128") -> torch.nn.
         kept = [n for n, m in model.named_modules() if type(m) is torch.nn.Linear]
         config.quantization_config = _described(format, kept)
     return model
+
+
+def _is_quantized(linear: torch.nn.Linear) -> bool:
+    weight = getattr(linear, "weight", None)
+    return isinstance(linear, StoredLinear) or isinstance(weight, torch.Tensor) and weight.dtype == torch.float8_e4m3fn
 
 
 def _described(format: str, kept: list[str]) -> dict[str, Any]:

@@ -5,15 +5,21 @@ In a graph of gdnfuse its weight is a `dequantize`; everywhere else, eager calls
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
 from gdnfuse import capture, formats
 from gdnfuse.dialect import dequantize
 
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+
 
 class StoredLinear(torch.nn.Linear):
     """x·Wᵀ with W = dequantize(data, scale), in x's dtype; activations are not quantised.
+
+    A cast of the model, as by `model.to(torch.bfloat16)`, leaves data and scale as they are stored.
 
     Attributes:
         format: a name of `gdnfuse.formats.FORMATS`.
@@ -50,6 +56,15 @@ class StoredLinear(torch.nn.Linear):
     def stored(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Data and scale."""
         return self.weight_packed if self.packed else self.weight, self.weight_scale
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> torch.nn.Module:
+        """What torch calls for `to`, `half` and their like. They cast no integers, so data and scale go as such."""
+        stored = self.stored()
+
+        def apply(x: torch.Tensor) -> torch.Tensor:
+            return fn(x.view(INTEGERS[x.itemsize])).view(x.dtype) if any(x is s for s in stored) else fn(x)
+
+        return super()._apply(apply, recurse)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         data, scale = self.stored()

@@ -71,3 +71,26 @@ def test_a_linear_computes_with_what_is_stored():
     weight = torch.ops.gdnfuse.dequantize(data, scale, "int4_group64", torch.float32)
     x = torch.randn(3, 128)
     assert torch.equal(model(x), x @ weight.T) and model[0].weight_packed.data_ptr() == data.data_ptr()
+
+
+@pytest.mark.parametrize("format", ["fp8_channel", "int8_channel", "int4_group64"])
+def test_a_cast_of_the_model_leaves_what_is_stored(format):
+    """Data of another dtype are none of the format, and a scale would be rounded."""
+    model = models.quantized(torch.nn.Sequential(torch.nn.Linear(64, 8)), format)
+    before = [x.clone() for x in model[0].stored()]
+    model.half().to(torch.bfloat16)
+    assert model[0].bias.dtype == model(torch.randn(1, 64).bfloat16()).dtype == torch.bfloat16
+    for x, old in zip(model[0].stored(), before, strict=True):
+        assert x.dtype == old.dtype and torch.equal(x.double(), old.double())
+    assert all(x.device.type == "meta" for x in model.to("meta").state_dict().values())
+
+
+@pytest.mark.parametrize("format", ["fp8_block128", "int8_channel"])
+def test_a_model_is_quantised_once(format):
+    """Its config could describe no more than one format."""
+    model = models.quantized(torch.nn.Sequential(torch.nn.Linear(64, 8), torch.nn.ReLU()), format)
+    model.append(torch.nn.Linear(8, 8))
+    kinds = [type(m) for m in model]
+    with pytest.raises(GdnfuseError, match=r"^A model to quantise must have plain weights, found \w+ at 0: begin with "):
+        models.quantized(model, "int8_channel")
+    assert [type(m) for m in model] == kinds
