@@ -265,7 +265,9 @@ def _inner(gm: GraphModule, inputs: Sequence[Any], opts: Options, patches: dict[
         return gm.forward
     if opts.inner == "inductor":
         announce(gm)
-        patches = {**patches, **cache_keys.cacheable(gm, patches)}
+        # Whether CUDA graphs take the same inputs for static behind a hit of AOTAutograd's cache has not been measured yet.
+        if not any(isinstance(x, torch.Tensor) and x.is_cuda for x in inputs):
+            patches = {**patches, **cache_keys.cacheable(gm, patches)}
     extra = {"config_patches": patches} if patches else {}
     with cache_keys.alike():
         return compat.lookup_backend(opts.inner)(gm, list(inputs), **extra)

@@ -24,7 +24,7 @@ def test_linears_of_compressed_tensors_are_told_beside_a_fused_mixer(layers):
             new = compressed_tensors.CompressedTensorsFP8Linear(linear.in_features, linear.out_features)
         data, scale = formats.named("fp8_channel").quantize(linear.weight)
         new.weight = torch.nn.Parameter(data, requires_grad=False)
-        new.weight_scale = torch.nn.Parameter(scale.reshape(1, -1), requires_grad=False)
+        new.weight_scale = torch.nn.Parameter(scale.float().reshape(1, -1), requires_grad=False)
         model.set_submodule(name, new.eval())
     cache = zoo.new_cache(model, "static")
     run = torch.compile(model, backend="gdnfuse", fullgraph=True, options={"inner": "eager", "strict": True})
