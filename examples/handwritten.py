@@ -3,7 +3,7 @@
 import argparse
 
 import torch
-from handwritten_layer import CHANNELS, KEY, TAPS, VALUE, VALUES, WIDTH, Memory
+from handwritten_layer import WIDTH, Memory
 
 import gdnfuse
 
@@ -18,8 +18,7 @@ def main(argv=None):
     layer, tokens = Memory(), torch.randn(args.tokens, args.batch, WIDTH)
     step = torch.compile(layer, backend="gdnfuse", fullgraph=True, options={"inner": "eager", "strict": True})
 
-    shapes = (args.batch, CHANNELS, TAPS - 1), (args.batch, VALUES, KEY, VALUE)
-    ours, eager = ([torch.zeros(shape) for shape in shapes] for _ in range(2))
+    ours, eager = layer.empty(args.batch), layer.empty(args.batch)
     for x in tokens:
         torch.testing.assert_close(step(x, *ours), layer(x, *eager), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-5)

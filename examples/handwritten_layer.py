@@ -32,6 +32,8 @@ class Memory(torch.nn.Module):
         faded = torch.exp(-F.softplus(self.bias + pace) * self.pace.exp())[..., None, None] * memory
         error = v.view(-1, VALUES, VALUE) - (k[..., None] * faded).sum(-2)
         memory.copy_(learned := faded + k[..., None] * (error * torch.sigmoid(rate)[..., None]).unsqueeze(-2))
-        read = (learned * q[..., None]).sum(-2)
-        loud = read * torch.rsqrt(read.square().mean(-1, keepdim=True) + 1e-5) * self.loud
+        loud = (read := (learned * q[..., None]).sum(-2)) * torch.rsqrt(read.square().mean(-1, keepdim=True) + 1e-5) * self.loud
         return F.linear((loud * torch.sigmoid(gate.view_as(loud))).flatten(1), self.outer)
+
+    def empty(self, batch):
+        return torch.zeros(batch, CHANNELS, TAPS - 1), torch.zeros(batch, VALUES, KEY, VALUE)

@@ -779,7 +779,7 @@ NOTHING = Recorded([((1,), (1,), torch.float32, torch.device("cpu"))], [], [Resu
 @case
 def tensor_guards(there):
     x = torch.ones(2, 3)
-    match = codegen.written((x,), {}, [x], -1, NOTHING)
+    match = codegen.repeating_function((x,), {}, [x], -1, NOTHING)
     assert match(x).shape == (1,) and match(x.T) is codegen.MISSED if there else match is None
 
 

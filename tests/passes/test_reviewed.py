@@ -20,7 +20,7 @@ def handwritten(monkeypatch):
     torch.compiler.reset()
     gdnfuse.clear_reports()
     torch.manual_seed(0)
-    return importlib.import_module("handwritten")
+    return importlib.import_module("handwritten_layer")
 
 
 def variant(handwritten, old, new, **names):
@@ -69,7 +69,7 @@ def test_sequences_that_change_places(old, batch, handwritten):
 @pytest.mark.parametrize("batch", [1, 3])
 def test_one_projection_for_q_and_k(batch, handwritten):
     """The mixer reads its columns twice; in_proj would have to write them to two places."""
-    old = "q, k, v = mixed.unflatten(-1, (HEADS, -1)).split(self.head, -1)"
+    old = "q, k, v = mixed.unflatten(-1, (HEADS, -1)).split(HEAD, -1)"
     layer = variant(handwritten, old, old.replace("q, k, v", "q, _, v") + "; k = q")
     report = compare(layer, layer.empty, batch)
     reasons = [r.reason for r in report.all_records if r.rule == "mixer_linears"]
