@@ -6,7 +6,7 @@ that. Here weights alone are quantised and activations stay in the model's dtype
 
 A GPU's kernels are all that these functions have, so they cannot be run in a proof. Proved is instead what loading with
 `dequantize=True` makes of such weights, and the loop over experts, which multiplies with plain weights where it is given such.
-Experts on a GPU are left to transformers where its kernels are there, until ours have run on one.
+Experts on a GPU are left to transformers where its kernels are there, until a whole model has run with ours on one.
 """
 
 from __future__ import annotations
