@@ -3,6 +3,7 @@
     python benchmarks/decode.py --models 0.8b,4b --sides fla,inductor,gdnfuse --json decode.json
     python benchmarks/decode.py --models 4b --cache dynamic --json decode_dynamic.json
     python benchmarks/decode.py --models 4b --sides inductor,gdnfuse --second --timeout 300
+    python benchmarks/decode.py --models 4b --lora 16:2                       (two adapters of rank 16 on every projection)
     python benchmarks/decode.py --models tiny --dtype float32 --steps 16       (any machine)
 
 Sides: eager, fla (eager with flash-linear-attention), inductor, max-autotune (with coordinate descent, Inductor's best) and
@@ -69,9 +70,47 @@ LIMITS = ("limit_ms", "limit_with_states_ms")
 SHARED = "reference.pt"  # tokens, logits and a copy's rate that all sides of a model share
 
 
-def build(name: str, dtype: torch.dtype, device: str, quantize: str | None = None) -> torch.nn.Module:
-    """A model with random weights, of which the linears are turned to a format of QUANTIZED. Its own calls dequantise: see
-    `dequantized_calls`."""
+class LoRALinear(torch.nn.Module):
+    """A linear under active adapters, which computes what peft's does: base(x) + scaling · B·A·x of one after the other."""
+
+    def __init__(self, base: torch.nn.Linear, rank: int, adapters: int):
+        super().__init__()
+        factory = {"bias": False, "device": base.weight.device, "dtype": base.weight.dtype}
+        self.base_layer, self.scaling = base, 2.0  # as with lora_alpha = 2 · rank
+        self.lora_A = torch.nn.ModuleList(torch.nn.Linear(base.in_features, rank, **factory) for _ in range(adapters))
+        self.lora_B = torch.nn.ModuleList(torch.nn.Linear(rank, base.out_features, **factory) for _ in range(adapters))
+        for up in self.lora_B:  # so that an adapter adds a tenth or so of what its linear gives
+            torch.nn.init.normal_(up.weight, std=0.02 * rank**-0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result = self.base_layer(x)
+        for down, up in zip(self.lora_A, self.lora_B, strict=True):
+            result = result + up(down(x)) * self.scaling
+        return result
+
+
+def adapted(model: torch.nn.Module, lora: tuple[int, int]) -> torch.nn.Module:
+    """Put so many adapters of a rank on every projection of a model's layers, in place."""
+    for name, linear in list(model.named_modules()):
+        if isinstance(linear, torch.nn.Linear) and "_proj" in name.rpartition(".")[2]:
+            model.set_submodule(name, LoRALinear(linear, *lora))
+    return model.eval().requires_grad_(False)
+
+
+def rank_and_adapters(given: str) -> tuple[int, int]:
+    """RANK or RANK:ADAPTERS of an argument, as numbers."""
+    rank, _, adapters = given.partition(":")
+    found = int(rank), int(adapters or 1)
+    if min(found) < 1:
+        raise ValueError(given)
+    return found
+
+
+def build(
+    name: str, dtype: torch.dtype, device: str, quantize: str | None = None, lora: tuple[int, int] | None = None
+) -> torch.nn.Module:
+    """A model with random weights, of which the linears are turned to a format of QUANTIZED, or get adapters: rank and how many.
+    Its own calls dequantise: see `dequantized_calls`."""
     torch.manual_seed(0)
     config = load_config("0.8b" if name == "tiny" else name)
     if name == "tiny":
@@ -81,7 +120,9 @@ def build(name: str, dtype: torch.dtype, device: str, quantize: str | None = Non
             setattr(config, key, size)
         config.layer_types = config.layer_types[:4]
     model = random_model(config, dtype, device)
-    return quantized(model, QUANTIZED[quantize]) if quantize else model
+    if quantize:
+        model = quantized(model, QUANTIZED[quantize])
+    return adapted(model, lora) if lora else model
 
 
 def compiled(side: str, model: torch.nn.Module, mode: str | None) -> Callable[..., Any]:
@@ -130,7 +171,7 @@ def reference(name: str, args: argparse.Namespace, folder: Path) -> dict[str, An
     """Make the tokens, and the logits in the model's dtype and in float32 of those that are compared, for all sides to read."""
     show_fla("reference")
     rate = bandwidth(args.device)  # before the model takes the memory
-    model = build(name, getattr(torch, args.dtype), args.device, args.quantize)
+    model = build(name, getattr(torch, args.dtype), args.device, args.quantize, args.lora)
     with dequantized_calls(model):
         return _reference(model, rate, args, folder)
 
@@ -174,7 +215,7 @@ def run_side(worker: str, name: str, args: argparse.Namespace, folder: Path) -> 
     complete = folder / f"caches_{side}_complete"
     if worker != side and not complete.exists():
         sys.exit("The first process left no caches.")
-    model, device = build(name, getattr(torch, args.dtype), args.device, args.quantize), args.device
+    model, device = build(name, getattr(torch, args.dtype), args.device, args.quantize, args.lora), args.device
     row: dict[str, Any] = {"side": worker}
     if side == "fla":
         row["fla"] = fla_version()
@@ -301,6 +342,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
     parser.add_argument("--quantize", choices=[*QUANTIZED], help="turn linears into those of a checkpoint of this format")
+    parser.add_argument("--lora", type=rank_and_adapters, metavar="RANK[:ADAPTERS]", help="active adapters on every projection")
     parser.add_argument("--cache", default="static", choices=("static", "dynamic"))
     parser.add_argument("--mode", help="Inductor's mode, for inductor and gdnfuse: reduce-overhead, with a dynamic cache default")
     parser.add_argument("--prompt", type=int, default=128)

@@ -145,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not all(n.isdecimal() and int(n) for n in lengths):
         parser.error(f"--prompts must be numbers of tokens by comma, found {args.prompts}")
     args.prompts = [int(n) for n in lengths]
-    args.cache, args.mode = "static", "reduce-overhead"
+    args.cache, args.mode, args.lora = "static", "reduce-overhead", None
     transformers.utils.logging.set_verbosity_error()
     if worker:
         side, name, folder = worker

@@ -4,6 +4,7 @@
     python benchmarks/step.py --models 0.8b,4b,9b --beside inductor
     python benchmarks/step.py --models 4b --batch 32
     python benchmarks/step.py --models 4b --quantize fp8
+    python benchmarks/step.py --models 4b --lora 16:2
 
 Model, tokens, check of the logits and timing are those of benchmarks/decode.py, with a static cache and CUDA graphs; no step
 whose logits are wrong is taken apart. Then some steps run under torch's profiler, again with nothing waited for inside.
@@ -40,7 +41,7 @@ from typing import Any
 
 import torch
 import transformers
-from decode import DTYPES, SHARED, build, caches, checked, reference, room, timed
+from decode import DTYPES, SHARED, build, caches, checked, rank_and_adapters, reference, room, timed
 from tabulate import tabulate
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
@@ -305,7 +306,7 @@ def own_kernels() -> tuple[Collection[str], Collection[str]]:
 def run_side(side: str, name: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """The row of a side: checked, timed, profiled and attributed."""
     show_fla(side)
-    model = build(name, getattr(torch, args.dtype), args.device, args.quantize)
+    model = build(name, getattr(torch, args.dtype), args.device, args.quantize, args.lora)
     shared = torch.load(folder / SHARED, map_location="cpu")
     row: dict[str, Any] = {"side": side}
     with caches(None), dequantized_calls(model):
@@ -326,7 +327,8 @@ def table(result: dict[str, Any]) -> str:
     rate, parts = result["bytes_per_second"], []
     for row in result["sides"]:
         stored = f" in {result['quantize']}" if result.get("quantize") else ""
-        head = f"{result['model']}{stored}, batch {result['batch']}, {row['side']}: "
+        lora = f" with {result['lora'][1]} × rank {result['lora'][0]}" if result.get("lora") else ""
+        head = f"{result['model']}{stored}{lora}, batch {result['batch']}, {row['side']}: "
         if "ms" not in row:
             parts.append(head + row.get("failed", "its logits are too far from float32's or not finite."))
             continue
@@ -371,6 +373,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
     parser.add_argument("--quantize", choices=[*QUANTIZED], help="turn linears into those of a checkpoint of this format")
+    parser.add_argument("--lora", type=rank_and_adapters, metavar="RANK[:ADAPTERS]", help="active adapters on every projection")
     parser.add_argument("--beside", default="", help=f"count the kernels of these too, by comma: {', '.join(BESIDE)}")
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--warmup", type=int, default=8)
@@ -403,7 +406,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         first, rows = run_sides([__file__], name, sides, argv, timeout=args.timeout)
         data["machine"] |= first["machine"]
         data["results"].append(
-            {"model": name, "batch": args.batch, "quantize": args.quantize, **first.get("facts", {}), "sides": rows}
+            {
+                "model": name,
+                "batch": args.batch,
+                "quantize": args.quantize,
+                "lora": args.lora,
+                **first.get("facts", {}),
+                "sides": rows,
+            }
         )
         print(table(data["results"][-1]), end="\n\n", flush=True)
         if args.json:

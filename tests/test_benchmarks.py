@@ -62,9 +62,11 @@ def quickly_compiled(side, model, mode):
 def test_decode_benchmark(workers, tmp_path, monkeypatch, capsys):
     decode, file = importlib.import_module("decode"), tmp_path / "figures.json"
     monkeypatch.setattr(decode, "compiled", quickly_compiled)
-    assert decode.main([*BENCHMARK, "--batch", "2", "--sides", "eager,gdnfuse", "--json", str(file)]) == 0
+    lora = ["--lora", "4:2"]
+    assert decode.main([*BENCHMARK, *lora, "--batch", "2", "--sides", "eager,gdnfuse", "--json", str(file)]) == 0
     data = json.loads(file.read_text())
     (result,) = data["results"]
+    assert sum(isinstance(m, decode.LoRALinear) for m in decode.build("tiny", torch.float32, "cpu", lora=(4, 2)).modules()) == 31
     assert data["machine"]["torch"] == torch.__version__ and "worker" not in data["arguments"]
     assert [row["side"] for row in result["sides"]] == ["eager", "gdnfuse"]
     assert "3/3 GDN layers fused" in result["sides"][1]["summary"]

@@ -46,6 +46,7 @@ def normalize(gm: GraphModule) -> None:
             _square(gm, node)
             _commute(node)
             _full_slice(gm, node)
+            _idle_dropout(gm, node)
             _rejoined(gm, node, written)
     written = {s: n for n in gm.graph.nodes for s in writes(n)}
     for node in list(gm.graph.nodes):
@@ -145,6 +146,15 @@ def _full_slice(gm: GraphModule, node: Node) -> None:
         return
     index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
     if all(i is Ellipsis or i == slice(None) for i in index):
+        node.replace_all_uses_with(node.args[0])
+        gm.graph.erase_node(node)
+
+
+def _idle_dropout(gm: GraphModule, node: Node) -> None:
+    """Dropout at inference gives back the tensor that it is given. Every adapter has one on its input."""
+    if compat.is_erased(node) or node.target is not torch.nn.functional.dropout or not node.args:
+        return
+    if (node.args[2] if len(node.args) > 2 else node.kwargs.get("training")) is False:
         node.replace_all_uses_with(node.args[0])
         gm.graph.erase_node(node)
 

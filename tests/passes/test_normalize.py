@@ -151,6 +151,13 @@ def test_slices_of_everything_go_and_others_stay():
     assert normal(lambda x: x[:1] + x[None] + x[:, -1:], X).ops().count("getitem") == 3
 
 
+def test_dropout_at_inference_goes():
+    assert normal(lambda x: torch.nn.functional.dropout(x, 0.5, False) + 1, X).ops() == ["add"]
+    assert normal(lambda x: torch.nn.Dropout(0.5).eval()(x) + 1, X).ops() == ["add"]
+    graph = Captured(lambda x: torch.nn.functional.dropout(x, 0.5) + 1, X).normalize()
+    assert graph.ops() == ["dropout", "add"]
+
+
 def test_dead_code_goes_and_writes_stay():
     def f(x, y):
         x.exp().view(-1)
