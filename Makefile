@@ -8,6 +8,10 @@ PY := $(VENV)/bin/python
 WORKERS ?= 2
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 
+# Containers often say that no compiled code is to be kept: then each process of the tests compiles torch and transformers for itself,
+# which takes longer than to import them.
+unexport PYTHONDONTWRITEBYTECODE
+
 # The first Python of the machine that is 3.11 or newer and can make a virtual environment.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)

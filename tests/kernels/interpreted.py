@@ -41,10 +41,24 @@ FEWER_KEYS = {
     "attention_few_queries-no-mask-600": kernel_cases.few_queries(1, 6, 2, 20, 100, torch.bfloat16, mask=False),
     "attention_few_queries-padded": kernel_cases.few_queries(1, 4, 1, 16, 110, hidden=100),
     "attention_few_queries-masks-in-turns": kernel_cases.few_queries(1, 2, 1, 16, 2200, hidden=2150),
+    "attention_few_queries-T3-one-split": kernel_cases.few_queries(2, 10, 10, 8, 37, torch.float16, T=3),
+    "attention_decode-bf16": kernel_cases.attention(1, 8, 2, 32, 70, torch.bfloat16, filled=70),
+    "attention_growing-no-mask-230": kernel_cases.growing(1, 6, 2, 20, 130, torch.bfloat16, mask=False, R=6),
 }
-MANY_HEADS = ("mixer_decode-tiles-ahead", "mixer_decode-many-heads")
-assert {*FEWER_KEYS, *MANY_HEADS} <= {*map(str, kernel_cases.CASES)}
-CASES = [replace(case, make=FEWER_KEYS.get(str(case), case.make)) for case in kernel_cases.CASES if str(case) not in MANY_HEADS]
+# Of dtypes with sizes, and formats with kinds of linears, some of each.
+LEFT_OUT = {
+    "mixer_decode": "tiles-ahead many-heads",
+    "attention_growing": "float32-1 float32-4 bfloat16-4 bfloat16-33 float16-1 float16-33",
+    "delta_rule_verify": "float32-T5 float32-T8 bfloat16-T2 bfloat16-T5 float16-T2 float16-T8",
+    "delta_rule_commit": "float16",
+    "chunk_delta_rule": "float32-1 float32-130 bfloat16-1 bfloat16-63 float16-63 float16-130",
+    "fused_gating_chunk_delta_rule": "soft-beta-to-2-float32-24 soft-beta-to-2-bfloat16-96 hard-beta-to-2-bfloat16-16",
+    "fused_linear": "large fp8_channel-and-plain int8_channel-and-plain int4_group128-and-plain",
+    "in_proj_conv": "fp8_channel int8_channel int4_group128",
+}
+SWEPT = {f"{op}-{case}" for op, cases in LEFT_OUT.items() for case in cases.split()}
+assert {*FEWER_KEYS, *SWEPT} <= {*map(str, kernel_cases.CASES)}
+CASES = [replace(case, make=FEWER_KEYS.get(str(case), case.make)) for case in kernel_cases.CASES if str(case) not in SWEPT]
 
 
 @pytest.mark.parametrize("case", kernel_cases.CASES if ALL else CASES, ids=str)

@@ -32,6 +32,7 @@ from gdnfuse.kernels import (
 from gdnfuse.kernels.chunk_delta_rule import prepare_bytes, scan_bytes
 from gdnfuse.kernels.devices import H200, Device
 from gdnfuse.kernels.linear_configs import FewRowsConfig, few_rows_config, quantized_ring_config, ring_config, split
+from tests.sweeps import pairs
 
 SWEEP = "GDNFUSE_FUZZ" in os.environ
 TARGETS = {f"sm_{n}": GPUTarget("cuda", n, 32) for n in (80, 86, 89, 90, 100, 120)} | {"gfx942": GPUTarget("hip", "gfx942", 64)}
@@ -161,13 +162,14 @@ def calls(B, HV, K=128, V=128, state_dtype=torch.float32):
 
 LAUNCHES = {"attention_decode": 2, "attention_growing": 2, "attention_few_queries": 2, "mixer_decode": 2}
 MODELS = {"4B": (1, 32), "4B-batched": (32, 32), "27B": (2, 48)}
-# Every op at every model's shapes for sm_90, where nothing may spill, and for sm_80, sm_100 and gfx942 at those of one in turn.
+OTHERS = ("sm_80", "sm_100", "gfx942")
+# Every op at the shapes of one model in turn, for sm_90, where nothing may spill, and for one of the others.
 CASES = [
     (model, op, target)
     for i, op in enumerate(calls(1, 32))
-    for j, target in enumerate(TARGETS)
+    for target in TARGETS
     for k, model in enumerate(MODELS)
-    if SWEEP or target == "sm_90" or target not in ("sm_86", "sm_89", "sm_120") and (i + j + k) % len(MODELS) == 0
+    if SWEEP or (i + k) % len(MODELS) == 0 and target in ("sm_90", OTHERS[(i + i // len(MODELS)) % len(OTHERS)])
 ]
 
 
@@ -250,11 +252,11 @@ TIGHT = {
     "chunk_delta_rule of 256": (chunks_of(256), 1, 1),
 }
 BY_DEFAULT = [
-    *(("fused_linear of 2 rows", target) for target in SMALL),
-    *(("split_linear of 2 rows", target) for target in ("sm_120", "gfx942")),
+    *(("fused_linear of 2 rows", target) for target in ("sm_89", "gfx942")),
+    ("split_linear of 2 rows", "sm_120"),
     ("fused_linear of 32 rows and swiglu", "gfx942"),
-    *(("chunk_delta_rule of 128", target) for target in ("sm_86", "gfx942")),
-    *(("chunk_delta_rule of 256", target) for target in ("sm_120", "gfx942")),
+    ("chunk_delta_rule of 128", "sm_86"),
+    ("chunk_delta_rule of 256", "gfx942"),
 ]
 
 
@@ -286,7 +288,7 @@ def needs(spec, amd):
     return scan_bytes(c["BK"], c["BV"], c["STAGES"], amd)
 
 
-WIDER = [(torch.float16, "sm_80"), (torch.float16, "gfx942"), (torch.float32, "sm_90"), (torch.float32, "sm_100")]
+WIDER = [(torch.float16, "gfx942"), (torch.float32, "sm_90")]
 
 
 @pytest.mark.parametrize(
@@ -314,11 +316,11 @@ SPILLS = pytest.mark.xfail(
 @pytest.mark.parametrize(
     ("columns", "slots", "varlen", "checkpoints"),
     [
-        (64, 3, False, False),
+        pytest.param(64, 3, False, False, marks=pytest.mark.sweep),
         (64, 3, False, True),
         pytest.param(64, 3, True, False, marks=SPILLS),
         (128, 2, False, False),
-        (128, 2, False, True),
+        pytest.param(128, 2, False, True, marks=pytest.mark.sweep),
     ],
 )
 def test_the_hopper_scan_does_not_spill(columns, slots, varlen, checkpoints, tmp_path, record_property):
@@ -433,8 +435,16 @@ LINEARS = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [BF16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize(("kind", "m", "n"), LINEARS)
+# Of each kind two sizes in bfloat16, and two in the other dtypes.
+OF_DTYPES = [
+    (*size, dtype)
+    for i, size in enumerate(LINEARS)
+    for j, dtype in enumerate([BF16, torch.float16, torch.float32])
+    if SWEEP or i % 4 in ((1, 3), (0,), (2,))[j]
+]
+
+
+@pytest.mark.parametrize(("kind", "m", "n", "dtype"), OF_DTYPES, ids=str)
 def test_linears_read_16_bytes_at_once_and_do_not_spill(kind, m, n, dtype, tmp_path, record_property):
     """As they are launched on Hopper: weights are read before the wait."""
     of = lambda *shape: torch.empty(shape, dtype=dtype, device="meta")  # noqa: E731
@@ -489,9 +499,10 @@ QUANTISED = [size for size in LINEARS if size[2] in (2560, 5120) and size[1] < 2
 
 
 OF_FORMATS = [
-    *((*size, "fp8_block128") for size in QUANTISED),
-    *((*size, "int8_channel") for size in QUANTISED if size[2] != 5120),
-    *((*size, "int4_group128") for size in QUANTISED),
+    (*size, format)
+    for i, size in enumerate(QUANTISED)
+    for j, format in enumerate(["fp8_block128", "int8_channel", "int4_group128"])
+    if (SWEEP and (j != 1 or size[2] != 5120)) or (i + j) % 3 == 0 or (j == 0 and size[0] == "conv")
 ]
 
 
@@ -510,8 +521,15 @@ def test_quantised_linears_read_as_much_at_once_and_do_not_spill(kind, m, n, for
     assert len(wide) >= config[0] * n * (2 if kind == "swiglu" else 1) / (32 * config[2] * config[4])
 
 
-@pytest.mark.parametrize("target", ["sm_89", "sm_90", "sm_100", "sm_120"] if SWEEP else ["sm_89", "sm_90"])
-@pytest.mark.parametrize(("kind", "m", "n"), [size for size in QUANTISED if size[0] != "plain"])
+TENSOR_CORES = [
+    (*size, target)
+    for i, size in enumerate(size for size in QUANTISED if size[0] != "plain")
+    for target in ("sm_89", "sm_90", "sm_100", "sm_120")
+    if SWEEP or target == ("sm_90", "sm_89")[i % 2]
+]
+
+
+@pytest.mark.parametrize(("kind", "m", "n", "target"), TENSOR_CORES)
 def test_tensor_cores_take_weights_as_they_were_loaded(kind, m, n, target, tmp_path, monkeypatch, record_property):
     monkeypatch.setattr(skinny_tensor_cores, "supports_here", lambda *args: True)
     op, args, options = quantised(kind, m, n)
@@ -533,7 +551,10 @@ def test_tensor_cores_take_weights_as_they_were_loaded(kind, m, n, target, tmp_p
         assert early.count("ld.global.v4.b32") >= 2 * min(spec.constexprs["AHEAD"], steps)  # 16 bytes of two rows each
 
 
-@pytest.mark.parametrize(("rows", "target"), [(1, "sm_80"), (1, "gfx942"), (9, "sm_86"), (2, "gfx942"), (32, "sm_100")])
+SCALED = [(1, "sm_80"), (1, "gfx942"), (9, "sm_86"), pytest.param(2, "gfx942", marks=pytest.mark.sweep), (32, "sm_100")]
+
+
+@pytest.mark.parametrize(("rows", "target"), SCALED)
 def test_quantised_linears_compile_for_cards_that_cannot_widen_them(rows, target, on, tmp_path):
     on(target)
     op, args, options = quantised("conv", 12352, 2560, rows)
@@ -542,10 +563,15 @@ def test_quantised_linears_compile_for_cards_that_cannot_widen_them(rows, target
     assert compile_for(target, spec).metadata.shared <= CARDS[target].shared_memory
 
 
-@pytest.mark.parametrize("format", ["int4_group32", "int4_group128"])
-@pytest.mark.parametrize(
-    ("rows", "target"), [(1, "sm_80"), (1, "gfx942"), (32, "sm_86"), (32, "gfx942"), (2, "sm_90"), (9, "sm_120")]
-)
+INT4 = [
+    (*case, format)
+    for i, case in enumerate([(1, "sm_80"), (1, "gfx942"), (32, "sm_86"), (32, "gfx942"), (2, "sm_90"), (9, "sm_120")])
+    for j, format in enumerate(["int4_group128", "int4_group32"])
+    if SWEEP or i % 2 == j
+]
+
+
+@pytest.mark.parametrize(("rows", "target", "format"), INT4)
 def test_linears_of_int4_compile_for_every_card(rows, target, format, on, tmp_path):
     on(target)
     op, args, options = quantised("conv", 12352, 2560, rows, format)
@@ -571,11 +597,10 @@ FEW_ROWS = [
 ]
 
 
-@pytest.mark.parametrize("rows", [2, 9, 17])
-@pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
-@pytest.mark.parametrize(("swiglu", "m", "n"), FEW_ROWS)
-def test_linears_of_a_few_rows_do_not_spill(swiglu, m, n, dtype, rows, tmp_path, record_property):
+@pytest.mark.parametrize(*pairs(linear=FEW_ROWS, dtype=[BF16, torch.float32], rows=[2, 9, 17]), ids=str)
+def test_linears_of_a_few_rows_do_not_spill(linear, dtype, rows, tmp_path, record_property):
     """As they are launched on Hopper, in parts where they are split: if any weight is read before the wait, the first step is."""
+    swiglu, m, n = linear
     of = lambda *shape: torch.empty(shape, dtype=dtype, device="meta")  # noqa: E731
     parts = 1 if swiglu else split(m, n, rows)
     x, weights = of(rows, 1, n), [of(m, n)]
@@ -627,14 +652,14 @@ def of_35b(op, rows):
     ("op", "rows", "target"),
     [
         ("experts", 2, "sm_80"),
-        ("experts", 32, "sm_100"),
-        ("experts", 64, "gfx942"),
+        pytest.param("experts", 32, "sm_100", marks=pytest.mark.sweep),
+        pytest.param("experts", 64, "gfx942", marks=pytest.mark.sweep),
         ("routed_experts", 1, "gfx942"),
         ("route", 9, "sm_80"),
         ("experts", 8192, "gfx942"),
         ("experts fp8", 2, "sm_120"),
         ("routed_experts fp8", 1, "sm_80"),
-        ("experts fp8", 8192, "gfx942"),
+        pytest.param("experts fp8", 8192, "gfx942", marks=pytest.mark.sweep),
     ],
 )
 def test_experts_compile_within_the_least_shared_memory(op, rows, target, tmp_path, monkeypatch):
@@ -696,7 +721,7 @@ def test_experts_of_several_rows_fit_three_times(rows, tmp_path, record_property
     assert "bar.sync" not in top_k.asm["ptx"]  # one warp finds a row's largest
 
 
-@pytest.mark.parametrize("rows", [100, 600, 1800, 8192])
+@pytest.mark.parametrize("rows", [100, 600, 1800, 8192] if SWEEP else [100, 1800])
 def test_experts_of_a_prompt_fit_twice_and_do_not_spill(rows, tmp_path, record_property):
     """Weights and rows go to shared memory 16 bytes at a time, several steps ahead of products that are not waited for."""
     _, *products, _ = implementations()["experts"].jit_kernels(*of_35b("experts", rows))
@@ -711,9 +736,11 @@ def test_experts_of_a_prompt_fit_twice_and_do_not_spill(rows, tmp_path, record_p
         assert int(re.search(r"wgmma\.wait_group\S* (\d)", ptx)[1]) > 0
 
 
-@pytest.mark.parametrize("model", MODELS)
+STATES = ["causal_conv_update", "fused_gating_delta_rule", "packed_decode", "mixer_decode", "mixer_decode head by head"]
+
+
 @pytest.mark.parametrize(
-    "op", ["causal_conv_update", "fused_gating_delta_rule", "packed_decode", "mixer_decode", "mixer_decode head by head"]
+    ("op", "model"), [(op, m) for i, op in enumerate(STATES) for j, m in enumerate(MODELS) if SWEEP or (i + j) % 3]
 )
 def test_states_are_read_before_the_wait_and_written_behind(op, model):
     """A window of four columns of bfloat16 is eight bytes, read at once; a thread's part of a state in float32 sixteen."""
@@ -730,7 +757,7 @@ def test_other_head_dims_do_not_spill(op, K, V, tmp_path):
     assert (usage["STACK"], usage["LOCAL"]) == (0, 0), f"{usage}"
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", MODELS if SWEEP else ["4B-batched"])
 def test_keys_and_values_are_read_before_the_query_and_no_program_waits_for_another_warp(model, tmp_path):
     """The first four of each, a row of 256 columns at once; longer keys and values are written as wide. Those that the graph put
     together are waited for."""
