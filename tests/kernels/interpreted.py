@@ -156,7 +156,7 @@ def test_causal_conv_update_windows_of_another_length_are_read_one_by_one():
 
 
 # Heads are of two key heads: six queries of one are two programs'. With at most one program there are no splits.
-@pytest.mark.parametrize(*pairs(L=[1, 2, 4, 5, 8, 33], dtype=[torch.float32, torch.bfloat16], heads=[2, 12], programs=[1, 16]))
+@pytest.mark.parametrize(*pairs(L=[1, 2, 5, 33], dtype=[torch.float32, torch.bfloat16], heads=[2, 12], programs=[1, 16]))
 def test_attention_growing_copies_every_bit_and_hides_what_is_no_number(dtype, L, heads, programs, monkeypatch):
     monkeypatch.setattr(attention_decode, "PROGRAMS", programs)
     args, _ = kernel_cases.growing(2, heads, 2, 24, L, dtype, R=6, hidden=L // 2, wrap=kernel_cases.strided)()
