@@ -5,20 +5,29 @@
 
 Weights are random, of the published shapes. Each side runs in a process of its own (see gdnfuse/bench/workers.py): eager, eager
 with flash-linear-attention, gdnfuse without a store, and `prefixes`, gdnfuse with one. Times are from the call of
-`generate(max_new_tokens=1)` to its return, waited for, medians over REPEATS prompts. For the first token the prompt is --prefix
-tokens and TAIL that are new each time; for the chat it is the whole talk, --turn tokens longer at each turn. A prompt of each
-kind goes before and is not timed. The store's bytes stand beside what the model's shapes say. No speed is reported for a side
-whose logits of the first tokens are off float32's by more than SLACK times eager's (see gdnfuse/bench/measure.py).
+`generate(max_new_tokens=1)` to its return, waited for, medians over REPEATS prompts, of sides that are not compiled over
+EAGER_REPEATS. For the first token the prompt is --prefix tokens and TAIL that are new each time; for the chat it is the whole
+talk, --turn tokens longer at each turn. A prompt of each kind goes before and is not timed. The store's bytes stand beside what
+the model's shapes say.
+
+No speed is reported for a side whose logits of the first tokens are off float32's by more than SLACK times eager's (see
+gdnfuse/bench/measure.py). They are compared behind prefixes of up to CHECKED tokens, and of the turn behind that: enough for a
+prompt's graph to pass two states that are kept, and for both to begin behind a known prefix, and the graphs are those of any
+length. In float32 the whole prompt would take longer than all that is timed.
+
+What a side has found is printed on stderr as soon as it is there, and stands in the file by then.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import shlex
 import statistics
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +38,14 @@ from tabulate import tabulate
 
 import gdnfuse
 from gdnfuse.bench.measure import compare_logits, difference, machine, seconds, widen
-from gdnfuse.bench.workers import answer, fla_version, run_sides, show_fla
+from gdnfuse.bench.workers import answer, fla_version, leave, note, run_sides, show_fla
+from gdnfuse.files import replacing
 
 SIDES = ("eager", "fla", "gdnfuse", "prefixes")
-TAIL, REPEATS = 64, 7
+COMPILED = ("gdnfuse", "prefixes")
+TAIL, REPEATS, EAGER_REPEATS = 64, 7, 2
+UNKNOWN = 3  # prompts that are timed of which nothing is known
+CHECKED = 2048  # tokens of the prefix that logits are compared behind, at most
 KINDS = {"dynamic": {}, "static": {"cache_implementation": "static"}}
 
 
@@ -44,6 +57,7 @@ class Talk:
         self.model = build(name, getattr(torch, args.dtype), args.device)
         self.generator = torch.Generator(args.device)
         self.known = self.tokens(args.prefix, 1)
+        self.kinds = kinds_of(args)
 
     def tokens(self, n: int, seed: int) -> torch.Tensor:
         self.generator.manual_seed(seed)
@@ -67,9 +81,15 @@ class Talk:
     def ms(self, prompt: torch.Tensor, kind: str = "dynamic") -> float:
         return 1e3 * seconds(lambda: self.first(prompt, kind), self.args.device)
 
-    def checked(self) -> torch.Tensor:
-        """Logits that are compared: of a prompt behind the prefix and of the turns of a talk."""
-        return torch.stack([self.first(p).float().cpu() for p in (self.behind(2), *self.turns(3))])
+    def checked(self, kind: str = "dynamic") -> torch.Tensor:
+        """Logits that are compared: of a prompt behind a prefix, and of the turn behind that."""
+        prompt = torch.cat([self.known[:, :CHECKED], self.tokens(TAIL, 2)], 1)
+        prompts = prompt, torch.cat([prompt, self.tokens(TAIL, 3)], 1)
+        return torch.stack([self.first(p, kind).float().cpu() for p in prompts])
+
+
+def kinds_of(args: argparse.Namespace) -> list[str]:
+    return list(KINDS) if args.kind == "both" else [args.kind]
 
 
 def worker(side: str, name: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -86,16 +106,28 @@ def worker(side: str, name: str, args: argparse.Namespace, folder: Path) -> dict
     row: dict[str, Any] = {"side": side}
     if side == "fla":
         row["fla"] = fla_version()
+    repeats = REPEATS if side in COMPILED else EAGER_REPEATS
     store = gdnfuse.PrefixStore(talk.model, max_bytes=1 << 40) if side == "prefixes" else None
-    if side in ("gdnfuse", "prefixes"):
+    if side in COMPILED:
         gdnfuse.compile(talk.model, inner=args.inner, prefixes=store)
-    talk.checked()  # of the prompts that are compared nothing is unknown to a store the second time
-    saved = torch.load(folder / SHARED)
-    row |= compare_logits(talk.checked(), saved["exact"], saved["eager_error"]) | {"eager_error": saved["eager_error"]}
-    row["graphs"] = [report.summary() for report in gdnfuse.reports()]
+    saved, found = torch.load(folder / SHARED), []
+    for kind in talk.kinds:
+        if side in COMPILED:
+            note(str(folder), f"{kind}, first calls")
+            start = time.perf_counter()
+            talk.checked(kind)  # of the prompts that are compared nothing is unknown to a store the second time
+            row.setdefault("first_calls_seconds", {})[kind] = time.perf_counter() - start
+        found.append(compare_logits(talk.checked(kind), saved["exact"], saved["eager_error"]))
+    row |= max(found, key=lambda one: (not one["right"], one["error"])) | {"eager_error": saved["eager_error"]}
+    leave(folder, row)
+    row["first_token"] = {}
+    for kind in talk.kinds if row["right"] else ():
+        note(str(folder), f"{kind}, first tokens")
+        first_token(talk, kind, store, repeats, row["first_token"].setdefault(kind, {}), lambda: leave(folder, row))
     if row["right"]:
-        row["first_token"] = {kind: first_token(talk, kind, store) for kind in KINDS}
-        row["chat_ms"] = chat(talk, store)
+        note(str(folder), "chat")
+        row["chat_ms"] = chat(talk, store, repeats)
+    row["graphs"] = [report.summary() for report in gdnfuse.reports()]
     if store is not None:
         row["store"] = bytes_kept(talk, store)
     if args.device == "cuda":
@@ -103,43 +135,51 @@ def worker(side: str, name: str, args: argparse.Namespace, folder: Path) -> dict
     return row
 
 
-def first_token(talk: Talk, kind: str, store: gdnfuse.PrefixStore | None) -> dict[str, float]:
-    """Milliseconds of prompts whose prefix is known to a side that has a store, and of those of which nothing is."""
-    for seed in (10, 11):
+def first_token(
+    talk: Talk, kind: str, store: gdnfuse.PrefixStore | None, repeats: int, figures: dict[str, float], say: Callable[[], None]
+) -> None:
+    """Milliseconds of prompts whose prefix is known to a side that has a store, and of those of which nothing is.
+
+    Each is put into `figures`, and `say` is called behind it.
+    """
+    # The first leaves the prefix, and the second takes it.
+    for seed in (10, 11)[: 1 + (store is not None)]:
         talk.first(talk.behind(seed), kind)
     before = store.stats() if store else None
-    known = [talk.ms(talk.behind(20 + i), kind) for i in range(REPEATS)]
-    figures = {"ms": statistics.median(known), "ms_min": min(known), "ms_max": max(known)}
+    known = [talk.ms(talk.behind(20 + i), kind) for i in range(repeats)]
+    figures |= {"ms": statistics.median(known), "ms_min": min(known), "ms_max": max(known)}
     if store is not None:
-        figures["tokens_taken"] = (store.stats().tokens_taken - before.tokens_taken) / REPEATS / talk.args.batch
+        figures["tokens_taken"] = (store.stats().tokens_taken - before.tokens_taken) / repeats / talk.args.batch
+        say()
+        figures["key_ms"] = statistics.median(1e3 * seconds(store.key, talk.args.device) for _ in range(repeats))
+        figures["open_ms"] = statistics.median(
+            1e3 * seconds(lambda: store.open(talk.behind(60)), talk.args.device) for _ in range(repeats)
+        )
         figures["unknown_ms"] = unknown(talk, kind, store)
+        say()
         # The same where the prompt's graph leaves no states, so that calls end wherever one is wanted.
         store.in_pieces, as_it_was = True, store.in_pieces
         figures["unknown_in_pieces_ms"] = unknown(talk, kind, store)
         store.in_pieces = as_it_was
-        figures["key_ms"] = statistics.median(1e3 * seconds(store.key, talk.args.device) for _ in range(REPEATS))
-        figures["open_ms"] = statistics.median(
-            1e3 * seconds(lambda: store.open(talk.behind(60)), talk.args.device) for _ in range(REPEATS)
-        )
-    return figures
+    say()
 
 
 def unknown(talk: Talk, kind: str, store: gdnfuse.PrefixStore) -> float:
     """Milliseconds of prompts of which the store knows nothing and keeps everything; the first is not timed."""
     times = []
-    for i in range(REPEATS + 1):
+    for i in range(UNKNOWN + 1):
         store.clear()
         times.append(talk.ms(talk.behind(40 + i), kind))
     return statistics.median(times[1:])
 
 
-def chat(talk: Talk, store: gdnfuse.PrefixStore | None) -> list[float]:
+def chat(talk: Talk, store: gdnfuse.PrefixStore | None, repeats: int) -> list[float]:
     """Milliseconds of each turn, the median over talks."""
-    talks = []
-    for i in range(REPEATS + 1):  # the first is not timed
+    kind, talks = talk.kinds[0], []
+    for i in range(repeats + 1):  # the first is not timed
         if store is not None:
             store.clear()
-        talks.append([talk.ms(prompt) for prompt in talk.turns(100 + i)])
+        talks.append([talk.ms(prompt, kind) for prompt in talk.turns(100 + i)])
     return [statistics.median(turn) for turn in zip(*talks[1:], strict=True)]
 
 
@@ -152,12 +192,22 @@ def bytes_kept(talk: Talk, store: gdnfuse.PrefixStore) -> dict[str, Any]:
     state = kinds.count("linear_attention") * (4 * heads * K * V + size * channels * config.linear_conv_kernel_dim)
     token = kinds.count("full_attention") * 2 * config.num_key_value_heads * config.head_dim * size
     store.clear()
-    talk.first(talk.behind(80))
+    talk.first(talk.behind(80), talk.kinds[0])
     stats, rest = store.stats(), (talk.args.prefix + TAIL) % 64
     reckoned = stats.states * state + (stats.blocks * 64 + talk.args.batch * rest) * token
     sizes = {"state_bytes": store.state_bytes, "block_bytes": store.block_bytes, "every": store.every}
     wanted = {"state_bytes_of_shapes": state, "block_bytes_of_shapes": 64 * token, "bytes_of_shapes": reckoned}
     return {"states": stats.states, "blocks": stats.blocks, "bytes": stats.device_bytes, **sizes, **wanted}
+
+
+def lines(row: dict[str, Any]) -> list[str]:
+    """A line on each figure of a side that is there."""
+    side, first = row["side"], row.get("first_token", {})
+    parts = [f"{kind}, first calls {s:.1f} s" for kind, s in row.get("first_calls_seconds", {}).items()]
+    parts += [f"error {row['error']:.1e}, eager's {row['eager_error']:.1e}"] if "error" in row else []
+    parts += [f"{kind}, {name.replace('_', ' ')} {x:.2f}" for kind, found in first.items() for name, x in found.items()]
+    parts += [f"turns (ms) {', '.join(f'{ms:.2f}' for ms in row['chat_ms'])}"] if "chat_ms" in row else []
+    return [f"{side}: {part}" for part in [*parts, *([row["failed"]] if "failed" in row else [])]]
 
 
 def table(name: str, rows: Sequence[dict[str, Any]], args: argparse.Namespace) -> str:
@@ -168,7 +218,7 @@ def table(name: str, rows: Sequence[dict[str, Any]], args: argparse.Namespace) -
         lines.append(
             {
                 "side": row["side"],
-                **{f"first token, {kind} (ms)": f"{first[kind]['ms']:.2f}" if first else why for kind in KINDS},
+                **{f"first token, {k} (ms)": f"{first[k]['ms']:.2f}" if k in first else why for k in kinds_of(args)},
                 **{f"turn {i + 1} (ms)": f"{chat[i]:.2f}" if chat else "" for i in range(args.turns)},
                 "error / eager's": f"{row['error']:.1e} / {row['eager_error']:.1e}" if "error" in row else "",
             }
@@ -186,7 +236,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--prefix", type=int, default=8192, help="tokens that are known, a multiple of 64")
     parser.add_argument("--turn", type=int, default=2000, help="tokens of each turn of the chat")
     parser.add_argument("--turns", type=int, default=4)
+    parser.add_argument("--kind", default="both", choices=(*KINDS, "both"), help="of cache; the chat has the first of both")
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--timeout", type=float, help="seconds that a side may take; what it has found by then stays")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--inner", default="inductor", choices=("inductor", "aot_eager", "eager"))
@@ -208,13 +260,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         "machine": {},
         "results": [],
     }
-    for name in args.models.split(","):
-        first, rows = run_sides([__file__], name, sides, argv)
+    begin = time.perf_counter()
+
+    def show(first: dict[str, Any], rows: list[dict[str, Any]], shown: set[str]) -> None:
+        """Put what there is of the last model into the data and the file, and say what of it is new."""
         data["machine"] |= first["machine"]
-        data["results"].append({"model": name, "sides": rows})
-        print(table(name, rows, args), end="\n\n", flush=True)
+        data["results"][-1]["sides"] = rows
+        for line in (line for row in rows for line in lines(row) if line not in shown):
+            shown.add(line)
+            print(f"{data['results'][-1]['model']}, {line} ({time.perf_counter() - begin:.0f} s)", file=sys.stderr, flush=True)
         if args.json:
-            Path(args.json).write_text(json.dumps(data, indent=1))
+            with replacing(Path(args.json)) as file:
+                file.write_text(json.dumps(data, indent=1))
+
+    for name in args.models.split(","):
+        data["results"].append({"model": name, "sides": []})
+        found = functools.partial(show, shown=set())
+        first, rows = run_sides([__file__], name, sides, argv, timeout=args.timeout, found=found)
+        found(first, rows)
+        print(table(name, rows, args), end="\n\n", flush=True)
     return 0 if all("chat_ms" in row for result in data["results"] for row in result["sides"]) else 1
 
 

@@ -6,21 +6,23 @@
 
 Weights are random, of the published shapes, so acceptance is forced: each draft stands with a probability, given the one before
 it (gdnfuse/bench/speculation.py). "its own" is what random weights accept, which for lookup shows what it costs where nothing is
-found.
+found. Each figure is printed on stderr as soon as it is there, and the file has by then all that were found; tables come last.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 
 from gdnfuse.bench.speculation import ACCEPTANCES, Settings, run, tables
-from gdnfuse.files import check_writable
+from gdnfuse.files import check_writable, replacing
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,14 +41,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json:
         check_writable(args.json)
     transformers.utils.logging.set_verbosity_error()
-    found = []
+    done: list[dict[str, Any]] = []
+
+    def finished(data: dict[str, Any], line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+        if args.json:
+            with replacing(args.json) as file:
+                file.write_text(json.dumps([*done, data], indent=1))
+
     for model in args.models.split(","):
         acceptances = tuple(map(float, args.acceptances.split(",")))
         how = {name: getattr(args, name) for name in ("batch", "prompt", "new", "dtype", "device", "inner")}
-        found.append(run(Settings(model, args.speculate.split(","), acceptances, **how)))
-        print(tables(found[-1]))
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=1))
+        done.append(run(Settings(model, args.speculate.split(","), acceptances, **how), finished))
+        print(tables(done[-1]), flush=True)
     return 0
 
 

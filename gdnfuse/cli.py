@@ -325,6 +325,8 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _speculate(args: argparse.Namespace, device: str) -> int:
+    from tqdm import tqdm
+
     from gdnfuse.bench import speculation
 
     given = ("sides", "phase", "prefix", "layers", "quantize", "plot", "timeout", "tensor_parallel")
@@ -333,7 +335,8 @@ def _speculate(args: argparse.Namespace, device: str) -> int:
     how = {name: getattr(args, name) for name in ("prompt", "new", "dtype", "inner")}
     with progress() as announce, listening(announce):
         announce("speculate")
-        data = speculation.run(speculation.Settings(args.model, args.speculate, batch=args.batch[0], device=device, **how))
+        settings = speculation.Settings(args.model, args.speculate, batch=args.batch[0], device=device, **how)
+        data = speculation.run(settings, lambda data, line: tqdm.write(line, file=sys.stderr))
     print(json.dumps(data, indent=1) if args.json else speculation.tables(data))
     return 0
 

@@ -240,6 +240,8 @@ print(side, file=sys.stderr, flush=True)
 if side != "reference":
     open(os.path.join(folder, "step"), "w").write("decode, first call")
 open(os.path.join(tempfile.gettempdir(), "compiled"), "w").close()
+if side == "slow":
+    open(os.path.join(folder, "so_far"), "w").write(json.dumps({"side": side, "error": 0.5}))
 if side == "killed":
     os.kill(os.getpid(), 9)
 time.sleep({"eager": 2, "slow": 60}.get(side, 0))
@@ -269,9 +271,16 @@ def test_a_side_that_crashes_or_takes_too_long_costs_its_own_row_alone(program, 
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     monkeypatch.setenv("TMPDIR", tempfile.tempdir)
-    _, rows = workers.run_sides(program, "tiny", ["slow", "killed", "silent", "eager"], [], timeout=4)
+    found = []
+
+    def note(first, rows):
+        found.append([dict(row) for row in rows])
+
+    _, rows = workers.run_sides(program, "tiny", ["slow", "killed", "silent", "eager"], [], timeout=4, found=note)
+    # What a side has found before it fails stays, and is known while it runs.
+    assert [len(f) for f in found] == [1, 1, 2, 3, 4] and found[0] == [{"side": "slow", "error": 0.5}] and found[-1] == rows
     assert rows == [
-        {"side": "slow", "failed": "It was ended after 4 seconds, at 'decode, first call'."},
+        {"side": "slow", "error": 0.5, "failed": "It was ended after 4 seconds, at 'decode, first call'."},
         {"side": "killed", "failed": "The process ended with signal 9 (Killed)."},
         {"side": "silent", "failed": "The process ended without an answer."},
         {"side": "eager", "machine": {}},

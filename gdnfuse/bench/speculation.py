@@ -4,12 +4,16 @@ Random weights accept no draft but by chance. So drafts are made and checked as 
 with the given probability, given the one before it. What is then said is no text; what it costs is what it would.
 
 Everything runs on one static cache, in the loop of `gdnfuse.generation.speculation`, plain steps too, so that a difference is of
-drafts alone. The first generation of each kind compiles, and records CUDA graphs on a GPU; medians are of the others.
+drafts alone. The cache is long enough for the most drafts of all kinds, and an eager prompt makes its states before anything is
+compiled: so all kinds share the graphs of the prompt and of plain steps. The first generation of plain steps and of each kind
+compiles, and records CUDA graphs on a GPU; medians are of the others.
 """
 
 from __future__ import annotations
 
 import statistics
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,10 +27,13 @@ from gdnfuse.generation.caches import cache_argument
 from gdnfuse.generation.proposers import MOST_DRAFTS, Always, Proposer, check_count
 from gdnfuse.generation.speculation import Acceptance, Generation, Speculative
 from gdnfuse.models import load_config, random_model
+from gdnfuse.progress import announce
 
 SCHEMA = "gdnfuse.bench.speculation/1"
 ACCEPTANCES = (0.0, 0.5, 0.7, 0.9, 1.0)
 GENERATIONS, LAUNCHES = 3, 20
+PLAIN, OWN = "plain steps", "its own"
+SHOWN = ("ms_per_step", "tokens_per_step", "tokens_per_second")
 
 
 @dataclass(frozen=True)
@@ -106,15 +113,27 @@ def forced(of: Proposer, probability: float) -> Speculative:
 
 
 class Bench:
-    """One model, with drafts of one kind."""
+    """One model, on a cache that has room for so many drafts.
 
-    def __init__(self, settings: Settings, model: torch.nn.Module, of: Proposer):
-        self.settings, self.model, self.of = settings, model, of
+    Nothing of the model may be compiled yet that a cache of other shapes or at another place would be compiled for again.
+    """
+
+    def __init__(self, settings: Settings, model: torch.nn.Module, drafts: int):
+        self.settings, self.model = settings, model
         generator = torch.Generator(settings.device).manual_seed(1)
         shape = (settings.batch, settings.prompt)
         self.ids = torch.randint(0, model.config.vocab_size, shape, device=settings.device, generator=generator)
         # One for all, so that nothing moves and a CUDA graph is recorded once.
-        self.cache = gdnfuse.RollbackCache(model, settings.prompt + settings.new + of.n, tokens=of.n + 1)
+        self.cache = gdnfuse.RollbackCache(model, settings.prompt + settings.new + drafts, tokens=drafts + 1)
+        # Graphs of a prompt are others for states that are not there yet, and for those that recording has moved.
+        self.fill(model.forward)
+        self.cache.activate_past_recording()
+
+    def fill(self, call: Callable[..., Any]) -> None:
+        """Have the cache hold the prompt and no more."""
+        self.cache.reset()
+        with torch.no_grad():
+            call(self.ids, **cache_argument(self.model, self.cache), use_cache=True, logits_to_keep=1)
 
     def generate(self, speculative: Speculative) -> Acceptance:
         self.cache.reset()
@@ -130,7 +149,6 @@ class Bench:
         return speculative.acceptance
 
     def figures(self, speculative: Speculative) -> dict[str, float]:
-        self.generate(speculative)
         found = [self.generate(speculative) for _ in range(GENERATIONS)]
         steps = [1e3 * a.seconds / (a.rounds + a.plain_steps) for a in found]
         rates = [self.settings.batch * (a.tokens - 1) / a.seconds for a in found]
@@ -142,39 +160,76 @@ class Bench:
             "steps_with_drafts": sum(a.rounds for a in found) / sum(a.rounds + a.plain_steps for a in found),
         }
 
-    def replay_ms(self) -> float:
+    def replay_ms(self, of: Proposer) -> float:
         """Of all tokens of a step into the states of all layers, waited for once behind many."""
-        self.cache.reset()
+        self.fill(self.model)
         with torch.no_grad():
-            self.model(self.ids, **cache_argument(self.model, self.cache), use_cache=True, logits_to_keep=1)
             self.cache.activate_past_recording()
-            T = self.of.n + 1
+            T = of.n + 1
             self.cache._commit(T, T)
             many = lambda: [self.cache._commit(T, T) for _ in range(LAUNCHES)]  # noqa: E731
             return 1e3 * statistics.median(seconds(many, self.settings.device) / LAUNCHES for _ in range(5))
 
 
-def run(settings: Settings) -> dict[str, Any]:
+def run(settings: Settings, finished: Callable[[dict[str, Any], str], None] = lambda data, line: None) -> dict[str, Any]:
     """Measure. Plain data for JSON: "schema", "machine", "arguments", and "results", one for each kind of drafts.
+
+    Args:
+        settings: what is measured.
+        finished: called whenever a figure is there, with the data so far and a line on that figure. What is not measured yet is
+            missing there.
 
     Raises:
         GdnfuseError: drafts of no kind, or of which the model can have none.
     """
     check(settings)
+    begin, results = time.perf_counter(), []
+    data = {"schema": SCHEMA, "machine": machine(settings.device), "arguments": vars(settings), "results": results}
+
+    def say(kind: str, what: str) -> None:
+        finished(data, f"{settings.model}, {kind}: {what} ({time.perf_counter() - begin:.0f} s)")
+
+    announce("build the model")
     model = _random(settings.model, settings)
     proposers = {kind: proposer(kind, model, settings) for kind in settings.speculate}
     gdnfuse.compile(model, inner=settings.inner)
-    results = []
+    bench = Bench(settings, model, max(of.n for of in proposers.values()))
+
+    def compiled(kind: str, speculative: Speculative) -> tuple[list[str], float]:
+        """What the first generation of a kind compiles, and seconds that it takes."""
+        announce(f"{kind}, first generation")
+        known, start = len(gdnfuse.reports()), time.perf_counter()
+        bench.generate(speculative)
+        reports, took = gdnfuse.reports()[known:], time.perf_counter() - start
+        say(kind, f"first generation {took:.1f} s, {len(reports)} graphs compiled")
+        return [report.summary() for report in reports], took
+
+    def figures(kind: str, how: str, speculative: Speculative) -> dict[str, float]:
+        announce(f"{kind}, {how}")
+        return bench.figures(speculative)
+
+    of_plain = Speculative(Always(next(iter(proposers.values())), ever=False))
+    plain_graphs, _ = compiled(PLAIN, of_plain)
+    plain = figures(PLAIN, "generations", of_plain)
+    say(PLAIN, _line(plain))
     for kind, of in proposers.items():
-        bench, known = Bench(settings, model, of), len(gdnfuse.reports())
-        plain = bench.figures(Speculative(Always(of, ever=False)))
-        rows = [{"acceptance": "its own", **bench.figures(Speculative(of))}]
-        rows += [{"acceptance": p, **bench.figures(forced(of, p))} for p in settings.acceptances]
-        for row in rows:
+        graphs, took = compiled(kind, Speculative(Always(of)))
+        result = {"speculate": kind, "plain": plain, "first_seconds": took, "graphs": [*plain_graphs, *graphs], "drafts": []}
+        results.append(result)
+        for acceptance in (OWN, *settings.acceptances):
+            how = Speculative(of) if acceptance == OWN else forced(of, acceptance)
+            row = {"acceptance": acceptance, **figures(kind, f"acceptance {acceptance}", how)}
             row["speedup"] = row["tokens_per_second"] / plain["tokens_per_second"]
-        graphs = [report.summary() for report in gdnfuse.reports()[known:]]
-        results.append({"speculate": kind, "plain": plain, "drafts": rows, "replay_ms": bench.replay_ms(), "graphs": graphs})
-    return {"schema": SCHEMA, "machine": machine(settings.device), "arguments": vars(settings), "results": results}
+            result["drafts"].append(row)
+            say(kind, f"acceptance {acceptance}, {_line(row)}, speedup {row['speedup']:.3g}")
+        announce(f"{kind}, replay")
+        result["replay_ms"] = bench.replay_ms(of)
+        say(kind, f"replay of all layers {result['replay_ms']:.3g} ms")
+    return data
+
+
+def _line(figures: dict[str, float]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {figures[name]:.3g}" for name in SHOWN)
 
 
 def tables(data: dict[str, Any]) -> str:
@@ -183,8 +238,8 @@ def tables(data: dict[str, Any]) -> str:
 
     parts = []
     for result in data["results"]:
-        rows = [{"acceptance": "plain steps", **result["plain"], "speedup": 1.0}, *result["drafts"]]
-        columns = ("ms_per_step", "tokens_per_step", "tokens_per_second", "speedup")
+        rows = [{"acceptance": PLAIN, **result["plain"], "speedup": 1.0}, *result["drafts"]]
+        columns = (*SHOWN, "speedup")
         shown = [
             {"drafts that stand": str(r["acceptance"])} | {c.replace("_", " "): f"{r[c]:.3g}" for c in columns} for r in rows
         ]

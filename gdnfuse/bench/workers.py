@@ -20,9 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from gdnfuse.errors import one_line
+from gdnfuse.files import replacing
 from gdnfuse.progress import progress
 
 STEP = "step"  # the file of the shared folder in which a worker says what it does
+SO_FAR = "so_far"  # the one in which it leaves what it has found, before it has all
 FAILED = "failed"  # and the one in which the first of several ranks that failed says why
 POLL = 0.5  # seconds
 PATIENCE = 10.0  # seconds that a worker has to end
@@ -61,6 +63,7 @@ def run_sides(
     title: str = "",
     timeout: float | None = None,
     again: Callable[[str], tuple[str, Sequence[str]] | None] = lambda step: None,
+    found: Callable[[dict[str, Any], list[dict[str, Any]]], None] = lambda first, rows: None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What a benchmark's worker `reference` answers, with "machine" in it, and the row of each side, one after another.
 
@@ -76,6 +79,7 @@ def run_sides(
         timeout: seconds that a worker may take; one that takes longer is ended and has failed.
         again: of what a worker that failed did last, the part of its row that this was, and arguments of a worker for the other
             parts; None if there are none.
+        found: called with what there is so far, the last row perhaps in part, whenever a side has found more or ended.
 
     Raises:
         Interrupted: instead of KeyboardInterrupt, once there is something to compare with.
@@ -85,7 +89,14 @@ def run_sides(
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, progress() as announce:
         for i, side in enumerate(["reference", *sides], 1):
             line = f"{title or model}, {side} ({i} of {len(sides) + 1})"
-            say = lambda step, line=line: announce(f"{line}: {step}" if step else line)  # noqa: E731
+            known: dict[str, Any] = {}
+
+            def say(step: str, line: str = line, known: dict[str, Any] = known) -> None:
+                announce(f"{line}: {step}" if step else line)
+                if rows and (more := so_far(folder)) and more != known:
+                    known.update(more)
+                    found(rows[0], [*rows[1:], known])
+
             try:
                 starting = program(side) if callable(program) else program
                 row = spawn(starting, side, model, argv, folder, say, timeout)
@@ -102,12 +113,17 @@ def run_sides(
                     rows[0], [*rows[1:], *({"side": s, "failed": "It was interrupted."} for s in sides[i - 2 :])]
                 ) from None
             row.pop("step", None)
+            if "failed" in row:
+                row = {**so_far(folder), **row}
+            Path(folder, SO_FAR).unlink(missing_ok=True)
             rows.append(row)
             stderr = row.pop("stderr", "")
             if not quiet:
                 sys.stderr.write(stderr)
             if "failed" in rows[0]:
                 return {"machine": {}}, [{**rows[0], "side": side} for side in sides]
+            if i > 1:
+                found(rows[0], rows[1:])
     first, *rows = rows
     for row in rows:
         if "fla" in row:
@@ -118,6 +134,18 @@ def run_sides(
 def note(folder: str, step: str) -> None:
     """Say what a worker does next, to whoever started it."""
     Path(folder, STEP).write_text(step, encoding="utf-8")
+
+
+def leave(folder: Path, row: dict[str, Any]) -> None:
+    """Have whoever started this worker know what it has found so far, whatever comes then."""
+    with replacing(folder / SO_FAR) as file:
+        file.write_text(json.dumps(row), encoding="utf-8")
+
+
+def so_far(folder: str) -> dict[str, Any]:
+    """What a worker has left."""
+    file = Path(folder, SO_FAR)
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
 def spawn(
