@@ -113,10 +113,7 @@ def forced(of: Proposer, probability: float) -> Speculative:
 
 
 class Bench:
-    """One model, on a cache that has room for so many drafts.
-
-    Nothing of the model may be compiled yet that a cache of other shapes or at another place would be compiled for again.
-    """
+    """One model, of which nothing has been compiled yet, on a cache that has room for so many drafts."""
 
     def __init__(self, settings: Settings, model: torch.nn.Module, drafts: int):
         self.settings, self.model = settings, model
@@ -126,14 +123,14 @@ class Bench:
         # One for all, so that nothing moves and a CUDA graph is recorded once.
         self.cache = gdnfuse.RollbackCache(model, settings.prompt + settings.new + drafts, tokens=drafts + 1)
         # Graphs of a prompt are others for states that are not there yet, and for those that recording has moved.
-        self.fill(model.forward)
-        self.cache.activate_past_recording()
+        self.fill()
 
-    def fill(self, call: Callable[..., Any]) -> None:
-        """Have the cache hold the prompt and no more."""
+    def fill(self) -> None:
+        """Have the cache hold the prompt, from an eager call, and record what comes behind it."""
         self.cache.reset()
         with torch.no_grad():
-            call(self.ids, **cache_argument(self.model, self.cache), use_cache=True, logits_to_keep=1)
+            self.model.forward(self.ids, **cache_argument(self.model, self.cache), use_cache=True, logits_to_keep=1)
+        self.cache.activate_past_recording()
 
     def generate(self, speculative: Speculative) -> Acceptance:
         self.cache.reset()
@@ -162,9 +159,8 @@ class Bench:
 
     def replay_ms(self, of: Proposer) -> float:
         """Of all tokens of a step into the states of all layers, waited for once behind many."""
-        self.fill(self.model)
+        self.fill()
         with torch.no_grad():
-            self.cache.activate_past_recording()
             T = of.n + 1
             self.cache._commit(T, T)
             many = lambda: [self.cache._commit(T, T) for _ in range(LAUNCHES)]  # noqa: E731
