@@ -14,7 +14,7 @@ from gdnfuse import cache_keys, capture, compat, kernels, versions
 from gdnfuse.errors import GdnfuseError, Refused, one_line
 from gdnfuse.kernels.launch.inductor import announce
 from gdnfuse.options import DISABLE, MEASURED, Options, disabled, parse
-from gdnfuse.packing import PackedWeights
+from gdnfuse.packing import PackedWeights, taking
 from gdnfuse.passes import verify
 from gdnfuse.passes.growing_keys import mark
 from gdnfuse.pipeline import Compilation, original, rewrite
@@ -244,11 +244,11 @@ def _finish(
     gm.graph.lint()
     gm.recompile()
     inner, weights = _inner(gm, inputs, done.options, patches), PackedWeights([where for _, where in more])
-    checkpoints = done.checkpoints
+    checkpoints, kept = done.checkpoints, taking(keep)
 
     def compiled(*args: Any) -> Any:
         kernels.wait()
-        results = inner(*[args[i] for i in keep], *weights.current(args))
+        results = inner(*kept(args), *weights.current(args))
         if checkpoints:
             if RUNS.checkpoints is not None:
                 RUNS.checkpoints.append(list(results[-checkpoints:]))

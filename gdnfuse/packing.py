@@ -128,9 +128,8 @@ class PackedWeights:
         self.all = tuple(each)
         self.each = tuple(e for e in each if isinstance(e, PackedWeight))
         self.where = [w for packed in self.each for w in packed.where]
-        # A step asks for a few hundred pointers: in C, where all parts are arguments and there are several.
-        arguments = len(self.where) > 1 and all(isinstance(w, int) for w in self.where)
-        self._parts = operator.itemgetter(*self.where) if arguments else lambda args: [_part(args, w) for w in self.where]
+        arguments = all(isinstance(w, int) for w in self.where)
+        self._parts = taking(self.where) if arguments else lambda args: [_part(args, w) for w in self.where]
         # In one attribute: several threads may read and write it.
         self._last: tuple[list[int], list[Callable[[], torch.Tensor | None]]] = ([], [])
 
@@ -143,18 +142,26 @@ class PackedWeights:
         return [next(remaining) if isinstance(e, PackedWeight) else e.current(args) for e in self.all]
 
     def _packed(self, args: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        pointers = list(map(torch.Tensor.data_ptr, self._parts(args)))
         known, refs = self._last
-        if pointers == known:
-            buffers = [ref() for ref in refs]
-            if not any(b is None for b in buffers):
-                return buffers
+        # A step asks for a few hundred pointers. torch has a function for all at once, which takes longer.
+        if list(map(torch.Tensor.data_ptr, self._parts(args))) == known:
+            alive = [b for ref in refs if (b := ref()) is not None]
+            if len(alive) == len(refs):
+                return alive
         buffers = [packed.current(args) for packed in self.each]
         # Where its parts were when each buffer was made. Not where they are: one that is part of two buffers has left the first.
         lasts = [packed._last for packed in self.each]
         if all(ref() is b for (ref, _), b in zip(lasts, buffers, strict=True)):  # none was copied
             self._last = [p for _, known in lasts for p in known], [ref for ref, _ in lasts]
         return buffers
+
+
+def taking(places: Sequence[int]) -> Callable[[Sequence[Any]], list[Any]]:
+    """What takes the arguments at these places out of all of them, in C where there are several."""
+    if len(places) < 2:
+        return lambda args: [args[i] for i in places]
+    take = operator.itemgetter(*places)
+    return lambda args: list(take(args))
 
 
 def pack(weights: Sequence[torch.Tensor]) -> torch.Tensor:
