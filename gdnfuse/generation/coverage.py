@@ -16,6 +16,7 @@ import torch
 from gdnfuse import capture
 from gdnfuse.errors import GdnfuseError
 from gdnfuse.generation.causes import GRAPH_BREAK, Found, first_break, likeliest, noted
+from gdnfuse.generation.collecting import old_objects_set_aside
 from gdnfuse.generation.wrappers import gdn_layers
 from gdnfuse.options import Options, disabled
 from gdnfuse.report.records import GraphReport, reports
@@ -137,7 +138,7 @@ class Coverage:
         outer, RUNS.watched = RUNS.watched, []
         known = len(self.reports())
         try:
-            with noted() as found:
+            with noted() as found, old_objects_set_aside():
                 out = fn(*args, **kwargs)
         except Exception as e:
             if isinstance(refused := getattr(e, "inner_exception", None), GdnfuseError):  # by the backend, under strict

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 
 import gdnfuse
 from gdnfuse.generation import coverage
 from gdnfuse.generation.wrappers import gdn_layers
+from gdnfuse.options import Options
 from tests.models import zoo
 
 X = torch.ones(1, 2, 4)
@@ -67,6 +71,31 @@ CAUSES = {  # what is done to the model, settings of Dynamo, and words of the ca
     "several devices": (device_map, {}, "accelerate/hooks.py", "load the model on one device"),
     "another rule": (nothing, {}, "no rule finds the gates", "gdnfuse.explain"),
 }
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_collections_of_a_first_call_look_at_what_it_makes_alone(frozen):
+    """Nobody else's objects that were set aside come back."""
+    aside, collected = [], weakref.WeakSet()
+
+    def fn(x):
+        aside.append(gc.get_freeze_count())
+        cycle = torch.nn.Module()
+        object.__setattr__(cycle, "itself", cycle)
+        collected.add(cycle)
+        del cycle
+        gc.collect()
+        return x
+
+    call = coverage.Coverage(model_of_one(), Options(), quiet=True).checked(fn, coverage.STEP)
+    if not frozen:
+        gc.unfreeze()  # what the tests began with
+    try:
+        for _ in range(2):
+            call(X)
+        assert aside[0] > 1000 and (aside[1] > 1000) == frozen == (gc.get_freeze_count() > 1000) and not collected
+    finally:
+        gc.freeze()
 
 
 @pytest.mark.parametrize("cause", CAUSES)
