@@ -58,6 +58,10 @@ ROWS: dict[str, list[str]] = {
     f"Near misses of real graphs ({NEAR_MISSES} of them), shapes and layouts": ["tests/fuzz"],
     "Operations' references": ["tests/dialect"],
     "Kernels compiled for sm_80, 86, 89, 90, 100, 120 and gfx942": ["tests/kernels/test_cross_compile.py"],
+    "Each stage's graph runs and gives the same; what is fused of whole models": [
+        "tests/passes/test_stages.py",
+        "tests/passes/test_fuse_linears.py",
+    ],
     "Each motif: hits, and refusals with a sentence": [
         "tests/passes/test_lift.py",
         "tests/passes/test_lift_chunk.py",

@@ -31,7 +31,7 @@ ROOT = Path(__file__).parent.parent
 def folder(tmp_path_factory):
     """A model with weights."""
     path = tmp_path_factory.mktemp("model")
-    zoo.causal_lm().save_pretrained(path)
+    zoo.causal_lm(**zoo.SMALL).save_pretrained(path)
     return path
 
 
@@ -84,14 +84,14 @@ def test_figures(folder, here, capsys):
             assert row["decode"]["tokens_per_second"] == pytest.approx(1e3 * result["batch"] / row["decode"]["ms"])
             assert row["prefill"]["tokens_per_second"] == pytest.approx(20e3 * result["batch"] / row["prefill"]["ms"])
             for phase in ("decode", "prefill"):
-                fused = [f"({phase}): 2/2 GDN layers fused" in line for line in row[phase]["graphs"]]
+                fused = [f"({phase}): 1/1 GDN layers fused" in line for line in row[phase]["graphs"]]
                 assert fused == ([True] if row["side"] == "gdnfuse" else [])
                 assert row[phase]["error"] < 1e-5 and row[phase]["first_call_seconds"] > 0
     print(run.tables(data))
     out = capsys.readouterr().out
-    assert out.startswith(f"{folder / 'config.json'}, 3 layers, random weights, float32, CPU, ")
+    assert out.startswith(f"{folder / 'config.json'}, 2 layers, random weights, float32, CPU, ")
     assert "ms per step" in out and "of the limit" in out and "Prefill, 20 tokens" in out and "wrong" not in out
-    assert re.search(r"^batch 2, graph \d+ \(decode\): 2/2 GDN layers fused, ", out, re.MULTILINE)
+    assert re.search(r"^batch 2, graph \d+ \(decode\): 1/1 GDN layers fused, ", out, re.MULTILINE)
 
 
 @pytest.mark.sweep
@@ -355,16 +355,16 @@ def test_a_worker_that_is_interrupted_does_not_go_on(program, tmp_path):
 
 
 def test_only_the_first_layers(folder):
-    settings = run.Settings(str(folder / "config.json"), ["eager"], layers=2, dtype="float32")
+    settings = run.Settings(str(folder / "config.json"), ["eager"], layers=1, dtype="float32")
     model = run.build(settings)
-    assert len(model.get_decoder().layers) == 2 and not run.has_weights(settings.model)
-    with pytest.raises(GdnfuseError, match="must have 4 layers, found 3"):
+    assert len(model.get_decoder().layers) == 1 and not run.has_weights(settings.model)
+    with pytest.raises(GdnfuseError, match="must have 4 layers, found 2"):
         run.check(run.Settings(str(folder), ["eager"], layers=4))
 
 
 def test_weights_of_a_folder(folder, tmp_path):
     model = run.build(run.Settings(str(folder), [], dtype="float32"))
-    expected = zoo.causal_lm().state_dict()
+    expected = zoo.causal_lm(**zoo.SMALL).state_dict()
     assert all(torch.equal(t, expected[name]) for name, t in model.state_dict().items())
     from safetensors.torch import load_file, save_file
 

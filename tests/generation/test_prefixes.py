@@ -139,9 +139,7 @@ def test_after_a_warmup_nothing_is_compiled():
     assert store.stats().hits == 3 and not gdnfuse.reports()
 
 
-@pytest.mark.parametrize(
-    "family", [f if f in ("qwen3_5", "olmo_hybrid") else pytest.param(f, marks=pytest.mark.sweep) for f in FAMILIES]
-)
+@pytest.mark.parametrize("family", [f if f == "qwen3_5" else pytest.param(f, marks=pytest.mark.sweep) for f in FAMILIES])
 def test_a_prompt_leaves_its_states_in_one_call(family, monkeypatch):
     plain, ours, store = pair(FAMILIES[family], prefill=True, fuel=None, strict=True)
     calls = []

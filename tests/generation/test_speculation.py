@@ -476,7 +476,10 @@ def test_other_ways_of_decoding_are_transformers_own(fresh, monkeypatch):
     assert several.shape == (3, 12) and model.generate.acceptance.tokens == 4
 
 
-@pytest.mark.parametrize(("share", "implementation"), [(0.0, None), (0.7, "static"), (0.7, None), (1.0, "static")])
+@pytest.mark.parametrize(
+    ("share", "implementation"),
+    [(0.0, None), (0.7, "static"), *(pytest.param(*c, marks=pytest.mark.sweep) for c in ((0.7, None), (1.0, "static")))],
+)
 def test_prompts_begin_with_known_prefixes_and_turns_end_behind_their_drafts(fresh, share, implementation):
     """All that the cache has seen is kept, as without drafts, and a turn behind it is computed from there."""
     model = built(**zoo.SMALL)

@@ -11,13 +11,19 @@ from tests.sweeps import ALL, pairs
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SHAPES = [(1, False), (2, True), (5, False), (1, True), (2, False), (5, True)]
-# Each family with each cache, dtype, and with and without capture, and what rounds with what pads and repeats.
+# Each family with each cache, and with and without capture; dtypes, and what pads and repeats, in turn.
 CASES = [
     (family, cache, dtype, *SHAPES[i % len(SHAPES)], capture)
     for i, (family, cache, dtype, capture) in enumerate(
         pairs(family=list(zoo.FAMILIES), cache=["static", "dynamic"], dtype=list(DTYPES), capture=[False, True])[1]
+        if ALL
+        else [
+            ("causal_lm", "static", "fp32", False), ("causal_lm", "dynamic", "bf16", True), ("moe", "dynamic", "fp32", False),
+            ("moe", "static", "fp16", True), ("conditional_generation", "static", "bf16", False),
+            ("conditional_generation", "dynamic", "fp16", True),
+        ]
     )
-]
+]  # fmt: skip
 
 
 def compiled(model, **options):
@@ -73,7 +79,7 @@ STEPS = pytest.mark.parametrize("steps", [96, pytest.param(512, marks=pytest.mar
 
 @STEPS
 def test_many_steps_in_fp32_equal_eager(steps):
-    model = zoo.causal_lm()
+    model = zoo.causal_lm(**({} if ALL else zoo.SMALL))
     ours = copy.deepcopy(model)
     tokens = zoo.tokens_for(2, steps)
     a, mask = zoo.prefill(ours, 2, "static", length=steps + 128)
@@ -89,7 +95,7 @@ def test_many_steps_in_fp32_equal_eager(steps):
 @STEPS
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_many_steps_in_half_precision_stay_within_eagers_error(dtype, steps):
-    model = zoo.causal_lm().to(DTYPES[dtype])
+    model = zoo.causal_lm(**({} if ALL else zoo.SMALL)).to(DTYPES[dtype])
     ours = copy.deepcopy(model)
     wide, oracle = zoo.in_float64(model)
     tokens = zoo.tokens_for(2, steps)
@@ -105,7 +111,7 @@ def test_many_steps_in_half_precision_stay_within_eagers_error(dtype, steps):
 
 
 def test_packing_is_invisible_to_eager_calls_before_between_and_after():
-    model = zoo.causal_lm()
+    model = zoo.causal_lm(**zoo.SMALL)
     reference = copy.deepcopy(model)
     tokens = zoo.tokens_for(2, 3)
 
@@ -125,7 +131,7 @@ def test_packing_is_invisible_to_eager_calls_before_between_and_after():
 
 
 def test_changing_batch_sizes_stay_fused_when_the_batch_turns_symbolic():
-    model = zoo.causal_lm()
+    model = zoo.causal_lm(**zoo.SMALL)
     ours = copy.deepcopy(model)
     run = compiled(ours)
     for batch in (2, 3, 5, 7):
@@ -133,7 +139,7 @@ def test_changing_batch_sizes_stay_fused_when_the_batch_turns_symbolic():
         cache, mask = zoo.prefill(ours, batch, "static")
         other, _ = zoo.prefill(model, batch, "static")
         assert zoo.relative(zoo.decode(run, cache, mask, tokens), zoo.decode(model, other, mask, tokens)) < 1e-5
-    assert_all_fused(gdnfuse.reports())
+    assert_all_fused(gdnfuse.reports(), layers=1)
     assert len(gdnfuse.reports()) == 2
 
 
@@ -158,7 +164,7 @@ def test_head_counts_and_dims(heads, capture):
     assert_all_fused(gdnfuse.reports(), layers=1)
 
 
-@pytest.mark.parametrize(("batch", "padded"), [(1, False), (2, True), (3, False)])
+@pytest.mark.parametrize(("batch", "padded"), [(1, False), (2, True), (3, False)] if ALL else [(1, False), (2, True)])
 def test_attention_on_a_cache_that_grows_is_one_op_in_a_graph_for_all_lengths(batch, padded):
     model = zoo.causal_lm(**zoo.SMALL, num_attention_heads=6, num_key_value_heads=2, head_dim=24)
     ours = copy.deepcopy(model)

@@ -143,7 +143,9 @@ def test_blocks_are_no_less_accurate_than_eager(name, sizes, dtype, rows, edit):
     assert fired >= wanted | ({"route_experts", "norm_experts", "residual_experts"} if rows == 1 else set())
 
 
-@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "deepgemm", "sonicmoe"])
+@pytest.mark.parametrize(
+    "implementation", ["eager", "deepgemm", *(pytest.param(i, marks=pytest.mark.sweep) for i in ("batched_mm", "sonicmoe"))]
+)
 @torch.no_grad()
 def test_whatever_they_were_loaded_with(implementation):
     """grouped_mm is the default; the last two need GPUs that are not here, so what they would give is the loop's."""

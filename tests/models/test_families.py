@@ -38,7 +38,7 @@ class Family:
 
 
 FAMILIES = {
-    "qwen3_5": Family("Qwen3_5ForCausalLM", zoo.causal_lm),
+    "qwen3_5": Family("Qwen3_5ForCausalLM", partial(zoo.causal_lm, **zoo.SMALL)),
     "qwen3_5, 27B's heads": Family("Qwen3_5ForCausalLM", partial(zoo.causal_lm, **zoo.SMALL, **zoo.HEADS_OF_27B)),
     "qwen3_5_moe": Family("Qwen3_5MoeForCausalLM", partial(zoo.moe, **zoo.SMALL)),
     "qwen3_next": Family("Qwen3NextForCausalLM", partial(zoo.qwen3_next, **zoo.SMALL), more_in_prompt=("cat",)),
@@ -52,6 +52,10 @@ FAMILIES = {
         by_layer=True,
     ),
 }
+
+
+# The first is in most other tests.
+NAMES = [pytest.param(name, marks=pytest.mark.sweep) if name == "qwen3_5" else name for name in FAMILIES]
 
 
 def family_of(name):
@@ -97,7 +101,7 @@ def assert_layers(phase, expected):
         assert Counter(op for op in layer.ops_after if op not in VIEWS) == Counter(expected)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_prompt_and_its_steps(name):
     family = family_of(name)
     model = family.build()
@@ -107,7 +111,7 @@ def test_a_prompt_and_its_steps(name):
     assert_layers("decode", STEP)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", NAMES)
 def test_steps_of_one_sequence(name):
     family = family_of(name)
     model = family.build()

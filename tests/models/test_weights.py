@@ -209,7 +209,7 @@ def test_copies_and_files_are_no_larger_than_eagers(tmp_path, buffers):
     assert zoo.relative(outputs(model, model), wanted) < 1e-5, "a copy has weights of its own"
 
 
-@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize("inner", [pytest.param("eager", marks=pytest.mark.sweep), "aot_eager"])
 def test_a_deleted_model_leaves_nothing(inner, buffers):
     """Without a reset: the compiled graphs stay in torch, weights and caches do not."""
     model = small()
@@ -336,7 +336,9 @@ QUANTIZED = {
 }
 
 
-@pytest.mark.parametrize(("how", "batch"), [("subclass", 2), ("scaled in forward", 1), ("opaque operation", 1)])
+@pytest.mark.parametrize(
+    ("how", "batch"), [("subclass", 2), pytest.param("scaled in forward", 1, marks=pytest.mark.sweep), ("opaque operation", 1)]
+)
 def test_quantized_weights_are_left_alone_and_the_rest_is_fused(how, batch):
     """All but a and b are quantized, as in published checkpoints."""
     quantize, reasons = QUANTIZED[how]

@@ -972,7 +972,7 @@ def statuses(report, rule):
     return [r.status for r in report.all_records if (r.rule, r.stage) == (rule.RULE.name, rule.RULE.stage)]
 
 
-@pytest.mark.parametrize("capture", [False, True])
+@pytest.mark.parametrize("capture", [pytest.param(False, marks=pytest.mark.sweep), True])
 def test_a_model_of_one_sequence(capture):
     """Layers: gated delta rule, the same, attention; each with an MLP. The head reads a norm too."""
     report, errors = step(zoo.causal_lm(), 1, capture=capture)
@@ -994,7 +994,7 @@ def test_a_sum_of_rows_that_a_mask_selects_stays():
     assert record.status is Status.REFUSED and "Sizes must be known before the graph runs, found u" in record.reason
 
 
-@pytest.mark.parametrize("batch", [2, 32, 33])
+@pytest.mark.parametrize("batch", [2, pytest.param(32, marks=pytest.mark.sweep), 33])
 def test_a_model_of_several_sequences(batch):
     """Every residual sum is read by a norm. Beyond 32 sequences nothing else is fused around linears."""
     report, errors = step(zoo.causal_lm(**zoo.SMALL), batch)

@@ -106,7 +106,8 @@ def declines(f, args):
 
 CASES = [(130, SOLVE, use) for use in USES] + [(1, SOLVE, unused), (1, SOLVE, cached), (64, SOLVE, continued)]
 CASES += [(5, SOLVE, cached), (65, SOLVE, fresh)]
-CASES += [(5, LOOP, cached), (64, LOOP, unused), (130, LOOP, first), (65, LOOP, continued)]
+CASES += [(5, LOOP, cached), (130, LOOP, first)]
+CASES += [pytest.param(*case, marks=pytest.mark.sweep) for case in ((64, LOOP, unused), (65, LOOP, continued))]
 
 
 @pytest.mark.parametrize(("T", "spelling", "use"), CASES)
@@ -358,7 +359,10 @@ def test_records_say_what_was_expected():
 # Whole models, with the rule traced into the graph.
 
 
-@pytest.mark.parametrize(("kind", "dtype"), [(None, torch.float32), ("dynamic", torch.float32), ("static", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [pytest.param(None, torch.float32, marks=pytest.mark.sweep), ("dynamic", torch.float32), ("static", torch.bfloat16)],
+)
 @torch.no_grad()
 def test_every_layer_of_a_prompt_is_lifted_without_capture(kind, dtype):
     """Without a cache, into a new one, and into one that holds a prompt already."""

@@ -33,7 +33,7 @@ def spoil(monkeypatch, name, how):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "batch"), [(d, b) for d in DTYPES for b in (1, 2)] if ALL else zip(DTYPES, (2, 1, 2), strict=True)
+    ("dtype", "batch"), [(d, b) for d in DTYPES for b in (1, 2)] if ALL else [(torch.float32, 2), (torch.bfloat16, 1)]
 )
 def test_a_decode_step_is_verified_and_changes_nothing(dtype, batch):
     model = zoo.causal_lm(**zoo.SMALL).to(dtype)
@@ -117,7 +117,7 @@ def test_without_data_a_graph_is_not_verified():
     assert report.note == "Not verified. Verifying needs the tensors of a real call, found one without data."
 
 
-@pytest.mark.parametrize("fuel", [0, 1, 7])
+@pytest.mark.parametrize("fuel", [0, 1, 7] if ALL else [1])
 def test_fuel_is_how_many_rewrites_are_made(fuel):
     model = zoo.causal_lm(**zoo.SMALL)
     wanted, _ = decoded(model, model)
