@@ -159,7 +159,7 @@ def test_a_failing_pass_leaves_the_graph_as_it_came(monkeypatch):
     assert "broken on purpose" in gdnfuse.reports()[0].note and not gdnfuse.reports()[0].rewritten
 
 
-@pytest.mark.parametrize("setting", ["1", "true"])
+@pytest.mark.parametrize("setting", ["1", pytest.param("true", marks=pytest.mark.sweep)])
 def test_the_environment_can_switch_all_of_it_off(small, setting, monkeypatch):
     wanted = step(small, torch.compile(copy.deepcopy(small), backend="eager", fullgraph=True))
     monkeypatch.setenv("GDNFUSE_DISABLE", setting)
@@ -169,7 +169,7 @@ def test_the_environment_can_switch_all_of_it_off(small, setting, monkeypatch):
     assert report.note == "The environment must not ask to leave graphs alone, found GDNFUSE_DISABLE set."
 
 
-@pytest.mark.parametrize("setting", ["", "0"])
+@pytest.mark.parametrize("setting", [pytest.param("", marks=pytest.mark.sweep), "0"])
 def test_the_environment_may_say_that_it_is_on(small, setting, monkeypatch):
     monkeypatch.setenv("GDNFUSE_DISABLE", setting)
     step(small, compiled(copy.deepcopy(small)))

@@ -11,6 +11,7 @@ import torch
 import transformers
 
 import gdnfuse
+from gdnfuse.models import load_config
 from gdnfuse.options import Options
 from tests.models import zoo
 
@@ -96,9 +97,15 @@ def test_speculate(capsys):
     assert torch.equal(tokens, plain) and "drafts accepted" in capsys.readouterr().out
 
 
-def test_report_from_config(capsys):
-    (report,) = main_of("report_from_config")(["--batch", "2"])
-    assert report.fused_layers == 18 and capsys.readouterr().out.count(": fused") == 18
+@pytest.mark.parametrize("layers", [4, pytest.param(24, marks=pytest.mark.sweep)])
+def test_report_from_config(layers, tmp_path, capsys):
+    """The preset whole, and its first layers."""
+    config = load_config("0.8b")
+    if layers < config.num_hidden_layers:
+        config.num_hidden_layers, config.layer_types = layers, config.layer_types[:layers]
+        config.save_pretrained(tmp_path)
+    (report,) = main_of("report_from_config")(["--batch", "2", *([str(tmp_path)] if layers < 24 else [])])
+    assert report.fused_layers == 3 * layers // 4 and capsys.readouterr().out.count(": fused") == 3 * layers // 4
 
 
 @pytest.mark.parametrize(("batch", "ops"), [(1, ["in_proj_conv", "packed_decode", "fused_linear"]), (2, zoo.MANY_ROWS)])

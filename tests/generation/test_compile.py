@@ -49,7 +49,7 @@ def decode_reports():
     return [r for r in gdnfuse.reports() if r.phase == "decode"]
 
 
-@pytest.mark.parametrize("cache", ["static", "dynamic"])
+@pytest.mark.parametrize("cache", ["static", pytest.param("dynamic", marks=pytest.mark.sweep)])
 def test_generate_reaches_the_backend_once_and_agrees(model, cache):
     expected = generate(model, cache_implementation=cache)
     assert gdnfuse.compile(model, **EAGER) is model
@@ -90,6 +90,7 @@ def test_floats_of_the_model_are_numbers_with_dynamic_sizes_too(model):
     assert [(r.fused_layers, len(r.layers), r.note) for r in gdnfuse.reports()] == [(1, 1, "")] * 2
 
 
+@pytest.mark.sweep
 def test_beams_reach_the_backend(model):
     expected = generate(model, cache_implementation="static", num_beams=3)
     gdnfuse.compile(model, **EAGER)
@@ -178,7 +179,12 @@ def test_no_warning_is_ours(model, monkeypatch, caplog):
 
 @pytest.mark.parametrize(
     ("options", "compiled"),
-    [({}, True), ({"prefill": False}, False), ({"capture": False}, False), ({"capture": False, "prefill": True}, True)],
+    [
+        ({}, True),
+        ({"prefill": False}, False),
+        ({"capture": False}, False),
+        pytest.param({"capture": False, "prefill": True}, True, marks=pytest.mark.sweep),
+    ],
 )
 def test_prefill_is_compiled_where_it_is_captured_or_on_request(model, options, compiled):
     gdnfuse.compile(model, **options, **EAGER)
@@ -221,7 +227,7 @@ def marks(cache):
     return [getattr(t, "_dynamo_static_input_type", None) for t in flat]
 
 
-@pytest.mark.parametrize("chunk", [None, 4])
+@pytest.mark.parametrize("chunk", [pytest.param(None, marks=pytest.mark.sweep), 4])
 def test_a_cache_that_generate_made_has_the_marks_of_one_made_outside(model, chunk):
     kwargs = {"cache_implementation": "static", "return_dict_in_generate": True, "prefill_chunk_size": chunk}
     with torch.no_grad():

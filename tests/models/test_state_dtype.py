@@ -1,13 +1,14 @@
 """Recurrent states kept in half precision: same maths as eager on the same cache, opted into, and nothing else changed."""
 
 import copy
+import itertools
 
 import pytest
 import torch
 
 import gdnfuse
 from tests.models import zoo
-from tests.sweeps import pairs
+from tests.sweeps import ALL
 
 HALVES = [torch.bfloat16, torch.float16]
 
@@ -22,7 +23,10 @@ def lowered(model, batch, kind, dtype):
     return cache, mask
 
 
-@pytest.mark.parametrize(*pairs(dtype=HALVES, batch=[1, 3], kind=["static", "dynamic"]))
+CASES = [*itertools.product(HALVES, (1, 3), ("static", "dynamic"))]
+
+
+@pytest.mark.parametrize(("dtype", "batch", "kind"), CASES if ALL else [CASES[0], CASES[-1]])
 def test_decode_on_half_precision_states_is_eagers(dtype, batch, kind):
     model = small()
     run = torch.compile(copy.deepcopy(model), backend="gdnfuse", fullgraph=True, options={"inner": "eager", "strict": True})

@@ -629,7 +629,7 @@ def test_in_proj_conv_waits_for_its_state():
 # Whole models.
 
 
-@pytest.mark.parametrize("batch", [1, 2, 32])
+@pytest.mark.parametrize("batch", [1, pytest.param(2, marks=pytest.mark.sweep), 32])
 def test_every_kernel_of_a_decode_step_that_can_but_the_first_overlaps(batch, monkeypatch):
     graphs, honest = [], lower.lower
     monkeypatch.setattr(lower, "lower", lambda gm, *args, **kwargs: (graphs.append(gm), honest(gm, *args, **kwargs))[1])
@@ -649,7 +649,7 @@ def test_every_kernel_of_a_decode_step_that_can_but_the_first_overlaps(batch, mo
         assert n.kwargs["parts"] == split(*v.meta["example_value"].shape, batch)
 
 
-@pytest.mark.parametrize("batch", [1, 2, 9])
+@pytest.mark.parametrize("batch", [1, pytest.param(2, marks=pytest.mark.sweep), 9])
 def test_a_model_gives_the_same_with_references_for_its_kernels(batch, monkeypatch):
     """Wide enough for its linears to be split, decoded for some tokens on a CPU."""
     torch.manual_seed(0)
