@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from gdnfuse.generation.rollback import RollbackCache
     from gdnfuse.generation.speculation import Speculative as speculative
     from gdnfuse.generation.warmup import warmup
+    from gdnfuse.slots import delta_rule_slots
 
 __all__ = [
     "MTP",
@@ -38,6 +39,7 @@ __all__ = [
     "capture",
     "clear_reports",
     "compile",
+    "delta_rule_slots",
     "explain",
     "reports",
     "set_state_dtype",
@@ -55,6 +57,7 @@ _LATER = {
     "PromptLookup": ("gdnfuse.generation.proposers", "PromptLookup"),
     "RollbackCache": ("gdnfuse.generation.rollback", "RollbackCache"),
     "compile": ("gdnfuse.generation.compile", "compile"),
+    "delta_rule_slots": ("gdnfuse.slots", "delta_rule_slots"),
     "explain": ("gdnfuse.generation.explain", "explain"),
     "set_state_dtype": ("gdnfuse.generation.caches", "set_state_dtype"),
     "speculative": ("gdnfuse.generation.speculation", "Speculative"),

@@ -10,8 +10,9 @@ hv // (HV // H). The state is read once and written once, in place, whatever T. 
 rounded below it.
 
 Two kernels share the rule. `delta_rule_kernel` splits V over programs. Of 2 to 8 tokens it knows the number when it is compiled:
-all tokens are loaded before the first is used, so that a step waits for memory once and not for each token; and a step that
-checks drafts leaves its state as it is (`delta_rule_verify`). `delta_rule_gated_kernel` (T = 1) ends in the gated RMSNorm, which
+all tokens are loaded before the first is used, so that a step waits for memory once and not for each token. A step that checks
+drafts leaves its state as it is (`delta_rule_verify`), and a pool has one behind each token (`delta_rule_slots`).
+`delta_rule_gated_kernel` (T = 1) ends in the gated RMSNorm, which
 needs all V columns of a head, so it takes one program per head, tile by tile. On Hopper both may start, and load the state, while
 the kernel before them still runs (programmatic dependent launch).
 """
@@ -93,8 +94,15 @@ def load_qk(q_ptrs, k_ptrs, live, scale, l2norm_eps, L2NORM: tl.constexpr):
 
 
 @triton.jit
+def _store_slot(ptrs, s, slot_ptr, stride_slot, live, EVICT: tl.constexpr):
+    """A state s [BK, BV] to the slot of a pool that stands at slot_ptr, if it is one."""
+    slot = tl.load(slot_ptr).to(tl.int64)
+    tl.store(ptrs + slot * stride_slot, s.to(ptrs.dtype.element_ty), mask=live & (slot >= 0), eviction_policy=EVICT)
+
+
+@triton.jit
 def delta_rule_kernel(
-    q_ptr, k_ptr, v_ptr, a_ptr, b_ptr, A_log_ptr, dt_bias_ptr, state_ptr, out_ptr,
+    q_ptr, k_ptr, v_ptr, a_ptr, b_ptr, A_log_ptr, dt_bias_ptr, state_ptr, slots_ptr, accepted_ptr, out_ptr,
     scale, l2norm_eps, T,
     stride_qb, stride_qt, stride_qh, stride_qk, stride_kb, stride_kt, stride_kh, stride_kk,
     stride_vb, stride_vt, stride_vh, stride_vv, stride_ab, stride_at, stride_ah, stride_bb, stride_bt, stride_bh,
@@ -103,7 +111,8 @@ def delta_rule_kernel(
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, L2NORM: tl.constexpr,
     BETA_SCALE: tl.constexpr, EVICT: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """The rule over T tokens, or over the FEW that there are where that is known."""
+    """The rule over T tokens, or over the FEW that there are where that is known. With slots [B, T], a sequence's state is in the
+    slot of the token before the first, and goes to each token's."""
     if OVERLAP:
         gdc_launch_dependents()
     pid = tl.program_id(0).to(tl.int64)
@@ -120,10 +129,18 @@ def delta_rule_kernel(
     v_ptrs = v_ptr + batch * stride_vb + hv * stride_vh + i_v * stride_vv  # [BV]
     a_ptr += batch * stride_ab + hv * stride_ah
     b_ptr += batch * stride_bb + hv * stride_bh
-    state_ptrs = state_ptr + batch * stride_sb + hv * stride_sh + i_k[:, None] * stride_sk + i_v[None, :] * stride_sv
+    state_ptrs = state_ptr + hv * stride_sh + i_k[:, None] * stride_sk + i_v[None, :] * stride_sv  # [BK, BV]
     A_log, dt_bias = tl.load(A_log_ptr + hv).to(tl.float32), tl.load(dt_bias_ptr + hv).to(tl.float32)
 
-    s = tl.load(state_ptrs, mask=live, other=0.0, eviction_policy=EVICT).to(tl.float32)  # [BK, BV]
+    if slots_ptr is not None:
+        slots_ptr += batch * T
+        n = tl.load(accepted_ptr + batch).to(tl.int64)
+        slot = tl.load(slots_ptr + n - 1, mask=n > 0, other=-1).to(tl.int64)
+        there = live & (slot >= 0)
+        s = tl.load(state_ptrs + slot * stride_sb, mask=there, other=0.0, eviction_policy=EVICT).to(tl.float32)  # [BK, BV]
+    else:
+        state_ptrs += batch * stride_sb
+        s = tl.load(state_ptrs, mask=live, other=0.0, eviction_policy=EVICT).to(tl.float32)  # [BK, BV]
     if OVERLAP:
         gdc_wait()
     if FEW:
@@ -137,6 +154,8 @@ def delta_rule_kernel(
         for t in tl.static_range(FEW):
             s, o = rule_step(s, qs[t], ks[t], vs[t], decays[t], betas[t])
             tl.store(out_ptr + ((batch * FEW + t) * HV + hv) * V + i_v, o, mask=live_v)
+            if slots_ptr is not None:
+                _store_slot(state_ptrs, s, slots_ptr + t, stride_sb, live, EVICT)
     else:
         for i in range(T):
             t = tl.cast(i, tl.int64)
@@ -146,6 +165,8 @@ def delta_rule_kernel(
             beta = BETA_SCALE * tl.sigmoid(tl.load(b_ptr + t * stride_bt).to(tl.float32))
             s, o = rule_step(s, q, k, v, decay, beta)
             tl.store(out_ptr + ((batch * T + t) * HV + hv) * V + i_v, o, mask=live_v)
+            if slots_ptr is not None:
+                _store_slot(state_ptrs, s, slots_ptr + t, stride_sb, live, EVICT)
     if WRITE:
         tl.store(state_ptrs, s.to(state_ptr.dtype.element_ty), mask=live, eviction_policy=EVICT)
 
@@ -271,8 +292,10 @@ def launch(
     return launch_rule(q, k, v, a, b, A_log, dt_bias, recurrent_state, scale, l2norm_eps, beta_scale, overlap, write=True)
 
 
-def launch_rule(q, k, v, a, b, A_log, dt_bias, state, scale, l2norm_eps, beta_scale, overlap: bool, write: bool) -> torch.Tensor:
-    """`launch`, with a choice whether the state is written."""
+def launch_rule(
+    q, k, v, a, b, A_log, dt_bias, state, scale, l2norm_eps, beta_scale, overlap: bool, write: bool, slots=None, accepted=None
+) -> torch.Tensor:
+    """`launch`, with a choice whether the state is written, or with states in slots, as `delta_rule_slots` has them."""
     B, T, HV, V = v.shape
     H, K = q.shape[2:]
     columns, num_warps = _config(RULE_CONFIGS, state) if T == 1 else LOOP_CONFIG
@@ -280,7 +303,7 @@ def launch_rule(q, k, v, a, b, A_log, dt_bias, state, scale, l2norm_eps, beta_sc
     out = torch.empty((B, T, HV, V), dtype=torch.float32, device=v.device)
     options = overlap_options(v, A_log, dt_bias) if overlap and fits(state) else {}
     kernel_of(delta_rule_kernel)[(B * HV * -(-V // BV),)](
-        q, k, v, a, b, A_log.contiguous(), dt_bias.contiguous(), state, out,
+        q, k, v, a, b, A_log.contiguous(), dt_bias.contiguous(), state, slots, accepted, out,
         scale, 0.0 if l2norm_eps is None else l2norm_eps, T,
         *q.stride(), *k.stride(), *v.stride(), *a.stride(), *b.stride(), *state.stride(),
         FEW=T if T in FEW_TOKENS else 0, WRITE=write,

@@ -1,5 +1,6 @@
 """Every dialect op: a well-formed custom op, float64 all the way for float64 inputs, references that agree with each other."""
 
+import re
 from itertools import pairwise
 from unittest import mock
 
@@ -10,6 +11,7 @@ import torch.utils._pytree as pytree
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import gdnfuse
 from gdnfuse.dialect import (
     OPS,
     causal_conv,
@@ -107,6 +109,25 @@ def test_results_lie_in_memory_as_the_fake_says_however_inputs_do(name, i, axes)
         assert x.shape == f.shape and steps[0] == steps[1]
 
 
+def test_slots_that_cannot_be_are_a_sentence():
+    (args, kwargs), *_ = OPS["delta_rule_slots"].examples()
+    names = ("q", "k", "v", "a", "b", "A_log", "dt_bias", "states", "slots", "accepted")
+    good = dict(zip(names, args, strict=True)) | kwargs
+    was = good["states"].clone()
+    for wrong, sentence in (
+        ({"q": good["q"][:, :0], "v": good["v"][:, :0]}, "at least one token and HV a multiple of H, found [3, 0, 2, 8] and"),
+        ({"a": good["a"][:, 1:]}, "a must be [3, 3, 4], found [3, 2, 4]."),
+        ({"states": was[:, :, :4]}, "states must be [7, 4, 8, 16], found [7, 4, 4, 16]."),
+        ({"slots": good["slots"].float()}, "slots must be int32 or int64, found float32."),
+        ({"slots": good["slots"] + 4}, "slots must be below 7, the number of states, found 8."),
+        ({"slots": good["slots"].clamp(min=0)}, "No two tokens may have the same slot"),
+        ({"accepted": good["accepted"] + 1}, "accepted must be from 0 to 3, found 2 to 4."),
+    ):
+        with pytest.raises(gdnfuse.GdnfuseError, match=re.escape(sentence)):
+            gdnfuse.delta_rule_slots(**good | wrong)
+    assert torch.equal(good["states"], was)
+
+
 def test_op_of_other_things_is_none():
     assert op_of(torch.ops.aten.add.Tensor) is None and op_of(torch.add) is None
 
@@ -129,6 +150,40 @@ def test_delta_rule_is_its_steps_one_by_one(B, T, heads, dims, eps):
     close(o, torch.cat(steps, 1))
     close(last, s)
     assert torch.equal(state, was)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_slots_are_the_rule_token_by_token_and_what_does_not_stand_is_taken_back(dtype):
+    """Two calls on one pool: of the first call's three tokens all, two, one and none stand."""
+    B, T, H, HV, K, V = 4, 3, 1, 2, 4, 5
+    q, k, v, a, b, A_log, dt_bias, _ = rule_inputs(B, 2 * T, H, HV, K, V)
+    slots = torch.tensor([[7, 0, 9], [1, 8, 2], [10, -1, 3], [4, 5, 6]], dtype=torch.int32)
+    states, accepted = torch.randn(13, HV, K, V).to(dtype), torch.tensor([3, 2, 1, 0], dtype=torch.int32)
+    unused, read = states[11:].clone(), []
+
+    def call(at, accepted):
+        tokens = (x[:, at] for x in (q, k, v, a, b))
+        return gdnfuse.delta_rule_slots(*tokens, A_log, dt_bias, states, slots, accepted, 0.3, 1e-6, 2.0)
+
+    def step(state, i, t):
+        one = [x[i : i + 1, t : t + 1] for x in (q, k, v, a, b)]
+        return fused_gating_delta_rule.reference(*one, A_log, dt_bias, state, 0.3, 1e-6, 2.0)
+
+    call(slice(0, T), torch.zeros_like(accepted))
+    for i, n in enumerate(accepted.tolist()):
+        state = torch.zeros(1, HV, K, V, dtype=torch.float64)
+        for t in range(n):
+            step(state, i, t)
+        read.append(state.to(dtype).double())
+        if n:
+            close(states[slots[i, n - 1]].double(), state[0].to(dtype).double())
+    out = call(slice(T, 2 * T), accepted)
+    for i, state in enumerate(read):
+        for t in range(T):
+            close(out[i : i + 1, t : t + 1], step(state, i, T + t))
+            if slots[i, t] >= 0:
+                close(states[slots[i, t]].double(), state[0].to(dtype).double())
+    assert torch.equal(states[11:], unused)  # nothing of a negative slot, which counts from the end
 
 
 def test_delta_rule_is_the_equation():

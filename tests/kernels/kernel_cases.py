@@ -19,6 +19,7 @@ from gdnfuse.dialect import (
     attention_growing,
     delta_rule,
     delta_rule_commit,
+    delta_rule_slots,
     experts,
     fused_linear,
     in_proj_conv,
@@ -35,7 +36,7 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 # Arguments that have the batch in front.
 STATES = {"context", "state", "conv_state", "recurrent_state", "keys", "values"}
-BATCHED = STATES | {"x", "q", "k", "v", "g", "beta", "a", "b", "mixed_qkv", "o", "z", "row", "gate"}
+BATCHED = STATES | {"x", "q", "k", "v", "g", "beta", "a", "b", "mixed_qkv", "o", "z", "row", "gate", "slots", "accepted"}
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,23 @@ def commit(
     return make
 
 
+def slotted(
+    T, H, HV, K, V, slots, accepted, dtype=F32, state_dtype=F32, eps=1e-6, beta_scale=1.0, index=torch.int32,
+    wrap=lambda x: x, wrap_state=lambda s: s,
+):  # fmt: skip
+    """A call of delta_rule_slots; what the pool has besides the slots is NaN."""
+
+    def make():
+        made = delta_rule_slots.slot_tensors(T, H, HV, K, V, slots, accepted, dtype, state_dtype)
+        *tokens, A_log, dt_bias, states, at, n = made
+        unused = sorted({*range(len(states))} - {s for row in slots for s in row})
+        states[unused] = float("nan")
+        options = {"scale": K**-0.5, "l2norm_eps": eps, "beta_scale": beta_scale}
+        return (*map(wrap, tokens), A_log, dt_bias, wrap_state(states), at.to(index), n.to(index)), options
+
+    return make
+
+
 def chunked(
     B, T, H, HV, K, V, dtype=F32, eps=1e-6, state=True, every=0, lengths=None, gated=False, wrap=lambda x: x, hard=1.0,
     beta_scale=1.0, alike=False,
@@ -160,6 +178,7 @@ def beta_to_2(K, dtype, **options):
     return chunked(1, 130, 1, 2, K, 24, dtype, gated=True, beta_scale=2.0, **options)
 
 
+FIVE = [[9, 0, 4, 7, 1], [2, 11, -1, 5, 3], [-1, 6, -1, -1, 8]]
 BETAS = ((F32, 24), (BF16, 16), (BF16, 96))
 
 
@@ -341,6 +360,11 @@ CASES = [
     Case("delta_rule_verify", "extreme-gates", rule(2, 3, 1, 8, 16, 16, gate_scale=40.0)),
     Case("delta_rule_verify", "beta-to-2", rule(2, 5, 1, 8, 16, 16, gate_scale=4.0, beta_scale=2.0)),
     Case("delta_rule_verify", "strided", rule(2, 3, 2, 4, 16, 24, BF16, wrap=lambda x: strided(x, 2), wrap_state=strided)),
+    *(Case("delta_rule_slots", name(d), slotted(5, 2, 4, 16, 16, FIVE, [4, 0, 1], d)) for d in (F32, BF16, F16)),
+    Case("delta_rule_slots", "bf16-states", slotted(2, 2, 6, 24, 24, [[3, 1], [0, -1]], [2, 1], BF16, BF16)),
+    Case("delta_rule_slots", "one-token", slotted(1, 1, 3, 24, 40, [[2], [-1]], [1, 1], beta_scale=2.0, index=torch.int64)),
+    Case("delta_rule_slots", "many-tokens", slotted(9, 1, 2, 16, 24, [[*range(9)], [*range(9, 17), -1]], [9, 3], eps=None)),
+    Case("delta_rule_slots", "strided", slotted(3, 2, 4, 16, 24, [[5, 0, 2]], [3], BF16, wrap=every_second, wrap_state=strided)),
     *(Case("delta_rule_commit", f"{name(d)}", commit(2, 3, 5, 4, 2, 4, 16, 16, [0, 2, 5], d)) for d in (F32, BF16, F16)),
     Case("delta_rule_commit", "odd-head-dims", commit(3, 1, 3, 3, 1, 3, 24, 40, [2])),
     Case("delta_rule_commit", "bf16-state", commit(1, 2, 2, 4, 2, 6, 24, 24, [2, 1], BF16, BF16)),

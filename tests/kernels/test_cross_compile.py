@@ -137,6 +137,10 @@ def calls(B, HV, K=128, V=128, state_dtype=torch.float32):
         "causal_conv_update": (row.narrow(-1, 0, D).transpose(1, 2), *conv, "silu"),
         "fused_gating_delta_rule": (*heads, *gates, state, K**-0.5, 1e-6),
         "delta_rule_verify": (*(x[:, :5] for x in heads), *gates, state, K**-0.5, 1e-6),
+        "delta_rule_slots": (
+            *(*(x[:, :5] for x in heads), *gates, of(5 * B, HV, K, V, dtype=state_dtype), of(B, 5, dtype=torch.int32)),
+            *(of(B, dtype=torch.int32), K**-0.5, 1e-6),
+        ),
         "delta_rule_commit": (
             *(of(24, B, W + 5, D), of(24, B, 5, HV), of(24, B, 5, HV), of(B, dtype=torch.int32), of(24, D, W)),
             *(of(24, HV), of(24, HV), of(24, B, D, W), of(24, B, HV, K, V, dtype=state_dtype), 1e-6),

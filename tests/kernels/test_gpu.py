@@ -27,6 +27,11 @@ REAL = [
         Case("fused_gating_delta_rule", f"real-B{B}", kernel_cases.rule(B, 3, H, HV, K, V, BF16)),
         Case("delta_rule_verify", f"real-B{B}", kernel_cases.rule(B, 5, H, HV, K, V, BF16)),
         Case(
+            "delta_rule_slots",
+            f"real-B{B}",
+            kernel_cases.slotted(5, H, HV, K, V, [[*range(5 * i, 5 * i + 5)] for i in range(B)], [3] * B, BF16),
+        ),
+        Case(
             "delta_rule_commit",
             f"real-B{B}",
             kernel_cases.commit(3, B, 5, 4, H, HV, K, V, [i % 6 for i in range(1, B + 1)], BF16),

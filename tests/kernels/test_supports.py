@@ -86,6 +86,8 @@ REFUSED = [
     ("attention_few_queries", kernel_cases.few_queries(1, 2, 1, 8, 9, T=9), "T must be at most 8, got 9."),
     ("delta_rule_verify", kernel_cases.rule(1, 9, 1, 1, 8, 8), "T must be at most 8, got 9."),
     ("delta_rule_verify", kernel_cases.rule(1, 2, 2, 3, 8, 8), "HV must be a multiple of H, got HV = 3 and H = 2."),
+    ("delta_rule_slots", kernel_cases.slotted(2, 2, 3, 8, 8, [[0, 1]], [1]), "HV must be a multiple of H, got HV = 3"),
+    ("delta_rule_slots", kernel_cases.slotted(2, 1, 1, 8, 8, [[0, 1]], [1], index=torch.int16), "slots must be int32 or int64, "),
     ("delta_rule_commit", kernel_cases.commit(1, 1, 2, 4, 2, 3, 8, 8, [1]), "D must be 2·H·K + HV·V with HV a multiple of H,"),
     ("delta_rule_commit", kernel_cases.commit(1, 1, 2, 4, 1, 1, 8, 300, [1]), "V must be at most 256, got 300."),
     ("delta_rule_commit", kernel_cases.commit(1, 1, 2, 4, 1, 1, 8, 8, [1], F64), "windows must be float32, bfloat16 or float16"),

@@ -27,6 +27,7 @@ CALLS = {
     "causal_conv_update": kernel_cases.conv(6, 12, 4, 4, bias=True),
     "fused_gating_delta_rule": kernel_cases.rule(6, 3, 2, 4, 24, 16),
     "delta_rule_commit": kernel_cases.commit(2, 6, 3, 4, 2, 4, 24, 16, [0, 1, 2, 3, 2, 1]),
+    "delta_rule_slots": kernel_cases.slotted(3, 2, 4, 24, 16, [[2 * i, -1, 2 * i + 1] for i in range(6)], [1, 2, 3, 0, 1, 2]),
     "delta_rule_verify": kernel_cases.rule(6, 3, 2, 4, 24, 16),
     "packed_decode": kernel_cases.packed(6, 2, 4, 24, 16),
     "gated_rms_norm": kernel_cases.norm((6, 1, 4, 16), torch.float32, torch.bfloat16),

@@ -1,0 +1,112 @@
+"""gdnfuse.delta_rule_slots: the rule over a few tokens for code that keeps its states in slots of its own."""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+import torch
+
+from gdnfuse import kernels
+from gdnfuse.dialect import delta_rule_slots as dialect
+from gdnfuse.errors import GdnfuseError, Refused
+
+log = logging.getLogger(__name__)
+
+
+def delta_rule_slots(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    A_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    states: torch.Tensor,
+    slots: torch.Tensor,
+    accepted: torch.Tensor,
+    scale: float,
+    l2norm_eps: float | None = None,
+    beta_scale: float = 1.0,
+) -> torch.Tensor:
+    """The gated delta rule over T tokens, with a state behind each token in slots of a pool.
+
+    A sequence keeps its T slots from call to call, and says how many tokens of its last call stand. It begins with the state
+    behind the last of those, and leaves the state behind token t in slot slots[b, t]. So nothing is copied to take tokens back.
+    On a GPU this is one kernel; where that cannot be, plain PyTorch, and a warning says why once. Compiled code may call it.
+
+    Args:
+        q, k: [B, T, H, K], behind the conv; float32, bfloat16 or float16, as all that follow, or float64 on a CPU.
+        v: [B, T, HV, V]; HV is a multiple of H.
+        a, b: [B, T, HV], of which decay −exp(A_log)·softplus(a + dt_bias) and β = beta_scale·σ(b) are made.
+        A_log, dt_bias: [HV].
+        states: [slots, HV, K, V], any strides, written in place.
+        slots: [B, T], int32 or int64, below the number of slots. No two may be the same, but for negative ones, which are none:
+            a state is not written there, and one that is read there is zero.
+        accepted: [B], int32 or int64, from 0 to T: how many tokens of the last call stand; 0 begins with a state of zeros.
+        scale: factor on q, commonly K^−½.
+        l2norm_eps: if given, q and k are l2-normalised with it first.
+        beta_scale: 2 allows the state negative eigenvalues (Grazzi et al. 2024, arXiv:2411.12537).
+
+    Returns:
+        o [B, T, HV, V] in float32, float64 for float64 inputs.
+
+    Raises:
+        GdnfuseError: shapes that do not belong together, or indices that are no integers. Their values are looked at on a CPU
+            alone: a GPU would have to be waited for.
+
+    Source:
+        Yang et al. 2024, Gated Delta Networks, arXiv:2412.06464; slots as in vLLM's PR 35777.
+    """
+    arguments = q, k, v, a, b, A_log, dt_bias, states, slots, accepted, scale, l2norm_eps, beta_scale
+    _check(q, k, v, a, b, states, slots, accepted)
+    if v.device.type == "cuda" and not torch.compiler.is_compiling():
+        try:
+            kernel = kernels.implementations()[dialect.op.name]
+            kernel.supports(*arguments)
+        except Refused as e:
+            _say(str(e))
+        else:
+            return kernel.op(*arguments)
+    return dialect.op.overload(*arguments)
+
+
+@functools.cache
+def _say(why: str) -> None:
+    log.warning("delta_rule_slots runs as plain PyTorch: %s", why)
+
+
+def _check(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    states: torch.Tensor,
+    slots: torch.Tensor,
+    accepted: torch.Tensor,
+) -> None:
+    B, T, HV, V = v.shape if v.ndim == 4 else (0, 0, 0, 0)
+    H, K = q.shape[2:] if q.ndim == 4 else (0, 0)
+    if not T or not H or HV % H:
+        raise GdnfuseError(
+            f"q must be [B, T, H, K] and v [B, T, HV, V] with at least one token and HV a multiple of H, found {list(q.shape)} "
+            f"and {list(v.shape)}."
+        )
+    pairs = {"q": (q, (B, T, H, K)), "k": (k, (B, T, H, K)), "a": (a, (B, T, HV)), "b": (b, (B, T, HV))}
+    pairs |= {"slots": (slots, (B, T)), "accepted": (accepted, (B,)), "states": (states, (*states.shape[:1], HV, K, V))}
+    for name, (x, wanted) in pairs.items():
+        if x.shape != wanted:
+            raise GdnfuseError(f"{name} must be {list(wanted)}, found {list(x.shape)}.")
+    for name, x in (("slots", slots), ("accepted", accepted)):
+        if x.dtype not in (torch.int32, torch.int64):
+            raise GdnfuseError(f"{name} must be int32 or int64, found {str(x.dtype).removeprefix('torch.')}.")
+    if slots.device.type != "cpu" or torch.compiler.is_compiling() or not B:
+        return
+    if int(slots.max()) >= states.shape[0]:
+        raise GdnfuseError(f"slots must be below {states.shape[0]}, the number of states, found {int(slots.max())}.")
+    if int(accepted.min()) < 0 or int(accepted.max()) > T:
+        raise GdnfuseError(f"accepted must be from 0 to {T}, found {int(accepted.min())} to {int(accepted.max())}.")
+    used = slots[slots >= 0]
+    if used.unique().numel() < used.numel():
+        raise GdnfuseError("No two tokens may have the same slot, found one that is given twice.")
