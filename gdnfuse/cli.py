@@ -122,6 +122,7 @@ def _parser() -> _Parser:
         "--save", type=Path, metavar="FILE", required=True, help="the file, which gdnfuse.compile(model, artifacts=FILE) reads"
     )
     warmup.add_argument("--mode", choices=MODES, help="as that of gdnfuse.compile")
+    warmup.add_argument("--short", action="store_true", help="short turns too: each number of 2 to 8 tokens on a filled cache")
     warmup.set_defaults(run=_warmup)
     bench.add_argument("--batch", type=_numbers, default=[1], metavar="N,…", help="sequences, each measured (default 1)")
     bench.add_argument("--prompt", type=_positive, default=512, metavar="N", help="tokens of a prompt (default 512)")
@@ -279,7 +280,8 @@ def _warmup(args: argparse.Namespace) -> None:
         if args.quantize:
             models.quantized(model, models.QUANTIZED[args.quantize])
         announce("compile")
-        made = warmup.warmup(compile.compile(model, mode=args.mode), batch=args.batch, save=args.save)
+        short = [T for T in compile.FEW_TOKENS if args.short and T * args.batch <= compile.MOST_ROWS]
+        made = warmup.warmup(compile.compile(model, mode=args.mode), batch=args.batch, short=short, save=args.save)
     if args.json:
         print(json.dumps({"file": str(args.save), **dataclasses.asdict(made)}, indent=1))
         return

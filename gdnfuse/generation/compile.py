@@ -132,6 +132,7 @@ def _compile(model: torch.nn.Module, settings: _Settings, parsed: gdnfuse_option
     shared = {"backend": "gdnfuse", "fullgraph": fullgraph, "dynamic": dynamic}
     plain, any_length = compat.call_of(model), dynamic is None
     coverage = Coverage(model, parsed)
+    coverage.short = settings.prefill and parsed.capture
     hooks = Hooks(model, coverage.say)
 
     first = plain
@@ -158,7 +159,7 @@ def _compile(model: torch.nn.Module, settings: _Settings, parsed: gdnfuse_option
 
     def few_tokens(**how: Any) -> list[Callable[..., Any]]:
         """Verify steps, and short ones where their rule is one op and not unrolled."""
-        phases = [("verify", VERIFY), ("short", SHORT)][: 1 + parsed.capture] if settings.prefill else []
+        phases = [("verify", VERIFY), ("short", SHORT)][: 1 + coverage.short] if settings.prefill else []
 
         def of(name: str, phase: str) -> Callable[..., Any]:
             return by_tokens(

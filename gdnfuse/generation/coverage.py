@@ -64,6 +64,7 @@ class Coverage:
 
     Attributes:
         missing: by what was called, "prompt", "decode step", "verify step" or "short step"; nothing where all layers ran fused.
+        short: whether a few tokens on a filled cache have graphs of their own.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Coverage:
     ):
         self.model, self.strict, self.reports, self.quiet = model, options.strict, reports, quiet
         self.missing: dict[str, Missing] = {}
+        self.short = False
         on_purpose = disabled() or options.stop_after is not None or options.fuel is not None
         asked = len(gdn_layers(model)) if options.strict or not on_purpose else 0
         captured = asked if options.capture else 0

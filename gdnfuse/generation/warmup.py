@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,17 @@ from gdnfuse import compat, kernels
 from gdnfuse.errors import GdnfuseError
 from gdnfuse.files import check_writable
 from gdnfuse.generation import artifacts
-from gdnfuse.generation.generate import of
+from gdnfuse.generation.caches import cache_argument
+from gdnfuse.generation.compile import FEW_TOKENS, MOST_ROWS
+from gdnfuse.generation.generate import Generate, of
+from gdnfuse.generation.prefix_tree import BLOCK
 from gdnfuse.generation.wrappers import compiled_models, is_compiled
 from gdnfuse.report.records import reports
 
 # Two lengths: with a static cache Dynamo makes one graph for the first and one for any length at the second.
 # Both longer than a block of a prefix store by more than a short step has.
 WARM_PROMPTS = (76, 83)
+ROOM = 32  # tokens that a cache of fixed length has behind a prompt whose next turn is short
 LONG = 5  # times the tokens between two states that the longest prompt has besides
 
 
@@ -35,6 +40,7 @@ class Warmup:
         kernels: machine codes of each Triton kernel that are loaded.
         unfused: paths of the Gated DeltaNet layers that do not run fused, by "prompt" and "decode step"; empty where all do, and
             where the model was not compiled by `gdnfuse.compile`.
+        short: numbers of tokens on a filled cache that have a graph now.
         saved: bytes of the file of artifacts; 0 where none was asked for.
     """
 
@@ -42,16 +48,24 @@ class Warmup:
     graphs: dict[str, int]
     kernels: dict[str, int]
     unfused: dict[str, list[str]]
+    short: tuple[int, ...] = ()
     saved: int = 0
 
 
 def warmup(
-    model: torch.nn.Module, *, batch: int = 1, new_tokens: int = 4, save: str | Path | None = None, **generate: Any
+    model: torch.nn.Module,
+    *,
+    batch: int = 1,
+    new_tokens: int = 4,
+    short: Sequence[int] = (),
+    save: str | Path | None = None,
+    **generate: Any,
 ) -> Warmup:
     """Compile all that `model.generate` will need, by generating a few tokens from two short random prompts.
 
     Chunks are of 64 tokens whatever the prompt's length and nothing is tuned at run time, so later prompts compile nothing more,
-    but for 2 to 8 tokens on a filled cache, as a short turn has: each number has its own graph, which its first call compiles.
+    but for 2 to 8 tokens on a filled cache, as a short turn has. Each number has its own graph, which its first call compiles, or
+    this does if `short` names it.
     Of a model with a prefix store the rest of a prompt, behind what is known, is compiled too, and prompts so long that their
     graphs leave states on the way, from four more prompts; the store itself stays as it is. Of a model with drafts verify steps
     are compiled, whether there is anything to propose or not, and what drafts.
@@ -60,6 +74,8 @@ def warmup(
         model: after `gdnfuse.compile`.
         batch: rows per prompt, as later.
         new_tokens: generated from each.
+        short: numbers of tokens, of 2 to 8, as `range(2, 9)`, which short turns on a filled cache will have; at most 32 of all
+            rows together. Each is a graph more, and two with a cache of fixed length: one for the first length, one for any.
         save: a file for all that this process has compiled by then: others take it from there, with
             `gdnfuse.compile(model, artifacts=FILE)`.
         generate: arguments of `model.generate` that change what is compiled, such as `cache_implementation` or `num_beams`.
@@ -68,7 +84,8 @@ def warmup(
         What it compiled.
 
     Raises:
-        GdnfuseError: the model has no `generate`, or is not compiled, or the file cannot be written.
+        GdnfuseError: the model has no `generate`, or is not compiled, or the file cannot be written; `short` has other numbers,
+            or is given with beams, several sequences of a row, or a cache that no turn is short on.
     """
     if not hasattr(model, "generate"):
         raise GdnfuseError(f"warmup needs a model with generate, found {type(model).__name__}.")
@@ -76,6 +93,7 @@ def warmup(
     given = generate.get("compile_config") or getattr(getattr(model, "generation_config", None), "compile_config", None)
     if not given and not any(map(is_compiled, models)):
         raise GdnfuseError(f"warmup needs a compiled model, found {type(model).__name__} as it came: gdnfuse.compile(model).")
+    short = _checked(short, batch, generate, models)
     if save is not None:
         check_writable(Path(save))
     known, start = len(reports()), time.perf_counter()
@@ -92,13 +110,63 @@ def warmup(
         for ids in _prompts(torch.randint(0, vocabulary, (batch, LONG * long + max(WARM_PROMPTS)), device=device), long):
             options = {"attention_mask": torch.ones_like(ids), "min_new_tokens": new_tokens, "max_new_tokens": new_tokens}
             model.generate(ids, **{**options, **generate})
+        for T in short:
+            _turns(model, T, torch.randint(0, vocabulary, (batch, BLOCK + ROOM), device=device), generate, found)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     graphs = Counter(report.phase for report in reports()[known:])
     coverages = [getattr(compat.compiled_call(m), "coverage", None) for m in models]
     unfused = {phase: missing.layers for c in coverages if c is not None for phase, missing in c.missing.items()}
     seconds, saved = time.perf_counter() - start, 0 if save is None else artifacts.save(models[0], Path(save))
-    return Warmup(seconds, dict(graphs), kernels.loaded(), unfused, saved)
+    return Warmup(seconds, dict(graphs), kernels.loaded(), unfused, short, saved)
+
+
+def _checked(short: Any, batch: int, generate: dict[str, Any], models: Sequence[torch.nn.Module]) -> tuple[int, ...]:
+    """The numbers of `short`, each once."""
+    numbers = sorted(set(short)) if isinstance(short, Sequence) and not isinstance(short, str) else None
+    most = min(FEW_TOKENS[-1], MOST_ROWS // batch)
+    if numbers is None or not all(type(T) is int and FEW_TOKENS[0] <= T <= most for T in numbers):
+        rows = f" of {batch} rows" if batch > 1 else ""
+        raise GdnfuseError(f"short must have numbers of tokens{rows} from {FEW_TOKENS[0]} to {most}, found {short!r}.")
+    for name in ("num_beams", "num_return_sequences") if numbers else ():
+        if (generate.get(name) or 1) > 1:
+            raise GdnfuseError(f"short turns are of one sequence per row, found {name}={generate[name]}: warm them up apart.")
+    if numbers and generate.get("cache_implementation") not in (None, "dynamic", "static"):
+        raise GdnfuseError(
+            f"short turns are steps on a dynamic or a static cache, found cache_implementation="
+            f"{generate['cache_implementation']!r}."
+        )
+    calls = [getattr(compat.compiled_call(m), "coverage", None) for m in models]
+    if numbers and not any(c is not None and c.short for c in calls):
+        raise GdnfuseError("short turns need prompts that are compiled and captured, found prefill=False or capture=False.")
+    return tuple(numbers)
+
+
+def _turns(model: torch.nn.Module, T: int, ids: torch.Tensor, generate: dict[str, Any], ours: Sequence[Generate]) -> None:
+    """Have the model see T tokens on a filled cache: behind a known prefix where it has a store, else in a second turn."""
+    from transformers import DynamicCache, StaticCache
+
+    from gdnfuse.generation.rollback import RollbackCache
+
+    options = {"max_new_tokens": 1, "min_new_tokens": 1, **generate}
+    options |= {"max_new_tokens": 1, "min_new_tokens": 1}
+    run = lambda ids, **held: model.generate(ids, attention_mask=torch.ones_like(ids), **options, **held)  # noqa: E731
+    if any(x.prefixes is not None for x in ours):
+        for tail in (ROOM, T):
+            run(ids[:, : BLOCK + tail])
+        return
+    static = options.pop("cache_implementation", None) == "static"
+    drafts = next((x.proposer.n for x in ours if x.proposer is not None), None)
+    config = model.config.get_text_config(decoder=True)
+    for n in WARM_PROMPTS[: 1 + static]:
+        length = n + ROOM if static else None
+        if drafts is not None:
+            cache = RollbackCache(model, length, tokens=drafts + 1)
+        else:
+            cache = StaticCache(config=config, max_cache_len=length) if static else DynamicCache(config=config)
+        held = cache_argument(model, cache)
+        out = run(ids[:, :n], **held)
+        run(torch.cat([getattr(out, "sequences", out), ids[:, n + 1 : n + T]], 1), **held)
 
 
 def _prompts(ids: torch.Tensor, every: int) -> list[torch.Tensor]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 
 import pytest
 import torch
 import transformers
-from transformers import CompileConfig, Qwen3_5Config, Qwen3_5ForCausalLM, Qwen3_5TextConfig, StaticCache
+from transformers import CompileConfig, DynamicCache, Qwen3_5Config, Qwen3_5ForCausalLM, Qwen3_5TextConfig, StaticCache
 
 import gdnfuse
 from gdnfuse import models
@@ -361,6 +362,60 @@ def test_warmup_compiles_all_that_generate_needs():
         ids = zoo.prompt(2, length)[0]
         model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, min_new_tokens=3)
     assert len(gdnfuse.reports()) == known
+
+
+@pytest.mark.parametrize(
+    "cache", ["dynamic", *(pytest.param(kind, marks=pytest.mark.sweep) for kind in ("static", "rollback", "store"))]
+)
+def test_after_a_warmup_of_short_turns_none_is_compiled(cache):
+    """Of three tokens, behind a prompt of another length; those of two were not asked for."""
+    model, options = zoo.causal_lm(**zoo.SMALL), {}
+    if cache == "rollback":
+        options["speculate"] = gdnfuse.PromptLookup(2)
+    if cache == "store":
+        options["prefixes"] = gdnfuse.PrefixStore(model)
+    gdnfuse.compile(model, **EAGER, **options)
+    static = {"cache_implementation": "static"} if cache == "static" else {}
+    warm = gdnfuse.warmup(model, short=[3], **static)
+    if all(r.layers for r in gdnfuse.reports() if r.phase != "draft"):  # else masks break the graph, as with transformers 5.19
+        assert warm.graphs["short"] == 1 + bool(static)
+    assert warm.short == (3,)
+
+    ids, turn = zoo.prompt(1, 100)[0], {"max_new_tokens": 2, "min_new_tokens": 2, "do_sample": False}
+    kinds = {
+        "dynamic": lambda: DynamicCache(config=model.config),
+        "static": lambda: StaticCache(config=model.config, max_cache_len=99),
+        "rollback": lambda: gdnfuse.RollbackCache(model, tokens=3),
+        "store": lambda: None,
+    }
+    for T in (3, 2):
+        made = kinds[cache]()
+        held = {} if made is None else zoo.held(made)
+        n = 64 if made is None else 40
+        out = model.generate(ids[:, : n + (made is None)], **turn, **held)
+        known = len(gdnfuse.reports())
+        new = ids[:, : n + T] if made is None else torch.cat([out, ids[:, : T - 1]], 1)
+        model.generate(new, **turn, **held)
+        new = gdnfuse.reports()[known:]
+        assert not new if T == 3 else any(r.phase == "short" for r in new) or not all(r.layers for r in gdnfuse.reports())
+
+
+def test_short_turns_that_cannot_be_warmed_up_are_a_sentence(model):
+    gdnfuse.compile(model, **EAGER)
+    for how, sentence in (
+        ({"short": [1]}, "from 2 to 8, found [1]."),
+        ({"short": 3}, "from 2 to 8, found 3."),
+        ({"short": range(2, 9), "batch": 8}, "short must have numbers of tokens of 8 rows from 2 to 4, found range(2, 9)."),
+        ({"short": [3], "num_beams": 2}, "short turns are of one sequence per row, found num_beams=2"),
+        ({"short": [3], "cache_implementation": "offloaded"}, "found cache_implementation='offloaded'."),
+    ):
+        with pytest.raises(gdnfuse.GdnfuseError, match=re.escape(sentence)):
+            gdnfuse.warmup(model, **how)
+    gdnfuse.compile(model, prefill=False, **EAGER)
+    with pytest.raises(
+        gdnfuse.GdnfuseError, match="prompts that are compiled and captured, found prefill=False or capture=False"
+    ):
+        gdnfuse.warmup(model, short=[3])
 
 
 def test_warmup_needs_a_compiled_model_that_generates(model):
