@@ -40,16 +40,19 @@ class Taken:
         tokens: how many of each row, 0 where nothing was known of all rows.
         prompt: how many tokens a row has, None where that is not known.
         why_not: why the store was left out; empty where it was not.
+        no_end: why the turn's end would not be kept, whatever comes; empty where it may be.
     """
 
     tokens: int
     prompt: int | None
     why_not: str
+    no_end: str = ""
 
     def __str__(self) -> str:
         if self.why_not:
             return f"Nothing was taken from the prefix store: {self.why_not}."
-        return f"{self.tokens} of the prompt's {self.prompt} tokens were taken from the prefix store."
+        end = f" Of this turn the prompt alone can be kept: {self.no_end}." if self.no_end else ""
+        return f"{self.tokens} of the prompt's {self.prompt} tokens were taken from the prefix store.{end}"
 
 
 @dataclass
@@ -189,8 +192,12 @@ def explain(call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanati
     elif model is not None and call is not model and uncompiled:
         cause = "generate calls the model, which is not compiled now; torch.compile(model) does not change that."
         findings.append(Finding("not compiled", cause, "model.generate", "Call gdnfuse.compile(model) first."))
-    taken = [Taken(run.taken or 0, run.prompt, run.why_not or "") for noted in runs for run in noted]
-    return Explanation(reports, findings, taken, drafts)
+    return Explanation(reports, findings, [taken(run) for noted in runs for run in noted], drafts)
+
+
+def taken(run: generate.Run) -> Taken:
+    """What a run of `generate` took from its model's store."""
+    return Taken(run.taken or 0, run.prompt, run.why_not or "", run.no_end)
 
 
 _calls = itertools.count()

@@ -78,6 +78,8 @@ class Generate:
         run = Run(prefixes, self._parameters, self._find_cache, keeps=noted is None)
         if noted is not None:
             noted.append(run)
+        if _beams(self.__self__, given) > 1:
+            run.no_end = "the rows of beams trade places"
         ids = kwargs.get("input_ids") if inputs is None else inputs
         if (cache := self._find_cache(kwargs.values())) is not None:
             if isinstance(ids, torch.Tensor) and ids.ndim == 2:
@@ -91,7 +93,7 @@ class Generate:
             out = self._plain(inputs, *args, **kwargs)
         finally:
             self._runs.now = outer
-        if _beams(self.__self__, given) == 1:
+        if not run.no_end:
             if cache is not None:
                 prefixes.went_on(cache, getattr(out, "sequences", out))
             loop = kwargs.get("custom_generate")
@@ -174,10 +176,11 @@ class Run:
         prompt: its length, None where that is not known.
         taken: how many of its tokens came from the store, of each row; None before its prompt.
         why_not: why it goes on without the store, if it does.
+        no_end: why nothing behind the prompt will be kept, if that is known ahead.
     """
 
     def __init__(self, prefixes: PrefixStore, parameters: list[str], find_cache: Callable[..., Any], keeps: bool = True):
-        self.prefixes, self.prompt, self.taken, self.why_not = prefixes, None, None, None
+        self.prefixes, self.prompt, self.taken, self.why_not, self.no_end = prefixes, None, None, None, ""
         self._parameters, self._find_cache, self._keeps = parameters, find_cache, keeps
         self._left, self._cache, self._in_steps = False, None, False
         self._rows: list[bytes] = []  # that the cache has seen, as prompts

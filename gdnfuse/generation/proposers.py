@@ -269,6 +269,9 @@ class Draft:
             )
         if self.model is model:
             raise GdnfuseError("A draft must be another model than the one it drafts for, found the same.")
+        here, there = (next(m.parameters()).device for m in (self.model, model))
+        if here != there:
+            raise GdnfuseError(f"A draft must be on the device of the model it drafts for, {there}, found {here}.")
 
     def start(self, run: Run) -> Drafting:
         """What drafts for one generation."""

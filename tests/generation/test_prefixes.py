@@ -16,7 +16,7 @@ from transformers import DynamicCache, StaticCache
 
 import gdnfuse
 from gdnfuse import GdnfuseError, PrefixStore
-from gdnfuse.generation import generate
+from gdnfuse.generation import explain, generate
 from gdnfuse.generation.caches import cache_finder
 from gdnfuse.generation.generate import Run
 from gdnfuse.passes import checkpoints
@@ -122,7 +122,8 @@ def test_explain_says_what_would_be_taken():
     agree(plain, ours, ids(100))
     before = store.stats()
     found = gdnfuse.explain(ours.generate, prompt, **ONE)
-    assert found.to_dict()["prefixes"] == [{"tokens": 100, "prompt": 130, "why_not": ""}] and store.stats() == before
+    assert found.to_dict()["prefixes"] == [{"tokens": 100, "prompt": 130, "why_not": "", "no_end": ""}]
+    assert store.stats() == before
     assert "\n100 of the prompt's 130 tokens were taken from the prefix store.\n" in found.summary()
     found = gdnfuse.explain(ours.generate, prompt, use_cache=False, **ONE)
     assert "\nNothing was taken from the prefix store: there is no cache.\n" in found.summary() and store.stats() == before
@@ -215,6 +216,10 @@ def test_rows_take_what_is_known_of_all():
     assert taken(store, lambda: agree(plain, ours, torch.cat([a, ids(200, 3)]))) == 0
     assert taken(store, lambda: agree(plain, ours, torch.cat([a, torch.cat([a[:, :140], ids(60, 4)], 1)]))) == 2 * 128
     assert taken(store, lambda: agree(plain, ours, a, num_return_sequences=2, num_beams=2)) == 2 * 192
+    with ours.generate.noting() as noted:
+        ours.generate(a, num_beams=2, **ONE)
+    said = str(explain.taken(noted[0]))
+    assert said.endswith("prefix store. Of this turn the prompt alone can be kept: the rows of beams trade places.")
 
 
 def test_streamers_processors_and_chunks_of_a_prompt_stay_as_they_are():

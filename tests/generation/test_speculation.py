@@ -562,7 +562,7 @@ def test_with_quantised_weights_tokens_are_those_of_plain_steps(fresh):
 
 def test_what_cannot_draft_is_a_sentence(fresh):
     model = built(**zoo.SMALL)
-    other = built(vocab_size=96, **zoo.SMALL)
+    other, distant = built(vocab_size=96, **zoo.SMALL), built(**zoo.SMALL).to("meta")
     for make, sentence in (
         (lambda: PromptLookup(0), "PromptLookup drafts 1 to 7 tokens at a time, found 0"),
         (lambda: PromptLookup(99), "found 99"),
@@ -576,6 +576,7 @@ def test_what_cannot_draft_is_a_sentence(fresh):
         (lambda: gdnfuse.compile(model, speculate=other), "found Qwen3_5ForCausalLM; a model drafts as gdnfuse.Draft"),
         (lambda: gdnfuse.compile(model, speculate=Draft(other)), "must have the vocabulary .* 128 tokens .* found 96"),
         (lambda: gdnfuse.compile(model, speculate=Draft(model)), "must be another model than the one it drafts for"),
+        (lambda: gdnfuse.compile(model, speculate=Draft(distant)), "on the device of the model it drafts for, cpu, found meta"),
         (lambda: gdnfuse.compile(model.model, speculate=PromptLookup()), "needs a model with transformers' generate"),
         (lambda: gdnfuse.speculative(None), "found NoneType"),
     ):
