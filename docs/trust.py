@@ -45,18 +45,19 @@ ROWS: dict[str, list[str]] = {
         "tests/models/test_generate.py",
         "tests/generation/test_compile.py",
     ],
-    "Drafts checked several in a step": ["tests/generation/test_speculation.py", "tests/test_bench.py", "-k", "speculation"],
+    "Drafts checked several in a step": ["tests/generation/test_speculation.py"],
     "Recurrent states in half precision": ["tests/models/test_state_dtype.py"],
     "Quantised weights: formats, sizes, events": ["tests/models/test_quantized.py", "tests/models/test_quantized_pairs.py"],
     "Models shared out over two ranks, and four": ["tests/generation/test_shards.py"],
     "Prefixes of prompts, taken and left": ["tests/generation/test_prefixes.py", "tests/generation/test_prefix_tree.py"],
     "Weights loaded, moved, replaced, copied, saved, shared, deleted": ["tests/test_packing.py", "tests/models/test_weights.py"],
     "Low-rank adapters merged, unmerged, switched": ["tests/models/test_adapters.py"],
-    "Families, prompts and steps; a layer written by hand": [
-        "tests/models/test_families.py",
+    "Families, prompts and steps": ["tests/models/test_families.py"],
+    "Examples, a layer written by hand among them; pictures are those of the graphs": [
         "tests/test_examples.py",
+        "tests/test_docs.py",
         "-k",
-        "test_families or handwritten or config",
+        "test_examples or pictures",
     ],
     f"Near misses of real graphs ({NEAR_MISSES} of them), shapes and layouts": ["tests/fuzz"],
     "Operations' references": ["tests/dialect"],
@@ -97,7 +98,7 @@ ROWS: dict[str, list[str]] = {
         "tests/test_backend.py",
     ],
     "Bit-identical from run to run": ["tests/models/test_determinism.py"],
-    "Benchmarks: no speed of what is wrong": ["tests/test_benchmarks.py"],
+    "Benchmarks: no speed of what is wrong": ["tests/test_benchmarks.py", "tests/test_bench.py"],
 }
 GPU = {"Kernels and whole models on a GPU": ["-m", "gpu", "tests"]}
 

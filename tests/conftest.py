@@ -13,6 +13,7 @@ import gdnfuse
 
 pytest.register_assert_rewrite("tests.pages")  # so that what it asserts is shown
 
+gc.set_threshold(300_000, 10, 10)  # imports and tracing make objects fast, and keep most
 # One worker per core already: threads of one worker that spin for those of another made toy models ten times slower.
 torch.set_num_threads(1)
 
@@ -29,10 +30,9 @@ torch._dynamo.guards.profile_guard_manager = lambda *args: 0.0
 
 
 def pytest_collection_finish():
-    """Modules stay, so the collector need not walk through them again and again; tracing makes objects fast, and keeps most."""
+    """Modules stay, so the collector need not walk through them again and again."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(300_000, 10, 10)
 
 
 @pytest.fixture(autouse=True)

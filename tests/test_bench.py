@@ -55,6 +55,7 @@ def here(monkeypatch, capsys):
 QUICK = ["--inner", "eager", "--dtype", "float32", "--device", "cpu", "--new", "16"]
 
 
+@pytest.mark.sweep
 def test_a_quantised_model_is_compared_with_its_dequantised_weights(folder, here, capsys):
     command = ["bench", str(folder / "config.json"), *QUICK, "--quantize", "fp8", "--prompt", "20", "--json"]
     assert main(command) == 0
@@ -156,6 +157,7 @@ def test_speculation_of_no_kind_is_a_sentence(folder, capsys):
         assert sentence in capsys.readouterr().err
 
 
+@pytest.mark.sweep
 def test_the_first_token_behind_a_known_prefix(folder, here, capsys):
     command = ["bench", str(folder), *QUICK, "--sides", "eager,gdnfuse", "--batch", "2", "--prefix", "128"]
     assert main([*command, "--json"]) == 0

@@ -49,6 +49,7 @@ def test_every_plot_is_on_a_page_beside_its_figures():
         assert f"../benchmarks/results/plots/{plot.name})" in text and f"../benchmarks/results/{plot.stem}.json)" in text, plot
 
 
+@pytest.mark.sweep
 def test_pictures_are_drawn_from_the_graphs(tmp_path, monkeypatch):
     """The committed ones have the same operations after lowering; how transformers writes a layer differs by version."""
     monkeypatch.syspath_prepend(str(DOCS))

@@ -74,6 +74,7 @@ def test_read_report(capsys):
     assert "model.layers.0.linear_attn" in capsys.readouterr().out
 
 
+@pytest.mark.sweep
 def test_lora():
     pytest.importorskip("peft")
     tokens = main_of("lora")(["--tokens", "6", *QUICK])
@@ -81,6 +82,7 @@ def test_lora():
     assert not torch.equal(tokens["active"], tokens["off"])
 
 
+@pytest.mark.sweep
 def test_prefixes():
     # The first question shows nothing new, the second where questions part from the document: the third begins there.
     assert main_of("prefixes")(QUICK, document="A document. " * 37) == [0, 0, 384]
@@ -92,6 +94,7 @@ def test_padded_batch(capsys):
     assert "1/1 GDN layers fused" in capsys.readouterr().out
 
 
+@pytest.mark.sweep
 def test_speculate(capsys):
     tokens, plain = main_of("speculate")(["--tokens", "24", *QUICK])
     assert torch.equal(tokens, plain) and "drafts accepted" in capsys.readouterr().out
@@ -135,6 +138,7 @@ def test_the_notebook_opens_the_page(monkeypatch, tmp_path, capsys):
 DEMO = ["--layers", "2", "--hidden", "64", "--tokens", "8", *QUICK]
 
 
+@pytest.mark.sweep
 def test_demo(capsys):
     assert main_of("demo")(DEMO) == 0
     out = capsys.readouterr().out

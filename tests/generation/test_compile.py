@@ -133,7 +133,7 @@ def test_a_cache_is_found_by_what_it_is(model, kind):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["static", "dynamic"])
+@pytest.mark.parametrize("kind", [pytest.param("static", marks=pytest.mark.sweep), "dynamic"])
 def test_turns_of_a_few_tokens_are_short_steps(model, kind):
     """A graph for each number of tokens, however long the cache has become, and none more when a turn comes again."""
     plain = copy.deepcopy(model)

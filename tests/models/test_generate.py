@@ -83,7 +83,7 @@ def test_prompts_and_steps_are_compiled_once_for_all_lengths(padded):
     assert record.status is Status.FIRED
 
 
-@pytest.mark.parametrize(("padded", "made"), [(True, "here"), (False, "before")])
+@pytest.mark.parametrize(("padded", "made"), [(True, "here"), pytest.param(False, "before", marks=pytest.mark.sweep)])
 def test_keys_of_a_fixed_length_are_not_marked(padded, made):
     model = zoo.causal_lm(**zoo.SMALL)
     ours = gdnfuse.compile(copy.deepcopy(model), inner="eager")

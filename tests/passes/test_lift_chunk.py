@@ -361,7 +361,11 @@ def test_records_say_what_was_expected():
 
 @pytest.mark.parametrize(
     ("kind", "dtype"),
-    [pytest.param(None, torch.float32, marks=pytest.mark.sweep), ("dynamic", torch.float32), ("static", torch.bfloat16)],
+    [
+        pytest.param(None, torch.float32, marks=pytest.mark.sweep),
+        ("dynamic", torch.float32),
+        pytest.param("static", torch.bfloat16, marks=pytest.mark.sweep),
+    ],
 )
 @torch.no_grad()
 def test_every_layer_of_a_prompt_is_lifted_without_capture(kind, dtype):
