@@ -1,5 +1,6 @@
 """transformers' fp8_linear becomes a linear on a dequantised weight: where, for which weights, after what proof."""
 
+import contextlib
 import importlib
 import inspect
 import types
@@ -150,10 +151,12 @@ def fp8_experts(**others):
     return self, [a.float() if a.is_floating_point() else a for a in args]
 
 
-@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm", "deepgemm"])
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm", "deepgemm", "ours, also uncompiled"])
 def test_experts_are_one_op_on_dequantised_weights_whatever_computes_them(implementation):
-    self, args = fp8_experts(implementation=implementation)
-    found, ops = traced(self, *args)
+    ours = "ours" in implementation
+    self, args = fp8_experts(implementation="eager" if ours else implementation)
+    with capture_fp8.dequantized_calls(self) if ours else contextlib.nullcontext():
+        found, ops = traced(self, *args)
     assert ops == ["gdnfuse.dequantize", "gdnfuse.dequantize", "gdnfuse.experts"]
     stored = [(self.gate_up_proj, self.gate_up_proj_scale_inv), (self.down_proj, self.down_proj_scale_inv)]
     weights = [formats.named("fp8_block128").dequantize(*w, torch.float32) for w in stored]

@@ -88,7 +88,8 @@ def test_without_any_of_them_a_model_is_imported_compiled_and_right(on):
     command = [sys.executable, "-c", WITHOUT_ANY, *on.split()]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split() == ["prefill", "decode", "True"]
+    in_generate = ["decode"] if "cuda" in on else []  # transformers compiles a static cache's steps on GPUs alone
+    assert done.stdout.split() == [*in_generate, "prefill", "decode", "True"]
     for sentence in ("weights are not packed.", "functions are not captured.", "there are no CUDA graphs."):
         assert done.stderr.count(f"without it {sentence}") == 1
 
