@@ -12,7 +12,8 @@ side has another process behind it, which finds the caches that the first one le
 
 Weights are random, of the published shapes, and built on the device from one seed. Every side decodes the same tokens from the
 same eager prefill into a cache: a static one, with CUDA graphs, or, as generate() has it if told nothing, a dynamic one without.
-Times are medians over blocks of BLOCK steps, each block between two events with nothing waited for inside, as a decode loop runs.
+Times are medians over blocks of BLOCK steps with nothing waited for inside (see gdnfuse/bench/measure.py). "each waited for" is
+the median where the host waits for every step, as generate() does.
 No speed is reported for a side whose logits are wrong: their relative error against the same weights run in float32 must stay
 within SLACK times eager's own (see gdnfuse/bench/measure.py).
 
@@ -53,6 +54,7 @@ from gdnfuse.bench.measure import (
     state_bytes,
     synchronize,
     time_steps,
+    time_waited,
     weight_bytes,
     widen,
 )
@@ -64,6 +66,7 @@ COMPILED = ("inductor", "max-autotune", "gdnfuse")
 SECOND = ":second"  # behind the name of a side, the worker that finds its caches
 DTYPES = ("float32", "bfloat16", "float16")
 CHECKED = 8  # steps whose logits are compared
+WAITED = 16  # steps that are waited for
 PROFILED = 2  # steps whose kernels are counted
 EAGER_STEPS = 16  # timed of the sides that are not compiled
 LIMITS = ("limit_ms", "limit_with_states_ms")
@@ -153,7 +156,7 @@ def prompt_of(args: argparse.Namespace, tokens: torch.Tensor) -> torch.Tensor:
 
 def room(args: argparse.Namespace) -> int:
     """Tokens that a side decodes behind the prompt."""
-    return CHECKED + args.warmup + args.steps + PROFILED
+    return CHECKED + args.warmup + args.steps + WAITED + PROFILED
 
 
 @contextmanager
@@ -177,7 +180,7 @@ def reference(name: str, args: argparse.Namespace, folder: Path) -> dict[str, An
 
 
 def _reference(model: torch.nn.Module, rate: float, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    count = args.prompt + CHECKED + args.warmup + args.steps
+    count = args.prompt + CHECKED + args.warmup + args.steps + WAITED
     generator = torch.Generator(args.device).manual_seed(1)
     tokens = torch.randint(0, model.config.vocab_size, (count, args.batch, 1), device=args.device, generator=generator)
     cache = Decoder(model, model, prompt_of(args, tokens), room(args)).cache
@@ -265,10 +268,12 @@ def timed(decode: Decoder, args: argparse.Namespace, tokens: torch.Tensor, steps
     for t in tokens[at : at + args.warmup]:
         decode(t)
     synchronize(args.device)
-    times = time_steps(decode, tokens[at + args.warmup : at + args.warmup + steps], args.device)
+    at += args.warmup
+    times = time_steps(decode, tokens[at : at + steps], args.device)
     deciles = statistics.quantiles(times, n=10, method="inclusive")
     ms = statistics.median(times)
     figures = {"ms": ms, "ms_p10": deciles[0], "ms_p90": deciles[-1], "steps": steps}
+    figures["waited_ms"] = time_waited(decode, tokens[at + steps : at + steps + WAITED], args.device)
     return figures | {"tokens_per_second": 1e3 * args.batch / ms}
 
 
@@ -304,6 +309,7 @@ def table(result: dict[str, Any]) -> str:
             [
                 row["side"],
                 f"{ms:.3f}" if ms else row.get("failed", "refused: logits are wrong"),
+                f"{row['waited_ms']:.3f}" if ms else "",
                 f"{row['tokens_per_second']:.0f}" if ms else "",
                 *shares,
                 f"{row['kernels_per_step']:.0f}" if "kernels_per_step" in row else "",
@@ -321,6 +327,7 @@ def table(result: dict[str, Any]) -> str:
     headers = [
         "side",
         "ms per step (median)",
+        "each waited for",
         "tokens/s",
         "of the weights' limit",
         "with states",

@@ -332,7 +332,7 @@ def table(result: dict[str, Any]) -> str:
         if "ms" not in row:
             parts.append(head + row.get("failed", "its logits are too far from float32's or not finite."))
             continue
-        head += f"{row['ms']:.3f} ms a step"
+        head += f"{row['ms']:.3f} ms a step, {row['waited_ms']:.3f} where each is waited for"
         if "refused" in row:
             parts.append(f"{head}; nothing is attributed. {row['refused']}")
             continue

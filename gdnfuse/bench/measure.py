@@ -1,7 +1,9 @@
 """What is measured and how: a decode step, a prompt, the logits that must be right first, and the bandwidth that limits a step.
 
-Times are medians. A decode step is timed in blocks of steps, each block between two events with nothing waited for inside, as a
-decode loop runs; a prompt is waited for; a kernel's calls are timed in a CUDA graph.
+Times are medians. A decode step is timed in blocks of steps with nothing waited for inside, as a decode loop runs that reads no
+token back. On a GPU a block is between two events, and a step that is not timed goes before it: otherwise the device would idle
+until the host has launched the first one, which a long loop meets once. What a step takes where each is waited for, as `generate`
+does to see whether a text has ended, is a figure of its own. A prompt is waited for; a kernel's calls are timed in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -197,10 +199,16 @@ def seconds(call: Callable[[], Any], device: str) -> float:
 def time_steps(
     decode: Callable[[torch.Tensor], torch.Tensor], tokens: torch.Tensor, device: str, size: int = BLOCK
 ) -> list[float]:
-    """Milliseconds per step of each block of `size` steps, by CUDA events on a GPU."""
-    times = []
-    for block in tokens.split(size):
-        if torch.device(device).type == "cuda":
+    """Milliseconds per step of each block of `size` steps, by CUDA events and behind one more step on a GPU."""
+    times: list[float] = []
+    cuda = torch.device(device).type == "cuda"
+    for block in tokens.split(size + cuda):
+        if cuda:
+            if len(block) > 1:
+                decode(block[0])
+                block = block[1:]
+            elif times:  # a step that is left over has none before it
+                break
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
             for token in block:
@@ -214,6 +222,11 @@ def time_steps(
                 decode(token)
             times.append(1e3 * (time.perf_counter() - begin) / len(block))
     return times
+
+
+def time_waited(decode: Callable[[torch.Tensor], torch.Tensor], tokens: torch.Tensor, device: str) -> float:
+    """The median of milliseconds per step where each step is waited for."""
+    return statistics.median(1e3 * seconds(lambda: decode(token), device) for token in tokens)
 
 
 def widen(model: torch.nn.Module) -> None:
