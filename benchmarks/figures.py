@@ -110,7 +110,7 @@ def steps(files: dict[str, Any]) -> Rows:
         for result in data["results"]:
             row, limit = by_side(result)["gdnfuse"], limit_of_step(result)
             yield (
-                named(result["model"]),
+                named(result["model"]) + (f", {result['quantize']}" if result.get("quantize") else ""),
                 str(result["batch"]),
                 number(row["ms"], 2, " ms"),
                 number(limit, 2, " ms"),
