@@ -1,4 +1,4 @@
-"""fused_linear: a bias-free linear with what stands before and behind it in a decode step: norm, SwiGLU, residual."""
+"""fused_linear: a bias-free linear with what stands before and behind it in a decode step: norm, adapters, SwiGLU, residual."""
 
 from __future__ import annotations
 
@@ -24,8 +24,12 @@ def reference(
     gate_activation: str = "silu",
     scales: list[torch.Tensor] | None = None,
     format: str = "",
+    lora_A: list[torch.Tensor] | None = None,
+    lora_B: list[torch.Tensor] | None = None,
+    lora_parts: list[int] | None = None,
+    lora_scaling: list[float] | None = None,
 ) -> torch.Tensor:
-    """y = [norm(x)·W₀ᵀ | norm(x)·W₁ᵀ | …], of which silu(first half)·second half if `swiglu`, + residual.
+    """y = [norm(x)·W₀ᵀ | norm(x)·W₁ᵀ | …] + adapters, of which silu(first half)·second half if `swiglu`, + residual.
 
     Args:
         x: [..., N].
@@ -39,6 +43,11 @@ def reference(
         gate_activation: as of gated_rms_norm.
         scales: of the first of the weights, which then are data of a quantised weight each; the others are as they are.
         format: of those, as of dequantize.
+        lora_A: [rᵢ, N] each, of low-rank adapters (Hu et al. 2021, arXiv:2106.09685).
+        lora_B: [rows, r] each.
+        lora_parts: five numbers of each adapter of a projection: first column and columns of the projection in the row, the first
+            row of its A among all of lora_A, and which of lora_B its B is in and from which row on. It adds scaling·B·A·norm(x).
+        lora_scaling: of each adapter of a projection.
 
     Returns:
         [..., ΣMᵢ], or half of it with `swiglu`, in the weights' dtype: see `weight_dtype`.
@@ -54,10 +63,37 @@ def reference(
         if len(weights) > 1
         else F.linear(x.to(weights[0].dtype), weights[0])
     )
+    if lora_A:
+        y = adapted(y, x, lora_A, lora_B, lora_parts, lora_scaling)
     if swiglu:
         first, second = y.chunk(2, -1)
         y = F.silu(first) * second
     return y if residual is None else residual + y
+
+
+def adapted(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    lora_A: list[torch.Tensor],
+    lora_B: list[torch.Tensor],
+    lora_parts: list[int],
+    lora_scaling: list[float],
+) -> torch.Tensor:
+    """A row [..., M] with what adapters of x add to it, in its dtype."""
+    low = [F.linear(x.to(w.dtype), w) for w in lora_A]
+    low = torch.cat(low, -1) if len(low) > 1 else low[0]
+    columns: dict[int, torch.Tensor] = {}
+    for (first, width, row, of, start), scaling in zip(zip(*[iter(lora_parts)] * 5, strict=True), lora_scaling, strict=True):
+        up = lora_B[of].narrow(0, start, width)
+        delta = F.linear(low.narrow(-1, row, up.shape[1]), up) * scaling
+        columns[first] = columns.get(first, y.narrow(-1, first, width)) + delta
+    pieces, end = [], 0
+    for first in sorted(columns):
+        pieces += [y.narrow(-1, end, first - end), columns[first].to(y.dtype)]
+        end = first + columns[first].shape[-1]
+    pieces.append(y.narrow(-1, end, y.shape[-1] - end))
+    pieces = [p for p in pieces if p.shape[-1]]
+    return torch.cat(pieces, -1) if len(pieces) > 1 else pieces[0]
 
 
 def weight_dtype(
@@ -86,7 +122,7 @@ def dequantized(
 
 def fake(
     x, weights, norm_weight=None, norm_eps=0.0, norm_offset=0.0, gate=None, swiglu=False, residual=None, gate_activation="silu",
-    scales=None, format="",
+    scales=None, format="", lora_A=None, lora_B=None, lora_parts=None, lora_scaling=None,
 ):  # fmt: skip
     columns = sum(w.shape[0] for w in weights) // (2 if swiglu else 1)
     dtype = weight_dtype(x, weights, scales, residual, norm_weight, gate)
@@ -107,9 +143,11 @@ def example_call(
     gate_activation="silu",
     format="",
     plain=0,
+    lora=(),
+    lora_dtype=None,
 ):
     """A call with random inputs: `parts` weights of M rows in all, M per half with `swiglu`; `head` is V of a gated norm; with a
-    format all but the last `plain` weights are quantised."""
+    format all but the last `plain` weights are quantised; `lora` are ranks of adapters on each of the weights."""
     rows = 2 * M if swiglu else M
     sizes = [rows // parts] * (parts - 1) + [rows - rows // parts * (parts - 1)]
     options = {
@@ -127,11 +165,32 @@ def example_call(
         pairs = [named(format).quantize(w) for w in weights[: len(weights) - plain]]
         weights[: len(pairs)] = [data for data, _ in pairs]
         options |= {"scales": [scale for _, scale in pairs], "format": format}
+    options |= example_adapters(sizes, N, lora, lora_dtype or dtype)
     return (x if head else x.to(dtype), weights), options
+
+
+def example_adapters(sizes, N, ranks, dtype):
+    """Adapters of these ranks on projections of so many rows each: A and B of each rank one below the other."""
+    if not ranks:
+        return {}
+    parts, scaling, row = [], [], 0
+    for of, rank in enumerate(ranks):
+        for i, size in enumerate(sizes):
+            parts += [sum(sizes[:i]), size, row, of, sum(sizes[:i])]
+            scaling.append(0.5 + of + i)
+            row += rank
+    return {
+        "lora_A": [(torch.randn(row, N) * N**-0.5).to(dtype)],
+        "lora_B": [(torch.randn(sum(sizes), rank) * rank**-0.5).to(dtype) for rank in ranks],
+        "lora_parts": parts,
+        "lora_scaling": scaling,
+    }
 
 
 def examples():
     return [
+        example_call(7, 8, norm=True, parts=2, lora=(2, 3)),
+        example_call(6, 16, torch.bfloat16, head=4, residual=True, lora=(4,), lora_dtype=torch.float32),
         example_call(5, 8, lead=(2, 1), norm=True, parts=2),
         example_call(6, 8, swiglu=True, norm=True, parts=2),
         example_call(6, 16, head=4, residual=True),
@@ -142,4 +201,4 @@ def examples():
     ]
 
 
-op = register("fused_linear", reference, fake, examples, equation="[silu(·)·](norm(x)·Wᵀ) [+ residual]")
+op = register("fused_linear", reference, fake, examples, equation="[silu(·)·](norm(x)·Wᵀ [+ s·B·A·norm(x)]) [+ residual]")

@@ -30,6 +30,10 @@ def reference(
     heads: int = 1,
     scales: list[torch.Tensor] | None = None,
     format: str = "",
+    lora_A: list[torch.Tensor] | None = None,
+    lora_B: list[torch.Tensor] | None = None,
+    lora_parts: list[int] | None = None,
+    lora_scaling: list[float] | None = None,
 ) -> torch.Tensor:
     """fused_linear(x, weights, norm), its columns [conv_offset, conv_offset + D) through causal_conv_update.
 
@@ -46,13 +50,14 @@ def reference(
             of head h from offset + h·stride: the result has the parts one behind the other, each with its heads side by side.
             None where the row has them so.
         heads: how many key heads.
-        scales, format: as of fused_linear.
+        scales, format, lora_A, lora_B, lora_parts, lora_scaling: as of fused_linear.
 
     Returns:
         [B, 1, ΣMᵢ], or the columns of the parts, in float32 (float64 for float64 inputs): nothing is rounded between projection
         and rule.
     """
-    row = fused_linear(x, weights, norm_weight, norm_eps, norm_offset, scales=scales, format=format)
+    lora = {"lora_A": lora_A, "lora_B": lora_B, "lora_parts": lora_parts, "lora_scaling": lora_scaling}
+    row = fused_linear(x, weights, norm_weight, norm_eps, norm_offset, scales=scales, format=format, **lora)
     if parts is not None:
         row = torch.cat([columns(row, *part, heads).flatten(-2) for part in zip(*[iter(parts)] * 3, strict=True)], -1)
     D = conv_state.shape[1]
@@ -65,7 +70,7 @@ def reference(
 
 def fake(
     x, weights, norm_weight, norm_eps, norm_offset, conv_state, conv_weight, conv_bias, conv_offset, activation,
-    parts=None, heads=1, scales=None, format="",
+    parts=None, heads=1, scales=None, format="", lora_A=None, lora_B=None, lora_parts=None, lora_scaling=None,
 ):  # fmt: skip
     width = sum(w.shape[0] for w in weights) if parts is None else heads * sum(parts[2::3])
     dtype = torch.promote_types(torch.float32, weight_dtype(x, weights, scales))
@@ -90,13 +95,14 @@ def example_call(
     heads=1,
     format="",
     plain=0,
+    lora=(),
 ):
-    (x, weights), options = example_linear(M, N, dtype, (B, 1), norm=norm, parts=weights, format=format, plain=plain)
+    (x, weights), options = example_linear(M, N, dtype, (B, 1), norm=norm, parts=weights, format=format, plain=plain, lora=lora)
     return (
         x, weights, options["norm_weight"], 1e-6, 1.0,
         torch.randn(B, D, S).to(state_dtype or dtype), (torch.randn(D, 1, W) / 2).to(dtype),
         torch.randn(D).to(dtype) if bias else None, offset, "silu", parts, heads,
-    ), {name: options[name] for name in ("scales", "format") if name in options}  # fmt: skip
+    ), {name: x for name, x in options.items() if name in ("scales", "format") or name.startswith("lora")}  # fmt: skip
 
 
 def examples():
@@ -105,6 +111,7 @@ def examples():
         example_call(9, 8, 9, norm=False),
         example_call(13, 8, 6, B=2, parts=[1, 6, 3, 4, 6, 2], heads=2),
         example_call(264, 128, 128, torch.bfloat16, weights=2, format="fp8_block128", plain=1),
+        example_call(13, 8, 6, parts=[1, 6, 3, 4, 6, 2], heads=2, weights=2, lora=(2,)),
     ]
 
 

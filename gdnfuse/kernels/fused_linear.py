@@ -38,6 +38,10 @@ def launch(
     gate_activation: str = "silu",
     scales: list[torch.Tensor] | None = None,
     format: str = "",
+    lora_A: list[torch.Tensor] | None = None,
+    lora_B: list[torch.Tensor] | None = None,
+    lora_parts: list[int] | None = None,
+    lora_scaling: list[float] | None = None,
     *,
     overlap: bool = False,
 ) -> torch.Tensor:
@@ -45,6 +49,7 @@ def launch(
 
     Args:
         x, weights, norm_weight, norm_eps, norm_offset, gate, swiglu, residual, gate_activation, scales, format: as there.
+        lora_A, lora_B, lora_parts, lora_scaling: as there, of one row, with one A.
         overlap: whether weights may be read while kernels before this one run: what came before the step must have ended.
 
     Returns:
@@ -56,7 +61,28 @@ def launch(
         return few_rows_linear.launch(x, weight, swiglu, overlap=overlap, **stored)
     around = {"gate": gate, "swiglu": swiglu, "residual": residual, "gate_activation": gate_activation}
     kind = skinny_linear.kind(norm_weight, gate, swiglu)
-    return _one_row(kind, x, weight, norm_weight, norm_eps, norm_offset, **around, overlap=overlap, **stored)
+    before = {"gate": gate, "gate_activation": gate_activation, "overlap": overlap}
+    lora = _lora(x, lora_A, lora_B, lora_parts, lora_scaling, norm_weight, norm_eps, norm_offset, **before)
+    return _one_row(kind, x, weight, norm_weight, norm_eps, norm_offset, **around, overlap=overlap, **lora, **stored)
+
+
+def _lora(
+    x: torch.Tensor,
+    A: list[torch.Tensor] | None,
+    B: list[torch.Tensor] | None,
+    parts: list[int] | None,
+    scaling: list[float] | None,
+    norm_weight: torch.Tensor | None,
+    *args: Any,
+    gate: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> dict[str, Any]:
+    """What one row's kernel is told of adapters, with A·x of all of them, which a launch of its own has made."""
+    if not A:
+        return {}
+    chosen = skinny_linear.lora_config(*A[0].shape, gate is not None)
+    low = skinny_linear.launch_with(chosen, x, A[0], norm_weight, *args, gate=gate, dtype=torch.float32, **kwargs)
+    return {"lora": (low, B, skinny_linear.lora_table(B, parts, scaling))}
 
 
 def _one_row(
@@ -99,6 +125,10 @@ def launch_in_proj_conv(
     heads: int = 1,
     scales: list[torch.Tensor] | None = None,
     format: str = "",
+    lora_A: list[torch.Tensor] | None = None,
+    lora_B: list[torch.Tensor] | None = None,
+    lora_parts: list[int] | None = None,
+    lora_scaling: list[float] | None = None,
     *,
     overlap: bool = False,
 ) -> torch.Tensor:
@@ -109,6 +139,7 @@ def launch_in_proj_conv(
         conv_state: [1, D, S], any strides; written in place.
         conv_weight: [D, 1, W], any strides.
         conv_bias, conv_offset, activation, parts, heads, scales, format: as there.
+        lora_A, lora_B, lora_parts, lora_scaling: as for `launch`.
         overlap: as for `launch`.
 
     Returns:
@@ -120,8 +151,10 @@ def launch_in_proj_conv(
         offsets, strides, widths = parts[::3], parts[1::3], parts[2::3]
         first = accumulate((heads * width for width in widths), initial=0)
         parts = tuple(zip(first, widths, offsets, strides, strict=False))
+    norm = (norm_weight, norm_eps, norm_offset)
+    lora = _lora(x, lora_A, lora_B, lora_parts, lora_scaling, *norm, overlap=overlap)
     return _one_row(
-        "conv", x, weight, norm_weight, norm_eps, norm_offset, conv=conv, parts=parts, heads=heads, overlap=overlap,
+        "conv", x, weight, *norm, conv=conv, parts=parts, heads=heads, overlap=overlap, **lora,
         **_stored(weights, scales, format, weight_dtype(x, weights, scales)),
     )  # fmt: skip
 
@@ -154,7 +187,7 @@ def _rows(x: torch.Tensor) -> int:
 
 def supports(
     x, weights, norm_weight=None, norm_eps=0.0, norm_offset=0.0, gate=None, swiglu=False, residual=None, gate_activation="silu",
-    scales=None, format="", parts=1,
+    scales=None, format="", lora_A=None, lora_B=None, lora_parts=None, lora_scaling=None, parts=1,
 ) -> None:  # fmt: skip
     """Raises Refused unless there are at most 32 rows, sizes are static, dtypes are float32, bfloat16 or float16, rows are
     contiguous and there is one weight, of x's dtype but behind a gated norm; or a quantised one that kernels can read, and maybe
@@ -190,6 +223,8 @@ def supports(
     for name, t in (("x", x), ("weight", weight), ("gate", gate), ("residual", residual)):
         if t is not None and t.shape[-1] > 1 and (not isinstance(t.stride(-1), int) or t.stride(-1) != 1):
             raise Refused(f"{name} must have contiguous rows, got the strides {list(t.stride())}.")
+    if lora_A:
+        _require_lora(x, weights, scales, lora_A, lora_B)
     if _rows(x) > 1:
         around = {"norm or gate before": norm_weight, "residual behind": residual}
         if given := [name for name, t in around.items() if t is not None]:
@@ -202,6 +237,19 @@ def supports(
         V, step = norm_weight.shape[0], skinny_linear.config_of("gate", weight, format)[1]
         if N % step or step % V:
             raise Refused(f"Heads must fill steps of {step} columns, and these the row, got {N} columns in heads of {V}.")
+
+
+def _require_lora(x, weights, scales, A, B) -> None:
+    """Refuse adapters that the kernel of one row does not take."""
+    if _rows(x) > 1 or scales or len(weights) > 1:
+        raise Refused(f"Adapters must be on one row and one plain weight, got {_rows(x)} rows and {len(weights)} weights.")
+    if len(A) != 1 or not 0 < len(B) <= skinny_linear.MAX_LORA:
+        raise Refused(f"Adapters must have one A and 1 to {skinny_linear.MAX_LORA} B, packed, got {len(A)} and {len(B)}.")
+    require_dtypes(lora_A=A[0], **{f"lora_B {i}": b for i, b in enumerate(B)})
+    for t in (*A, *B):
+        require_static(rows=t.shape[0], columns=t.shape[1])
+        if not compat.is_contiguous(t):
+            raise Refused(f"A and B of adapters must be contiguous, got the strides {list(t.stride())}.")
 
 
 def _require_beside(weights, format, rows, swiglu, gate, residual, parts) -> None:
@@ -237,10 +285,11 @@ def _require_channels(weights, D, conv_offset, parts, heads) -> None:
 
 def supports_in_proj_conv(
     x, weights, norm_weight, norm_eps, norm_offset, conv_state, conv_weight, conv_bias, conv_offset, activation,
-    parts=None, heads=1, scales=None, format="",
+    parts=None, heads=1, scales=None, format="", lora_A=None, lora_B=None, lora_parts=None, lora_scaling=None,
 ) -> None:  # fmt: skip
     """Raises Refused where `supports` does, and unless x is one row, conv sizes are static and the activation is known."""
-    supports(x, weights, norm_weight, norm_eps, norm_offset, scales=scales, format=format)
+    lora = {"lora_A": lora_A, "lora_B": lora_B, "lora_parts": lora_parts, "lora_scaling": lora_scaling}
+    supports(x, weights, norm_weight, norm_eps, norm_offset, scales=scales, format=format, **lora)
     if _rows(x) > 1:
         raise Refused(f"x must be one row, got the sizes {list(x.shape)}.")
     if len(weights) > 1:
@@ -259,7 +308,7 @@ def supports_split(x, weights, parts, scales=None, format="") -> None:
 
 
 GEMM = "benchmarks/gemm.py"
-EARLY = ("weights", "scales", "norm_weight")
+EARLY = ("weights", "scales", "norm_weight", "lora_A", "lora_B")
 fused_linear = register("fused_linear", launch, supports, early=EARLY, measured=GEMM)
 in_proj_conv = register("in_proj_conv", launch_in_proj_conv, supports_in_proj_conv, early=EARLY, measured=GEMM)
 split_linear = register("split_linear", launch_split, supports_split, early=("weights", "scales"), measured=GEMM)

@@ -2,8 +2,8 @@
 
 Meaning: the dialect's fused_linear and in_proj_conv for one row. y = f(x)·Wᵀ, where f is nothing, an RMSNorm (its factor is put
 on y, so the row need not be known before the weights are) or the gated RMSNorm of the gated delta rule (Yang et al. 2024,
-arXiv:2412.06464); behind it SwiGLU (Shazeer 2020, arXiv:2002.05202), a residual, or the conv update of the channels, each owned
-by the one program that computes it.
+arXiv:2412.06464); behind it what low-rank adapters add (Hu et al. 2021, arXiv:2106.09685), SwiGLU (Shazeer 2020,
+arXiv:2002.05202), a residual, or the conv update of the channels, each owned by the one program that computes it.
 
 A program takes whole rows of the weight, so that no sum is split over programs and results are deterministic; it goes on to
 further rows where that pays. On Hopper it may start, and load its first weights, while the kernel before it still runs
@@ -15,6 +15,7 @@ float32; one rounding, to the weight's dtype, none for in_proj_conv.
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import torch
@@ -72,6 +73,10 @@ INT4_CONFIGS = {
 }
 
 Config = tuple[int, ...]
+# Of all A's of the adapters on a linear: few rows, whose kernel the linear's own waits for, while it loads its weights. Programs
+# are as many as there are rows, up to ROWS_APART; not measured.
+LORA_COLUMNS, LORA_GATED_COLUMNS, LORA_WARPS, ROWS_APART = 1024, 512, 4, 512
+MAX_LORA = 4  # tensors of B's, one for each rank
 # Of rows that follow a quantised weight's: how many a program takes, and how many of their columns at once.
 PLAIN_ROWS, PLAIN_COLUMNS = tl.constexpr(2), tl.constexpr(2048)
 
@@ -102,6 +107,30 @@ def config_of(kind: str, weight: torch.Tensor, format: str = "") -> Config:
         rows, block, *rest = next(c for width, c in INT4_CONFIGS[kind] if n <= width)
         return rows, max(min(block, triton.next_power_of_2(n)), rest[-1]), *rest
     return config(kind, n, weight.dtype)
+
+
+def lora_config(rows: int, n: int, gated: bool) -> Config:
+    """`config` for the A's of adapters, [rows, n] in all."""
+    block = LORA_GATED_COLUMNS if gated else LORA_COLUMNS
+    return 1 if rows <= ROWS_APART else 4, min(block, triton.next_power_of_2(n)), LORA_WARPS, 0
+
+
+def lora_table(B: list[torch.Tensor], parts: list[int], scaling: list[float]) -> tuple[Any, ...]:
+    """What the kernel is told of adapters.
+
+    For each that a row may have, which tensor its B is in, the rank, a power of two that is not less, and of how many
+    projections; and of each projection the first row and the end, the rows of B and of A that are the first one's, and scaling.
+    """
+    slots: list[tuple[int, list[tuple[Any, ...]]]] = []
+    for (first, width, row, of, start), scale in zip(zip(*[iter(parts)] * 5, strict=True), scaling, strict=True):
+        part = (first, first + width, start, row, float(scale))
+        free = (p for t, p in slots if t == of and all(part[1] <= a or b <= first for a, b, *_ in p))
+        if (slot := next(free, None)) is None:
+            slots.append((of, slot := []))
+        slot.append(part)
+    rank = [b.shape[1] for b in B]
+    heads = [(of, rank[of], triton.next_power_of_2(rank[of]), len(found)) for of, found in slots]
+    return tuple((*head, *chain.from_iterable(found)) for head, (_, found) in zip(heads, slots, strict=True))
 
 
 @triton.jit
@@ -154,6 +183,61 @@ def _regrouped(row, PARTS: tl.constexpr, HEADS: tl.constexpr):
         inside = (e >= 0) & (head < HEADS) & (inner < PARTS[i][1])
         column = tl.where(inside, PARTS[i][0] + head * PARTS[i][1] + inner, column)
     return column
+
+
+@triton.jit
+def _rows_of_B(b_ptr, row, LORA: tl.constexpr, i: tl.constexpr):
+    """The rows of an adapter's B: [R, rank], with columns of nothing up to a power of two."""
+    width: tl.constexpr = LORA[i][2]
+    count: tl.constexpr = LORA[i][3]
+    at = tl.full(row.shape, -1, row.dtype)
+    for k in tl.static_range(count):
+        inside = (row >= LORA[i][4 + 5 * k]) & (row < LORA[i][5 + 5 * k])
+        at = tl.where(inside, row - LORA[i][4 + 5 * k] + LORA[i][6 + 5 * k], at)
+    j = tl.arange(0, width)  # [rank]
+    b_ptrs = b_ptr + at.to(tl.int64)[:, None] * LORA[i][1] + j[None, :]  # [R, rank]
+    return tl.load(b_ptrs, mask=(at >= 0)[:, None] & (j < LORA[i][1])[None, :], other=0.0)
+
+
+@triton.jit
+def _load_B(b0_ptr, b1_ptr, b2_ptr, b3_ptr, row, LORA: tl.constexpr):
+    """The rows of B of each adapter that a row may have: a tuple of [R, rank]."""
+    found = ()
+    for i in tl.static_range(len(LORA)):
+        if LORA[i][0] == 0:
+            found = found + (_rows_of_B(b0_ptr, row, LORA, i),)
+        elif LORA[i][0] == 1:
+            found = found + (_rows_of_B(b1_ptr, row, LORA, i),)
+        elif LORA[i][0] == 2:
+            found = found + (_rows_of_B(b2_ptr, row, LORA, i),)
+        else:
+            found = found + (_rows_of_B(b3_ptr, row, LORA, i),)
+    return found
+
+
+@triton.jit
+def _times_low(b, low_ptr, row, LORA: tl.constexpr, i: tl.constexpr):
+    """scaling·B·(A·x) of an adapter, of which A·x is there: [R]."""
+    width: tl.constexpr = LORA[i][2]
+    count: tl.constexpr = LORA[i][3]
+    first = tl.zeros(row.shape, row.dtype)
+    scaling = tl.zeros(row.shape, tl.float32)
+    for k in tl.static_range(count):
+        inside = (row >= LORA[i][4 + 5 * k]) & (row < LORA[i][5 + 5 * k])
+        first = tl.where(inside, LORA[i][7 + 5 * k], first)
+        scaling = tl.where(inside, LORA[i][8 + 5 * k], scaling)
+    j = tl.arange(0, width)  # [rank]
+    live = (j[None, :] < LORA[i][1]) & (row >= 0)[:, None]
+    low = tl.load(low_ptr + first[:, None] + j[None, :], mask=live, other=0.0)  # [R, rank]
+    return scaling * tl.sum(b.to(tl.float32) * low, 1)
+
+
+@triton.jit
+def _add_lora(y, b, low_ptr, row, LORA: tl.constexpr):
+    """y + what the adapters add to each row."""
+    for i in tl.static_range(len(LORA)):
+        y += _times_low(b[i], low_ptr, row, LORA, i)
+    return y
 
 
 @triton.jit
@@ -217,13 +301,13 @@ def _plain_rows(
 @triton.jit
 def skinny_linear_kernel(
     x_ptr, weight_ptr, scale_ptr, plain_ptr, norm_weight_ptr, gate_ptr, residual_ptr,
-    conv_state_ptr, conv_weight_ptr, conv_bias_ptr, out_ptr,
+    conv_state_ptr, conv_weight_ptr, conv_bias_ptr, low_ptr, b0_ptr, b1_ptr, b2_ptr, b3_ptr, out_ptr,
     norm_eps, norm_offset, M, stored, tiles, programs, plain_programs, conv_offset, D,
     stride_wm, stride_pm, stride_sm, stride_sd, stride_ss, stride_cd, stride_cw,
     N: tl.constexpr, V: tl.constexpr, S: tl.constexpr, W: tl.constexpr, SILU: tl.constexpr, SWIGLU: tl.constexpr,
     GATE_SILU: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr, LOOP: tl.constexpr, OVERLAP: tl.constexpr,
     PARTS: tl.constexpr, HEADS: tl.constexpr, KIND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    CONVERTS: tl.constexpr, GROUP: tl.constexpr, LINES: tl.constexpr,
+    CONVERTS: tl.constexpr, GROUP: tl.constexpr, LINES: tl.constexpr, LORA: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
         gdc_launch_dependents()
@@ -255,6 +339,10 @@ def skinny_linear_kernel(
             up_scales = load_scales(_scales_of(scale_ptr, stored + begin, 2 * stored, stride_sm, ROWS), N, BN, COLUMNS, GROUP)
     if norm_weight_ptr is not None and gate_ptr is None:
         norm_weight = load_row(norm_weight_ptr, N, BN)
+    if LORA is not None:
+        b = _load_B(b0_ptr, b1_ptr, b2_ptr, b3_ptr, row, LORA)
+        if SWIGLU:
+            b_up = _load_B(b0_ptr, b1_ptr, b2_ptr, b3_ptr, stored + row, LORA)
     if OVERLAP:
         gdc_wait()
 
@@ -305,8 +393,13 @@ def skinny_linear_kernel(
 
         if KIND is None:
             y = dot_rows(w, x, R, BN) * factor  # [R]
+            if LORA is not None:
+                y = _add_lora(y, b, low_ptr, row, LORA)
             if SWIGLU:
-                y = y * tl.sigmoid(y) * (dot_rows(w_up, x, R, BN) * factor)
+                up = dot_rows(w_up, x, R, BN) * factor  # [R]
+                if LORA is not None:
+                    up = _add_lora(up, b_up, low_ptr, stored + row, LORA)
+                y = y * tl.sigmoid(y) * up
         else:
             y = _dot_stored(w, x, scales, scale_ptr, row, live, stride_sm, R, BN, KIND, CONVERTS, GROUP, ROWS, COLUMNS) * factor
             if SWIGLU:
@@ -320,6 +413,10 @@ def skinny_linear_kernel(
             w = load_rows(weight_ptr, ahead, ahead < stored, stride_wm, N // PACKED, BN // PACKED, False, GROUP // PACKED)
             if SWIGLU:
                 w_up = load_rows(up_ptr, ahead, ahead < stored, stride_wm, N // PACKED, BN // PACKED, False, GROUP // PACKED)
+            if LORA is not None:
+                b = _load_B(b0_ptr, b1_ptr, b2_ptr, b3_ptr, ahead, LORA)
+                if SWIGLU:
+                    b_up = _load_B(b0_ptr, b1_ptr, b2_ptr, b3_ptr, stored + ahead, LORA)
             if KIND == "int4":
                 scales = load_scales_of_rows(_scales_of(scale_ptr, ahead, stored, stride_sm, ROWS), N, BN, COLUMNS, GROUP)
                 if SWIGLU:
@@ -350,12 +447,14 @@ def skinny_linear_kernel(
 
 def launch_with(
     chosen: Config, x, weight, norm_weight=None, norm_eps=0.0, norm_offset=0.0, gate=None, swiglu=False, residual=None,
-    gate_activation="silu", conv=None, parts=None, heads=1, scale=None, format="", plain=None, dtype=None, overlap=False,
+    gate_activation="silu", conv=None, parts=None, heads=1, scale=None, format="", plain=None, dtype=None, lora=None,
+    overlap=False,
 ) -> torch.Tensor:  # fmt: skip
     """fused_linear or in_proj_conv of one row.
 
     `conv` is (conv_state, conv_weight, conv_bias, conv_offset, activation), `parts` as `_regrouped` takes it. A quantised weight
     has `scale` and `format`, as of the dialect's dequantize, and rows of `plain` may follow its own; the result has `dtype`.
+    `lora` is A·x of all adapters in float32, their B's, and what `lora_table` says of them.
     """
     R, BN, num_warps, per_sm, *group = chosen
     N = quantized.width(weight, format)
@@ -368,11 +467,12 @@ def launch_with(
     state, taps, bias, conv_offset, activation = (None, None, None, 0, "none") if conv is None else conv
     columns = M if parts is None else heads * sum(width for _, width, *_ in parts)
     out = torch.empty((*x.shape[:-1], columns), dtype=dtype if conv is None else torch.float32, device=x.device)
+    low, B, table = lora or (None, (), None)
     options = overlap_options(x, norm_weight, bias) if overlap else {}
     kernel_of(skinny_linear_kernel)[(plain_programs + programs,)](
         x, quantized.raw(weight) if how else weight, scale, plain,
         None if norm_weight is None else norm_weight.contiguous(), gate, residual, state, taps,
-        None if bias is None else bias.contiguous(), out,
+        None if bias is None else bias.contiguous(), low, *B, *[None] * (MAX_LORA - len(B)), out,
         norm_eps, norm_offset, M, stored, tiles, programs, plain_programs, conv_offset, 0 if state is None else state.shape[1],
         weight.stride(0), 0 if plain is None else plain.stride(0), 0 if scale is None else scale.stride(0),
         *((0, 0, 0, 0) if conv is None else (*state.stride()[1:], taps.stride(0), taps.stride(2))),
@@ -382,6 +482,7 @@ def launch_with(
         R=R, BN=BN, EVEN=stored % R == 0, LOOP=programs < tiles, OVERLAP=bool(options),
         PARTS=parts, HEADS=heads, KIND=how and how.kind, ROWS=how.rows if how else 1, COLUMNS=how.columns if how else 0,
         CONVERTS=quantized.converts(x.device, how), GROUP=group[0] if group else 0,
-        LINES=0 if plain is None else triton.next_power_of_2(N * plain.itemsize // 128), num_warps=num_warps, **options,
+        LINES=0 if plain is None else triton.next_power_of_2(N * plain.itemsize // 128), LORA=table,
+        num_warps=num_warps, **options,
     )  # fmt: skip
     return out

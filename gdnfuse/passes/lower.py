@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -315,6 +317,8 @@ def pack_weights(gm: GraphModule, real: dict[Node, Any], plan: bool = False) -> 
                 made.meta |= kept_meta(node) | {"example_value": infer(made), quantized.WITH_INPUTS: True}
                 weights.append(made)
         call["weights"] = weights
+        if call.get("lora_A"):
+            _pack_adapters(call, partial(packed_input, like=value(node)))
         if op is packed_linear.op and len(weights) == 1:
             node.target, node.args, node.kwargs = torch.nn.functional.linear, (call["x"], *weights), {}
         else:
@@ -322,6 +326,20 @@ def pack_weights(gm: GraphModule, real: dict[Node, Any], plan: bool = False) -> 
     if not plan:
         give_own_memory(real.values())
     return packed
+
+
+def _pack_adapters(call: dict[str, Any], packed_input: Callable[[list[Node]], Node]) -> None:
+    """Let the A's of a linear's adapters be one packed weight, and the B's of one rank, one behind the other, another."""
+    A, B = list(call["lora_A"]), list(call["lora_B"])
+    call["lora_A"] = [packed_input(A)] if len(A) > 1 else A
+    call["lora_B"], places = [], []
+    for _, group in itertools.groupby(B, lambda b: value(b).shape[1]):
+        group = list(group)
+        starts = itertools.accumulate((value(b).shape[0] for b in group), initial=0)
+        places += [(len(call["lora_B"]), start) for _, start in zip(group, starts, strict=False)]
+        call["lora_B"].append(packed_input(group) if len(group) > 1 else group[0])
+    parts = [list(part) for part in zip(*[iter(call["lora_parts"])] * 5, strict=True)]
+    call["lora_parts"] = [n for first, width, row, of, _ in parts for n in (first, width, row, *places[of])]
 
 
 def _place(node: Node, weight: torch.Tensor, placeholders: list[Node]) -> int | Inner | torch.Tensor:

@@ -266,6 +266,7 @@ class BlockReport:
 COLUMNS = {
     "quantised": ("dequantize",),
     "packed": ("packed_linear",),
+    "adapters": ("lora_linear",),
     "conv": ("causal_conv", "causal_conv_update", "conv_context"),
     "gates": ("gating", "gating_delta_rule", "gating_chunk_delta_rule"),
     "l2norm": ("l2norm", "l2norm_delta_rule"),

@@ -218,9 +218,17 @@ def linear(n_out, n_in, dtype=F32, lead=(1, 1), wrap=lambda x: x, wrap_weight=la
         (x, (weight, *rest)), options = fused_linear.example_call(n_out, n_in, dtype, lead, **extras)
         names = ("norm_weight", "norm_eps", "norm_offset", "gate", "swiglu", "residual", "gate_activation")
         more = [options.pop(name) for name in names]
-        return (wrap(x), [wrap_weight(weight), *rest], *more), options
+        if "lora_A" in options:
+            weight, rest = torch.cat([weight, *rest]), []
+        return (wrap(x), [wrap_weight(weight), *rest], *more, *adapters(options)), options
 
     return make
+
+
+def adapters(options):
+    """The arguments of adapters by their place, taken out of a call's options, so that references have wide ones."""
+    names = ("lora_A", "lora_B", "lora_parts", "lora_scaling")
+    return (None, "", *(options.pop(name) for name in names)) if names[0] in options else ()
 
 
 def split(n_out, n_in, parts, dtype, lead, wrap=lambda x: x, **extras):
@@ -289,8 +297,9 @@ def added(*sizes, **options):
 
 def in_proj(*sizes, wrap_state=lambda s: s, **options):
     def make():
-        args, kwargs = in_proj_conv.example_call(*sizes, **options)
-        return (*args[:5], wrap_state(args[5]), *args[6:]), kwargs
+        (x, weights, *args), kwargs = in_proj_conv.example_call(*sizes, **options)
+        weights = [torch.cat(weights)] if "lora_A" in kwargs else weights
+        return (x, weights, *args[:3], wrap_state(args[3]), *args[4:], *adapters(kwargs)), kwargs
 
     return make
 
@@ -422,6 +431,9 @@ CASES = [
     *(Case("fused_linear", f"gated-{name(d)}", linear(17, 512, d, head=16, residual=True)) for d in (F32, BF16)),
     Case("fused_linear", "gated-by-sigmoid", linear(17, 512, BF16, head=16, gate_activation="sigmoid")),
     Case("fused_linear", "gated-heads-of-128", linear(17, 3072, BF16, head=128)),
+    Case("fused_linear", "lora", linear(33, 100, BF16, lora=(16,))),
+    Case("fused_linear", "lora-norm-swiglu", linear(33, 600, BF16, norm=True, swiglu=True, residual=True, parts=2, lora=(3, 8))),
+    Case("fused_linear", "lora-F32-gated", linear(17, 512, BF16, head=16, residual=True, lora=(4,), lora_dtype=F32)),
     *(Case("fused_linear", f"{b}-rows-{name(d)}", linear(70, 512, d, (b, 1))) for b in (2, 3, 32) for d in (F32, BF16, F16)),
     Case("fused_linear", "9-rows-swiglu", linear(70, 256, BF16, (3, 3), swiglu=True)),
     Case("fused_linear", "2-rows-swiglu", linear(33, 512, swiglu=True, lead=(2, 1), wrap=padded, wrap_weight=padded)),
@@ -484,6 +496,7 @@ CASES = [
     Case("in_proj_conv", "short-window", in_proj(33, 24, 20, F16, S=3, W=4, state_dtype=F32)),
     Case("in_proj_conv", "head-by-head", in_proj(97, 24, 52, parts=head_by_head(2, 4, 5, 8), heads=2)),
     Case("in_proj_conv", "head-by-head-bf16", in_proj(200, 100, 88, BF16, parts=head_by_head(4, 4, 8, 6), heads=4, bias=True)),
+    Case("in_proj_conv", "lora", in_proj(97, 24, 52, BF16, parts=head_by_head(2, 4, 5, 8), heads=2, weights=3, lora=(5, 2, 5))),
     Case("in_proj_conv", "strided-state", in_proj(33, 24, 20, wrap_state=v_major)),
     *(Case("route", f"{name(d)}-{n}", routed(n, 64, 12, 3, d, normalize=n == 1)) for d in (F32, BF16, F16) for n in (1, 3)),
     Case("route", "norm", routed(1, 100, 7, 7, BF16, norm=True)),

@@ -148,6 +148,12 @@ def calls(B, HV, K=128, V=128, state_dtype=torch.float32):
         "packed_decode": (qkv, a, b, *gates, state, K**-0.5, 1e-6),
         "gated_rms_norm": (of(B, 1, HV, V, dtype=torch.float32), z, of(V), 1e-6),
         "fused_linear": (of(1, 1, 2560), [of(18432, 2560)], of(2560), 1e-6, 1.0, None, True, of(1, 1, 9216)),
+        "fused_linear with adapters": (
+            *(of(1, 1, 2560), [of(18432, 2560)], of(2560), 1e-6, 1.0, None, True, None, "silu", None, ""),
+            *([of(144, 2560)], [of(18432, 8), of(18432, 64)]),
+            [n for i in (0, 1) for r, k in ((0, 8), (16, 64)) for n in (9216 * i, 9216, r + k * i, int(k == 64), 9216 * i)],
+            [1.0, 2.0, 1.0, 2.0],
+        ),
         "in_proj_conv": in_proj,
         "in_proj_conv head by head": (
             *in_proj,
@@ -164,7 +170,13 @@ def calls(B, HV, K=128, V=128, state_dtype=torch.float32):
     }
 
 
-LAUNCHES = {"attention_decode": 2, "attention_growing": 2, "attention_few_queries": 2, "mixer_decode": 2}
+LAUNCHES = {
+    "fused_linear with adapters": 2,
+    "attention_decode": 2,
+    "attention_growing": 2,
+    "attention_few_queries": 2,
+    "mixer_decode": 2,
+}
 MODELS = {"4B": (1, 32), "4B-batched": (32, 32), "27B": (2, 48)}
 OTHERS = ("sm_80", "sm_100", "gfx942")
 # Every op at the shapes of one model in turn, for sm_90, where nothing may spill, and for one of the others.
@@ -210,7 +222,7 @@ def resources(cubin, tmp_path):
 def test_compiles(model, op, target, on, tmp_path, record_property):
     on(target)
     kernels = [compile_for(target, spec) for spec in supported(op, *calls(*MODELS[model])[op])]
-    assert len(kernels) == LAUNCHES.get(op.split()[0], 2 if "chunk" in op else 1)
+    assert len(kernels) == LAUNCHES.get(op, LAUNCHES.get(op.split()[0], 2 if "chunk" in op else 1))
     few_rows = [kernel.metadata.name == "few_rows_linear_kernel" for kernel in kernels]
     assert any(few_rows) == (op == "split_linear" or op.startswith("fused_linear of rows"))
     for kernel in kernels:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import gdnfuse
+from gdnfuse.report.records import Status
 from tests.models import zoo
 from tests.sweeps import ALL
 
@@ -15,21 +16,23 @@ TARGETS = {
 
 
 class LoRA(torch.nn.Module):
-    """base(x) + scale·B·A·x of the active adapter, until it is merged into the base weight."""
+    """base(x) + scale·B·A·x of each active adapter, which may have another dtype, until they are merged into the base weight."""
 
-    def __init__(self, base):
+    def __init__(self, base, dtype=None):
         super().__init__()
-        self.base_layer, self.adapters, self.active, self.merged = base, torch.nn.ModuleDict(), None, False
+        self.base_layer, self.adapters, self.active, self.merged = base, torch.nn.ModuleDict(), (), False
+        self.dtype = dtype or base.weight.dtype
 
-    def add(self, name, rank=4):
+    def add(self, name, rank=4, beside=False):
         wide, narrow = self.base_layer.in_features, self.base_layer.out_features
         down, up = torch.nn.Linear(wide, rank, bias=False), torch.nn.Linear(rank, narrow, bias=False)
-        self.adapters[name] = torch.nn.Sequential(down, up).requires_grad_(False).to(self.base_layer.weight.dtype)
-        self.active = name
+        layers = torch.nn.Sequential(torch.nn.Dropout(0.1), down, up).eval()
+        self.adapters[name] = layers.requires_grad_(False).to(self.dtype)
+        self.active = (*self.active, name) if beside else (name,)
 
     def delta(self):
-        down, up = self.adapters[self.active]
-        return 0.5 * up.weight @ down.weight
+        deltas = [0.5 * up.weight @ down.weight for _, down, up in (self.adapters[name] for name in self.active)]
+        return sum(deltas).to(self.base_layer.weight.dtype)
 
     def merge(self):
         self.base_layer.weight.data += self.delta()
@@ -40,17 +43,19 @@ class LoRA(torch.nn.Module):
         self.merged = False
 
     def forward(self, x):
-        y = self.base_layer(x)
-        return y if self.active is None or self.merged else y + 0.5 * self.adapters[self.active](x)
+        y = result = self.base_layer(x)
+        for name in () if self.merged else self.active:
+            result = result + self.adapters[name](x.to(self.dtype)) * 0.5
+        return result.to(y.dtype)
 
 
-def adapted(targets):
+def adapted(targets, dtype=None):
     model = zoo.causal_lm(**zoo.SMALL)
     wrapped = []
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if name in targets:
-                lora = LoRA(child)
+                lora = LoRA(child, dtype)
                 lora.add("first")
                 setattr(parent, name, lora)
                 wrapped.append(lora)
@@ -62,7 +67,8 @@ CASES = [(where, batch) for where in TARGETS for batch in (1, 2)]
 
 @pytest.mark.parametrize(("where", "batch"), CASES if ALL else [CASES[0], CASES[3]])
 def test_adapters_stay_effective(where, batch):
-    model, wrapped = adapted(TARGETS[where])
+    # Of the projections of GDN the adapters have a dtype of their own; of MLP and attention two are active at once.
+    model, wrapped = adapted(TARGETS[where], torch.float64 if where == "GDN projections" else None)
     run = torch.compile(model, backend="gdnfuse", options={"inner": "eager"})
     seen = []
 
@@ -76,6 +82,12 @@ def test_adapters_stay_effective(where, batch):
 
     right()
     assert gdnfuse.reports()[-1].fused_layers == 1
+    found = {
+        rule: [r.status for r in gdnfuse.reports()[-1].all_records if r.rule == rule] for rule in ("lora_linear", "mixer_linears")
+    }
+    of_one_row = {"GDN projections": 2, "one gate": 1, "MLP and attention": 5}[where]
+    assert found["lora_linear"] == [Status.FIRED] * (of_one_row if batch == 1 else 0)
+    assert found["mixer_linears"] == [Status.FIRED] * (batch == 1)
     for lora in wrapped:
         lora.merge()
     right()
@@ -84,13 +96,13 @@ def test_adapters_stay_effective(where, batch):
         lora.unmerge()
     right()
     for lora in wrapped:
-        lora.add("second", rank=2)
+        lora.add("second", rank=2, beside=where == "MLP and attention")
     right()
     for lora in wrapped:
-        lora.active = "first"
+        lora.active = ("first",)
     right()
     for lora in wrapped:
-        lora.active = None
+        lora.active = ()
     right()
     # What was done shows: a second adapter and none give something else, and going back is going back.
     first, merged, unmerged, second, again, none = seen

@@ -16,7 +16,8 @@ from gdnfuse.rewrite.rule import Match, tensors_and_numbers
 
 LINEARS = ("linear", "gdnfuse.packed_linear", "gdnfuse.fused_linear")
 # In proofs these have so many columns: no constant of a fusion depends on how many there are.
-NARROW, COLUMNS = ("x", "norm_weight", "weights"), 8
+NARROW, COLUMNS = ("x", "norm_weight", "weights", "lora_A"), 8
+LORA = ("lora_A", "lora_B", "lora_parts", "lora_scaling")
 
 
 def is_linear(node: Any) -> bool:
@@ -80,7 +81,9 @@ def narrow(m: Match) -> Match:
 
 
 def few_outputs(m: Match[LinearCall]) -> Match[LinearCall]:
-    """Where the whole row of a linear is an output, a few columns of it prove as much."""
+    """Where the whole row of a linear is an output, a few columns of it prove as much, but where adapters have some of them."""
+    if m.operands["lora_A"] is not None:
+        return m
     weights = {f"weights_{i}": w.node for i, w in enumerate(m.operands["weights"])}
     known = weights.keys() <= m.shapes.keys() or m.operands["gate"] is not None
     if known and len({*weights.values()}) == len(weights) and m.facts.shape is None:

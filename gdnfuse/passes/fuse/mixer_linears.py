@@ -11,7 +11,7 @@ from typing import Any
 
 from gdnfuse.dialect import fused_linear, in_proj_conv, mixer_decode, packed_decode
 from gdnfuse.errors import Refused
-from gdnfuse.passes.fuse.linears import bind, is_linear, narrow
+from gdnfuse.passes.fuse.linears import LORA, bind, is_linear, narrow
 from gdnfuse.passes.rows import one_row
 from gdnfuse.rewrite.edit import call
 from gdnfuse.rewrite.graph import op_name, peel, real_users, value
@@ -73,12 +73,17 @@ class FuseMixerLinears(Rule[Facts]):
                 "gated_norm_weight": mixer["norm_weight"],
                 "out_weights": behind["weights"],
                 "residual": behind["residual"],
+                **{name: before[name] for name in LORA[:2]},
+                **{f"out_{name}": behind[name] for name in LORA[:2]},
             },
             [last],
             Facts(
-                {name: before[name] for name in ("norm_eps", "norm_offset")} | {"activation": mixer["activation"]} | layout,
+                {name: before[name] for name in ("norm_eps", "norm_offset", *LORA[2:])}
+                | {"activation": mixer["activation"]}
+                | layout,
                 {name: mixer[name] for name in ("scale", "l2norm_eps", "beta_scale")},
-                {"swiglu": behind["swiglu"], "norm_eps": mixer["norm_eps"], "gate_activation": mixer["gate_activation"]},
+                {name: behind[name] for name in ("swiglu", *LORA[2:])}
+                | {name: mixer[name] for name in ("norm_eps", "gate_activation")},
                 parts,
                 HV * V,
                 None if value(last).ndim == 3 else (*value(last).shape[:-1], -1),
@@ -87,13 +92,15 @@ class FuseMixerLinears(Rule[Facts]):
         )
         narrow(m)
         # The columns of out_proj are the heads; of its rows a few prove as much.
-        m.shapes |= {"out_weights_0": (8, HV * V), "residual": (B, 1, 8)}
+        if behind["lora_A"] is None:
+            m.shapes |= {"out_weights_0": (8, HV * V), "residual": (B, 1, 8)}
         return m
 
     def rewrite(self, m, t):
         row = call(
             in_proj_conv.op.overload,
             **{name: getattr(t, name) for name in ("x", "weights", "norm_weight", "conv_state", "conv_weight", "conv_bias")},
+            **{name: getattr(t, name) for name in LORA[:2]},
             **m.facts.in_proj,
         )
         parts = {name: row.narrow(-1, *where) for name, where in m.facts.parts.items()}
@@ -107,6 +114,7 @@ class FuseMixerLinears(Rule[Facts]):
             norm_weight=t.gated_norm_weight,
             gate=gate,
             residual=t.residual,
+            **{name: getattr(t, f"out_{name}") for name in LORA[:2]},
             **m.facts.out_proj,
         )
         return y if m.facts.shape is None else y.reshape(m.facts.shape)

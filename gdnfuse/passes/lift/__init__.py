@@ -12,6 +12,7 @@ from gdnfuse.passes.lift import (
     gated_rms_norm,
     gating,
     l2norm,
+    lora_linear,
     packed_linear,
     rms_norm,
     route,
@@ -20,7 +21,7 @@ from gdnfuse.passes.lift import (
 
 # l2norm stands before the rules that read it, and the chunked rule before the other, whose anchor is any copy into a state;
 # of the rules of attention the first two take more in than the last;
-# siblings come last so that their slices are what the others read.
+# siblings come last so that their slices are what the others read, and adapters behind them, which are on slices.
 RULES = [
     l2norm.RULE,
     gating.RULE,
@@ -37,4 +38,5 @@ RULES = [
     route.RULE,
     shared_expert.RULE,
     packed_linear.RULE,
+    lora_linear.RULE,
 ]

@@ -87,7 +87,13 @@ def _siblings(node):
         else:
             together.append(n)
             weights.update(stored(n.args[1]))
-    return sorted(together, key=lambda n: not is_quantized(n.args[1])), apart
+    return sorted(together, key=lambda n: (not is_quantized(n.args[1]), _of_adapter(n))), apart
+
+
+def _of_adapter(linear):
+    """Whether a linear is the A of a low-rank adapter, whose rows stand behind: the others are packed with and without it."""
+    narrow = value(linear).shape[-1] < value(linear.args[0]).shape[-1]
+    return narrow and bool(linear.users) and all(op_name(u) == "linear" and u.args[0] is linear for u in linear.users)
 
 
 def _inference(linear):
