@@ -98,7 +98,9 @@ ROWS: dict[str, list[str]] = {
         "tests/test_backend.py",
     ],
     "Bit-identical from run to run": ["tests/models/test_determinism.py"],
-    "Benchmarks: no speed of what is wrong": ["tests/test_benchmarks.py", "tests/test_bench.py"],
+    "Benchmarks: no speed of what is wrong": [
+        *(f"tests/test_{name}.py" for name in ("benchmarks", "bench", "step", "engines")),
+    ],
 }
 GPU = {"Kernels and whole models on a GPU": ["-m", "gpu", "tests"]}
 

@@ -12,6 +12,7 @@ import pytest
 
 from tests.pages import ROOT
 
+pytestmark = pytest.mark.sweep  # as in test_benchmarks
 STEP, TOKEN = 2e-3, 1e-5  # seconds of a step, and of a token of a prompt
 
 

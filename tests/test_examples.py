@@ -88,6 +88,7 @@ def test_prefixes():
     assert main_of("prefixes")(QUICK, document="A document. " * 37) == [0, 0, 384]
 
 
+@pytest.mark.sweep
 def test_padded_batch(capsys):
     together, alone = main_of("padded_batch")(["--tokens", "6", *QUICK])
     assert [row.tolist() for row in together] == [single.tolist() for single in alone]

@@ -17,6 +17,7 @@ from gdnfuse.models import load_config, meta_model, trace
 from gdnfuse.passes import survey
 
 ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.sweep  # as in test_benchmarks
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 

@@ -548,6 +548,7 @@ def test_with_adapters_the_gates_that_they_change_are_recorded():
     assert zoo.relative(zoo.flat_states(found[zoo.CACHE], "recurrent"), zoo.flat_states(cache, "recurrent")) < 1e-5
 
 
+@pytest.mark.sweep
 def test_with_quantised_weights_tokens_are_those_of_plain_steps(fresh):
     model = models.quantized(built(**zoo.FILLED))
     gdnfuse.compile(model, inner="eager")

@@ -111,7 +111,10 @@ def test_a_prompt_and_its_steps(name):
     assert_layers("decode", STEP)
 
 
-@pytest.mark.parametrize("name", NAMES)
+# Those of the first with experts are in test_experts.
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.sweep) if n in ("qwen3_5", "qwen3_5_moe") else n for n in FAMILIES]
+)
 def test_steps_of_one_sequence(name):
     family = family_of(name)
     model = family.build()

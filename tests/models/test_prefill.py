@@ -210,7 +210,7 @@ STRATEGIES = {
 }
 
 
-CASES = [("chunked, dynamic", False), ("beams", False), ("chunked", True)]  # beams of a cache that grows are in test_generate
+CASES = [("beams", False), ("chunked", True)]  # beams of a cache that grows are in test_generate
 
 
 @pytest.mark.parametrize(("strategy", "fullgraph"), [*((s, False) for s in STRATEGIES), ("chunked", True)] if ALL else CASES)
