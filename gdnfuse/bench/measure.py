@@ -15,6 +15,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -226,7 +227,7 @@ def time_steps(
 
 def time_waited(decode: Callable[[torch.Tensor], torch.Tensor], tokens: torch.Tensor, device: str) -> float:
     """The median of milliseconds per step where each step is waited for."""
-    return statistics.median(1e3 * seconds(lambda: decode(token), device) for token in tokens)
+    return statistics.median(1e3 * seconds(partial(decode, token), device) for token in tokens)
 
 
 def widen(model: torch.nn.Module) -> None:
