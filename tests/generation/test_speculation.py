@@ -425,7 +425,7 @@ def fresh():
     gdnfuse.clear_reports()
 
 
-@pytest.mark.parametrize("implementation", ["static", pytest.param(None, marks=pytest.mark.sweep)])
+@pytest.mark.parametrize("implementation", [pytest.param("static", marks=pytest.mark.sweep), None])
 def test_a_compiled_model_has_three_graphs_for_all_rounds(fresh, implementation):
     """The prompt's, the plain step's and the verify step's; all layers fused in each."""
     model = built(**zoo.SMALL)

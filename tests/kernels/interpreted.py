@@ -48,7 +48,8 @@ FEWER_KEYS = {
 # Of dtypes with sizes, and formats with kinds of linears, some of each.
 LEFT_OUT = {
     "mixer_decode": "tiles-ahead many-heads",
-    "attention_growing": "float32-1 float32-4 bfloat16-4 bfloat16-33 float16-1 float16-33",
+    "attention_growing": "float32-1 float32-4 bfloat16-4 bfloat16-33 float16-1 float16-33 one-mask tokens-first",
+    "attention_few_queries": "bfloat16-270 tokens-first",
     "delta_rule_verify": "float32-T5 float32-T8 bfloat16-T2 bfloat16-T5 float16-T2 float16-T8",
     "delta_rule_commit": "float16",
     "chunk_delta_rule": "float32-1 float32-130 bfloat16-1 bfloat16-63 float16-63 float16-130",

@@ -91,7 +91,7 @@ def test_prompts_and_steps_are_fused_and_as_near_as_eager(sizes, batch, kind, fo
     ]
 
 
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", [1, pytest.param(3, marks=pytest.mark.sweep)])
 def test_experts_are_dequantised_as_far_as_they_are_needed(batch, monkeypatch):
     """transformers would need kernels of the hub for them."""
     model = models.quantized(zoo.moe(**zoo.FILLED, **EXPERTS).bfloat16())
@@ -296,6 +296,7 @@ def test_a_saved_model_is_a_checkpoint_of_its_format(format, tmp_path):
     assert all(torch.equal(p, plain[name]) for name, p in found.state_dict().items())
 
 
+@pytest.mark.sweep
 def test_static_activation_scales_are_not_needed():
     """They say how activations are quantised, which ours are not."""
     model = quantized(zoo.FILLED, torch.float32)
