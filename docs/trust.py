@@ -47,7 +47,11 @@ ROWS: dict[str, list[str]] = {
     ],
     "Drafts checked several in a step": ["tests/generation/test_speculation.py"],
     "Recurrent states in half precision": ["tests/models/test_state_dtype.py"],
-    "Quantised weights: formats, sizes, events": ["tests/models/test_quantized.py", "tests/models/test_quantized_pairs.py"],
+    "Quantised weights: formats, sizes, events": [
+        "tests/models/test_quantized.py",
+        "tests/models/test_quantized_pairs.py",
+        "tests/models/test_bitsandbytes.py",
+    ],
     "Models shared out over two ranks, and four": ["tests/generation/test_shards.py"],
     "Prefixes of prompts, taken and left": ["tests/generation/test_prefixes.py", "tests/generation/test_prefix_tree.py"],
     "Weights loaded, moved, replaced, copied, saved, shared, deleted": ["tests/test_packing.py", "tests/models/test_weights.py"],

@@ -951,6 +951,26 @@ def hooks_of(module: Any) -> dict[int, Callable[..., Any]]:
     return {**module._forward_pre_hooks, **module._forward_hooks}
 
 
+@private("torch.nn:Module._apply", instead=lambda cls: cls)
+def not_cast(apply: Any, cls: Any) -> Any:
+    """A class of modules, of which `to`, `half` and their like leave what `stored` gives as it is: they cast no integers, so it
+    goes as such. Without it: a cast of a model casts what its quantised linears store, which then are no such weights."""
+    import torch
+
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+
+    def as_integers(module: Any, change: Callable[[Any], Any], recurse: bool = True) -> Any:
+        stored = module.stored()
+
+        def apart(x: Any) -> Any:
+            return change(x.view(integers[x.itemsize])).view(x.dtype) if any(x is s for s in stored) else change(x)
+
+        return apply(module, apart, recurse)
+
+    cls._apply = as_integers
+    return cls
+
+
 def _everything_of(module: Any) -> tuple[list[Any], list[Any]]:
     return list(module.modules()), [*module.parameters(), *module.buffers()]
 

@@ -35,3 +35,10 @@ def one_line(error: BaseException) -> str:
 
 class GdnfuseError(RuntimeError):
     """An error for the user: bad options, or `strict` and a layer left unfused."""
+
+
+def require_model(model: Any, who: str) -> None:
+    """Raises GdnfuseError unless `model`, which a sentence calls `who`, is a model: something with modules in it."""
+    if isinstance(model, type) or not callable(getattr(model, "named_modules", None)):
+        found = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise GdnfuseError(f"{who} must be a torch.nn.Module, found {found}.")

@@ -19,7 +19,7 @@ from gdnfuse import compat, formats
 from gdnfuse import options as gdnfuse_options
 from gdnfuse.capture_fp8 import dequantized_calls
 from gdnfuse.compressed import keep_compressed as keep_compressed
-from gdnfuse.errors import GdnfuseError, one_line
+from gdnfuse.errors import GdnfuseError, one_line, require_model
 from gdnfuse.generation import shards
 from gdnfuse.generation.caches import cache_argument
 from gdnfuse.generation.compile import with_own_code
@@ -160,17 +160,18 @@ def quantized(model: torch.nn.Module, format: str = "fp8_block128") -> torch.nn.
 
     Args:
         model: with weights on any device, or on the meta device.
-        format: a name of `gdnfuse.formats.FORMATS`.
+        format: a name of `gdnfuse.formats.FORMATS`, but of bitsandbytes' formats.
 
     Returns:
         The model.
 
     Raises:
-        GdnfuseError: there is no such format, or the model has nothing to quantise, or quantised linears already. The model is as
-            it was then.
+        GdnfuseError: there is no such format, or this is no model, or it has nothing to quantise, or quantised linears already.
+            The model is as it was then.
     """
-    if format not in formats.FORMATS:
-        raise GdnfuseError(f"A model can be quantised to {', '.join(formats.FORMATS)}, found {format!r}.")
+    require_model(model, "A model to quantise")
+    if format not in (known := [name for name, found in formats.FORMATS.items() if found.quantize]):
+        raise GdnfuseError(f"A model can be quantised to {', '.join(known)}, found {format!r}.")
     if before := next((n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and _is_quantized(m)), None):
         raise GdnfuseError(
             f"A model to quantise must have plain weights, found {type(model.get_submodule(before)).__name__} at {before}: begin "
@@ -195,7 +196,9 @@ def quantized(model: torch.nn.Module, format: str = "fp8_block128") -> torch.nn.
 
 def _is_quantized(linear: torch.nn.Linear) -> bool:
     weight = getattr(linear, "weight", None)
-    return isinstance(linear, StoredLinear) or isinstance(weight, torch.Tensor) and weight.dtype == torch.float8_e4m3fn
+    if isinstance(linear, StoredLinear) or not isinstance(weight, torch.Tensor):
+        return isinstance(linear, StoredLinear)
+    return weight.dtype == torch.float8_e4m3fn or type(weight) not in (torch.Tensor, torch.nn.Parameter)
 
 
 def _described(format: str, kept: list[str]) -> dict[str, Any]:
@@ -209,7 +212,8 @@ def _described(format: str, kept: list[str]) -> dict[str, Any]:
         about = {"quant_method": "fp8", "activation_scheme": "dynamic", "modules_to_not_convert": kept}
         return {**about, "weight_block_size": list(block) if block else None}
     bits = formats.named(format).bits
-    weights = {"num_bits": bits, "type": "float" if format.startswith("fp8") else "int", "symmetric": True, "dynamic": False}
+    weights = {"num_bits": bits, "type": "float" if format.startswith("fp8") else "int", "dynamic": False}
+    weights["symmetric"] = not formats.named(format).more
     group = formats.named(format).columns
     weights |= {"strategy": "group", "group_size": group} if group > 1 else {"strategy": "channel"}
     stored = "pack-quantized" if bits == 4 else f"{weights['type']}-quantized"
@@ -220,7 +224,7 @@ def _described(format: str, kept: list[str]) -> dict[str, Any]:
 
 def _quantized_linear(linear: torch.nn.Linear, format: str) -> torch.nn.Linear:
     if format not in OF_TRANSFORMERS:
-        return StoredLinear(format, *formats.named(format).quantize(linear.weight.detach()), linear.bias)
+        return StoredLinear(format, *formats.named(format).quantize(linear.weight.detach()), bias=linear.bias)
     from transformers.integrations.finegrained_fp8 import FP8Linear
 
     with torch.device("meta"):

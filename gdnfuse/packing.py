@@ -62,19 +62,26 @@ def check(weights: Sequence[torch.Tensor]) -> None:
 
 @dataclass(frozen=True)
 class Inner:
-    """One of the tensors that an argument of a call, a tensor subclass, is made of.
+    """One of the tensors that an argument of a call is made of: a tensor subclass, or a parameter with a state of its own.
 
     Attributes:
         argument: the position of the subclass.
-        name: the attribute of the subclass in which it holds the tensor.
+        name: the attribute, or several with dots between, in which it holds the tensor.
+        shape: of the bytes of a tensor that is kept in another one; None for the tensor as it is.
     """
 
     argument: int
     name: str
+    shape: tuple[int, ...] | None = None
+
+    def of(self, argument: torch.Tensor) -> torch.Tensor:
+        """The tensor that an argument holds."""
+        held = operator.attrgetter(self.name)(argument)
+        return held if self.shape is None else held.view(torch.uint8).view(self.shape)
 
     def current(self, args: Sequence[torch.Tensor]) -> torch.Tensor:
         """The tensor of this call."""
-        return getattr(args[self.argument], self.name)
+        return self.of(args[self.argument])
 
 
 def _part(args: Sequence[torch.Tensor], where: int | Inner | torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ from gdnfuse.dialect import chunk_delta_rule, op_of
 from gdnfuse.options import Options
 from gdnfuse.packing import Inner, PackedWeight
 from gdnfuse.passes import (
+    bitsandbytes,
     checkpoints,
     collectives,
     constants,
@@ -90,6 +91,8 @@ def rewrite(
         node.meta["gdnfuse_real"] = tensor
     c = Compilation(gm, options, report, plan, real)
     c.packed, refused = subclasses.unwrap(gm, real)
+    of_bitsandbytes, stay = bitsandbytes.to_linears(gm, real)
+    c.packed, refused = c.packed + of_bitsandbytes, refused + stay
     c.packed += local_weights.to_inputs(gm, real)
     c.outcome.records += refused
     report.nodes_before = len(calls(gm))

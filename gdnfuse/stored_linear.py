@@ -1,46 +1,51 @@
-"""A linear whose weight is quantised data and a scale, under the names that compressed-tensors gives them.
+"""A linear whose weight is quantised data, a scale and maybe zero points, under the names that compressed-tensors gives them.
 
 In a graph of gdnfuse its weight is a `dequantize`; everywhere else, eager calls included, it is dequantised at each call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 
-from gdnfuse import capture, formats
+from gdnfuse import capture, compat, formats
 from gdnfuse.dialect import dequantize
 
-INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
-
+@compat.not_cast
 class StoredLinear(torch.nn.Linear):
     """x·Wᵀ with W = dequantize(data, scale), in x's dtype; activations are not quantised.
 
-    A cast of the model, as by `model.to(torch.bfloat16)`, leaves data and scale as they are stored.
+    A cast of the model, as by `model.to(torch.bfloat16)`, leaves what is stored as it is.
 
     Attributes:
         format: a name of `gdnfuse.formats.FORMATS`.
         weight_packed, weight_shape: the data of a format with several columns in an element, and the weight's shape, int64 [2].
         weight: the data of any other format.
         weight_scale: the scale.
+        weight_zero_point: the zero points of a format that has them.
     """
 
-    def __init__(self, format: str, data: torch.Tensor, scale: torch.Tensor, bias: torch.nn.Parameter | None = None):
+    def __init__(self, format: str, data: torch.Tensor, *more: torch.Tensor, bias: torch.nn.Parameter | None = None):
         """
+        Args:
+            format: a name of `gdnfuse.formats.FORMATS`.
+            data: what the format stores.
+            more: its scale, and its zero points if it has them.
+            bias: of the linear, or None.
+
         Raises:
-            Refused: data and scale are not what the format has.
+            Refused: data, scale and zero points are not what the format has.
         """
         found = formats.named(format)
-        found.check(data, scale)
+        found.check(data, *more)
         M, N = found.shape(data)
         with torch.device("meta"):
             super().__init__(N, M, bias=False)
         del self.weight
         self.format, self.packed = format, N != data.shape[-1]
-        for name, tensor in (("weight_packed" if self.packed else "weight", data), ("weight_scale", scale)):
+        self.names = ("weight_packed" if self.packed else "weight", "weight_scale", "weight_zero_point")[: 1 + len(more)]
+        for name, tensor in zip(self.names, (data, *more), strict=True):
             kept = isinstance(tensor, torch.nn.Parameter)
             setattr(self, name, tensor if kept else torch.nn.Parameter(tensor, requires_grad=False))
         if self.packed:
@@ -53,25 +58,18 @@ class StoredLinear(torch.nn.Linear):
         """The data under the name by which peft takes the device of a linear that has no plain weight."""
         return self.stored()[0]
 
-    def stored(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Data and scale."""
-        return self.weight_packed if self.packed else self.weight, self.weight_scale
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> torch.nn.Module:
-        """What torch calls for `to`, `half` and their like. They cast no integers, so data and scale go as such."""
-        stored = self.stored()
-
-        def apply(x: torch.Tensor) -> torch.Tensor:
-            return fn(x.view(INTEGERS[x.itemsize])).view(x.dtype) if any(x is s for s in stored) else fn(x)
-
-        return super()._apply(apply, recurse)
+    def stored(self) -> tuple[torch.Tensor, ...]:
+        """Data, scale and, where the format has them, zero points."""
+        return tuple(getattr(self, name) for name in self.names)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        data, scale = self.stored()
+        data, scale, *more = self.stored()
+        if not torch.compiler.is_compiling():  # else the op looks at them once
+            formats.named(self.format).check(data, scale, *more)
         if capture.wanted():
-            weight = torch.ops.gdnfuse.dequantize.default(data, scale, self.format, input.dtype)
+            weight = torch.ops.gdnfuse.dequantize.default(data, scale, self.format, input.dtype, more or None)
         else:  # so that another compiler sees what is computed
-            weight = dequantize.reference(data, scale, self.format, input.dtype)
+            weight = dequantize.reference(data, scale, self.format, input.dtype, more or None)
         return F.linear(input, weight, self.bias)
 
     def extra_repr(self) -> str:

@@ -626,3 +626,22 @@ def test_plots_need_matplotlib(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main_of("plot")(["--out", str(tmp_path)]) == 1
     assert capsys.readouterr().err == "plot.py needs matplotlib, which is not installed: pip install 'gdnfuse[plot]'\n"
+
+
+def test_accuracy_of_formats(tmp_path, capsys):
+    config = zoo.causal_lm(**zoo.FILLED).config
+    config.to_json_file(tmp_path / "config.json", use_diff=False)
+    argv = [
+        "--model",
+        str(tmp_path / "config.json"),
+        "--layers",
+        "2",
+        "--tokens",
+        "9",
+        "--formats",
+        "int8_channel,int4_group32_zero",
+    ]
+    assert main_of("accuracy")([*argv, "--json", str(tmp_path / "out.json")]) == 0
+    int8, int4 = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert int8["errors"].keys() == {"gdnfuse", "dequantised", "w8a8"} and int4["errors"].keys() == {"gdnfuse", "dequantised"}
+    assert all(0 < error < 0.2 for row in (int8, int4) for error in row["errors"].values())

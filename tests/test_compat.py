@@ -931,6 +931,18 @@ def version_counters(there):
 
 
 @case
+def not_cast(there):
+    class Stored(torch.nn.Linear):
+        def stored(self):
+            return (self.weight,)
+
+    assert compat.not_cast(Stored) is Stored
+    module = Stored(2, 2).half()
+    assert module.weight.dtype == (torch.float32 if there else torch.float16) and module.bias.dtype == torch.float16
+    assert module.to("meta").weight.is_meta
+
+
+@case
 def hooks_of(there):
     if not there:
         assert compat.hooks_of(object()) == {}

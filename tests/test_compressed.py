@@ -6,17 +6,21 @@ import pytest
 import torch
 
 from gdnfuse import models
-from gdnfuse.errors import GdnfuseError
+from gdnfuse.errors import GdnfuseError, Refused
 
 INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 64, "block_structure": None, "symmetric": True}
 
 
-def compressed(weights, data, scale, status="compressed", **more):
+INT8 = {**INT4, "num_bits": 8, "strategy": "channel", "group_size": None}
+
+
+def compressed(weights, data, scale, status="compressed", weight_zero_point=None, **more):
     """A model of one linear [128, 128] as compressed-tensors leaves it."""
     linear = torch.nn.Linear(128, 128, bias=False)
     del linear.weight
     name = "weight_packed" if data.dtype == torch.int32 else "weight"
-    for attribute, tensor in {name: data, "weight_scale": scale}.items():
+    stored = {name: data, "weight_scale": scale} | ({} if weight_zero_point is None else {"weight_zero_point": weight_zero_point})
+    for attribute, tensor in stored.items():
         setattr(linear, attribute, torch.nn.Parameter(tensor, requires_grad=False))
     linear.quantization_scheme = SimpleNamespace(weights=SimpleNamespace(**weights), **more)
     linear.quantization_status = status
@@ -35,9 +39,23 @@ REFUSED = {
         ),
         f"Compressed weights must be {KNOWN}, found float4 by tensor_group in uint8.",
     ),
-    "zero points": (
+    "zero points of int8": (
+        lambda: compressed(
+            {**INT8, "symmetric": False},
+            torch.zeros(128, 128, dtype=torch.int8),
+            torch.ones(128, 1),
+            weight_zero_point=torch.zeros(128, 1, dtype=torch.int8),
+        ),
+        "Compressed weights must be symmetric or int4 in groups, found int8 by channel with zero points.",
+    ),
+    "no zero points": (
         lambda: compressed({**INT4, "symmetric": False}, *packed()),
-        "Compressed weights must be symmetric, found int4 by group of 64 with zero points.",
+        "A compressed linear must hold its weight, scale and zero points, found that it does not.",
+    ),
+    "zero points that were not loaded": (
+        lambda: compressed({**INT4, "symmetric": False}, *packed(), weight_zero_point=torch.zeros(128, 2, dtype=torch.int8)),
+        "Zero points must be read from the checkpoint, as transformers loads none: give its folder as checkpoint=…; found 0 of "
+        "this linear in '.'.",
     ),
     "another group": (
         lambda: compressed({**INT4, "group_size": 128}, *packed()),
@@ -71,6 +89,24 @@ def test_a_linear_computes_with_what_is_stored():
     weight = torch.ops.gdnfuse.dequantize(data, scale, "int4_group64", torch.float32)
     x = torch.randn(3, 128)
     assert torch.equal(model(x), x @ weight.T) and model[0].weight_packed.data_ptr() == data.data_ptr()
+
+
+def test_a_scale_that_was_set_by_hand_is_looked_at():
+    """One of a column would broadcast over the groups: a wrong weight without an error."""
+    model = models.keep_compressed(compressed(INT4, *packed()))
+    model[0].weight_scale = torch.nn.Parameter(torch.ones(128, 1), requires_grad=False)
+    sentence = r"The scale of int4_group64 must have the shape \[128, 2\] for data of \[128, 16\], found \[128, 1\]\."
+    for call in (model, torch.compile(model, backend="gdnfuse", options={"inner": "eager"})):
+        with pytest.raises((Refused, RuntimeError), match=sentence):
+            call(torch.randn(1, 128))
+
+
+@pytest.mark.parametrize("what", [None, 3, torch.nn.Linear])
+@pytest.mark.parametrize("function", [models.keep_compressed, models.quantized])
+def test_what_is_no_model_is_refused(function, what):
+    found = "the class Linear" if isinstance(what, type) else type(what).__name__
+    with pytest.raises(GdnfuseError, match=rf"must be a torch\.nn\.Module, found {found}\.$"):
+        function(what)
 
 
 @pytest.mark.parametrize("format", ["fp8_channel", "int8_channel", "int4_group64"])

@@ -12,7 +12,9 @@ from gdnfuse import formats
 from gdnfuse.dialect.op import register
 
 
-def reference(data: torch.Tensor, scale: torch.Tensor, format: str, dtype: torch.dtype) -> torch.Tensor:
+def reference(
+    data: torch.Tensor, scale: torch.Tensor, format: str, dtype: torch.dtype, more: list[torch.Tensor] | None = None
+) -> torch.Tensor:
     """What the format's own library makes of them, computed in float32 (float64 if any of these is) and rounded once.
 
     Args:
@@ -20,6 +22,7 @@ def reference(data: torch.Tensor, scale: torch.Tensor, format: str, dtype: torch
         scale: as the format has it.
         format: a name of `gdnfuse.formats.FORMATS`.
         dtype: of the weight.
+        more: what else the format stores, as zero points, in its order; None for nothing.
 
     Returns:
         [M, N] or [E, M, N].
@@ -28,10 +31,11 @@ def reference(data: torch.Tensor, scale: torch.Tensor, format: str, dtype: torch
         Refused: there is no such format.
     """
     acc = formats.acc_dtype(data.dtype, scale.dtype, dtype)
-    return formats.named(format).dequantize(data, scale, acc).to(dtype).contiguous()
+    return formats.named(format).dequantize(data, scale, acc, *(more or ())).to(dtype).contiguous()
 
 
-def fake(data, scale, format, dtype):
+def fake(data, scale, format, dtype, more=None):
+    formats.named(format).check(data, scale, *(more or ()))  # a scale of another shape may broadcast to another weight
     return torch.empty(formats.named(format).shape(data), dtype=dtype, device=data.device)
 
 
@@ -40,9 +44,10 @@ def examples():
         ("fp8_block128", (256, 128), torch.bfloat16), ("fp8_block128", (130, 200), torch.float32),
         ("fp8_block128", (2, 128, 130), torch.float16), ("fp8_tensor", (5, 8), torch.float32),
         ("int8_channel", (5, 8), torch.bfloat16), ("fp8_channel", (5, 8), torch.float32),
-        ("int4_group32", (5, 64), torch.bfloat16),
+        ("int4_group32", (5, 64), torch.bfloat16), ("int4_group32_zero", (5, 64), torch.bfloat16),
     ]  # fmt: skip
-    return [((*formats.named(name).quantize(torch.randn(shape)), name, dtype), {}) for name, shape, dtype in made]
+    stored = [(formats.named(name).quantize(torch.randn(shape)), name, dtype) for name, shape, dtype in made]
+    return [((data, scale, name, dtype, more or None), {}) for (data, scale, *more), name, dtype in stored]
 
 
 op = register("dequantize", reference, fake, examples, equation="W = scale · data")

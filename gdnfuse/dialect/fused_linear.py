@@ -24,6 +24,7 @@ def reference(
     gate_activation: str = "silu",
     scales: list[torch.Tensor] | None = None,
     format: str = "",
+    zeros: list[torch.Tensor] | None = None,
     lora_A: list[torch.Tensor] | None = None,
     lora_B: list[torch.Tensor] | None = None,
     lora_parts: list[int] | None = None,
@@ -43,6 +44,7 @@ def reference(
         gate_activation: as of gated_rms_norm.
         scales: of the first of the weights, which then are data of a quantised weight each; the others are as they are.
         format: of those, as of dequantize.
+        zeros: their zero points, where the format has them.
         lora_A: [rᵢ, N] each, of low-rank adapters (Hu et al. 2021, arXiv:2106.09685).
         lora_B: [rows, r] each.
         lora_parts: five numbers of each adapter of a projection: first column and columns of the projection in the row, the first
@@ -52,7 +54,7 @@ def reference(
     Returns:
         [..., ΣMᵢ], or half of it with `swiglu`, in the weights' dtype: see `weight_dtype`.
     """
-    weights = dequantized(weights, scales, format, weight_dtype(x, weights, scales, residual, norm_weight, gate))
+    weights = dequantized(weights, scales, format, weight_dtype(x, weights, scales, residual, norm_weight, gate), zeros)
     if gate is not None:
         heads = (*x.shape[:-1], -1, norm_weight.shape[0])
         x = gated_rms_norm(x.reshape(heads), gate.reshape(heads), norm_weight, norm_eps, gate_activation).reshape(x.shape)
@@ -112,17 +114,22 @@ def weight_dtype(
 
 
 def dequantized(
-    weights: list[torch.Tensor], scales: list[torch.Tensor] | None, format: str, dtype: torch.dtype
+    weights: list[torch.Tensor],
+    scales: list[torch.Tensor] | None,
+    format: str,
+    dtype: torch.dtype,
+    zeros: list[torch.Tensor] | None = None,
 ) -> list[torch.Tensor]:
     """Weights as they are multiplied with, in a list whose first ones are data where there are scales."""
     scales = scales or []
-    made = [dequantize(data, scale, format, dtype) for data, scale in zip(weights, scales, strict=False)]
+    more = [[zero] for zero in zeros] if zeros else [None] * len(scales)
+    made = [dequantize(data, scale, format, dtype, m) for data, scale, m in zip(weights, scales, more, strict=False)]
     return made + weights[len(scales) :]
 
 
 def fake(
     x, weights, norm_weight=None, norm_eps=0.0, norm_offset=0.0, gate=None, swiglu=False, residual=None, gate_activation="silu",
-    scales=None, format="", lora_A=None, lora_B=None, lora_parts=None, lora_scaling=None,
+    scales=None, format="", zeros=None, lora_A=None, lora_B=None, lora_parts=None, lora_scaling=None,
 ):  # fmt: skip
     columns = sum(w.shape[0] for w in weights) // (2 if swiglu else 1)
     dtype = weight_dtype(x, weights, scales, residual, norm_weight, gate)
@@ -162,9 +169,9 @@ def example_call(
     x = torch.randn(*lead, N)
     weights = [(torch.randn(m, N) * N**-0.5).to(dtype) for m in sizes]
     if format:
-        pairs = [named(format).quantize(w) for w in weights[: len(weights) - plain]]
-        weights[: len(pairs)] = [data for data, _ in pairs]
-        options |= {"scales": [scale for _, scale in pairs], "format": format}
+        stored = [named(format).quantize(w) for w in weights[: len(weights) - plain]]
+        weights[: len(stored)], scales, *zeros = map(list, zip(*stored, strict=True))
+        options |= {"scales": scales, "format": format} | ({"zeros": zeros[0]} if zeros else {})
     options |= example_adapters(sizes, N, lora, lora_dtype or dtype)
     return (x if head else x.to(dtype), weights), options
 
@@ -198,6 +205,7 @@ def examples():
         example_call(144, 128, torch.bfloat16, norm=True, residual=True, parts=2, format="fp8_block128", plain=1),
         example_call(64, 130, swiglu=True, norm=True, format="fp8_block128"),
         example_call(6, 16, torch.bfloat16, head=4, residual=True, format="fp8_block128"),
+        example_call(17, 32, torch.bfloat16, norm=True, parts=2, format="int4_group32_zero"),
     ]
 
 

@@ -30,6 +30,7 @@ def reference(
     heads: int = 1,
     scales: list[torch.Tensor] | None = None,
     format: str = "",
+    zeros: list[torch.Tensor] | None = None,
     lora_A: list[torch.Tensor] | None = None,
     lora_B: list[torch.Tensor] | None = None,
     lora_parts: list[int] | None = None,
@@ -50,14 +51,14 @@ def reference(
             of head h from offset + h·stride: the result has the parts one behind the other, each with its heads side by side.
             None where the row has them so.
         heads: how many key heads.
-        scales, format, lora_A, lora_B, lora_parts, lora_scaling: as of fused_linear.
+        scales, format, zeros, lora_A, lora_B, lora_parts, lora_scaling: as of fused_linear.
 
     Returns:
         [B, 1, ΣMᵢ], or the columns of the parts, in float32 (float64 for float64 inputs): nothing is rounded between projection
         and rule.
     """
     lora = {"lora_A": lora_A, "lora_B": lora_B, "lora_parts": lora_parts, "lora_scaling": lora_scaling}
-    row = fused_linear(x, weights, norm_weight, norm_eps, norm_offset, scales=scales, format=format, **lora)
+    row = fused_linear(x, weights, norm_weight, norm_eps, norm_offset, scales=scales, format=format, zeros=zeros, **lora)
     if parts is not None:
         row = torch.cat([columns(row, *part, heads).flatten(-2) for part in zip(*[iter(parts)] * 3, strict=True)], -1)
     D = conv_state.shape[1]
@@ -70,7 +71,7 @@ def reference(
 
 def fake(
     x, weights, norm_weight, norm_eps, norm_offset, conv_state, conv_weight, conv_bias, conv_offset, activation,
-    parts=None, heads=1, scales=None, format="", lora_A=None, lora_B=None, lora_parts=None, lora_scaling=None,
+    parts=None, heads=1, scales=None, format="", zeros=None, lora_A=None, lora_B=None, lora_parts=None, lora_scaling=None,
 ):  # fmt: skip
     width = sum(w.shape[0] for w in weights) if parts is None else heads * sum(parts[2::3])
     dtype = torch.promote_types(torch.float32, weight_dtype(x, weights, scales))
@@ -102,7 +103,7 @@ def example_call(
         x, weights, options["norm_weight"], 1e-6, 1.0,
         torch.randn(B, D, S).to(state_dtype or dtype), (torch.randn(D, 1, W) / 2).to(dtype),
         torch.randn(D).to(dtype) if bias else None, offset, "silu", parts, heads,
-    ), {name: x for name, x in options.items() if name in ("scales", "format") or name.startswith("lora")}  # fmt: skip
+    ), {name: x for name, x in options.items() if name in ("scales", "format", "zeros") or name.startswith("lora")}  # fmt: skip
 
 
 def examples():

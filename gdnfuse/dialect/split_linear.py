@@ -14,7 +14,12 @@ from gdnfuse.formats import named
 
 
 def reference(
-    x: torch.Tensor, weights: list[torch.Tensor], parts: int, scales: list[torch.Tensor] | None = None, format: str = ""
+    x: torch.Tensor,
+    weights: list[torch.Tensor],
+    parts: int,
+    scales: list[torch.Tensor] | None = None,
+    format: str = "",
+    zeros: list[torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """[x[…, pᵢ]·W[:, pᵢ]ᵀ for the i-th of `parts` equal ranges pᵢ of columns]; their sum is x·Wᵀ.
 
@@ -22,18 +27,18 @@ def reference(
         x: [..., N].
         weights: one [M, N].
         parts: a divisor of N.
-        scales, format: as of fused_linear.
+        scales, format, zeros: as of fused_linear.
 
     Returns:
         [parts, ..., M] in float32 (float64 for float64 inputs).
     """
-    (weight,) = dequantized(weights, scales, format, weight_dtype(x, weights, scales))
+    (weight,) = dequantized(weights, scales, format, weight_dtype(x, weights, scales), zeros)
     acc = acc_dtype(x, weight)
     columns = zip(x.to(acc).chunk(parts, -1), weight.to(acc).chunk(parts, -1), strict=True)
     return torch.stack([a @ w.T for a, w in columns])
 
 
-def fake(x, weights, parts, scales=None, format=""):
+def fake(x, weights, parts, scales=None, format="", zeros=None):
     (weight,) = weights
     acc = torch.promote_types(acc_dtype(x), weight_dtype(x, weights, scales))
     return torch.empty((parts, *x.shape[:-1], weight.shape[0]), dtype=acc, device=x.device)

@@ -18,25 +18,28 @@ class Format:
         name: what the dialect's dequantize calls it.
         about: in words, for reports.
         supported: in words, what `check` lets pass.
-        dequantize: from data, scale and the dtype to compute in, float32 or float64, the weight in that dtype: as the format's
-            own library has it before it rounds.
-        check: raises Refused unless data and scale are what the format has; sizes may be those of fake tensors.
-        quantize: a floating weight's data and scale.
-        rows: of how many rows of a weight a scale is; weights of whole such blocks may stand in one buffer, one behind the other.
-            None where all rows share one.
+        dequantize: from data, scale, the dtype to compute in, float32 or float64, and what else is stored, the weight in that
+            dtype: as the format's own library has it before it rounds.
+        check: raises Refused unless data, scale and what else is stored are what the format has; sizes may be those of fake
+            tensors.
+        quantize: a floating weight's data, scale and what else is stored. None where only the format's own library quantises.
+        rows: weights of whole blocks of so many rows may stand in one buffer, one behind the other, and so may their scales and
+            what else is stored. None where rows share some of that.
         columns: of whose multiples a weight must have as many.
+        more: what is stored beside data and scale, in words.
         bits: of one element of a weight; the data have several in each of theirs where these have more.
     """
 
     name: str
     about: str
     supported: str
-    dequantize: Callable[[torch.Tensor, torch.Tensor, torch.dtype], torch.Tensor]
-    check: Callable[[torch.Tensor, torch.Tensor], None]
-    quantize: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+    dequantize: Callable[..., torch.Tensor]
+    check: Callable[..., None]
+    quantize: Callable[[torch.Tensor], tuple[torch.Tensor, ...]] | None
     rows: int | None
     bits: int
     columns: int = 1
+    more: tuple[str, ...] = ()
 
     def shape(self, data: torch.Tensor) -> tuple[int, ...]:
         """The shape of the weight that data stand for."""

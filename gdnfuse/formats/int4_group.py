@@ -1,7 +1,9 @@
-"""int4_group32, int4_group64 and int4_group128: integers of four bits and one scale per group of columns of a row, symmetric.
+"""int4 in groups of 32, 64 or 128 columns of a row, one scale for each: int4_group128 is symmetric, int4_group128_zero has zero
+points.
 
 What compressed-tensors stores of W4A16 as "pack-quantized" (compressed_tensors.compressors.pack_quantized): eight columns in an
-int32, the first in its lowest bits, each 8 more than the integer between -8 and 7 that it stands for.
+int32, the first in its lowest bits, each 8 more than the integer between -8 and 7 that it stands for. Zero points are such
+integers too, one for each group, eight rows in an int32. AWQ's and GPTQ's weights (arXiv 2306.00978, 2210.17323) have them.
 """
 
 from __future__ import annotations
@@ -15,18 +17,37 @@ from gdnfuse.formats.format import register, require_dtypes
 
 GROUPS = (32, 64, 128)
 SCALES = (torch.float32, torch.bfloat16, torch.float16)
-PACKED = 8  # columns in an int32
+PACKED = 8  # columns of data, or rows of zero points, in an int32
 OFFSET = 8
 
 
-def dequantize(group: int, data: torch.Tensor, scale: torch.Tensor, acc: torch.dtype) -> torch.Tensor:
-    """The integers in data [..., M, N/8] times the scale [..., M, N/group] of each one's group, in `acc`: [..., M, N]."""
-    integers = torch.stack([(data >> 4 * i) & 15 for i in range(PACKED)], -1).flatten(-2) - OFFSET
-    return (integers.to(acc).unflatten(-1, (-1, group)) * scale.to(acc)[..., None]).flatten(-2)
+def dequantize(
+    group: int, data: torch.Tensor, scale: torch.Tensor, acc: torch.dtype, zero: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The integers in data [..., M, N/8], less their groups' zero points [..., ⌈M/8⌉, N/group], times their groups' scales
+    [..., M, N/group], in `acc`: [..., M, N]."""
+    groups = unpack(data, -1).to(acc).unflatten(-1, (-1, group))
+    if zero is not None:
+        groups = groups - unpack(zero, -2)[..., : data.shape[-2], :].to(acc)[..., None]
+    return (groups * scale.to(acc)[..., None]).flatten(-2)
 
 
-def check(group: int, name: str, data: torch.Tensor, scale: torch.Tensor) -> None:
-    """Raises Refused unless data is int32 [..., M, N/8] and scale [..., M, N/group] of a known dtype, with whole groups."""
+def unpack(packed: torch.Tensor, axis: int) -> torch.Tensor:
+    """The integers between -8 and 7 in int32, eight in each, side by side along an axis counted from behind."""
+    return torch.stack([(packed >> 4 * i) & 15 for i in range(PACKED)], axis).flatten(axis - 1, axis) - OFFSET
+
+
+def pack(integers: torch.Tensor, axis: int) -> torch.Tensor:
+    """int32 of eight integers between -8 and 7 each; an axis that does not fill the last is filled up with zero bits."""
+    integers = (integers.to(torch.int32) + OFFSET).movedim(axis, -1)
+    integers = torch.nn.functional.pad(integers, (0, -integers.shape[-1] % PACKED))
+    places = integers.unflatten(-1, (-1, PACKED)) << torch.arange(0, 32, 4, dtype=torch.int32, device=integers.device)
+    return places.sum(-1, dtype=torch.int32).movedim(-1, axis).contiguous()
+
+
+def check(group: int, name: str, data: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None = None) -> None:
+    """Raises Refused unless data is int32 [..., M, N/8], scale [..., M, N/group] of a known dtype, with whole groups, and zero
+    points, where the format has them, int32 [..., ⌈M/8⌉, N/group]."""
     require_dtypes(name, data, scale, torch.int32, SCALES)
     if data.ndim < 2:
         raise Refused(f"Data of {name} must be a matrix, found the shape {list(data.shape)}.")
@@ -34,13 +55,21 @@ def check(group: int, name: str, data: torch.Tensor, scale: torch.Tensor) -> Non
     if columns % group:
         raise Refused(f"Data of {name} must have whole groups of {group} columns, found {columns} columns.")
     wanted = [*data.shape[:-1], columns // group]
+    of = f"for data of {list(data.shape)}"
     if list(scale.shape) != wanted:
-        of = f"for data of {list(data.shape)}"
         raise Refused(f"The scale of {name} must have the shape {wanted} {of}, found {list(scale.shape)}.")
+    if (zero is not None) != name.endswith("_zero"):
+        raise Refused(f"A weight of {name} must have {'no zero points, found some' if zero is not None else 'zero points'}.")
+    if zero is not None:
+        wanted[-2] = -(-wanted[-2] // PACKED)
+        if zero.dtype != torch.int32 or list(zero.shape) != wanted:
+            found = f"{str(zero.dtype).removeprefix('torch.')} {list(zero.shape)}"
+            raise Refused(f"The zero points of {name} must be int32 {wanted} {of}, found {found}.")
 
 
-def quantize(group: int, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """As compressed-tensors does: 7.5 scales are a group's largest magnitude; a group of zeros has the scale 1.
+def quantize(group: int, zeros: bool, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """As compressed-tensors does. Symmetric: 7.5 scales are a group's largest magnitude. With zero points: 15 scales are from its
+    least to its largest number, of which one is at most and one at least zero. A group of zeros has the scale 1.
 
     The scale has the weight's dtype.
 
@@ -49,28 +78,34 @@ def quantize(group: int, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     """
     if weight.shape[-1] % group:
         raise Refused(f"A weight in groups of {group} columns must have whole ones, found {weight.shape[-1]} columns.")
-    groups = weight.float().unflatten(-1, (-1, group))
-    largest = groups.abs().amax(-1)
-    scale = torch.where(largest > 0, largest / 7.5, 1.0).to(weight.dtype if weight.dtype in SCALES else torch.float32)
-    integers = (groups / scale.float()[..., None]).round().clamp(-8, 7).to(torch.int32).flatten(-2) + OFFSET
-    places = integers.unflatten(-1, (-1, PACKED)) << torch.arange(0, 32, 4, dtype=torch.int32, device=weight.device)
-    return places.sum(-1, dtype=torch.int32), scale
+    groups = weight.unflatten(-1, (-1, group))
+    least, most = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    span = (most - least).float() / 15 if zeros else groups.abs().amax(-1).float() / 7.5
+    scale = torch.where(span > 0, span, 1.0).to(weight.dtype if weight.dtype in SCALES else torch.float32)
+    steps = groups.float() / scale.float()[..., None]
+    if not zeros:
+        return pack(steps.round().clamp(-8, 7).flatten(-2), -1), scale
+    zero = (-8 - least.float() / scale.float()).round().clamp(-8, 7)
+    return pack((steps.round() + zero[..., None]).clamp(-8, 7).flatten(-2), -1), scale, pack(zero, -2)
 
 
-def _register(group: int) -> None:
-    name = f"int4_group{group}"
+def _register(group: int, zeros: bool) -> None:
+    name = f"int4_group{group}" + ("_zero" if zeros else "")
+    scales = f"a scale and a zero point per {group} columns" if zeros else f"a scale per {group} columns"
     register(
         name=name,
-        about=f"int4, a scale per {group} columns",
-        supported=f"int4 data, eight in an int32, with one scale per {group} columns of a row",
+        about=f"int4, {scales}",
+        supported=f"int4 data, eight in an int32, with {scales.replace('a ', 'one ')} of a row",
         dequantize=partial(dequantize, group),
         check=partial(check, group, name),
-        quantize=partial(quantize, group),
-        rows=1,
+        quantize=partial(quantize, group, zeros),
+        rows=PACKED if zeros else 1,
         bits=4,
         columns=group,
+        more=("zero points",) if zeros else (),
     )
 
 
-for _group in GROUPS:
-    _register(_group)
+for _zeros in (False, True):
+    for _group in GROUPS:
+        _register(_group, _zeros)

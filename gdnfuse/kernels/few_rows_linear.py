@@ -27,7 +27,7 @@ from gdnfuse.kernels.linear_configs import (
     ring_config,
     rows_and_out,
 )
-from gdnfuse.kernels.quantized import times, times_pairs, widen
+from gdnfuse.kernels.quantized import times, times_pairs, widen, zeros_of_rows
 
 if compat.gluon():
     from gdnfuse.kernels import few_rows_hopper, few_rows_hopper_quantized
@@ -41,8 +41,8 @@ OPERANDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float1
 
 @triton.jit
 def few_rows_linear_kernel(
-    x_ptr, pairs_ptr, weight_ptr, scale_ptr, plain_ptr, out_ptr,
-    B, M, stored, columns, stride_xb, stride_pb, stride_wm, stride_sm, stride_pm,
+    x_ptr, pairs_ptr, weight_ptr, scale_ptr, zero_ptr, plain_ptr, out_ptr,
+    B, M, stored, columns, stride_xb, stride_pb, stride_wm, stride_sm, stride_zm, stride_pm,
     SWIGLU: tl.constexpr, OPERAND: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BB: tl.constexpr,
     STAGES: tl.constexpr, EARLY: tl.constexpr, OVERLAP: tl.constexpr,
     KIND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CONVERTS: tl.constexpr,
@@ -80,10 +80,17 @@ def few_rows_linear_kernel(
                 half = part * (columns // BK) * (BK // 2) + tl.arange(0, BK // 2)  # [BK / 2]
                 byte_ptrs = weight_ptr + row.to(tl.int64)[:, None] * stride_wm + half[None, :]  # [BM, BK / 2]
                 pair_ptrs = pairs_ptr + tl.where(b < B, b, 0).to(tl.int64)[None, :] * stride_pb + half[:, None]  # [BK / 2, BB]
+                if zero_ptr is not None:
+                    zero_ptrs, place = zeros_of_rows(zero_ptr, row, stride_zm)
                 for start in tl.range(0, columns, BK, num_stages=STAGES):
                     w, x = tl.load(byte_ptrs + start // 2), tl.load(pair_ptrs + start // 2)
                     scale = tl.load(scale_ptrs + (part * columns + start) // COLUMNS)  # [BM]
-                    acc += times_pairs(w, x, scale, x_ptr.dtype.element_ty, OPERAND, CONVERTS)
+                    if zero_ptr is not None:
+                        packed = tl.load(zero_ptrs + (part * columns + start) // COLUMNS)  # [BM]
+                        zeros = (((packed >> place) & 15) - 8).to(tl.float32)
+                        acc += times_pairs(w, x, scale, zeros, x_ptr.dtype.element_ty, OPERAND, CONVERTS)
+                    else:
+                        acc += times_pairs(w, x, scale, None, x_ptr.dtype.element_ty, OPERAND, CONVERTS)
             else:
                 for start in tl.range(0, columns, BK, num_stages=STAGES):
                     w, x = tl.load(w_ptrs + start), tl.load(x_ptrs + start).to(OPERAND)
@@ -126,6 +133,7 @@ def few_rows_linear_kernel(
 def launch_with(
     chosen: FewRowsConfig, x: torch.Tensor, weight: torch.Tensor, swiglu: bool = False, overlap: bool = False,
     scale: torch.Tensor | None = None, format: str = "", plain: torch.Tensor | None = None, dtype: torch.dtype | None = None,
+    zero: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """The parts of a linear, [parts, ..., M], or without the first axis if there is but one.
 
@@ -138,6 +146,7 @@ def launch_with(
         scale, format: of a quantised weight, as of the dialect's dequantize.
         plain: [P, N], rows that follow those of a quantised weight, or None.
         dtype: of the result; None for the weight's.
+        zero: the zero points of a quantised weight whose format has them.
     """
     BM, BK, num_warps, stages, parts, early = chosen
     stored, how = weight.shape[0] // (2 if swiglu else 1), quantized.stored(format)
@@ -150,9 +159,9 @@ def launch_with(
         data, pairs = data.view(torch.uint8), quantized.pairs(rows)
     tile = BM // 2 if swiglu else BM
     kernel_of(few_rows_linear_kernel)[(-(-stored // tile) + -(-(M - stored) // tile), parts)](
-        rows, pairs, data, scale, plain, out,
+        rows, pairs, data, scale, zero, plain, out,
         B, M, stored, N // parts, rows.stride(0), 0 if pairs is None else pairs.stride(0), data.stride(0),
-        0 if scale is None else scale.stride(0), 0 if plain is None else plain.stride(0),
+        0 if scale is None else scale.stride(0), 0 if zero is None else zero.stride(0), 0 if plain is None else plain.stride(0),
         SWIGLU=swiglu, OPERAND=OPERANDS[dtype], BM=BM, BK=BK, BB=columns_of(B),
         STAGES=stages, EARLY=early, OVERLAP=bool(options), KIND=how and how.kind, ROWS=how.rows if how else 1,
         COLUMNS=how.columns if how else 0, CONVERTS=quantized.converts(x.device, how), num_warps=num_warps, **options,
@@ -171,7 +180,9 @@ def launch(
     N = quantized.width(weight, format)
     rows = x.reshape(-1, N)
     x = rows.view(x.shape)  # so that what had to be copied is copied once
-    if stored and few_rows_hopper_quantized and (ring := quantized_ring_config(M, N, rows.shape[0], swiglu, parts)):
+    if "zero" in stored:
+        pass  # there is no ring for int4
+    elif stored and few_rows_hopper_quantized and (ring := quantized_ring_config(M, N, rows.shape[0], swiglu, parts)):
         if few_rows_hopper_quantized.supports_here(rows, weight, **stored):
             return few_rows_hopper_quantized.launch_with(ring, x, weight, swiglu, overlap, **stored)
     elif few_rows_hopper and (ring := ring_config(M, N, swiglu, parts)) and few_rows_hopper.supports_here(rows, weight):

@@ -38,6 +38,7 @@ def launch(
     gate_activation: str = "silu",
     scales: list[torch.Tensor] | None = None,
     format: str = "",
+    zeros: list[torch.Tensor] | None = None,
     lora_A: list[torch.Tensor] | None = None,
     lora_B: list[torch.Tensor] | None = None,
     lora_parts: list[int] | None = None,
@@ -48,7 +49,8 @@ def launch(
     """The dialect's fused_linear for at most 32 rows and one weight, or a quantised one and one that is not.
 
     Args:
-        x, weights, norm_weight, norm_eps, norm_offset, gate, swiglu, residual, gate_activation, scales, format: as there.
+        x, weights, norm_weight, norm_eps, norm_offset, gate, swiglu, residual, gate_activation, scales, format, zeros: as
+            there.
         lora_A, lora_B, lora_parts, lora_scaling: as there, of one row, with one A.
         overlap: whether weights may be read while kernels before this one run: what came before the step must have ended.
 
@@ -56,7 +58,7 @@ def launch(
         [..., M], or half of it with `swiglu`, in the weight's dtype, contiguous.
     """
     dtype = weight_dtype(x, weights, scales, residual, norm_weight, gate)
-    weight, stored = weights[0], _stored(weights, scales, format, dtype)
+    weight, stored = weights[0], _stored(weights, scales, format, dtype, zeros)
     if _rows(x) > 1:
         return few_rows_linear.launch(x, weight, swiglu, overlap=overlap, **stored)
     around = {"gate": gate, "swiglu": swiglu, "residual": residual, "gate_activation": gate_activation}
@@ -103,11 +105,18 @@ def _one_row(
     return skinny_linear.launch_with(chosen, x, weight, norm_weight, *args, format=format, **kwargs)
 
 
-def _stored(weights: list[torch.Tensor], scales: list[torch.Tensor] | None, format: str, dtype: torch.dtype) -> dict[str, Any]:
+def _stored(
+    weights: list[torch.Tensor],
+    scales: list[torch.Tensor] | None,
+    format: str,
+    dtype: torch.dtype,
+    zeros: list[torch.Tensor] | None = None,
+) -> dict[str, Any]:
     """What kernels are told of a quantised weight, and of one behind it that is not."""
     if not scales:
         return {}
-    return {"scale": scales[0], "format": format, "plain": weights[1] if len(weights) > 1 else None, "dtype": dtype}
+    plain = weights[1] if len(weights) > 1 else None
+    return {"scale": scales[0], "format": format, "plain": plain, "dtype": dtype} | ({"zero": zeros[0]} if zeros else {})
 
 
 def launch_in_proj_conv(
@@ -125,6 +134,7 @@ def launch_in_proj_conv(
     heads: int = 1,
     scales: list[torch.Tensor] | None = None,
     format: str = "",
+    zeros: list[torch.Tensor] | None = None,
     lora_A: list[torch.Tensor] | None = None,
     lora_B: list[torch.Tensor] | None = None,
     lora_parts: list[int] | None = None,
@@ -138,7 +148,7 @@ def launch_in_proj_conv(
         x, weights, norm_weight, norm_eps, norm_offset: as there.
         conv_state: [1, D, S], any strides; written in place.
         conv_weight: [D, 1, W], any strides.
-        conv_bias, conv_offset, activation, parts, heads, scales, format: as there.
+        conv_bias, conv_offset, activation, parts, heads, scales, format, zeros: as there.
         lora_A, lora_B, lora_parts, lora_scaling: as for `launch`.
         overlap: as for `launch`.
 
@@ -155,7 +165,7 @@ def launch_in_proj_conv(
     lora = _lora(x, lora_A, lora_B, lora_parts, lora_scaling, *norm, overlap=overlap)
     return _one_row(
         "conv", x, weight, *norm, conv=conv, parts=parts, heads=heads, overlap=overlap, **lora,
-        **_stored(weights, scales, format, weight_dtype(x, weights, scales)),
+        **_stored(weights, scales, format, weight_dtype(x, weights, scales), zeros),
     )  # fmt: skip
 
 
@@ -165,20 +175,21 @@ def launch_split(
     parts: int,
     scales: list[torch.Tensor] | None = None,
     format: str = "",
+    zeros: list[torch.Tensor] | None = None,
     *,
     overlap: bool = False,
 ) -> torch.Tensor:
     """The dialect's split_linear for 2 to 32 rows and one weight.
 
     Args:
-        x, weights, parts, scales, format: as there.
+        x, weights, parts, scales, format, zeros: as there.
         overlap: as for `launch`.
 
     Returns:
         [parts, ..., M] in float32, contiguous.
     """
     (weight,) = weights
-    return few_rows_linear.launch(x, weight, parts=parts, overlap=overlap, **_stored(weights, scales, format, x.dtype))
+    return few_rows_linear.launch(x, weight, parts=parts, overlap=overlap, **_stored(weights, scales, format, x.dtype, zeros))
 
 
 def _rows(x: torch.Tensor) -> int:
@@ -187,7 +198,7 @@ def _rows(x: torch.Tensor) -> int:
 
 def supports(
     x, weights, norm_weight=None, norm_eps=0.0, norm_offset=0.0, gate=None, swiglu=False, residual=None, gate_activation="silu",
-    scales=None, format="", lora_A=None, lora_B=None, lora_parts=None, lora_scaling=None, parts=1,
+    scales=None, format="", zeros=None, lora_A=None, lora_B=None, lora_parts=None, lora_scaling=None, parts=1,
 ) -> None:  # fmt: skip
     """Raises Refused unless there are at most 32 rows, sizes are static, dtypes are float32, bfloat16 or float16, rows are
     contiguous and there is one weight, of x's dtype but behind a gated norm; or a quantised one that kernels can read, and maybe
@@ -218,7 +229,7 @@ def supports(
     if not all(isinstance(size, int) for size in x.shape) or not 0 < _rows(x) <= MAX_ROWS:
         raise Refused(f"x must have at most {MAX_ROWS} rows, got the sizes {list(x.shape)}.")
     if quantised:
-        quantized.require(weight, scales[0], format)
+        quantized.require(weight, scales[0], format, zeros[0] if zeros else None)
         _require_beside(weights, format, _rows(x), swiglu, gate, residual, parts)
     for name, t in (("x", x), ("weight", weight), ("gate", gate), ("residual", residual)):
         if t is not None and t.shape[-1] > 1 and (not isinstance(t.stride(-1), int) or t.stride(-1) != 1):
@@ -285,11 +296,11 @@ def _require_channels(weights, D, conv_offset, parts, heads) -> None:
 
 def supports_in_proj_conv(
     x, weights, norm_weight, norm_eps, norm_offset, conv_state, conv_weight, conv_bias, conv_offset, activation,
-    parts=None, heads=1, scales=None, format="", lora_A=None, lora_B=None, lora_parts=None, lora_scaling=None,
+    parts=None, heads=1, scales=None, format="", zeros=None, lora_A=None, lora_B=None, lora_parts=None, lora_scaling=None,
 ) -> None:  # fmt: skip
     """Raises Refused where `supports` does, and unless x is one row, conv sizes are static and the activation is known."""
     lora = {"lora_A": lora_A, "lora_B": lora_B, "lora_parts": lora_parts, "lora_scaling": lora_scaling}
-    supports(x, weights, norm_weight, norm_eps, norm_offset, scales=scales, format=format, **lora)
+    supports(x, weights, norm_weight, norm_eps, norm_offset, scales=scales, format=format, zeros=zeros, **lora)
     if _rows(x) > 1:
         raise Refused(f"x must be one row, got the sizes {list(x.shape)}.")
     if len(weights) > 1:
@@ -300,15 +311,15 @@ def supports_in_proj_conv(
         raise Refused(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation}.")
 
 
-def supports_split(x, weights, parts, scales=None, format="") -> None:
+def supports_split(x, weights, parts, scales=None, format="", zeros=None) -> None:
     """Raises Refused where `supports` does, and unless there are at least two rows and two parts."""
-    supports(x, weights, parts=parts, scales=scales, format=format)
+    supports(x, weights, parts=parts, scales=scales, format=format, zeros=zeros)
     if _rows(x) < 2 or parts < 2:
         raise Refused(f"Parts of a linear need at least two rows and two parts, got {_rows(x)} and {parts}.")
 
 
 GEMM = "benchmarks/gemm.py"
-EARLY = ("weights", "scales", "norm_weight", "lora_A", "lora_B")
+EARLY = ("weights", "scales", "zeros", "norm_weight", "lora_A", "lora_B")
 fused_linear = register("fused_linear", launch, supports, early=EARLY, measured=GEMM)
 in_proj_conv = register("in_proj_conv", launch_in_proj_conv, supports_in_proj_conv, early=EARLY, measured=GEMM)
-split_linear = register("split_linear", launch_split, supports_split, early=("weights", "scales"), measured=GEMM)
+split_linear = register("split_linear", launch_split, supports_split, early=("weights", "scales", "zeros"), measured=GEMM)

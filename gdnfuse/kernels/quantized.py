@@ -34,7 +34,11 @@ STORED = {
     "fp8_block128": Stored("e4m3", 128, 128),
     "fp8_channel": Stored("e4m3", 1, 0),
     "int8_channel": Stored("int8", 1, 0),
-    **{f"int4_group{columns}": Stored("int4", 1, columns, formats.int4_group.PACKED) for columns in formats.int4_group.GROUPS},
+    **{
+        f"int4_group{columns}{zero}": Stored("int4", 1, columns, formats.int4_group.PACKED)
+        for zero in ("", "_zero")
+        for columns in formats.int4_group.GROUPS
+    },
 }
 SCALES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -46,7 +50,7 @@ def stored(format: str) -> Stored | None:
         Refused: they do not.
     """
     if format and format not in STORED:
-        known = ", ".join(formats.named(name).about for name in STORED)
+        known = "; ".join(formats.named(name).about for name in STORED)
         raise Refused(f"Kernels read weights in {known}, found {formats.named(format).about}.")
     return STORED.get(format)
 
@@ -88,15 +92,15 @@ def converts(device: torch.device, how: Stored | None) -> bool:
     return not devices.of(device).amd if how.kind == "int4" else devices.of(device).widens_e4m3
 
 
-def require(data: torch.Tensor, scale: torch.Tensor, format: str) -> None:
+def require(data: torch.Tensor, scale: torch.Tensor, format: str, zero: torch.Tensor | None = None) -> None:
     """Refuse what kernels cannot read: another format, scales of another kind, rows that are not contiguous, or columns that do
     not fill a group."""
     stored(format)
-    formats.named(format).check(data, scale)
+    formats.named(format).check(data, scale, *(() if zero is None else (zero,)))
     if scale.dtype not in SCALES:
         raise Refused(f"Scales must be float32, bfloat16 or float16, got {str(scale.dtype).removeprefix('torch.')}.")
-    for name, t in (("weight", data), ("its scale", scale)):
-        if t.shape[-1] > 1 and t.stride(-1) != 1:
+    for name, t in (("weight", data), ("its scale", scale), ("its zero points", zero)):
+        if t is not None and t.shape[-1] > 1 and t.stride(-1) != 1:
             raise Refused(f"{name} must have contiguous rows, got the strides {list(t.stride())}.")
     if (columns := width(data, format)) % GROUP:
         raise Refused(f"A quantised weight must have a multiple of {GROUP} columns, got {columns}.")
@@ -174,12 +178,40 @@ def load_scales_of_rows(scale_ptrs, N: tl.constexpr, BN: tl.constexpr, COLUMNS: 
 
 
 @triton.jit
-def dot_scaled(w, x, scales, R: tl.constexpr, BN: tl.constexpr, KIND: tl.constexpr, CONVERTS: tl.constexpr, GROUP: tl.constexpr):
-    """Σ over steps and columns of w·scale·x for rows of one block of rows, or each with scales of its own: [R], float32."""
+def load_zeros_of_rows(
+    zero_ptr, row, end, stride_zm, N: tl.constexpr, BN: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr
+):
+    """The zero points of rows, each for GROUP columns, of which eight rows are in an int32: a tuple of [R, BN / GROUP], float32.
+    Behind the weight's end those of its first row."""
+    row = tl.where(row < end, row, 0).to(tl.int64)  # [R]
+    zero_ptrs, shift = zero_ptr + row // 8 * stride_zm, (row % 8 * 4).to(tl.int32)
+    first = tl.arange(0, BN // GROUP) * GROUP  # [BN / GROUP]
+    steps = ()
+    for start in tl.static_range(0, N, BN):
+        place = zero_ptrs[:, None] + ((start + first) // COLUMNS)[None, :]  # [R, BN / GROUP]
+        if start + BN <= N:
+            packed = tl.load(place)
+        else:
+            packed = tl.load(place, mask=(first < N - start)[None, :], other=0)
+        steps = steps + ((((packed >> shift[:, None]) & 15) - 8).to(tl.float32),)
+    return steps
+
+
+@triton.jit
+def dot_scaled(
+    w, x, scales, zeros, R: tl.constexpr, BN: tl.constexpr, KIND: tl.constexpr, CONVERTS: tl.constexpr, GROUP: tl.constexpr
+):
+    """Σ over steps and columns of (w − zero)·scale·x for rows of one block of rows, or each with scales of its own: [R], float32.
+
+    A zero point meets the sum of its columns' x, which all rows share, and no weight.
+    """
     acc = tl.zeros((R, BN // GROUP), tl.float32)
     for i in tl.static_range(len(x)):
         products = tl.reshape(widen(w[i], KIND, CONVERTS) * x[i][None, :], (R, BN // GROUP, GROUP))
-        acc += tl.sum(products, 2) * (scales[i] if KIND == "int4" else scales[i][None, :])
+        sums = tl.sum(products, 2)
+        if len(zeros) > 0:
+            sums -= zeros[i] * tl.sum(tl.reshape(x[i], (BN // GROUP, GROUP)), 1)[None, :]
+        acc += sums * (scales[i] if KIND == "int4" else scales[i][None, :])
     return tl.sum(acc, 1)
 
 
@@ -206,15 +238,25 @@ def times(w, x, scale, OPERAND: tl.constexpr, KIND: tl.constexpr, CONVERTS: tl.c
 
 
 @triton.jit
-def times_pairs(w, x, scale, X: tl.constexpr, OPERAND: tl.constexpr, CONVERTS: tl.constexpr):
+def zeros_of_rows(zero_ptr, row, stride_zm):
+    """Where the zero points of rows begin, and by how many bits: [BM] each."""
+    return zero_ptr + row.to(tl.int64) // 8 * stride_zm, row % 8 * 4
+
+
+@triton.jit
+def times_pairs(w, x, scale, zero, X: tl.constexpr, OPERAND: tl.constexpr, CONVERTS: tl.constexpr):
     """The same of int4 [BM, BK/2] as bytes and pairs of columns of x [BK/2, BB], whose halves have the dtype X: a product of the
-    even columns and one of the odd ones, so that nothing need be put side by side."""
+    even columns and one of the odd ones, so that nothing need be put side by side. Zero points, [BM] or None, are taken off
+    before: integers up to 15 are exact in every operand."""
     BITS: tl.constexpr = X.primitive_bitwidth
     HALF: tl.constexpr = tl.uint16 if BITS == 16 else tl.uint32
     even, odd = x.to(HALF).to(X, bitcast=True), (x >> BITS).to(HALF).to(X, bitcast=True)
     w = w.to(tl.int32)
-    product = tl.dot(_integer(w, 0, CONVERTS).to(OPERAND), even.to(OPERAND), input_precision="ieee")
-    product = tl.dot(_integer(w, 1, CONVERTS).to(OPERAND), odd.to(OPERAND), product, input_precision="ieee")
+    w_even, w_odd = _integer(w, 0, CONVERTS), _integer(w, 1, CONVERTS)
+    if zero is not None:
+        w_even, w_odd = w_even - zero[:, None], w_odd - zero[:, None]
+    product = tl.dot(w_even.to(OPERAND), even.to(OPERAND), input_precision="ieee")
+    product = tl.dot(w_odd.to(OPERAND), odd.to(OPERAND), product, input_precision="ieee")
     return scale.to(tl.float32)[:, None] * product
 
 

@@ -26,7 +26,7 @@ from gdnfuse import compat
 from gdnfuse.kernels import devices, quantized
 from gdnfuse.kernels.gated_rms_norm import gated
 from gdnfuse.kernels.launch.implementation import kernel_of, overlap_options
-from gdnfuse.kernels.quantized import dot_scaled, dot_widened, load_scales, load_scales_of_rows
+from gdnfuse.kernels.quantized import dot_scaled, dot_widened, load_scales, load_scales_of_rows, load_zeros_of_rows
 
 gdc_launch_dependents, gdc_wait = compat.dependent_launch()
 
@@ -242,12 +242,12 @@ def _add_lora(y, b, low_ptr, row, LORA: tl.constexpr):
 
 @triton.jit
 def _dot_stored(
-    w, x, scales, scale_ptr, row, live, stride_sm, R: tl.constexpr, BN: tl.constexpr, KIND: tl.constexpr,
+    w, x, scales, zeros, scale_ptr, row, live, stride_sm, R: tl.constexpr, BN: tl.constexpr, KIND: tl.constexpr,
     CONVERTS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """As dot_rows, of rows of a quantised weight."""
     if COLUMNS > 0:
-        y = dot_scaled(w, x, scales, R, BN, KIND, CONVERTS, GROUP)
+        y = dot_scaled(w, x, scales, zeros, R, BN, KIND, CONVERTS, GROUP)
     else:
         scale_ptrs = scale_ptr + (row // ROWS).to(tl.int64) * stride_sm  # [R]
         y = dot_widened(w, x, R, BN, KIND, CONVERTS) * tl.load(scale_ptrs, mask=live, other=0.0).to(tl.float32)
@@ -300,10 +300,10 @@ def _plain_rows(
 
 @triton.jit
 def skinny_linear_kernel(
-    x_ptr, weight_ptr, scale_ptr, plain_ptr, norm_weight_ptr, gate_ptr, residual_ptr,
+    x_ptr, weight_ptr, scale_ptr, zero_ptr, plain_ptr, norm_weight_ptr, gate_ptr, residual_ptr,
     conv_state_ptr, conv_weight_ptr, conv_bias_ptr, low_ptr, b0_ptr, b1_ptr, b2_ptr, b3_ptr, out_ptr,
     norm_eps, norm_offset, M, stored, tiles, programs, plain_programs, conv_offset, D,
-    stride_wm, stride_pm, stride_sm, stride_sd, stride_ss, stride_cd, stride_cw,
+    stride_wm, stride_pm, stride_sm, stride_zm, stride_sd, stride_ss, stride_cd, stride_cw,
     N: tl.constexpr, V: tl.constexpr, S: tl.constexpr, W: tl.constexpr, SILU: tl.constexpr, SWIGLU: tl.constexpr,
     GATE_SILU: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr, LOOP: tl.constexpr, OVERLAP: tl.constexpr,
     PARTS: tl.constexpr, HEADS: tl.constexpr, KIND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -324,7 +324,7 @@ def skinny_linear_kernel(
     row = first * R + tl.arange(0, R)  # [R]
     PACKED: tl.constexpr = 8 if KIND == "int4" else 1
     w = load_rows(weight_ptr, row, row < stored, stride_wm, N // PACKED, BN // PACKED, EVEN, GROUP // PACKED)
-    scales, up_scales = (), ()
+    scales, up_scales, zeros, up_zeros = (), (), (), ()
     if SWIGLU:
         w_up = load_rows(up_ptr, row, row < stored, stride_wm, N // PACKED, BN // PACKED, EVEN, GROUP // PACKED)
     if KIND == "int4":
@@ -332,6 +332,10 @@ def skinny_linear_kernel(
         if SWIGLU:
             of_up = _scales_of(scale_ptr, stored + row, 2 * stored, stride_sm, ROWS)
             up_scales = load_scales_of_rows(of_up, N, BN, COLUMNS, GROUP)
+        if zero_ptr is not None:
+            zeros = load_zeros_of_rows(zero_ptr, row, stored, stride_zm, N, BN, COLUMNS, GROUP)
+            if SWIGLU:
+                up_zeros = load_zeros_of_rows(zero_ptr, stored + row, 2 * stored, stride_zm, N, BN, COLUMNS, GROUP)
     elif KIND is not None and COLUMNS > 0:
         begin = first * R
         scales = load_scales(_scales_of(scale_ptr, begin, stored, stride_sm, ROWS), N, BN, COLUMNS, GROUP)
@@ -401,11 +405,13 @@ def skinny_linear_kernel(
                     up = _add_lora(up, b_up, low_ptr, stored + row, LORA)
                 y = y * tl.sigmoid(y) * up
         else:
-            y = _dot_stored(w, x, scales, scale_ptr, row, live, stride_sm, R, BN, KIND, CONVERTS, GROUP, ROWS, COLUMNS) * factor
+            y = factor * _dot_stored(
+                w, x, scales, zeros, scale_ptr, row, live, stride_sm, R, BN, KIND, CONVERTS, GROUP, ROWS, COLUMNS
+            )
             if SWIGLU:
                 y = y * tl.sigmoid(y)
                 y = y * factor * _dot_stored(
-                    w_up, x, up_scales, scale_ptr, stored + row, live, stride_sm,
+                    w_up, x, up_scales, up_zeros, scale_ptr, stored + row, live, stride_sm,
                     R, BN, KIND, CONVERTS, GROUP, ROWS, COLUMNS,
                 )  # fmt: skip
         if LOOP:
@@ -422,6 +428,10 @@ def skinny_linear_kernel(
                 if SWIGLU:
                     of_up = _scales_of(scale_ptr, stored + ahead, 2 * stored, stride_sm, ROWS)
                     up_scales = load_scales_of_rows(of_up, N, BN, COLUMNS, GROUP)
+                if zero_ptr is not None:
+                    zeros = load_zeros_of_rows(zero_ptr, ahead, stored, stride_zm, N, BN, COLUMNS, GROUP)
+                    if SWIGLU:
+                        up_zeros = load_zeros_of_rows(zero_ptr, stored + ahead, 2 * stored, stride_zm, N, BN, COLUMNS, GROUP)
             elif KIND is not None and COLUMNS > 0:
                 begin = (tile + programs) * R
                 scales = load_scales(_scales_of(scale_ptr, begin, stored, stride_sm, ROWS), N, BN, COLUMNS, GROUP)
@@ -447,14 +457,14 @@ def skinny_linear_kernel(
 
 def launch_with(
     chosen: Config, x, weight, norm_weight=None, norm_eps=0.0, norm_offset=0.0, gate=None, swiglu=False, residual=None,
-    gate_activation="silu", conv=None, parts=None, heads=1, scale=None, format="", plain=None, dtype=None, lora=None,
-    overlap=False,
+    gate_activation="silu", conv=None, parts=None, heads=1, scale=None, format="", zero=None, plain=None, dtype=None,
+    lora=None, overlap=False,
 ) -> torch.Tensor:  # fmt: skip
     """fused_linear or in_proj_conv of one row.
 
     `conv` is (conv_state, conv_weight, conv_bias, conv_offset, activation), `parts` as `_regrouped` takes it. A quantised weight
-    has `scale` and `format`, as of the dialect's dequantize, and rows of `plain` may follow its own; the result has `dtype`.
-    `lora` is A·x of all adapters in float32, their B's, and what `lora_table` says of them.
+    has `scale`, `format` and maybe `zero`, as of the dialect's dequantize, and rows of `plain` may follow its own; the result has
+    `dtype`. `lora` is A·x of all adapters in float32, their B's, and what `lora_table` says of them.
     """
     R, BN, num_warps, per_sm, *group = chosen
     N = quantized.width(weight, format)
@@ -470,11 +480,12 @@ def launch_with(
     low, B, table = lora or (None, (), None)
     options = overlap_options(x, norm_weight, bias) if overlap else {}
     kernel_of(skinny_linear_kernel)[(plain_programs + programs,)](
-        x, quantized.raw(weight) if how else weight, scale, plain,
+        x, quantized.raw(weight) if how else weight, scale, zero, plain,
         None if norm_weight is None else norm_weight.contiguous(), gate, residual, state, taps,
         None if bias is None else bias.contiguous(), low, *B, *[None] * (MAX_LORA - len(B)), out,
         norm_eps, norm_offset, M, stored, tiles, programs, plain_programs, conv_offset, 0 if state is None else state.shape[1],
         weight.stride(0), 0 if plain is None else plain.stride(0), 0 if scale is None else scale.stride(0),
+        0 if zero is None else zero.stride(0),
         *((0, 0, 0, 0) if conv is None else (*state.stride()[1:], taps.stride(0), taps.stride(2))),
         N=N, V=1 if gate is None else norm_weight.shape[0], S=1 if state is None else state.shape[2],
         W=1 if taps is None else taps.shape[2], SILU=activation == "silu", SWIGLU=swiglu,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from gdnfuse import compat, kernels
+from gdnfuse import compat, formats, kernels
 from gdnfuse.dialect import add_rms_norm, causal_attention, dequantize, op_of, packed_linear
 from gdnfuse.dialect.fused_linear import weight_dtype
 from gdnfuse.errors import Refused
@@ -26,7 +26,7 @@ from gdnfuse.rewrite.edit import infer, inserting, recorded
 from gdnfuse.rewrite.graph import held, is_plain, kept_meta, op_name, storage, value, writes
 
 EQUATIONS = {"linear": "x·Wᵀ", "scaled_dot_product_attention": causal_attention.op.equation}  # of what is torch's
-QUANTIZED = ("scales", "format")  # arguments of an op that say what its weights are made of
+QUANTIZED = ("scales", "format", "zeros")  # arguments of an op that say what its weights are made of
 MAX_SUM = 7  # terms: Inductor makes a loop of a longer sum, with a kernel of its own
 
 
@@ -142,6 +142,9 @@ def _as_stored(call: dict[str, Any]) -> dict[str, Any]:
     found = [quantized.bind(w) for w in weights if quantized.is_quantized(w)]
     if not found:
         return call if call.get("scales") else {k: v for k, v in call.items() if k not in QUANTIZED}
+    more, about = [b["more"] or () for b in found], formats.named(found[0]["format"])
+    if about.more not in ((), ("zero points",)):
+        raise Refused(f"Kernels read data, scales and zero points, found {about.about}, with {', '.join(about.more)}.")
     if any(map(quantized.is_quantized, weights[len(found) :])) or len({b["format"] for b in found}) > 1:
         raise Refused("The quantised weights of a linear must be its first and of one format, found others.")
     if not all(map(quantized.is_weight, weights[: len(found)])):
@@ -151,6 +154,7 @@ def _as_stored(call: dict[str, Any]) -> dict[str, Any]:
         "weights": [b["data"] for b in found] + list(weights[len(found) :]),
         "scales": [b["scale"] for b in found],
         "format": found[0]["format"],
+        **({"zeros": [zero for (zero,) in more]} if all(more) else {}),
     }
     v = _values(made)
     dtype = weight_dtype(v["x"], v["weights"], v["scales"], v.get("residual"), v.get("norm_weight"), v.get("gate"))
@@ -170,8 +174,8 @@ def _experts_as_stored(call: dict[str, Any]) -> dict[str, Any]:
         if not all(map(quantized.is_quantized, weights.values())) or not all(map(quantized.is_weight, weights.values())):
             break
         bound = {name: quantized.bind(w) for name, w in weights.items()}
-        formats = {b["format"] for b in (*found.values(), *bound.values())}
-        if len(formats) > 1 or any(b["dtype"] != value(call["x"]).dtype for b in bound.values()):
+        kinds = {b["format"] for b in (*found.values(), *bound.values())}
+        if len(kinds) > 1 or any(b["more"] or b["dtype"] != value(call["x"]).dtype for b in bound.values()):
             break
         found |= bound
     if not found:
@@ -265,7 +269,7 @@ def _kernel(name: str, device: str, arguments: dict[str, Any]) -> Any:
     kernel = kernels.implementations().get(name)
     if kernel is None:
         raise Refused(f"There is no Triton kernel for {name} alone.")
-    if "scales" in arguments and "scales" not in kernel.arg_names:
+    if any(name in arguments and name not in kernel.arg_names for name in ("scales", "zeros")):
         raise Refused(f"The kernel of {name} must be given plain weights, found {arguments['format']}.")
     kernel.supports(**arguments)
     return kernel
@@ -311,9 +315,12 @@ def pack_weights(gm: GraphModule, real: dict[Node, Any], plan: bool = False) -> 
                 weights.append(packed_input(group, value(node)))
             else:
                 bound = [quantized.bind(n) for n in group]
-                data, scale = (packed_input([b[name] for b in bound], value(node)) for name in ("data", "scale"))
+                data, scale, *more = (
+                    packed_input(list(parts), value(node)) for parts in zip(*map(quantized.stored, group), strict=True)
+                )
+                arguments = (data, scale, bound[0]["format"], bound[0]["dtype"], more or None)
                 with gm.graph.inserting_before(node):
-                    made = gm.graph.call_function(dequantize.op.overload, (data, scale, bound[0]["format"], bound[0]["dtype"]))
+                    made = gm.graph.call_function(dequantize.op.overload, arguments)
                 made.meta |= kept_meta(node) | {"example_value": infer(made), quantized.WITH_INPUTS: True}
                 weights.append(made)
         call["weights"] = weights

@@ -31,8 +31,11 @@ def bind(node: Node) -> dict[str, Any]:
 
 
 def stored(node: Node) -> list[Node]:
-    """The nodes in which a weight is stored: data and scale of a quantised one, else itself."""
-    return [bind(node)["data"], bind(node)["scale"]] if is_quantized(node) else [node]
+    """The nodes in which a weight is stored: data, scale and what else its format has of a quantised one, else itself."""
+    if not is_quantized(node):
+        return [node]
+    bound = bind(node)
+    return [bound["data"], bound["scale"], *(bound["more"] or ())]
 
 
 def is_weight(node: Any) -> bool:
@@ -71,11 +74,8 @@ def to_readers(gm: GraphModule) -> None:
 
 
 def may_pack(nodes: list[Node]) -> bool:
-    """Whether the data of quantised weights may stand in one buffer, and their scales in another: all but the last must fill
-    their blocks of rows."""
-    facts = {
-        (b["format"], b["dtype"], value(b["data"]).shape[1:], value(b["scale"]).dtype, value(b["scale"]).shape[1:])
-        for b in map(bind, nodes)
-    }
+    """Whether the data of quantised weights may stand in one buffer, their scales in another and so on: all but the last
+    must fill their blocks of rows."""
+    facts = {(bind(n)["format"], bind(n)["dtype"], *((value(s).dtype, value(s).shape[1:]) for s in stored(n))) for n in nodes}
     rows = formats.named(bind(nodes[0])["format"]).rows
     return len(facts) == 1 and rows is not None and all(value(bind(n)["data"]).shape[0] % rows == 0 for n in nodes[:-1])

@@ -21,6 +21,9 @@ from gdnfuse.rewrite.graph import is_tensor, kept_meta, op_name, value
 
 # Of torchao's weights what else they may hold, which a weight alone does not: activations are quantised, or scaled first.
 MORE = ("act_quant_kwargs", "act_quant_scale", "act_quant_zero_point", "act_pre_scale")
+# What to do about others.
+INT4 = "torchao has a kernel's own order in each of its packings, so load int4 as compressed-tensors stores it (W4A16)"
+OTHER = "quantise to a scale per row, weights alone"
 KINDS = {"Int8Tensor": "int8", "Float8Tensor": "fp8"}
 
 
@@ -38,7 +41,10 @@ def format_of(weight: torch.Tensor) -> str:
     cls = type(weight)
     if cls.__name__ not in KINDS or not cls.__module__.startswith("torchao."):
         known = " and ".join(KINDS)
-        raise Refused(f"A weight that is a subclass must be one of torchao's {known}, found {cls.__module__}.{cls.__name__}.")
+        instead = INT4 if cls.__name__.startswith("Int4") else OTHER
+        raise Refused(
+            f"A weight that is a subclass must be one of torchao's {known}, found {cls.__module__}.{cls.__name__}: {instead}."
+        )
     if held := [name for name in MORE if getattr(weight, name, None) is not None]:
         raise Refused(f"A weight of torchao's must be quantised alone, found {cls.__name__} with {held[0]}.")
     kind, block, (M, N) = KINDS[cls.__name__], list(weight.block_size), weight.qdata.shape

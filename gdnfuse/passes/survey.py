@@ -22,6 +22,7 @@ from torch.fx import GraphModule, Node
 
 from gdnfuse import compat
 from gdnfuse.dialect import OPS
+from gdnfuse.passes import bitsandbytes
 from gdnfuse.passes.quantized import PARTS, bind, is_quantized, stored
 from gdnfuse.report.records import OUTSIDE, OWN_LIBRARY, BlockReport, GraphReport, Operation, Projection, marks
 from gdnfuse.rewrite.graph import (
@@ -42,6 +43,11 @@ from gdnfuse.rewrite.graph import (
 CHOSEN = "gdnfuse_chosen"  # key of a node's meta: the implementation that the lowering chose
 LOOKUPS = ("embedding", "index_select", "gather", "getitem")  # read of their largest tensor what they return
 PRODUCTS = ("scaled_mm", "_scaled_mm", "_scaled_mm_v2", "mm", "matmul", "addmm", "bmm")  # that a linear may call instead
+# What to load instead of what a module has, by what is in the name of its class.
+INSTEAD = {
+    "gptqmodel": "load a checkpoint that compressed-tensors stores (W4A16)",
+    "nvfp4": "load the checkpoint that is in FP8",
+}
 GROUPED = ("_grouped_mm", "grouped_mm")
 WRITTEN = {"copy_": 1, "index_copy_": 3, "setitem": 2}  # write as much as that argument holds
 SHORT = {
@@ -168,7 +174,7 @@ def _projections(gm: GraphModule) -> list[tuple[Projection, list[Node]]]:
             call = OPS["experts"].bind(node.args, node.kwargs)
             for name in ("gate_up", "down"):
                 found[f"{path} {name}"] = _projection(f"{path}.{name}", call[name]), stored(call[name])
-        elif (cls := _module(node)) is not None and (issubclass(cls, torch.nn.Linear) or cls.__name__.endswith("Experts")):
+        elif (cls := _module(node)) is not None and _computes_projections(cls):
             others.setdefault(path, (cls, []))[1].append(node)
     known = {projection.paths[0] for projection, _ in found.values()}
     for path, (cls, nodes) in others.items():
@@ -177,14 +183,21 @@ def _projections(gm: GraphModule) -> list[tuple[Projection, list[Node]]]:
             continue
         inputs = list(dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n.op in ("placeholder", "get_attr")))
         weights = [n for n in inputs if is_tensor(n) and compat.of_the_model(n)]
-        reason = (
+        instead = next((text for name, text in INSTEAD.items() if name in f"{cls.__module__}.{cls.__name__}".lower()), "")
+        reason = bitsandbytes.why(called) or (
             f"A projection must be torch's linear on a weight of a known format, found {cls.__name__}, which calls {called}: "
-            "load the model in such a format, or dequantised."
+            f"{instead or 'load the model in such a format, or dequantised'}."
         )
         size = sum(map(_nbytes, {storage(n): n for n in weights}.values()))  # one may be there twice
         projection = Projection(path.rpartition(".")[2], cls.__name__, 0, 0, size, OWN_LIBRARY, reason, [path])
         found[path] = projection, []
     return list(found.values())
+
+
+def _computes_projections(cls: type) -> bool:
+    """Whether modules of a class are linears or experts, of whatever library."""
+    linear = issubclass(cls, torch.nn.Linear) or cls.__module__.startswith("gptqmodel.") and "Linear" in cls.__name__
+    return linear or cls.__name__.endswith("Experts")
 
 
 def _module(node: Node) -> type | None:

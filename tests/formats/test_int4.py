@@ -11,8 +11,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 GROUPS = formats.int4_group.GROUPS
 
 
-def of(group):
-    return formats.named(f"int4_group{group}")
+def of(group, zeros=False):
+    return formats.named(f"int4_group{group}" + "_zero" * zeros)
 
 
 def data_of(M, N):
@@ -20,23 +20,27 @@ def data_of(M, N):
     return torch.randint(-(2**31), 2**31, (M, N // 8), generator=torch.Generator().manual_seed(0)).to(torch.int32)
 
 
-def one_by_one(data, scale, group):
+def one_by_one(data, scale, group, zero=None):
     rows = []
-    for words, scales in zip(data.tolist(), scale.double().tolist(), strict=True):
+    for m, (words, scales) in enumerate(zip(data.tolist(), scale.double().tolist(), strict=True)):
         integers = [((word & 0xFFFFFFFF) >> 4 * i & 15) - 8 for word in words for i in range(8)]
-        rows.append([q * scales[n // group] for n, q in enumerate(integers)])
+        zeros = [0] * len(scales)
+        if zero is not None:
+            zeros = [((word & 0xFFFFFFFF) >> 4 * (m % 8) & 15) - 8 for word in zero[m // 8].tolist()]
+        rows.append([(q - zeros[n // group]) * scales[n // group] for n, q in enumerate(integers)])
     return torch.tensor(rows, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("special", [0.0, 2.0**-60, 2.0**60, float("nan"), float("inf"), -0.5])
-@pytest.mark.parametrize("group", GROUPS)
-def test_every_element_is_an_integer_times_its_groups_scale(group, special):
-    data, scale = data_of(5, 2 * group), torch.rand(5, 2) + 0.5
+@pytest.mark.parametrize(("group", "zeros"), [*((group, False) for group in GROUPS), (32, True)])
+def test_every_element_is_an_integer_times_its_groups_scale(group, zeros, special):
+    data, scale = data_of(13, 2 * group), torch.rand(13, 2) + 0.5
+    more = [data_of(2, 16)] if zeros else []  # of rows that do not fill the last
     scale[-1, -1] = special
-    of(group).check(data, scale)
+    of(group, zeros).check(data, scale, *more)
     for dtype in DTYPES:
-        found = dequantize.reference(data, scale, f"int4_group{group}", dtype)
-        wanted = one_by_one(data, scale, group).to(torch.promote_types(torch.float32, dtype)).to(dtype)
+        found = dequantize.reference(data, scale, of(group, zeros).name, dtype, more or None)
+        wanted = one_by_one(data, scale, group, *more).to(torch.promote_types(torch.float32, dtype)).to(dtype)
         torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
         finite = ~wanted.isnan()
         assert torch.equal(found.signbit()[finite], wanted.signbit()[finite])
@@ -49,9 +53,10 @@ def test_compiled_it_is_the_same():
     assert torch.equal(found, one_by_one(data, scale, 32).float())
 
 
+@pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_is_what_compressed_tensors_makes_of_them(dtype, group):
+def test_is_what_compressed_tensors_makes_of_them(dtype, group, zeros):
     pytest.importorskip("compressed_tensors")
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
     from compressed_tensors.quantization import QuantizationArgs
@@ -60,27 +65,34 @@ def test_is_what_compressed_tensors_makes_of_them(dtype, group):
 
     weight = torch.randn(6, 256).to(dtype)
     weight[2, :group] = 0
-    data, scale = of(group).quantize(weight)
+    weight[3] = weight[3].abs() + 1
+    data, scale, *more = of(group, zeros).quantize(weight)
     assert scale.dtype == dtype
-    args = QuantizationArgs(num_bits=4, type="int", symmetric=True, strategy="group", group_size=group)
+    args = QuantizationArgs(num_bits=4, type="int", symmetric=not zeros, strategy="group", group_size=group)
     integers = unpack_from_int32(data, 4, weight.shape)
     assert torch.equal(pack_to_int32(integers, 4), data)
-    found = dequantize.reference(data, scale, f"int4_group{group}", dtype)
-    assert torch.equal(found, forward.dequantize(integers, scale, None, args))
+    zero = unpack_from_int32(*more, 4, scale.shape, packed_dim=0) if zeros else None
+    if zeros:
+        assert torch.equal(pack_to_int32(zero, 4, packed_dim=0), *more)
+    found = dequantize.reference(data, scale, of(group, zeros).name, dtype, more or None)
+    assert torch.equal(found, forward.dequantize(integers, scale, zero, args))
     groups = weight.unflatten(-1, (-1, group))
-    wanted, _ = calculate_qparams(groups.amin(-1), groups.amax(-1), args)
+    wanted, wanted_zero = calculate_qparams(groups.amin(-1), groups.amax(-1), args)
     nonzero = groups.abs().amax(-1) > 0
     torch.testing.assert_close(scale[nonzero], wanted[nonzero].to(dtype), rtol=2**-8, atol=0)
+    if zeros:  # which differ where the scale's last bit decides
+        assert (zero - wanted_zero)[nonzero].abs().max() <= 1
 
 
+@pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize("group", GROUPS)
-def test_quantised_values_are_near(group):
+def test_quantised_values_are_near(group, zeros):
     weight = torch.randn(3, 7, 2 * group)
     weight[0, 0] = 0
-    data, scale = of(group).quantize(weight)
-    of(group).check(data, scale)
+    data, scale, *more = of(group, zeros).quantize(weight)
+    of(group, zeros).check(data, scale, *more)
     assert of(group).shape(data) == weight.shape
-    found = of(group).dequantize(data, scale, torch.float32)
+    found = of(group).dequantize(data, scale, torch.float32, *more)
     # Half a step, and a whole one at the largest positive number, which would be 7.5 steps.
     step = scale.repeat_interleave(group, -1)
     assert ((found - weight).abs() <= 0.501 * step).all() and found[0, 0].count_nonzero() == 0
@@ -100,15 +112,29 @@ REFUSED = {
         torch.zeros(4, 16).int(), torch.ones(4, 2),
         "The scale of int4_group128 must have the shape [4, 1] for data of [4, 16], found [4, 2].",
     ),
+    "a scale that would broadcast": (
+        torch.zeros(4, 32).int(), torch.ones(4, 1),
+        "The scale of int4_group128 must have the shape [4, 2] for data of [4, 32], found [4, 1].",
+    ),
+    "zero points": (
+        torch.zeros(4, 16).int(), torch.ones(4, 1), "A weight of int4_group128 must have no zero points, found some.",
+        torch.zeros(1, 1).int(),
+    ),
+    "no zero points": (torch.zeros(4, 16).int(), torch.ones(4, 1), "A weight of int4_group128_zero must have zero points."),
+    "zero points' shape": (
+        torch.zeros(9, 16).int(), torch.ones(9, 1),
+        "The zero points of int4_group128_zero must be int32 [2, 1] for data of [9, 16], found int8 [9, 1].",
+        torch.zeros(9, 1, dtype=torch.int8),
+    ),
     "a vector": (torch.zeros(16).int(), torch.ones(1), "Data of int4_group128 must be a matrix, found the shape [16]."),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_is_no_such_weight_is_refused(what):
-    data, scale, sentence = REFUSED[what]
+    data, scale, sentence, *more = REFUSED[what]
     with pytest.raises(Refused) as e:
-        of(128).check(data, scale)
+        of(128, "_zero" in sentence).check(data, scale, *more)
     assert e.value.reason == sentence
 
 

@@ -55,7 +55,7 @@ LEFT_OUT = {
     "chunk_delta_rule": "float32-1 float32-130 bfloat16-1 bfloat16-63 float16-63 float16-130",
     "fused_gating_chunk_delta_rule": "soft-beta-to-2-float32-24 soft-beta-to-2-bfloat16-96 hard-beta-to-2-bfloat16-16",
     "fused_linear": "large fp8_channel-and-plain int8_channel-and-plain int4_group128-and-plain",
-    "in_proj_conv": "fp8_channel int8_channel int4_group128",
+    "in_proj_conv": "fp8_channel int8_channel int4_group32 int4_group128",
 }
 SWEPT = {f"{op}-{case}" for op, cases in LEFT_OUT.items() for case in cases.split()}
 assert {*FEWER_KEYS, *SWEPT} <= {*map(str, kernel_cases.CASES)}

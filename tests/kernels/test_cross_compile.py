@@ -490,8 +490,9 @@ def quantised(kind, m, n, rows=1, format="fp8_block128"):
     """A linear of a decode step whose weight is quantised, and the last rows of an in_proj's are not: op, args, options."""
     of = lambda *shape, dtype=BF16: torch.empty(shape, dtype=dtype, device="meta")  # noqa: E731
     behind = m % 128 if kind == "conv" else 0
-    quantised, scale = formats.named(format).quantize(of(m - behind, n))
+    quantised, scale, *zeros = formats.named(format).quantize(of(m - behind, n))
     weights, stored = [quantised, *([of(behind, n)] if behind else [])], {"scales": [scale], "format": format}
+    stored |= {"zeros": zeros} if zeros else {}
     if kind == "conv" and rows == 1:
         return (
             "in_proj_conv",
@@ -519,6 +520,7 @@ OF_FORMATS = [
     for j, format in enumerate(["fp8_block128", "int8_channel", "int4_group128"])
     if (SWEEP and (j != 1 or size[2] != 5120)) or (i + j) % 3 == 0
 ]
+OF_FORMATS += [(*size, "int4_group128_zero") for size in QUANTISED if size[0] == "swiglu" and size[2] == 2560]
 
 
 @pytest.mark.parametrize(("kind", "m", "n", "format"), OF_FORMATS)
@@ -584,6 +586,7 @@ INT4 = [
     for j, format in enumerate(["int4_group128", "int4_group32"])
     if SWEEP or i in (0, 3, 4) and i % 2 == j
 ]
+INT4 += [(*case, "int4_group128_zero") for case in [(2, "sm_90"), (1, "gfx942")][: 2 if SWEEP else 1]]
 
 
 @pytest.mark.parametrize(("rows", "target", "format"), INT4)
@@ -600,7 +603,7 @@ def test_linears_of_int4_compile_for_every_card(rows, target, format, on, tmp_pa
     if target == "sm_90":
         usage = resources(kernel.asm["cubin"], tmp_path)
         assert (usage["STACK"], usage["LOCAL"]) == (0, 0), f"{usage}"
-        if format == "int4_group128":
+        if "128" in format:
             assert re.findall(r"cp\.async\.cg\S*", kernel.asm["ptx"]), "rows of bytes are copied 16 at once"
 
 

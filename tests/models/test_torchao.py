@@ -8,7 +8,9 @@ import torch
 
 import gdnfuse
 from gdnfuse import packing
+from gdnfuse.errors import Refused
 from gdnfuse.formats import named
+from gdnfuse.passes import subclasses
 from gdnfuse.report.records import OWN_LIBRARY
 from tests.models import zoo
 
@@ -119,6 +121,20 @@ def test_other_weights_are_torchaos_with_a_sentence(config, tolerance, sentence)
     kinds = {p.name: p for p in report.projections}
     assert kinds["up_proj"].computed == OWN_LIBRARY and kinds["up_proj"].format == "Int8Tensor"
     assert kinds["q_proj"].computed != OWN_LIBRARY
+
+
+def test_int4_is_refused_by_name():
+    """Of torchao 0.18 none of its packings is made without a GPU; this is what the plain one holds."""
+    int4 = pytest.importorskip("torchao.quantization.quantize_.workflows.int4.int4_tensor")
+    qdata, scale = torch.zeros(128, 128, dtype=torch.int8), torch.ones(2, 128, dtype=torch.bfloat16)
+    weight = int4.Int4Tensor(qdata, scale, torch.zeros_like(scale), [1, 128], torch.Size([128, 256]))
+    with pytest.raises(Refused) as e:
+        subclasses.format_of(weight)
+    assert e.value.reason == (
+        "A weight that is a subclass must be one of torchao's Int8Tensor and Float8Tensor, found "
+        f"{int4.Int4Tensor.__module__}.Int4Tensor: torchao has a kernel's own order in each of its "
+        "packings, so load int4 as compressed-tensors stores it (W4A16)."
+    )
 
 
 @pytest.mark.parametrize("format", CONFIGS)

@@ -257,7 +257,8 @@ def dequantized(model, dtype=None):
         if isinstance(module, StoredLinear):
             new = torch.nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
             new.bias = module.bias
-            made = formats.named(module.format).dequantize(*module.stored(), torch.float64)
+            data, scale, *more = module.stored()
+            made = formats.named(module.format).dequantize(data, scale, torch.float64, *more)
             new.weight = torch.nn.Parameter(made, requires_grad=False)
             plain.set_submodule(name, new.eval())
             continue

@@ -12,6 +12,29 @@ from gdnfuse.report.records import OWN_LIBRARY
 from tests.models import zoo
 
 
+def test_linears_of_gptq_and_awq_are_told(monkeypatch):
+    """gptqmodel's, which transformers loads both with, are no subclasses of torch's."""
+
+    class TorchQuantLinear(torch.nn.Module):
+        def __init__(self, weight):
+            super().__init__()
+            self.qweight = torch.nn.Parameter(weight, requires_grad=False)
+
+        def forward(self, x):
+            return torch.matmul(x, self.qweight.to(x.dtype))
+
+    monkeypatch.setattr(TorchQuantLinear, "__module__", "gptqmodel.nn_modules.qlinear.torch")
+    torch._dynamo.reset()
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), TorchQuantLinear(torch.ones(8, 4, dtype=torch.int8)))
+    with torch.no_grad():
+        torch.compile(model, backend="gdnfuse", options={"inner": "eager"})(torch.ones(1, 8))
+    (own,) = [p for p in gdnfuse.reports()[-1].projections if p.computed == OWN_LIBRARY]
+    assert (own.format, own.bytes) == ("TorchQuantLinear", 32) and own.reason == (
+        "A projection must be torch's linear on a weight of a known format, found TorchQuantLinear, which calls matmul: load a "
+        "checkpoint that compressed-tensors stores (W4A16)."
+    )
+
+
 @pytest.mark.parametrize("layers", [1, 2])
 def test_linears_of_compressed_tensors_are_told_beside_a_fused_mixer(layers):
     """transformers computes them by torch's scaled product, for which it quantises activations."""
