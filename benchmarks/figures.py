@@ -220,6 +220,14 @@ def drift(files: dict[str, Any]) -> Rows:
                 yield (side, *(" / ".join(percent(errors[str(p)][k]) for k in ("logits", "states")) for p in result["points"]))
 
 
+def accuracy(files: dict[str, Any]) -> Rows:
+    percent = lambda value: number(None if value is None else 100 * value, 1, " %")  # noqa: E731
+    yield ("format", "gdnfuse", "weights dequantised, eager", "activations in eight bits too, eager")
+    for data in files.values():
+        for r in data["results"]:
+            yield (f"`{r['format']}`", *(percent(r["errors"].get(side)) for side in ("gdnfuse", "dequantised", "w8a8")))
+
+
 def engines(files: dict[str, Any]) -> Rows:
     yield ("engine", "model", "what", "ms")
     for data in files.values():
@@ -244,6 +252,7 @@ TABLES: dict[str, tuple[Callable[[dict[str, Any]], Rows], str]] = {
     "attention": (attention, "attention.py"),
     "launch": (launch, "launch.py"),
     "drift": (drift, "drift.py"),
+    "accuracy": (accuracy, "accuracy.py"),
     "engines": (engines, "engines.py"),
 }
 
