@@ -187,8 +187,9 @@ _heads: weakref.WeakKeyDictionary[torch.nn.Module, dict[str, Head]] = weakref.We
 class MTP:
     """Drafts what the checkpoint's own head says, the layer named `mtp.*`.
 
-    It has a cache of its own. Where the model's is of fixed length so is that, and drafts of a compiled model are compiled: one
-    graph for the tokens of a round, one for each further token. On a cache that grows the head runs eager.
+    It has a cache of its own. Where the model's is of fixed length so is that, and drafts of a compiled model are compiled. If they
+    are the likeliest tokens, all of a round are one graph. If they are drawn, one is of the tokens of a round and one of each further
+    draft. On a cache that grows the head runs eager.
 
     Args:
         n: tokens per draft, 1 to 4; for more than the first the head goes over what it made itself.
@@ -247,6 +248,8 @@ class _Chain:
         config, self.capacity = _config(run.model), run.most if run.static else None
         self.cache = StaticCache(config=config, max_cache_len=run.most) if run.static else DynamicCache(config=config)
         self.steps = _Steps(run.model, of.head(run.model))
+        # Drafts that are the likeliest tokens need nobody between two of them, so that they are one graph.
+        self.at_once = run.compiled is not None and run.static and run.scores is None
         self.known = 0  # tokens that the cache holds and that stand
         self.first: int | None = None  # the place among all tokens of the first that the head has seen
         # A prompt may then begin behind a known prefix, and run in several calls, of which the last one's are here.
@@ -286,6 +289,8 @@ class _Chain:
             tokens = torch.cat([tokens, tokens[:, -1:].expand(-1, self.n + 1 - new)], 1)
         else:
             hidden = hidden[:, :new]
+        if self.at_once and not prompt:
+            return Drafts(self._all(tokens, hidden, new))
         done = 0
         while tokens.shape[1] - done > PIECE:  # of a long prompt, whose mask is as wide as all of it
             piece = slice(done, done + PIECE)
@@ -297,13 +302,21 @@ class _Chain:
         drafts, probabilities, so_far = [], [], ids
         for i in range(self.n):
             if i:
-                x, logits = self._fed(drafts[-1], x, self.known + i - 1)
+                x, logits = self._fed(drafts[-1], x, self.known + i - 1, prompt=self.at_once)
             token, p = drawn(self.run, so_far, logits)
             drafts.append(token)
             probabilities += [] if p is None else [p]
             so_far = torch.cat([so_far, token], 1)
         self._crop(self.n - 1)  # which were made of its own hidden states
         return Drafts(torch.cat(drafts, 1), torch.stack(probabilities, 1) if probabilities else None)
+
+    def _all(self, tokens: torch.Tensor, hidden: torch.Tensor, new: int) -> torch.Tensor:
+        """The drafts [B, n] behind the first `new` of the tokens [B, T]."""
+        steps = _AllSteps(self.steps.model, self.steps.head, self.n)
+        call = self.run.compiled(f"mtp_{id(steps.head)}_{tokens.shape[1]}_{self.n}", steps)
+        drafts = call(*self._given(tokens, hidden, self.known, new - 1), self.cache, self.capacity)
+        self.known += new
+        return drafts.clone()  # what a CUDA graph answers is overwritten by its next run
 
     def _begin(self, ids: torch.Tensor, first: int) -> None:
         self.first, mask = first, self.run.mask
@@ -323,19 +336,23 @@ class _Chain:
         self, tokens: torch.Tensor, hidden: torch.Tensor, known: int, last: int = 0, prompt: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The head's hidden state [B, 1, H] and logits [B, V] behind one of the tokens [B, T]."""
+        T, step = tokens.shape[1], self.steps
+        if self.run.compiled is not None and self.capacity is not None and not prompt:
+            step = self.run.compiled(f"mtp_{id(step.head)}_{T}", step)
+        x, logits = step(*self._given(tokens, hidden, known, last), self.cache, self.capacity or known + T)
+        # What a CUDA graph answers is overwritten by its next run.
+        return (x, logits.float()) if step is self.steps else (x.clone(), logits.to(torch.float32, copy=True))
+
+    def _given(self, tokens: torch.Tensor, hidden: torch.Tensor, known: int, last: int) -> tuple[torch.Tensor | None, ...]:
+        """A step's arguments, but for cache and length."""
         B, T = tokens.shape
         L, real = self.capacity or known + T, self.real
         if real is not None and real.shape[1] < L:
             real = torch.cat([real, real.new_ones(B, L - real.shape[1])], 1)
-        step = self.steps
-        if self.run.compiled is not None and self.capacity is not None and not prompt:
-            step = self.run.compiled(f"mtp_{id(step.head)}_{T}", step)
         at = torch.full((1,), known, device=tokens.device)
         place = torch.full((1,), last, device=tokens.device)
-        given = tokens.clone(memory_format=torch.contiguous_format), hidden.contiguous(), at, place, self.shift
-        x, logits = step(*given, None if real is None else real[:, :L], self.cache, L)
-        # What a CUDA graph answers is overwritten by its next run.
-        return (x, logits.float()) if step is self.steps else (x.clone(), logits.to(torch.float32, copy=True))
+        tokens, hidden = tokens.clone(memory_format=torch.contiguous_format), hidden.contiguous()
+        return tokens, hidden, at, place, self.shift, None if real is None else real[:, :L]
 
 
 class _Steps:
@@ -386,6 +403,37 @@ class _Steps:
         )  # fmt: skip
         x = x.index_select(1, last)
         return x, self.model.get_output_embeddings()(x)[:, -1]
+
+
+class _AllSteps(_Steps):
+    """What a head of a model does in a round, on a cache of fixed length: n drafts, each the likeliest token."""
+
+    def __init__(self, model: torch.nn.Module, head: Head, n: int):
+        super().__init__(model, head)
+        self.n = n
+
+    def __call__(
+        self,
+        tokens: torch.Tensor,
+        hidden: torch.Tensor,
+        at: torch.Tensor,
+        last: torch.Tensor,
+        shift: torch.Tensor,
+        real: torch.Tensor | None,
+        cache: Any,
+        L: int,
+    ) -> torch.Tensor:
+        """The drafts [B, n] behind one of the places, as of `_Steps`. Of the cache what is behind that place is taken back."""
+        x, logits = super().__call__(tokens, hidden, at, last, shift, real, cache, L)
+        for layer in cache.layers:
+            layer.cumulative_length.sub_(tokens.shape[1] - 1 - last.view(()))
+        drafts, place = [logits.float().argmax(-1, keepdim=True)], torch.zeros_like(last)
+        for i in range(1, self.n):
+            x, logits = super().__call__(drafts[-1], x, at + last + i, place, shift, real, cache, L)
+            drafts.append(logits.float().argmax(-1, keepdim=True))
+        for layer in cache.layers:
+            layer.cumulative_length.sub_(self.n - 1)
+        return torch.cat(drafts, 1)
 
 
 def _several(decoder: torch.nn.Module) -> bool:
