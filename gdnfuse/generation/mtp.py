@@ -187,9 +187,9 @@ _heads: weakref.WeakKeyDictionary[torch.nn.Module, dict[str, Head]] = weakref.We
 class MTP:
     """Drafts what the checkpoint's own head says, the layer named `mtp.*`.
 
-    It has a cache of its own. Where the model's is of fixed length so is that, and drafts of a compiled model are compiled. If they
-    are the likeliest tokens, all of a round are one graph. If they are drawn, one is of the tokens of a round and one of each further
-    draft. On a cache that grows the head runs eager.
+    It has a cache of its own. Where the model's is of fixed length so is that, and drafts of a compiled model are compiled. If
+    they are the likeliest tokens, all of a round are one graph. If they are drawn, one is of the tokens of a round and one of
+    each further draft. On a cache that grows the head runs eager.
 
     Args:
         n: tokens per draft, 1 to 4; for more than the first the head goes over what it made itself.
