@@ -112,6 +112,13 @@ def test_declines():
 
     assert "must be read by its B alone, found that exp" in declines(read_twice, x, w, C, D)
 
+    def dora(x, w, A, B, magnitude):
+        y, delta = F.linear(x, w), F.linear(F.linear(x.to(A.dtype), A), B)
+        return y + ((magnitude - 1) * y + magnitude * delta * 0.5)
+
+    for E, G in ((A, B), (C, D)):
+        assert "as LoRA does; found that mul" in declines(dora, x, w, E, G, of(6, dtype=E.dtype))
+
 
 def test_packing():
     """All A's are one weight, and B's of one rank one behind the other are another; the parts say where."""

@@ -20,7 +20,7 @@ from gdnfuse.passes.quantized import is_quantized, is_weight
 from gdnfuse.passes.rows import one_row
 from gdnfuse.rewrite.edit import call
 from gdnfuse.rewrite.evaluate import hint
-from gdnfuse.rewrite.graph import is_cast, is_tensor, op_name, peel, value
+from gdnfuse.rewrite.graph import is_cast, is_tensor, op_name, peel, real_users, value
 from gdnfuse.rewrite.rule import Match, Rule
 
 
@@ -68,13 +68,20 @@ class LiftLoRALinear(Rule[Facts]):
     name, stage, equation = "lora_linear", "lift", "x·Wᵀ + s·(x·Aᵀ)·Bᵀ = fused_linear(x, W, A, B, s)"
 
     def anchors(self, graph):
-        """Linears of one row to which a product with two weights of the same row is added."""
+        """Linears of one row to which a product with two weights of the same row is added, whatever else is done to it."""
         for node in graph.nodes:
-            if _is_base(node) and any(p.adapters for p in _projections(node)):
+            if _is_base(node) and (any(p.adapters for p in _projections(node)) or _of_another_kind(node)):
                 yield node
 
     def match(self, anchor):
         x, found = _input(anchor), _projections(anchor)
+        if not any(p.adapters for p in found):
+            up = _of_another_kind(anchor)
+            raise Refused(
+                "An adapter must add a number times B·A·x to its projection, which nothing else reads, as LoRA does; found that "
+                f"{next(iter(up.users)).name} reads B·A·x. DoRA and others are fused once they are merged.",
+                at=up,
+            )
         lows = {a.low for p in found for a in p.adapters}
         base = [p for p in found if p.row not in lows]
         for p in base:
@@ -174,6 +181,34 @@ def _added(y: Node, x: Node) -> tuple[Node, Adapter] | None:
         return None
     A = next((weight for weight, piece in _pieces(source) if piece is low), None)
     return None if A is None else (total, Adapter(A, B, low, scaling))
+
+
+def _of_another_kind(base: Node) -> Node | None:
+    """B·A·x that reaches a sum with a projection of this base otherwise than `_added` has it."""
+    rows = {row for _, row in _pieces(base)}
+    for low in (piece for n in real_users(_input(base)) if _is_base(n) for _, piece in _pieces(n)):
+        ups = list(low.users)
+        if len(ups) != 1 or not _is_plain(ups[0]) or ups[0].args[0] is not low:
+            continue
+        (up,), total = ups, ups[0]
+        while op_name(total) != "add" and len(total.users) == 1:
+            (total,) = total.users
+            if op_name(total) not in ("add", "mul"):
+                break
+        if op_name(total) == "add" and (rows - {low}) & _behind(total):
+            return up
+    return None
+
+
+def _behind(total: Node) -> set[Node]:
+    """What a sum is made of by sums and products."""
+    seen, todo = set(), [total]
+    while todo:
+        node = todo.pop()
+        if node not in seen:
+            seen.add(node)
+            todo += node.all_input_nodes if op_name(node) in ("add", "mul", "sub") or is_cast(node) else []
+    return seen
 
 
 def _check(p: Projection, row: torch.Tensor) -> None:
