@@ -16,6 +16,7 @@ import logging
 import sys
 import time
 import types
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -242,6 +243,7 @@ def uninstall() -> None:
     _seen.clear()
     experts.forget()
     fp8.forget()
+    _forget_activations()
 
 
 def status() -> list[Capture]:
@@ -257,6 +259,7 @@ def status() -> list[Capture]:
 
 def scan() -> None:
     """Look at every function of a loaded module that has not been looked at, prove it and capture it."""
+    _scan_activations()
     for name, module in list(sys.modules.items()):
         if not name.startswith((*MODULES, experts.MODULES)) or not isinstance(module, types.ModuleType):
             continue
@@ -265,6 +268,45 @@ def scan() -> None:
                 capture = _try(function, f"{name}.{attribute}", CAPTURABLE.get(attribute) or _of_experts(attribute, cls))
                 _seen[id(cls or function)] = (function, capture, cls)
                 log.debug("%s: %s", capture.function, capture.reason or f"captured as gdnfuse.{capture.op}")
+
+
+# transformers' table of activations makes a module whenever it is asked for one, in each GDN layer of a call too. To trace that
+# takes more than a tenth of Dynamo's time. SiLU, which GDN asks for, has no weights: in traces it is torch's function.
+_silu: type | None = None  # the class of the table's entry, once it was seen to be that
+_made: Callable[..., Any]  # the table's own way
+
+
+def _activation(self, key):
+    if OrderedDict.__getitem__(self, key) is _silu and _unwatched():
+        return torch.nn.functional.silu
+    return _made(self, key)
+
+
+@torch.compiler.assume_constant_result
+def _unwatched() -> bool:
+    """Whether nobody waits for calls of modules, and the compilation under way is one to capture in."""
+    return wanted() and not compat.global_hooks()
+
+
+def _scan_activations() -> None:
+    global _silu, _made
+    activations = sys.modules.get("transformers.activations")
+    table, cls = (getattr(activations, name, None) for name in ("ClassInstantier", "SiLUActivation"))
+    if _silu is not None or table is None or cls is None or not isinstance(made := table.__getitem__, types.FunctionType):
+        return
+    x = torch.linspace(-8, 8, 33, dtype=torch.float64, device="cpu")
+    with torch.no_grad():
+        same = not any(True for _ in cls().state_dict()) and torch.equal(cls()(x), torch.nn.functional.silu(x))
+    if same:
+        _made = types.FunctionType(made.__code__, made.__globals__, made.__name__, made.__defaults__, made.__closure__)
+        _silu = cls if compat.trace_instead(made, _activation) else None
+
+
+def _forget_activations() -> None:
+    global _silu
+    if _silu is not None:
+        compat.trace_instead(sys.modules["transformers.activations"].ClassInstantier.__getitem__, None)
+        _silu = None
 
 
 def _of_experts(attribute: str, cls: type | None) -> Capturable:

@@ -515,6 +515,15 @@ def undo_substitution(ids: Any, rules: Any, handlers_of: Any, dispatch: Any, fun
     return True
 
 
+@private("torch._dynamo.variables:UserFunctionVariable", instead=lambda method, instead: False, level=logging.DEBUG)
+def trace_instead(variable: Any, method: Any, instead: Callable[..., Any] | None) -> bool:
+    """Have Dynamo trace another function, of no closure, in a method's place, or the method itself again where that is None;
+    whether it does. Without it: a first call takes longer by what making an activation in each layer takes to trace."""
+    if instead is None:
+        vars(method).pop("_torchdynamo_inline", None)
+    return instead is None or vars(method).setdefault("_torchdynamo_inline", instead) is instead
+
+
 @private("torch._C._functorch:peek_interpreter_stack", instead=lambda: True)
 def under_functorch(peek: Any) -> bool:
     """Whether a transform of functorch is on, such as vmap, under which our ops have no rules. Without it: functions are not

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch._dynamo.testing import EagerAndRecordGraphs
+from transformers import activations
 from transformers.models.qwen3_5 import modeling_qwen3_5 as modeling
 
 import gdnfuse
@@ -146,6 +147,31 @@ def tables():
     handlers = PolyfilledFunctionVariable._get_polyfill_handlers()
     of_torch = VariableBuilder._id_dispatch(), _polyfilled_function_ids(), get_torch_obj_rule_map(), handlers
     return [set(t) for t in of_torch] + [list(callback_handler.start_callbacks), vars(callback_handler).get("clear")]
+
+
+def activation_in_a_trace(x, backend=None):
+    """What the table's SiLU gives, and whether Dynamo traced the making of a module for it."""
+    backend = backend or Recorder()
+    torch._dynamo.reset()
+    found = torch.compile(lambda x: activations.ACT2FN["silu"](x) + 1, backend=backend, fullgraph=True)(x)
+    return found, any("log_api_usage" in str(n.target) for gm in backend.graphs for n in gm.graph.nodes)
+
+
+def test_an_activation_without_weights_is_a_function_in_traces(monkeypatch):
+    x = torch.randn(5)
+    assert torch.equal(activation_in_a_trace(x)[0], torch.nn.functional.silu(x) + 1) and not activation_in_a_trace(x)[1]
+    assert isinstance(activations.ACT2FN["silu"], activations.SiLUActivation)
+    # Another entry, somebody who waits for calls of modules, a backend of torch's, and no capture: as it was.
+    monkeypatch.setitem(activations.ACT2FN, "silu", torch.nn.Tanh)
+    assert torch.equal(activation_in_a_trace(x)[0], x.tanh() + 1)
+    monkeypatch.undo()
+    with torch.nn.modules.module.register_module_forward_hook(lambda module, args, out: out * 2):
+        assert torch.equal(activation_in_a_trace(x)[0], torch.nn.functional.silu(x) * 2 + 1)
+    assert activation_in_a_trace(x, backend=EagerAndRecordGraphs())[1]
+    capture.uninstall()
+    assert activation_in_a_trace(x)[1]
+    capture.install()
+    assert not activation_in_a_trace(x)[1]
 
 
 def test_uninstall_leaves_no_trace_and_install_brings_it_back():

@@ -540,6 +540,20 @@ def undo_substitution(there):
 
 
 @case
+def trace_instead(there):
+    class Box:
+        def __getitem__(self, x):
+            return x - 1
+
+    box, x = Box(), torch.ones(2)
+    for instead, traced in ((lambda self, x: x + 1, 2.0), (None, 0.0)):
+        assert compat.trace_instead(Box.__getitem__, instead) == there
+        torch._dynamo.reset()
+        found = torch.compile(lambda x: box[x], backend="eager", fullgraph=True)(x)
+        assert torch.equal(found, x * (traced if there else 0.0)) and torch.equal(box[x], x - 1)
+
+
+@case
 def under_functorch(there):
     with captured() as run:
         assert run() == ["chunk_delta_rule"] * there
