@@ -70,13 +70,13 @@ def results(files: dict[str, Any]) -> Rows:
     yield ("", *SIDES.values(), "limit")
     for data in (v for k, v in files.items() if k not in engines):
         for result in data["results"]:
-            sides = by_side(result)
+            sides, whose = by_side(result), (result["model"], result.get("quantize"))
             lengths = data["arguments"].get("lengths")
             for length in lengths or [None]:
                 ms = {side: row["ms"][str(length)] if length else row["ms"] for side, row in sides.items() if "ms" in row}
                 key, what = ("tokens", length) if length else ("batch", result["batch"])
                 for engine in engines.values():
-                    found = [r for r in engine["results"] if r["model"] == result["model"]]
+                    found = [r for r in engine["results"] if (r["model"], r.get("quantize")) == whose]
                     rows = [row for r in found for row in r["prompt" if length else "decode"] if row[key] == what]
                     ms |= {engine["engine"]: rows[0]["ms"]} if rows else {}
                 stored = f", {result['quantize']}" if result.get("quantize") else ""
