@@ -110,6 +110,14 @@ def _plain(x: torch.Tensor) -> Iterator[torch.Tensor]:
         yield x
 
 
+def _state(x: torch.Tensor) -> list[torch.Tensor]:
+    """What a parameter of bitsandbytes is scaled by, which is no parameter itself."""
+    states = [state for state in (getattr(x, "quant_state", None), getattr(x, "SCB", None)) if state is not None]
+    states += [state.state2 for state in states if getattr(state, "state2", None) is not None]
+    found = [state if isinstance(state, torch.Tensor) else state.absmax for state in states]
+    return found + [state.offset for state in states if isinstance(getattr(state, "offset", None), torch.Tensor)]
+
+
 def _digest(model: torch.nn.Module, adapters: list[Any]) -> str:
     sha = hashlib.sha256()
     config = getattr(model, "config", None)
@@ -118,7 +126,7 @@ def _digest(model: torch.nn.Module, adapters: list[Any]) -> str:
         sha.update(json.dumps(known, sort_keys=True, default=str).encode())
     sha.update(repr((type(model).__name__, adapters)).encode())
     for name, x in (*model.named_parameters(), *model.named_buffers()):
-        for plain in _plain(x):
+        for plain in (*_plain(x), *_state(x)):
             sha.update(repr((name, plain.dtype, tuple(plain.shape))).encode())
             sha.update(_sums(plain.detach()).cpu().numpy().tobytes())
     return sha.hexdigest()

@@ -1,6 +1,7 @@
 """Weights of bitsandbytes: those of four bits are read as they are stored; of what stays with the library a sentence tells."""
 
 import copy
+import operator
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 import gdnfuse
 from gdnfuse import formats
 from gdnfuse.errors import Refused
+from gdnfuse.generation import weights
 from gdnfuse.report.records import OWN_LIBRARY
 from tests.models import zoo
 
@@ -84,6 +86,15 @@ def test_a_model_is_fused_as_a_plain_one(kind, nested):
     changed, plain = outputs(model, run), dequantized(model)
     assert zoo.relative(changed, found) > 1e-2 and len(gdnfuse.reports()) == graphs
     assert zoo.relative(changed, outputs(plain, plain)) < 1e-5
+
+
+@pytest.mark.parametrize("of", ["absmax", "offset", "state2.absmax"])
+def test_magnitudes_are_among_what_prefixes_are_kept_by(of):
+    model = torch.nn.Sequential(linear_of(torch.nn.Linear(64, 64), "nf4"))
+    before = weights._digest(model, [])
+    assert weights._digest(model, []) == before
+    operator.attrgetter(of)(model[0].weight.quant_state).add_(1)
+    assert weights._digest(model, []) != before
 
 
 @pytest.mark.parametrize(
