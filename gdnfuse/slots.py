@@ -12,6 +12,7 @@ from gdnfuse.dialect import delta_rule_slots as dialect
 from gdnfuse.errors import GdnfuseError, Refused
 
 log = logging.getLogger(__name__)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def delta_rule_slots(
@@ -40,7 +41,7 @@ def delta_rule_slots(
         v: [B, T, HV, V]; HV is a multiple of H.
         a, b: [B, T, HV], of which decay −exp(A_log)·softplus(a + dt_bias) and β = beta_scale·σ(b) are made.
         A_log, dt_bias: [HV].
-        states: [slots, HV, K, V], any strides, written in place.
+        states: [slots, HV, K, V], at least one slot, any strides but those of an expanded tensor, written in place.
         slots: [B, T], int32 or int64, below the number of slots. No two may be the same, but for negative ones, which are none:
             a state is not written there, and one that is read there is zero.
         accepted: [B], int32 or int64, from 0 to T: how many tokens of the last call stand; 0 begins with a state of zeros.
@@ -52,14 +53,14 @@ def delta_rule_slots(
         o [B, T, HV, V] in float32, float64 for float64 inputs.
 
     Raises:
-        GdnfuseError: shapes that do not belong together, or indices that are no integers. Their values are looked at on a CPU
-            alone: a GPU would have to be waited for.
+        GdnfuseError: shapes, dtypes or devices that do not belong together, or a pool that is expanded. Values of indices are
+            looked at on a CPU alone: a GPU would have to be waited for.
 
     Source:
         Yang et al. 2024, Gated Delta Networks, arXiv:2412.06464; slots as in vLLM's PR 35777.
     """
     arguments = q, k, v, a, b, A_log, dt_bias, states, slots, accepted, scale, l2norm_eps, beta_scale
-    _check(q, k, v, a, b, states, slots, accepted)
+    _check(*arguments[:-3])
     if v.device.type == "cuda" and not torch.compiler.is_compiling():
         try:
             kernel = kernels.implementations()[dialect.op.name]
@@ -82,18 +83,31 @@ def _check(
     v: torch.Tensor,
     a: torch.Tensor,
     b: torch.Tensor,
+    A_log: torch.Tensor,
+    dt_bias: torch.Tensor,
     states: torch.Tensor,
     slots: torch.Tensor,
     accepted: torch.Tensor,
 ) -> None:
+    floats = {"q": q, "k": k, "v": v, "a": a, "b": b, "A_log": A_log, "dt_bias": dt_bias, "states": states}
+    for name, x in {**floats, "slots": slots, "accepted": accepted}.items():
+        if not isinstance(x, torch.Tensor):
+            raise GdnfuseError(f"{name} must be a tensor, found {type(x).__name__}.")
+        if name in floats and x.dtype not in DTYPES:
+            raise GdnfuseError(
+                f"{name} must be float32, bfloat16, float16 or float64, found {str(x.dtype).removeprefix('torch.')}."
+            )
+        if x.device != v.device:
+            raise GdnfuseError(f"{name} must be on {v.device}, as v, found it on {x.device}.")
     B, T, HV, V = v.shape if v.ndim == 4 else (0, 0, 0, 0)
     H, K = q.shape[2:] if q.ndim == 4 else (0, 0)
-    if not T or not H or HV % H:
+    if not B or not T or not H or not HV or HV % H:
         raise GdnfuseError(
-            f"q must be [B, T, H, K] and v [B, T, HV, V] with at least one token and HV a multiple of H, found {list(q.shape)} "
-            f"and {list(v.shape)}."
+            "q must be [B, T, H, K] and v [B, T, HV, V] with at least one sequence, one token and HV a multiple of H, found "
+            f"{list(q.shape)} and {list(v.shape)}."
         )
     pairs = {"q": (q, (B, T, H, K)), "k": (k, (B, T, H, K)), "a": (a, (B, T, HV)), "b": (b, (B, T, HV))}
+    pairs |= {"A_log": (A_log, (HV,)), "dt_bias": (dt_bias, (HV,))}
     pairs |= {"slots": (slots, (B, T)), "accepted": (accepted, (B,)), "states": (states, (*states.shape[:1], HV, K, V))}
     for name, (x, wanted) in pairs.items():
         if x.shape != wanted:
@@ -101,7 +115,12 @@ def _check(
     for name, x in (("slots", slots), ("accepted", accepted)):
         if x.dtype not in (torch.int32, torch.int64):
             raise GdnfuseError(f"{name} must be int32 or int64, found {str(x.dtype).removeprefix('torch.')}.")
-    if slots.device.type != "cpu" or torch.compiler.is_compiling() or not B:
+    if not states.shape[0] or any(n > 1 and step == 0 for n, step in zip(states.shape, states.stride(), strict=True)):
+        raise GdnfuseError(
+            "states must be at least one, each in memory of its own, found the shape "
+            f"{list(states.shape)} with strides {list(states.stride())}."
+        )
+    if slots.device.type != "cpu" or torch.compiler.is_compiling():
         return
     if int(slots.max()) >= states.shape[0]:
         raise GdnfuseError(f"slots must be below {states.shape[0]}, the number of states, found {int(slots.max())}.")

@@ -115,9 +115,17 @@ def test_slots_that_cannot_be_are_a_sentence():
     good = dict(zip(names, args, strict=True)) | kwargs
     was = good["states"].clone()
     for wrong, sentence in (
-        ({"q": good["q"][:, :0], "v": good["v"][:, :0]}, "at least one token and HV a multiple of H, found [3, 0, 2, 8] and"),
+        ({"q": good["q"][:, :0], "v": good["v"][:, :0]}, "one token and HV a multiple of H, found [3, 0, 2, 8] and"),
+        ({name: x[:0] for name, x in good.items() if name in ("q", "k", "v", "a", "b", "slots", "accepted")}, "one sequence"),
         ({"a": good["a"][:, 1:]}, "a must be [3, 3, 4], found [3, 2, 4]."),
         ({"states": was[:, :, :4]}, "states must be [7, 4, 8, 16], found [7, 4, 4, 16]."),
+        ({"states": was[:1].expand(7, -1, -1, -1)}, "each in memory of its own, found the shape [7, 4, 8, 16] with strides [0, "),
+        ({"states": was[:0], "slots": good["slots"].clamp(max=-1)}, "states must be at least one"),
+        ({"states": was.int()}, "states must be float32, bfloat16, float16 or float64, found int32."),
+        ({"A_log": good["A_log"][:1]}, "A_log must be [4], found [1]."),
+        ({"dt_bias": good["dt_bias"].expand(3, 4)}, "dt_bias must be [4], found [3, 4]."),
+        ({"k": good["k"].to("meta")}, "k must be on cpu, as v, found it on meta."),
+        ({"accepted": [1, 1, 1]}, "accepted must be a tensor, found list."),
         ({"slots": good["slots"].float()}, "slots must be int32 or int64, found float32."),
         ({"slots": good["slots"] + 4}, "slots must be below 7, the number of states, found 8."),
         ({"slots": good["slots"].clamp(min=0)}, "No two tokens may have the same slot"),
