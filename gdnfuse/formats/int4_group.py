@@ -39,7 +39,7 @@ def unpack(packed: torch.Tensor, axis: int) -> torch.Tensor:
 
 def pack(integers: torch.Tensor, axis: int) -> torch.Tensor:
     """int32 of eight integers between -8 and 7 each; an axis that does not fill the last is filled up with zero bits."""
-    integers = (integers.to(torch.int32) + OFFSET).movedim(axis, -1)
+    integers = (integers.nan_to_num(0).to(torch.int32) + OFFSET).movedim(axis, -1)  # as an integer NaN has bits of its neighbours
     integers = torch.nn.functional.pad(integers, (0, -integers.shape[-1] % PACKED))
     places = integers.unflatten(-1, (-1, PACKED)) << torch.arange(0, 32, 4, dtype=torch.int32, device=integers.device)
     return places.sum(-1, dtype=torch.int32).movedim(-1, axis).contiguous()
@@ -81,7 +81,8 @@ def quantize(group: int, zeros: bool, weight: torch.Tensor) -> tuple[torch.Tenso
     groups = weight.unflatten(-1, (-1, group))
     least, most = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
     span = (most - least).float() / 15 if zeros else groups.abs().amax(-1).float() / 7.5
-    scale = torch.where(span > 0, span, 1.0).to(weight.dtype if weight.dtype in SCALES else torch.float32)
+    scale = span.to(weight.dtype if weight.dtype in SCALES else torch.float32)
+    scale = scale.masked_fill(scale == 0, 1)
     steps = groups.float() / scale.float()[..., None]
     if not zeros:
         return pack(steps.round().clamp(-8, 7).flatten(-2), -1), scale

@@ -54,6 +54,24 @@ def test_compiled_it_is_the_same():
 
 
 @pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("number", [6e-8, float("nan"), float("inf"), -float("inf")])
+def test_a_number_that_has_no_scale_changes_no_other_group(number, zeros):
+    """The first is float16's least, a fifteenth of which is zero. Eight rows have their zero points in one int32."""
+    weight = torch.randn(8, 64, dtype=torch.float16)
+
+    def meant():
+        data, scale, *zero = of(32, zeros).quantize(weight)
+        return dequantize.reference(data, scale, of(32, zeros).name, torch.float32, zero or None)
+
+    wanted = meant()
+    weight[0, :32] = 0
+    weight[0, 0] = number
+    found = meant()
+    assert torch.equal(found[1:], wanted[1:]) and torch.equal(found[0, 32:], wanted[0, 32:])
+    assert torch.equal(found[0, :32], torch.zeros(32)) if 0 < number < 1 else not found[0, :32].isfinite().any()
+
+
+@pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_is_what_compressed_tensors_makes_of_them(dtype, group, zeros):
