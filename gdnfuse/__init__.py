@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from gdnfuse.generation.warmup import warmup
     from gdnfuse.slots import delta_rule_slots
 
+    __version__: str
+
 __all__ = [
     "MTP",
     "Callback",
@@ -68,6 +70,8 @@ _LATER = {
 def __getattr__(name: str) -> Any:
     if name == "capture":
         return importlib.import_module("gdnfuse.capture")
+    if name == "__version__":
+        return importlib.import_module("gdnfuse.versions").version("gdnfuse")
     if name in _LATER:
         module, attribute = _LATER[name]
         return getattr(importlib.import_module(module), attribute)

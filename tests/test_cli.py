@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import io
 import json
 import re
@@ -141,7 +142,8 @@ def test_version_names_what_it_builds_on(capsys):
     with pytest.raises(SystemExit) as exit:
         cli.main(["--version"])
     assert exit.value.code == 0
-    assert re.fullmatch(r"gdnfuse \S+ torch \S+ transformers \S+ triton \S+\n", capsys.readouterr().out)
+    found = re.fullmatch(r"gdnfuse (\S+) torch \S+ transformers \S+ triton \S+\n", capsys.readouterr().out)
+    assert found and found[1] == gdnfuse.__version__ == importlib.metadata.version("gdnfuse")
 
 
 def test_debug_shows_the_traceback(capsys):
