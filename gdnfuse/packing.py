@@ -193,7 +193,7 @@ def pack(weights: Sequence[torch.Tensor]) -> torch.Tensor:
             # All is copied before the first Parameter changes: they may be ranges of each other's old buffers.
             buffer = torch.cat([w.detach() for w in weights])
             for w, part in zip(weights, buffer.split(rows), strict=True):
-                w.data = _apart(part)
+                w.data = _apart(part, w.stride())
         places = _places(weights)
         _buffers[places] = buffer
         for w in weights:
@@ -222,12 +222,15 @@ def _places(weights: Sequence[torch.Tensor]) -> tuple[Any, ...]:
     return tuple((w.data_ptr(), w.shape, w.dtype, w.device) for w in weights)
 
 
-def _apart(part: torch.Tensor) -> torch.Tensor:
-    """The same contiguous part of a buffer with a storage of its own, which keeps the buffer's memory alive."""
+def _apart(part: torch.Tensor, strides: Sequence[int]) -> torch.Tensor:
+    """The same contiguous part of a buffer with a storage of its own, which keeps the buffer's memory alive.
+
+    Its strides are given: those of a single row or column may be any, and Dynamo compares them with what it has seen.
+    """
     start = part.storage_offset() * part.itemsize
     storage = part.untyped_storage()[start : start + part.nbytes]
     _ranges.add(storage)
-    return part.new_empty(0).set_(storage, 0, part.shape, part.stride())
+    return part.new_empty(0).set_(storage, 0, part.shape, strides)
 
 
 def _known(weights: Sequence[torch.Tensor]) -> torch.Tensor | None:

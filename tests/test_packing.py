@@ -40,6 +40,11 @@ def test_parameters_become_views_and_keep_their_values():
     assert torch.equal(buffer[3:8], values[1] * 2)
 
 
+def test_a_single_column_keeps_its_strides_which_dynamo_has_seen():
+    weights = [torch.nn.Parameter(torch.randn(1, rows).t()) for rows in (3, 5)]
+    assert ranges_of(pack(weights), weights) and [w.stride() for w in weights] == [(1, 3), (1, 5)]
+
+
 @pytest.mark.parametrize("part", [slice(0, 3), slice(0, 2), slice(1, 3)])
 def test_a_second_pack_reuses_the_buffer(part):
     weights = parameters(3, 5, 1)
