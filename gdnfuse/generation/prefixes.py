@@ -316,9 +316,9 @@ class PrefixStore:
         model = self.model
         if hooks := self._weights.hooks():
             found = f"{len(hooks)} modules with some"
-            raise GdnfuseError(f"Prefixes are saved and loaded of a model without forward hooks, found {found}.")
+            raise GdnfuseError(f"A model must have no forward hooks when its prefixes are saved or loaded, found {found}.")
         if torch.is_autocast_enabled(self._layout.device.type):
-            raise GdnfuseError("Prefixes are saved and loaded without autocast, found it enabled.")
+            raise GdnfuseError("Autocast must be off when prefixes are saved or loaded, found it enabled.")
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
         known = {name: versions.version(name) or "" for name in ("gdnfuse", "torch", "transformers")}
         states = {} if self.state_dtype is None else {"state_dtype": str(self.state_dtype).removeprefix("torch.")}

@@ -63,8 +63,8 @@ class RollbackLayer(LinearAttentionLayer):
         """
         if self.pending:
             raise GdnfuseError(
-                f"A RollbackCache takes one call between two crops while it records, found a second behind {self.pending} "
-                "tokens: crop first, with 0 to keep them."
+                f"A RollbackCache that records must be cropped after each call, found a second call after {self.pending} tokens: "
+                "call crop first, with 0 to keep them."
             )
         held, most = self.a.shape[:2]
         if tokens > most or rows != held:
@@ -86,8 +86,8 @@ class RollbackLayer(LinearAttentionLayer):
             return super().update_conv_state(conv_states, state_idx, **kwargs)
         if self.pending != conv_states.shape[-1]:
             raise GdnfuseError(
-                "A RollbackCache records calls of the model that it was made for, or of a copy, found another one, which does "
-                "not hand it its gates."
+                "A RollbackCache must be used with the model that it was made for, or a copy of it, found a model that does not "
+                "give it its gates: make a RollbackCache for this model."
             )
         full = torch.cat([self.conv_states[0], conv_states], -1)
         self.windows[:, : full.shape[-1]].copy_(full.mT)
@@ -358,7 +358,7 @@ class RollbackCache(Cache):
     def __getstate__(self) -> dict[str, Any]:
         if self.pending:
             raise GdnfuseError(
-                f"A RollbackCache can be copied when all is in its states, found {self.pending} tokens: crop first."
+                f"A RollbackCache must hold no recorded tokens when it is copied, found {self.pending} tokens: crop first."
             )
         return {**vars(self), "_all": {}, "_sources": [], "_replayed_with": None}
 
@@ -579,8 +579,8 @@ def _prove(mixer: torch.nn.Module) -> None:
         error = float((f - w).norm() / w.norm().clamp_min(1e-30))
         if not error <= TOLERANCE.get(weight.dtype, HALF_TOLERANCE):
             raise GdnfuseError(
-                f"What is replayed of a GDN layer's tokens must be what the layer computes, found a relative error of "
-                f"{error:.1e} in the {what} of {type(mixer).__name__}, which cannot be rolled back."
+                f"A replay of tokens must give what the GDN layer computes, found a relative error of {error:.1e} in the {what} "
+                f"of {type(mixer).__name__}: this model cannot have a RollbackCache."
             )
     _proved.add(kind)
 

@@ -477,7 +477,7 @@ def _cache(model: torch.nn.Module, ids: torch.Tensor, config: Any, kwargs: dict[
     if isinstance(given, RollbackCache):
         if given.pending:
             raise GdnfuseError(
-                f"A RollbackCache must have all in its states, found {given.pending} tokens that are not: crop first."
+                f"A RollbackCache for generate must hold no recorded tokens, found {given.pending} tokens: crop first."
             )
         if given.tokens < n + 1:
             raise GdnfuseError(f"A RollbackCache for {n} drafts must take {n + 1} tokens a call, found {given.tokens}.")

@@ -144,11 +144,11 @@ def _as_stored(call: dict[str, Any]) -> dict[str, Any]:
         return call if call.get("scales") else {k: v for k, v in call.items() if k not in QUANTIZED}
     more, about = [b["more"] or () for b in found], formats.named(found[0]["format"])
     if about.more not in ((), ("zero points",)):
-        raise Refused(f"Kernels read data, scales and zero points, found {about.about}, with {', '.join(about.more)}.")
+        raise Refused(f"Kernels can read data, scales and zero points only, found {about.about}, with {', '.join(about.more)}.")
     if any(map(quantized.is_quantized, weights[len(found) :])) or len({b["format"] for b in found}) > 1:
-        raise Refused("The quantised weights of a linear must be its first and of one format, found others.")
+        raise Refused("The quantised weights of a linear must come before its plain ones and have one format, found others.")
     if not all(map(quantized.is_weight, weights[: len(found)])):
-        raise Refused("A quantised weight must be one that the graph is given and does not write, found that it is not.")
+        raise Refused("A quantised weight must be an input of the graph that the graph does not write, found that it is not.")
     made = {
         **call,
         "weights": [b["data"] for b in found] + list(weights[len(found) :]),
@@ -159,7 +159,7 @@ def _as_stored(call: dict[str, Any]) -> dict[str, Any]:
     v = _values(made)
     dtype = weight_dtype(v["x"], v["weights"], v["scales"], v.get("residual"), v.get("norm_weight"), v.get("gate"))
     if wrong := next((b["dtype"] for b in found if b["dtype"] != dtype), None):
-        raise Refused(f"A kernel makes weights of {dtype} here, found that they are wanted in {wrong}.")
+        raise Refused(f"A quantised weight must be used in {dtype}, as kernels make it here, found {wrong}.")
     return made
 
 

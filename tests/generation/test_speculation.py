@@ -609,7 +609,7 @@ def test_what_cannot_be_speculated_on_is_a_sentence_before_anything_runs(monkeyp
         ({"cache_implementation": "offloaded"}, "found DynamicCache as cache_implementation asks for it"),
         (cache(max_cache_len=32), "for 32 tokens and 4 drafts must hold 35, found 32: make it longer"),
         (cache(tokens=4), "for 4 drafts must take 5 tokens a call, found 4"),
-        ({zoo.CACHE: recorded}, "must have all in its states, found 2 tokens that are not: crop first"),
+        ({zoo.CACHE: recorded}, "must hold no recorded tokens, found 2 tokens: crop first"),
         ({zoo.CACHE: full}, "must hold the 8 tokens that the cache holds and at least one more, found 8"),
         ({zoo.CACHE: two}, "of 2 sequences takes as many rows of input_ids, found 1"),
         ({"use_cache": False}, "needs a cache, found use_cache=False"),

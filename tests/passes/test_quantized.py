@@ -247,7 +247,7 @@ def test_a_weight_of_another_dtype_than_the_kernels_is_a_compilers(on_a_gpu):
         return y.sin()
 
     made = Made(f, torch.randn(1, 1, N), *stored(128), target="cuda")
-    assert "A kernel makes weights of torch.float32 here, found that they are wanted in torch.bfloat16." in {
+    assert "A quantised weight must be used in torch.float32, as kernels make it here, found torch.bfloat16." in {
         r.reason for r in made.records
     }
     made.right()
