@@ -164,8 +164,8 @@ def experts_up_kernel(
             of_gate = tl.where(shared, shared_gate_scale_ptr + place, of_gate)
             of_up = tl.where(shared, shared_up_scale_ptr + place, of_up)
         scales, up_scales = load_scales(of_gate, H, BN, COLUMNS, GROUP), load_scales(of_up, H, BN, COLUMNS, GROUP)
-        y = dot_scaled(gate, x, scales, R, BN, KIND, CONVERTS, GROUP) * factor  # [R]
-        y = y * tl.sigmoid(y) * (dot_scaled(up, x, up_scales, R, BN, KIND, CONVERTS, GROUP) * factor)
+        y = dot_scaled(gate, x, scales, (), R, BN, KIND, CONVERTS, GROUP) * factor  # [R]
+        y = y * tl.sigmoid(y) * (dot_scaled(up, x, up_scales, (), R, BN, KIND, CONVERTS, GROUP) * factor)
     y = y.to(h_ptr.dtype.element_ty)
     if shared_gate_ptr is not None:
         tl.store(shared_h_ptr + row, y, mask=shared & (row < S))
@@ -259,7 +259,7 @@ def experts_down_kernel(
                 h_wide = h_wide + (shared_h[i].to(tl.float32),)
             place = _scales_of(0, M, tl.program_id(0) * R, S, ROWS, COLUMNS)
             shared_scales = load_scales(shared_scale_ptr + place, S, BN, COLUMNS, GROUP)
-            y_shared = dot_scaled(shared_w, h_wide, shared_scales, R, BN, KIND, CONVERTS, GROUP)
+            y_shared = dot_scaled(shared_w, h_wide, shared_scales, (), R, BN, KIND, CONVERTS, GROUP)
         if open_ptr is not None:
             y_shared = y_shared * tl.sigmoid(tl.load(open_ptr))
         y += y_shared

@@ -535,7 +535,7 @@ def test_with_adapters_the_gates_that_they_change_are_recorded():
             wrapped.adapters["one"][1].weight.mul_(20)
         setattr(mixer, name, wrapped)
     plain_gates = copy.deepcopy(model)
-    plain_gates.model.layers[0].linear_attn.in_proj_a.active = None
+    plain_gates.model.layers[0].linear_attn.in_proj_a.active = ()
     ids = zoo.prompt(1, 8)[0]
     wanted = model.generate(ids, **GREEDY)
     assert not torch.equal(plain_gates.generate(ids, **GREEDY), wanted)

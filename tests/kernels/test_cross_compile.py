@@ -149,7 +149,7 @@ def calls(B, HV, K=128, V=128, state_dtype=torch.float32):
         "gated_rms_norm": (of(B, 1, HV, V, dtype=torch.float32), z, of(V), 1e-6),
         "fused_linear": (of(1, 1, 2560), [of(18432, 2560)], of(2560), 1e-6, 1.0, None, True, of(1, 1, 9216)),
         "fused_linear with adapters": (
-            *(of(1, 1, 2560), [of(18432, 2560)], of(2560), 1e-6, 1.0, None, True, None, "silu", None, ""),
+            *(of(1, 1, 2560), [of(18432, 2560)], of(2560), 1e-6, 1.0, None, True, None, "silu", None, "", None),
             *([of(144, 2560)], [of(18432, 8), of(18432, 64)]),
             [n for i in (0, 1) for r, k in ((0, 8), (16, 64)) for n in (9216 * i, 9216, r + k * i, int(k == 64), 9216 * i)],
             [1.0, 2.0, 1.0, 2.0],

@@ -255,9 +255,10 @@ def test_a_weight_of_another_dtype_than_the_kernels_is_a_compilers(on_a_gpu):
 
 def test_a_kernel_of_an_op_with_scales_has_the_dialects_meaning():
     """As a gated norm's x may be in float32, the weight's dtype comes from what else is there."""
-    args, kwargs = OPS["fused_linear"].examples()[-1]
-    x, (data,) = args
-    assert x.dtype == torch.float32 and kwargs["residual"].dtype == torch.bfloat16
+    examples = ((args, kwargs) for args, kwargs in OPS["fused_linear"].examples() if kwargs.get("format") == "fp8_block128")
+    ((x, (data,)), kwargs), *_ = (e for e in examples if e[0][0].dtype == torch.float32 and e[1].get("residual") is not None)
+    args = x, [data]
+    assert kwargs["residual"].dtype == torch.bfloat16
     found = OPS["fused_linear"].overload(*args, **kwargs)
     weight = by_loop(data, kwargs["scales"][0]).bfloat16()
     plain_kwargs = {k: v for k, v in kwargs.items() if k not in lower.QUANTIZED}
