@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from gdnfuse import capture, compat, formats
 from gdnfuse.dialect import dequantize
+from gdnfuse.errors import Refused
 
 
 @compat.not_cast
@@ -35,9 +36,13 @@ class StoredLinear(torch.nn.Linear):
             bias: of the linear, or None.
 
         Raises:
-            Refused: data, scale and zero points are not what the format has.
+            Refused: data, scale and zero points are not what the format has, or the format is one of bitsandbytes.
         """
         found = formats.named(format)
+        if not found.quantize:
+            raise Refused(
+                f"A StoredLinear must have a format that is quantised to here, found {format}, which bitsandbytes' linears have."
+            )
         found.check(data, *more)
         M, N = found.shape(data)
         with torch.device("meta"):

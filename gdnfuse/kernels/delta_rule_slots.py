@@ -51,21 +51,7 @@ def launch(
     return launch_rule(q, k, v, a, b, A_log, dt_bias, states, scale, l2norm_eps, beta_scale, overlap=False, write=False, **held)
 
 
-def supports(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    A_log: torch.Tensor,
-    dt_bias: torch.Tensor,
-    states: torch.Tensor,
-    slots: torch.Tensor,
-    accepted: torch.Tensor,
-    scale: float,
-    l2norm_eps: float | None = None,
-    beta_scale: float = 1.0,
-) -> None:
+def supports(q, k, v, a, b, A_log, dt_bias, states, slots, accepted, scale, l2norm_eps=None, beta_scale=1.0) -> None:
     """Raises Refused unless slots and accepted are int32 or int64, and for whatever the rule without slots refuses."""
     supports_rule(q, k, v, a, b, A_log, dt_bias, states, scale, l2norm_eps, beta_scale)
     for name, x in (("slots", slots), ("accepted", accepted)):

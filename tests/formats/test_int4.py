@@ -6,6 +6,7 @@ import torch
 from gdnfuse import formats
 from gdnfuse.dialect import dequantize
 from gdnfuse.errors import Refused
+from gdnfuse.stored_linear import StoredLinear
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 GROUPS = formats.int4_group.GROUPS
@@ -159,3 +160,8 @@ def test_what_is_no_such_weight_is_refused(what):
 def test_a_weight_of_parts_of_groups_is_not_quantised():
     with pytest.raises(Refused, match=r"^A weight in groups of 32 columns must have whole ones, found 40 columns\.$"):
         of(32).quantize(torch.randn(2, 40))
+
+
+def test_a_linear_of_bitsandbytes_format_is_refused():
+    with pytest.raises(Refused, match="found nf4, which bitsandbytes' linears have"):
+        StoredLinear("nf4", torch.zeros(4, 32, dtype=torch.uint8), torch.ones(4))

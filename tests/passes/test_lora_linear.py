@@ -84,11 +84,10 @@ def test_between_a_norm_and_what_is_behind_it():
 
 
 def test_what_is_no_adapter_has_no_anchor():
-    """Of more rows, behind a function, with a bias, on another row, or nothing but two linears in a chain."""
+    """Of more rows, behind a function, on another row, or nothing but two linears in a chain."""
     w, (A, B) = of(6, N), pair(2, 6)
     for f in (
         lambda x, w, A, B: F.linear(x, w) + F.linear(F.linear(x, A).exp(), B),
-        lambda x, w, A, B: F.linear(x, w) + F.linear(F.linear(x, A), B, B[:, 0]),
         lambda x, w, A, B: F.linear(x, w) + F.linear(F.linear(x.exp(), A), B),
         lambda x, w, A, B: F.linear(x, w) * F.linear(F.linear(x, A), B),
     ):
@@ -97,7 +96,7 @@ def test_what_is_no_adapter_has_no_anchor():
 
 
 def test_declines():
-    """A sum that is not rounded back, adapters of two dtypes, one B for two projections, and an A·x that is read elsewhere."""
+    """A B with a bias, no rounding back, two dtypes, one B for two projections, and an A·x that is read elsewhere."""
     x, w, v, (A, B), (C, D) = of(1, 1, N, dtype=BF16), *(of(6, N, dtype=BF16) for _ in "wv"), pair(2, 6), pair(2, 6, dtype=BF16)
     reason = declines(lambda x, w, A, B: adapted(x, w, (A, B), back=False), x, w, A, B)
     assert "must be torch.bfloat16 again, found torch.float32" in reason
@@ -111,6 +110,8 @@ def test_declines():
         return F.linear(x, w) + F.linear(low, D), low.exp()
 
     assert "must be read by its B alone, found that exp" in declines(read_twice, x, w, C, D)
+    reason = declines(lambda x, w, C, D, b: F.linear(x, w) + 0.5 * F.linear(F.linear(x, C), D, b), x, w, C, D, of(6, dtype=BF16))
+    assert "B of an adapter must have no bias, found one" in reason
 
     def dora(x, w, A, B, magnitude):
         y, delta = F.linear(x, w), F.linear(F.linear(x.to(A.dtype), A), B)

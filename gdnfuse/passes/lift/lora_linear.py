@@ -77,6 +77,10 @@ class LiftLoRALinear(Rule[Facts]):
         x, found = _input(anchor), _projections(anchor)
         if not any(p.adapters for p in found):
             up = _of_another_kind(anchor)
+            if not _is_plain(up):
+                raise Refused(
+                    "B of an adapter must have no bias, found one: such adapters are fused once they are merged.", at=up
+                )
             raise Refused(
                 "An adapter must add a number times B·A·x to its projection, which nothing else reads, as LoRA does; found that "
                 f"{next(iter(up.users)).name} reads B·A·x. DoRA and others are fused once they are merged.",
@@ -125,9 +129,12 @@ def _is_base(node: Any) -> bool:
 
 def _is_plain(node: Any) -> bool:
     """Whether a node is a linear without bias, of a weight."""
-    if op_name(node) != "linear" or any(b is not None for b in (*node.args[2:], *node.kwargs.values())):
-        return False
-    return is_weight(node.args[1])
+    return _is_linear(node) and not any(b is not None for b in (*node.args[2:], *node.kwargs.values()))
+
+
+def _is_linear(node: Any) -> bool:
+    """Whether a node is a linear of a weight, with a bias or without."""
+    return op_name(node) == "linear" and len(node.args) > 1 and is_weight(node.args[1])
 
 
 def _input(base: Node) -> Node:
@@ -184,11 +191,11 @@ def _added(y: Node, x: Node) -> tuple[Node, Adapter] | None:
 
 
 def _of_another_kind(base: Node) -> Node | None:
-    """B·A·x that reaches a sum with a projection of this base otherwise than `_added` has it."""
+    """B·A·x, or that with a bias, which reaches a sum with a projection of this base otherwise than `_added` has it."""
     rows = {row for _, row in _pieces(base)}
     for low in (piece for n in real_users(_input(base)) if _is_base(n) for _, piece in _pieces(n)):
         ups = list(low.users)
-        if len(ups) != 1 or not _is_plain(ups[0]) or ups[0].args[0] is not low:
+        if len(ups) != 1 or not _is_linear(ups[0]) or ups[0].args[0] is not low:
             continue
         (up,), total = ups, ups[0]
         while op_name(total) != "add" and len(total.users) == 1:
