@@ -47,10 +47,10 @@ SITE := -c 'import site; print(site.getsitepackages()[0])'
 	$(PY) -m pip --python $(@D)/bin/python install --quiet transformers==$*
 	@touch $@
 
-# Stands alone: torch brings its own Triton and, where pip takes the build for CUDA, gigabytes.
+# Stands alone: torch brings its own Triton and bound on setuptools and, where pip takes the build for CUDA, gigabytes.
 .venv-torch-%/.stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(@D)
-	grep -vE '^(torch|triton)==' constraints.txt > $(@D)/constraints.txt
+	grep -vE '^(torch|triton|setuptools)==' constraints.txt > $(@D)/constraints.txt
 	$(@D)/bin/python -m pip install --quiet --constraint $(@D)/constraints.txt torch==$* --editable '.[dev]'
 	@touch $@
 

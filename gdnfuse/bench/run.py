@@ -447,6 +447,7 @@ def worker(argv: Sequence[str]) -> None:
         raise
     if torch.distributed.get_rank() == 0:
         answer(lambda: row)
+    torch.compiler.reset()  # NCCL's end waits for every CUDA graph that holds a collective
     torch.distributed.destroy_process_group()
 
 
