@@ -31,7 +31,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -126,6 +126,14 @@ def build(
     if quantize:
         model = quantized(model, QUANTIZED[quantize])
     return adapted(model, lora) if lora else model
+
+
+def own_calls(side: str, model: torch.nn.Module) -> AbstractContextManager[None]:
+    """Of a quantised model, the calls that a side compiles: gdnfuse's are those that users have, which it captures.
+
+    For others, FP8 modules compute what such a captured call does: transformers' own code for them needs a kernel from the hub.
+    """
+    return nullcontext() if side == "gdnfuse" else dequantized_calls(model)
 
 
 def compiled(side: str, model: torch.nn.Module, mode: str | None) -> Callable[..., Any]:
@@ -225,7 +233,7 @@ def run_side(worker: str, name: str, args: argparse.Namespace, folder: Path) -> 
     shared = torch.load(folder / SHARED, map_location="cpu")
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    with caches(kept), dequantized_calls(model):
+    with caches(kept), own_calls(side, model):
         decode, tokens, found = checked(side, model, args, shared, room(args))
         row |= found
         if kept:

@@ -105,7 +105,7 @@ def decode(files: dict[str, Any]) -> Rows:
 
 
 def steps(files: dict[str, Any]) -> Rows:
-    yield ("model", "sequences", "per step", "limit", "of the limit", "tokens/s", "kernels", "cold first call")
+    yield ("model", "sequences", "per step", "each waited for", "limit", "of the limit", "tokens/s", "kernels", "cold first call")
     for data in files.values():
         for result in data["results"]:
             row, limit = by_side(result)["gdnfuse"], limit_of_step(result)
@@ -113,6 +113,7 @@ def steps(files: dict[str, Any]) -> Rows:
                 named(result["model"]) + (f", {result['quantize']}" if result.get("quantize") else ""),
                 str(result["batch"]),
                 number(row["ms"], 2, " ms"),
+                number(row.get("waited_ms"), 2, " ms"),
                 number(limit, 2, " ms"),
                 number(100 * limit / row["ms"], 0, " %"),
                 number(row["tokens_per_second"], 0),
@@ -238,6 +239,26 @@ def engines(files: dict[str, Any]) -> Rows:
                 yield (SIDES[data["engine"]], named(result["model"]), f"the first token of {r['tokens']}", number(r["ms"], 1))
 
 
+def ranks(files: dict[str, Any]) -> Rows:
+    """Steps of `gdnfuse bench --tensor-parallel`; a side without ranks runs on one GPU."""
+    yield ("", "GPUs", "per step", "limit", "weights that a GPU holds", "sums and gathers", "one sum alone", "cold first call")
+    for data in files.values():
+        for result in data["results"]:
+            for row in result["sides"]:
+                name, _, way = row["side"].partition(":")
+                found, calls = row.get("decode", {}), row.get("collectives", {})
+                yield (
+                    ", ".join([named(data["arguments"]["model"]), SIDES[name], *way.replace("_", "-").split(":")]).rstrip(", "),
+                    str(row.get("ranks", 1)) if found else "",
+                    number(found.get("ms"), 2, " ms") or f"no speed: {row.get('failed') or found['failed']}",
+                    number(row.get("limit_ms", result["limit_ms"]), 2, " ms") if found else "",
+                    number(row.get("held_bytes", result["weight_bytes"]) / 1e9, 1, " GB") if found else "",
+                    str(sum(calls.values())) if calls else "",
+                    number(row.get("all_reduce_us"), 1, " µs"),
+                    number(found.get("first_call_seconds"), 0, " s"),
+                )
+
+
 TABLES: dict[str, tuple[Callable[[dict[str, Any]], Rows], str]] = {
     "results": (results, "decode.py, step.py, prefill.py and engines.py"),
     "decode": (decode, "decode.py"),
@@ -254,6 +275,7 @@ TABLES: dict[str, tuple[Callable[[dict[str, Any]], Rows], str]] = {
     "drift": (drift, "drift.py"),
     "accuracy": (accuracy, "accuracy.py"),
     "engines": (engines, "engines.py"),
+    "ranks": (ranks, "gdnfuse bench --tensor-parallel"),
 }
 
 
@@ -286,7 +308,8 @@ def rendered(kind: str, names: Sequence[str], folder: Path, page: Path) -> str:
     table, script = TABLES[kind]
     absent = [name for name in names if not (folder / name).exists()]
     if absent:
-        return f"Not measured on this version yet: {', '.join(absent)}, by `benchmarks/{script}`.\n"
+        by = script if script.startswith("gdnfuse") else f"benchmarks/{script}"
+        return f"Not measured on this version yet: {', '.join(absent)}, by `{by}`.\n"
     files = {name: json.loads((folder / name).read_text(encoding="utf-8")) for name in names}
     head, *rows = table(files)
     filled = [i for i, _ in enumerate(head) if not rows or any(row[i] for row in rows)]

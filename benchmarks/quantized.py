@@ -26,13 +26,13 @@ from typing import Any
 
 import torch
 import transformers
-from decode import BLOCK, DTYPES, SHARED, build, caches, checked, compiled, reference, room, timed
+from decode import BLOCK, DTYPES, SHARED, build, caches, checked, compiled, own_calls, reference, room, timed
 from prefill import PROMPTS, SHORT, prompt
 from tabulate import tabulate
 
 from gdnfuse.bench.measure import machine, seconds
 from gdnfuse.bench.workers import answer, run_sides, show_fla
-from gdnfuse.models import OF_TRANSFORMERS, QUANTIZED, dequantized_calls
+from gdnfuse.models import OF_TRANSFORMERS, QUANTIZED
 
 SIDES = ("inductor", "gdnfuse")
 PLAIN = "bf16"  # the model as it is, in whatever dtype
@@ -50,7 +50,7 @@ def run_side(side: str, name: str, args: argparse.Namespace, folder: Path) -> di
     stored = sum({p.data_ptr(): p.nbytes for p in model.state_dict().values()}.values())
     row: dict[str, Any] = {"side": side, "stored_bytes": stored}
     shared = torch.load(folder / SHARED, map_location="cpu")
-    with caches(None), dequantized_calls(model):
+    with caches(None), own_calls(side, model):
         decode, tokens, found = checked(side, model, args, shared, room(args))
         row |= found
         if found["right"]:

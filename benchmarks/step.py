@@ -41,7 +41,7 @@ from typing import Any
 
 import torch
 import transformers
-from decode import DTYPES, SHARED, build, caches, checked, rank_and_adapters, reference, room, timed
+from decode import DTYPES, SHARED, build, caches, checked, own_calls, rank_and_adapters, reference, room, timed
 from tabulate import tabulate
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
@@ -50,7 +50,7 @@ import gdnfuse
 from gdnfuse.bench.measure import BLOCK, Decoder
 from gdnfuse.bench.workers import answer, run_sides, show_fla
 from gdnfuse.errors import Refused
-from gdnfuse.models import QUANTIZED, dequantized_calls
+from gdnfuse.models import QUANTIZED
 from gdnfuse.report.records import GraphReport
 
 SIDE = "gdnfuse"
@@ -309,7 +309,7 @@ def run_side(side: str, name: str, args: argparse.Namespace, folder: Path) -> di
     model = build(name, getattr(torch, args.dtype), args.device, args.quantize, args.lora)
     shared = torch.load(folder / SHARED, map_location="cpu")
     row: dict[str, Any] = {"side": side}
-    with caches(None), dequantized_calls(model):
+    with caches(None), own_calls(side, model):
         decode, tokens, found = checked(side, model, args, shared, room(args) + args.profiled + 1)
         row |= found
         if found["right"]:

@@ -247,7 +247,8 @@ def test_worker_answers_from_a_process_of_its_own(tmp_path, monkeypatch):
     run = lambda side: workers.spawn([str(script)], side, "tiny", ["--batch", "2"], str(tmp_path))  # noqa: E731
     assert run("eager") == {"side": "eager", "argv": ["--batch", "2"], "model": "tiny", "fla": True}
     broken = run("broken")
-    assert "Traceback" in broken.pop("stderr") and broken == {"side": "broken", "step": "", "failed": "ValueError: not so"}
+    assert "Traceback" in broken.pop("stderr")
+    assert broken == {"side": "broken", "step": "", "failed": "ValueError: not so and more"}
 
 
 def test_decode_benchmark_widens_one_layer_after_another():
