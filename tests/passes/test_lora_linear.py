@@ -84,19 +84,52 @@ def test_between_a_norm_and_what_is_behind_it():
 
 
 def test_what_is_no_adapter_has_no_anchor():
-    """Of more rows, behind a function, on another row, or nothing but two linears in a chain."""
-    w, (A, B) = of(6, N), pair(2, 6)
+    """Of more rows, a gate, an MLP between residuals, or nothing but two linears in a chain."""
+    x, w, (A, B), down = of(1, 1, N), of(6, N), pair(2, 6), of(N, 6)
     for f in (
-        lambda x, w, A, B: F.linear(x, w) + F.linear(F.linear(x, A).exp(), B),
-        lambda x, w, A, B: F.linear(x, w) + F.linear(F.linear(x.exp(), A), B),
-        lambda x, w, A, B: F.linear(x, w) * F.linear(F.linear(x, A), B),
+        lambda x, w, A, B, down: F.linear(x, w) * F.linear(F.linear(x, A), B),
+        lambda x, w, A, B, down: x + F.linear(F.linear(F.linear(x, A), B).relu() * F.linear(x, w), down),
+        lambda x, w, A, B, down: F.linear(F.linear(x, A), B),
     ):
-        assert not records(lifted(f, of(1, 1, N), w, A, B), lora_linear)
+        assert not records(lifted(f, x, w, A, B, down), lora_linear)
     assert not records(lifted(lambda x, w, A, B: adapted(x, w, (A, B)), of(2, 1, N), w, A, B), lora_linear)
 
 
+def hooked(where, hook):
+    """A projection under an adapter with a hook on one part."""
+
+    def on(part, value):
+        return hook(value) if part == where else value
+
+    def f(x, w, A, B):
+        y = on("base", F.linear(on("x of base", x), w))
+        return y + on("B", F.linear(on("A", F.linear(on("x of A", x), A)), B)) * 0.5
+
+    return f
+
+
+HOOKED = {
+    ("x of base", "must read what its projection reads, found mul before the projection. Take"): lambda t: t * 2,
+    ("x of A", "must read what its projection reads, found dropout before A. Call model.eval"): lambda t: F.dropout(t, 1.0),
+    ("A", "must read A·x as it is, found relu in between. Take"): torch.relu,
+    ("B", "which nothing else reads, as LoRA does; found that clamp reads B·A·x"): lambda t: t.clamp(-1, 1),
+    ("base", "must be read by the sum with its adapter alone, found that exp reads it otherwise. Take"): torch.exp,
+}
+
+
+@pytest.mark.parametrize(("where", "found"), HOOKED)
+def test_a_hook_on_a_part_is_said(where, found):
+    """Whatever it does, the values stay, and the other projection of the same x is fused with its adapter."""
+    x, w, v, one, other = of(1, 1, N), of(6, N), of(4, N), pair(2, 6), pair(3, 4)
+    f = hooked(where, HOOKED[where, found])
+    graph = lifted(lambda x, w, v, A, B, C, D: (f(x, w, A, B), adapted(x, v, (C, D))), x, w, v, *one, *other)
+    fired, refused = records(graph, lora_linear)
+    assert (fired.status, refused.status) == (Status.FIRED, Status.REFUSED) and found in refused.reason
+
+
 def test_declines():
-    """A B with a bias, no rounding back, two dtypes, one B for two projections, and an A·x that is read elsewhere."""
+    """A bias on B or the base, no rounding back, two dtypes, one B for two projections, what is read elsewhere, what is computed,
+    another sum before, and DoRA."""
     x, w, v, (A, B), (C, D) = of(1, 1, N, dtype=BF16), *(of(6, N, dtype=BF16) for _ in "wv"), pair(2, 6), pair(2, 6, dtype=BF16)
     reason = declines(lambda x, w, A, B: adapted(x, w, (A, B), back=False), x, w, A, B)
     assert "must be torch.bfloat16 again, found torch.float32" in reason
@@ -112,6 +145,19 @@ def test_declines():
     assert "must be read by its B alone, found that exp" in declines(read_twice, x, w, C, D)
     reason = declines(lambda x, w, C, D, b: F.linear(x, w) + 0.5 * F.linear(F.linear(x, C), D, b), x, w, C, D, of(6, dtype=BF16))
     assert "B of an adapter must have no bias, found one" in reason
+
+    reason = declines(lambda x, w, C, D, b: F.linear(x, w, b) + 0.5 * F.linear(F.linear(x, C), D), x, w, C, D, of(6, dtype=BF16))
+    assert "A projection with adapters must have no bias, found one" in reason
+
+    def base_read_twice(x, w, C, D):
+        y = F.linear(x, w)
+        return y + F.linear(F.linear(x, C), D), y.exp()
+
+    assert "with its adapter alone, found that exp" in declines(base_read_twice, x, w, C, D)
+    reason = declines(lambda x, w, C, D: F.linear(x, w) + F.linear(F.linear(x, C.abs()), D), x, w, C, D)
+    assert "A and B of an adapter must be weights, found the result of abs" in reason
+    reason = declines(lambda x, w, C, D, b: F.linear(x, w) + b + F.linear(F.linear(x, C), D), x, w, C, D, of(6, dtype=BF16))
+    assert "with its adapter alone, found that add" in reason
 
     def dora(x, w, A, B, magnitude):
         y, delta = F.linear(x, w), F.linear(F.linear(x.to(A.dtype), A), B)

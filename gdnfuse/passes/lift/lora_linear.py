@@ -16,12 +16,15 @@ from torch.fx import Node
 from gdnfuse import packing
 from gdnfuse.dialect import fused_linear, packed_linear
 from gdnfuse.errors import Refused
+from gdnfuse.passes.adapters import biased, input_of, is_scaled, loose, why
 from gdnfuse.passes.quantized import is_quantized, is_weight
 from gdnfuse.passes.rows import one_row
 from gdnfuse.rewrite.edit import call
 from gdnfuse.rewrite.evaluate import hint
-from gdnfuse.rewrite.graph import is_cast, is_tensor, op_name, peel, real_users, value
+from gdnfuse.rewrite.graph import is_cast, is_tensor, op_name, peel, value
 from gdnfuse.rewrite.rule import Match, Rule
+
+OTHER = "gdnfuse_other_adapter"  # key of a node's meta: why an adapter is not fused
 
 
 @dataclass(frozen=True)
@@ -68,24 +71,20 @@ class LiftLoRALinear(Rule[Facts]):
     name, stage, equation = "lora_linear", "lift", "x·Wᵀ + s·(x·Aᵀ)·Bᵀ = fused_linear(x, W, A, B, s)"
 
     def anchors(self, graph):
-        """Linears of one row to which a product with two weights of the same row is added, whatever else is done to it."""
-        for node in graph.nodes:
-            if _is_base(node) and (any(p.adapters for p in _projections(node)) or _of_another_kind(node)):
+        """Linears of one row with adapters that are LoRA's, and B·A·x of each adapter that is of another kind."""
+        taken = set()
+        for node in [n for n in graph.nodes if _is_base(n)]:
+            if lows := {a.low for p in _projections(node) for a in p.adapters}:
+                taken |= lows
                 yield node
+        for adapter in loose(graph, taken):
+            adapter.up.meta[OTHER] = why(adapter)
+            yield adapter.up
 
     def match(self, anchor):
-        x, found = _input(anchor), _projections(anchor)
-        if not any(p.adapters for p in found):
-            up = _of_another_kind(anchor)
-            if not _is_plain(up):
-                raise Refused(
-                    "B of an adapter must have no bias, found one: such adapters are fused once they are merged.", at=up
-                )
-            raise Refused(
-                "An adapter must add a number times B·A·x to its projection, which nothing else reads, as LoRA does; found that "
-                f"{next(iter(up.users)).name} reads B·A·x. DoRA and others are fused once they are merged.",
-                at=up,
-            )
+        if OTHER in anchor.meta:
+            raise anchor.meta[OTHER]
+        x, found = input_of(anchor), _projections(anchor)
         lows = {a.low for p in found for a in p.adapters}
         base = [p for p in found if p.row not in lows]
         for p in base:
@@ -129,16 +128,7 @@ def _is_base(node: Any) -> bool:
 
 def _is_plain(node: Any) -> bool:
     """Whether a node is a linear without bias, of a weight."""
-    return _is_linear(node) and not any(b is not None for b in (*node.args[2:], *node.kwargs.values()))
-
-
-def _is_linear(node: Any) -> bool:
-    """Whether a node is a linear of a weight, with a bias or without."""
-    return op_name(node) == "linear" and len(node.args) > 1 and is_weight(node.args[1])
-
-
-def _input(base: Node) -> Node:
-    return packed_linear.op.bind(base.args, base.kwargs)["x"] if op_name(base) == "gdnfuse.packed_linear" else base.args[0]
+    return op_name(node) == "linear" and len(node.args) > 1 and not biased(node) and is_weight(node.args[1])
 
 
 def _pieces(base: Node) -> list[tuple[Node, Node]]:
@@ -157,7 +147,7 @@ def _pieces(base: Node) -> list[tuple[Node, Node]]:
 
 def _projections(base: Node) -> list[Projection]:
     """What a base's linears give, each with its adapters; among them A's that are packed with them."""
-    x, found = peel(_input(base)), []
+    x, found = peel(input_of(base)), []
     for weight, row in _pieces(base):
         p = Projection(weight, row, row)
         while (added := _added(p.result, x)) is not None:
@@ -178,44 +168,16 @@ def _added(y: Node, x: Node) -> tuple[Node, Adapter] | None:
     (total,) = readers
     delta = total.args[1] if total.args[0] is y else total.args[0]
     scaling, up = 1.0, delta
-    while op_name(up) == "mul" and isinstance(up.args[1], int | float):
+    while is_scaled(up):
         scaling, up = scaling * up.args[1], up.args[0]
     if delta is y or not _is_plain(up):
         return None
     low, B = up.args[:2]
     source = low.args[0] if op_name(low) == "narrow" else low
-    if not _is_base(source) or peel(_input(source)) is not x:
+    if len(low.users) > 1 or not _is_base(source) or peel(input_of(source)) is not x:
         return None
     A = next((weight for weight, piece in _pieces(source) if piece is low), None)
     return None if A is None else (total, Adapter(A, B, low, scaling))
-
-
-def _of_another_kind(base: Node) -> Node | None:
-    """B·A·x, or that with a bias, which reaches a sum with a projection of this base otherwise than `_added` has it."""
-    rows = {row for _, row in _pieces(base)}
-    for low in (piece for n in real_users(_input(base)) if _is_base(n) for _, piece in _pieces(n)):
-        ups = list(low.users)
-        if len(ups) != 1 or not _is_linear(ups[0]) or ups[0].args[0] is not low:
-            continue
-        (up,), total = ups, ups[0]
-        while op_name(total) != "add" and len(total.users) == 1:
-            (total,) = total.users
-            if op_name(total) not in ("add", "mul"):
-                break
-        if op_name(total) == "add" and (rows - {low}) & _behind(total):
-            return up
-    return None
-
-
-def _behind(total: Node) -> set[Node]:
-    """What a sum is made of by sums and products."""
-    seen, todo = set(), [total]
-    while todo:
-        node = todo.pop()
-        if node not in seen:
-            seen.add(node)
-            todo += node.all_input_nodes if op_name(node) in ("add", "mul", "sub") or is_cast(node) else []
-    return seen
 
 
 def _check(p: Projection, row: torch.Tensor) -> None:
@@ -223,8 +185,6 @@ def _check(p: Projection, row: torch.Tensor) -> None:
     if value(p.result).dtype != row.dtype:
         raise Refused(f"A projection with adapters must be {row.dtype} again, found {value(p.result).dtype}.", at=p.result)
     for a in p.adapters:
-        if others := [u for u in a.low.users if len(a.low.users) > 1]:
-            raise Refused(f"A·x must be read by its B alone, found that {others[-1].name} reads it too.", at=others[-1])
         for weight in (a.A, a.B):
             v = value(weight)
             if is_quantized(weight) or not is_tensor(weight) or not all(isinstance(s, int) for s in v.shape):
