@@ -118,7 +118,7 @@ def steps(files: dict[str, Any]) -> Rows:
                 number(100 * limit / row["ms"], 0, " %"),
                 number(row["tokens_per_second"], 0),
                 str(row["kernels_per_step"]),
-                number(row["first_call_seconds"], 0, " s"),
+                number(row.get("first_call_seconds"), 0, " s"),
             )
 
 
@@ -239,6 +239,14 @@ def engines(files: dict[str, Any]) -> Rows:
                 yield (SIDES[data["engine"]], named(result["model"]), f"the first token of {r['tokens']}", number(r["ms"], 1))
 
 
+def generate(files: dict[str, Any]) -> Rows:
+    yield ("model", "sequences", "tokens", "gdnfuse, a token", "where each step is waited for")
+    for data in files.values():
+        for result in data["results"]:
+            ms = [number(by_side(result)[side]["ms"], 2, " ms") for side in ("late", "waited")]
+            yield (named(result["model"]), str(result["batch"]), "drawn" if result["sample"] else "likeliest", *ms)
+
+
 def ranks(files: dict[str, Any]) -> Rows:
     """Steps of `gdnfuse bench --tensor-parallel`; a side without ranks runs on one GPU."""
     yield ("", "GPUs", "per step", "limit", "weights that a GPU holds", "sums and gathers", "one sum alone", "cold first call")
@@ -275,6 +283,7 @@ TABLES: dict[str, tuple[Callable[[dict[str, Any]], Rows], str]] = {
     "drift": (drift, "drift.py"),
     "accuracy": (accuracy, "accuracy.py"),
     "engines": (engines, "engines.py"),
+    "generate": (generate, "generate.py"),
     "ranks": (ranks, "gdnfuse bench --tensor-parallel"),
 }
 

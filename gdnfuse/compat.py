@@ -653,6 +653,7 @@ def dependent_launch(launch_dependents: Any, wait: Any) -> tuple[Any, Any]:
     "triton.experimental.gluon.language.nvidia.ampere:async_copy",
     "triton.experimental.gluon.language.nvidia.hopper",
     "triton.experimental.gluon.nvidia.hopper:TensorDescriptor",
+    "triton.experimental.gluon.language.nvidia.ampere:async_copy.async_load|async_copy.async_copy_global_to_shared",
     "triton.experimental.gluon.language.nvidia.hopper:fence_async_shared",
     "triton.experimental.gluon.language.nvidia.hopper:mbarrier",
     "triton.experimental.gluon.language.nvidia.hopper:warpgroup_mma",
@@ -660,10 +661,12 @@ def dependent_launch(launch_dependents: Any, wait: Any) -> tuple[Any, Any]:
     "triton.experimental.gluon.language:warp_specialize",
     instead=nothing,
 )
-def gluon(gluon: Any, language: Any, async_copy: Any, hopper: Any, descriptor: Any, *used: Any) -> tuple[Any, ...] | None:
-    """Gluon for Hopper, or None: (gluon, its language, async_copy, the language's hopper, TensorDescriptor). Without it: Triton's
-    kernels take the places of the chunk scan and of the ring that are written for Hopper."""
-    return gluon, language, async_copy, hopper, descriptor
+def gluon(
+    gluon: Any, language: Any, async_copy: Any, hopper: Any, descriptor: Any, copy: Any, *used: Any
+) -> tuple[Any, ...] | None:
+    """Gluon for Hopper, or None: (gluon, its language, async_copy, the language's hopper, TensorDescriptor, what copies to shared
+    memory). Without it: Triton's kernels take the places of the chunk scan and of the ring that are written for Hopper."""
+    return gluon, language, async_copy, hopper, descriptor, copy
 
 
 @private("triton.experimental.gluon.language.nvidia.ampere:mma_v2", instead=nothing)
@@ -1034,6 +1037,17 @@ def attention_of(config: Any) -> str:
 
 
 # transformers: generate
+
+
+@private("transformers.generation.utils:DeferredStopCheck", instead=lambda make: False, level=logging.INFO)
+def replace_stop_check(theirs: Any, make: Callable[[type], type]) -> bool:
+    """Put a class made from it in the place of what `generate` asks one step late whether to stop; whether there is one. Without
+    it: generate waits for every step on a GPU before it prepares the next."""
+    from transformers.generation import utils
+
+    if not hasattr(theirs, "of_gdnfuse"):
+        utils.DeferredStopCheck = make(theirs)
+    return True
 
 
 def is_users(cache: Any) -> bool:

@@ -8,7 +8,7 @@ import importlib.metadata
 import re
 from pathlib import Path
 
-TESTED = {"torch": ((2, 11), (2, 13)), "transformers": ((5, 17), (5, 24))}  # the first and the last
+TESTED = {"torch": ((2, 11), (2, 15)), "transformers": ((5, 17), (5, 24))}  # the first and the last
 
 
 def version(package: str) -> str:

@@ -19,6 +19,7 @@ import torch
 import gdnfuse
 from gdnfuse.bench import measure
 from gdnfuse.dialect import OPS
+from gdnfuse.errors import GdnfuseError
 from tests.models import zoo
 from tests.test_examples import main_of
 
@@ -249,6 +250,18 @@ def test_worker_answers_from_a_process_of_its_own(tmp_path, monkeypatch):
     broken = run("broken")
     assert "Traceback" in broken.pop("stderr")
     assert broken == {"side": "broken", "step": "", "failed": "ValueError: not so and more"}
+
+
+def test_generate_benchmark_times_both_sides_of_equal_tokens_only(tmp_path, monkeypatch):
+    generate, file = importlib.import_module("generate"), tmp_path / "generate.json"
+    how = ["--models", "tiny", "--dtype", "float32", "--device", "cpu", "--new", "3,5", "--repeats", "1"]
+    assert generate.main([*how, "--json", str(file)]) == 0
+    (result,) = json.loads(file.read_text())["results"]
+    assert [row["side"] for row in result["sides"]] == ["late", "waited"] and all("ms" in row for row in result["sides"])
+    right, sides = generate.answer, iter(range(9))
+    monkeypatch.setattr(generate, "answer", lambda *args: right(*args) + next(sides))
+    with pytest.raises(GdnfuseError, match="same tokens"):
+        generate.main(how)
 
 
 def test_decode_benchmark_widens_one_layer_after_another():

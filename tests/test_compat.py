@@ -26,7 +26,7 @@ from transformers.models.qwen3_5 import modeling_qwen3_5 as modeling
 
 from gdnfuse import backend, capture, clear_reports, compat, packing, reports
 from gdnfuse.errors import GdnfuseError, Refused
-from gdnfuse.generation import causes, compile
+from gdnfuse.generation import causes, compile, stopping
 from gdnfuse.kernels import causal_attention, implementations, linear_configs
 from gdnfuse.kernels.launch import codegen, implementation, replay
 from gdnfuse.kernels.launch.inductor import announce
@@ -913,6 +913,13 @@ def set_compiled_call(there):
         compile.compile(ours, inner="eager", strict=True)
     compat.set_compiled_call(ours, None)
     assert compat.compiled_call(ours) is None
+
+
+@case
+def replace_stop_check(there):
+    """On a GPU generate asks one step late whether to stop (tests/generation/test_stopping.py), or at every step."""
+    assert compat.replace_stop_check(stopping.stop_check) == there
+    assert compat.replace_stop_check(lambda theirs: pytest.fail("it is replaced once")) == there
 
 
 @case

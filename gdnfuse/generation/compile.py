@@ -170,7 +170,7 @@ def _compile(model: torch.nn.Module, settings: _Settings, parsed: gdnfuse_option
 
     few = few_tokens(**own)
     ours = generate.install(model, settings.prefixes, settings.proposer)
-    heeding = ours.heeding if ours else lambda call: call
+    heeding = ours.heeding if ours and settings.prefixes is not None else lambda call: call
     together = shards.together if shards.sharded(model) else lambda call: call
     call = together(heeding(hooks.heeded(demanding(model, by_phase(decode, first, parameters, *few)))))
     call.coverage, call.beside = coverage, Beside({**shared, **own})

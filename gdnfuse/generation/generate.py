@@ -2,7 +2,7 @@
 
 Everything stays transformers': its caches, loops, processors and streamers. What is known of a prompt is put into the cache that
 it made, before the prompt's first forward, which then gets the rest. Where drafts are to be checked, the loop is ours, which it
-takes as `custom_generate`.
+takes as `custom_generate`. On a GPU it asks one step late whether to stop (`stopping`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from gdnfuse.errors import GdnfuseError
+from gdnfuse.generation import stopping
 from gdnfuse.generation.arguments import parameters_of
 from gdnfuse.generation.caches import cache_finder
 from gdnfuse.generation.prefix_tree import BLOCK, TOKEN
@@ -72,7 +73,8 @@ class Generate:
 
     def _with_prefixes(self, given: dict[str, Any], inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if self.prefixes is None:
-            return self._plain(inputs, *args, **kwargs)
+            with stopping.late(given):
+                return self._plain(inputs, *args, **kwargs)
         noted = getattr(self._runs, "noted", None)
         prefixes = getattr(self._runs, "scratch", None) or self.prefixes
         run = Run(prefixes, self._parameters, self._find_cache, keeps=noted is None)
@@ -388,7 +390,7 @@ def install(model: torch.nn.Module, prefixes: PrefixStore | None, proposer: Prop
     """Put an instance's `generate` in place, or take ours away where there is nothing for it to do."""
     if of(model) is not None:
         del model.generate
-    if prefixes is None and proposer is None:
+    if prefixes is None and proposer is None and not (hasattr(type(model), "generate") and stopping.possible(model)):
         return None
     model.generate = Generate(model, prefixes, proposer)
     return model.generate

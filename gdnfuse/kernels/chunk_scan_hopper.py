@@ -28,7 +28,7 @@ from gdnfuse.kernels import devices
 from gdnfuse.kernels.launch.implementation import kernel_of, launching
 
 # Whoever imports this has asked whether they are there.
-gluon, gl, _, hopper, TensorDescriptor = compat.gluon()
+gluon, gl, _, hopper, TensorDescriptor, _ = compat.gluon()
 reinterpret, load_tile, store_tile, store_wait = compat.gluon_tiles()
 fence_async_shared, mbarrier = hopper.fence_async_shared, hopper.mbarrier
 warpgroup_mma, warpgroup_mma_wait = hopper.warpgroup_mma, hopper.warpgroup_mma_wait

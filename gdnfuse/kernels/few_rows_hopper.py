@@ -18,7 +18,7 @@ from gdnfuse import compat
 from gdnfuse.kernels.launch.implementation import kernel_of, launching, overlap_options
 from gdnfuse.kernels.linear_configs import STEP, RingConfig, columns_of, rings, rows_and_out
 
-gluon, gl, async_copy, hopper, _ = compat.gluon()  # whoever imports this has asked whether it is there
+gluon, gl, async_copy, hopper, _, copy_to_shared = compat.gluon()  # whoever imports this has asked whether it is there
 fence_async_shared, warpgroup_mma, warpgroup_mma_wait = hopper.fence_async_shared, hopper.warpgroup_mma, hopper.warpgroup_mma_wait
 gdc_launch_dependents, gdc_wait = compat.dependent_launch()
 
@@ -35,14 +35,14 @@ def _copy_weights(ring, slot, weight_ptrs, live, step, TILES: gl.constexpr):
     for t in gl.static_range(TILES):
         for half in gl.static_range(2):
             tile = ring.index((slot * TILES + t) * 2 + half)
-            async_copy.async_copy_global_to_shared(tile, weight_ptrs[t] + (step * 2 + half) * SLICE, mask=live[t])
+            copy_to_shared(tile, weight_ptrs[t] + (step * 2 + half) * SLICE, mask=live[t])
 
 
 @gluon.jit
 def _copy_x(ring, slot, x_ptrs, there, step):
     for half in gl.static_range(2):
         tile = ring.index(slot * 2 + half)
-        async_copy.async_copy_global_to_shared(tile, x_ptrs + (step * 2 + half) * SLICE, mask=there)
+        copy_to_shared(tile, x_ptrs + (step * 2 + half) * SLICE, mask=there)
 
 
 @gluon.jit

@@ -20,7 +20,7 @@ from gdnfuse.kernels.few_rows_hopper import COPIED, RING, SLICE, _copy_x, store_
 from gdnfuse.kernels.launch.implementation import kernel_of, launching, overlap_options
 from gdnfuse.kernels.linear_configs import STEP, RingConfig, columns_of, rings, rows_and_out
 
-gluon, gl, async_copy, hopper, _ = compat.gluon()  # whoever imports this has asked whether it is there
+gluon, gl, async_copy, hopper, _, copy_to_shared = compat.gluon()  # whoever imports this has asked whether it is there
 fence_async_shared, warpgroup_mma, warpgroup_mma_wait = hopper.fence_async_shared, hopper.warpgroup_mma, hopper.warpgroup_mma_wait
 gdc_launch_dependents, gdc_wait = compat.dependent_launch()
 
@@ -33,7 +33,7 @@ def _copy_bytes(ring, slot, weight_ptrs, live, step, TILES: gl.constexpr):
     """Start to copy a step of every tile."""
     for t in gl.static_range(TILES):
         tile = ring.index(slot * TILES + t)
-        async_copy.async_copy_global_to_shared(tile, weight_ptrs[t] + step * 128, mask=live[t])
+        copy_to_shared(tile, weight_ptrs[t] + step * 128, mask=live[t])
 
 
 @gluon.jit

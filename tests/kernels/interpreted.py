@@ -4,9 +4,12 @@ from dataclasses import replace
 from unittest import mock
 
 import kernel_cases
+import numpy as np
 import pytest
 import torch
+from triton.runtime import interpreter
 
+from gdnfuse import versions
 from gdnfuse.kernels import (
     attention_decode,
     attention_few_queries,
@@ -28,6 +31,16 @@ chunk_delta_rule.OPERANDS.clear()
 few_rows_linear.OPERANDS[torch.bfloat16] = few_rows_linear.OPERANDS[torch.float32]
 # It runs one program after another; of few splits each has several blocks of keys, and with more heads there is but one.
 attention_decode.PROGRAMS = attention_few_queries.PROGRAMS = 16
+
+
+def spread(self, block, x):
+    """A scalar to a block. Triton 3.9 spreads what a comparison of integers gives as integers, which are no mask then."""
+    return interpreter.TensorHandle(np.full(block.shape, x.data, dtype=x.data.dtype), x.dtype.scalar)
+
+
+if not versions.older("triton", (3, 9)):
+    interpreter.InterpreterBuilder.create_splat = spread
+
 
 # The interpreter truncates where devices round to the nearest bfloat16.
 TOLERANCE = kernel_cases.TOLERANCE | {torch.bfloat16: 2.0**-7 + kernel_cases.MATHS}
