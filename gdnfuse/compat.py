@@ -1045,7 +1045,7 @@ def replace_stop_check(theirs: Any, make: Callable[[type], type]) -> bool:
     it: generate waits for every step on a GPU before it prepares the next."""
     from transformers.generation import utils
 
-    if not hasattr(theirs, "of_gdnfuse"):
+    if not hasattr(utils.DeferredStopCheck, "of_gdnfuse"):
         utils.DeferredStopCheck = make(theirs)
     return True
 
