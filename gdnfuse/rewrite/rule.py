@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any, Generic, TypeVar
 
@@ -124,15 +125,19 @@ class Rule(Generic[F]):
         raise NotImplementedError
 
 
-def bring(node: Node, shape: tuple[Any, ...], what: str) -> Operand:
+def bring(node: Node, shape: tuple[Any, ...], what: str, rounded: bool = False) -> Operand:
     """Find, in the chain of views above `node`, the earliest node that has `shape`, or one that reshapes or transposes to it.
 
-    Axis 0 may be symbolic. A reshape is proposed only; whether it keeps the order is for the proof.
+    Axis 0 may be symbolic. A reshape is proposed only; whether it keeps the order is for the proof. With `rounded` the chain ends
+    at the first cast to fewer bits, so that rules behind still find it.
 
     Raises:
         Refused: the number of elements differs.
     """
     nodes = chain(node)
+    if rounded:
+        narrowing = (i for i, (n, of) in enumerate(pairwise(nodes), 1) if value(n).itemsize < value(of).itemsize)
+        nodes = nodes[: next(narrowing, len(nodes))]
     for n in reversed(nodes):
         if same_shape(value(n).shape, shape):
             return Operand(n)

@@ -9,7 +9,7 @@ from tests.models import zoo
 from tests.sweeps import ALL
 
 TARGETS = {
-    "GDN projections": ("in_proj_qkv", "in_proj_z", "out_proj"),
+    "GDN projections": ("in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj"),
     "one gate": ("in_proj_a",),
     "MLP and attention": ("gate_proj", "up_proj", "down_proj", "q_proj", "v_proj"),
 }
@@ -67,7 +67,7 @@ CASES = [(where, batch) for where in TARGETS for batch in (1, 2)]
 
 @pytest.mark.parametrize(("where", "batch"), CASES if ALL else [CASES[0], CASES[3]])
 def test_adapters_stay_effective(where, batch):
-    # Of the projections of GDN the adapters have a dtype of their own; of MLP and attention two are active at once.
+    # Those of GDN's projections have a wider dtype, as peft's on bfloat16; of MLP and attention two are active at once.
     model, wrapped = adapted(TARGETS[where], torch.float64 if where == "GDN projections" else None)
     run = torch.compile(model, backend="gdnfuse", options={"inner": "eager"})
     seen = []

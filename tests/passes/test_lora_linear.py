@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from gdnfuse.passes import lower
 from gdnfuse.passes.fuse import norm_linear, residual_linear, swiglu_linear
-from gdnfuse.passes.lift import lora_linear, packed_linear, rms_norm
+from gdnfuse.passes.lift import gating, lora_linear, packed_linear, rms_norm
 from gdnfuse.report.records import Status
 from gdnfuse.rewrite.graph import op_name
 from tests.passes.test_fuse_linears import N, call_in, of, qwen, records, right
@@ -81,6 +81,18 @@ def test_between_a_norm_and_what_is_behind_it():
     )
     assert [op for op in graph.ops() if op not in ("reshape", "to")] == ["gdnfuse.fused_linear"] * 2
     assert all(r.status is Status.FIRED for r in graph.outcome.records)
+
+
+def test_wider_adapters_on_what_a_gate_is_of():
+    """The sum is rounded before the gate reads it in float32, as of peft's adapters on in_proj_a, and fused as elsewhere."""
+
+    def f(x, w, A, B, A_log, dt_bias):
+        return -A_log.exp() * F.softplus(adapted(x, w, (A, B)).float() + dt_bias)
+
+    graph = Captured(f, of(1, 1, N, dtype=BF16), of(6, N, dtype=BF16), *pair(2, 6), of(6), of(6)).normalize()
+    right(graph.apply(*(module.RULE for module in (gating, packed_linear, lora_linear))).normalize())
+    assert [r.status for r in graph.outcome.records] == [Status.FIRED] * 2
+    assert [op for op in graph.ops() if op not in ("reshape", "to")] == ["gdnfuse.fused_linear", "gdnfuse.gating"]
 
 
 def test_what_is_no_adapter_has_no_anchor():

@@ -53,7 +53,8 @@ class LiftGating(Rule[Facts]):
             env["a"], env["dt_bias"] = env["dt_bias"], env["a"]
         shape = value(root).shape
         operands = {
-            "a": bring(env["a"], shape, "a"),
+            # Float32 adapters on bfloat16 weights are added to it before that, which lora_linear looks for.
+            "a": bring(env["a"], shape, "a", rounded=True),
             "A_log": bring(env["A_log"], shape[-1:], "A_log"),
             "dt_bias": bring(env["dt_bias"], shape[-1:], "dt_bias"),
         }
