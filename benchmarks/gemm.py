@@ -227,7 +227,7 @@ def chosen(of: Linear) -> Config:
 
 
 def stored_dtype(of: Linear) -> torch.dtype:
-    kinds = {"e4m3": torch.float8_e4m3fn, "int8": torch.int8, "int4": torch.int32}
+    kinds = {"e4m3": torch.float8_e4m3fn, "int8": torch.int8, "int4": torch.int32, "nf4": torch.uint8, "fp4": torch.uint8}
     return kinds[quantized.stored(of.format).kind] if of.format else torch.bfloat16
 
 

@@ -37,7 +37,7 @@ from gdnfuse.report.records import BANDWIDTH, Comparison, GraphReport, document
 from gdnfuse.report.text import Style, render, table
 
 DTYPES = ("bfloat16", "float16", "float32")
-FORMATS = ("fp8", "fp8-tensor", "int8", "int4")  # keys of gdnfuse.models.QUANTIZED, which parsing need not import
+FORMATS = ("fp8", "fp8-tensor", "int8", "int4", "nf4")  # keys of gdnfuse.models.QUANTIZED, which parsing need not import
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")  # of torch.compile
 VERIFICATION = "gdnfuse.verification/1"  # the schema of what verify prints as JSON
 

@@ -20,6 +20,8 @@ from gdnfuse import options as gdnfuse_options
 from gdnfuse.capture_fp8 import dequantized_calls
 from gdnfuse.compressed import keep_compressed as keep_compressed
 from gdnfuse.errors import GdnfuseError, one_line, require_model
+from gdnfuse.four_bit import keep_four_bit as keep_four_bit
+from gdnfuse.four_bit import refuse_to_save
 from gdnfuse.generation import shards
 from gdnfuse.generation.caches import cache_argument
 from gdnfuse.generation.compile import with_own_code
@@ -143,7 +145,13 @@ def random_model(config: PreTrainedConfig, dtype: torch.dtype = torch.bfloat16, 
 
 
 # What commands call the formats of `quantized`.
-QUANTIZED = {"fp8": "fp8_block128", "fp8-tensor": "fp8_tensor", "int8": "int8_channel", "int4": "int4_group128"}
+QUANTIZED = {
+    "fp8": "fp8_block128",
+    "fp8-tensor": "fp8_tensor",
+    "int8": "int8_channel",
+    "int4": "int4_group128",
+    "nf4": "nf4_block64",
+}
 OF_TRANSFORMERS = {"fp8_block128": (formats.fp8_block128.BLOCK,) * 2, "fp8_tensor": None}  # FP8Linear's blocks
 # What checkpoints leave as it is, whatever the format: small, or where an error would show in every token.
 NOT_QUANTIZED = ("lm_head", "in_proj_a", "in_proj_b", "in_proj_ba", "a_proj", "b_proj", "gate", "shared_expert_gate")
@@ -156,11 +164,11 @@ def quantized(model: torch.nn.Module, format: str = "fp8_block128") -> torch.nn.
     checkpoint of FineGrainedFP8Config makes of them. Of other formats they become a `StoredLinear`, with the tensors that a
     checkpoint of compressed-tensors has. The head, what a GDN layer makes its gates of and routers stay as they are, and so do
     linears whose columns are no whole groups. The model's config says what was done, so that a saved model is loaded as a
-    checkpoint of that format.
+    checkpoint of that format. There is no checkpoint of nf4 and fp4 with these tensors: save_pretrained of such a model raises.
 
     Args:
         model: with weights on any device, or on the meta device.
-        format: a name of `gdnfuse.formats.FORMATS`, but of bitsandbytes' formats.
+        format: a name of `gdnfuse.formats.FORMATS`, but "nf4" and "fp4", which only bitsandbytes makes.
 
     Returns:
         The model.
@@ -188,7 +196,10 @@ def quantized(model: torch.nn.Module, format: str = "fp8_block128") -> torch.nn.
         del linear
     if OF_TRANSFORMERS.get(format):
         _quantize_experts(model, format, OF_TRANSFORMERS[format])
-    if (config := getattr(model, "config", None)) is not None:
+    if format.startswith(tuple(formats.four_bit.TABLES)):
+        if hasattr(model, "save_pretrained"):
+            model.save_pretrained = refuse_to_save
+    elif (config := getattr(model, "config", None)) is not None:
         kept = [n for n, m in model.named_modules() if type(m) is torch.nn.Linear]
         config.quantization_config = _described(format, kept)
     return model

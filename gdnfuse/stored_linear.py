@@ -36,7 +36,7 @@ class StoredLinear(torch.nn.Linear):
             bias: of the linear, or None.
 
         Raises:
-            Refused: data, scale and zero points are not what the format has, or the format is one of bitsandbytes.
+            Refused: data, scale and zero points are not what the format has, or the format is one that only bitsandbytes makes.
         """
         found = formats.named(format)
         if not found.quantize:

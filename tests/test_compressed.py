@@ -109,7 +109,7 @@ def test_what_is_no_model_is_refused(function, what):
         function(what)
 
 
-@pytest.mark.parametrize("format", ["fp8_channel", "int8_channel", "int4_group64"])
+@pytest.mark.parametrize("format", ["fp8_channel", "int8_channel", "int4_group64", "nf4_block64"])
 def test_a_cast_of_the_model_leaves_what_is_stored(format):
     """Data of another dtype are none of the format, and a scale would be rounded."""
     model = models.quantized(torch.nn.Sequential(torch.nn.Linear(64, 8)), format)

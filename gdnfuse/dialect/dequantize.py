@@ -45,6 +45,7 @@ def examples():
         ("fp8_block128", (2, 128, 130), torch.float16), ("fp8_tensor", (5, 8), torch.float32),
         ("int8_channel", (5, 8), torch.bfloat16), ("fp8_channel", (5, 8), torch.float32),
         ("int4_group32", (5, 64), torch.bfloat16), ("int4_group32_zero", (5, 64), torch.bfloat16),
+        ("nf4_block64", (5, 64), torch.bfloat16),
     ]  # fmt: skip
     stored = [(formats.named(name).quantize(torch.randn(shape)), name, dtype) for name, shape, dtype in made]
     return [((data, scale, name, dtype, more or None), {}) for (data, scale, *more), name, dtype in stored]

@@ -45,7 +45,7 @@ def few_rows_linear_kernel(
     B, M, stored, columns, stride_xb, stride_pb, stride_wm, stride_sm, stride_zm, stride_pm,
     SWIGLU: tl.constexpr, OPERAND: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BB: tl.constexpr,
     STAGES: tl.constexpr, EARLY: tl.constexpr, OVERLAP: tl.constexpr,
-    KIND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CONVERTS: tl.constexpr,
+    KIND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PACKED: tl.constexpr, CONVERTS: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
         gdc_launch_dependents()
@@ -75,7 +75,7 @@ def few_rows_linear_kernel(
             gdc_wait()
         if pid < tiles:
             scale_ptrs = scale_ptr + row.to(tl.int64) // ROWS * stride_sm  # [BM]
-            if KIND == "int4":
+            if PACKED > 1:
                 # Two columns are in a byte of the weight, and in a pair of x.
                 half = part * (columns // BK) * (BK // 2) + tl.arange(0, BK // 2)  # [BK / 2]
                 byte_ptrs = weight_ptr + row.to(tl.int64)[:, None] * stride_wm + half[None, :]  # [BM, BK / 2]
@@ -88,9 +88,9 @@ def few_rows_linear_kernel(
                     if zero_ptr is not None:
                         packed = tl.load(zero_ptrs + (part * columns + start) // COLUMNS)  # [BM]
                         zeros = (((packed >> place) & 15) - 8).to(tl.float32)
-                        acc += times_pairs(w, x, scale, zeros, x_ptr.dtype.element_ty, OPERAND, CONVERTS)
+                        acc += times_pairs(w, x, scale, zeros, x_ptr.dtype.element_ty, OPERAND, KIND, CONVERTS)
                     else:
-                        acc += times_pairs(w, x, scale, None, x_ptr.dtype.element_ty, OPERAND, CONVERTS)
+                        acc += times_pairs(w, x, scale, None, x_ptr.dtype.element_ty, OPERAND, KIND, CONVERTS)
             else:
                 for start in tl.range(0, columns, BK, num_stages=STAGES):
                     w, x = tl.load(w_ptrs + start), tl.load(x_ptrs + start).to(OPERAND)
@@ -155,7 +155,7 @@ def launch_with(
     B, N = rows.shape
     options = overlap_options(x) if overlap else {}
     data, pairs = quantized.raw(weight) if how else weight, None
-    if how and how.kind == "int4":
+    if how and how.packed > 1:
         data, pairs = data.view(torch.uint8), quantized.pairs(rows)
     tile = BM // 2 if swiglu else BM
     kernel_of(few_rows_linear_kernel)[(-(-stored // tile) + -(-(M - stored) // tile), parts)](
@@ -164,7 +164,8 @@ def launch_with(
         0 if scale is None else scale.stride(0), 0 if zero is None else zero.stride(0), 0 if plain is None else plain.stride(0),
         SWIGLU=swiglu, OPERAND=OPERANDS[dtype], BM=BM, BK=BK, BB=columns_of(B),
         STAGES=stages, EARLY=early, OVERLAP=bool(options), KIND=how and how.kind, ROWS=how.rows if how else 1,
-        COLUMNS=how.columns if how else 0, CONVERTS=quantized.converts(x.device, how), num_warps=num_warps, **options,
+        COLUMNS=how.columns if how else 0, PACKED=how.packed if how else 1, CONVERTS=quantized.converts(x.device, how),
+        num_warps=num_warps, **options,
     )  # fmt: skip
     return out
 
@@ -181,7 +182,7 @@ def launch(
     rows = x.reshape(-1, N)
     x = rows.view(x.shape)  # so that what had to be copied is copied once
     if "zero" in stored:
-        pass  # there is no ring for int4
+        pass  # there is no ring for four bits
     elif stored and few_rows_hopper_quantized and (ring := quantized_ring_config(M, N, rows.shape[0], swiglu, parts)):
         if few_rows_hopper_quantized.supports_here(rows, weight, **stored):
             return few_rows_hopper_quantized.launch_with(ring, x, weight, swiglu, overlap, **stored)

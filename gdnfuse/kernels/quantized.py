@@ -15,6 +15,7 @@ import triton.language as tl
 from gdnfuse import compat, formats
 from gdnfuse.errors import Refused
 from gdnfuse.kernels import devices
+from gdnfuse.kernels.four_bit import eight_entries, two_entries
 from gdnfuse.kernels.linear_configs import SCALED, FewRowsConfig, few_rows_config
 
 GROUP = 16  # columns whose products are added up before their scale, at most: 16 bytes, what a thread reads at once
@@ -22,7 +23,7 @@ GROUP = 16  # columns whose products are added up before their scale, at most: 1
 
 class Stored(NamedTuple):
     """How a kernel reads a format: what the data are, of how many rows and columns of the weight a scale is, and how many columns
-    are in an element of the data. A scale of no columns is of all."""
+    are in an element that it reads. A scale of no columns is of all."""
 
     kind: str
     rows: int
@@ -39,7 +40,13 @@ STORED = {
         for zero in ("", "_zero")
         for columns in formats.int4_group.GROUPS
     },
+    **{
+        f"{table}_block{columns}": Stored(table, 1, columns, formats.int4_group.PACKED)
+        for table in formats.four_bit.TABLES
+        for columns in formats.four_bit.OF_ROWS
+    },
 }
+FOUR_BIT = ("int4", *formats.four_bit.TABLES)  # kinds
 SCALES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -58,6 +65,13 @@ def stored(format: str) -> Stored | None:
 def raw(data: torch.Tensor) -> torch.Tensor:
     """The data as integers: not all devices that can compute with e4m3 in other ways know its pointers."""
     return data if data.dtype in (torch.int8, torch.int32) else data.view(torch.uint8)
+
+
+def words(data: torch.Tensor, how: Stored | None) -> torch.Tensor:
+    """The data as a kernel of one row reads them: of a format of four bits eight columns in an int32, however they are stored."""
+    if how is None:
+        return data
+    return data.view(torch.int32) if how.packed > 1 else raw(data)
 
 
 def width(weight: torch.Tensor, format: str) -> int:
@@ -85,11 +99,11 @@ def pairs(x: torch.Tensor) -> torch.Tensor:
 
 
 def converts(device: torch.device, how: Stored | None) -> bool:
-    """Whether a device has an instruction that helps to widen such data: one for e4m3, or logic of three inputs for int4, as
-    NVIDIA's have. Triton's interpreter has one for e4m3 that takes NaN for a number."""
+    """Whether a device has an instruction that helps to widen such data: one for e4m3, or for four bits logic of three inputs and
+    the choice of bytes, as NVIDIA's have. Triton's interpreter has one for e4m3 that takes NaN for a number."""
     if how is None or compat.interpreting():
         return False
-    return not devices.of(device).amd if how.kind == "int4" else devices.of(device).widens_e4m3
+    return not devices.of(device).amd if how.kind in FOUR_BIT else devices.of(device).widens_e4m3
 
 
 def require(data: torch.Tensor, scale: torch.Tensor, format: str, zero: torch.Tensor | None = None) -> None:
@@ -104,6 +118,9 @@ def require(data: torch.Tensor, scale: torch.Tensor, format: str, zero: torch.Te
             raise Refused(f"{name} must have contiguous rows, got the strides {list(t.stride())}.")
     if (columns := width(data, format)) % GROUP:
         raise Refused(f"A quantised weight must have a multiple of {GROUP} columns, got {columns}.")
+    if data.dtype == torch.uint8 and any(isinstance(n, int) and n % 4 for n in (data.storage_offset(), *data.stride()[:-1])):
+        where = f"{data.storage_offset()} bytes on, with the strides {list(data.stride())}"
+        raise Refused(f"Rows of four bits must begin at whole words of four bytes, got them {where}.")
 
 
 @triton.jit
@@ -125,7 +142,7 @@ def _integer(w, I: tl.constexpr, CONVERTS: tl.constexpr):
 
 @triton.jit
 def widen(w, KIND: tl.constexpr, CONVERTS: tl.constexpr):
-    """Stored weights as float32, exactly: NaN stays NaN, and zero keeps its sign. Of [R, C] of int4 come [R, 8·C]."""
+    """Stored weights as float32, exactly: NaN stays NaN, and zero keeps its sign. Of [R, C] of four bits come [R, 8·C]."""
     if KIND == "int4":
         # In the order of columns: what is joined last lies side by side.
         upper = w >> 16
@@ -135,6 +152,8 @@ def widen(w, KIND: tl.constexpr, CONVERTS: tl.constexpr):
         w37 = tl.join(_integer(w, 3, CONVERTS), _integer(upper, 3, CONVERTS))
         even, odd = tl.join(w04, w26), tl.join(w15, w37)
         wide = tl.reshape(tl.join(even, odd), (w.shape[0], 8 * w.shape[1]))
+    elif KIND == "nf4" or KIND == "fp4":
+        wide = eight_entries(w, KIND, CONVERTS)
     elif KIND == "e4m3":
         if CONVERTS:
             wide = w.to(tl.float8e4nv, bitcast=True).to(tl.float32)
@@ -211,7 +230,7 @@ def dot_scaled(
         sums = tl.sum(products, 2)
         if len(zeros) > 0:
             sums -= zeros[i] * tl.sum(tl.reshape(x[i], (BN // GROUP, GROUP)), 1)[None, :]
-        acc += sums * (scales[i] if KIND == "int4" else scales[i][None, :])
+        acc += sums * (scales[i] if len(scales[i].shape) == 2 else scales[i][None, :])
     return tl.sum(acc, 1)
 
 
@@ -244,20 +263,25 @@ def zeros_of_rows(zero_ptr, row, stride_zm):
 
 
 @triton.jit
-def times_pairs(w, x, scale, zero, X: tl.constexpr, OPERAND: tl.constexpr, CONVERTS: tl.constexpr):
-    """The same of int4 [BM, BK/2] as bytes and pairs of columns of x [BK/2, BB], whose halves have the dtype X: a product of the
-    even columns and one of the odd ones, so that nothing need be put side by side. Zero points, [BM] or None, are taken off
+def times_pairs(w, x, scale, zero, X: tl.constexpr, OPERAND: tl.constexpr, KIND: tl.constexpr, CONVERTS: tl.constexpr):
+    """The same of four bits [BM, BK/2] as bytes and pairs of columns of x [BK/2, BB], whose halves have the dtype X: a product of
+    the even columns and one of the odd ones, so that nothing need be put side by side. Zero points, [BM] or None, are taken off
     before: integers up to 15 are exact in every operand."""
     BITS: tl.constexpr = X.primitive_bitwidth
     HALF: tl.constexpr = tl.uint16 if BITS == 16 else tl.uint32
     even, odd = x.to(HALF).to(X, bitcast=True), (x >> BITS).to(HALF).to(X, bitcast=True)
-    w = w.to(tl.int32)
-    w_even, w_odd = _integer(w, 0, CONVERTS), _integer(w, 1, CONVERTS)
+    if KIND == "int4":
+        w = w.to(tl.int32)
+        w_even, w_odd = _integer(w, 0, CONVERTS), _integer(w, 1, CONVERTS)
+        scale = scale.to(tl.float32)
+    else:
+        w_even, w_odd, factor = two_entries(w, KIND, OPERAND, CONVERTS)
+        scale = scale.to(tl.float32) * (1.0 / factor)
     if zero is not None:
         w_even, w_odd = w_even - zero[:, None], w_odd - zero[:, None]
     product = tl.dot(w_even.to(OPERAND), even.to(OPERAND), input_precision="ieee")
     product = tl.dot(w_odd.to(OPERAND), odd.to(OPERAND), product, input_precision="ieee")
-    return scale.to(tl.float32)[:, None] * product
+    return scale[:, None] * product
 
 
 @triton.jit

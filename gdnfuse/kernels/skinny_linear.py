@@ -63,7 +63,8 @@ QUANTIZED_CONFIGS = {
     "plain": ((3072, (8, 512, 4, 0, 8)), (12288, (2, 1024, 4, 0, 8)), (float("inf"), (2, 2048, 8, 0, 8))),
 }
 
-# And for one of int4. Chosen by its machine code for sm_90, as few instructions per weight as nothing spills with; not measured.
+# And for one of four bits. Chosen by int4's machine code for sm_90, as few instructions per weight as nothing spills with; not
+# measured.
 INT4_CONFIGS = {
     "conv": ((1024, (16, 1024, 4, 0, 32)), (2560, (16, 512, 4, 0, 32)), (float("inf"), (8, 1024, 4, 0, 32))),
     "norm": ((1024, (16, 1024, 4, 0, 32)), (2560, (16, 512, 4, 0, 32)), (float("inf"), (8, 1024, 4, 0, 32))),
@@ -103,7 +104,7 @@ def config(kind: str, n: int, dtype: torch.dtype = torch.bfloat16) -> Config:
 def config_of(kind: str, weight: torch.Tensor, format: str = "") -> Config:
     """`config` for a weight, which is data where there is a format."""
     n = quantized.width(weight, format)
-    if format and quantized.stored(format).kind == "int4":
+    if format and quantized.stored(format).packed > 1:
         rows, block, *rest = next(c for width, c in INT4_CONFIGS[kind] if n <= width)
         return rows, max(min(block, triton.next_power_of_2(n)), rest[-1]), *rest
     return config(kind, n, weight.dtype)
@@ -307,7 +308,7 @@ def skinny_linear_kernel(
     N: tl.constexpr, V: tl.constexpr, S: tl.constexpr, W: tl.constexpr, SILU: tl.constexpr, SWIGLU: tl.constexpr,
     GATE_SILU: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr, LOOP: tl.constexpr, OVERLAP: tl.constexpr,
     PARTS: tl.constexpr, HEADS: tl.constexpr, KIND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    CONVERTS: tl.constexpr, GROUP: tl.constexpr, LINES: tl.constexpr, LORA: tl.constexpr,
+    PACKED: tl.constexpr, CONVERTS: tl.constexpr, GROUP: tl.constexpr, LINES: tl.constexpr, LORA: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
         gdc_launch_dependents()
@@ -322,12 +323,11 @@ def skinny_linear_kernel(
             return
     up_ptr = weight_ptr + tl.cast(stored, tl.int64) * stride_wm
     row = first * R + tl.arange(0, R)  # [R]
-    PACKED: tl.constexpr = 8 if KIND == "int4" else 1
     w = load_rows(weight_ptr, row, row < stored, stride_wm, N // PACKED, BN // PACKED, EVEN, GROUP // PACKED)
     scales, up_scales, zeros, up_zeros = (), (), (), ()
     if SWIGLU:
         w_up = load_rows(up_ptr, row, row < stored, stride_wm, N // PACKED, BN // PACKED, EVEN, GROUP // PACKED)
-    if KIND == "int4":
+    if PACKED > 1:
         scales = load_scales_of_rows(_scales_of(scale_ptr, row, stored, stride_sm, ROWS), N, BN, COLUMNS, GROUP)
         if SWIGLU:
             of_up = _scales_of(scale_ptr, stored + row, 2 * stored, stride_sm, ROWS)
@@ -423,7 +423,7 @@ def skinny_linear_kernel(
                 b = _load_B(b0_ptr, b1_ptr, b2_ptr, b3_ptr, ahead, LORA)
                 if SWIGLU:
                     b_up = _load_B(b0_ptr, b1_ptr, b2_ptr, b3_ptr, stored + ahead, LORA)
-            if KIND == "int4":
+            if PACKED > 1:
                 scales = load_scales_of_rows(_scales_of(scale_ptr, ahead, stored, stride_sm, ROWS), N, BN, COLUMNS, GROUP)
                 if SWIGLU:
                     of_up = _scales_of(scale_ptr, stored + ahead, 2 * stored, stride_sm, ROWS)
@@ -471,7 +471,7 @@ def launch_with(
     stored = weight.shape[0] // (2 if swiglu else 1)
     M = stored + (0 if plain is None else plain.shape[0])
     how = quantized.stored(format)
-    dtype = dtype or weight.dtype
+    dtype, data = dtype or weight.dtype, quantized.words(weight, how)
     tiles, plain_programs = -(-stored // R), -(-(M - stored) // PLAIN_ROWS.value)
     programs = min(tiles, per_sm * devices.of(x.device).multiprocessors) if per_sm else tiles
     state, taps, bias, conv_offset, activation = (None, None, None, 0, "none") if conv is None else conv
@@ -480,11 +480,11 @@ def launch_with(
     low, B, table = lora or (None, (), None)
     options = overlap_options(x, norm_weight, bias) if overlap else {}
     kernel_of(skinny_linear_kernel)[(plain_programs + programs,)](
-        x, quantized.raw(weight) if how else weight, scale, zero, plain,
+        x, data, scale, zero, plain,
         None if norm_weight is None else norm_weight.contiguous(), gate, residual, state, taps,
         None if bias is None else bias.contiguous(), low, *B, *[None] * (MAX_LORA - len(B)), out,
         norm_eps, norm_offset, M, stored, tiles, programs, plain_programs, conv_offset, 0 if state is None else state.shape[1],
-        weight.stride(0), 0 if plain is None else plain.stride(0), 0 if scale is None else scale.stride(0),
+        data.stride(0), 0 if plain is None else plain.stride(0), 0 if scale is None else scale.stride(0),
         0 if zero is None else zero.stride(0),
         *((0, 0, 0, 0) if conv is None else (*state.stride()[1:], taps.stride(0), taps.stride(2))),
         N=N, V=1 if gate is None else norm_weight.shape[0], S=1 if state is None else state.shape[2],
@@ -492,7 +492,7 @@ def launch_with(
         GATE_SILU=gate_activation == "silu",
         R=R, BN=BN, EVEN=stored % R == 0, LOOP=programs < tiles, OVERLAP=bool(options),
         PARTS=parts, HEADS=heads, KIND=how and how.kind, ROWS=how.rows if how else 1, COLUMNS=how.columns if how else 0,
-        CONVERTS=quantized.converts(x.device, how), GROUP=group[0] if group else 0,
+        PACKED=how.packed if how else 1, CONVERTS=quantized.converts(x.device, how), GROUP=group[0] if group else 0,
         LINES=0 if plain is None else triton.next_power_of_2(N * plain.itemsize // 128), LORA=table,
         num_warps=num_warps, **options,
     )  # fmt: skip

@@ -1,8 +1,7 @@
 """Linears of bitsandbytes with weights of four bits: its product with what is stored becomes torch's linear on such a weight.
 
-All that a weight is stored in is an input of the graph already, but its table, which stands beside the others in the parameter's
-state. It becomes an input behind all others, found at each call, and so does the weight in its own shape: bitsandbytes keeps it
-as a column of bytes.
+All that a weight is stored in is an input of the graph already; the table is the format's, for bitsandbytes' product too. The
+weight in its own shape becomes an input behind all others, found at each call: bitsandbytes keeps it as a column of bytes.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ ARGUMENTS = (
 # Of bitsandbytes' products, by how their names begin: why a projection stays with it, and what to do about it.
 STAYS = {
     "bitsandbytes.gemm_4bit": (
-        "a format that no kernel here reads as it is stored, so on a GPU it stays with bitsandbytes' own: for projections that "
-        "are fused load a checkpoint in FP8, or in int8 or int4 of compressed-tensors"
+        "a format that no kernel here reads where bitsandbytes keeps it, so on a GPU it stays with bitsandbytes' own: for "
+        "projections that are fused call gdnfuse.models.keep_four_bit(model) before the first call"
     ),
     "bitsandbytes.gemv_4bit": (
         "a format that nothing here reads, on a CPU a layout that the weight was turned to at a call: there set "
@@ -123,17 +122,16 @@ def _stored(given: dict[str, Any], weight: Node, real: dict[Node, Any]) -> list[
         Refused: it is nothing that its format has.
     """
     M, N = given["shapeB"]
-    state, place = real[weight].quant_state, list(real).index(weight)
+    place = list(real).index(weight)
     if N % 2 or real[weight].nbytes * 2 != M * N:
         raise Refused(f"A weight of bitsandbytes must have whole bytes in each row, found the shape {[M, N]}.")
     if given.get("absmax_8bit") is None:
         scale, nested = given["absmax"], []
     else:
         scale, nested = given["absmax_8bit"], [given["absmax"], given["absmax_code"], given["absmax_offset"]]
-    data, table = Inner(place, "data", (M, N // 2)), Inner(place, "quant_state.code")
-    tensors = [data.of(real[weight]), real.get(scale, value(scale)), state.code, *(real.get(n, value(n)) for n in nested)]
-    formats.named(given["quant_type"]).check(*tensors)
-    return [data, scale, table, *nested]
+    data = Inner(place, "data", (M, N // 2))
+    formats.named(given["quant_type"]).check(data.of(real[weight]), *(real.get(n, value(n)) for n in (scale, *nested)))
+    return [data, scale, *nested]
 
 
 def _input(gm: GraphModule, weight: Node, what: Inner, real: dict[Node, Any]) -> Node:

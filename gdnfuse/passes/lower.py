@@ -199,7 +199,8 @@ def _parts(call: dict[str, Any]) -> int:
     if weight.dim() != 2 or not all(isinstance(n, int) for n in (*x.shape, *weight.shape)):
         return 1
     rows, quantised = x.shape[:-1].numel(), bool(call.get("scales"))
-    ring = rings(x if quantised else weight) and not (quantised and weight.dtype == torch.int32)  # there is none for int4
+    # There is no ring for four bits.
+    ring = rings(x if quantised else weight) and not (quantised and weight.dtype in (torch.int32, torch.uint8))
     return split(weight.shape[0], x.shape[-1], rows, ring, quantised)
 
 

@@ -241,7 +241,9 @@ def split(n_out, n_in, parts, dtype, lead, wrap=lambda x: x, **extras):
 
 FORMATS = (FP8, *_) = ("fp8_block128", "fp8_channel", "int8_channel", "int4_group32", "int4_group128")
 ZERO = "int4_group32_zero"  # differs from int4_group32 where zero points are read alone
-WIDTHS = dict.fromkeys(FORMATS, 272) | {"int4_group32": 288, ZERO: 288, "int4_group128": 384}  # columns, of whole groups
+NF4, FP4 = "nf4_block64", "fp4_block128"  # differ from int4 in what is made of four bits alone
+# Columns, of whole groups.
+WIDTHS = dict.fromkeys(FORMATS, 272) | {"int4_group32": 288, ZERO: 288, NF4: 320, "int4_group128": 384, FP4: 384}
 
 
 def of(format, plain=0):
@@ -479,18 +481,25 @@ CASES = [
     Case("attention_few_queries", "T4-strided", few_queries(3, 2, 2, 24, 70, BF16, T=4, shared=True, wrap=every_second)),
     Case("attention_few_queries", "T2-nothing-shown", few_queries(2, 2, 1, 16, 300, T=2, hidden=300)),
     Case("attention_few_queries", "masks-in-turns", few_queries(1, 2, 1, 16, 2**15 + 1000, hidden=2**15 + 900)),
-    *(Case("fused_linear", f"{f}-F32", linear(200, WIDTHS[f], F32, norm=True, **of(f))) for f in (*FORMATS, ZERO)),
+    *(Case("fused_linear", f"{f}-F32", linear(200, WIDTHS[f], F32, norm=True, **of(f))) for f in (*FORMATS, ZERO, NF4, FP4)),
     *(Case("fused_linear", f"{f}-BF16", linear(200, WIDTHS[f], BF16, norm=True, **of(f))) for f in FORMATS),
-    *(Case("fused_linear", f"{f}-swiglu", linear(136, 512, BF16, norm=True, swiglu=True, **of(f))) for f in (*FORMATS, ZERO)),
+    *(
+        Case("fused_linear", f"{f}-swiglu", linear(136, 512, BF16, norm=True, swiglu=True, **of(f)))
+        for f in (*FORMATS, ZERO, NF4)
+    ),
     *(Case("fused_linear", f"{f}-gated", linear(17, 512, BF16, head=16, residual=True, **of(f))) for f in FORMATS),
     *(Case("fused_linear", f"{f}-and-plain", linear(416, WIDTHS[f], BF16, norm=True, **of(f, plain=1))) for f in FORMATS),
     *(Case("fused_linear", f"{f}-3-rows", linear(200, 256, BF16, (3, 1), **of(f))) for f in FORMATS),
-    *(Case("fused_linear", f"{f}-9-rows-swiglu", linear(136, 256, BF16, (9, 1), swiglu=True, **of(f))) for f in (*FORMATS, ZERO)),
+    *(Case("fused_linear", f"{f}-9-rows", linear(136, 256, dtype, (9, 1), **of(f))) for f, dtype in ((NF4, F16), (FP4, BF16))),
+    *(
+        Case("fused_linear", f"{f}-9-rows-swiglu", linear(136, 256, BF16, (9, 1), swiglu=True, **of(f)))
+        for f in (*FORMATS, ZERO, NF4)
+    ),
     *(Case("fused_linear", f"{f}-2-rows-and-plain", linear(416, 256, BF16, (2, 1), **of(f, plain=1))) for f in FORMATS),
-    *(Case("split_linear", f"{f}-4-rows", split(140, 512, 2, BF16, (4, 1), format=f)) for f in (*FORMATS, ZERO)),
+    *(Case("split_linear", f"{f}-4-rows", split(140, 512, 2, BF16, (4, 1), format=f)) for f in (*FORMATS, ZERO, NF4)),
     Case("fused_linear", "int4-no-pairs", linear(40, 64, BF16, (3, 1), wrap=lambda x: strided(x, pad=1), **of("int4_group32"))),
     Case("fused_linear", "int4-F32-rows", linear(40, 96, F32, (3, 1), wrap=padded, **of("int4_group32"))),
-    *(Case("in_proj_conv", f, in_proj(416, WIDTHS[f], 128, BF16, weights=2, format=f, plain=1)) for f in (*FORMATS, ZERO)),
+    *(Case("in_proj_conv", f, in_proj(416, WIDTHS[f], 128, BF16, weights=2, format=f, plain=1)) for f in (*FORMATS, ZERO, NF4)),
     Case("in_proj_conv", "fp32", in_proj(70, 100, 40, offset=9)),
     Case("in_proj_conv", "bf16-all", in_proj(64, 128, 64, BF16, bias=True)),
     Case("in_proj_conv", "no-norm-windows", in_proj(33, 24, 20, norm=False, S=5, W=3, offset=13)),

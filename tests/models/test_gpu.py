@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import gdnfuse
-from gdnfuse import kernels
+from gdnfuse import kernels, models
 from tests.models import zoo
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -52,6 +52,38 @@ def test_no_less_accurate_than_eager(dtype, batch, padded, mode):
             torch.cat([s.flatten().double() for s in states[kind]]) for states in (found_states, eager_states, wanted_states)
         )
         assert zoo.relative(ours_all, wanted_all) <= 1.1 * zoo.relative(eager_all, wanted_all) + floor
+
+
+@pytest.mark.parametrize("batch", [1, 5, 33])
+@pytest.mark.parametrize(
+    ("format", "dtype"),
+    [
+        ("nf4_block64", torch.bfloat16),
+        ("nf4_block64", torch.float16),
+        ("fp4_block128", torch.bfloat16),
+        ("nf4_block64", torch.float32),
+    ],
+)
+@torch.no_grad()
+def test_steps_of_four_bits_are_no_less_accurate_than_of_dequantised_weights(format, dtype, batch):
+    """What is dequantised here, for eager, is what kernels read; of more rows than they take it is dequantised at each step."""
+    model = models.quantized(zoo.causal_lm(hidden_size=256, **HEADS).to(dtype), format).cuda()
+    plain = zoo.dequantized(model)
+    wide, oracle = zoo.in_float64(zoo.dequantized(model, torch.float64))
+    tokens = zoo.tokens_for(batch, 24).cuda()
+    compiled = torch.compile(model, backend="gdnfuse", fullgraph=True)
+    found, _ = run(plain, compiled, batch, False, tokens)
+    eager, _ = run(plain, plain, batch, False, tokens)
+    with zoo.Float64():
+        wanted, _ = run(wide, oracle, batch, False, tokens)
+    (report,) = gdnfuse.reports()
+    assert report.fused_layers == zoo.GDN_LAYERS
+    assert {p.format for p in report.projections if p.name in ("in_proj_qkv", "up_proj", "down_proj")} == {format}
+    lowered = {(r.rule, r.chosen) for r in report.all_records if r.stage == "lower"}
+    assert (("dequantize", "reference inlined") in lowered) == (batch == 33)
+    assert batch > 1 or {("in_proj_conv", "triton"), ("fused_linear", "triton")} <= lowered
+    floor = 2e-6 if dtype == torch.float32 else 0.0
+    assert zoo.relative(found, wanted) <= 1.1 * zoo.relative(eager, wanted) + floor
 
 
 def generated(model, ids, tokens):

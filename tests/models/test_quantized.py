@@ -59,8 +59,9 @@ def next_report():
         ("ragged", 2, "dynamic", "fp8_block128"),
         pytest.param("ragged", 1, "static", "fp8_block128", marks=pytest.mark.sweep),
         pytest.param("filled", 2, "static", "fp8_block128", marks=pytest.mark.sweep),
-        ("filled", 1, "static", "int4_group32"),
+        pytest.param("filled", 1, "static", "int4_group32", marks=pytest.mark.sweep),
         ("mixed", 2, "dynamic", "int4_group64"),
+        ("filled", 1, "static", "nf4_block64"),
     ],
 )
 def test_prompts_and_steps_are_fused_and_as_near_as_eager(sizes, batch, kind, format):

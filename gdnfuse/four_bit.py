@@ -1,0 +1,97 @@
+"""Models whose linears are bitsandbytes' of four bits, read by our kernels in place of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from gdnfuse import formats
+from gdnfuse.errors import GdnfuseError, Refused, require_model
+from gdnfuse.formats import four_bit
+from gdnfuse.stored_linear import StoredLinear
+
+
+def keep_four_bit(model: torch.nn.Module) -> torch.nn.Module:
+    """Let bitsandbytes' linears of four bits be read by kernels as they are stored, in place.
+
+    Each `Linear4bit` becomes a `StoredLinear` over the same bytes. Magnitudes that are quantised themselves (double quantisation)
+    become float32 once: half a bit more for each weight in blocks of 64. Products are in the input's dtype, whatever the
+    compute_dtype was. This must come before the model's first call, on the device that it will run on, and before adapters.
+
+    Args:
+        model: from `from_pretrained` with `BitsAndBytesConfig(load_in_4bit=True)`, nf4 or fp4, in blocks of 64 or 128.
+
+    Returns:
+        The model. It cannot be saved any more: save_pretrained raises.
+
+    Raises:
+        GdnfuseError: this is no model, or one without such linears, or with one that is stored otherwise. The model is as it was
+            then.
+    """
+    require_model(model, "A model with weights of four bits")
+    found = {name: m for name, m in model.named_modules() if _state(m) is not None}
+    if not found:
+        raise GdnfuseError(
+            "A model with weights of four bits must be one that bitsandbytes quantised and that is on its device, found "
+            f"{type(model).__name__} without such weights."
+        )
+    if len(devices := sorted({str(p.device) for p in model.parameters()})) > 1:  # between which accelerate's hooks move rows
+        raise GdnfuseError(f"A model with weights of four bits must be on one device, found {' and '.join(devices)}.")
+    made = {}
+    for name, module in found.items():
+        try:
+            made[name] = _linear(module)
+        except Refused as e:
+            raise GdnfuseError(f"{name} cannot be read by kernels: leave the model as bitsandbytes has it. {e.reason}") from e
+    for name, new in made.items():
+        model.set_submodule(name, new.train(found[name].training))
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained = refuse_to_save
+    return model
+
+
+def refuse_to_save(*args: Any, **kwargs: Any) -> None:
+    """In place of a model's save_pretrained: what it would write, transformers would load without its weights.
+
+    Raises:
+        GdnfuseError: always.
+    """
+    raise GdnfuseError(
+        "A model to save must have weights of a format that transformers loads, found nf4 or fp4 in linears of gdnfuse: save it "
+        "before gdnfuse.models makes these."
+    )
+
+
+def _state(module: torch.nn.Module) -> Any:
+    return getattr(getattr(module, "weight", None), "quant_state", None)
+
+
+def _linear(module: torch.nn.Module) -> StoredLinear:
+    """The same linear over the same bytes.
+
+    Raises:
+        Refused: it computes something else, or is stored otherwise.
+    """
+    if type(module).__name__ != "Linear4bit":
+        raise Refused(f"What has weights of four bits must be a Linear4bit, found {type(module).__name__}.")
+    weight, state = module.weight, _state(module)
+    if getattr(state, "packing_format_for_cpu", False):
+        raise Refused(
+            "Weights must be in bitsandbytes' own order, found that of a CPU: set support_avx512bf16_for_cpu = False on each "
+            "Linear4bit before the first call."
+        )
+    (M, N), block, name = state.shape, state.blocksize, f"{state.quant_type}_block{state.blocksize}"
+    if name not in formats.FORMATS:
+        known = f"{' or '.join(four_bit.TABLES)} in blocks of {' or '.join(map(str, four_bit.OF_ROWS))} elements"
+        raise Refused(f"Weights must be {known}, found {state.quant_type} in blocks of {block}.")
+    if N % block:
+        raise Refused(f"Rows of a weight must have whole blocks of {block} columns, found {N} columns.")
+    data = weight.data.as_subclass(torch.Tensor).view(torch.uint8).view(M, N // 2)
+    scale = state.absmax
+    if state.nested:
+        if state.state2.blocksize != four_bit.NESTED:
+            found = state.state2.blocksize
+            raise Refused(f"Magnitudes must be quantised {four_bit.NESTED} at a time, found {found}.")
+        scale = four_bit.magnitudes(scale, state.state2.absmax, state.state2.code, state.offset)
+    return StoredLinear(name, data, scale.float().view(M, N // block), bias=module.bias)
