@@ -64,7 +64,8 @@ def refuse_to_save(*args: Any, **kwargs: Any) -> None:
 
 
 def _state(module: torch.nn.Module) -> Any:
-    return getattr(getattr(module, "weight", None), "quant_state", None)
+    """Of a weight of four bits that is a module's own, what bitsandbytes keeps beside it. An adapter's is its base layer's."""
+    return getattr(dict(module.named_parameters(recurse=False)).get("weight"), "quant_state", None)
 
 
 def _linear(module: torch.nn.Module) -> StoredLinear:

@@ -43,6 +43,31 @@ def test_a_linear_means_the_same_over_the_same_bytes(kind, nested):
     assert model[0].weight_scale.dtype == torch.float32 and list(model[0].weight_scale.shape) == [6, 2]
 
 
+class Adapted(torch.nn.Module):
+    """What peft puts around a linear has its weight, and the same class's name."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base_layer, self.scale = base, 2.0
+
+    @property
+    def weight(self):
+        return self.base_layer.weight
+
+    def forward(self, x):
+        return self.scale * self.base_layer(x)
+
+
+Adapted.__name__ = "Linear4bit"
+
+
+def test_an_adapter_around_a_linear_stays():
+    model = torch.nn.Sequential(Adapted(Linear4bit()))
+    wanted, x = model[0].base_layer.stored(), torch.randn(3, 128)
+    models.keep_four_bit(model)
+    assert torch.equal(model(x), 2 * x @ wanted.T)
+
+
 def of_a_cpu(linear):
     linear.weight.quant_state.packing_format_for_cpu = True
     return linear
