@@ -608,9 +608,9 @@ def test_linears_of_four_bits_compile_for_every_card(rows, target, format, on, t
     assert spec.constexprs["CONVERTS"] == (not target.startswith("gfx"))
     kernel = compile_for(target, spec)
     assert kernel.metadata.shared <= CARDS[target].shared_memory
-    if rows == 2 or rows > 1 and target not in ("sm_90", "sm_100"):  # there products of more rows read shared memory themselves
+    if rows > 1:
         c = spec.constexprs
-        stages = c["STAGES"] + 2 * (target == "sm_90")  # see FewRowsConfig.shared_memory
+        stages = c["STAGES"] + 2 * (target in ("sm_90", "sm_100"))  # see FewRowsConfig.shared_memory
         assert kernel.metadata.shared <= FewRowsConfig(c["BM"], c["BK"], 4, stages, 1, c["EARLY"]).shared_memory(c["BB"], 2)
     if target == "sm_90":
         usage = resources(kernel.asm["cubin"], tmp_path)
