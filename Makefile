@@ -47,11 +47,12 @@ SITE := -c 'import site; print(site.getsitepackages()[0])'
 	$(PY) -m pip --python $(@D)/bin/python install --quiet transformers==$*
 	@touch $@
 
-# Stands alone: torch brings its own Triton and bound on setuptools and, where pip takes the build for CUDA, gigabytes.
+# Stands alone: torch brings its own Triton and bound on setuptools and, where pip takes the build for CUDA, gigabytes. Triton 3.6's
+# interpreter turns arrays of one number into numbers, which numpy does no more from 2.4 on.
 .venv-torch-%/.stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(@D)
-	grep -vE '^(torch|triton|setuptools)==' constraints.txt > $(@D)/constraints.txt
-	$(@D)/bin/python -m pip install --quiet --constraint $(@D)/constraints.txt torch==$* --editable '.[dev]'
+	grep -vE '^(torch|triton|setuptools|numpy)==' constraints.txt > $(@D)/constraints.txt
+	$(@D)/bin/python -m pip install --quiet --constraint $(@D)/constraints.txt torch==$* $(if $(filter 2.11%,$*),'numpy<2.4') --editable '.[dev]'
 	@touch $@
 
 test-transformers-%: .venv-transformers-%/.stamp

@@ -239,7 +239,7 @@ def engines(files: dict[str, Any]) -> Rows:
                 yield (SIDES[data["engine"]], named(result["model"]), f"the first token of {r['tokens']}", number(r["ms"], 1))
 
 
-def generate(files: dict[str, Any]) -> Rows:
+def tokens(files: dict[str, Any]) -> Rows:
     yield ("model", "sequences", "tokens", "gdnfuse, a token", "where each step is waited for")
     for data in files.values():
         for result in data["results"]:
@@ -283,7 +283,7 @@ TABLES: dict[str, tuple[Callable[[dict[str, Any]], Rows], str]] = {
     "drift": (drift, "drift.py"),
     "accuracy": (accuracy, "accuracy.py"),
     "engines": (engines, "engines.py"),
-    "generate": (generate, "generate.py"),
+    "tokens": (tokens, "tokens.py"),
     "ranks": (ranks, "gdnfuse bench --tensor-parallel"),
 }
 

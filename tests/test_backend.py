@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gdnfuse
-from gdnfuse import backend, kernels
+from gdnfuse import backend, kernels, versions
 from gdnfuse.report.records import new_report
 from tests.models import zoo
 
@@ -74,6 +74,7 @@ def replaces_weight(module, args):
     module.weight.data = module.weight * 1.0
 
 
+@pytest.mark.skipif(bool(versions.older("torch", (2, 12))), reason="torch 2.11 breaks the graph at requires_grad_")
 def test_what_nobody_knows_in_a_model_costs_no_fusion():
     """A hook that marks embeddings for gradients, a kernel that is fetched, an assertion, and weights that a forward replaces."""
     model = zoo.causal_lm(**zoo.SMALL)

@@ -252,8 +252,8 @@ def test_worker_answers_from_a_process_of_its_own(tmp_path, monkeypatch):
     assert broken == {"side": "broken", "step": "", "failed": "ValueError: not so and more"}
 
 
-def test_generate_benchmark_times_both_sides_of_equal_tokens_only(tmp_path, monkeypatch):
-    generate, file = importlib.import_module("generate"), tmp_path / "generate.json"
+def test_tokens_benchmark_times_both_sides_of_equal_tokens_only(tmp_path, monkeypatch):
+    generate, file = importlib.import_module("tokens"), tmp_path / "tokens.json"
     how = ["--models", "tiny", "--dtype", "float32", "--device", "cpu", "--new", "3,5", "--repeats", "1"]
     assert generate.main([*how, "--json", str(file)]) == 0
     (result,) = json.loads(file.read_text())["results"]

@@ -916,6 +916,17 @@ def set_compiled_call(there):
 
 
 @case
+def python_dispatcher(there):
+    """What torch 2.11 cannot multiply in C++, the last rows of some whose number is symbolic, has a value where it is there."""
+    sizes = StatelessSymbolicContext([DimDynamic.STATIC, DimDynamic.DYNAMIC, DimDynamic.STATIC])
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    x = mode.from_tensor(torch.randn(2, 7, 6), symbolic_context=sizes)
+    with mode, compat.python_dispatcher():
+        if there:
+            assert F.linear(x[:, -1:], torch.empty(6, 6)).shape == (2, 1, 6)
+
+
+@case
 def replace_stop_check(there):
     """On a GPU generate asks one step late whether to stop (tests/generation/test_stopping.py), or at every step."""
     assert compat.replace_stop_check(stopping.stop_check) == there

@@ -55,7 +55,11 @@ def infer(node: Node) -> Any:
     with mode if mode is not None else torch.no_grad(), torch.no_grad():
         if mode is not None and is_overload(node.target) and op_name(node).startswith("gdnfuse."):
             return compat.fake_result(node.target, *arguments(node, value))
-        return evaluate_node(node, value)
+        try:
+            return evaluate_node(node, value)
+        except RuntimeError:
+            with compat.python_dispatcher():
+                return evaluate_node(node, value)
 
 
 def quiet_shapes(gm: GraphModule) -> Any:

@@ -67,7 +67,7 @@ def test_no_less_accurate_than_eager(dtype, batch, padded, mode):
 @torch.no_grad()
 def test_steps_of_four_bits_are_no_less_accurate_than_of_dequantised_weights(format, dtype, batch):
     """What is dequantised here, for eager, is what kernels read; of more rows than they take it is dequantised at each step."""
-    model = models.quantized(zoo.causal_lm(hidden_size=256, **HEADS).to(dtype), format).cuda()
+    model = models.quantized(zoo.causal_lm(hidden_size=256, intermediate_size=128, **HEADS).to(dtype), format).cuda()
     plain = zoo.dequantized(model)
     wide, oracle = zoo.in_float64(zoo.dequantized(model, torch.float64))
     tokens = zoo.tokens_for(batch, 24).cuda()
@@ -78,7 +78,8 @@ def test_steps_of_four_bits_are_no_less_accurate_than_of_dequantised_weights(for
         wanted, _ = run(wide, oracle, batch, False, tokens)
     (report,) = gdnfuse.reports()
     assert report.fused_layers == zoo.GDN_LAYERS
-    assert {p.format for p in report.projections if p.name in ("in_proj_qkv", "up_proj", "down_proj")} == {format}
+    stored = {p.format for p in report.projections if p.name in ("in_proj_qkv", "up_proj", "down_proj")}
+    assert stored == {format}
     lowered = {(r.rule, r.chosen) for r in report.all_records if r.stage == "lower"}
     assert (("dequantize", "reference inlined") in lowered) == (batch == 33)
     assert batch > 1 or {("in_proj_conv", "triton"), ("fused_linear", "triton")} <= lowered

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 import transformers
 
 import gdnfuse
+from gdnfuse import versions
 from gdnfuse.passes import sdpa
 from gdnfuse.passes.lift import attention_few_queries, attention_growing, rms_norm
 from gdnfuse.report.records import Status
@@ -335,4 +336,6 @@ def test_a_model_on_a_cache_with_a_sliding_window_is_left_to_attention_alone():
     ]
     assert first["attention_growing"] == "" and others
     for reasons in others:
-        assert "must stay in the cache whole" in reasons["attention_growing"] and reasons["attention_few_queries"] == ""
+        why = reasons["attention_growing"]  # torch 2.11 has the length of what stays as a symbol of its own
+        assert "must stay in the cache whole" in why or versions.older("torch", (2, 12)) and "must have the shape" in why
+        assert reasons["attention_few_queries"] == "" or versions.older("torch", (2, 12))

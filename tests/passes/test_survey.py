@@ -7,7 +7,7 @@ import torch
 from transformers.integrations import compressed_tensors
 
 import gdnfuse
-from gdnfuse import formats
+from gdnfuse import formats, versions
 from gdnfuse.report.records import OWN_LIBRARY
 from tests.models import zoo
 
@@ -35,6 +35,7 @@ def test_linears_of_gptq_and_awq_are_told(monkeypatch):
     )
 
 
+@pytest.mark.skipif(bool(versions.older("torch", (2, 12))), reason="torch 2.11 breaks the graph at its scaled product")
 @pytest.mark.parametrize("layers", [1, 2])
 def test_linears_of_compressed_tensors_are_told_beside_a_fused_mixer(layers):
     """transformers computes them by torch's scaled product, for which it quantises activations."""

@@ -1,8 +1,8 @@
 """What a token of `generate` takes: a step, and what transformers' loop does around it.
 
-    python benchmarks/generate.py --models 4b --json generate.json
-    python benchmarks/generate.py --models 4b --batch 32 --sample
-    python benchmarks/generate.py --models tiny --dtype float32 --device cpu --new 8,24     (any machine)
+    python benchmarks/tokens.py --models 4b --json tokens.json
+    python benchmarks/tokens.py --models 4b --batch 32 --sample
+    python benchmarks/tokens.py --models tiny --dtype float32 --device cpu --new 8,24     (any machine)
 
 Weights are random, of the published shapes, with a static cache, after `gdnfuse.compile(model)`. As in benchmarks/engines.py the
 time of a token is the difference between two answers of different length, divided by the difference of their lengths; each is
@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = [run(name, args) for name in args.models.split(",")]
     print(table(results))
     if args.json:
-        data = {"machine": machine(args.device), "command": shlex.join(["benchmarks/generate.py", *argv]), "results": results}
+        data = {"machine": machine(args.device), "command": shlex.join(["benchmarks/tokens.py", *argv]), "results": results}
         Path(args.json).write_text(json.dumps(data, indent=1), encoding="utf-8")
     return 0
 
