@@ -640,7 +640,7 @@ def fresh_cache(fresh: Any) -> Any:
 @private("torch._dispatch.python:enable_python_dispatcher", instead=nullcontext)
 def python_dispatcher(enable: Any) -> Any:
     """While it lasts, composite operators are computed by their Python code, as while Dynamo traces: torch 2.11's matmul in C++
-    takes no strides that are symbolic. Without it: with that torch, of prompts of any length all rows are computed, read or not."""
+    takes no strides that are symbolic. Without it: with that torch, of prompts of any length, all rows are computed."""
     return enable()
 
 
