@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import torch
@@ -46,6 +47,10 @@ def keep_four_bit(model: torch.nn.Module) -> torch.nn.Module:
             raise GdnfuseError(f"{name} cannot be read by kernels: leave the model as bitsandbytes has it. {e.reason}") from e
     for name, new in made.items():
         model.set_submodule(name, new.train(found[name].training))
+    # bitsandbytes' weights and their modules hold each other. While they are there, two tensors share the memory to be packed.
+    del module
+    found.clear()
+    gc.collect()
     if hasattr(model, "save_pretrained"):
         model.save_pretrained = refuse_to_save
     return model
