@@ -32,7 +32,7 @@ FACTORS = {
 
 def entries(kind: str, dtype: torch.dtype) -> torch.Tensor:
     """The entries of a table times the factor of a dtype, in it: [16]."""
-    return (torch.tensor(TABLES[kind], dtype=torch.float64) * FACTORS.get((kind, dtype), 1.0)).to(dtype)
+    return (torch.tensor(TABLES[kind], dtype=torch.float64, device="cpu") * FACTORS.get((kind, dtype), 1.0)).to(dtype)
 
 
 def planes(kind: str, dtype: torch.dtype) -> list[list[int]]:
