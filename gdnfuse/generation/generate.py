@@ -73,7 +73,7 @@ class Generate:
 
     def _with_prefixes(self, given: dict[str, Any], inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if self.prefixes is None:
-            with stopping.late(given):
+            with stopping.late(self.__self__, given):
                 return self._plain(inputs, *args, **kwargs)
         noted = getattr(self._runs, "noted", None)
         prefixes = getattr(self._runs, "scratch", None) or self.prefixes

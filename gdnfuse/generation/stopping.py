@@ -3,7 +3,7 @@
 transformers has this for mps: its `DeferredStopCheck` copies the answer to the host without waiting, reads it behind the next
 step, and undoes that step if it was one too many. On a GPU it waits for every step, and the host's time comes on top of the
 device's. Here it is used on GPUs too, while a generate of a compiled model runs of which nobody sees the step that is undone: its
-processors and stopping criteria are transformers' own, and its cache is not handed out.
+processors and stopping criteria are transformers' own, its modules have no hooks, and its cache is not handed out.
 """
 
 from __future__ import annotations
@@ -73,10 +73,10 @@ def possible(model: torch.nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def late(given: Mapping[str, Any]) -> Iterator[None]:
-    """One generate meanwhile asks late, unless its arguments bring what would see the step that is undone."""
-    brought = any(given.get(name) is not None and given[name] is not False for name in OBSERVERS)
-    outer, _WANTED.now = _WANTED.now, not brought
+def late(model: torch.nn.Module, given: Mapping[str, Any]) -> Iterator[None]:
+    """One generate of a model meanwhile asks late, unless hooks or its arguments would see the step that is undone."""
+    seen = any(given.get(name) is not None and given[name] is not False for name in OBSERVERS)
+    outer, _WANTED.now = _WANTED.now, not (seen or any(map(compat.hooks_of, model.modules())))
     try:
         yield
     finally:
