@@ -31,6 +31,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import together
 import torch
 import transformers
 from decode import SHARED, build
@@ -116,10 +117,12 @@ def worker(side: str, name: str, args: argparse.Namespace, folder: Path) -> dict
             note(str(folder), f"{kind}, first calls")
             start = time.perf_counter()
             talk.checked(kind)  # of the prompts that are compared nothing is unknown to a store the second time
-            row.setdefault("first_calls_seconds", {})[kind] = time.perf_counter() - start
+            if together.quiet():
+                row.setdefault("first_calls_seconds", {})[kind] = time.perf_counter() - start
         found.append(compare_logits(talk.checked(kind), saved["exact"], saved["eager_error"]))
     row |= max(found, key=lambda one: (not one["right"], one["error"])) | {"eager_error": saved["eager_error"]}
     leave(folder, row)
+    together.turn()
     row["first_token"] = {}
     for kind in talk.kinds if row["right"] else ():
         note(str(folder), f"{kind}, first tokens")

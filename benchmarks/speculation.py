@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import together
 import torch
 import transformers
 
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for model in args.models.split(","):
         acceptances = tuple(map(float, args.acceptances.split(",")))
         how = {name: getattr(args, name) for name in ("batch", "prompt", "new", "dtype", "device", "inner")}
-        done.append(run(Settings(model, args.speculate.split(","), acceptances, **how), finished))
+        done.append(run(Settings(model, args.speculate.split(","), acceptances, **how), finished, together.turn))
         print(tables(done[-1]), flush=True)
     return 0
 

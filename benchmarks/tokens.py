@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import together
 import torch
 import transformers
 from decode import DTYPES, build
@@ -66,6 +67,7 @@ def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
     )
     prompt = draw()
     first = seconds(lambda: answer(model, "waited", prompt, long, args.sample), args.device)
+    cold = {"first_call_seconds": first} if together.quiet() else {}
     found = []
     for side in SIDES:
         torch.manual_seed(0)
@@ -77,8 +79,9 @@ def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
         prompts = [draw() for _ in range(args.repeats)]
         return statistics.median(seconds(partial(answer, model, side, p, new, args.sample), args.device) for p in prompts)
 
+    together.turn()
     rows = [{"side": side, "ms": 1e3 * (took(side, long) - took(side, short)) / (long - short)} for side in SIDES]
-    return {"model": name, "batch": args.batch, "sample": args.sample, "first_call_seconds": first, "sides": rows}
+    return {"model": name, "batch": args.batch, "sample": args.sample, **cold, "sides": rows}
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:

@@ -167,13 +167,18 @@ class Bench:
             return 1e3 * statistics.median(seconds(many, self.settings.device) / LAUNCHES for _ in range(5))
 
 
-def run(settings: Settings, finished: Callable[[dict[str, Any], str], None] = lambda data, line: None) -> dict[str, Any]:
+def run(
+    settings: Settings,
+    finished: Callable[[dict[str, Any], str], None] = lambda data, line: None,
+    before_timing: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
     """Measure. Plain data for JSON: "schema", "machine", "arguments", and "results", one for each kind of drafts.
 
     Args:
         settings: what is measured.
         finished: called whenever a figure is there, with the data so far and a line on that figure. What is not measured yet is
             missing there.
+        before_timing: called once all is compiled.
 
     Raises:
         GdnfuseError: drafts of no kind, or of which the model can have none.
@@ -206,10 +211,12 @@ def run(settings: Settings, finished: Callable[[dict[str, Any], str], None] = la
 
     of_plain = Speculative(Always(next(iter(proposers.values())), ever=False))
     plain_graphs, _ = compiled(PLAIN, of_plain)
+    first = {kind: compiled(kind, Speculative(Always(of))) for kind, of in proposers.items()}
+    before_timing()
     plain = figures(PLAIN, "generations", of_plain)
     say(PLAIN, _line(plain))
     for kind, of in proposers.items():
-        graphs, took = compiled(kind, Speculative(Always(of)))
+        graphs, took = first[kind]
         result = {"speculate": kind, "plain": plain, "first_seconds": took, "graphs": [*plain_graphs, *graphs], "drafts": []}
         results.append(result)
         for acceptance in (OWN, *settings.acceptances):
