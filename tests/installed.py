@@ -1,15 +1,14 @@
-"""A wheel, its metadata, and it in an environment of its own; then the README's commands as printed, from an empty folder.
+"""Builds a wheel, checks it, installs it in a new environment, and runs the README's commands there, from an empty folder.
 
     python -m tests.installed
 
-Everything but gdnfuse comes from the environment that this runs in. Not run are `make`, which is CI's own, and benchmarks of
-whole models, which take a GPU or long. `path/to/config.json` is a small model's, made here, and it takes the place of the models
-that a command makes random weights of.
+Everything but gdnfuse comes from the environment that this runs in. `make` is not run, because CI runs it. Benchmarks of whole
+models are not run, because they need a GPU or take long. Where a command would make a whole model with random weights, it gets
+the config of a small model, `path/to/config.json`, which this script writes.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import site
 import subprocess
@@ -29,7 +28,7 @@ from tests.pages import ROOT, blocks
 
 NOT_RUN = ("gdnfuse bench 0.8b --batch", "gdnfuse bench 4b", "gdnfuse bench path/to/model")
 
-# What these compile or run of a whole model takes minutes.
+# These would compile or run a whole model, which takes minutes.
 WEIGHED = ("bench 0.8b", "verify 0.8b", "warmup 4b")
 
 
@@ -52,7 +51,7 @@ def wheel(folder: Path) -> Path:
 
 
 def check_metadata(text: bytes) -> None:
-    """What `twine check` says of a wheel, from its METADATA; and that it is the version of the project.
+    """Check each field of a wheel's METADATA, and that its version is the project's. `twine check` checks only the description.
 
     Raises:
         ExceptionGroup: a field is missing or is not as the specification says.
@@ -72,8 +71,7 @@ def install(folder: Path) -> Path:
     with zipfile.ZipFile(built) as files:
         (metadata,) = [name for name in files.namelist() if name.endswith(".dist-info/METADATA")]
         check_metadata(files.read(metadata))
-    if importlib.util.find_spec("twine"):
-        subprocess.run([sys.executable, "-m", "twine", "check", "--strict", str(built)], check=True)
+    subprocess.run([sys.executable, "-m", "twine", "check", "--strict", str(built)], check=True)
     venv.create(folder, with_pip=False)
     packages = folder / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
     (packages / "all-else.pth").write_text(site.getsitepackages()[0])

@@ -56,14 +56,14 @@ def check_reference(data: dict[str, Any], name: str, absent: Collection[str] = (
     assert f"`{data['schema']}`" in REFERENCE.read_text(encoding="utf-8")
 
 
-def redirect_hub(monkeypatch: Any, folder: Path) -> None:
-    """Names of the hub's models stand for a folder with a small one, of random weights."""
+def redirect_hub(monkeypatch: Any, folder: Path, **sizes: Any) -> None:
+    """Let every name of a model on the hub load a folder with a small model of random weights, zoo.SMALL with other `sizes`."""
     import tokenizers
     import transformers
 
     from tests.models import zoo
 
-    zoo.causal_lm(**zoo.SMALL).save_pretrained(folder)
+    zoo.causal_lm(**zoo.SMALL | sizes).save_pretrained(folder)
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"The": 0, "delta": 1, "rule": 2, "?": 3}, unk_token="?"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)

@@ -35,6 +35,18 @@ def test_python_blocks_run_in_order(page, monkeypatch, tmp_path):
     assert gdnfuse.reports() or "compile(" not in "".join(blocks(page, "python"))
 
 
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda p: p.name)
+def test_every_block_is_of_a_kind_that_some_test_runs(page):
+    """`python` runs above, `console` in tests/test_readme.py and tests/installed.py. `text` is what a block prints."""
+    fences = re.findall(r"^ *```(.*)$", page.read_text(), re.MULTILINE)
+    assert len(fences) % 2 == 0 and not any(fences[1::2]), "every block is closed"
+    for kind in set(fences[::2]) - {"python", "console", "text"}:
+        language, _, name = kind.partition(" ")
+        assert language == "python" and name, f"```{kind}"
+        tests = [f for f in (ROOT / "tests").rglob("*.py") if name in f.read_text() and f'"{page.name}"' in f.read_text()]
+        assert [f for f in tests if "blocks(" in f.read_text() and f != Path(__file__)], f"no test runs ```{kind}"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([\w./-]+)(?:#[\w-]+)?\)", page.read_text()):

@@ -254,7 +254,7 @@ def the_page_does_what_it_says():
     whole, folder = saved("causal_lm", json.dumps(HEADS))
     scope = {"name": folder, "prompt": zoo.prompt(1, 6)[0]}
     inner, backend._inner = backend._inner, lambda gm, *_: gm.forward  # Inductor would only be slow
-    (block,) = blocks(ROOT / "docs" / "several_gpus.md", "torchrun")
+    (block,) = blocks(ROOT / "docs" / "several_gpus.md", "python torchrun")
     exec(compile(block, "several_gpus.md", "exec"), scope)
     backend._inner = inner
     assert torch.equal(scope["tokens"], whole.generate(scope["prompt"], max_new_tokens=4, do_sample=False))

@@ -12,6 +12,7 @@ from gdnfuse.errors import Refused
 from gdnfuse.generation import weights
 from gdnfuse.report.records import OWN_LIBRARY
 from tests.models import zoo
+from tests.pages import ROOT, blocks, redirect_hub
 
 bnb = pytest.importorskip("bitsandbytes")
 PLAIN = ("lm_head", "in_proj_a", "in_proj_b")
@@ -101,6 +102,13 @@ def test_a_model_whose_weights_are_kept_for_kernels_is_packed_and_fused():
         assert {kinds[n] for n in ("in_proj_qkv", "in_proj_z", "q_proj", "up_proj", "down_proj")} == {"nf4_block64"}
     gate, up = (getattr(model.model.layers[0].mlp, name).weight_packed for name in ("gate_proj", "up_proj"))
     assert up.data_ptr() == gate.data_ptr() + gate.nbytes, "one weight"
+
+
+def test_the_page_loads_such_a_model(monkeypatch, tmp_path):
+    redirect_hub(monkeypatch, tmp_path, **zoo.FILLED)
+    (block,) = blocks(ROOT / "docs" / "quantised.md", "python bitsandbytes")
+    exec(compile(block.replace('"cuda"', '"cpu"'), "quantised.md", "exec"), scope := {})
+    assert scope["model"].model.layers[0].mlp.down_proj.format == "nf4_block64"
 
 
 @pytest.mark.parametrize("of", ["absmax", "offset", "state2.absmax"])

@@ -10,6 +10,7 @@ from gdnfuse.errors import GdnfuseError
 from gdnfuse.report.records import OWN_LIBRARY
 from gdnfuse.stored_linear import StoredLinear
 from tests.models import zoo
+from tests.pages import ROOT, blocks
 
 pytest.importorskip("compressed_tensors")
 INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
@@ -120,11 +121,17 @@ def test_weights_stay_as_they_are_stored(kind, tmp_path):
 
 
 @pytest.mark.parametrize("format", ["int4_group64", "int4_group32_zero", "int8_channel", "fp8_channel"])
-def test_a_model_that_was_quantised_here_is_saved_as_such_a_checkpoint(format, tmp_path):
+def test_a_model_that_was_quantised_here_is_saved_as_such_a_checkpoint(format, tmp_path, monkeypatch):
     model = models.quantized(zoo.causal_lm(**zoo.FILLED).bfloat16(), format)
     model.save_pretrained(tmp_path)
     options = {"dtype": torch.bfloat16, "ignore_mismatched_sizes": format.endswith("zero")}
-    found = models.keep_compressed(AutoModelForCausalLM.from_pretrained(tmp_path, **options)).state_dict()
+    # Loaded by the code of the page, with this folder in place of the names of the hub.
+    load = AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda name, **given: load(tmp_path, **given))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name: tmp_path)
+    (block,) = blocks(ROOT / "docs" / "quantised.md", f"python {'zero-points' if format.endswith('zero') else 'checkpoint'}")
+    exec(compile(block, "quantised.md", "exec"), scope := {})
+    found = scope["model"].state_dict()
     assert found.keys() == model.state_dict().keys()
     for name, tensor in model.state_dict().items():
         assert found[name].dtype == tensor.dtype and torch.equal(found[name].double(), tensor.double()), name
