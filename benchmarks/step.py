@@ -47,7 +47,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import gdnfuse
-from gdnfuse.bench.measure import BLOCK, Decoder
+from gdnfuse.bench.measure import BLOCK, Decoder, experts_read
 from gdnfuse.bench.workers import answer, run_sides, show_fla
 from gdnfuse.errors import Refused
 from gdnfuse.models import QUANTIZED
@@ -140,13 +140,14 @@ def medians(steps: Sequence[Sequence[Kernel]]) -> tuple[list[float], float]:
     return places, statistics.median(gaps) if gaps else 0.0
 
 
-def operations(report: GraphReport, kernels: Collection[str], tokens: int) -> list[Op]:
+def operations(report: GraphReport, kernels: Collection[str], tokens: int, experts: float = 1.0) -> list[Op]:
     """A graph's operations that launch kernels of gdnfuse, in order.
 
     Args:
         report: of a decode step.
         kernels: names of operations that have a kernel.
         tokens: that keys and values of a step hold.
+        experts: the share of a layer's experts that a step reads.
     """
     names: dict[str, set[tuple[str, ...]]] = {}
     for r in report.all_records:
@@ -160,7 +161,7 @@ def operations(report: GraphReport, kernels: Collection[str], tokens: int) -> li
     for block in blocks:
         for o in report.structures[block.after]:
             if o.kernels and o.op in kernels and _family(o.op) in names:
-                needed = {given: _bytes(given, tokens) for given in o.inputs if isinstance(given, str)}
+                needed = {given: _bytes(given, tokens, experts) for given in o.inputs if isinstance(given, str)}
                 what = _what(o.op, block.kind, max(needed, key=needed.__getitem__, default=""))
                 launched = tuple(sorted(n for n in names[_family(o.op)] if len(n) == o.kernels))
                 found.append(Op(o.op, block.layer, block.kind, what, o.kernels, sum(needed.values()), launched))
@@ -172,7 +173,7 @@ def _family(op: str) -> str:
     return "linear" if op.endswith("linear") else op
 
 
-def _bytes(given: str, tokens: int) -> int:
+def _bytes(given: str, tokens: int, experts: float) -> int:
     """That a step moves of a graph's input, as the report describes it: "keys bf16[1, 4, 71, 256]"; none of what a block made."""
     match = re.search(r"(\S+) (\w+)\[([\d, ]*)\]$", given)
     if match is None or match[2] not in BYTES:
@@ -180,7 +181,8 @@ def _bytes(given: str, tokens: int) -> int:
     name, shape = match[1].rpartition(".")[2], [int(n) for n in match[3].split(", ") if n]
     if name in CACHED and len(shape) == 4:
         shape[2] = min(shape[2], tokens)
-    return BYTES[match[2]] * math.prod(shape) * (2 if name in STATES else 1)
+    moved = BYTES[match[2]] * math.prod(shape) * (2 if name in STATES else 1)
+    return int(moved * experts) if ".experts." in match[1] else moved
 
 
 def _what(op: str, kind: str, largest: str) -> str:
@@ -317,7 +319,8 @@ def run_side(side: str, name: str, args: argparse.Namespace, folder: Path) -> di
             profiled = kernels_of(decode, tokens[: args.profiled + 1])
             ours, ops = own_kernels() if side == SIDE else ((), ())
             step = next((r for r in reversed(gdnfuse.reports()) if r.phase == "decode"), None)
-            known = operations(step, ops, args.prompt + room(args)) if step else []
+            share = experts_read(model.config, args.batch)
+            known = operations(step, ops, args.prompt + room(args), share) if step else []
             row |= attributed(profiled, args.profiled + 1, known, ours, shared["bytes_per_second"])
     return row
 

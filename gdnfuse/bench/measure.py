@@ -66,9 +66,15 @@ def weight_bytes(model: torch.nn.Module, batch: int = 1) -> int:
         if p.data_ptr() in seen or embedding:
             continue
         seen.add(p.data_ptr())
-        share = 1 - (1 - config.num_experts_per_tok / config.num_experts) ** batch if ".experts." in name else 1
+        share = experts_read(config, batch) if ".experts." in name else 1
         total += int(p.numel() * p.element_size() * share)
     return total
+
+
+def experts_read(config: Any, batch: int) -> float:
+    """The share of a model's experts that a step of so many tokens reads if each chooses by chance; 1 where there are none."""
+    experts = getattr(config, "num_experts", None)
+    return 1 - (1 - config.num_experts_per_tok / experts) ** batch if experts else 1.0
 
 
 def state_bytes(cache: Any, tokens: int) -> int:
