@@ -241,7 +241,7 @@ def run_side(worker: str, name: str, args: argparse.Namespace, folder: Path) -> 
         row |= found
         if kept:
             complete.touch()
-        if found["right"] and worker == side:
+        if found["accurate"] and worker == side:
             row |= timed(decode, args, tokens, EAGER_STEPS if side in ("eager", "fla") else args.steps)
             if device == "cuda":
                 row["kernels_per_step"] = kernels(decode, tokens[:PROFILED])
@@ -306,7 +306,7 @@ def joined(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for row in rows:
         if row["side"].endswith(SECOND):
             first = sides[row["side"].removesuffix(SECOND)]
-            if row.get("right"):
+            if row.get("accurate"):
                 first["second_first_call_seconds"] = row["first_call_seconds"]
             else:
                 first["second_failed"] = row.get("failed", "Its logits are too far from float32's or not finite.")

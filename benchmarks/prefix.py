@@ -120,14 +120,14 @@ def worker(side: str, name: str, args: argparse.Namespace, folder: Path) -> dict
             if together.quiet():
                 row.setdefault("first_calls_seconds", {})[kind] = time.perf_counter() - start
         found.append(compare_logits(talk.checked(kind), saved["exact"], saved["eager_error"]))
-    row |= max(found, key=lambda one: (not one["right"], one["error"])) | {"eager_error": saved["eager_error"]}
+    row |= max(found, key=lambda one: (not one["accurate"], one["error"])) | {"eager_error": saved["eager_error"]}
     leave(folder, row)
     together.turn()
     row["first_token"] = {}
-    for kind in talk.kinds if row["right"] else ():
+    for kind in talk.kinds if row["accurate"] else ():
         note(str(folder), f"{kind}, first tokens")
         first_token(talk, kind, store, repeats, row["first_token"].setdefault(kind, {}), lambda: leave(folder, row))
-    if row["right"]:
+    if row["accurate"]:
         note(str(folder), "chat")
         row["chat_ms"] = chat(talk, store, repeats)
     row["graphs"] = [report.summary() for report in gdnfuse.reports()]

@@ -53,7 +53,7 @@ def run_side(side: str, name: str, args: argparse.Namespace, folder: Path) -> di
     with caches(None), own_calls(side, model):
         decode, tokens, found = checked(side, model, args, shared, room(args))
         row |= found
-        if found["right"]:
+        if found["accurate"]:
             row |= timed(decode, args, tokens, args.steps)
             row["prompt_ms"] = prompts(side, model, args)
     del decode

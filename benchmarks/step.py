@@ -314,7 +314,7 @@ def run_side(side: str, name: str, args: argparse.Namespace, folder: Path) -> di
     with caches(None), own_calls(side, model):
         decode, tokens, found = checked(side, model, args, shared, room(args) + args.profiled + 1)
         row |= found
-        if found["right"]:
+        if found["accurate"]:
             row |= timed(decode, args, tokens, args.steps)
             profiled = kernels_of(decode, tokens[: args.profiled + 1])
             ours, ops = own_kernels() if side == SIDE else ((), ())
@@ -364,7 +364,7 @@ def _lines(rows: Sequence[dict[str, Any]]) -> str:
         figures = [f"{row['us']:.1f}", f"{100 * row['share']:.1f} %", *moved, f"{row['gap_us']:.1f}"]
         lines.append([where, row["kernel"][:NAME], row["count"], each, *figures])
     headers = ["what", "kernel", "count", "µs each", "µs a step", "share", "MB a step", "limit µs", "gap µs"]
-    align = ("left", "left", *["right"] * 7)
+    align = ("left", "left", *["accurate"] * 7)
     return tabulate(lines, headers, disable_numparse=True, colalign=align)
 
 

@@ -17,7 +17,7 @@ from gdnfuse.dialect import OPS
 from gdnfuse.models import load_config, meta_model, trace
 from gdnfuse.report.records import Operation
 
-STAGES = {"normalize": "as it came", "lift": "after lift", "fuse": "after fuse", "lower": "after lower"}
+STAGES = {"normalize": "the original", "lift": "after lift", "fuse": "after fuse", "lower": "after lower"}
 WIDTH, HEIGHT, GAP, TOP, MARGIN = 224, 17, 4, 30, 12
 STYLE = """
 text { font: 11px ui-monospace, monospace; fill: #24292f } .head { font-weight: bold }

@@ -1,11 +1,13 @@
 """The command line.
 
-`gdnfuse report MODEL_OR_CONFIG` says what would be fused, without weights and without a GPU; `gdnfuse verify` runs a prompt and a
-decode step with random weights and compares the rewritten graphs with those that came; `gdnfuse bench` times steps and prompts
-beside eager and Inductor; `gdnfuse warmup` compiles into a file for other processes; `gdnfuse rules` lists what is matched, and
-`gdnfuse doctor` says what this machine has, what of it is used, and what to do about the rest.
+- `gdnfuse report MODEL_OR_CONFIG` says what would be fused. It needs no weights and no GPU.
+- `gdnfuse verify` runs a prompt and a decode step with random weights, and compares the rewritten graphs with the original ones.
+- `gdnfuse bench` times steps and prompts of eager, Inductor and gdnfuse.
+- `gdnfuse warmup` compiles into a file for other processes.
+- `gdnfuse rules` lists what is matched.
+- `gdnfuse doctor` says what this machine has, and what to do next.
 
-Whatever goes wrong is one line on stderr and an exit code that is not 0; `--debug`, before or behind the command, shows where.
+An error is one line on stderr and an exit code that is not 0. With `--debug`, before or after the command, there is a traceback.
 """
 
 from __future__ import annotations
@@ -51,8 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        The exit code: 0; 2 for bad input; 1 for an error of ours, too little memory, a graph that does not verify or a side
-        without a speed; 130 when interrupted.
+        The exit code. 0: success. 2: bad input. 1: an error in gdnfuse, too little memory, a graph that was not verified, or a
+        side without a speed. 130: interrupted.
     """
     args = _parser().parse_args(argv)
     try:
@@ -63,14 +65,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.debug:
             traceback.print_exc()
         code, sentence = _sentence(e)
-        if not isinstance(e, BrokenPipeError):  # who reads has enough
+        if not isinstance(e, BrokenPipeError):  # the reader has closed the pipe, as `head` does
             print(f"gdnfuse: {sentence}", file=sys.stderr)
         _give_up_output()
         return code
 
 
 def _give_up_output() -> None:
-    """What could not be written must not be tried again when Python ends: that would be a traceback."""
+    """Drop what could not be written. Otherwise Python would try again at its end, and print a traceback."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -78,7 +80,7 @@ def _give_up_output() -> None:
 
 
 def _sentence(e: BaseException) -> tuple[int, str]:
-    """The exit code for an error and the line that says it."""
+    """The exit code and the line for an error."""
     text = " ".join(str(e).split())
     if isinstance(e, KeyboardInterrupt):
         return 130, "interrupted"
@@ -93,78 +95,87 @@ def _sentence(e: BaseException) -> tuple[int, str]:
 
 def _parser() -> _Parser:
     parser = _Parser(prog="gdnfuse", description="Fuses the Gated DeltaNet layers of Hugging Face models under torch.compile.")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks and the library's warnings")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks, and warnings of torch and transformers")
     packages = " ".join(f"{package} {versions.version(package)}" for package in ("gdnfuse", "torch", "transformers", "triton"))
     parser.add_argument(
         "--version", action="version", version=packages, help="show the versions of gdnfuse, torch, transformers and triton"
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    report = commands.add_parser("report", help="say what is fused in a model, and why not, without its weights")
+    report = commands.add_parser("report", help="say what would be fused in a model and why the rest would not; needs no weights")
     verify = commands.add_parser(
         "verify", help="run a model with random weights and compare its rewritten graphs with the original ones"
     )
     bench = commands.add_parser("bench", help="time decode steps and prompts: eager, Inductor and gdnfuse")
-    warmup = commands.add_parser("warmup", help="compile what generate needs, random weights, into a file for other processes")
+    warmup = commands.add_parser(
+        "warmup", help="compile what generate needs, with random weights, into a file for other processes"
+    )
     for command in (report, verify, bench, warmup):
         command.add_argument(
             "model", metavar="MODEL_OR_CONFIG", help="preset (4b), config.json, model folder or hub id (owner/name)"
         )
-        command.add_argument("--dtype", choices=DTYPES, default=DTYPES[0])
-        command.add_argument("--quantize", choices=FORMATS, help="quantise the linears to this format first")
+        command.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="of the weights (default bfloat16)")
+        command.add_argument("--quantize", choices=FORMATS, help="quantise the linears of the model to this format first")
     for command in (report, verify, warmup):
         command.add_argument("--batch", type=_positive, default=1, metavar="N", help="sequences (default 1)")
     for command in (report, verify):
-        command.add_argument("--prompt", type=_positive, default=70, metavar="N", help="tokens to prefill (default 70)")
+        command.add_argument("--prompt", type=_positive, default=70, metavar="N", help="tokens of the prompt (default 70)")
     for command in (verify, bench, warmup):
         command.add_argument("--device", help="where to run (default: cuda if there is a GPU, else cpu)")
     verify.set_defaults(run=_verify)
     warmup.add_argument(
-        "--save", type=Path, metavar="FILE", required=True, help="the file, which gdnfuse.compile(model, artifacts=FILE) reads"
+        "--save", type=Path, metavar="FILE", required=True, help="file to write; gdnfuse.compile(model, artifacts=FILE) reads it"
     )
-    warmup.add_argument("--mode", choices=MODES, help="as that of gdnfuse.compile")
-    warmup.add_argument("--short", action="store_true", help="short turns too: each number of 2 to 8 tokens on a filled cache")
+    warmup.add_argument("--mode", choices=MODES, help="mode that gdnfuse.compile will be given")
+    warmup.add_argument("--short", action="store_true", help="also compile calls of 2 to 8 tokens on a filled cache")
     warmup.set_defaults(run=_warmup)
-    bench.add_argument("--batch", type=_numbers, default=[1], metavar="N,…", help="sequences, each measured (default 1)")
-    bench.add_argument("--prompt", type=_positive, default=512, metavar="N", help="tokens of a prompt (default 512)")
-    bench.add_argument("--new", type=_positive, default=128, metavar="N", help="decode steps that are timed (default 128)")
     bench.add_argument(
-        "--sides", type=_words, metavar="SIDE,…", help="of eager, fla, inductor, gdnfuse (default: all that are installed)"
+        "--batch", type=_numbers, default=[1], metavar="N,…", help="numbers of sequences, each measured by itself (default 1)"
     )
-    bench.add_argument("--phase", choices=("decode", "prefill"), help="measure this phase alone")
+    bench.add_argument("--prompt", type=_positive, default=512, metavar="N", help="tokens of the prompt (default 512)")
+    bench.add_argument("--new", type=_positive, default=128, metavar="N", help="decode steps to time (default 128)")
+    bench.add_argument(
+        "--sides",
+        type=_words,
+        metavar="SIDE,…",
+        help="what to measure: eager, fla, inductor, gdnfuse (default: all that are installed)",
+    )
+    bench.add_argument("--phase", choices=("decode", "prefill"), help="measure only this phase")
     bench.add_argument(
         "--prefix",
         type=_positive,
         metavar="N",
-        help="time the first token of generate instead, of a prompt whose first N tokens are known",
+        help="instead, time the first token of a prompt of which N tokens are in a prefix store",
     )
     bench.add_argument(
-        "--speculate", type=_words, metavar="KIND,…", help="time speculative decoding instead: lookup:N, mtp:N, draft:N:MODEL"
+        "--speculate", type=_words, metavar="KIND,…", help="instead, time speculative decoding: lookup:N, mtp:N, draft:N:MODEL"
     )
     bench.add_argument(
         "--tensor-parallel",
         type=_positive,
         metavar="N",
-        help="measure sides on N ranks too, as gdnfuse:heads and inductor:as_loaded; starts torchrun",
+        help="also measure on N GPUs, with sides such as gdnfuse:heads and inductor:as_loaded; starts torchrun",
     )
     bench.add_argument("--layers", type=_positive, metavar="N", help="only the first layers of the model")
     bench.add_argument("--inner", choices=INNER, default=INNER[0], help="what compiles the rewritten graphs")
-    bench.add_argument("--timeout", type=_positive, metavar="SECONDS", help="stop a side that takes longer; it then has no speed")
-    bench.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the milliseconds")
+    bench.add_argument(
+        "--timeout", type=_positive, metavar="SECONDS", help="stop a side that takes longer; it then gets no speed"
+    )
+    bench.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the times into this file")
     bench.set_defaults(run=_bench)
-    report.add_argument("--phase", choices=("decode", "prefill"), default="decode")
+    report.add_argument("--phase", choices=("decode", "prefill"), default="decode", help="a step or a prompt (default decode)")
     report.add_argument("--target", choices=("cuda", "cpu"), default="cuda", help="device to choose kernels for (default cuda)")
     report.add_argument("--stop-after", choices=STAGES, help="stop after this stage and print the graph")
-    report.add_argument("--html", metavar="FILE", type=Path, help="write the report as one page that needs nothing else")
+    report.add_argument("--html", metavar="FILE", type=Path, help="also write the report as a web page, in one file")
     report.add_argument(
         "--bandwidth", type=_rate, default=BANDWIDTH, metavar="TB/S", help="memory bandwidth for the limit (default 4.3, an H200)"
     )
     report.add_argument(
-        "--tensor-parallel", type=_positive, metavar="N", help="what one of N ranks runs, its layers cut by heads"
+        "--tensor-parallel", type=_positive, metavar="N", help="report what one of N GPUs runs, with layers split by heads"
     )
     report.set_defaults(run=_report)
     rules = commands.add_parser("rules", help="list every rule with its equation")
     rules.set_defaults(run=_rules)
-    checked = commands.add_parser("doctor", help="say what this machine has, what of it is used, and what to do next")
+    checked = commands.add_parser("doctor", help="say what this machine has, what gdnfuse uses of it, and what to do next")
     checked.set_defaults(run=_doctor)
     for command in (report, verify, bench, warmup, rules, checked):
         command.add_argument("--json", action="store_true", help="print the data as JSON")
@@ -188,7 +199,7 @@ def _words(text: str) -> list[str]:
 
 
 def _rate(text: str) -> float:
-    """Terabytes a second as bytes a second."""
+    """A rate in TB/s as bytes per second."""
     try:
         rate = float(text) * 1e12
     except ValueError:
@@ -320,10 +331,10 @@ def _bench(args: argparse.Namespace) -> int:
     print(json.dumps(data, indent=1) if args.json else run.tables(data))
     if args.plot:
         run.plot(data, args.plot)
-    silent = run.sides_without_speed(data)
-    for sentence in silent:
+    without_speed = run.sides_without_speed(data)
+    for sentence in without_speed:
         print(sentence, file=sys.stderr)
-    return 1 if silent else 0
+    return 1 if without_speed else 0
 
 
 def _speculate(args: argparse.Namespace, device: str) -> int:
@@ -331,9 +342,11 @@ def _speculate(args: argparse.Namespace, device: str) -> int:
 
     from gdnfuse.bench import speculation
 
-    given = ("sides", "phase", "prefix", "layers", "quantize", "plot", "timeout", "tensor_parallel")
-    if unheeded := [name for name in given if getattr(args, name) is not None] or ["batch"] * (len(args.batch) > 1):
-        raise GdnfuseError(f"--speculate measures one model by itself, found --{unheeded[0].replace('_', '-')} with it.")
+    unused = ("sides", "phase", "prefix", "layers", "quantize", "plot", "timeout", "tensor_parallel")
+    if found := [name for name in unused if getattr(args, name) is not None] or ["batch"] * (len(args.batch) > 1):
+        option = f"--{found[0].replace('_', '-')}"
+        wanted = "with one --batch" if option == "--batch" else "without it"
+        raise GdnfuseError(f"--speculate must be used {wanted}, found {option}: measure that in a command of its own.")
     how = {name: getattr(args, name) for name in ("prompt", "new", "dtype", "inner")}
     with progress() as announce, listening(announce):
         announce("speculate")
@@ -343,11 +356,11 @@ def _speculate(args: argparse.Namespace, device: str) -> int:
     return 0
 
 
-def _device(given: str | None) -> str:
-    """A device that tensors can be computed on, the GPU if there is one and none is given."""
+def _device(name: str | None) -> str:
+    """The device to run on. The default is the GPU if there is one."""
     import torch
 
-    device = given or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.zeros(1, device=device).item()
     except Exception as e:  # no such device, or not in this build of torch
@@ -356,14 +369,14 @@ def _device(given: str | None) -> str:
 
 
 def _comparison_rows(report: GraphReport) -> list[dict[str, Any]]:
-    """Outputs, and inputs that are written, by what is compared: the worst of each kind."""
+    """A row for each kind of output and each kind of written input, with the worst error of the kind."""
     kinds: dict[str, list[Comparison]] = {}
     for c in report.comparisons:
         kinds.setdefault(re.sub(r"\d+", "*", c.name, count=1), []).append(c)
     rows = []
     for kind, members in kinds.items():
         worst = max(members, key=lambda c: (not c.passed, c.error))
-        errors = {"error": f"{worst.error:.1e}", "as it came": f"{worst.eager_error:.1e}"}
+        errors = {"error": f"{worst.error:.1e}", "original": f"{worst.eager_error:.1e}"}
         rows.append({"compared": kind, "count": len(members), **errors, "passed": "yes" if worst.passed else "no"})
     return rows
 
@@ -377,18 +390,18 @@ def _rules(args: argparse.Namespace) -> None:
 
 
 def _doctor(args: argparse.Namespace) -> None:
-    rows = [dict(zip(("what", "found", "so", "do"), found, strict=True)) for found in doctor.findings()]
+    rows = [dict(zip(("what", "found", "effect", "remedy"), found, strict=True)) for found in doctor.findings()]
     if args.json:
         print(json.dumps(rows, indent=1, ensure_ascii=False))
         return
     for row in rows:
-        print(f"{'to do' if row['do'] else 'ok':5}  {row['what']}, {row['found']}. {row['so']} {row['do']}".rstrip())
-    left = sum(bool(row["do"]) for row in rows)
+        print(f"{'to do' if row['remedy'] else 'ok':5}  {row['what']}, {row['found']}. {row['effect']} {row['remedy']}".rstrip())
+    left = sum(bool(row["remedy"]) for row in rows)
     print(f"\n{left} to do." if left else f"\nNothing to do. Next: gdnfuse {doctor.next_command()}")
 
 
 def _quiet() -> None:
-    """transformers advises to install kernels that a report has no use for, and Dynamo warns of what the report says."""
+    """Silence transformers' advice to install kernels, which a report does not need, and Dynamo's warnings, which it contains."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()

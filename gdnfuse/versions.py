@@ -1,4 +1,4 @@
-"""Which versions of what this builds on are tested (`make test-matrix`), and what to say of others."""
+"""Which versions of torch and transformers are tested (`make test-matrix`), and what to say about other versions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TESTED = {"torch": ((2, 11), (2, 15)), "transformers": ((5, 17), (5, 24))}  # th
 
 
 def version(package: str) -> str:
-    """Of the installed distribution, or "none"."""
+    """The version of an installed package, or "none"."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -21,7 +21,7 @@ def version(package: str) -> str:
 
 @functools.cache
 def of_sources(*folders: str) -> str:
-    """A digest of gdnfuse's Python files in these folders: a checkout has one version for many of them."""
+    """A digest of gdnfuse's Python files in these folders. The version number is not enough, because a checkout may be edited."""
     here, digest = Path(__file__).parent, hashlib.sha256()
     files = [file for folder in folders for file in sorted((here / folder).rglob("*.py"))]
     for file in files:
@@ -30,19 +30,19 @@ def of_sources(*folders: str) -> str:
 
 
 def standing(package: str) -> str:
-    """A sentence on what the installed version is among those that are tested."""
+    """A sentence that compares the installed version with the tested ones."""
     first, last = TESTED[package]
     tested = f"tested with {'.'.join(map(str, first))} to {'.'.join(map(str, last))}"
     found = _parts(package)
     if found < first:
-        return f"Too old: it is {tested}. gdnfuse.compile refuses it; the backend runs with it, and more may stay unfused."
+        return f"Too old: gdnfuse is {tested}. gdnfuse.compile refuses it. The backend runs with it, but may fuse less."
     if found > last:
-        return f"In use, newer than what it is {tested}; `gdnfuse verify` compares results."
+        return f"In use, newer than the tested versions: gdnfuse is {tested}."
     return f"In use, {tested}."
 
 
 def remedy(package: str) -> str:
-    """What to do about the installed version, empty where it is one that is tested."""
+    """What to do about the installed version. Empty if it is a tested one."""
     first, last = TESTED[package]
     found = _parts(package)
     if found < first:
@@ -51,15 +51,17 @@ def remedy(package: str) -> str:
 
 
 def too_old() -> list[str]:
-    """A sentence for each package that is older than the first tested version; one that is not there needs none."""
+    """A sentence for each installed package that is older than the first tested version."""
     sentences = (older(package, first) for package, (first, _) in TESTED.items() if version(package) != "none")
     return [sentence for sentence in sentences if sentence]
 
 
 def older(package: str, first: tuple[int, ...]) -> str:
-    """A sentence where the installed version is older than this one, empty where it is not."""
+    """A sentence if the installed version is older than `first`, else an empty string."""
     wanted = ".".join(map(str, first))
-    return f"{package} {wanted} or newer is required, found {version(package)}." if _parts(package) < first else ""
+    if _parts(package) >= first:
+        return ""
+    return f"{package} must be {wanted} or newer, found {version(package)}: pip install '{package}>={wanted}'."
 
 
 def _parts(package: str) -> tuple[int, ...]:

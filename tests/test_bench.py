@@ -75,7 +75,7 @@ def test_figures(folder, here, capsys):
     command = ["bench", str(folder / "config.json"), *QUICK, "--sides", "eager,gdnfuse", "--prompt", "20", "--batch", "1,2"]
     assert main([*command, "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
-    assert data["schema"] == "gdnfuse.bench/1" and data["machine"]["torch"] == torch.__version__
+    assert data["schema"] == "gdnfuse.bench/2" and data["machine"]["torch"] == torch.__version__
     assert [r["batch"] for r in data["results"]] == [1, 2]
     for result in data["results"]:
         moved = result["weight_bytes"] + result["state_bytes"]
@@ -125,7 +125,7 @@ def test_sides_on_ranks_that_cannot_be_are_a_sentence(folder, capsys):
             ["--tensor-parallel", "2", "--quantize", "fp8"],
             "measures steps and prompts of plain weights, found --quantize with it.",
         ),
-        (["--tensor-parallel", "2", "--speculate", "lookup:3"], "one model by itself, found --tensor-parallel with it."),
+        (["--tensor-parallel", "2", "--speculate", "lookup:3"], "must be used without it, found --tensor-parallel: "),
     ):
         assert main(["bench", str(folder / "config.json"), *QUICK, *wrong]) == 2
         assert sentence in capsys.readouterr().err
@@ -141,7 +141,7 @@ def test_sides_on_ranks_are_started_by_the_command(tmp_path, capsys):
     out, err = capsys.readouterr()
     data = json.loads(out)
     one, ours, refused = data["results"][0]["sides"]
-    assert one["decode"]["right"] and ours["decode"]["right"] and ours["ranks"] == 2
+    assert one["decode"]["accurate"] and ours["decode"]["accurate"] and ours["ranks"] == 2
     assert "Key heads must be shared out evenly over ranks, found 3" in refused["failed"] and refused["failed"] in err
     assert "each of 2 ranks holds" in run.tables(data)
 
@@ -151,7 +151,7 @@ def test_speculation_of_no_kind_is_a_sentence(folder, capsys):
         (["--speculate", "lookup"], "Drafts are lookup:N, mtp:N or draft:N:MODEL, found 'lookup'."),
         (["--speculate", "lookup:9"], "lookup drafts 1 to 7 tokens at a time, found 9."),
         (["--speculate", "lookup:3,mtp:5"], "mtp drafts 1 to 4 tokens at a time, found 5."),
-        (["--speculate", "lookup:3", "--sides", "eager"], "--speculate measures one model by itself, found --sides with it."),
+        (["--speculate", "lookup:3", "--sides", "eager"], "--speculate must be used without it, found --sides: "),
     ):
         assert main(["bench", str(folder / "config.json"), *QUICK, *wrong]) == 2
         assert sentence in capsys.readouterr().err
@@ -164,7 +164,7 @@ def test_the_first_token_behind_a_known_prefix(folder, here, capsys):
     data = json.loads(capsys.readouterr().out)
     (result,) = data["results"]
     eager, ours = (row["prefix"] for row in result["sides"])
-    assert eager["right"] and ours["right"] and ours["tokens_taken"] == 128 and ours["unknown_ms"] > 0
+    assert eager["accurate"] and ours["accurate"] and ours["tokens_taken"] == 128 and ours["unknown_ms"] > 0
     # Two rows: each has its prefix once, and of each prompt the states behind 128 tokens and all 192.
     assert ours["blocks"] == 2 * (2 + 7) and ours["states"] == 2 * (1 + 7)
     assert ours["store_bytes"] == ours["blocks"] * ours["block_bytes"] + ours["states"] * ours["state_bytes"]
@@ -324,7 +324,7 @@ def test_the_other_phase_of_a_side_that_crashes(folder, here, monkeypatch, capsy
 @pytest.mark.parametrize("when", ["reference", "eager", "later"])
 def test_an_interrupted_run_keeps_what_it_measured(when, folder, monkeypatch, capsys):
     """In the reference there is nothing yet; then in the second side; then in the reference of the second batch."""
-    figures = {"right": True, "ms": 2.0, "tokens_per_second": 500.0, "first_call_seconds": 1.0, "error": 0.0, "graphs": []}
+    figures = {"accurate": True, "ms": 2.0, "tokens_per_second": 500.0, "first_call_seconds": 1.0, "error": 0.0, "graphs": []}
 
     def spawn(program, side, model, argv, *more):
         batch = json.loads(argv[0])["this_batch"]

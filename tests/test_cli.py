@@ -78,7 +78,7 @@ def test_json_is_all_of_stdout(config_file, capsys):
     assert main(["report", str(config_file), "--json", "--bandwidth", "2"]) == 0
     found = json.loads(capsys.readouterr().out)
     (graph,) = found["graphs"]
-    assert (found["schema"], found["bandwidth"], found["about"]["batch"]) == ("gdnfuse.report/1", 2e12, 1)
+    assert (found["schema"], found["bandwidth"], found["about"]["batch"]) == ("gdnfuse.report/2", 2e12, 1)
     assert list(found["about"]) == documented(REPORT)["document.about"]
     assert graph["limit_seconds"] == graph["limit_bytes"] / 2e12 > 0
     assert graph["phase"] == "decode"

@@ -15,17 +15,17 @@ from gdnfuse.cli import main
 
 
 def rows():
-    return {what: (found, so, do) for what, found, so, do in doctor.findings()}
+    return {what: (found, effect, remedy) for what, found, effect, remedy in doctor.findings()}
 
 
 def test_it_says_what_is_here_and_what_follows(capsys):
     assert main(["doctor", "--json"]) == 0
     found = {row["what"]: row for row in json.loads(capsys.readouterr().out)}
     assert found["torch"]["found"].startswith(torch.__version__) and found["transformers"]["found"] == transformers.__version__
-    assert all(row["so"].endswith(".") for row in found.values())
+    assert all(row["effect"].endswith(".") for row in found.values())
     if not torch.cuda.is_available():
         assert found["GPU"]["found"] == "none"
-    assert found["private APIs"]["so"] == "All are as in the versions that are tested." and not found["private APIs"]["do"]
+    assert found["private APIs"]["effect"] == "All were found." and not found["private APIs"]["remedy"]
 
 
 def test_each_finding_is_a_line_and_what_to_do_stands_in_it(capsys, monkeypatch):
@@ -49,7 +49,7 @@ def test_what_is_switched_off_or_missing_has_a_remedy(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: here.get(name) or None if name in here else find(name))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     found = rows()
-    assert found["gdnfuse"][1:] == ("Every graph is left as it came: GDNFUSE_DISABLE is set.", "Unset GDNFUSE_DISABLE.")
+    assert found["gdnfuse"][1:] == ("No graph is changed, because GDNFUSE_DISABLE is set.", "Unset GDNFUSE_DISABLE.")
     assert "Without torch._C._nothing weights are not packed." in found["private APIs"][1] and found["private APIs"][2]
     assert found["C compiler"][0] == found["Python.h"][0] == "none"
     assert all(found[what][2] for what in ("C compiler", "Python.h", "triton"))
@@ -57,7 +57,7 @@ def test_what_is_switched_off_or_missing_has_a_remedy(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("version", "so", "do"),
+    ("version", "effect", "remedy"),
     [
         ("5.16.2", "Too old: ", "Install a newer one: pip install 'transformers>=5.17'"),
         ("5.17.0", "In use, tested", ""),
@@ -65,20 +65,20 @@ def test_what_is_switched_off_or_missing_has_a_remedy(monkeypatch):
         ("6.0", "In use, newer", "Compare results once: gdnfuse verify 0.8b"),
     ],
 )
-def test_versions(version, so, do, monkeypatch):
+def test_versions(version, effect, remedy, monkeypatch):
     monkeypatch.setattr(versions, "version", lambda package: version)
     found = rows()["transformers"]
-    assert found[0] == version and found[1].startswith(so) and found[2] == do
+    assert found[0] == version and found[1].startswith(effect) and found[2] == remedy
 
 
 @pytest.mark.parametrize(
-    ("there", "cuda", "do"), [(False, None, ""), (True, None, "install a build"), (True, "13.0", "check its driver")]
+    ("there", "cuda", "remedy"), [(False, None, ""), (True, None, "Install a build"), (True, "13.0", "Check its driver")]
 )
-def test_a_gpu_that_torch_does_not_see(there, cuda, do, monkeypatch):
+def test_a_gpu_that_torch_does_not_see(there, cuda, remedy, monkeypatch):
     monkeypatch.setattr(doctor.Path, "exists", lambda self: there)
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(torch.version, "hip", None)
-    assert do in doctor._unseen_gpu() and bool(doctor._unseen_gpu()) == bool(do)
+    assert remedy in doctor._unseen_gpu() and bool(doctor._unseen_gpu()) == bool(remedy)
 
 
 @pytest.mark.parametrize("capability", [0, 8, 9, 10])

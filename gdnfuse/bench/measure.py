@@ -268,9 +268,9 @@ def difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 def compare_logits(found: torch.Tensor, wanted: torch.Tensor, eager_error: float) -> dict[str, Any]:
-    """Whether logits are near enough to those in float32: {"error", "finite", "right"}."""
+    """Whether logits are near enough to those in float32: {"error", "finite", "accurate"}."""
     finite, error = bool(torch.isfinite(found).all()), difference(found, wanted)
-    return {"error": error, "finite": finite, "right": finite and error <= SLACK * eager_error + FLOOR}
+    return {"error": error, "finite": finite, "accurate": finite and error <= SLACK * eager_error + FLOOR}
 
 
 def machine(device: str | None = None) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def shared_out(model: torch.nn.Module, way: str, device: str) -> torch.nn.Module
 def worst(found: dict[str, Any]) -> dict[str, Any]:
     """Of `measure.compare_logits` what holds for all ranks: they go on together or not at all."""
     each = everywhere(found)
-    good = {name: all(one[name] for one in each) for name in ("finite", "right")}
+    good = {name: all(one[name] for one in each) for name in ("finite", "accurate")}
     return {"error": max(one["error"] for one in each), **good}
 
 

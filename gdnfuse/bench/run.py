@@ -45,7 +45,7 @@ from gdnfuse.generation.shards import WAYS
 from gdnfuse.models import OF_TRANSFORMERS, QUANTIZED, load_config, preset, quantized, random_model
 from gdnfuse.report.text import table
 
-SCHEMA = "gdnfuse.bench/1"
+SCHEMA = "gdnfuse.bench/2"
 SIDES = ("eager", "fla", "inductor", "gdnfuse")
 DEVICES = ("cpu", "cuda")
 COMPILED = ("inductor", "gdnfuse")
@@ -334,7 +334,7 @@ class Work:
         got: list[torch.Tensor] = []
         figures: dict[str, Any] = {"first_call_seconds": seconds(lambda: got.append(self.fill(call)), self.device)}
         figures |= self.compare_logits(got.pop().float().cpu(), exact, eager_error)
-        if figures["right"]:
+        if figures["accurate"]:
             self.note(f"prefill, {PROMPTS} prompts")
             times = [1e3 * seconds(lambda: self.fill(call), self.device) for _ in range(PROMPTS)]
             figures |= speed(self.slowest(times), self.batch * self.settings.prompt)
@@ -351,7 +351,7 @@ class Work:
         self.forget_peak()
         figures: dict[str, Any] = {"first_call_seconds": seconds(lambda: self.first_token(0), self.device)}
         figures |= compare_logits(self.first_token(0).float().cpu(), exact, eager_error)
-        if not figures["right"]:
+        if not figures["accurate"]:
             return figures
         self.note(f"{PREFIX}, {PROMPTS} prompts")
         tails = itertools.count(1)
@@ -379,7 +379,7 @@ class Work:
         figures: dict[str, Any] = {"first_call_seconds": seconds(lambda: got.append(decode(first).float().cpu()), self.device)}
         got += [decode(t).float().cpu() for t in rest]
         figures |= self.compare_logits(torch.stack(got), exact, eager_error)
-        if figures["right"]:
+        if figures["accurate"]:
             self.note(f"decode, {steps} steps")
             for t in self.step_tokens(CHECKED, WARMUP):
                 decode(t)
@@ -595,7 +595,7 @@ def sides_without_speed(data: dict[str, Any]) -> list[str]:
                 found = row.get(phase, {})
                 if "failed" in found:
                     sentences.append(f"No speed of {at}, {phase}: {found['failed']}")
-                elif found and not found["right"]:
+                elif found and not found["accurate"]:
                     error = f"their error is {found['error']:.1e}, eager's {result['eager_error'][phase]:.1e}"
                     sentences.append(f"No speed of {at}, {phase}: its logits must be float32's, but {error}.")
     return sentences

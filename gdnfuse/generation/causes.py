@@ -169,9 +169,9 @@ def noted() -> Iterator[Found]:
 
 
 def left(reports: Sequence[GraphReport]) -> list[Finding]:
-    """Graphs that were handed on as they came."""
+    """A finding for each graph that was compiled unchanged."""
     not_rewritten = [r for r in reports if not r.rewritten]
-    return [Finding("graph left as it came", r.note, f"graph {r.graph_id}", remedy(NOTES, r.note)) for r in not_rewritten]
+    return [Finding("graph left unchanged", r.note, f"graph {r.graph_id}", remedy(NOTES, r.note)) for r in not_rewritten]
 
 
 NOT_TRACED = (

@@ -29,7 +29,7 @@ from gdnfuse.passes.growing_keys import mark
 from gdnfuse.report.records import GraphReport
 from gdnfuse.runs import RUNS
 
-SCHEMA = "gdnfuse.explanation/1"
+SCHEMA = "gdnfuse.explanation/2"
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from gdnfuse.report.text import (
 
 ROW, LANE, DOT = 22, 9, 4  # pixels: a line of a graph, between two edges, half a node
 LETTERS = {"linear attention": "L", "full attention": "A", "MLP": "M", "MoE": "E", "other": "O"}
-STATES = ("fused", "partly", "as it came")
+STATES = ("fused", "partly", "unchanged")
 WORDS = {"fired": "done", "declined": "refused or not matched", "both": "some done, some refused", None: "nothing to look at"}
 
 
@@ -65,7 +65,7 @@ def page(reports: Iterable[GraphReport], about: dict[str, Any], bandwidth: float
 {graphs}</main>
 <footer>
 <p>Kernels: one for each operation that computes, or those that a Triton kernel of ours launches. Moved: bytes, if each kernel
-reads its tensors and writes its results once and views are free. Inductor may merge some of what is not ours, before and after.
+reads its tensors and writes its results once, and views are free. Inductor may merge some other operations, before and after.
 </p>
 </footer>
 <script>
@@ -125,7 +125,7 @@ def _filters(report: GraphReport) -> str:
 
 
 def _data(blocks: Sequence[BlockReport]) -> str:
-    """What the filters go by."""
+    """The attributes that the filters read."""
     kinds, states = (escape("|".join(dict.fromkeys(found))) for found in ([b.kind for b in blocks], [b.fused for b in blocks]))
     return f'data-kind="{kinds}" data-status="{states}"'
 
@@ -152,7 +152,7 @@ def _map(report: GraphReport, pairs: Pairs) -> str:
     tiles = []
     for path, blocks in layers.items():
         cells = "".join(
-            f'<a href="#{_anchor(report, pairs, b)}" class="{_state(b)}" {_data([b])} '
+            f'<a href="#{_anchor(report, pairs, b)}" class="{b.fused}" {_data([b])} '
             f'title="{escape(b.path or b.kind)}: {escape(b.fused)}, {b.launches_before} → {b.launches_after} kernels">'
             f"{LETTERS.get(b.kind, '·')}</a>"
             for b in blocks
@@ -161,13 +161,9 @@ def _map(report: GraphReport, pairs: Pairs) -> str:
         tiles.append(f"<li><b>{escape(str(name))}</b>{cells}</li>")
     present = {b.kind for b in report.blocks}
     letters = ", ".join(f"{letter} {kind}" for kind, letter in LETTERS.items() if kind in present)
-    states = "".join(f'<span class="key {s.split()[0]}">{s}</span>' for s in STATES)
+    states = "".join(f'<span class="key {s}">{s}</span>' for s in STATES)
     legend = f'<p class="legend">{escape(letters)}, · outside the layers {states}</p>'
     return _section("Layers", f'{legend}<ol class="map">{"".join(tiles)}</ol>')
-
-
-def _state(b: BlockReport) -> str:
-    return b.fused.split()[0]
 
 
 def _table(report: GraphReport, pairs: Pairs) -> str:
@@ -241,7 +237,7 @@ def _pair(report: GraphReport, pairs: Pairs, key: tuple[str, str, int, int]) -> 
     opened = " open" if kind == "linear attention" else ""
     return (
         f'<details class="pair" id="{_anchor(report, pairs, first)}" {_data(blocks)}{opened}>'
-        f'<summary><b>{escape(kind)}</b> {escape(which)} <i class="{_state(first)}">{escape(fused)}</i></summary>'
+        f'<summary><b>{escape(kind)}</b> {escape(which)} <i class="{first.fused}">{escape(fused)}</i></summary>'
         f'<div class="sides">{"".join(sides)}</div></details>\n'
     )
 

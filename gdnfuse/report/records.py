@@ -252,7 +252,7 @@ class BlockReport:
     layer: str = ""
     index: int | None = None
     kind: str = OUTSIDE
-    fused: str = "as it came"
+    fused: str = "unchanged"
     marks: dict[str, str] = field(default_factory=dict)
     launches_before: int = 0
     launches_after: int = 0
@@ -364,7 +364,7 @@ class GraphReport:
         if not self.rewritten:
             return f"graph {self.graph_id} ({self.phase}): not rewritten. {self.note}"
         if not self.layers and not any(r.status is Status.FIRED for r in self.records):
-            return f"graph {self.graph_id} ({self.phase}): no GDN layer found; compiled by {self.inner} as it came."
+            return f"graph {self.graph_id} ({self.phase}): no GDN layer found; compiled by {self.inner} unchanged."
         fused = f"{self.fused_layers}/{len(self.layers)} GDN layers fused" if self.layers else "no GDN layer found"
         line = (
             f"graph {self.graph_id} ({self.phase}): {fused}, "
@@ -419,7 +419,7 @@ class GraphReport:
         ]
 
 
-SCHEMA = "gdnfuse.report/1"
+SCHEMA = "gdnfuse.report/2"
 BANDWIDTH = 4.3e12  # bytes a second: the copy rate measured on an H200
 
 

@@ -144,7 +144,7 @@ def test_gradients_leave_a_graph_as_it_came():
     unfused, left = found.findings
     assert (unfused.kind, unfused.where) == ("layers not fused", "prompts") and "torch.no_grad()" in unfused.fix
     assert unfused.cause.startswith("0 of 1 in a prompt (not model.layers.0.linear_attn) run fused. ")
-    assert (left.kind, left.where) == ("graph left as it came", "graph 0") and "torch.no_grad()" in left.fix
+    assert (left.kind, left.where) == ("graph left unchanged", "graph 0") and "torch.no_grad()" in left.fix
 
 
 def calls_of(function, *calls):
@@ -175,7 +175,7 @@ def test_recompilations_have_a_fix(fix):
 
 def test_to_dict_is_json_with_a_version(model):
     data = json.loads(json.dumps(gdnfuse.explain(branching, model, IDS).to_dict()))
-    assert data["schema"] == "gdnfuse.explanation/1"
+    assert data["schema"] == "gdnfuse.explanation/2"
     assert data["graphs"][0]["layers"][0]["fused"] is True
     assert {f["kind"] for f in data["findings"]} == {"graph break"}
     check_reference(data, "explanation")
@@ -216,4 +216,4 @@ def test_the_report_is_in_torchs_trace(tmp_path):
     assert artifacts.keys() == {"gdnfuse_report", "gdnfuse_summary"}
     encoding, report = artifacts["gdnfuse_report"]
     assert encoding == "json" and json.loads(report)["phase"] == "other"
-    assert artifacts["gdnfuse_summary"] == ("string", "graph 0 (other): no GDN layer found; compiled by eager as it came.")
+    assert artifacts["gdnfuse_summary"] == ("string", "graph 0 (other): no GDN layer found; compiled by eager unchanged.")

@@ -86,7 +86,7 @@ def test_transformers_whose_tensor_parallel_is_not_traced_are_refused(monkeypatc
     monkeypatch.setattr(versions, "version", lambda package: "5.21.1")
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
-        with pytest.raises(gdnfuse.GdnfuseError, match="can trace: transformers 5.23 or newer is required, found 5.21.1.$"):
+        with pytest.raises(gdnfuse.GdnfuseError, match="can trace: transformers must be 5.23 or newer, found 5.21.1: pip"):
             gdnfuse.compile(zoo.causal_lm(**zoo.SMALL), tensor_parallel="heads")
     finally:
         torch.distributed.destroy_process_group()

@@ -65,7 +65,7 @@ def refusing_report():
     operations = [Operation("a", EVIL, ["input 1", f"w{EVIL} f32[2]"], "f32[2]", 1, 16, source)]
     blocks = [
         BlockReport("layers.0.mlp", "layers.0", 0, "MLP", "partly", {"SwiGLU": "declined"}, 2, 1, 20, 10),
-        BlockReport("layers.1.mlp", "layers.1", 1, EVIL, "as it came", {"gates": "declined"}, 2, 2, 20, 20),
+        BlockReport("layers.1.mlp", "layers.1", 1, EVIL, "unchanged", {"gates": "declined"}, 2, 2, 20, 20),
     ]
     return GraphReport(3, "decode", blocks=blocks, structures=[operations], records=[refused, missed])
 
