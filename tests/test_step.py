@@ -133,12 +133,13 @@ def test_equal_kernels_of_a_block_are_one_row(step):
 
 
 def test_bytes_are_those_of_weights_states_and_tokens_so_far(step):
-    assert step._bytes("mlp.down_proj.weight bf16[2560, 9216]", 9) == 2 * 2560 * 9216
-    assert step._bytes("recurrent_states f32[1, 32, 128, 128]", 9) == 2 * 4 * 32 * 128 * 128
-    assert step._bytes("keys bf16[2, 4, 71, 256]", 9) == 2 * 2 * 4 * 9 * 256
-    assert step._bytes("keys bf16[2, 4, 71, 256]", 99) == 2 * 2 * 4 * 71 * 256
-    assert step._bytes("cumulative_length i64[]", 9) == 8
-    assert step._bytes("input 1", 9) == step._bytes("x bf16[s0, 4]", 9) == 0
+    assert step._bytes("mlp.down_proj.weight bf16[2560, 9216]", 9, 1.0) == 2 * 2560 * 9216
+    assert step._bytes("recurrent_states f32[1, 32, 128, 128]", 9, 1.0) == 2 * 4 * 32 * 128 * 128
+    assert step._bytes("keys bf16[2, 4, 71, 256]", 9, 1.0) == 2 * 2 * 4 * 9 * 256
+    assert step._bytes("keys bf16[2, 4, 71, 256]", 99, 1.0) == 2 * 2 * 4 * 71 * 256
+    assert step._bytes("cumulative_length i64[]", 9, 1.0) == 8
+    assert step._bytes("mlp.experts.down_proj bf16[256, 2048, 512]", 9, 1 / 32) == 2 * 8 * 2048 * 512
+    assert step._bytes("input 1", 9, 1.0) == step._bytes("x bf16[s0, 4]", 9, 1.0) == 0
 
 
 @pytest.mark.parametrize("batch", [1, 4])
