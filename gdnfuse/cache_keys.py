@@ -1,6 +1,6 @@
-"""Keys of torch's compile caches: the same in every process for our graphs, and another where what they inline has changed.
+"""Keys of torch's compile caches. They are the same in every process for our graphs, and change if inlined code changes.
 
-Without this AOTAutograd keeps none of our graphs on disk, and a process that imports torch in another place than the one before
+Without this AOTAutograd keeps none of our graphs on disk. And a process that imports torch in another order than the one before
 finds none of Inductor's.
 """
 
@@ -16,20 +16,19 @@ from torch.fx import GraphModule
 
 from gdnfuse import compat, versions
 
-CACHEABLE = (
-    "unsafe_marked_cacheable_functions"  # an option of Inductor's: names of functions that caches may know, with their keys
-)
+CACHEABLE = "unsafe_marked_cacheable_functions"  # an option of Inductor: functions that may be in cached graphs, and their keys
 
 
 def cacheable(gm: GraphModule, patches: dict[str, Any]) -> dict[str, Any]:
-    """The option of Inductor's by which AOTAutograd keeps a graph with inlined references.
+    """The option of Inductor that lets AOTAutograd cache a graph with inlined references.
 
-    It keeps no graph that calls functions other than torch's, because its key has their names only. So their entries here have a
-    digest of all that a reference may call. The last entry is what torch 2.11's key lacks: which inputs have a fixed address.
+    AOTAutograd does not cache graphs that call functions other than torch's, because its key only has their names. So their
+    entries in this option have a digest of all code that a reference may call. The last entry adds what the key of torch 2.11
+    lacks: which inputs have a fixed address.
 
     Args:
         gm: the rewritten graph.
-        patches: options of Inductor's that the user has set; nothing of them is lost.
+        patches: options of Inductor that the user has set. All are kept.
     """
     known = compat.inductor_options()
     if known is None or CACHEABLE not in known:
@@ -45,10 +44,10 @@ def cacheable(gm: GraphModule, patches: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def alike() -> Iterator[None]:
-    """Keys that are made meanwhile do not depend on who imported torch first.
+    """Make cache keys that do not depend on which module imported torch first.
 
-    They are digests of pickles. A memory format says that its name is torch.contiguous_format, which pickle looks for in all
-    modules, and finds in the first that has an attribute torch: the user's own, where that imports torch first.
+    Keys are digests of pickles. A memory format is pickled as the name torch.contiguous_format. pickle looks for that name in all
+    modules, and finds it in the first one with an attribute torch: the user's own module if it imports torch first.
     """
     before = copyreg.dispatch_table.get(torch.memory_format)
     copyreg.pickle(torch.memory_format, lambda format: str(format).removeprefix("torch."))

@@ -1,4 +1,4 @@
-"""Files of the user's: looked at before any work, and replaced whole or not at all."""
+"""Files that the user names: checked before any work, and replaced as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from gdnfuse.errors import GdnfuseError
 
 
 def check_writable(file: Path) -> None:
-    """Raise before any work where the file cannot be written; nothing is changed."""
+    """Raise before any work if the file cannot be written. Nothing is changed."""
     if file.is_dir():
         raise GdnfuseError(f"Cannot write {file}: it is a folder.")
     if file.exists() and not file.is_file():
-        raise GdnfuseError(f"Cannot write {file}: it is no regular file.")
+        raise GdnfuseError(f"Cannot write {file}: it is not a regular file.")
     folder = file.resolve().parent
     if not folder.is_dir():
         raise GdnfuseError(f"Cannot write {file}: there is no folder {file.parent}.")
@@ -29,10 +29,10 @@ def check_writable(file: Path) -> None:
 
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """A file beside it to write to, which takes its place when all is written; a link stays a link."""
+    """A temporary file to write to. It replaces the file when everything is written. A symbolic link stays a link."""
     target = file.resolve()
     own = f"{os.getpid()}.{threading.get_ident()}"
-    partial = target.with_name(f".{target.stem}.{own}{target.suffix}")  # a plot's format goes by the suffix
+    partial = target.with_name(f".{target.stem}.{own}{target.suffix}")  # the suffix decides the format of a plot
     try:
         yield partial
         partial.replace(target)

@@ -1,4 +1,4 @@
-"""Models whose linears are bitsandbytes' of four bits, read by our kernels in place of its own."""
+"""Models with bitsandbytes' linears of four bits, whose weights our kernels read instead of its own."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from gdnfuse.stored_linear import StoredLinear
 
 
 def keep_four_bit(model: torch.nn.Module) -> torch.nn.Module:
-    """Let bitsandbytes' linears of four bits be read by kernels as they are stored, in place.
+    """Turn bitsandbytes' linears of four bits into ones that our kernels read, in place.
 
-    Each `Linear4bit` becomes a `StoredLinear` over the same bytes. Magnitudes that are quantised themselves (double quantisation)
-    become float32 once: half a bit more for each weight in blocks of 64. Products are in the input's dtype, whatever the
-    compute_dtype was. This must come before the model's first call, on the device that it will run on, and before adapters.
+    Each `Linear4bit` becomes a `StoredLinear` over the same bytes. Scales that are quantised themselves (double quantisation)
+    become float32 once, which takes half a bit more per weight in blocks of 64. Products are computed in the dtype of the input,
+    whatever compute_dtype was. Call this before the model's first call, on the device that it will run on, and before adapters
+    are loaded.
 
     Args:
-        model: from `from_pretrained` with `BitsAndBytesConfig(load_in_4bit=True)`, nf4 or fp4, in blocks of 64 or 128.
+        model: a model from `from_pretrained` with `BitsAndBytesConfig(load_in_4bit=True)`, nf4 or fp4, in blocks of 64 or 128.
 
     Returns:
         The model. It cannot be saved any more: save_pretrained raises.
 
     Raises:
-        GdnfuseError: this is no model, or one without such linears, or with one that is stored otherwise. The model is as it was
+        GdnfuseError: `model` is not a model, it has no such linears, or one is stored in another way. The model is unchanged
             then.
     """
     require_model(model, "A model with weights of four bits")
@@ -37,7 +38,7 @@ def keep_four_bit(model: torch.nn.Module) -> torch.nn.Module:
             "A model with weights of four bits must be one that bitsandbytes quantised and that is on its device, found "
             f"{type(model).__name__} without such weights."
         )
-    if len(devices := sorted({str(p.device) for p in model.parameters()})) > 1:  # between which accelerate's hooks move rows
+    if len(devices := sorted({str(p.device) for p in model.parameters()})) > 1:  # accelerate's hooks would move rows between them
         raise GdnfuseError(f"A model with weights of four bits must be on one device, found {' and '.join(devices)}.")
     made = {}
     for name, module in found.items():
@@ -47,7 +48,7 @@ def keep_four_bit(model: torch.nn.Module) -> torch.nn.Module:
             raise GdnfuseError(f"{name} cannot be read by kernels: leave the model as bitsandbytes has it. {e.reason}") from e
     for name, new in made.items():
         model.set_submodule(name, new.train(found[name].training))
-    # bitsandbytes' weights and their modules hold each other. While they are there, two tensors share the memory to be packed.
+    # bitsandbytes' weights and modules refer to each other. Until they are collected, two tensors share the memory to be packed.
     del module
     found.clear()
     gc.collect()
@@ -57,7 +58,7 @@ def keep_four_bit(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def refuse_to_save(*args: Any, **kwargs: Any) -> None:
-    """In place of a model's save_pretrained: what it would write, transformers would load without its weights.
+    """Replaces save_pretrained of a model. transformers could not load the weights that it would write.
 
     Raises:
         GdnfuseError: always.
@@ -69,7 +70,7 @@ def refuse_to_save(*args: Any, **kwargs: Any) -> None:
 
 
 def _state(module: torch.nn.Module) -> Any:
-    """Of a weight of four bits that is a module's own, what bitsandbytes keeps beside it. An adapter's is its base layer's."""
+    """What bitsandbytes keeps next to the four-bit weight of a module. A weight of a base layer does not count."""
     return getattr(dict(module.named_parameters(recurse=False)).get("weight"), "quant_state", None)
 
 
@@ -77,7 +78,7 @@ def _linear(module: torch.nn.Module) -> StoredLinear:
     """The same linear over the same bytes.
 
     Raises:
-        Refused: it computes something else, or is stored otherwise.
+        Refused: it computes something else, or is stored in another way.
     """
     if type(module).__name__ != "Linear4bit":
         raise Refused(f"What has weights of four bits must be a Linear4bit, found {type(module).__name__}.")

@@ -1,6 +1,6 @@
-"""Models of transformers without their weights: configs and presets, random and meta models, and tracing or verifying one.
+"""Models of transformers without their weights: configs, presets, random and meta models, and how to trace or verify one.
 
-transformers is imported inside the functions, so that importing this module stays cheap.
+transformers is imported inside the functions, so importing this module is fast.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ def presets() -> list[str]:
 
 
 def preset(name: str) -> str | None:
-    """The full name of a preset ("4b" is "qwen3.5-4b"), or None where there is none of this name."""
+    """The full name of a preset ("4b" is "qwen3.5-4b"), or None if there is none of this name."""
     return next((full for full in (name.lower(), f"qwen3.5-{name.lower()}") if full in presets()), None)
 
 
 def load_config(name_or_path: str) -> PreTrainedConfig:
-    """The config of a preset ("qwen3.5-4b" or "4b"), a config.json, a local model folder or a hub id.
+    """Load the config of a preset ("qwen3.5-4b" or "4b"), a config.json, a local model folder or a hub id.
 
     Raises:
-        GdnfuseError: with a sentence, if there is no such config or it cannot be read.
+        GdnfuseError: there is no such config, or it cannot be read.
     """
     if name := preset(name_or_path):
         return _from_json((resources.files("gdnfuse") / "presets" / f"{name}.json").read_text(), name)
@@ -84,7 +84,7 @@ def _from_json(text: str, source: str) -> PreTrainedConfig:
 
     try:
         return AutoConfig.for_model(**data)
-    except Exception as e:  # transformers raises whatever the field's check raises
+    except Exception as e:  # the check of a field may raise anything
         raise GdnfuseError(f"{source} is not a config that transformers accepts: {one_line(e)}.") from e
 
 
@@ -99,7 +99,7 @@ def _from_hub(name: str) -> PreTrainedConfig:
 
 @contextlib.contextmanager
 def _running(tokens: int) -> Iterator[None]:
-    """What the model or torch raise is said in a sentence; memory that runs out is not of the model's making."""
+    """Turn errors of the model or of torch into sentences. Out-of-memory errors pass unchanged: the model is not at fault."""
     try:
         yield
     except (GdnfuseError, MemoryError, torch.OutOfMemoryError):
@@ -110,7 +110,7 @@ def _running(tokens: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _experts_of_any_dtype(model: torch.nn.Module) -> Iterator[None]:
-    """transformers' default for experts, grouped_mm, takes bfloat16 alone on the meta device."""
+    """Compute experts in another way than grouped_mm, transformers' default, which only takes bfloat16 on the meta device."""
     before = model.get_experts_implementation()
     model.set_experts_implementation("batched_mm")
     try:
@@ -120,19 +120,21 @@ def _experts_of_any_dtype(model: torch.nn.Module) -> Iterator[None]:
 
 
 def meta_model(config: PreTrainedConfig, dtype: torch.dtype = torch.bfloat16) -> torch.nn.Module:
-    """The causal language model of a config on the meta device: shapes without weights. Multimodal configs give their text model.
+    """Make the causal language model of a config on the meta device: shapes without weights.
+
+    A multimodal config gives its text model.
 
     Raises:
-        GdnfuseError: the config has no causal language model in transformers.
+        GdnfuseError: transformers has no causal language model for the config.
     """
     return random_model(config, dtype, "meta")
 
 
 def random_model(config: PreTrainedConfig, dtype: torch.dtype = torch.bfloat16, device: str = "cpu") -> torch.nn.Module:
-    """The same on another device, with random weights.
+    """Make the causal language model of a config with random weights.
 
     Raises:
-        GdnfuseError: the config has no causal language model in transformers, or the device no room for it.
+        GdnfuseError: transformers has no causal language model for the config, or the device has no room for it.
     """
     from transformers import AutoModelForCausalLM
 
@@ -144,7 +146,7 @@ def random_model(config: PreTrainedConfig, dtype: torch.dtype = torch.bfloat16, 
     return model.eval().requires_grad_(False)
 
 
-# What commands call the formats of `quantized`.
+# Names of the formats on the command line.
 QUANTIZED = {
     "fp8": "fp8_block128",
     "fp8-tensor": "fp8_tensor",
@@ -153,29 +155,29 @@ QUANTIZED = {
     "nf4": "nf4_block64",
 }
 OF_TRANSFORMERS = {"fp8_block128": (formats.fp8_block128.BLOCK,) * 2, "fp8_tensor": None}  # FP8Linear's blocks
-# What checkpoints leave as it is, whatever the format: small, or where an error would show in every token.
+# Linears that checkpoints do not quantise: they are small, or an error in them would affect every token.
 NOT_QUANTIZED = ("lm_head", "in_proj_a", "in_proj_b", "in_proj_ba", "a_proj", "b_proj", "gate", "shared_expert_gate")
 
 
 def quantized(model: torch.nn.Module, format: str = "fp8_block128") -> torch.nn.Module:
     """Turn the linears of a model into those of a quantised checkpoint, in place and one by one, without the hub.
 
-    Of "fp8_block128" and "fp8_tensor" those become transformers' FP8Linear, and of the first experts its FP8Experts, as loading a
-    checkpoint of FineGrainedFP8Config makes of them. Of other formats they become a `StoredLinear`, with the tensors that a
-    checkpoint of compressed-tensors has. The head, what a GDN layer makes its gates of and routers stay as they are, and so do
-    linears whose columns are no whole groups. The model's config says what was done, so that a saved model is loaded as a
-    checkpoint of that format. There is no checkpoint of nf4 and fp4 with these tensors: save_pretrained of such a model raises.
+    For "fp8_block128" and "fp8_tensor" they become transformers' FP8Linear, and for "fp8_block128" experts become its FP8Experts,
+    as in a checkpoint that FineGrainedFP8Config loads. For other formats they become a `StoredLinear`, with the tensors of a
+    checkpoint of compressed-tensors. These are not quantised: the head, the linears of a GDN layer's gates, routers, and linears
+    whose columns are not a multiple of the group. The model's config is changed, so that a saved model is loaded as a checkpoint
+    of that format. There is no such checkpoint for nf4 and fp4, so save_pretrained of such a model raises.
 
     Args:
-        model: with weights on any device, or on the meta device.
-        format: a name of `gdnfuse.formats.FORMATS`, but "nf4" and "fp4", which only bitsandbytes makes.
+        model: a model with weights on any device, or on the meta device.
+        format: a name of `gdnfuse.formats.FORMATS`, except "nf4" and "fp4", which only bitsandbytes makes.
 
     Returns:
         The model.
 
     Raises:
-        GdnfuseError: there is no such format, or this is no model, or it has nothing to quantise, or quantised linears already.
-            The model is as it was then.
+        GdnfuseError: there is no such format; `model` is not a model; it has nothing to quantise; or it is already quantised. The
+            model is unchanged then.
     """
     require_model(model, "A model to quantise")
     if format not in (known := [name for name, found in formats.FORMATS.items() if found.quantize]):
@@ -213,7 +215,7 @@ def _is_quantized(linear: torch.nn.Linear) -> bool:
 
 
 def _described(format: str, kept: list[str]) -> dict[str, Any]:
-    """What a saved model's config says of a format, by which transformers loads it: of its own FP8, or compressed-tensors'.
+    """The quantization config of a saved model: for transformers' own FP8, or for compressed-tensors.
 
     Args:
         kept: names of the linears that are not quantised.
@@ -246,7 +248,7 @@ def _quantized_linear(linear: torch.nn.Linear, format: str) -> torch.nn.Linear:
 
 
 def _quantize(module: torch.nn.Module, name: str, weight: torch.Tensor, format: str) -> None:
-    """Give a module of transformers' a weight's data and scale."""
+    """Give a module of transformers the data and the scale of a quantised weight."""
     for attribute, tensor in zip((name, f"{name}_scale_inv"), formats.named(format).quantize(weight.detach()), strict=True):
         setattr(module, attribute, torch.nn.Parameter(tensor, requires_grad=False))
 
@@ -271,12 +273,13 @@ def _quantize_experts(model: torch.nn.Module, format: str, block: tuple[int, int
 
 @contextlib.contextmanager
 def on_ranks(model: torch.nn.Module, ranks: int) -> Iterator[None]:
-    """Give a meta model meanwhile the weights that the first of so many ranks has of it by heads; the other ranks are not there.
+    """Give a meta model, inside the block, the weights that the first of so many ranks has if it is split by heads.
 
-    Embedding and head stay whole.
+    No other ranks are needed. Embedding and head stay whole.
 
     Raises:
-        GdnfuseError: the model has no plan for tensor parallel, cannot be cut for so many ranks, or a process group is in use.
+        GdnfuseError: the model has no plan for tensor parallel, it cannot be split over so many ranks, or a process group is in
+            use.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         raise GdnfuseError("A report of several ranks needs a process without a process group, found one in use.")
@@ -297,10 +300,11 @@ def verify(model: torch.nn.Module, *, batch: int = 1, prompt: int = 70, **option
     """Run a random prompt and one decode step of a model with the option `verify`, and return the reports of their graphs.
 
     Args:
-        model: with weights, on the device to verify on. Keeps its values, and is not left compiled; sibling weights are packed.
-        batch: sequences.
+        model: a model with weights, on the device to verify on. Its values do not change and it is not left compiled. Sibling
+            weights are packed.
+        batch: number of sequences.
         prompt: tokens of the prompt.
-        options: see `gdnfuse.options.Options`. Graphs are rewritten but not compiled further, unless `inner` says so.
+        options: see `gdnfuse.options.Options`. Graphs are rewritten but not compiled further, unless `inner` is given.
     """
     from transformers import StaticCache
 
@@ -321,14 +325,14 @@ def verify(model: torch.nn.Module, *, batch: int = 1, prompt: int = 70, **option
 def trace(
     model: torch.nn.Module, *, phase: str = "decode", batch: int = 1, prompt: int = 64, **options: Any
 ) -> list[GraphReport]:
-    """Compile one step of a model on the meta device and return the reports of its graphs. Needs neither weights nor a GPU.
+    """Compile one step of a model on the meta device and return the reports of its graphs. It needs neither weights nor a GPU.
 
     Args:
         model: from `meta_model`.
-        phase: "decode", one token after a prompt, or "prefill", the prompt itself.
-        batch: sequences.
-        prompt: tokens of the prompt. What decodes does not depend on it.
-        options: see `gdnfuse.options.Options`; `target` names the device type to lower for.
+        phase: "decode" for one token after a prompt, or "prefill" for the prompt itself.
+        batch: number of sequences.
+        prompt: tokens of the prompt. The graph of a decode step does not depend on it.
+        options: see `gdnfuse.options.Options`. `target` is the device type to choose kernels for.
     """
     from transformers import StaticCache
 
@@ -339,18 +343,18 @@ def trace(
             raise GdnfuseError(f"{name} must be at least 1, found {size}.")
     gdnfuse_options.parse(options)
     known = {r.graph_id for r in reports()}
-    # Only the cache is built under the device: with that mode on, Dynamo traces through it and takes four times as long.
+    # Only the cache is made under this mode. Dynamo would trace through it and take four times as long.
     with torch.device("meta"):
         held = cache_argument(model, StaticCache(config=model.config, max_cache_len=prompt + 1))
     tokens = torch.zeros(batch, prompt, dtype=torch.long, device="meta")
-    # Every model of a process shares code, so reports of several models add up to the limit, and would make sizes symbolic.
+    # All models of a process share code. So traces of several models would count towards one limit and make sizes symbolic.
     limits = {"recompile_limit": 1000, "accumulated_recompile_limit": 1000, "automatic_dynamic_shapes": False}
     with torch.no_grad(), compat.dynamo_settings(**limits), _running(prompt):
-        # Code of its own: Dynamo would take an equal model, traced before, for this one, and make no graph.
+        # Each trace has its own code. Otherwise Dynamo would reuse the trace of an equal model and make no graph.
         step = torch.compile(with_own_code(model), backend="gdnfuse", options=options or None)
         if phase == "decode":
             announce("run a prompt")
-            # Two tokens are enough for the cached states to exist, and keep the chunk rule to one chunk.
+            # Two tokens are enough to create the states, and the chunk rule needs one chunk for them.
             with _experts_of_any_dtype(model), dequantized_calls(model):
                 model(tokens[:, :2] if prompt > 1 else tokens, **held, use_cache=True)
             tokens = tokens[:, :1]

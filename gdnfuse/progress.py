@@ -1,4 +1,4 @@
-"""What is being done, in a line on the terminal."""
+"""Shows on the terminal what is being done."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from tqdm import tqdm
 
 
 def hidden() -> bool | None:
-    """What `disable` must be for a bar on terminals only: given that, tqdm does not read TQDM_DISABLE itself."""
+    """The value of tqdm's `disable` that shows a bar only on terminals. tqdm does not read TQDM_DISABLE if `disable` is given."""
     return bool(os.environ.get("TQDM_DISABLE")) or None
 
 
 @contextmanager
 def progress() -> Iterator[Callable[[str], None]]:
-    """Show what is done and for how long, after a second, on stderr if that is a terminal and TQDM_DISABLE is not set.
+    """Show what is done and for how long, after a second, on stderr. Only on a terminal, and if TQDM_DISABLE is not set.
 
-    Yields what to call with each step's name.
+    Yields a function to call with the name of each step.
     """
     bar = tqdm(bar_format="{desc} ({elapsed})", disable=hidden(), delay=1, leave=False)
     done = threading.Event()
 
-    def tick() -> None:  # a step may take long, and time goes on meanwhile
+    def tick() -> None:  # shows the time while a long step runs
         wait = bar.delay
         while not done.wait(wait):
             bar.refresh()
@@ -46,14 +46,14 @@ _listeners: list[Callable[[str], None]] = []
 
 
 def announce(step: str) -> None:
-    """Say what is done next, to whoever waits for it."""
+    """Tell all listeners what is done next."""
     for listener in _listeners:
         listener(step)
 
 
 @contextmanager
 def listening(listener: Callable[[str], None]) -> Iterator[None]:
-    """Have `listener` called with every step that is announced."""
+    """Call `listener` with every step that is announced."""
     _listeners.append(listener)
     try:
         yield

@@ -1,4 +1,4 @@
-"""What ran: how many fused Gated DeltaNet layers the graphs of a thread have run, for whoever asks whether a call was fused."""
+"""Counts how many fused Gated DeltaNet layers the graphs of a thread have run, so that a call can check whether it was fused."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 
 
 class Runs(threading.local):
-    """Of one thread.
+    """The counters of one thread.
 
     Attributes:
-        fused: how many times graphs have run a fused layer so far.
-        unfused: of the last graph with layers, why each of those that are not fused is not, by path.
-        watched: the inputs that fused layers read, while somebody watches; None otherwise.
-        checkpoints: while somebody collects them, the states that each graph of a prompt has passed, if it was compiled for it:
-            of one layer after the other recurrent states [B, n, HV, K, V] and conv windows [B, n, D, W]. None otherwise.
-        drafting: whether what runs drafts for a model, and is of few rows.
+        fused: how often graphs have run a fused layer so far.
+        unfused: for the last graph with layers: why each unfused layer is not fused, by path.
+        watched: the inputs that fused layers read, while a call is watched; else None.
+        checkpoints: while somebody collects them, the states that graphs of prompts keep on their way, layer by layer: recurrent
+            states [B, n, HV, K, V] and conv windows [B, n, D, W]. Else None.
+        drafting: whether what runs now drafts tokens for a model.
     """
 
     fused: int = 0

@@ -1,4 +1,4 @@
-"""gdnfuse.delta_rule_slots: the rule over a few tokens for code that keeps its states in slots of its own."""
+"""gdnfuse.delta_rule_slots: the rule over a few tokens, for code that keeps its states in slots of its own."""
 
 from __future__ import annotations
 
@@ -30,31 +30,33 @@ def delta_rule_slots(
     l2norm_eps: float | None = None,
     beta_scale: float = 1.0,
 ) -> torch.Tensor:
-    """The gated delta rule over T tokens, with a state behind each token in slots of a pool.
+    """The gated delta rule over T tokens, which writes a state after each token into slots of a pool.
 
-    A sequence keeps its T slots from call to call, and says how many tokens of its last call stand. It begins with the state
-    behind the last of those, and leaves the state behind token t in slot slots[b, t]. So nothing is copied to take tokens back.
-    On a GPU this is one kernel; where that cannot be, plain PyTorch, and a warning says why once. Compiled code may call it.
+    A sequence keeps its T slots from call to call, and says how many tokens of its last call were accepted. The rule starts from
+    the state after the last accepted token, and writes the state after token t into slot slots[b, t]. So nothing is copied to
+    take tokens back. On a GPU this is one kernel. If the kernel cannot run, plain PyTorch runs, and one warning says why.
+    Compiled code may call it.
 
     Args:
-        q, k: [B, T, H, K], behind the conv; float32, bfloat16 or float16, as all that follow, or float64 on a CPU.
+        q, k: [B, T, H, K], after the conv. float32, bfloat16 or float16, as all tensors below, or float64 on a CPU.
         v: [B, T, HV, V]; HV is a multiple of H.
-        a, b: [B, T, HV], of which decay −exp(A_log)·softplus(a + dt_bias) and β = beta_scale·σ(b) are made.
+        a, b: [B, T, HV], inputs of the decay −exp(A_log)·softplus(a + dt_bias) and of β = beta_scale·σ(b).
         A_log, dt_bias: [HV].
-        states: [slots, HV, K, V], at least one slot, any strides but those of an expanded tensor, written in place.
-        slots: [B, T], int32 or int64, below the number of slots. No two may be the same, but for negative ones, which are none:
-            a state is not written there, and one that is read there is zero.
-        accepted: [B], int32 or int64, from 0 to T: how many tokens of the last call stand; 0 begins with a state of zeros.
-        scale: factor on q, commonly K^−½.
+        states: [slots, HV, K, V], at least one slot, with any strides except those of an expanded tensor; written in place.
+        slots: [B, T], int32 or int64, below the number of slots. Two may be equal only if they are negative. A negative one
+            stands for no slot: no state is written there, and a state that is read there is zero.
+        accepted: [B], int32 or int64, from 0 to T: how many tokens of the last call were accepted. 0 starts from a state of
+            zeros.
+        scale: factor on q, usually K^−½.
         l2norm_eps: if given, q and k are l2-normalised with it first.
         beta_scale: 2 allows the state negative eigenvalues (Grazzi et al. 2024, arXiv:2411.12537).
 
     Returns:
-        o [B, T, HV, V] in float32, float64 for float64 inputs.
+        o [B, T, HV, V] in float32, or float64 for float64 inputs.
 
     Raises:
-        GdnfuseError: shapes, dtypes or devices that do not belong together, or a pool that is expanded. Values of indices are
-            looked at on a CPU alone: a GPU would have to be waited for.
+        GdnfuseError: shapes, dtypes or devices do not fit together, or the pool is expanded. Values of `slots` and `accepted` are
+            checked only on a CPU, because on a GPU the check would have to wait.
 
     Source:
         Yang et al. 2024, Gated Delta Networks, arXiv:2412.06464; slots as in vLLM's PR 35777.

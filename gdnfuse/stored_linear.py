@@ -1,6 +1,6 @@
-"""A linear whose weight is quantised data, a scale and maybe zero points, under the names that compressed-tensors gives them.
+"""A linear with a quantised weight: data, a scale and maybe zero points, with the names that compressed-tensors gives them.
 
-In a graph of gdnfuse its weight is a `dequantize`; everywhere else, eager calls included, it is dequantised at each call.
+In a graph of gdnfuse its weight is a `dequantize`. Everywhere else, eager calls included, it is dequantised at each call.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from gdnfuse.errors import Refused
 
 @compat.not_cast
 class StoredLinear(torch.nn.Linear):
-    """x·Wᵀ with W = dequantize(data, scale), in x's dtype; activations are not quantised.
+    """x·Wᵀ with W = dequantize(data, scale), in the dtype of x. Activations are not quantised.
 
-    A cast of the model, as by `model.to(torch.bfloat16)`, leaves what is stored as it is.
+    A cast of the model, such as `model.to(torch.bfloat16)`, does not change what is stored.
 
     Attributes:
         format: a name of `gdnfuse.formats.FORMATS`.
-        weight_packed, weight_shape: the data of a format with several columns in an element, and the weight's shape, int64 [2].
+        weight_packed, weight_shape: the data of a format with several columns per element, and the shape of the weight, int64
+            [2].
         weight: the data of any other format.
         weight_scale: the scale.
         weight_zero_point: the zero points of a format that has them.
@@ -40,9 +41,7 @@ class StoredLinear(torch.nn.Linear):
         """
         found = formats.named(format)
         if not found.quantize:
-            raise Refused(
-                f"A StoredLinear must have a format that is quantised to here, found {format}, which bitsandbytes' linears have."
-            )
+            raise Refused(f"A StoredLinear must have a format that gdnfuse quantises to, found {format} of bitsandbytes.")
         found.check(data, *more)
         M, N = found.shape(data)
         with torch.device("meta"):
@@ -54,26 +53,26 @@ class StoredLinear(torch.nn.Linear):
             kept = isinstance(tensor, torch.nn.Parameter)
             setattr(self, name, tensor if kept else torch.nn.Parameter(tensor, requires_grad=False))
         if self.packed:
-            self.register_parameter("weight", None)  # which peft asks for first
+            self.register_parameter("weight", None)  # peft looks for this name first
             self.weight_shape = torch.nn.Parameter(torch.tensor([M, N], device=data.device), requires_grad=False)
         self.bias = bias
 
     @property
     def qweight(self) -> torch.Tensor:
-        """The data under the name by which peft takes the device of a linear that has no plain weight."""
+        """The data, under the name by which peft finds the device of a linear without a plain weight."""
         return self.stored()[0]
 
     def stored(self) -> tuple[torch.Tensor, ...]:
-        """Data, scale and, where the format has them, zero points."""
+        """Data, scale and, if the format has them, zero points."""
         return tuple(getattr(self, name) for name in self.names)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         data, scale, *more = self.stored()
-        if not torch.compiler.is_compiling():  # else the op looks at them once
+        if not torch.compiler.is_compiling():  # in a graph the op checks them once
             formats.named(self.format).check(data, scale, *more)
         if capture.wanted():
             weight = torch.ops.gdnfuse.dequantize.default(data, scale, self.format, input.dtype, more or None)
-        else:  # so that another compiler sees what is computed
+        else:  # so that another compiler can see the computation
             weight = dequantize.reference(data, scale, self.format, input.dtype, more or None)
         return F.linear(input, weight, self.bias)
 

@@ -209,7 +209,7 @@ def test_what_is_there_stays_until_it_is_replaced_and_links_stay_links(tmp_path)
     with files.replacing(link) as partial:
         partial.write_text("new")
     assert link.is_symlink() and old.read_text() == "new" and len(list(tmp_path.iterdir())) == 2
-    with pytest.raises(gdnfuse.GdnfuseError, match="no regular file"):
+    with pytest.raises(gdnfuse.GdnfuseError, match="not a regular file"):
         files.check_writable(Path("/dev/null"))
 
 

@@ -50,7 +50,7 @@ REFUSED = {
     ),
     "no zero points": (
         lambda: compressed({**INT4, "symmetric": False}, *packed()),
-        "A compressed linear must hold its weight, scale and zero points, found that it does not.",
+        "A compressed linear must hold its weight, scale and zero points, found one without.",
     ),
     "zero points that were not loaded": (
         lambda: compressed({**INT4, "symmetric": False}, *packed(), weight_zero_point=torch.zeros(128, 2, dtype=torch.int8)),
@@ -67,9 +67,12 @@ REFUSED = {
     ),
     "results": (
         lambda: compressed(INT4, *packed(), output_activations=object()),
-        "Results of a linear must not be quantised, found that they are.",
+        "A linear must not quantise its result, found one that does.",
     ),
-    "frozen": (lambda: compressed(INT4, *packed(), "frozen"), "Weights must be compressed still, found them frozen."),
+    "frozen": (
+        lambda: compressed(INT4, *packed(), "frozen"),
+        "Weights must still be compressed, found frozen ones: call keep_compressed before the model's first call.",
+    ),
 }
 
 

@@ -1,7 +1,7 @@
-"""Agreement: what all ranks must be about to do alike is compared before any does it, and one that cannot has none do it.
+"""Agreement: before ranks do something together, they compare what each is about to do. If one cannot do it, none does.
 
-It goes through the store with which the process group was made, and not through collectives, which wait for a rank that never
-comes for as long as their timeout says, half an hour by default.
+Messages go through the store of the process group, not through collectives. A collective waits for a missing rank until it times
+out, after half an hour by default.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ import torch
 from gdnfuse import compat, versions
 from gdnfuse.errors import GdnfuseError, one_line
 
-SECONDS = 8.0  # that a rank waits for the others
-_calls = itertools.count()  # of this process; each rank makes as many
+SECONDS = 8.0  # how long a rank waits for the others
+_calls = itertools.count()  # each rank makes the same number of calls
 
 
 class Alone:
-    """What there is to agree on where no other rank takes part: nothing."""
+    """The agreement of a single process: there is nothing to compare."""
 
     ranks = 1
 
     @contextlib.contextmanager
     def reached(self, terms: dict[str, Any] | None = None, failed: Exception | None = None) -> Iterator[dict[str, Any]]:
-        """Runs what is inside, and raises what has failed before."""
+        """Run the block. If `failed` is given, raise it instead."""
         if failed is not None:
             raise failed
         yield dict(terms or {})
 
 
 class Agreement:
-    """One matter on which the ranks of the default process group agree, point after point."""
+    """One matter on which the ranks of the default process group agree, step by step."""
 
     def __init__(self) -> None:
         self.rank, self.ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -44,14 +44,14 @@ class Agreement:
 
     @contextlib.contextmanager
     def reached(self, terms: dict[str, Any] | None = None, failed: Exception | None = None) -> Iterator[dict[str, Any]]:
-        """Runs what is inside, and ends once every rank has run it and found the same terms.
+        """Run the block, and end when every rank has run it and has the same terms.
 
         Args:
-            terms: what must be alike, by name; the block may add to them.
-            failed: what this rank has failed with before. It takes no other step then.
+            terms: what must be equal on all ranks, by name. The block may add to them.
+            failed: an earlier failure of this rank. It then only tells the others.
 
         Raises:
-            GdnfuseError: on every rank, if one failed, did not come, or has other terms.
+            GdnfuseError: on every rank, if one failed, did not arrive, or has other terms.
         """
         mine, said = {**_versions(), **(terms or {})}, ""
         try:
@@ -68,13 +68,13 @@ class Agreement:
             raise GdnfuseError(sentence) from failed
 
     def _exchanged(self, message: str) -> list[dict[str, Any] | None]:
-        """What each rank said; None of one that did not come."""
+        """The message of each rank; None for a rank that did not arrive."""
         key, until = f"{self._name}/{next(self._points)}", time.monotonic() + SECONDS
         compat.say_to_ranks(f"{key}/{self.rank}", message)
         found = [compat.heard_from_rank(f"{key}/{rank}", max(until - time.monotonic(), 0.01)) for rank in range(self.ranks)]
         heard = [None if text is None else json.loads(text) for text in found]
         if _disagreement(heard):
-            # The store may be one rank's: it goes when all have heard.
+            # One rank may own the store, so it may end only after all have read.
             compat.say_to_ranks(f"{key}/{self.rank}/heard", "")
             for rank in range(self.ranks):
                 if heard[rank] is not None:
@@ -87,7 +87,7 @@ def _versions() -> dict[str, Any]:
 
 
 def _disagreement(found: list[dict[str, Any] | None]) -> str:
-    """What keeps the ranks from it, in a sentence; empty where nothing does."""
+    """A sentence on what the ranks disagree about. Empty if they agree."""
     for rank, said in enumerate(found):
         if said is not None and said["failed"]:
             return f"Rank {rank}: {said['failed']}"

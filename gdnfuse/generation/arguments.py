@@ -1,4 +1,4 @@
-"""What a call of a model must be given, checked before anything runs."""
+"""Checks the arguments of a call of a model before anything runs."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from gdnfuse.generation.caches import cache_finder
 
 
 def parameters_of(model: torch.nn.Module) -> list[str]:
-    """The names of what a model may be given by position."""
+    """The names of a model's positional parameters."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return [p.name for p in inspect.signature(model.forward).parameters.values() if p.kind in kinds]
 
 
-def demanding(model: torch.nn.Module, call: Callable[..., Any]) -> Callable[..., Any]:
-    """The same call, which refuses what the model cannot be right with.
+def checking_arguments(model: torch.nn.Module, call: Callable[..., Any]) -> Callable[..., Any]:
+    """The same call, which first checks its arguments.
 
     Raises:
-        GdnfuseError: there is no row or no token; or `cu_seq_lens_q` packs sequences that attention would mix.
+        GdnfuseError: from the call: there is no row or no token, or `cu_seq_lens_q` packs sequences that attention would mix.
     """
     parameters, find_cache = parameters_of(model), cache_finder()
     config = getattr(model, "config", None)
@@ -36,17 +36,17 @@ def demanding(model: torch.nn.Module, call: Callable[..., Any]) -> Callable[...,
                     found = f"{name} of the shape {list(tokens.shape)}"
                     raise GdnfuseError(f"A call must have at least one row and one token, found {found}.")
             if given.get("cu_seq_lens_q") is not None:
-                _require_apart(config, given, find_cache(given.values()))
+                _require_separable(config, given, find_cache(given.values()))
         return call(*args, **kwargs)
 
     return checked
 
 
-def _require_apart(config: Any, given: dict[str, Any], cache: Any) -> None:
-    """transformers tells attention of packed sequences by positions alone, and only without a cache and a mask of padding."""
+def _require_separable(config: Any, given: dict[str, Any], cache: Any) -> None:
+    """Check that attention can tell packed sequences apart: it needs positions, no cache and no padding mask."""
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     if "flash" in compat.attention_of(config):
-        return  # which takes the bounds
+        return  # flash attention uses the bounds
     use_cache = given.get("use_cache")
     caching = cache is not None or (getattr(config, "use_cache", True) if use_cache is None else use_cache)
     found = [

@@ -1,11 +1,11 @@
 """What a process compiled, in one file, for other processes that compile the same.
 
-`gdnfuse.warmup(model, save=FILE)` writes it, `gdnfuse.compile(model, artifacts=FILE)` reads it. It has what torch keeps
-(`torch.compiler.save_cache_artifacts`): AOTAutograd's and Inductor's graphs, with Inductor's Triton kernels and what it measured
-to choose them. It has the machine codes of our own kernels too, of which torch knows nothing. All goes to the caches on disk,
-where compilers look for it. Machine code of Inductor's C++ is not in it, so on a CPU that is compiled again.
+`gdnfuse.warmup(model, save=FILE)` writes it and `gdnfuse.compile(model, artifacts=FILE)` reads it. It contains what torch saves
+(`torch.compiler.save_cache_artifacts`): the graphs of AOTAutograd and Inductor, Inductor's Triton kernels, and its measurements.
+It also contains the machine code of our own kernels. Everything goes into the caches on disk, where the compilers look for it.
+The machine code of Inductor's C++ is not in the file, so on a CPU that is compiled again.
 
-Who loads such a file runs the code in it, so it is to be trusted as the model's code is.
+Loading a file runs the code in it. So trust the file as you trust the code of the model.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from gdnfuse.files import replacing
 log = logging.getLogger(__name__)
 
 SCHEMA = "gdnfuse.artifacts/1"
-ABOUT, TORCH, KERNELS = "about.json", "torch.bin", "kernels/"  # what the file has: a zip, whose parts have checksums
+ABOUT, TORCH, KERNELS = "about.json", "torch.bin", "kernels/"  # the parts of the file, which is a zip and so has checksums
 PACKAGES = ("gdnfuse", "torch", "triton", "transformers")
 OF_NO_GRAPH = ("_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype")  # in a config
 
 
 @dataclass(frozen=True)
 class Artifacts:
-    """A file of them, read and whole.
+    """The content of a complete file.
 
     Attributes:
-        file: where it is.
-        about: what they were compiled with: see `fingerprint`.
-        torch: what `torch.compiler.load_cache_artifacts` takes; empty where torch kept nothing.
-        kernels: of our kernels' machine codes the files, by their keys in Triton's cache.
+        file: path of the file.
+        about: what it was compiled with, see `fingerprint`.
+        torch: the argument of `torch.compiler.load_cache_artifacts`; empty if torch saved nothing.
+        kernels: files with the machine code of our kernels, by their keys in Triton's cache.
     """
 
     file: Path
@@ -51,8 +51,10 @@ class Artifacts:
 
 
 def fingerprint(model: torch.nn.Module) -> dict[str, str]:
-    """What must be equal where artifacts are made and where they are used: versions, the device's name, and the model's class,
-    dtype and config, but not its weights."""
+    """What must be equal where artifacts are made and where they are used.
+
+    These are versions, the name of the device, and the class, dtype and config of the model. The weights do not matter.
+    """
     parameter = next(model.parameters())
     device = torch.cuda.get_device_name(parameter.device) if parameter.device.type == "cuda" else parameter.device.type
     config = getattr(model, "config", None)
@@ -65,10 +67,13 @@ def fingerprint(model: torch.nn.Module) -> dict[str, str]:
 
 
 def save(model: torch.nn.Module, file: Path) -> int:
-    """Write what this process has compiled up to now; the file is replaced whole or not at all. Returns its bytes.
+    """Write what this process has compiled so far. The file is replaced as a whole or not at all.
+
+    Returns:
+        The size of the file in bytes.
 
     Raises:
-        GdnfuseError: nothing was compiled that torch keeps, or the file cannot be written.
+        GdnfuseError: nothing was compiled that can be saved, or the file cannot be written.
     """
     kept, codes = torch.compiler.save_cache_artifacts(), kernels.machine_codes()
     if kept is None and not codes:
@@ -86,10 +91,10 @@ def save(model: torch.nn.Module, file: Path) -> int:
 
 
 def read(file: str | Path) -> Artifacts:
-    """A file that `save` wrote; nothing of it is used yet.
+    """Read a file that `save` wrote. Nothing in it is used yet.
 
     Raises:
-        GdnfuseError: there is none, or it is another file, cut short or damaged.
+        GdnfuseError: the file is missing, damaged, or of another kind.
     """
     file = Path(file)
     required = f"artifacts must be a file that gdnfuse.warmup(model, save=…) has written, found that {file}"
@@ -114,8 +119,11 @@ def read(file: str | Path) -> Artifacts:
 
 
 def load(artifacts: Artifacts, model: torch.nn.Module) -> bool:
-    """Put them where the compilers look, if they were made for this model, device and these versions; else say so in one warning.
-    Whether they are in place: if not, all is compiled as without them."""
+    """Put artifacts where the compilers look, if they were made for this model, this device and these versions.
+
+    Returns:
+        Whether they are in place. If not, one warning says why, and everything is compiled as without them.
+    """
     wanted = fingerprint(model)
     if other := [name for name in wanted if artifacts.about.get(name) != wanted[name]]:
         required, found = (", ".join(f"{name} {facts.get(name)}" for name in other) for facts in (wanted, artifacts.about))
@@ -129,7 +137,7 @@ def load(artifacts: Artifacts, model: torch.nn.Module) -> bool:
         kept: Any = torch.compiler.load_cache_artifacts(artifacts.torch) if artifacts.torch else True
         for key, files in artifacts.kernels.items():
             compat.keep_machine_code(key, files, next(model.parameters()).device.index or 0)
-    except Exception as e:  # no room on the disk, for one: the caches check what they have, and all can be compiled
+    except Exception as e:  # for example a full disk: the caches check their content, and everything can be compiled
         kept, reason = None, one_line(e)
     else:
         reason = "torch does not take them"

@@ -1,4 +1,4 @@
-"""Caches of transformers between forwards: the marks that CUDA graphs and lengths need, and the dtype of recurrent states."""
+"""Caches of transformers between calls: marks for CUDA graphs and for lengths, and the dtype of recurrent states."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from gdnfuse.errors import GdnfuseError
 
 
 def cache_finder() -> Callable[[Iterable[Any]], Any]:
-    """A function that answers the first `transformers.Cache` among values, or None. A cache's keyword differs by version.
+    """A function that returns the first `transformers.Cache` among values, or None. The keyword of a cache differs by version.
 
-    Dynamo traces that function where generate compiles the call, so the class is looked up here.
+    Dynamo traces that function if `generate` compiles the call, so the class is looked up here.
     """
     from transformers import Cache
 
@@ -29,10 +29,10 @@ def cache_finder() -> Callable[[Iterable[Any]], Any]:
 
 
 def cache_argument(model: torch.nn.Module, cache: Any) -> dict[str, Any]:
-    """A cache as the keyword argument that a model takes it by: `cache` since transformers 5.24, `past_key_values` before."""
+    """A cache as a keyword argument of a model: `cache` since transformers 5.24, `past_key_values` before."""
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
-    # A model whose code came with its weights may keep the old name, and a wrapper's forward may name neither.
+    # A model whose code came with its weights may use the old name. The forward of a wrapper may have neither.
     versions = [*inspect.signature(model.forward).parameters, *inspect.signature(CausalLMOutputWithPast).parameters]
     return {next(name for name in versions if name in ("cache", "past_key_values")): cache}
 
@@ -40,8 +40,11 @@ def cache_argument(model: torch.nn.Module, cache: Any) -> dict[str, Any]:
 def preparing_caches(
     fn: Callable[..., Any], fullgraph: bool, state_dtype: torch.dtype | None, any_length: bool
 ) -> Callable[..., Any]:
-    """Have the states that a prompt left kept in their dtype, and written by the CUDA graphs of later steps where they are, and
-    keys and values that grow taken for ones of any length."""
+    """A call that prepares the cache for later steps.
+
+    The states keep their dtype, CUDA graphs of later steps can write them in place, and keys and values that grow count as having
+    any length.
+    """
 
     def call(*args: Any, **kwargs: Any) -> Any:
         out = fn(*args, **kwargs)
@@ -52,7 +55,7 @@ def preparing_caches(
     return call
 
 
-@torch.compiler.disable  # neither a mark nor another tensor in a cache can be set in a graph
+@torch.compiler.disable  # a graph can neither mark a tensor nor replace one in a cache
 def _prepare(given: list[Any], out: Any, state_dtype: torch.dtype | None, any_length: bool) -> None:
     made = out.values() if isinstance(out, Mapping) else out if isinstance(out, tuple) else ()
     cache = cache_finder()([*given, *made])
@@ -71,19 +74,21 @@ def _prepare(given: list[Any], out: Any, state_dtype: torch.dtype | None, any_le
 
 
 def rope_that_looks_ahead(model: torch.nn.Module) -> str | None:
-    """A kind of rotary embedding whose angles depend on the longest position of a call, so that keys depend on what follows them;
-    None where the model has none."""
+    """A kind of rotary embedding whose angles depend on the longest position of a call. None if the model has none.
+
+    With such a kind, keys depend on what follows them.
+    """
     kinds = (str(getattr(m, "rope_type", "")) for m in model.modules())
     return next((kind for kind in kinds if "dynamic" in kind or kind == "longrope"), None)
 
 
 def holds_states(cache: Any) -> bool:
-    """Whether a prompt has left its states in a cache: one of fixed length is initialised before, if it comes in pieces."""
+    """Whether a prompt has left its states in a cache. A cache of fixed length may be initialised before."""
     return any(any(layer.has_previous_state.values()) for layer in cache.layers if hasattr(layer, "recurrent_states"))
 
 
 def mark_lengths(layer: Any) -> None:
-    """Have the keys and values of a layer of a cache that grows taken for ones of any length."""
+    """Let the keys and values of a growing layer count as having any length."""
     from gdnfuse.passes.growing_keys import mark
 
     held = [getattr(layer, name, None) for name in ("keys", "values")]
@@ -94,14 +99,14 @@ STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def set_state_dtype(cache: Any, dtype: torch.dtype) -> None:
-    """Keep the recurrent states of a filled cache in another dtype from here on.
+    """Keep the recurrent states of a filled cache in another dtype from now on.
 
-    A decode step reads and writes each state once, [B, HV, K, V] float32 as transformers makes it: for many sequences that is
-    most of what it moves, and bfloat16 halves it. Maths stays float32, but every step rounds the state; docs/reference.md says
-    how far that drifts. The cache's own update keeps the dtype, compiled or not.
+    transformers makes each state [B, HV, K, V] in float32, and a decode step reads and writes it once. With many sequences that
+    is most of what a step moves, and bfloat16 halves it. The maths stays in float32, but every step rounds the state.
+    docs/reference.md says how far results drift. The cache keeps the dtype in later calls, compiled or not.
 
     Args:
-        cache: of transformers, after its prompt.
+        cache: a cache of transformers, after its prompt.
         dtype: float32, bfloat16 or float16.
 
     Raises:
@@ -110,7 +115,7 @@ def set_state_dtype(cache: Any, dtype: torch.dtype) -> None:
     check_state_dtype(dtype)
     states = _recurrent_states(cache)
     if not states:
-        raise GdnfuseError("The cache must hold recurrent states, found none: a prompt makes them.")
+        raise GdnfuseError("The cache must hold recurrent states, found none: run a prompt first.")
     for held, i in states:
         if held[i].dtype != dtype:
             held[i] = held[i].to(dtype)
@@ -123,6 +128,6 @@ def check_state_dtype(dtype: Any) -> None:
 
 
 def _recurrent_states(cache: Any) -> list[tuple[dict[int, torch.Tensor], int]]:
-    """Where a cache holds each recurrent state: a dict and a key of it."""
+    """Where a cache holds each recurrent state: a dict and its key."""
     held = [layer.recurrent_states for layer in getattr(cache, "layers", []) if hasattr(layer, "recurrent_states")]
     return [(states, i) for states in held for i, state in states.items() if isinstance(state, torch.Tensor)]

@@ -1,7 +1,7 @@
-"""Causes: what stood between a call and one fused graph, in torch's words, and what to do about each.
+"""Causes: what kept a call from being one fused graph, in torch's words, and what to do about each.
 
-They are read where torch keeps them, before and after the call: `graph_break_reasons`, and the metrics that Dynamo records of
-each compilation.
+They are read where torch keeps them, before and after the call: in `graph_break_reasons`, and in the metrics that Dynamo records
+for each compilation.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any
 from gdnfuse import compat
 from gdnfuse.report.records import GraphReport
 
-METRICS = 4096  # compilations of one call that torch is asked to remember; 64 otherwise
+METRICS = 4096  # how many compilations torch remembers during one call; its default is 64
 
-# What is found in torch's words → what to do. The first that matches holds; torch's own hint otherwise.
-HOOKS = (  # that libraries put around every module
+# A fragment of torch's message, and what to do about it. The first match is used, else torch's own hint.
+HOOKS = (  # of libraries that put hooks on every module
     (
         r"accelerate[/.]hooks|AlignDevicesHook",
         "accelerate's hooks, which a device_map over several devices and offloading put around every module, are never traced: "
@@ -60,7 +60,7 @@ RECOMPILES = (
     (r"dtype|expected type|device", "Give every call inputs of the same kinds, dtypes and devices."),
     (
         r"has_previous_state|is_initialized|_states|cumulative_length",
-        "Let prompts and decode steps be compiled apart, as gdnfuse.compile does: a cache is another one once it is filled.",
+        "Compile prompts and decode steps separately, as gdnfuse.compile does: a filled cache needs another graph.",
     ),
     (r"layer_idx|___check_obj_id|___check_type_id|ID_MATCH", "Compile the model as a whole rather than its layers one by one."),
     (
@@ -83,14 +83,14 @@ GRAPH_BREAK, LEFT_EAGER = "graph break", "frame left eager"
 
 @dataclass(frozen=True)
 class Finding:
-    """Something between the call and one fused graph.
+    """Something that kept a call from being one fused graph.
 
     Attributes:
-        kind: "layers not fused", "graph break", "frame left eager", "recompilation", "recompilation limit", "graph left as it
-            came" or "not compiled".
-        cause: in torch's words or ours.
-        where: "file:line in function", what was called or compiled again, or the graph.
-        fix: a suggestion, or empty where there is none.
+        kind: "layers not fused", "graph break", "frame left eager", "recompilation", "recompilation limit", "graph left
+            unchanged" or "not compiled".
+        cause: why, in the words of torch or of gdnfuse.
+        where: "file:line in function", the function that was called or compiled again, or the graph.
+        fix: what to do. Empty if there is no suggestion.
         count: how often.
     """
 
@@ -102,7 +102,7 @@ class Finding:
 
 
 class Found:
-    """What Dynamo noted since this was made."""
+    """What Dynamo has noted since this object was made."""
 
     def __init__(self) -> None:
         reasons, metrics = compat.compilation_notes()
@@ -123,7 +123,7 @@ class Found:
         self.reasons, self.metrics = ([x for x in notes if id(x) not in known] for notes in compat.compilation_notes())
 
     def breaks(self) -> list[Finding]:
-        """Each place once: what is behind a break in an inner function is traced again, and breaks again."""
+        """Graph breaks, each place once. Code after a break in an inner function is traced again, and breaks again."""
         found = {}
         for reason in self.reasons:
             frame = reason.user_stack[-1] if reason.user_stack else None
@@ -141,10 +141,10 @@ class Found:
         return list(found.values())
 
     def recompilations(self, names: dict[str, str]) -> list[Finding]:
-        """Those with the same cause together, and where torch gave up.
+        """Recompilations, those with the same cause together, and limits that torch hit.
 
         Args:
-            names: of the code that we compile, and what it stands for.
+            names: names of code that we compile, and what they stand for.
         """
         found: dict[Finding, int] = {}
         for one in (_again(m, names) for m in self.metrics):
@@ -153,13 +153,13 @@ class Found:
         return [Finding(f.kind, f.cause, f.where, f.fix, n) for f, n in found.items()]
 
     def limit(self) -> Finding | None:
-        """Where torch gave up last."""
+        """The last recompilation limit that torch hit."""
         return next((_again(m, {}) for m in reversed(self.metrics) if _limit(m)), None)
 
 
 @contextlib.contextmanager
 def noted() -> Iterator[Found]:
-    """What Dynamo notes meanwhile, however much it is."""
+    """What Dynamo notes inside the block, without its usual limit on how much it remembers."""
     with compat.remembering_compilations(METRICS):
         found = Found()
         try:
@@ -184,22 +184,22 @@ NOT_KNOWN = ("In its graphs no rule finds the gates of a GDN layer.", "gdnfuse.e
 
 
 def likeliest(found: Found | None, graphs: Sequence[GraphReport], missing: Sequence[str]) -> tuple[str, str]:
-    """Why layers did not run fused in a call, and what to do about it, each in sentences.
+    """Why layers did not run fused in a call, and what to do about it, each as sentences.
 
     Args:
-        found: what Dynamo noted of the call; None where that is not known, but for what it still remembers of limits.
-        graphs: compiled by the call, or before it if it compiled none.
+        found: what Dynamo noted during the call. None if that is not known; then only limits are known.
+        graphs: graphs that the call compiled, or earlier ones if it compiled none.
         missing: paths of the layers.
     """
     if came := left(graphs):
         return came[-1].cause, came[-1].fix
     unfused = {layer.path: layer.why_not for graph in graphs for layer in graph.layers if not layer.fused}
-    # A layer that a graph holds as a whole has the path that it has in the model. One in pieces has not: the break is to blame.
+    # A layer that is whole in a graph has its path in the model. A layer in pieces does not: then the break is the cause.
     if whole := next((unfused[path] for path in missing if path in unfused), ""):
         return whole, ""
     limit = (found or Found.ever()).limit()
     at, fix = first_break(found) if found is not None else ("", "")
-    if limit and fix not in [fix for _, fix in HOOKS]:  # hooks around all modules hit the limit too
+    if limit and fix not in [fix for _, fix in HOOKS]:  # hooks on all modules hit the limit too
         return limit.cause, limit.fix
     if at:
         return at, fix
@@ -211,9 +211,9 @@ def likeliest(found: Found | None, graphs: Sequence[GraphReport], missing: Seque
 
 
 def first_break(found: Found, kinds: Sequence[str] = (GRAPH_BREAK, LEFT_EAGER)) -> tuple[str, str]:
-    """Where a call left its graph and why, and what to do about it, each in sentences; two empty ones where it did not.
+    """Where the graph of a call breaks and why, and what to do about it, each as sentences. Both are empty if it does not break.
 
-    The first place, or one of a library's hooks where there are any: those are at every module.
+    This is the first break, or one at a hook of a library if there is any, because such hooks are on every module.
     """
     breaks = [b for b in found.breaks() if b.kind in kinds]
     if not breaks:
@@ -224,16 +224,16 @@ def first_break(found: Found, kinds: Sequence[str] = (GRAPH_BREAK, LEFT_EAGER)) 
 
 
 def remedy(known: Sequence[tuple[str, str]], text: str) -> str:
-    """What one of these lists says about a text, or the hint in it."""
+    """What one of these lists says about a text, or the hint in the text."""
     hint = re.search(r"^ *Hint: (.+)", text, re.MULTILINE)
     return next((fix for pattern, fix in known if re.search(pattern, text)), hint[1].strip() if hint else "")
 
 
 def _again(m: Any, names: dict[str, str]) -> Finding | None:
-    """The recompilation that a metric is of, if it is of one and the cause is known, or the limit that torch hit there."""
+    """The recompilation that a metric describes, or the limit that torch hit there. None if the cause is not known."""
     reason = _reason(m.recompile_reason or "")
     where = names.get(m.co_name) or f"{m.co_filename}:{m.co_firstlineno} in {_function(m.co_name)}"
-    # Of code that was compiled before, by somebody else, Dynamo has nothing better to say.
+    # For code that was compiled before, by somebody else, Dynamo gives no better cause.
     unknown = not reason or "BACKEND_MATCH" in reason or "Unable to find" in reason
     if limit := _limit(m):
         last = "" if unknown else f" Last cause: {reason}."
@@ -250,17 +250,17 @@ def _cause(text: str) -> str:
 
 
 def _reason(text: str) -> str:
-    """Without the number of the compilation, the line of code that follows a guard, and the stack."""
+    """The text without the number of the compilation, the line of code after a guard, and the stack."""
     first = (text.splitlines() or [""])[0]
     return re.sub(r"^\[?\d+/\d+\S*: |\s{2,}# .*", "", first).strip()
 
 
 def _limit(m: Any) -> str:
-    """The setting that ended recompilation, or empty."""
+    """The setting that stopped recompilation, or an empty string."""
     found = re.search(r"Limit type: (\w+)", m.fail_reason or "")
     return found[1] if found else ""
 
 
 def _function(name: str) -> str:
-    """What Dynamo calls the rest of a function behind a break is that function."""
+    """The function that a name stands for. Dynamo gives the rest of a function after a break a name of its own."""
     return re.sub(r"^torch_dynamo_resume_in_(.+)_at_\d+$", r"\1", name or "unknown")

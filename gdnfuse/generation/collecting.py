@@ -1,6 +1,6 @@
-"""Garbage collection while a first call compiles, which makes millions of objects and little garbage.
+"""Garbage collection during a first call. Compiling makes millions of objects and little garbage.
 
-Each full collection would look at all that the process holds: of a step's first call that is a tenth.
+Each full collection would look at all objects of the process. That is a tenth of the time of a step's first call.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def old_objects_set_aside() -> Iterator[None]:
-    """Collections inside the block look at what was made in it alone; afterwards at everything again.
+    """Let collections inside the block look only at objects that were made in it. After the block they look at everything again.
 
-    Where somebody has set objects aside already, who may not want them back, nothing is done. Objects that nobody holds go at
-    once all the same; only cycles made before the block stay until its end.
+    If somebody else has frozen objects, nothing is done, because unfreezing would free theirs too. Objects without references are
+    freed at once in any case. Only cycles that were made before the block stay until its end.
     """
     if gc.get_freeze_count():
         yield
@@ -25,5 +25,5 @@ def old_objects_set_aside() -> Iterator[None]:
     try:
         yield
     finally:
-        if gc.get_freeze_count() <= kept:  # more would be somebody else's
+        if gc.get_freeze_count() <= kept:  # otherwise somebody else has frozen objects
             gc.unfreeze()

@@ -1,6 +1,6 @@
-"""gdnfuse.compile: a model's calls are compiled by phase, for `generate()` and for loops of one's own.
+"""gdnfuse.compile: compiles a model's calls, decode steps and prompts separately, for `generate()` and for loops of your own.
 
-transformers is imported inside the functions, so that importing this module stays cheap.
+transformers is imported inside the functions, so importing this module is fast.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from gdnfuse import options as gdnfuse_options
 from gdnfuse.errors import GdnfuseError
 from gdnfuse.generation import artifacts as files
 from gdnfuse.generation import generate, links, shards
-from gdnfuse.generation.arguments import demanding, parameters_of
+from gdnfuse.generation.arguments import checking_arguments, parameters_of
 from gdnfuse.generation.caches import cache_finder, check_state_dtype, holds_states, mark_lengths, preparing_caches
 from gdnfuse.generation.coverage import PROMPT, SHORT, STEP, VERIFY, Coverage
 from gdnfuse.generation.hooks import Hooks
@@ -39,41 +39,40 @@ def compile(
     artifacts: str | Path | None = None,
     **options: Any,
 ) -> torch.nn.Module:
-    """Compile a model in place, for `generate()` and for direct calls alike: decode steps one way, prompts another.
+    """Compile a model in place, for `generate()` and for direct calls. Decode steps and prompts are compiled separately.
 
-    `torch.compile(model).generate()` never reaches any backend, because `generate` stays bound to the inner model. Here the
-    model's own call is compiled, and so is the call that `generate(cache_implementation="static")` compiles for itself. Prompts
-    are compiled without CUDA graphs whatever the mode: there would be one for each length, and a prompt keeps a GPU busy without.
-    A copy or a pickle of the model is not compiled.
+    `torch.compile(model).generate()` never reaches any backend, because `generate` stays bound to the inner model. This function
+    compiles the model's own call. It also replaces the call that `generate(cache_implementation="static")` would compile itself.
+    Prompts are compiled without CUDA graphs, whatever the mode: each length would need its own, and a prompt keeps a GPU busy
+    anyway. A copy or a pickle of the model is not compiled.
 
     Args:
-        model: a causal language model of transformers, or a module that hands its calls to one, as peft's.
-        mode: one of Inductor's. None means "reduce-overhead" (CUDA graphs) where `generate` uses a static cache, and "default"
-            elsewhere.
+        model: a causal language model of transformers, or a module that passes its calls on to one, such as a model of peft.
+        mode: a mode of Inductor. None means "reduce-overhead" (CUDA graphs) if `generate` uses a static cache, else "default".
         fullgraph: as in `torch.compile`.
-        dynamic: as there, but that with None prompts and caches that grow are compiled for all lengths at once.
-        prefill: compile calls that are no decode step too, or leave them eager. None means True, but False with `capture=False`:
-            the rule would be unrolled into one graph for each length.
-        state_dtype: of the recurrent states from their prompt on, see `set_state_dtype`; None leaves them as they are.
-        prefixes: a `gdnfuse.PrefixStore` of the model: every `generate` takes the longest known prefix of its prompt from it, and
-            leaves there what it computed.
-        speculate: who drafts tokens for `generate` to check several in a step: a `PromptLookup`, a `Draft`, a `Callback` or a
-            function; None for one token after the other. See `gdnfuse.generation.speculation`.
-        tensor_parallel: of a model that transformers has shared out over ranks, with a tp_plan under torchrun. "heads" cuts the
-            Gated DeltaNet layers by key heads, with one all-reduce each in place of five gathers; "as_loaded" keeps
-            transformers' plan, as None does, but makes sure that all ranks compile alike. Every rank must call this.
-        artifacts: a file that `gdnfuse.warmup(model, save=FILE)` wrote in another process. What it has is not compiled again. One
-            warning says where it was made with other versions or for another device or model. There is code in it, which will
-            run: use files of those alone whose code you would run.
+        dynamic: as in `torch.compile`. But with None, prompts and caches that grow are compiled for all lengths at once.
+        prefill: whether to compile prompts too. None means True, or False with `capture=False`, because then the rule would be
+            unrolled into one graph for each length.
+        state_dtype: dtype of the recurrent states after their prompt, see `set_state_dtype`. None does not change it.
+        prefixes: a `gdnfuse.PrefixStore` of the model. Every `generate` takes the longest known prefix of its prompt from it, and
+            adds what it computed.
+        speculate: what drafts tokens, of which one step checks several: a `PromptLookup`, a `Draft`, an `MTP`, a `Callback` or a
+            function. None generates one token per step. See `gdnfuse.generation.speculation`.
+        tensor_parallel: for a model that transformers has split over ranks, by a tp_plan under torchrun. "heads" splits the Gated
+            DeltaNet layers by key heads, with one all-reduce each instead of five gathers. "as_loaded" keeps transformers' plan,
+            as None does, and makes sure that all ranks compile the same. Every rank must make this call.
+        artifacts: a file that `gdnfuse.warmup(model, save=FILE)` wrote in another process. What it contains is not compiled
+            again. If it was made with other versions or for another device or model, one warning says so. The file contains code,
+            which will run: use only files from people whose code you would run.
         options: see `gdnfuse.options.Options`.
 
     Returns:
         The same model.
 
     Raises:
-        GdnfuseError: a bad option or mode, artifacts that are no whole file of them, a store of another model, a wrapper that
-            cannot hand calls on, a model that cannot be speculated on or shared out, ranks that differ, or a version of torch or
-            transformers that is too old. The model is as it was then.
+        GdnfuseError: an option or the mode is wrong; the file of artifacts is damaged or is none; the store belongs to another
+            model; a wrapper does not pass calls on; the model cannot draft or be split; ranks differ; or torch or transformers is
+            too old. The model is unchanged then.
 
     Source:
         The layers: Yang et al. 2024, Gated Delta Networks, arXiv:2412.06464; their chunked form: arXiv:2406.06484.
@@ -86,9 +85,7 @@ def compile(
         parsed = gdnfuse_options.parse(options)
         _check_mode(mode, parsed)
         if parsed.one_shot_bytes and tensor_parallel is None:
-            raise GdnfuseError(
-                f"one_shot_bytes={parsed.one_shot_bytes!r} needs ranks that agree, found tensor_parallel=None: give it too."
-            )
+            raise GdnfuseError(f"one_shot_bytes={parsed.one_shot_bytes!r} needs tensor_parallel, found None: give both.")
         if state_dtype is not None:
             check_state_dtype(state_dtype)
         models = compiled_models(model)
@@ -114,7 +111,7 @@ def compile(
 
 @dataclass(frozen=True)
 class _Settings:
-    """Arguments of `compile`, once they are known to be good."""
+    """Arguments of `compile` after they were checked."""
 
     mode: str | None
     fullgraph: bool
@@ -127,7 +124,7 @@ class _Settings:
 
 
 def _compile(model: torch.nn.Module, settings: _Settings, parsed: gdnfuse_options.Options) -> Coverage:
-    """Have the calls of one model compiled: its own, and those that its `generate` asks for."""
+    """Compile the calls of one model: its own, and those that its `generate` asks for."""
     mode, options, fullgraph, dynamic = settings.mode, settings.options, settings.fullgraph, settings.dynamic
     shared = {"backend": "gdnfuse", "fullgraph": fullgraph, "dynamic": dynamic}
     plain, any_length = compat.call_of(model), dynamic is None
@@ -148,7 +145,7 @@ def _compile(model: torch.nn.Module, settings: _Settings, parsed: gdnfuse_option
             first = generate.keeping(first, kept)
             settings.prefixes.in_pieces = False
         if not fullgraph:
-            # Where generate is given a compile_config of its own (and prefill_chunk_size), a prompt still gets our compilation.
+            # If the user passes a compile_config (and prefill_chunk_size), a prompt still uses our compilation.
             first = torch.compiler.disable(first)
     elif settings.state_dtype is not None or any_length:
         first = preparing_caches(plain, fullgraph, settings.state_dtype, any_length)
@@ -158,7 +155,7 @@ def _compile(model: torch.nn.Module, settings: _Settings, parsed: gdnfuse_option
     decode = coverage.checked(torch.compile(plain, **shared, **own), STEP)
 
     def few_tokens(**how: Any) -> list[Callable[..., Any]]:
-        """Verify steps, and short ones where their rule is one op and not unrolled."""
+        """Calls for verify steps, and for short steps if their rule is one op and not unrolled."""
         phases = [("verify", VERIFY), ("short", SHORT)][: 1 + coverage.short] if settings.prefill else []
 
         def of(name: str, phase: str) -> Callable[..., Any]:
@@ -172,20 +169,22 @@ def _compile(model: torch.nn.Module, settings: _Settings, parsed: gdnfuse_option
     ours = generate.install(model, settings.prefixes, settings.proposer)
     heeding = ours.heeding if ours and settings.prefixes is not None else lambda call: call
     together = shards.together if shards.sharded(model) else lambda call: call
-    call = together(heeding(hooks.heeded(demanding(model, by_phase(decode, first, parameters, *few)))))
+    call = together(heeding(hooks.heeded(checking_arguments(model, by_phase(decode, first, parameters, *few)))))
     call.coverage, call.beside = coverage, Beside({**shared, **own})
     if not compat.set_compiled_call(model, call) and parsed.strict:
-        raise GdnfuseError("strict: a model's call must be replaceable, found that this torch has no way: use a tested version.")
+        raise GdnfuseError(
+            "strict: torch must let a model's call be replaced, found a version that does not: install a tested one."
+        )
     if hasattr(type(model), "get_compiled_call"):
         in_generate = mode_or_options(_mode_of_generate(mode, parsed), options)
         if in_generate != own:
             decode = coverage.checked(torch.compile(with_own_code(plain, "in_generate"), **shared, **in_generate), STEP)
             few = few_tokens(**in_generate)
         how = {**shared, **in_generate}
-        in_generate = together(heeding(hooks.heeded(demanding(model, by_phase(decode, first, parameters, *few)))))
+        in_generate = together(heeding(hooks.heeded(checking_arguments(model, by_phase(decode, first, parameters, *few)))))
         in_generate.beside = Beside(how)
         model.get_compiled_call = CompiledCall(model, in_generate, coverage)
-        # Ours is in place of both: a config of the user's for it, and a call that generate has compiled before.
+        # Our call replaces a compile_config of the model, and a call that generate has compiled before.
         if getattr(model, "generation_config", None) is not None:
             model.generation_config.compile_config = None
         compat.forget_compiled_call(model)
@@ -193,7 +192,7 @@ def _compile(model: torch.nn.Module, settings: _Settings, parsed: gdnfuse_option
 
 
 class Beside:
-    """What drafts for a model, compiled as the model is.
+    """Compiles the functions of a drafter with the same settings as the model.
 
     Args:
         how: arguments of torch.compile.
@@ -203,7 +202,7 @@ class Beside:
         self._how, self._made = how, {}
 
     def __call__(self, name: str, fn: Callable[..., Any]) -> Callable[..., Any]:
-        """The compiled function of a name, which is `fn` at its first time."""
+        """The compiled function of a name. It is compiled from `fn` at the first call."""
         if name not in self._made:
             compiled = torch.compile(with_own_code(fn, name), **self._how)
 
@@ -219,10 +218,11 @@ class Beside:
 
 
 class CompiledCall:
-    """What `generate` gets where it asks its model for a compiled call, as it does before steps with a static cache on a GPU.
+    """What `generate` gets when it asks its model for a compiled call. It asks before steps with a static cache on a GPU.
 
-    It stands on the instance, before the method of transformers, so it does not matter which generation config a call runs with.
-    A copy of the model is not compiled, and has the method: torch leaves the compiled call out of copies and pickles too.
+    This is an attribute of the instance and hides the method of transformers. So it does not matter with which generation config
+    a call runs. A copy of the model is not compiled and has the method again: torch leaves compiled calls out of copies and
+    pickles.
     """
 
     def __init__(self, model: torch.nn.Module, call: Callable[..., Any], coverage: Coverage):
@@ -237,10 +237,10 @@ class CompiledCall:
         return self._theirs[1]
 
     def _compiled(self, compile_config: Any) -> Callable[..., Any]:
-        """The user's own compilation, as transformers makes it, of steps that are asked for their layers as ours are."""
+        """The compilation that the user asked for, as transformers makes it. Its steps are checked as ours are."""
         call, backend = torch.compile(self.model.__call__, **compile_config.to_dict()), compile_config.backend
-        cause = f"generate was given a compile_config of its own, with backend {getattr(backend, '__name__', backend)!r}."
-        why = None if backend == "gdnfuse" else (cause, "Leave compile_config away: generate then uses what gdnfuse compiled.")
+        cause = f"generate was called with a compile_config, with backend {getattr(backend, '__name__', backend)!r}."
+        why = None if backend == "gdnfuse" else (cause, "Leave compile_config out: generate then uses what gdnfuse compiled.")
         return by_phase(self.coverage.checked(call, STEP, why), call)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -254,9 +254,9 @@ def _mode_of_generate(mode: str | None, parsed: gdnfuse_options.Options) -> str 
 def _check_mode(mode: str | None, parsed: gdnfuse_options.Options) -> None:
     valid = compat.modes()
     if mode is not None and mode not in valid:
-        raise GdnfuseError(f"Unknown mode {mode!r}; the valid ones are {', '.join(valid)}.")
+        raise GdnfuseError(f"mode must be one of {', '.join(valid)}, found {mode!r}.")
     if mode not in (None, "default") and parsed.inner != "inductor":
-        raise GdnfuseError(f"mode={mode!r} is Inductor's and needs inner='inductor', found inner={parsed.inner!r}.")
+        raise GdnfuseError(f"mode={mode!r} needs inner='inductor', found inner={parsed.inner!r}: leave one of them out.")
 
 
 def mode_or_options(mode: str | None, options: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Coverage: whether every Gated DeltaNet layer of a model runs fused, asked at each call, and said with its cause where not.
+"""Coverage: checks at each call whether every Gated DeltaNet layer of a model ran fused, and says why if not.
 
-The graphs count the fused layers that they run (`gdnfuse.runs`), so a call needs to compare two numbers only. The first call of
-each compilation is watched: which layers they were, and what Dynamo noted meanwhile.
+The graphs count the fused layers that they run (`gdnfuse.runs`), so a call only compares two numbers. The first call of each
+compilation is watched in full: which layers ran fused, and what Dynamo noted.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PROMPT, STEP, VERIFY, SHORT = "prompt", "decode step", "verify step", "short ste
 
 @dataclass(frozen=True)
 class _Watched:
-    """Of one call: what Dynamo noted, the ids of the inputs that fused layers read, and the graphs that were compiled."""
+    """One call: what Dynamo noted, the ids of the inputs that fused layers read, and the graphs that were compiled."""
 
     found: Found
     inputs: set[int]
@@ -41,8 +41,8 @@ class Missing:
     """Layers that did not run fused.
 
     Attributes:
-        layers: their paths, as far as is known which they were.
-        counts: how many of how many did, in words.
+        layers: their paths, as far as they are known.
+        counts: how many of how many layers ran fused, in words.
         cause, fix: why, and what to do about it.
     """
 
@@ -53,18 +53,18 @@ class Missing:
 
 
 class Coverage:
-    """What is known of the GDN layers of one model.
+    """Which GDN layers of one model ran fused.
 
     Args:
-        model: whose calls are compiled.
-        options: with `strict` a call in which one of them did not run fused raises at its end; otherwise it is logged, once for
-            each cause. Nobody asks where options leave layers unfused on purpose, nor of prompts without `capture`.
-        reports: where the reports of its graphs are.
+        model: the model whose calls are compiled.
+        options: with `strict`, a call raises at its end if a layer did not run fused. Otherwise that is logged, once for each
+            cause. Layers that options leave unfused on purpose do not count, nor do prompts without `capture`.
+        reports: returns the reports of its graphs.
         quiet: log nothing.
 
     Attributes:
-        missing: by what was called, "prompt", "decode step", "verify step" or "short step"; nothing where all layers ran fused.
-        short: whether a few tokens on a filled cache have graphs of their own.
+        missing: layers that did not run fused, by kind of call: "prompt", "decode step", "verify step" or "short step".
+        short: whether calls of a few tokens on a filled cache have their own graphs.
     """
 
     def __init__(
@@ -84,15 +84,15 @@ class Coverage:
         self._said: set[str] = set()
 
     def checked(self, fn: Callable[..., Any], phase: str, cause: tuple[str, str] | None = None) -> Callable[..., Any]:
-        """The same compiled call, after which is asked whether all layers were fused in it.
+        """The same compiled call. Afterwards it checks whether all layers ran fused.
 
         Args:
-            fn: compiled.
-            phase: what is called: "prompt", "decode step", "verify step" or "short step".
-            cause: why they may not be and what to do about it, where that is known ahead.
+            fn: the compiled call.
+            phase: the kind of call: "prompt", "decode step", "verify step" or "short step".
+            cause: why layers may not run fused and what to do about it, if that is known in advance.
 
         Raises:
-            GdnfuseError: from the call, if `strict` and a layer was not.
+            GdnfuseError: from the call, if `strict` is set and a layer did not run fused.
         """
         wanted, first = self._wanted[phase], True
         if not wanted:
@@ -104,7 +104,7 @@ class Coverage:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             nonlocal wanted, first
-            if torch.compiler.is_dynamo_compiling():  # by somebody around us, to whom it is an ordinary function
+            if torch.compiler.is_dynamo_compiling():  # a torch.compile around the model: there this is an ordinary function
                 look()
                 return fn(*args, **kwargs)
             before = RUNS.fused
@@ -122,10 +122,10 @@ class Coverage:
         return call
 
     def _traced_for_another_backend(self) -> bool:
-        """Whether somebody's torch.compile around the model traces it for a backend of torch's, which is said."""
+        """Whether a torch.compile around the model traces it for one of torch's own backends. If so, it is said."""
         found = capture.backend_under_way()
         if RUNS.watched is not None or found is None or found[2] or capture.home(found[0]).split(".")[0] != "torch":
-            return False  # a call that is watched says more itself
+            return False  # a watched call says more itself
         backend, name = found[0], type(self.model).__name__
         of = getattr(backend, "compiler_name", None) or getattr(backend, "__name__", type(backend).__name__)
         sentence = (
@@ -136,7 +136,7 @@ class Coverage:
         return True
 
     def _watched(self, fn: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, _Watched]:
-        """The call's result, and what was seen of it."""
+        """The result of the call, and what was seen during it."""
         outer, RUNS.watched = RUNS.watched, []
         known = len(self.reports())
         try:
@@ -154,7 +154,7 @@ class Coverage:
             RUNS.watched = outer
 
     def _examine(self, phase: str, ran: int, watched: _Watched | None, cause: tuple[str, str] | None) -> None:
-        """Say which layers did not run fused and why, if the model still has as many as it had."""
+        """Say which layers did not run fused and why, if the model still has as many layers as before."""
         layers = gdn_layers(self.model)
         if ran >= len(layers):
             return
@@ -173,7 +173,7 @@ class Coverage:
         self.say(f"Every GDN layer of {name} must run fused, found {counts}. {why} {fix}".rstrip(), why)
 
     def say(self, sentence: str, cause: str = "") -> None:
-        """Raise it if `strict`, and otherwise log it, once for each cause."""
+        """Raise the sentence if `strict` is set. Otherwise log it, once for each cause."""
         if self.strict:
             raise GdnfuseError(f"strict: {sentence}")
         if cause not in self._said:
@@ -182,6 +182,6 @@ class Coverage:
 
 
 def in_parentheses(layers: Sequence[str]) -> str:
-    """The first of the layers that are missing, and how many more, in parentheses; nothing if it is not known which."""
+    """The first of the missing layers and the number of others, in parentheses. Empty if they are not known."""
     more = f" and {len(layers) - 1} more" if layers[1:] else ""
     return f" (not {layers[0]}{more})" if layers else ""

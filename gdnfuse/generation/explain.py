@@ -1,7 +1,7 @@
-"""gdnfuse.explain: what fuses in a real call, where the call leaves its graph, what compiles it again, and what to do about it.
+"""gdnfuse.explain: what is fused in a real call, where its graph breaks, what compiles it again, and what to do about each.
 
-The call is traced as `gdnfuse.compile` would have it traced and every graph goes through the passes, but what runs is the graph
-as it came: nothing is packed or compiled.
+The call is traced as after `gdnfuse.compile`, and every graph goes through the passes. But the original graph is what runs:
+nothing is packed or compiled.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ class Taken:
     """What a prompt took from a prefix store.
 
     Attributes:
-        tokens: how many of each row, 0 where nothing was known of all rows.
-        prompt: how many tokens a row has, None where that is not known.
-        why_not: why the store was left out; empty where it was not.
-        no_end: why the turn's end would not be kept, whatever comes; empty where it may be.
+        tokens: how many tokens of each row were taken; 0 if no prefix of all rows was known.
+        prompt: how many tokens a row has, or None if that is not known.
+        why_not: why the store was not used; empty if it was used.
+        no_end: why the end of the turn cannot be kept; empty if it may be.
     """
 
     tokens: int
@@ -51,8 +51,8 @@ class Taken:
     def __str__(self) -> str:
         if self.why_not:
             return f"Nothing was taken from the prefix store: {self.why_not}."
-        end = f" Of this turn the prompt alone can be kept: {self.no_end}." if self.no_end else ""
-        return f"{self.tokens} of the prompt's {self.prompt} tokens were taken from the prefix store.{end}"
+        end = f" Only the prompt of this turn can be kept: {self.no_end}." if self.no_end else ""
+        return f"{self.tokens} of the {self.prompt} tokens of the prompt were taken from the prefix store.{end}"
 
 
 @dataclass
@@ -60,10 +60,10 @@ class Explanation:
     """What `explain` found.
 
     Attributes:
-        reports: one for each graph of the call, in the order they were traced.
-        findings: what stood between the call and one fused graph for each phase, with causes.
-        prefixes: for each generate of a model that has a prefix store, what it took from it.
-        drafts: for each generation with drafts, how it went.
+        reports: one for each graph of the call, in the order in which they were traced.
+        findings: what kept the call from being one fused graph per phase, with causes and remedies.
+        prefixes: for each `generate` of a model with a prefix store, what it took from the store.
+        drafts: for each generation with drafts, how many were accepted.
     """
 
     reports: list[GraphReport]
@@ -73,16 +73,20 @@ class Explanation:
 
     @property
     def breaks(self) -> list[Finding]:
-        """Where the call left its graph."""
+        """Where the graph of the call breaks."""
         return [f for f in self.findings if f.kind in ("graph break", "frame left eager")]
 
     @property
     def recompiles(self) -> list[Finding]:
-        """What compiled it again."""
+        """What compiled the call again."""
         return [f for f in self.findings if f.kind.startswith("recompilation")]
 
     def summary(self) -> str:
-        """A line on the call, one for each graph, the layers that are not fused, and a line for each finding and its fix."""
+        """The text that `print` shows.
+
+        Returns:
+            A line on the call, one for each graph and each layer that is not fused, and one for each finding with its remedy.
+        """
         layers = [layer for report in self.reports for layer in report.layers]
         breaks, again = (sum(f.count for f in found) for found in (self.breaks, self.recompiles))
         lines = [
@@ -103,26 +107,32 @@ class Explanation:
         return self.summary()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON: the schema with its version, graphs as of `GraphReport.to_dict`, findings as their attributes."""
+        """Plain data for JSON.
+
+        Returns:
+            The schema with its version, graphs as in `GraphReport.to_dict`, and findings, prefixes and drafts with their
+            attributes.
+        """
         graphs, findings = [r.to_dict() for r in self.reports], [asdict(f) for f in self.findings]
         more = {"prefixes": [asdict(x) for x in self.prefixes], "drafts": [x.to_dict() for x in self.drafts]}
         return {"schema": SCHEMA, "graphs": graphs, "findings": findings, **more}
 
 
 def explain(call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanation:
-    """Make a real call and say what fuses in it, where it breaks its graph, what compiles it again, and what to do about that.
+    """Make a real call, and say what is fused in it, where its graph breaks, what compiles it again, and what to do about each.
 
-    The model stays as it is: no weights are packed, no kernel is compiled, and what the call makes it write to its own buffers is
-    the same as without us. The graphs run as they came, not as fast as they will. Random numbers are drawn from a copy of the
-    generators' states. Dynamo keeps the call's own traces apart from yours, but code behind a graph break is compiled by itself
-    and keeps the entry, which counts towards torch's recompilation limit there until `torch.compiler.reset()`.
+    The model does not change: no weights are packed and no kernel is compiled. What the call writes to the model's buffers is the
+    same as without gdnfuse. The original graphs run, so the call is not fast. Random numbers are drawn from a copy of the
+    generators' states. What Dynamo traces for this call is kept apart from your own compilations. One exception: code after a
+    graph break is compiled by itself. Its entry stays, and counts towards torch's recompilation limit until
+    `torch.compiler.reset()`.
 
     Args:
-        call: a model, its `generate` (`explain(model.generate, ids, max_new_tokens=8)`), or any function. A model's calls are
-            traced as after `gdnfuse.compile(model)`, prompts apart from decode steps, whether it is compiled now or not; a
-            function as by `torch.compile`. What is compiled already is taken as it was before.
-        args, kwargs: of the call. It gets copies, so that tensors and caches among them stay as they are: that takes their
-            memory once more.
+        call: a model, its `generate` (`explain(model.generate, ids, max_new_tokens=8)`), or any function. Calls of a model are
+            traced as after `gdnfuse.compile(model)`, prompts and decode steps separately, whether the model is compiled or not. A
+            function is traced as by `torch.compile`. If `call` is already compiled, the original function is traced.
+        args, kwargs: arguments of the call. It gets copies, so your tensors and caches do not change. The copies need as much
+            memory again.
 
     Returns:
         Reports and findings. Nothing is added to `gdnfuse.reports()`.
@@ -131,7 +141,7 @@ def explain(call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanati
         GdnfuseError: `call` cannot be called, or its arguments cannot be copied.
         Exception: whatever the call raises.
     """
-    call = _as_it_was(call)
+    call = _uncompiled(call)
     args, kwargs = _copied(args, kwargs)
     reports: list[GraphReport] = []
 
@@ -178,7 +188,7 @@ def explain(call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanati
                 traced.beside = Beside({"backend": backend})
                 compat.set_compiled_call(one, traced)
             if call is not model:
-                # Where generate compiles the decode step for itself, it would not be with this backend.
+                # If generate compiled the decode step itself, it would not use this backend.
                 kwargs = {"disable_compile": True, **kwargs}
             call(*args, **kwargs)
     unfused = [
@@ -203,8 +213,8 @@ def taken(run: generate.Run) -> Taken:
 _calls = itertools.count()
 
 
-def _as_it_was(call: Any) -> Callable[..., Any]:
-    """Without the compilation that somebody put around it."""
+def _uncompiled(call: Any) -> Callable[..., Any]:
+    """`call` without the compilation that was put around it."""
     call = compat.uncompiled(call)
     if not callable(call):
         raise GdnfuseError(f"explain needs a model, its generate or a function, found {type(call).__name__}.")
@@ -212,7 +222,7 @@ def _as_it_was(call: Any) -> Callable[..., Any]:
 
 
 def _model_of(call: Callable[..., Any]) -> torch.nn.Module | None:
-    """The model that is called, or whose generate is."""
+    """The model that is called, or whose `generate` is called. None for any other function."""
     if isinstance(call, torch.nn.Module):
         return call
     owner = getattr(call, "__self__", None)
@@ -220,7 +230,7 @@ def _model_of(call: Callable[..., Any]) -> torch.nn.Module | None:
 
 
 def _copied(args: Any, kwargs: Any) -> Any:
-    """Arguments that the call may write; modules among them stay who they are."""
+    """Copies of the arguments, because the call may write to them. Modules among them are not copied."""
     known: dict[int, Any] = {}
     for x in compat.tree_leaves((args, kwargs)):
         if isinstance(x, torch.nn.Module):
@@ -235,7 +245,7 @@ def _copied(args: Any, kwargs: Any) -> Any:
 
 @contextlib.contextmanager
 def _attributes_of(model: torch.nn.Module) -> Iterator[None]:
-    """Whatever is set on the model meanwhile, by us or by generate, which remembers sizes of caches, is as before afterwards."""
+    """Restore the model's attributes afterwards. We set some, and `generate` too: it remembers sizes of caches."""
     before = dict(vars(model))
     try:
         yield

@@ -1,8 +1,8 @@
-"""An instance's `generate` around transformers' own, and what it does between the forwards of one run of it.
+"""The `generate` of a compiled model: a wrapper around transformers' own, and what it does between the calls of the model.
 
-Everything stays transformers': its caches, loops, processors and streamers. What is known of a prompt is put into the cache that
-it made, before the prompt's first forward, which then gets the rest. Where drafts are to be checked, the loop is ours, which it
-takes as `custom_generate`. On a GPU it asks one step late whether to stop (`stopping`).
+Caches, loops, processors and streamers stay those of transformers. If a prefix of the prompt is known, it is put into the cache
+that transformers made, before the first call with the prompt. That call then computes only the rest. If drafts are checked, the
+loop is ours, passed as `custom_generate`. On a GPU it asks one step late whether to stop (`stopping`).
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ from gdnfuse.runs import RUNS
 log = logging.getLogger(__name__)
 
 CACHES = ("cache", "past_key_values")
-AS_LONG = ("input_ids", "position_ids", "mm_token_type_ids", "token_type_ids")  # as the prompt, along their last axis
-PASSED = 16  # states that a call passes at most, of all rows: they are in memory together until they are kept
+AS_LONG = ("input_ids", "position_ids", "mm_token_type_ids", "token_type_ids")  # as long as the prompt along their last axis
+PASSED = 16  # the most states that one call keeps, over all rows: they are in memory together
 KNOWN = {*AS_LONG, *CACHES, "attention_mask", "use_cache", "logits_to_keep", "return_dict"}
 
 
 class Generate:
-    """What stands on a compiled model in the place of its method `generate`, which does the work.
+    """Replaces the method `generate` of a compiled model. It calls that method.
 
-    A copy of the model is not compiled, and has the method: this is copied and pickled as the method of the copy.
+    A copy of the model is not compiled and has the method again: this object is copied and pickled as the method of the copy.
 
     Args:
-        model: whose calls go through `heeding` while a generate of it runs.
-        prefixes: of its prompts, or None.
-        proposer: of drafts, or None.
+        model: the model. Its calls must go through `heeding`.
+        prefixes: the store of its prompts, or None.
+        proposer: the proposer of drafts, or None.
 
     Attributes:
-        acceptance: how the last generation with drafts went; None before the first.
+        acceptance: how many drafts the last generation accepted; None before the first.
     """
 
     def __init__(self, model: torch.nn.Module, prefixes: PrefixStore | None = None, proposer: Proposer | None = None):
@@ -103,7 +103,7 @@ class Generate:
         return out
 
     def heeding(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        """The model's call, which takes what is known of a prompt while a generate runs in this thread."""
+        """The model's call. While a `generate` runs in this thread, the call uses known prefixes."""
 
         def heeded(*args: Any, **kwargs: Any) -> Any:
             run = None if torch.compiler.is_dynamo_compiling() else getattr(self._runs, "now", None)
@@ -113,7 +113,7 @@ class Generate:
 
     @contextlib.contextmanager
     def noting(self) -> Iterator[list[Run]]:
-        """The runs of this thread meanwhile, which take from the store and leave nothing in it."""
+        """Collect the runs of this thread. Meanwhile they read the store but add nothing to it."""
         self._runs.noted = noted = []
         try:
             yield noted
@@ -122,7 +122,7 @@ class Generate:
 
     @contextlib.contextmanager
     def drafting(self) -> Iterator[None]:
-        """Runs of this thread have drafts to check at every step meanwhile."""
+        """Let the runs of this thread check drafts at every step."""
         self._runs.always = True
         try:
             yield
@@ -131,7 +131,7 @@ class Generate:
 
     @contextlib.contextmanager
     def with_scratch_store(self, rows: int, tokens: int) -> Iterator[None]:
-        """Runs of this thread have a store of their own meanwhile, for some prompts of so many rows and tokens."""
+        """Let the runs of this thread use a temporary store, for some prompts of so many rows and tokens."""
         known = self.prefixes
         size = 8 * rows * ((tokens // known.every + 3) * known.state_bytes + (tokens // BLOCK + 1) * known.block_bytes)
         self._runs.scratch = scratch = PrefixStore(self.__self__, known.every, size)
@@ -146,7 +146,7 @@ class Generate:
 
 
 def _asked(model: torch.nn.Module, given: dict[str, Any], name: str) -> Any:
-    """What a generate has for an argument: what a config that is passed says nothing of, the model's own says."""
+    """The value of an argument of `generate`: from the call, else from its config, else from the model's config."""
     if name in given:
         return given[name]
     configs = given.get("generation_config"), getattr(model, "generation_config", None)
@@ -155,11 +155,11 @@ def _asked(model: torch.nn.Module, given: dict[str, Any], name: str) -> Any:
 
 
 def _beams(model: torch.nn.Module, given: dict[str, Any]) -> int:
-    """How many beams a generate has: their rows trade places."""
+    """How many beams a `generate` has. Beams swap rows."""
     return _asked(model, given, "num_beams") or 1
 
 
-# What asks for another way of decoding than one token after the other, or for its own way of drafting.
+# Arguments that ask for another kind of decoding, or for transformers' own drafts.
 OTHERS = (
     "custom_generate", "assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "penalty_alpha", "dola_layers",
     "constraints", "force_words_ids", "speculation_type", "use_mtp",
@@ -167,26 +167,26 @@ OTHERS = (
 
 
 def _asks_for_more(model: torch.nn.Module, given: dict[str, Any]) -> bool:
-    """Whether a call of generate is transformers' own to answer, drafts or not."""
+    """Whether a call of `generate` must be left to transformers, drafts or not."""
     return any(_asked(model, given, name) for name in OTHERS) or _beams(model, given) > 1
 
 
 class Run:
-    """One run of `generate`, from the calls of its model.
+    """One run of `generate`, seen from the calls of its model.
 
     Attributes:
-        prompt: its length, None where that is not known.
-        taken: how many of its tokens came from the store, of each row; None before its prompt.
-        why_not: why it goes on without the store, if it does.
-        no_end: why nothing behind the prompt will be kept, if that is known ahead.
+        prompt: length of the prompt; None if that is not known.
+        taken: how many tokens of each row came from the store; None before the prompt.
+        why_not: why the store is not used, if it is not.
+        no_end: why nothing after the prompt will be kept, if that is known in advance.
     """
 
     def __init__(self, prefixes: PrefixStore, parameters: list[str], find_cache: Callable[..., Any], keeps: bool = True):
         self.prefixes, self.prompt, self.taken, self.why_not, self.no_end = prefixes, None, None, None, ""
         self._parameters, self._find_cache, self._keeps = parameters, find_cache, keeps
         self._left, self._cache, self._in_steps = False, None, False
-        self._rows: list[bytes] = []  # that the cache has seen, as prompts
-        self._fed: list[torch.Tensor] = []  # and behind them, token by token
+        self._rows: list[bytes] = []  # rows of the prompt that the cache has seen
+        self._fed: list[torch.Tensor] = []  # tokens after the prompt, one by one
 
     def __call__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._left:
@@ -197,7 +197,7 @@ class Run:
             self._in_steps = True
             self._fed.append(ids)
             return call(*args, **kwargs)
-        if getattr(self._cache, "is_recording", False):  # drafts, of which the cache may keep a part
+        if getattr(self._cache, "is_recording", False):  # drafts: the cache may keep only a part of them
             self._in_steps = True
             return call(*args, **kwargs)
         if self._in_steps:
@@ -209,17 +209,17 @@ class Run:
         return self._prompt(call, given)
 
     def leave(self, why: str) -> None:
-        """Have this run go on without the store."""
+        """Continue this run without the store."""
         self._left, self.why_not = True, why
         if self._keeps and self.prefixes.leave_out(why):
             log.info("generate uses a prefix store for prompts of plain tokens, found that %s, so nothing is taken or kept.", why)
 
     def finish(self, out: Any, drafted: tuple[Any, list[torch.Tensor]] | None = None) -> None:
-        """Keep the whole turn, if the cache has seen what `generate` answered and nothing else.
+        """Keep the whole turn, if the cache has seen exactly what `generate` returned.
 
         Args:
-            out: of `generate`.
-            drafted: a cache that was fed drafts, and what of all that it was fed behind the prompt it still has.
+            out: the result of `generate`.
+            drafted: a cache that was fed drafts, and the tokens after the prompt that it still holds.
         """
         sequences = getattr(out, "sequences", out)
         if self._left or self._cache is None or not isinstance(sequences, torch.Tensor):
@@ -232,14 +232,14 @@ class Run:
             return
         rows = self._rows
         if self._fed:
-            if self.prefixes.moment() != self._began:  # a streamer or another thread has changed the model meanwhile
+            if self.prefixes.moment() != self._began:  # a streamer or another thread has changed the model
                 return
             rows = [row + fed for row, fed in zip(rows, tokens(torch.cat(self._fed, 1)), strict=True)]
         if rows == tokens(sequences[:, :n]):
             self._keep(rows)
 
     def _why_not(self, given: dict[str, Any]) -> str | None:
-        """Why a prompt's call cannot begin in the middle, if it cannot."""
+        """Why the call of a prompt cannot start from a known prefix. None if it can."""
         if given.get("input_ids") is None:
             return "tokens were given as embeddings"
         for name, x in given.items():
@@ -269,7 +269,7 @@ class Run:
         return None
 
     def _prompt(self, call: Callable[..., Any], given: dict[str, Any]) -> Any:
-        """A prompt, or a part of one: what is known of it is taken, and its states are kept where somebody may want to begin."""
+        """Compute a prompt or a part of it. Known tokens come from the store, and states are kept where a prompt may start."""
         prefixes, ids = self.prefixes, given["input_ids"]
         self._cache = self._find_cache(given.values())
         if not self._rows:
@@ -294,7 +294,7 @@ class Run:
                 out = call(**_part(given, start - have, at - have, end - have))
             states = prefixes.passed(collected, len(passed)) if passed else []
             if states is None:
-                prefixes.in_pieces, passed, states = True, [], []  # this model's graphs leave none
+                prefixes.in_pieces, passed, states = True, [], []  # the graphs of this model keep no states
             for n, held in zip(passed, states, strict=True):
                 self._keep([row[: n * TOKEN] for row in rows], held)
             if at % BLOCK == 0 and (at < end or at % prefixes.every == 0):
@@ -302,9 +302,9 @@ class Run:
         return out
 
     def _piece(self, at: int, stops: list[int], end: int) -> tuple[int, list[int]]:
-        """Where a call from the token `at` ends, and the stops that it passes, of which its graph leaves the states.
+        """Where a call from the token `at` ends, and the stops on its way at which its graph keeps the states.
 
-        Two at least, because a graph for any number of them is one for two and more.
+        There are at least two stops, because one graph serves any number of them from two on.
         """
         prefixes, stops = self.prefixes, [*(n for n in stops if n < end), end]
         passed = list(itertools.takewhile(lambda n: n % prefixes.every == 0 and n < end, stops))
@@ -314,17 +314,17 @@ class Run:
         return stops[min(len(passed), most)], passed[:most]
 
     def _keep(self, rows: list[bytes], states: list[torch.Tensor] | None = None) -> None:
-        """What the cache holds, or held when its states were these."""
+        """Keep what the cache holds, or what it held when it had these states."""
         if not self._keeps:
             return
         try:
             self.prefixes.keep(self._key, self._cache, rows, states)
-        except torch.OutOfMemoryError:  # what is asked for is the answer
+        except torch.OutOfMemoryError:  # the answer matters more than the store
             self.leave("the device has no memory left to keep anything")
 
 
 def keeping(plain: Callable[..., Any], kept: Callable[..., Any]) -> Callable[..., Any]:
-    """A prompt's call that goes to `kept`, which leaves the states that it passes, while somebody collects them."""
+    """A call of a prompt. It goes to `kept`, whose graph keeps the states on its way, if somebody collects them."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return (plain if RUNS.checkpoints is None else kept)(*args, **kwargs)
@@ -342,7 +342,7 @@ def _collecting() -> Iterator[list[list[torch.Tensor]]]:
 
 
 def _nothing(x: Any) -> bool:
-    """Whether it is a dict of nothing, as what was encoded of no pictures."""
+    """Whether a value is a dict without content, such as the encoding of no images."""
     return isinstance(x, Mapping) and all(value is None for value in x.values())
 
 
@@ -352,9 +352,9 @@ def _counting(positions: torch.Tensor, have: int, T: int) -> bool:
 
 
 def _all_seen(mask: Any, n: int) -> bool:
-    """Whether the last token of a prompt sees all n tokens: then nothing is padding, as masks here are causal besides.
+    """Whether the last token of a prompt sees all n tokens. Then nothing is padding, because masks here are also causal.
 
-    A mask is [B, n] of 1 and 0, [B, 1, T, L] of booleans or of what is added to logits, or several by the kind of a layer.
+    A mask is [B, n] of 1 and 0, [B, 1, T, L] of booleans or of numbers that are added to logits, or several by kind of layer.
     """
     if mask is None:
         return True
@@ -371,8 +371,8 @@ def _all_seen(mask: Any, n: int) -> bool:
 def _part(given: dict[str, Any], start: int, stop: int, T: int) -> dict[str, Any]:
     """The arguments of a call for its tokens start … stop − 1 of T.
 
-    Its mask was made for the cache as it was, and may be none at all where torch's causal attention would do. A mask that hides
-    nothing is left to the model, which makes it for the cache as it is.
+    The mask was made for an empty cache. It may be None if torch's causal attention is enough. If a mask hides nothing, it is
+    dropped, and the model makes one for the filled cache.
     """
     if (start, stop) == (0, T):
         return given
@@ -381,13 +381,13 @@ def _part(given: dict[str, Any], start: int, stop: int, T: int) -> dict[str, Any
 
 
 def of(model: torch.nn.Module) -> Generate | None:
-    """What of ours stands in the place of a model's `generate`."""
+    """Our object in place of a model's `generate`, or None."""
     found = vars(model).get("generate")
     return found if isinstance(found, Generate) else None
 
 
 def install(model: torch.nn.Module, prefixes: PrefixStore | None, proposer: Proposer | None) -> Generate | None:
-    """Put an instance's `generate` in place, or take ours away where there is nothing for it to do."""
+    """Replace an instance's `generate`, or remove our replacement if it has nothing to do."""
     if of(model) is not None:
         del model.generate
     if prefixes is None and proposer is None and not (hasattr(type(model), "generate") and stopping.possible(model)):
@@ -397,7 +397,11 @@ def install(model: torch.nn.Module, prefixes: PrefixStore | None, proposer: Prop
 
 
 def proposer(models: list[torch.nn.Module], speculate: Any) -> Proposer:
-    """What drafts for the models. Raises GdnfuseError for what drafts nothing, and where drafts cannot be checked."""
+    """The proposer of drafts for the models.
+
+    Raises:
+        GdnfuseError: `speculate` cannot draft, or a model cannot check drafts.
+    """
     found = proposer_of(speculate)
     for model in models:
         if not hasattr(type(model), "generate"):
@@ -407,7 +411,7 @@ def proposer(models: list[torch.nn.Module], speculate: Any) -> Proposer:
 
 
 def check(models: list[torch.nn.Module], prefixes: Any) -> None:
-    """Raises GdnfuseError for what is not a store of the one model."""
+    """Raise GdnfuseError unless `prefixes` is a store of the one model."""
     if not isinstance(prefixes, PrefixStore):
         raise GdnfuseError(f"prefixes must be a gdnfuse.PrefixStore, found {type(prefixes).__name__}.")
     if len(models) > 1 or prefixes.model is not models[0]:

@@ -1,6 +1,6 @@
-"""Hooks: a graph holds the forward hooks that it was traced with, and Dynamo does not look whether they are still the same ones.
+"""Hooks: a graph contains the forward hooks that it was traced with. Dynamo does not check whether they are still the same.
 
-So a call with others would run without them, or with those that are gone. Such a call is left eager and said.
+So a call with other hooks would run with the old ones. Such a call runs eager instead, and this is said.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ CHANGED = (
 
 
 class Hooks:
-    """The forward hooks of a model as its first compiled call finds them.
+    """The forward hooks of a model at its first compiled call.
 
     Args:
-        model: whose calls are compiled.
-        say: what is called with a sentence where a call runs eager because they are others now.
+        model: the model whose calls are compiled.
+        say: called with a sentence if a call runs eager because its hooks have changed.
     """
 
     def __init__(self, model: torch.nn.Module, say: Callable[[str], None]):
@@ -33,9 +33,9 @@ class Hooks:
         self._hooked: list[torch.nn.Module] = []
 
     def heeded(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
-        """The compiled call, for as long as the hooks are those that are known, and the model's own call otherwise.
+        """The compiled call. If the hooks have changed, it is the model's own call instead.
 
-        Whenever a hook is registered anywhere, torch counts its handle, so what a call costs is to compare that number.
+        torch numbers every hook that is registered anywhere, so a call only has to compare that number.
         """
         plain, looked = compat.call_of(self._model), -1
 
@@ -59,13 +59,13 @@ class Hooks:
         return found != self._known
 
 
-# Transformers puts some there when hidden states are first asked for, and a RollbackCache when the first one is made. They do
-# nothing in calls that do not ask, and Dynamo looks whether a call does.
+# transformers adds some when hidden states are first asked for, and the first RollbackCache adds some. They do nothing in other
+# calls, and Dynamo has guards for this.
 ASKED_FOR = ("transformers.utils.output_capturing", "gdnfuse.generation.rollback", "gdnfuse.generation.mtp")
 
 
 def hooks_now(modules: Iterable[torch.nn.Module]) -> list[tuple[Any, ...]]:
-    """Each hooked module's id and the numbers of its hooks' handles, and those of the hooks of all modules."""
+    """The id of each module with hooks, and the numbers of its hooks, then the numbers of the hooks on all modules."""
     found = []
     for m in modules:
         hooks = compat.hooks_of(m)

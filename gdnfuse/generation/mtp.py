@@ -1,12 +1,12 @@
-"""MTP heads: a layer of a checkpoint besides the model's, trained to say the token after next (DeepSeek-V3, arXiv:2412.19437).
+"""MTP heads: an additional layer of a checkpoint, trained to predict the token after the next (DeepSeek-V3, arXiv:2412.19437).
 
-transformers drops its weights, named `mtp.*`, when it loads a Qwen3-Next or Qwen3.5. They are loaded here, once, into the model's
-own kind of layer:
+transformers drops its weights, named `mtp.*`, when it loads a Qwen3-Next or Qwen3.5. They are loaded here, once, into a layer of
+the model's own class:
 
     x = norm(decoder_layer(fc([norm(embedding of the next token) | norm(the model's last hidden state)])));  logits = head(x)
 
-Embedding, head and rotary embedding are the model's. For a token further on x takes the hidden state's place: the head goes again
-over what it made itself. What the model has checked is fed to it anew, with the model's own hidden states.
+Embedding, head and rotary embedding are the model's. For each further token, x takes the place of the hidden state, so the head
+continues from its own output. Tokens that the model has checked are fed to it again, with the model's own hidden states.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 
 
 class Head(torch.nn.Module):
-    """The weights of one head, named as in checkpoints behind `mtp.`.
+    """The weights of one head. They are named as in checkpoints after `mtp.`.
 
     Args:
-        config: of the model's text part, with the head's one layer.
+        config: of the model's text part, with the one layer of the head.
         layer: the class of the model's decoder layers.
         norm: the class of its norms.
     """
@@ -51,7 +51,7 @@ class Head(torch.nn.Module):
         self.norm = norm(H, eps=eps)
 
     def forward(self, embedded: torch.Tensor, hidden: torch.Tensor, **of_layer: Any) -> torch.Tensor:
-        """x [B, T, H] of the embeddings of the next tokens and the hidden states before them."""
+        """x [B, T, H] from the embeddings of the next tokens and the hidden states before them."""
         x = self.fc(torch.cat([self.pre_fc_norm_embedding(embedded), self.pre_fc_norm_hidden(hidden)], -1))
         return self.norm(self.layers[0](x, **of_layer))
 
@@ -70,10 +70,10 @@ def _config(model: torch.nn.Module) -> Any:
 
 
 def load(model: torch.nn.Module, folder: str | Path) -> Head:
-    """The head of a model from its checkpoint's folder.
+    """Load the head of a model from the folder of its checkpoint.
 
     Raises:
-        GdnfuseError: the folder has no such weights, or others than the model's layers want.
+        GdnfuseError: the folder has no such weights, or their shapes do not fit the model's layers.
     """
     head, layer = empty(model), model.get_decoder().layers[-1]
     weights = _stacked(dict(_read(Path(folder).expanduser(), PREFIX)))
@@ -96,7 +96,7 @@ def load(model: torch.nn.Module, folder: str | Path) -> Head:
 
 
 def _read(folder: Path, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors of a checkpoint in safetensors whose names begin so, without that."""
+    """Tensors of a safetensors checkpoint whose names begin with `prefix`. It is cut off the names."""
     from safetensors import SafetensorError, safe_open
 
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
@@ -121,7 +121,7 @@ def _read(folder: Path, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _stacked(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Experts that are stored one by one as transformers holds them, gate_up_proj [E, 2I, H] and down_proj [E, H, I]."""
+    """Stack experts that are stored one by one, as transformers holds them: gate_up_proj [E, 2I, H] and down_proj [E, H, I]."""
     parts: dict[str, dict[str, dict[int, torch.Tensor]]] = {}
     for name in list(weights):
         if m := EXPERT.fullmatch(name):
@@ -133,10 +133,10 @@ def _stacked(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 class Tap:
-    """A hook of a model's last norm, which holds the hidden states of a call on to whoever wants them.
+    """A hook on a model's last norm. It passes the hidden states of a call on.
 
     Attributes:
-        wanted: whether anybody does.
+        wanted: whether anybody wants them.
         hidden: [B, T, H] of the last call.
     """
 
@@ -144,10 +144,10 @@ class Tap:
         self.wanted, self.hidden = False, None
 
     def open(self) -> None:
-        """Have calls handed on until `close`.
+        """Pass hidden states on until `close`.
 
         Raises:
-            GdnfuseError: somebody has them handed on already.
+            GdnfuseError: somebody else has opened it.
         """
         with _opening:
             if self.wanted:
@@ -172,7 +172,7 @@ _opening = threading.Lock()
 
 
 def tap_of(model: torch.nn.Module) -> Tap:
-    """The one of a model, made and registered at first."""
+    """The tap of a model. The first call makes and registers it."""
     norm = model.get_decoder().norm
     found = next((hook for hook in compat.hooks_of(norm).values() if isinstance(hook, Tap)), None)
     if found is None:
@@ -185,18 +185,18 @@ _heads: weakref.WeakKeyDictionary[torch.nn.Module, dict[str, Head]] = weakref.We
 
 @dataclass(frozen=True)
 class MTP:
-    """Drafts what the checkpoint's own head says, the layer named `mtp.*`.
+    """Drafts with the multi-token prediction head of the checkpoint, the layer named `mtp.*`.
 
-    It has a cache of its own. Where the model's is of fixed length so is that, and drafts of a compiled model are compiled. If
-    they are the likeliest tokens, all of a round are one graph. If they are drawn, one is of the tokens of a round and one of
-    each further draft. On a cache that grows the head runs eager.
+    The head has its own cache. If the model's cache has a fixed length, so has this one, and drafts of a compiled model are
+    compiled. If drafts are the likeliest tokens, all drafts of a round are one graph. If they are sampled, there is one graph for
+    the tokens of a round and one for each further draft. On a cache that grows the head runs eager.
 
     Args:
-        n: tokens per draft, 1 to 4; for more than the first the head goes over what it made itself.
-        folder: of the checkpoint; None takes where the model was loaded from.
+        n: tokens per draft, 1 to 4. After the first draft the head continues from its own output.
+        folder: folder of the checkpoint. None is the one that the model was loaded from.
 
     Raises:
-        GdnfuseError: another number.
+        GdnfuseError: `n` is out of range.
 
     Source:
         Gloeckle et al. 2024, arXiv:2404.19737; DeepSeek-V3, arXiv:2412.19437, whose form this head has.
@@ -210,7 +210,11 @@ class MTP:
         check_count(self.n, "MTP", self.most)
 
     def check(self, model: torch.nn.Module) -> None:
-        """Load the head, and have the model hand on its hidden states. Raises GdnfuseError where that cannot be."""
+        """Load the head, and have the model pass on its hidden states.
+
+        Raises:
+            GdnfuseError: one of the two is not possible.
+        """
         decoder = model.get_decoder()
         parts = all(hasattr(decoder, name) for name in ("norm", "layers", "rotary_emb"))
         if not parts or not hasattr(decoder.layers[-1], "input_layernorm") or "flash" in compat.attention_of(model.config):
@@ -222,7 +226,7 @@ class MTP:
             self.hold(model, load(model, self._where(model)))
 
     def hold(self, model: torch.nn.Module, head: Head) -> None:
-        """Take a head for the one of the folder."""
+        """Use a head that is not loaded from the folder."""
         _heads.setdefault(model, {})[self._where(model)] = head
         tap_of(model)
 
@@ -234,12 +238,12 @@ class MTP:
         return str(self.folder or model.config.name_or_path)
 
     def start(self, run: Run) -> Drafting:
-        """What drafts for one generation."""
+        """The drafter of one generation."""
         return _Chain(self, run)
 
 
 class _Chain:
-    """One generation's drafts of a head."""
+    """Drafts with a head during one generation."""
 
     def __init__(self, of: MTP, run: Run):
         from transformers import DynamicCache, StaticCache
@@ -248,16 +252,16 @@ class _Chain:
         config, self.capacity = _config(run.model), run.most if run.static else None
         self.cache = StaticCache(config=config, max_cache_len=run.most) if run.static else DynamicCache(config=config)
         self.steps = _Steps(run.model, of.head(run.model))
-        # Drafts that are the likeliest tokens need nobody between two of them, so that they are one graph.
+        # Drafts that are the likeliest tokens need no host code between them, so they are one graph.
         self.at_once = run.compiled is not None and run.static and run.scores is None
-        self.known = 0  # tokens that the cache holds and that stand
-        self.first: int | None = None  # the place among all tokens of the first that the head has seen
-        # A prompt may then begin behind a known prefix, and run in several calls, of which the last one's are here.
+        self.known = 0  # accepted tokens that the cache holds
+        self.first: int | None = None  # index of the first token that the head has seen
+        # A prompt may begin after a known prefix and run in several calls. These are the states of the last call.
         self.in_parts = getattr(vars(run.model).get("generate"), "prefixes", None) is not None
         self.tap.open()
 
     def hear(self, tokens: torch.Tensor) -> None:
-        """Take the hidden states of the model's last call, which was of these tokens [B, T]."""
+        """Take the hidden states of the model's last call, whose tokens were [B, T]."""
         hidden = self.tap.hidden
         if hidden is None:
             raise GdnfuseError(
@@ -265,7 +269,7 @@ class _Chain:
                 "gdnfuse.compile(model, speculate=gdnfuse.MTP(...))."
             )
         if self.in_parts and self.first is None and hidden.shape[0] == len(tokens) and hidden.shape[1] < tokens.shape[1]:
-            self.parts = []  # no gap between those that there are
+            self.parts = []  # so that there is no gap
         elif hidden.shape[:2] != tokens.shape:
             raise GdnfuseError(
                 f"MTP reads the hidden states of its own generation, {list(tokens.shape)} tokens, found those of "
@@ -281,18 +285,18 @@ class _Chain:
         hidden, self.parts = torch.cat(self.parts, 1), []
         prompt = self.first is None
         if prompt:
-            self._begin(ids, ids.shape[1] - 1 - hidden.shape[1])  # all of whose tokens stand
+            self._begin(ids, ids.shape[1] - 1 - hidden.shape[1])  # all of its tokens are accepted
         new = ids.shape[1] - 1 - self.first - self.known
         tokens = ids[:, ids.shape[1] - new :]
         if not prompt and self.capacity is not None and hidden.shape[1] == self.n + 1:
-            # Of one shape in all rounds: what is fed behind the tokens that stand is overwritten.
+            # All rounds have one shape. What is fed after the accepted tokens is overwritten.
             tokens = torch.cat([tokens, tokens[:, -1:].expand(-1, self.n + 1 - new)], 1)
         else:
             hidden = hidden[:, :new]
         if self.at_once and not prompt:
             return Drafts(self._all(tokens, hidden, new))
         done = 0
-        while tokens.shape[1] - done > PIECE:  # of a long prompt, whose mask is as wide as all of it
+        while tokens.shape[1] - done > PIECE:  # the mask of a long prompt is as wide as the prompt
             piece = slice(done, done + PIECE)
             self._fed(tokens[:, piece], hidden[:, piece], self.known + done, prompt=True)
             done += PIECE
@@ -307,16 +311,16 @@ class _Chain:
             drafts.append(token)
             probabilities += [] if p is None else [p]
             so_far = torch.cat([so_far, token], 1)
-        self._crop(self.n - 1)  # which were made of its own hidden states
+        self._crop(self.n - 1)  # they were made from its own hidden states
         return Drafts(torch.cat(drafts, 1), torch.stack(probabilities, 1) if probabilities else None)
 
     def _all(self, tokens: torch.Tensor, hidden: torch.Tensor, new: int) -> torch.Tensor:
-        """The drafts [B, n] behind the first `new` of the tokens [B, T]."""
+        """The drafts [B, n] after the first `new` of the tokens [B, T]."""
         steps = _AllSteps(self.steps.model, self.steps.head, self.n)
         call = self.run.compiled(f"mtp_{id(steps.head)}_{tokens.shape[1]}_{self.n}", steps)
-        drafts = call(*self._given(tokens, hidden, self.known, new - 1), self.cache, self.capacity)
+        drafts = call(*self._step_arguments(tokens, hidden, self.known, new - 1), self.cache, self.capacity)
         self.known += new
-        return drafts.clone()  # what a CUDA graph answers is overwritten by its next run
+        return drafts.clone()  # the next run of a CUDA graph overwrites its results
 
     def _begin(self, ids: torch.Tensor, first: int) -> None:
         self.first, mask = first, self.run.mask
@@ -335,16 +339,18 @@ class _Chain:
     def _fed(
         self, tokens: torch.Tensor, hidden: torch.Tensor, known: int, last: int = 0, prompt: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The head's hidden state [B, 1, H] and logits [B, V] behind one of the tokens [B, T]."""
+        """The head's hidden state [B, 1, H] and logits [B, V] after one of the tokens [B, T]."""
         T, step = tokens.shape[1], self.steps
         if self.run.compiled is not None and self.capacity is not None and not prompt:
             step = self.run.compiled(f"mtp_{id(step.head)}_{T}", step)
-        x, logits = step(*self._given(tokens, hidden, known, last), self.cache, self.capacity or known + T)
-        # What a CUDA graph answers is overwritten by its next run.
+        x, logits = step(*self._step_arguments(tokens, hidden, known, last), self.cache, self.capacity or known + T)
+        # The next run of a CUDA graph overwrites its results.
         return (x, logits.float()) if step is self.steps else (x.clone(), logits.to(torch.float32, copy=True))
 
-    def _given(self, tokens: torch.Tensor, hidden: torch.Tensor, known: int, last: int) -> tuple[torch.Tensor | None, ...]:
-        """A step's arguments, but for cache and length."""
+    def _step_arguments(
+        self, tokens: torch.Tensor, hidden: torch.Tensor, known: int, last: int
+    ) -> tuple[torch.Tensor | None, ...]:
+        """The arguments of a step, except cache and length."""
         B, T = tokens.shape
         L, real = self.capacity or known + T, self.real
         if real is not None and real.shape[1] < L:
@@ -356,7 +362,7 @@ class _Chain:
 
 
 class _Steps:
-    """What a head of a model does in a step."""
+    """What a head computes in a step."""
 
     def __init__(self, model: torch.nn.Module, head: Head):
         self.model, self.head = model, head
@@ -376,13 +382,13 @@ class _Steps:
 
         Args:
             tokens: [B, T].
-            hidden: [B, T, H], before each of them.
-            at: [1], where the first goes in the cache.
-            last: [1], which of the tokens.
-            shift: [B, 1], the position of what is first in the cache.
-            real: [B, L], False where the cache has padding; None where nowhere.
+            hidden: [B, T, H], before each token.
+            at: [1], the place in the cache of the first token.
+            last: [1], which token to give logits for.
+            shift: [B, 1], the position of the first entry of the cache.
+            real: [B, L], False where the cache has padding; None if it has none.
             cache: of the head.
-            L: keys that the layer will see.
+            L: number of keys that the layer will see.
         """
         decoder, embedded = self.model.get_decoder(), self.model.get_input_embeddings()(tokens)
         B, T = tokens.shape
@@ -390,10 +396,10 @@ class _Steps:
         own = at + torch.arange(T, device=tokens.device)
         seen = (keys <= own[:, None])[None].expand(B, T, L)
         if real is not None:
-            # A row of padding sees itself, so that it is a number.
+            # A row of padding sees itself, so that its result is finite.
             seen = seen & real[:, None] | (keys == own[:, None])[None]
         mask = seen[:, None]
-        if compat.attention_of(self.model.config) != "sdpa":  # others may add their masks
+        if compat.attention_of(self.model.config) != "sdpa":  # other kinds may add their masks
             mask = torch.zeros_like(mask, dtype=embedded.dtype).masked_fill(~mask, torch.finfo(embedded.dtype).min)
         places = (own + shift).clamp(min=0)
         rotary = decoder.rotary_emb(embedded, places[None].expand(3, B, T) if _several(decoder) else places)
@@ -406,7 +412,7 @@ class _Steps:
 
 
 class _AllSteps(_Steps):
-    """What a head of a model does in a round, on a cache of fixed length: n drafts, each the likeliest token."""
+    """All steps of a round on a cache of fixed length: n drafts, each the likeliest token."""
 
     def __init__(self, model: torch.nn.Module, head: Head, n: int):
         super().__init__(model, head)
@@ -423,7 +429,7 @@ class _AllSteps(_Steps):
         cache: Any,
         L: int,
     ) -> torch.Tensor:
-        """The drafts [B, n] behind one of the places, as of `_Steps`. Of the cache what is behind that place is taken back."""
+        """The drafts [B, n] after one of the places; arguments as in `_Steps`. Later entries of the cache are dropped."""
         x, logits = super().__call__(tokens, hidden, at, last, shift, real, cache, L)
         for layer in cache.layers:
             layer.cumulative_length.sub_(tokens.shape[1] - 1 - last.view(()))

@@ -1,7 +1,7 @@
-"""A folder of prefixes: what it holds, whose it is, and that nothing of it is served that is not as it was written.
+"""A folder of prefixes: its content, its owner, and checks that nothing was changed since it was written.
 
-`index.json` names the files by their digests, and has one of its own; tensors are in safetensors, in files that are never written
-again. The index is replaced last, so that whoever reads finds the old folder or the new one.
+`index.json` names the files by their digests, and has a digest of its own. Tensors are in safetensors files that are never
+written again. The index is replaced last, so a reader finds either the old content or the new one.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ BYTES_OF_A_FILE = 1 << 30
 
 
 def check_writable(folder: str | os.PathLike[str]) -> tuple[Path, set[str]]:
-    """A folder that prefixes can be saved to, and which of its files its index names; nothing is changed.
+    """A folder that prefixes can be saved to, and the files that its index names. Nothing is changed.
 
     Raises:
-        GdnfuseError: it is none, or has an index of something else, or files cannot be made in it.
+        GdnfuseError: it is not a folder, its index is of another kind, or no files can be made in it.
     """
     folder = _path(folder)
     try:
@@ -48,12 +48,12 @@ def write(folder: str | os.PathLike[str], owner: dict[str, str], entries: Sequen
     """Save entries with all blocks before them.
 
     Args:
-        folder: made if it is not there. Of one that is there the index and its files are replaced, and other files left alone.
-        owner: what a reader has to be.
-        entries: in the order in which they are to be read.
+        folder: created if missing. If it exists, its index and the files of the index are replaced. Other files stay.
+        owner: what a reader must be.
+        entries: in the order in which they will be read.
 
     Raises:
-        GdnfuseError: it cannot be written, or has an index of something else. What was there is whole then.
+        GdnfuseError: the folder cannot be written, or its index is of another kind. The old content is complete then.
     """
     from safetensors.torch import save_file
 
@@ -85,7 +85,7 @@ def write(folder: str | os.PathLike[str], owner: dict[str, str], entries: Sequen
         gone = before - {file["name"] for file in body["files"]}
     except BaseException as e:
         gone = {file["name"] for file in body["files"]} - before
-        if isinstance(e, Exception) and not isinstance(e, GdnfuseError):  # of the file system, or one of safetensors' own
+        if isinstance(e, Exception) and not isinstance(e, GdnfuseError):  # an error of the file system or of safetensors
             raise GdnfuseError(f"Prefixes must be written to {folder}, found {one_line(e)}.") from e
         raise
     finally:
@@ -94,7 +94,7 @@ def write(folder: str | os.PathLike[str], owner: dict[str, str], entries: Sequen
 
 
 class Saved:
-    """States that were saved, as `prefix_tree.Source`."""
+    """States that were saved, as a `prefix_tree.Source`."""
 
     def __init__(
         self,
@@ -126,15 +126,15 @@ class Saved:
 def reading(
     folder: str | os.PathLike[str], owner: Callable[[], dict[str, str]], device: torch.device
 ) -> Iterator[Iterable[Saved]]:
-    """What a folder holds, in the order in which it was saved, once all of it is known to be as it was written.
+    """The content of a folder, in the order in which it was saved. First everything is checked to be unchanged.
 
     Args:
-        folder: that was saved to.
-        owner: says what the folder's owner has to be; asked once there is one, because it digests weights.
-        device: that tensors are put on.
+        folder: a folder that was saved to.
+        owner: returns what the owner of the folder must be. It is called only if there is a folder, because it digests weights.
+        device: the device to put tensors on.
 
     Raises:
-        GdnfuseError: there is none, it is of another owner, or a file is missing, cut short or changed.
+        GdnfuseError: there is no such folder, it has another owner, or a file is missing, cut short or changed.
     """
     from safetensors import safe_open
 
@@ -161,7 +161,7 @@ def reading(
             return where[name].get_tensor(name)
 
         def place(x: torch.Tensor) -> torch.Tensor:
-            return x.to(device, copy=True)  # what is read may be the file's own memory
+            return x.to(device, copy=True)  # without a copy it may be memory of the file
 
         def saved() -> Iterator[Saved]:
             paths: list[list[int]] = []
@@ -178,7 +178,7 @@ def reading(
 
 
 def _by_file(nodes: dict[Node, int], entries: Sequence[Read]) -> Iterator[dict[str, torch.Tensor]]:
-    """All tensors by name, so many at a time as fit in a file."""
+    """All tensors by name, in groups that fit in one file."""
     tensors: dict[str, torch.Tensor] = {}
     size, blocks = 0, {node: block for entry in entries for node, block in zip(entry.nodes, entry.blocks, strict=True)}
     of_nodes = ({f"node.{i}.tokens": _as_tensor(node.key), f"node.{i}.block": blocks[node]} for node, i in nodes.items())
@@ -238,5 +238,5 @@ def _path(folder: Any) -> Path:
 
 
 def _files_of(folder: Path) -> set[str]:
-    """The files that an index names which is to be replaced."""
+    """The files that an old index names."""
     return {file["name"] for file in _body_of(folder)["files"]} if (folder / INDEX).exists() else set()

@@ -1,6 +1,6 @@
-"""A tree of known prefixes: keys and values once per block of tokens, states where somebody wants to begin, budgets of bytes.
+"""A tree of known prefixes: keys and values once per block of tokens, states where a prompt may start, and budgets of bytes.
 
-It knows neither models nor caches: a block is a tensor, a state some tensors. Tokens are bytes, eight for each.
+It knows neither models nor caches. A block is a tensor, and a state is a tuple of tensors. Tokens are bytes, eight for each.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ TOKEN = 8  # bytes of a token
 
 
 class Source(Protocol):
-    """What there is to keep of one sequence. Sizes are asked first, and tensors only where there is room for them."""
+    """What can be kept of one sequence. The tree asks for sizes first, and for tensors only if there is room for them."""
 
     token_bytes: int  # of keys and values
     state_bytes: int
 
     def blocks(self, first: int, last: int) -> list[torch.Tensor]:
-        """Keys and values of the blocks first … last − 1, a tensor each."""
+        """Keys and values of the blocks first … last − 1, one tensor each."""
 
     def rest(self, first: int, last: int) -> torch.Tensor:
         """Keys and values of the tokens first … last − 1."""
 
     def states(self) -> tuple[torch.Tensor, ...]:
-        """The states behind the last token."""
+        """The states after the last token."""
 
 
 class Node:
-    """A block of tokens behind those of its parent.
+    """A block of tokens after the blocks of its parent.
 
     Attributes:
-        hot, cold: how many entries at and below this node are on the device, and how many on the host. The block is on the device
-            while any is, on the host while there are others, and gone with the last of them.
+        hot, cold: how many entries at and below this node are on the device and on the host. If any is on the device, so is the
+            block. If all are on the host, so is the block. Without entries it is removed.
     """
 
     __slots__ = ("block", "children", "cold", "entries", "hot", "key", "length", "on_host", "parent")
@@ -49,7 +49,7 @@ class Node:
         self.on_host = False
 
     def path(self) -> list[Node]:
-        """From here up to the first block."""
+        """The nodes from this one up to the first block."""
         nodes, node = [], self
         while node.parent is not None:
             nodes.append(node)
@@ -58,7 +58,7 @@ class Node:
 
 
 class Entry:
-    """States behind a block, or behind up to 63 tokens more, whose keys and values are here."""
+    """States after a block, or after up to 63 further tokens, whose keys and values are stored in the entry."""
 
     def __init__(self, node: Node, tail: bytes, rest: torch.Tensor | None, states: tuple[torch.Tensor, ...]):
         self.node, self.tail, self.rest, self.states = node, tail, rest, states
@@ -74,7 +74,7 @@ class Entry:
 
     @property
     def root(self) -> Hashable:
-        """By what it is kept, besides tokens."""
+        """The key, besides the tokens, under which it is kept."""
         node = self.node
         while node.parent is not None:
             node = node.parent
@@ -86,10 +86,10 @@ class Entry:
 
 
 class Read:
-    """An entry as it was found; whatever goes from the tree stays for who has this.
+    """An entry at the time when it was found. It stays usable if the tree drops the entry.
 
     Attributes:
-        nodes: of all whole blocks before its states, in order, each with keys and values in `blocks`.
+        nodes: the nodes of all whole blocks before its states, in order. `blocks` has their keys and values.
     """
 
     def __init__(self, entry: Entry):
@@ -99,12 +99,12 @@ class Read:
 
 
 class Tree:
-    """What is kept, the least recently used going first; a pinned entry stays.
+    """Kept prefixes. The least recently used entries are dropped first. Pinned entries stay.
 
     Args:
-        max_bytes: of tensors on the device.
-        host_bytes: of tensors that are moved to the host where the device's budget is over; what does not fit there goes.
-        to_host, to_device: how a tensor is moved.
+        max_bytes: budget for tensors on the device.
+        host_bytes: budget for tensors that are moved to the host when the device is full. What does not fit there is dropped.
+        to_host, to_device: functions that move a tensor.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class Tree:
         self._recent_on_host: OrderedDict[Entry, None] = OrderedDict()
 
     def entries(self) -> list[Entry]:
-        """The least recently used first, those on the host before the others."""
+        """The least recently used first. Those on the host come before the others."""
         return [*self._recent_on_host, *self._recent]
 
     def nodes(self) -> Iterator[Node]:
@@ -138,7 +138,7 @@ class Tree:
                 yield node
 
     def find(self, root: Hashable, tokens: bytes, most: int) -> dict[int, Entry]:
-        """All entries that are a prefix of the tokens, of at most `most` tokens, by length."""
+        """All entries that are a prefix of the tokens, with at most `most` tokens, by length."""
         found, node = {}, self.roots.get(root)
         while node is not None and node.length <= most:
             at = node.length * TOKEN
@@ -149,7 +149,7 @@ class Tree:
         return found
 
     def shared(self, root: Hashable, tokens: bytes) -> int:
-        """How many tokens of whole blocks are those of something that is kept."""
+        """How many tokens, in whole blocks, are shared with something that is kept."""
         return 0 if root not in self.roots else self._known(self.roots[root], tokens)[-1].length
 
     def touch(self, entry: Entry) -> None:
@@ -158,7 +158,7 @@ class Tree:
             recent.move_to_end(entry)
 
     def keep(self, root: Hashable, tokens: bytes, source: Source) -> bool:
-        """Keep the states behind these tokens, and of keys and values what is not there yet; whether there was room."""
+        """Keep the states after these tokens, and the keys and values that are not kept yet. Returns whether there was room."""
         n, whole = len(tokens) // TOKEN, len(tokens) // TOKEN // BLOCK
         top = self.roots.get(root) or Node(None, root, 0)
         *known, node = self._known(top, tokens)
@@ -193,7 +193,7 @@ class Tree:
         return True
 
     def promote(self, entry: Entry) -> bool:
-        """Bring an entry on the host back to the device; whether it is still there, and there was room."""
+        """Move an entry from the host back to the device. Returns whether it still exists and there was room."""
         if entry not in self._recent_on_host:
             return False
         path = entry.node.path()
@@ -225,12 +225,12 @@ class Tree:
             path.append(node)
 
     def _room(self, need: int, path: list[Node]) -> bool:
-        """Make room on the device and hold the nodes, as one entry more would; where there can be none, nothing goes."""
+        """Make room on the device and count one more entry on the nodes. If there cannot be enough room, nothing is dropped."""
         stay = {id(x): x.block.nbytes for pinned in self._recent if pinned.pins for x in pinned.node.path()}
         stay |= {id(x): x.block.nbytes for x in path if not x.on_host}
         pinned = sum(x.nbytes for x in self._recent if x.pins)
         if need + pinned + sum(stay.values()) > self.max_bytes:
-            return False  # whatever went
+            return False  # although other entries were dropped
         for node in path:
             node.hot += 1
         while self.device + need > self.max_bytes:
@@ -241,10 +241,10 @@ class Tree:
         for node in path:
             node.hot -= 1
         for node in sorted(path, key=lambda node: -node.length):
-            self._settle(node)
+            self._place_block(node)
 
     def _warm(self, path: list[Node]) -> None:
-        """Blocks of nodes that are held to the device, where there is room for them."""
+        """Move the blocks of held nodes to the device, if there is room for them."""
         for node in path:
             if node.on_host:
                 node.block, node.on_host = self._to_device(node.block), False
@@ -252,7 +252,7 @@ class Tree:
                 self.device += node.block.nbytes
 
     def _demote(self, entry: Entry) -> None:
-        """From the device to the host, if there is room on it, and else away."""
+        """Move an entry from the device to the host if there is room, else drop it."""
         del self._recent[entry]
         path, fits = entry.node.path(), entry.nbytes <= self.host_bytes
         if fits:
@@ -272,7 +272,7 @@ class Tree:
             self.evicted += 1
             del entry.node.entries[entry.tail]
         for node in path:
-            self._settle(node)
+            self._place_block(node)
         self._prune(entry.root)
 
     def _room_on_host(self, need: int) -> None:
@@ -291,15 +291,15 @@ class Tree:
         for node in path:
             node.cold -= 1
         for node in path:
-            self._settle(node)
+            self._place_block(node)
         self._prune(entry.root)
 
-    def _settle(self, node: Node) -> None:
-        """Have a block where those who need it are."""
+    def _place_block(self, node: Node) -> None:
+        """Move a block to where its entries need it, or drop it."""
         if node.hot or node.block is None:
             return
         if node.cold and not node.on_host:
-            self._room_on_host(node.block.nbytes)  # which may drop the very entries that need it
+            self._room_on_host(node.block.nbytes)  # this may drop the entries that need the block
         if node.cold and not node.on_host:
             self.device -= node.block.nbytes
             self.host += node.block.nbytes

@@ -1,6 +1,6 @@
-"""Proposers: who drafts the next tokens for the model to check, several in one step.
+"""Proposers: they draft the next tokens, of which one step of the model checks several.
 
-A draft costs nothing but speed: what the model would not have said is not said. So a proposer may guess whatever it likes.
+A bad draft only costs time. The model rejects what it would not have generated itself. So a proposer may guess freely.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ TOKENS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 @dataclass
 class Run:
-    """What a proposer is told of the generation that begins.
+    """What a proposer is told at the start of a generation.
 
     Attributes:
-        model: that checks the drafts.
-        mask: [B, L], of the prompt, 0 where it is padding, or None.
-        most: tokens that a row may come to have, drafts included.
-        static: whether the model's cache has a fixed length, which a draft's then has too.
-        scores: what makes of ids [B, L] and logits [B, V] the scores that tokens are drawn from, where they are drawn and it may
-            be called for drafts too; else drafts are the likeliest.
-        compiled: has a function that drafts compiled as the model is, once for each name; None where the model is not compiled.
+        model: the model that checks the drafts.
+        mask: [B, L], of the prompt, 0 for padding; or None.
+        most: the most tokens that a row may get, drafts included.
+        static: whether the model's cache has a fixed length. A drafter's cache then has one too.
+        scores: a function of ids [B, L] and logits [B, V] that gives the scores from which tokens are sampled. None if drafts are
+            to be the likeliest tokens: because nothing is sampled, or because the function must not be called for drafts.
+        compiled: compiles a drafting function as the model is compiled, once for each name. None if the model is not compiled.
     """
 
     model: torch.nn.Module
@@ -43,21 +43,21 @@ class Run:
 
 @dataclass
 class Drafts:
-    """Drafted tokens [B, n], and if they were drawn the probabilities [B, n, vocabulary] that they were drawn with."""
+    """Drafted tokens [B, n] and, if they were sampled, the probabilities [B, n, vocabulary] from which they were sampled."""
 
     tokens: torch.Tensor
     probabilities: torch.Tensor | None = None
 
 
 class Drafting(Protocol):
-    """A proposer at work in one generation."""
+    """A proposer during one generation."""
 
     def propose(self, ids: torch.Tensor, rows: Sequence[Sequence[int]]) -> Drafts | None:
-        """The next tokens of all rows, or None where there is nothing to propose.
+        """The next tokens of all rows, or None if there is nothing to propose.
 
         Args:
             ids: [B, L], all tokens so far, padding included.
-            rows: the same on the host, without padding.
+            rows: the same as lists, without padding.
         """
 
 
@@ -75,12 +75,12 @@ def check_count(n: Any, name: str, most: int = MOST_DRAFTS) -> None:
 
 
 def is_users(proposer: Proposer) -> bool:
-    """Whether a proposer is a user's own class, whose drafts are looked at before the model is given them."""
+    """Whether a proposer is a user's own class. Its drafts are checked before the model sees them."""
     return not type(proposer).__module__.startswith("gdnfuse.")
 
 
 def check_drafts(drafts: Any, ids: torch.Tensor, n: int, vocabulary: int) -> None:
-    """Raises GdnfuseError unless drafts are `Drafts` of up to n tokens for each row of ids [B, L], all in the vocabulary."""
+    """Raise GdnfuseError unless drafts are `Drafts` of up to n tokens for each row of ids [B, L], all in the vocabulary."""
     wanted = f"Drafts of ids [{ids.shape[0]}, up to {n}] on {ids.device}"
     if not isinstance(drafts, Drafts) or not isinstance(drafts.tokens, torch.Tensor):
         raise GdnfuseError(f"A proposer must give {wanted}, or None, found {type(getattr(drafts, 'tokens', drafts)).__name__}.")
@@ -95,7 +95,7 @@ def check_drafts(drafts: Any, ids: torch.Tensor, n: int, vocabulary: int) -> Non
 
 
 def drawn(run: Run, ids: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """A drafted token [B, 1] of logits [B, V] behind ids [B, L], and what it was drawn with, if it was drawn."""
+    """A drafted token [B, 1] from logits [B, V] after ids [B, L] and, if it was sampled, the probabilities for it."""
     if run.scores is None:
         return logits.argmax(-1, keepdim=True), None
     probabilities = run.scores(ids, logits).softmax(-1)
@@ -104,16 +104,16 @@ def drawn(run: Run, ids: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tens
 
 @dataclass(frozen=True)
 class PromptLookup:
-    """Drafts what followed the last tokens where they stood before, in the prompt or in what was generated.
+    """Drafts by looking for the last tokens earlier in the prompt or the answer. It proposes what followed them there.
 
-    Where they stood nowhere nothing is proposed, and the step is a plain one.
+    If they are found nowhere, nothing is proposed, and the step is a plain one.
 
     Args:
         n: tokens per draft, 1 to 7.
-        ngram: of how many last tokens at most the same are looked for; fewer where so many are not found.
+        ngram: how many last tokens to look for, at most. If so many are not found, it looks for fewer.
 
     Raises:
-        GdnfuseError: another number of either.
+        GdnfuseError: `n` or `ngram` is out of range.
 
     Source:
         Saxena 2023, prompt lookup decoding, https://github.com/apoorvumang/prompt-lookup-decoding.
@@ -128,7 +128,7 @@ class PromptLookup:
             raise GdnfuseError(f"PromptLookup looks for at least one token, found ngram={self.ngram!r}.")
 
     def start(self, run: Run) -> Drafting:
-        """What drafts for one generation."""
+        """The drafter of one generation."""
         return _Lookup(self)
 
 
@@ -148,15 +148,15 @@ class _Lookup:
 
 @dataclass
 class _Places:
-    """Where each n-gram of a row stood last, by how it reads: the place behind it."""
+    """For each n-gram of a row, the place after its last occurrence."""
 
     most: int
     places: dict[tuple[int, ...], int] = field(default_factory=dict)
     seen: int = 0
 
     def after(self, row: Sequence[int], n: int) -> list[int]:
-        """What followed the longest of the last n-grams that stood before, n tokens; empty where none did."""
-        for end in range(max(self.seen, 1), len(row)):  # n-grams with a token behind them
+        """The n tokens that followed the longest of the last n-grams that occurred before. Empty if none did."""
+        for end in range(max(self.seen, 1), len(row)):  # n-grams that a token follows
             for size in range(1, min(self.most, end) + 1):
                 self.places[tuple(row[end - size : end])] = end
         self.seen = len(row)
@@ -165,7 +165,7 @@ class _Places:
             if at is not None:
                 read = list(row[at : at + n])
                 period = len(row) - at
-                while len(read) < n:  # the row repeats itself with this period
+                while len(read) < n:  # assume that the row repeats with this period
                     read.append(read[len(read) - period])
                 return read
         return []
@@ -173,15 +173,15 @@ class _Places:
 
 @dataclass(frozen=True)
 class Callback:
-    """Drafts what a function says.
+    """Drafts with a function.
 
     Args:
-        propose: takes all tokens so far [B, L], and gives up to `n` more for each row, [B, m], as a tensor or as lists, or None.
-            Padding is among what it takes.
-        n: tokens per draft, 1 to 7. Fewer are filled up, so that all steps have one shape.
+        propose: a function of all tokens so far [B, L], padding included. It returns up to `n` more tokens for each row, [B, m],
+            as a tensor or as lists, or None.
+        n: tokens per draft, 1 to 7. Fewer are padded to n, so that all steps have one shape.
 
     Raises:
-        GdnfuseError: it is no function, or another number.
+        GdnfuseError: `propose` is not a function, or `n` is out of range.
 
     Source:
         The acceptance of drafts: Leviathan et al. 2023, arXiv:2211.17192.
@@ -196,7 +196,7 @@ class Callback:
             raise GdnfuseError(f"Callback needs a function, found {type(self.propose).__name__}.")
 
     def start(self, run: Run) -> Drafting:
-        """What drafts for one generation."""
+        """The drafter of one generation."""
         return _Called(self, run.model.config.get_text_config(decoder=True).vocab_size)
 
 
@@ -205,7 +205,7 @@ class _Called:
         self.of, self.vocabulary = of, vocabulary
 
     def propose(self, ids: torch.Tensor, rows: Sequence[Sequence[int]]) -> Drafts | None:
-        drafts = self.of.propose(ids.clone())  # which it may write
+        drafts = self.of.propose(ids.clone())  # the function may write to its argument
         if drafts is None:
             return None
         try:
@@ -235,17 +235,18 @@ class _Called:
 
 @dataclass(frozen=True)
 class Draft:
-    """Drafts what a smaller model says.
+    """Drafts with a smaller model.
 
-    It goes on a cache of its own, one token at a time. A recurrent state of it is copied after each draft, so that what was
-    rejected is taken back exactly: `n` + 1 times its states, 19 MiB each in a 0.8B model.
+    The model has its own cache and generates one token at a time. If it has recurrent states, they are copied after each draft,
+    so that rejected tokens can be taken back exactly. This takes memory for `n` + 1 times its states, which are 19 MiB in a 0.8B
+    model.
 
     Args:
-        model: any causal language model of the same vocabulary; one that `gdnfuse.compile` has compiled is as fast as it goes.
+        model: any causal language model with the same vocabulary. Compile it with `gdnfuse.compile` to make it fast.
         n: tokens per draft, 1 to 7.
 
     Raises:
-        GdnfuseError: it is no causal language model, or another number.
+        GdnfuseError: `model` is not a causal language model, or `n` is out of range.
 
     Source:
         Leviathan et al. 2023, arXiv:2211.17192; Chen et al. 2023, arXiv:2302.01318.
@@ -260,7 +261,7 @@ class Draft:
             raise GdnfuseError(f"Draft needs a causal language model of transformers, found {type(self.model).__name__}.")
 
     def check(self, model: torch.nn.Module) -> None:
-        """Raises GdnfuseError where drafts of this model would be no tokens of the other."""
+        """Raise GdnfuseError if drafts of this model would be no tokens of the other model."""
         ours, theirs = (m.config.get_text_config(decoder=True).vocab_size for m in (self.model, model))
         if ours != theirs:
             raise GdnfuseError(
@@ -274,7 +275,7 @@ class Draft:
             raise GdnfuseError(f"A draft must be on the device of the model it drafts for, {there}, found {here}.")
 
     def start(self, run: Run) -> Drafting:
-        """What drafts for one generation."""
+        """The drafter of one generation."""
         return _Drafting(self, run)
 
 
@@ -295,7 +296,7 @@ class _Drafting:
             drafts, probabilities, so_far = [], [], ids
             for i in range(self.n):
                 logits = self.fed(so_far[:, -1:], last=True).logits[:, -1].float()
-                if i + 1 < self.n:  # the last is what the cache holds
+                if i + 1 < self.n:  # the cache itself holds the last states
                     self._keep(i)
                 token, p = drawn(self.run, so_far, logits)
                 probabilities += [] if p is None else [p]
@@ -304,7 +305,7 @@ class _Drafting:
         return Drafts(torch.cat(drafts, 1), torch.stack(probabilities, 1) if probabilities else None)
 
     def _catch_up(self, ids: torch.Tensor) -> None:
-        """Have the cache hold all tokens but the last, and nothing else."""
+        """Let the cache hold all tokens but the last, and nothing else."""
         wanted = ids.shape[1] - 1
         if not self.fed.length:
             if wanted:
@@ -316,7 +317,7 @@ class _Drafting:
             self.fed(ids[:, i : i + 1], last=True)
 
     def _keep(self, i: int) -> None:
-        """Copy the states as they are behind the draft before the i-th."""
+        """Copy the states before the i-th draft."""
         if len(self.states) <= i:
             self.states.append(_States(self.fed.cache))
         self.states[i].keep(self.fed.length)
@@ -351,7 +352,7 @@ class _States:
 
 
 class Always:
-    """The same drafts, and any others where there are none; or none ever."""
+    """Proposes the same as another proposer, and any tokens if that proposes nothing; or never proposes anything."""
 
     def __init__(self, of: Proposer, ever: bool = True):
         self.of, self.n, self.ever = of, of.n, ever
@@ -368,10 +369,10 @@ class Always:
 
 
 def proposer_of(speculate: Any) -> Proposer:
-    """What `speculate=` means.
+    """The proposer that `speculate=` stands for.
 
     Raises:
-        GdnfuseError: nothing that proposes drafts.
+        GdnfuseError: the value stands for none.
     """
     if isinstance(speculate, type) or isinstance(speculate, torch.nn.Module) or isinstance(speculate, bool):
         pass

@@ -1,12 +1,12 @@
 """RollbackCache: a cache that takes tokens back, recurrent states included.
 
-A rejected token cannot be taken out of a recurrent state, and to keep a state for each token costs as many states. So a call of
-several tokens on a cache that records reads states and conv windows and writes neither: it keeps its tokens' inputs, a few
-kilobytes each, and `crop` replays those that stay, in the recurrent form, into the states of all layers at once
-(`delta_rule_commit`; checkpoint and replay as in SGLang's PR 28695).
+A rejected token cannot be taken out of a recurrent state, and a copy of the state for each token would take much memory. So a
+call of several tokens on a recording cache reads states and conv windows and writes neither. The cache keeps the inputs of these
+tokens instead, a few kilobytes each. `crop` then replays the accepted tokens, in the recurrent form, into the states of all
+layers at once (`delta_rule_commit`; checkpoint and replay as in SGLang's PR 28695).
 
-What enters the conv a cache is handed by `update_conv_state`. What the gates are made of it is not, so two forward hooks of each
-GDN layer hand it over, which do nothing on any other cache.
+`update_conv_state` gives the cache what enters the conv. Nothing gives it the inputs of the gates. So two forward hooks on each
+GDN layer do. They do nothing on any other cache.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from gdnfuse.generation.caches import cache_finder, mark_lengths, rope_that_look
 from gdnfuse.generation.wrappers import gdn_layers
 
 MOST_TOKENS = 8
-L2NORM_EPS = 1e-6  # written into transformers' rules
+L2NORM_EPS = 1e-6  # a constant in transformers' rules
 
 
 class RollbackLayer(LinearAttentionLayer):
-    """The states of one GDN layer, with the inputs of the tokens that are not in them yet.
+    """The states of one GDN layer, and the inputs of the tokens that are not in them yet.
 
     Attributes:
         pending: how many tokens are recorded.
-        heard: of which gates, 1 for `a` and 2 for `b`, both added up.
-        windows: [B, W + tokens, D], the conv state and behind it the recorded rows before the conv.
-        a, b: [B, tokens, HV], what the recorded tokens' gates are made of.
+        heard: which gates were recorded: 1 for `a`, 2 for `b`, 3 for both.
+        windows: [B, W + tokens, D], the conv state, followed by the recorded rows before the conv.
+        a, b: [B, tokens, HV], the inputs of the recorded tokens' gates.
     """
 
-    # transformers since 5.24 says False while a layer records, as its own conv states grow then. These stay where they are.
+    # Since 5.24 transformers says False while a layer records, because its conv states grow then. Ours do not.
     is_compileable = True
 
     def __init__(self) -> None:
@@ -52,14 +52,14 @@ class RollbackLayer(LinearAttentionLayer):
 
     @property
     def is_croppable(self) -> bool:
-        """Whether `crop` can put the layer back as it was."""
+        """Whether `crop` can restore the layer."""
         return self.record_past
 
     def begin(self, rows: int, tokens: int) -> None:
-        """Say that the next call is recorded.
+        """Record the next call.
 
         Raises:
-            GdnfuseError: there is a recorded call already, or no room for this one.
+            GdnfuseError: a call is already recorded, or this one is too long.
         """
         if self.pending:
             raise GdnfuseError(
@@ -75,13 +75,13 @@ class RollbackLayer(LinearAttentionLayer):
         self.pending, self.heard = tokens, 0
 
     def hear(self, **gates: torch.Tensor) -> None:
-        """Record `a` or `b` or both, [B, T, HV], of the call that has begun."""
+        """Record `a`, `b` or both, [B, T, HV], of the current call."""
         for name, x in gates.items():
             getattr(self, name)[:, : x.shape[1]].copy_(x)
-            self.heard |= 1 if name == "a" else 2  # an adapter's layer gives it once more, as it is then
+            self.heard |= 1 if name == "a" else 2  # the layer of an adapter gives it a second time, which is the final value
 
     def update_conv_state(self, conv_states: torch.Tensor, state_idx: int = 0, **kwargs: Any) -> torch.Tensor:
-        """The window and the new rows [B, D, W + T]; while recording, the window stays as it is."""
+        """The window and the new rows [B, D, W + T]. While recording, the window does not change."""
         if not self.record_past:
             return super().update_conv_state(conv_states, state_idx, **kwargs)
         if self.pending != conv_states.shape[-1]:
@@ -94,7 +94,7 @@ class RollbackLayer(LinearAttentionLayer):
         return full
 
     def update_recurrent_state(self, recurrent_states: torch.Tensor, state_idx: int = 0, **kwargs: Any) -> torch.Tensor:
-        """While recording, the state stays as it is."""
+        """Write the state. While recording, the state does not change."""
         if self.record_past:
             return recurrent_states
         return super().update_recurrent_state(recurrent_states, state_idx, **kwargs)
@@ -107,12 +107,12 @@ class RollbackLayer(LinearAttentionLayer):
         self.pending, self.record_past = 0, False
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy's buffers would not be the parts of all layers' that these are.
+        # These buffers are parts of tensors over all layers. Those of a copy would not be.
         return {**vars(self), "windows": None, "a": None, "b": None, "record_past": False}
 
 
 class CroppableStaticLayer(StaticLayer):
-    """Keys and values of fixed length that can be cropped: transformers' can since 5.24."""
+    """Keys and values of fixed length that can be cropped. transformers' can since 5.24."""
 
     is_croppable = True
 
@@ -121,7 +121,7 @@ class CroppableStaticLayer(StaticLayer):
 
 
 class GrowingLayer(DynamicLayer):
-    """Keys and values that grow, and lie in memory after a crop as after a step, so that no step is compiled anew for it."""
+    """Keys and values that grow. After a crop they have the same layout as after a step, so that no step is compiled again."""
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)
@@ -136,19 +136,19 @@ LAYERS = (RollbackLayer, CroppableStaticLayer, GrowingLayer)
 class RollbackCache(Cache):
     """A cache of transformers for a model with GDN layers, which can take tokens back.
 
-    `activate_past_recording`, once it holds a prompt, makes the next call of up to `tokens` tokens a recorded one: its logits are
-    the model's, keys and values are stored, recurrent states and conv windows are not written. `crop(-n)` then takes the last n
-    of them back and puts the others into the states, whose values are those of steps of one token, to rounding. One call, one
-    crop.
+    Fill it with a prompt, then call `activate_past_recording`. The next call of up to `tokens` tokens is recorded: its logits are
+    as usual and keys and values are stored, but recurrent states and conv windows are not written. `crop(-n)` then drops the last
+    n of these tokens and replays the others into the states. Up to rounding, the states are those after steps of one token. Each
+    recorded call needs one crop.
 
     Args:
-        model: whose cache it is. Hooks are registered on its GDN layers, once.
-        max_cache_len: how many tokens it holds, at one place in memory; None lets it grow.
-        tokens: how many a recorded call may have, at most. A token takes about (D + 2·HV) numbers of the model's dtype in each
-            layer, 0.4 MiB in a 4B model.
+        model: the model that will use the cache. Hooks are registered on its GDN layers, once.
+        max_cache_len: how many tokens the cache can hold, at a fixed place in memory. None lets it grow.
+        tokens: the most tokens of a recorded call. Each takes about (D + 2·HV) numbers of the model's dtype in each layer, which
+            is 0.4 MiB in a 4B model.
 
     Raises:
-        GdnfuseError: the model has layers, or GDN layers, that cannot be rolled back.
+        GdnfuseError: the model has layers that cannot be rolled back.
 
     Source:
         The states that are rebuilt: Yang et al. 2024, Gated Delta Networks, arXiv:2412.06464.
@@ -184,31 +184,31 @@ class RollbackCache(Cache):
             _prove(mixer)
 
     def _begin(self) -> None:
-        """Have nothing to record in yet."""
+        """Forget all buffers that calls record into."""
         self._all: dict[str, torch.Tensor] = {}
-        self._homes: list[int] = []  # where the layers' states are
-        self._hooked: list[int] = []  # the linears that were seen to have hooks
-        self._sources: list[torch.Tensor] = []  # the weights that tokens are replayed with, and how they were when they were read
+        self._addresses: list[int] = []  # addresses of the layers' states
+        self._hooked: list[int] = []  # ids of the linears that have hooks
+        self._sources: list[torch.Tensor] = []  # the weights that tokens are replayed with, and their versions
         self._replayed_with: tuple[list[int], list[int]] | None = None
 
     @property
     def pending(self) -> int:
-        """How many tokens are recorded and in no state yet."""
+        """How many tokens are recorded and not in the states yet."""
         return max(layer.pending for layer in self._linear())
 
     @property
     def rows(self) -> int | None:
-        """How many sequences it holds; None before its prompt."""
+        """How many sequences the cache holds. None before its prompt."""
         state = self._linear()[0].conv_states.get(0)
         return None if state is None else state.shape[0]
 
     @property
     def is_recording(self) -> bool:
-        """Whether the next call of few tokens is a recorded one."""
+        """Whether the next call of few tokens is recorded."""
         return any(layer.record_past for layer in self._linear())
 
     def activate_past_recording(self) -> None:
-        """Have the next call record. Nothing is copied but at the first time after a prompt.
+        """Record the next call. Nothing is copied, except at the first time after a prompt.
 
         Raises:
             GdnfuseError: the cache is empty.
@@ -220,13 +220,13 @@ class RollbackCache(Cache):
             raise GdnfuseError("A RollbackCache must hold a prompt before it records, found it empty.")
         gates = _gates_of(self._mixers[min(self._mixers)])
         linears = [getattr(m, name) for m in self._mixers.values() for name in gates]
-        if list(map(id, linears)) != self._hooked:  # an adapter stands in the place of one, or nobody has looked yet
+        if list(map(id, linears)) != self._hooked:  # an adapter has replaced one, or this is the first time
             for mixer in self._mixers.values():
                 _install(mixer)
             self._hooked = list(map(id, linears))
         sources = _sources(self._mixers.values())
-        if not self._at_home() or not self._unchanged() or list(map(id, sources)) != list(map(id, self._sources)):
-            self._move_in()
+        if not self._states_in_place() or not self._unchanged() or list(map(id, sources)) != list(map(id, self._sources)):
+            self._stack_states()
         for layer in linear:
             layer.record_past = True
         for layer in self.layers:
@@ -234,7 +234,7 @@ class RollbackCache(Cache):
                 mark_lengths(layer)
 
     def stop_past_recording(self) -> None:
-        """Have calls write the states again. What is recorded stays."""
+        """Let calls write the states again. Recorded tokens are kept."""
         if self.pending:
             self.crop(0)
         for layer in self._linear():
@@ -244,10 +244,10 @@ class RollbackCache(Cache):
         """Take back the last tokens of the recorded call, and put the others into the states.
 
         Args:
-            tokens_to_remove: how many, as a negative number, as in transformers; 0 keeps all.
+            tokens_to_remove: how many tokens, as a negative number, as in transformers. 0 keeps all.
 
         Raises:
-            GdnfuseError: more than were recorded, or a positive number. The cache is as it was then.
+            GdnfuseError: more tokens than were recorded, or a positive number. The cache is unchanged then.
         """
         if isinstance(tokens_to_remove, bool) or not isinstance(tokens_to_remove, int) or tokens_to_remove > 0:
             raise GdnfuseError(f"crop takes how many tokens to remove as a negative number, or 0, found {tokens_to_remove!r}.")
@@ -275,8 +275,8 @@ class RollbackCache(Cache):
                     "The weights of GDN layers must be the same when a RollbackCache records a call and when it is cropped, "
                     "found that they were written: cache.abandon(length) forgets the call."
                 )
-            if not self._at_home():
-                self._move_in()
+            if not self._states_in_place():
+                self._stack_states()
             self._commit(keep, pending)
         for layer in linear:
             layer.pending = 0
@@ -286,10 +286,10 @@ class RollbackCache(Cache):
                     layer.crop(tokens_to_remove)
 
     def abandon(self, length: int) -> None:
-        """Forget the recorded call, also one that did not run to its end: the cache is as it was before.
+        """Forget the recorded call, even if it did not run to its end. The cache is as before the call.
 
         Args:
-            length: how many tokens it held then.
+            length: how many tokens the cache held before the call.
         """
         for layer in self._linear():
             layer.pending = 0
@@ -310,20 +310,20 @@ class RollbackCache(Cache):
         self.replayed_by = _commit(*arguments, L2NORM_EPS, beta_scale_of(mixer))
 
     def _unchanged(self) -> bool:
-        """Whether nobody has written the weights that tokens are replayed with, as far as torch counts that."""
+        """Whether the weights that tokens are replayed with are unchanged, by torch's version counters."""
         found = [x.data_ptr() for x in self._sources], compat.version_counters(self._sources)
         return found == self._replayed_with
 
     def _linear(self) -> list[RollbackLayer]:
         return [self.layers[i] for i in self._mixers]
 
-    def _at_home(self) -> bool:
-        """Whether the layers' states are the parts of all layers' tensors that they were made."""
+    def _states_in_place(self) -> bool:
+        """Whether the layers' states are still parts of the tensors over all layers."""
         states = [x for layer in self._linear() for x in (layer.recurrent_states[0], layer.conv_states[0])]
-        return bool(self._all) and [x.data_ptr() for x in states] == self._homes
+        return bool(self._all) and [x.data_ptr() for x in states] == self._addresses
 
-    def _move_in(self) -> None:
-        """Put the states of all layers side by side, so that one launch reaches them, and make what calls record in."""
+    def _stack_states(self) -> None:
+        """Put the states of all layers into one tensor for one launch, and make the buffers to record into."""
         linear, mixers = self._linear(), list(self._mixers.values())
         kinds = {(x.shape, x.dtype, x.device) for layer in linear for x in (layer.recurrent_states[0], layer.conv_states[0])}
         if len(kinds) != 2:
@@ -353,7 +353,7 @@ class RollbackCache(Cache):
             layer.windows, layer.a, layer.b = part["windows"], part["a"], part["b"]
             for x in part.values():
                 compat.mark_static_address(x)
-        self._homes = [x.data_ptr() for layer in linear for x in (layer.recurrent_states[0], layer.conv_states[0])]
+        self._addresses = [x.data_ptr() for layer in linear for x in (layer.recurrent_states[0], layer.conv_states[0])]
 
     def __getstate__(self) -> dict[str, Any]:
         if self.pending:
@@ -385,16 +385,16 @@ def _layer(like: Any, max_cache_len: int | None) -> Any:
 
 
 def _with_its_own_storage(part: torch.Tensor) -> torch.Tensor:
-    """The same memory as another storage. To torch.compile, parts of one storage that a graph writes are views of one tensor."""
+    """The same memory as a separate storage. torch.compile treats written parts of one storage as views of one tensor."""
     start = part.storage_offset() * part.itemsize
     storage = part.untyped_storage()[start : start + part.nbytes]
     return part.new_empty(0).set_(storage, 0, part.shape, part.stride())
 
 
 def _commit(*arguments: Any) -> str:
-    """Replay on a device: by our kernel where there is one that takes it, by the reference elsewhere. Says by which."""
+    """Replay on a device, by our kernel if it supports the case, else by the reference. Returns which of them ran."""
     if arguments[0].device.type == "cuda":
-        with contextlib.suppress(Refused):  # no Triton, or heads wider than it takes
+        with contextlib.suppress(Refused):  # no Triton, or heads that are too wide for the kernel
             kernel = kernels.implementations()["delta_rule_commit"]
             kernel.supports(*arguments)
             kernel.op(*arguments)
@@ -403,11 +403,11 @@ def _commit(*arguments: Any) -> str:
     return "reference"
 
 
-# What a model's GDN layers are called with
+# Arguments of the GDN layers of a model
 
 
 def _mixers(model: torch.nn.Module, layers: int) -> dict[int, torch.nn.Module]:
-    """The GDN layers of a model by their places among its layers."""
+    """The GDN layers of a model, by their index among its layers."""
     modules = dict(model.named_modules())
     found = {getattr(modules[path], "layer_idx", None): modules[path] for path in gdn_layers(model)}
     for m in found.values():
@@ -416,7 +416,7 @@ def _mixers(model: torch.nn.Module, layers: int) -> dict[int, torch.nn.Module]:
 
 
 class _Shared(dict[int, torch.nn.Module]):
-    """Modules that a copy of what holds them has too, and not copies of them."""
+    """Modules that are shared with a copy of their owner, and not copied."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Shared:
         return self
@@ -448,26 +448,26 @@ GATES = ({"in_proj_b": "b", "in_proj_a": "a"}, {"b_proj": "b", "a_proj": "a"}, {
 
 
 def _gates_of(mixer: torch.nn.Module) -> dict[str, str]:
-    """Which of a GDN layer's linears make its gates."""
+    """Which linears of a GDN layer make its gates."""
     return next((names for names in GATES if all(hasattr(mixer, n) for n in names)), {})
 
 
 class Recorder:
-    """The hooks of one GDN layer. A copy of the model has a copy of them, which knows nothing of the first.
+    """The hooks of one GDN layer. A copy of the model has its own copy of them.
 
-    While a call of the layer runs they know the layer of its cache, if that records. Each thread has its own; a graph holds its
-    own too, as Dynamo follows `traced` through one whole call of the layer.
+    While the layer runs on a recording cache, they know that cache's layer. Each thread has its own state. Traced code has its
+    own too (`traced`), because Dynamo follows it through one whole call of the layer.
 
     Attributes:
         key_heads: of the layer.
-        traced: the cache's layer, as traced code finds it.
+        traced: the cache's layer, for traced code.
     """
 
     def __init__(self, key_heads: int = 1) -> None:
         self.key_heads = key_heads
         self.traced: RollbackLayer | None = None
         self._of_thread = threading.local()
-        self._find_cache = cache_finder()  # here, as torch 2.11's Dynamo breaks the graph at an import
+        self._find_cache = cache_finder()  # made here, because Dynamo of torch 2.11 breaks the graph at an import
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Recorder, (self.key_heads,)
@@ -490,7 +490,7 @@ class Recorder:
             vars(self._of_thread).clear()
 
     def layer(self) -> RollbackLayer | None:
-        # Where a graph breaks inside the layer, a part of one call is traced and a part is not.
+        # If a graph breaks inside the layer, only a part of the call is traced.
         return self.traced if torch.compiler.is_dynamo_compiling() else getattr(self._of_thread, "layer", self.traced)
 
     def b(self, linear: torch.nn.Module, args: Any, out: torch.Tensor) -> None:
@@ -502,7 +502,7 @@ class Recorder:
             layer.hear(a=out)
 
     def ba(self, linear: torch.nn.Module, args: Any, out: torch.Tensor) -> None:
-        """Of a linear that gives both, by key head."""
+        """Record both gates from a linear that computes both, ordered by key head."""
         if (layer := self.layer()) is not None:
             HV = layer.b.shape[-1]
             heads = out.shape[-1] - HV  # as many columns as value heads, twice
@@ -512,7 +512,7 @@ class Recorder:
 
 
 def _install(mixer: torch.nn.Module) -> None:
-    """Register the hooks of a GDN layer where they are not. An adapter puts another module in the place of a linear."""
+    """Register the hooks of a GDN layer if they are missing. An adapter replaces a linear by another module."""
 
     def recorder_of(module: torch.nn.Module) -> Recorder | None:
         owners = (getattr(hook, "__self__", None) for hook in compat.hooks_of(module).values())
@@ -529,16 +529,16 @@ def _install(mixer: torch.nn.Module) -> None:
             linear.register_forward_hook(getattr(recorder, what))
 
 
-# The proof: what is replayed is what the layer computes
+# The proof that the replay computes what the layer computes
 
 
 _proved: set[tuple[type, torch.dtype]] = set()
 TOLERANCE = {torch.float32: 1e-4}
-HALF_TOLERANCE = 0.1  # of bfloat16 on random inputs; operands that are swapped give errors near 1
+HALF_TOLERANCE = 0.1  # for bfloat16 on random inputs; swapped operands give errors near 1
 
 
 class _One(Cache):
-    """The states of one GDN layer, alone."""
+    """A cache with only the states of one GDN layer."""
 
     def __init__(self, layer: Any, place: int):
         super().__init__(layers=[layer] * (place + 1))
@@ -546,7 +546,7 @@ class _One(Cache):
 
 @torch.no_grad()
 def _prove(mixer: torch.nn.Module) -> None:
-    """Compare the replay of a GDN layer's tokens with the layer's own steps on random inputs, once for its class.
+    """Compare the replay of a GDN layer's tokens with the layer's own steps on random inputs, once per class.
 
     Raises:
         GdnfuseError: they differ.
@@ -586,7 +586,7 @@ def _prove(mixer: torch.nn.Module) -> None:
 
 
 def take_back(layers: Sequence[Any], tokens: int) -> None:
-    """Crop keys and values of attention layers, of any cache of transformers, by so many tokens."""
+    """Crop the keys and values of attention layers by so many tokens, in any cache of transformers."""
     for layer in layers if tokens else ():
         if isinstance(layer, StaticLayer):
             CroppableStaticLayer.crop(layer, tokens)

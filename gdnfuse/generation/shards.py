@@ -1,12 +1,12 @@
-"""Shards: models whose weights transformers has shared out over ranks, as `from_pretrained` with a tp_plan does under torchrun.
+"""Shards: models whose weights transformers has split over ranks, as `from_pretrained` with a tp_plan does under torchrun.
 
-transformers' plan for a Gated DeltaNet layer gathers the results of every projection, so that each rank computes conv, rule and
-states of all heads. By heads (`gdnfuse.compile(model, tensor_parallel="heads")`) a rank has the projections, conv channels, gates
-and states of its key heads and of their value heads, out_proj by rows, and one all-reduce per mixer is left. The model's code
-stays: it takes its sizes from two attributes of the mixer, and the rest from its tensors.
+transformers' plan for a Gated DeltaNet layer gathers the results of every projection. So each rank computes conv, rule and states
+of all heads. With `gdnfuse.compile(model, tensor_parallel="heads")` a rank has the projections, conv channels, gates and states
+of its key heads and of their value heads, and out_proj by rows. One all-reduce per mixer is left. The model's code does not
+change: it takes its sizes from two attributes of the mixer, and everything else from its tensors.
 
-Ranks agree before anything is changed (`agreement.py`), and before each layer. One that fails has all of them put back what they
-had, and raise its sentence.
+Ranks agree before anything is changed (`agreement.py`), and before each layer. If one fails, all restore what they had and raise
+its error.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from gdnfuse.generation.wrappers import gdn_layers
 
 AS_LOADED, HEADS = "as_loaded", "heads"
 WAYS = (AS_LOADED, HEADS)
-TRACEABLE = (5, 23)  # of transformers: hooks of older ones break graphs, or torch cannot trace their embedding
+TRACEABLE = (5, 23)  # the first such transformers: hooks of older ones break graphs, or torch cannot trace their embedding
 CUT = "_gdnfuse_cut_by_heads"  # attribute of a model
 
-K, V, HV = "key_dim", "value_dim", "num_v_heads"  # attributes of a mixer that say how wide a part of a projection is
+K, V, HV = "key_dim", "value_dim", "num_v_heads"  # attributes of a mixer with the widths of parts of a projection
 
 
 @dataclass(frozen=True)
 class Kind:
-    """How a mixer's projections are laid out.
+    """The layout of a mixer's projections.
 
     Attributes:
-        rows: of each projection of the input, the parts that stand one behind the other in its rows. In each part a key head's
-            rows are together, with those of all its value heads.
-        out: the projection of its output, whose columns are the value heads.
+        rows: for each projection of the input, the parts that follow each other in its rows. In each part the rows of a key head,
+            with those of all its value heads, are adjacent.
+        out: the projection of the output. Its columns are the value heads.
     """
 
     rows: dict[str, tuple[str, ...]]
@@ -48,7 +48,7 @@ class Kind:
 
 KINDS = (
     Kind({"in_proj_qkv": (K, K, V), "in_proj_z": (V,), "in_proj_b": (HV,), "in_proj_a": (HV,)}, "out_proj"),
-    # q, k, v and z of one key head after the other; b and a likewise. So each is one part.
+    # Rows have q, k, v and z of one key head after the other; b and a likewise. So each projection is one part.
     Kind({"in_proj_qkvz": ("",), "in_proj_ba": ("",)}, "out_proj"),
     Kind({"q_proj": (K,), "k_proj": (K,), "v_proj": (V,), "g_proj": (V,), "b_proj": (HV,), "a_proj": (HV,)}, "o_proj"),
 )
@@ -56,7 +56,7 @@ SIZES = (K, V, HV, "num_k_heads", "conv_dim")
 
 
 def sharded(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Every parameter that is a DTensor, by its name; one that has several names by each."""
+    """Every parameter that is a DTensor, by name. If it has several names, it appears under each."""
     if not torch.distributed.is_available():
         return {}
     other = ((n, p) for n, p in model.named_parameters(remove_duplicate=False) if type(p) is not torch.nn.Parameter)
@@ -64,7 +64,7 @@ def sharded(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def together(call: Callable[..., Any]) -> Callable[..., Any]:
-    """A call of a model that is shared out, which says in a sentence where another rank has gone: collectives do not."""
+    """A call of a split model. If another rank has gone, it raises a sentence, which collectives do not."""
 
     def checked(*args: Any, **kwargs: Any) -> Any:
         try:
@@ -81,12 +81,12 @@ def together(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def device_of(model: torch.nn.Module) -> str:
-    """Of this rank's part of the model."""
+    """The device of this rank's part of the model."""
     return str(next(model.parameters()).device)
 
 
 def agreement(way: Any) -> Agreement | Alone:
-    """On what the ranks have to agree where a model is compiled this way."""
+    """The agreement that the ranks need if a model is compiled in this way."""
     return Alone() if way is None or not _grouped() else Agreement()
 
 
@@ -95,18 +95,18 @@ def _grouped() -> bool:
 
 
 def plan(way: Any, model: torch.nn.Module, **others: Any) -> tuple[Any, list[Mixer | KeyValues]]:
-    """What will be cut, after a look at all that may keep it from it. Nothing is changed.
+    """The layers that will be cut, after all checks. Nothing is changed.
 
     Args:
         way: "as_loaded", "heads" or None.
-        model: of transformers.
-        others: arguments of `gdnfuse.compile` that do not work on models that are shared out, by their names.
+        model: a model of transformers.
+        others: arguments of `gdnfuse.compile` that do not work on split models, by name.
 
     Returns:
-        The device mesh, None where nothing is cut, and the layers.
+        The device mesh, or None if nothing is cut, and the layers.
 
     Raises:
-        GdnfuseError: the model may not be compiled so.
+        GdnfuseError: the model cannot be compiled in this way.
     """
     if way is not None and way not in WAYS:
         raise GdnfuseError(f"tensor_parallel must be {' or '.join(map(repr, WAYS))} or None, found {way!r}.")
@@ -130,15 +130,15 @@ def plan(way: Any, model: torch.nn.Module, **others: Any) -> tuple[Any, list[Mix
 
 
 def prepare(model: torch.nn.Module, mesh: Any, mixers: list[Mixer | KeyValues], agreement: Agreement | Alone) -> None:
-    """Have the weights as a model is to be compiled.
+    """Cut the weights of a model, as the plan says.
 
     Args:
         model: its parameters are changed in place.
-        mesh, mixers: of `plan`, on which all ranks have agreed.
-        agreement: on which they agree further.
+        mesh, mixers: from `plan`. All ranks have agreed on them.
+        agreement: by which ranks agree on each layer.
 
     Raises:
-        GdnfuseError: on every rank, with the sentence of the one that it comes from. Nothing is cut then.
+        GdnfuseError: on every rank, with the error of the rank that failed. Nothing is cut then.
     """
     own_memory(model)
     if mesh is not None:
@@ -146,7 +146,7 @@ def prepare(model: torch.nn.Module, mesh: Any, mixers: list[Mixer | KeyValues], 
 
 
 def _mesh(way: str, model: torch.nn.Module) -> Any:
-    """The device mesh that a model is shared out over. Experts may have one of their own, over the same ranks."""
+    """The device mesh that a model is split over. Experts may have their own, over the same ranks."""
     meshes = list(dict.fromkeys(p.device_mesh for p in sharded(model).values()))
     if not meshes:
         raise GdnfuseError(
@@ -163,8 +163,10 @@ def _mesh(way: str, model: torch.nn.Module) -> Any:
 
 
 def share_out(model: torch.nn.Module, plan: dict[str, str], mesh: Any) -> None:
-    """What `from_pretrained` does with a plan, of a model whose weights every rank has, or none has: transformers' styles on what
-    the plan names. Until `own_memory` a rank keeps the memory of the whole weights."""
+    """Split a model as `from_pretrained` does with a plan. Either every rank has all weights, or none has any.
+
+    transformers' styles are applied to what the plan names. Until `own_memory`, a rank keeps the memory of the whole weights.
+    """
     from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
     modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
@@ -181,10 +183,10 @@ def _any_number(name: str) -> str:
 
 @torch.no_grad()
 def own_memory(model: torch.nn.Module) -> None:
-    """Give memory of its own to each rank's part of a weight that is a slice of the tensor it was loaded from.
+    """Copy each rank's part of a weight to its own memory, if it is a slice of the tensor that it was loaded from.
 
-    Otherwise the rank keeps the memory of all, and the part cannot be packed: a DTensor knows where in its memory it starts. The
-    parameter is a new one, of the same values and under the same names.
+    Otherwise the rank keeps the memory of the whole tensor. Such a part cannot be packed either, because a DTensor knows where in
+    its memory it starts. The parameter is a new one, with the same values and names.
     """
     names: dict[int, list[str]] = {}
     for name, p in sharded(model).items():
@@ -198,12 +200,12 @@ def own_memory(model: torch.nn.Module) -> None:
         for name in several:
             module, _, attribute = name.rpartition(".")
             model.get_submodule(module)._parameters[attribute] = new
-        del p, part  # so that there is never more than one whole weight too much
+        del p, part  # so that there is at most one additional whole weight
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """How a parameter is shared out, and nothing that keeps its memory; `mesh` is None for a plain one."""
+    """How a parameter is split, without a reference to its memory. `mesh` is None for a plain one."""
 
     mesh: Any
     placements: Any
@@ -231,9 +233,9 @@ class Mixer:
     """A GDN layer that can be cut.
 
     Attributes:
-        path: of the module.
-        module: with the sizes of all heads.
-        kind: where its projections are.
+        path: path of the module.
+        module: the layer, with the sizes of all heads.
+        kind: the layout of its projections.
     """
 
     path: str
@@ -247,23 +249,23 @@ class Mixer:
 
     @property
     def facts(self) -> list[Any]:
-        """What all ranks must find alike."""
+        """What must be equal on all ranks."""
         return [self.path, *self.kind.rows, *(getattr(self.module, size) for size in SIZES)]
 
     def cut(self, mesh: Any, undo: _Undo) -> None:
-        """Leave the heads of this rank."""
+        """Keep only the heads of this rank."""
         _cut(self, mesh, undo)
 
 
 @dataclass(frozen=True)
 class KeyValues:
-    """An attention layer of fewer heads of keys than there are ranks: each rank gets one whole, which others have too.
+    """An attention layer with fewer key heads than ranks. Each rank gets one whole head, which others have too.
 
     Attributes:
-        path: of the module.
-        module: with k_proj and v_proj.
-        heads: of keys, in all.
-        queries: heads of queries, in all.
+        path: path of the module.
+        module: the layer, with k_proj and v_proj.
+        heads: number of key heads in all.
+        queries: number of query heads in all.
     """
 
     path: str
@@ -274,11 +276,11 @@ class KeyValues:
 
     @property
     def facts(self) -> list[Any]:
-        """What all ranks must find alike."""
+        """What must be equal on all ranks."""
         return [self.path, self.heads, self.queries]
 
     def cut(self, mesh: Any, undo: _Undo) -> None:
-        """Leave the head that this rank's queries look at."""
+        """Keep only the key head that this rank's queries use."""
         rank, ranks = mesh.get_local_rank(), mesh.size()
         new = [_whole(getattr(self.module, n).weight).chunk(self.heads)[rank * self.heads // ranks].clone() for n in self.linears]
         for name, part in zip(self.linears, new, strict=True):
@@ -294,10 +296,10 @@ class KeyValues:
 
 
 def _repeated(model: Any, ranks: int) -> Iterator[KeyValues]:
-    """The attention layers whose heads of keys are fewer than the ranks, if the plan shares them out by heads.
+    """The attention layers with fewer key heads than ranks, if the plan splits them by heads.
 
     Raises:
-        GdnfuseError: heads of keys neither divide the ranks nor are a multiple of them.
+        GdnfuseError: the number of key heads neither divides the number of ranks nor is a multiple of it.
     """
     plan = getattr(model, "tp_plan", None) or {}
     if not any(name.rpartition(".")[2] == "k_proj" and style == "colwise" for name, style in plan.items()):
@@ -361,7 +363,7 @@ def _check_linear(path: str, linear: torch.nn.Module) -> None:
 
 
 class _Undo:
-    """What a model had, to be put back where a rank fails. Of weights on a GPU the host keeps a copy: both have no room there."""
+    """What a model had, to restore it if a rank fails. The host keeps copies of weights of a GPU, which has no room for both."""
 
     def __init__(self) -> None:
         self.steps: list[Callable[[], None]] = []
@@ -388,7 +390,7 @@ def _putting_back(module: Any, name: str, p: torch.nn.Parameter) -> Callable[[],
 
 @torch.no_grad()
 def _cut_all(model: Any, mixers: list[Mixer | KeyValues], mesh: Any, agreement: Agreement) -> None:
-    """Cut one layer after the other; in between all ranks must have succeeded."""
+    """Cut one layer after the other. All ranks must succeed before the next one."""
     undo, failed = _Undo(), None
     try:
         for mixer in mixers:
@@ -396,7 +398,7 @@ def _cut_all(model: Any, mixers: list[Mixer | KeyValues], mesh: Any, agreement: 
                 _room_for(mixer)
             try:
                 mixer.cut(mesh, undo)
-            except Exception as e:  # out of memory, for one; the others hear of it before the next layer
+            except Exception as e:  # for example out of memory; the others learn of it before the next layer
                 failed = e
         with agreement.reached(failed=failed):
             pass
@@ -416,13 +418,13 @@ def _refuse_to_save(*args: Any, **kwargs: Any) -> None:
 
 
 def _room_for(mixer: Mixer | KeyValues) -> None:
-    """Raise here and not inside a collective, for which the others wait, where there is no room for a whole weight."""
+    """Raise if there is no room for a whole weight. Inside a collective the other ranks would wait for this one."""
     largest = max((getattr(mixer.module, name).weight for name in mixer.linears), key=lambda w: w.numel())
     torch.empty(largest.shape, dtype=largest.dtype, device=largest.device)
 
 
 def _cut(mixer: Mixer, mesh: Any, undo: _Undo) -> None:
-    """Leave a mixer with the heads of this rank. Collectives come first: nothing has changed while another rank is waited for."""
+    """Leave a mixer with the heads of this rank. Collectives come first, so nothing has changed if another rank fails."""
     module, rank, ranks = mixer.module, mesh.get_local_rank(), mesh.size()
 
     def rows(x: torch.Tensor, parts: tuple[str, ...]) -> torch.Tensor:
@@ -451,7 +453,7 @@ def _cut(mixer: Mixer, mesh: Any, undo: _Undo) -> None:
     for name in (*mixer.kind.rows, mixer.kind.out):
         linear = getattr(module, name)
         undo.attribute(linear, "forward")
-        vars(linear).pop("forward", None)  # of the style that gathered its result
+        vars(linear).pop("forward", None)  # set by the style that gathered its result
         undo.attribute(linear, "out_features")
         linear.out_features = linear.weight.shape[0]
     _sum_up(out, mesh)
@@ -462,7 +464,7 @@ def _whole(p: torch.Tensor) -> torch.Tensor:
 
 
 def _sum_up(out: Any, mesh: Any) -> None:
-    """Let a projection of this rank's heads give the sum over all ranks, as transformers' own style for rows does."""
+    """Let a projection return the sum over all ranks, by transformers' own style for rows."""
     from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 
     ALL_PARALLEL_STYLES["rowwise"].install_forward(out, mesh)

@@ -1,11 +1,12 @@
-"""Speculative decoding: a step checks several drafted tokens at once, and only what the model itself says stays.
+"""Speculative decoding: a step checks several drafted tokens at once, and only what the model itself would generate is kept.
 
-Leviathan et al. 2023 (arXiv:2211.17192) and Chen et al. 2023 (arXiv:2302.01318): greedy, the tokens are those of plain decoding;
-drawn, their distribution is. A round feeds the last token and its drafts on a cache that records (`RollbackCache`), looks how
-many drafts the model agrees with, and crops the rest.
+It follows Leviathan et al. 2023 (arXiv:2211.17192) and Chen et al. 2023 (arXiv:2302.01318). With greedy decoding the tokens are
+those of plain decoding. With sampling they have the same distribution. A round feeds the last token and its drafts to a recording
+cache (`RollbackCache`), counts the drafts that the model agrees with, and crops the rest.
 
-Rows of a batch share their cache's length, so they go on together, by as many tokens as the row that accepts fewest. That a row
-draws a token anew which it had accepted already does not change its distribution: whether it does is up to the other rows.
+The rows of a batch share the length of their cache, so all advance by the number of tokens of the row that accepts fewest. A row
+may then sample a token again that it had already accepted. This does not change its distribution, because it depends only on the
+other rows.
 """
 
 from __future__ import annotations
@@ -28,16 +29,16 @@ from gdnfuse.generation.proposers import Drafts, Proposer, Run, check_drafts, is
 
 @dataclass
 class Acceptance:
-    """How one generation went.
+    """How many drafts were accepted in one generation.
 
     Attributes:
         rounds: steps in which drafts were checked.
-        plain_steps: steps of one token, where nothing was proposed.
+        plain_steps: steps of one token, in which nothing was proposed.
         drafted: tokens that were proposed, per row.
         accepted: how many of them every row accepted.
-        tokens: that were generated, per row; the prompt's own step gives the first.
-        seconds: from the first token to the last.
-        replay: by what tokens that stand were put into the states, "triton" or "reference"; empty where none were.
+        tokens: tokens that were generated, per row. The step of the prompt gives the first.
+        seconds: time from the first token to the last.
+        replay: what put accepted tokens into the states: "triton" or "reference". Empty if nothing did.
     """
 
     rounds: int = 0
@@ -50,12 +51,12 @@ class Acceptance:
 
     @property
     def rate(self) -> float:
-        """Accepted drafts of all drafts; 0 where there were none."""
+        """The share of drafts that were accepted; 0 if there were none."""
         return self.accepted / self.drafted if self.drafted else 0.0
 
     @property
     def tokens_per_step(self) -> float:
-        """New tokens of a step behind the prompt's; 0 where there was none."""
+        """New tokens per step after the prompt; 0 if there was no step."""
         steps = self.rounds + self.plain_steps
         return (self.tokens - 1) / steps if steps else 0.0
 
@@ -72,7 +73,7 @@ class Acceptance:
 
 
 class _Noted(threading.local):
-    """Of one thread, how generations with drafts went, while somebody notes them; None otherwise."""
+    """For one thread: where to note acceptances, or None."""
 
     generations: list[Acceptance] | None = None
 
@@ -82,7 +83,7 @@ NOTED = _Noted()
 
 @contextlib.contextmanager
 def noting() -> Iterator[list[Acceptance]]:
-    """How the generations with drafts of this thread go meanwhile."""
+    """Collect the acceptances of the generations with drafts in this thread."""
     outer, NOTED.generations = NOTED.generations, []
     try:
         yield NOTED.generations
@@ -91,21 +92,20 @@ def noting() -> Iterator[list[Acceptance]]:
 
 
 class Speculative:
-    """Speculative decoding as `generate` takes it: `model.generate(..., custom_generate=gdnfuse.speculative(...))`.
+    """Speculative decoding for one call of `generate`: `model.generate(..., custom_generate=gdnfuse.speculative(...))`.
 
     Args:
-        speculate: a `PromptLookup`, a `Draft`, a `Callback` or a function that gives drafts.
-        streamer: as `generate` takes it. It hands a `custom_generate` none, so one that is given there gets the prompt alone.
+        speculate: a `PromptLookup`, a `Draft`, an `MTP`, a `Callback` or a function that drafts.
+        streamer: as in `generate`. `generate` does not pass its own streamer to a `custom_generate`, so give it here.
 
     Attributes:
-        acceptance: how the last generation went; None before the first.
-        seen: of the last generation that came to its end its cache, and the tokens [B, ...] that the cache was fed behind the
-            prompt and that stayed in it; None before the first.
-        loop: what runs one generation.
+        acceptance: how many drafts the last generation accepted; None before the first.
+        seen: of the last complete generation: its cache, and the tokens [B, ...] after the prompt that the cache holds. None
+            before the first.
+        loop: the class that runs one generation.
 
     Raises:
-        GdnfuseError: nothing that proposes drafts. From a call: what is asked for cannot be speculated on; nothing has been
-            generated then.
+        GdnfuseError: `speculate` cannot draft. A call raises it too if it cannot use drafts; nothing was generated then.
 
     Source:
         Leviathan et al. 2023, arXiv:2211.17192; Chen et al. 2023, arXiv:2302.01318.
@@ -139,7 +139,7 @@ class Speculative:
 
 
 class Generation:
-    """One call of generate."""
+    """One call of `generate`."""
 
     def __init__(
         self, of: Speculative, model: Any, ids: torch.Tensor, processors: Any, criteria: Any, config: Any, kwargs: dict[str, Any]
@@ -164,7 +164,7 @@ class Generation:
         wanted = config.return_dict_in_generate
         self.scores: list[torch.Tensor] | None = [] if wanted and config.output_scores else None
         self.logits: list[torch.Tensor] | None = [] if wanted and config.output_logits else None
-        # Last, because whoever has started must be closed.
+        # Last, because a drafter that was started must be closed.
         beside = getattr(call or compat.compiled_call(model), "beside", None)
         self.drafting = self.proposer.start(Run(model, mask, most, capacity is not None, scores, beside))
         self.fed.after = getattr(self.drafting, "hear", None)
@@ -173,7 +173,7 @@ class Generation:
         try:
             return self._run()
         finally:
-            if not self.cache.pending:  # also where drafting or a streamer raised: later calls write the states
+            if not self.cache.pending:  # also after an error of a drafter or a streamer: later calls write the states
                 self.cache.stop_past_recording()
             getattr(self.drafting, "close", lambda: None)()
 
@@ -192,7 +192,7 @@ class Generation:
             start = time.perf_counter() if start is None else start
             if over:
                 break
-            # With one token left there is nothing to check drafts for.
+            # If one token is left, drafts would not help.
             left = self.stop.most - self.ids.shape[1] if self.stop.most is not None else 2
             drafts = self._drafts() if left > 1 else None
             if drafts is None:
@@ -241,18 +241,18 @@ class Generation:
         self.seen[-1] = self.seen[-1][:, : self.seen[-1].shape[1] + crop]
 
     def _undo(self, drafts: Drafts | None) -> None:
-        """Have the cache be as it was before drafts were fed."""
+        """Restore the cache to its state before the drafts."""
         if drafts is not None:
             self.cache.abandon(self.ids.shape[1] - 1)
 
     def _take(self, logits: torch.Tensor, drafts: Drafts | None) -> tuple[int, bool]:
-        """Choose tokens, and take those that stand: how many, and whether that was the end."""
+        """Choose tokens and take the accepted ones. Returns how many, and whether the generation has ended."""
         logits = logits.to(self.ids.device)
         picked, scores = self._pick(logits, drafts)
         columns = picked.shape[1]
         if columns > 1:
             standing = self._standing(picked, drafts.tokens)
-            read = torch.cat([standing, picked], 1).tolist()  # the one time a round that the host waits
+            read = torch.cat([standing, picked], 1).tolist()  # the only place in a round where the host waits
             stands = [row[0] for row, padded in zip(read, self._padded, strict=True) if not padded]
             accepted, host = min(stands), [row[1:] for row in read]
         else:
@@ -277,7 +277,7 @@ class Generation:
             self.ids = before
             raise
         self.ids = self.ids[:, : before.shape[1] + emitted]
-        if len(self.rows) > 1 and any(self._padded):  # of which the rest is padding
+        if len(self.rows) > 1 and any(self._padded):  # the rest of these rows is padding
             self.ids = torch.cat([before, torch.tensor([row[-emitted:] for row in self.rows], device=before.device)], 1)
         self.counts.tokens += emitted
         if drafts is not None:
@@ -286,11 +286,11 @@ class Generation:
 
     @property
     def _padded(self) -> list[bool]:
-        """Which rows get padding: those that are done, where an end of text is known; else they go on until all are."""
+        """Which rows get padding: those that have ended, if an end-of-text token is known."""
         return self.done if self.stop.pads else [False] * len(self.rows)
 
     def _standing(self, picked: torch.Tensor, drafts: torch.Tensor) -> torch.Tensor:
-        """How many drafts of each row stand [B, 1]: those before the first that the model did not pick."""
+        """How many drafts of each row are accepted [B, 1]: those before the first that the model did not choose."""
         return (picked[:, :-1] == drafts[:, : picked.shape[1] - 1]).long().cumprod(1).sum(1, keepdim=True)
 
     def _record(self, logits: torch.Tensor, scores: list[torch.Tensor], j: int) -> None:
@@ -300,7 +300,7 @@ class Generation:
             self.logits.append(logits[:, j].float().clone())
 
     def _pick(self, logits: torch.Tensor, drafts: Drafts | None) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The token at each place [B, columns], as if all drafts before it stood, and the scores that it was chosen by."""
+        """The token at each place [B, columns] if all drafts before it are accepted, and the scores that it was chosen by."""
         if not self.sample and not self.processors and self.scores is None:
             return logits.argmax(-1), []
         picked, scores = [], []
@@ -313,7 +313,7 @@ class Generation:
             drawn = drafts.probabilities[:, i] if draft is not None and drafts.probabilities is not None else None
             picked.append(self._choose(scores[-1], draft, drawn))
             if self.careful and draft is not None:
-                # A processor that remembers what it was asked must not be asked of tokens that do not stand.
+                # A processor that remembers its calls must not be called for rejected tokens.
                 wrong = (picked[-1] != draft).tolist()
                 if any(w for w, padded in zip(wrong, self._padded, strict=True) if not padded):
                     break
@@ -324,7 +324,7 @@ class Generation:
             return scores.argmax(-1)
         p = scores.softmax(-1)
         if drawn is None:
-            # A draft that was not drawn stands where the model draws it too: rejection sampling from a point.
+            # A draft that was not sampled is accepted if the model samples it too: rejection sampling from one point.
             return torch.multinomial(p, 1).squeeze(1)
         at = draft[:, None]
         stands = torch.rand_like(p[:, :1]) * drawn.gather(1, at) < p.gather(1, at)
@@ -347,7 +347,7 @@ class Generation:
 
 Speculative.loop = Generation
 
-# Processors of transformers that answer by their arguments alone. Whatever is not among them is asked only of tokens that stand.
+# Processors of transformers that depend only on their arguments. All others are called only for accepted tokens.
 STATELESS = frozenset(
     "TemperatureLogitsWarper TopKLogitsWarper TopPLogitsWarper MinPLogitsWarper TypicalLogitsWarper EpsilonLogitsWarper "
     "EtaLogitsWarper RepetitionPenaltyLogitsProcessor NoRepeatNGramLogitsProcessor NoBadWordsLogitsProcessor "
@@ -363,11 +363,11 @@ def _is_stateless(processor: Any) -> bool:
 
 
 class _Stop:
-    """Stopping criteria, asked of one more token of each row. Lengths and ends of text are looked at on the host."""
+    """Stopping criteria, checked after each further token of each row. Lengths and ends of text are checked on the host."""
 
     def __init__(self, criteria: Any):
         self.others, self.most = [], None
-        self.eos: dict[int, None] = {}  # in order: rows are padded with the first, if nothing else is known
+        self.eos: dict[int, None] = {}  # in order: rows are padded with the first if there is no padding token
         self.pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
         for criterion in criteria:
             name = type(criterion).__name__
@@ -389,7 +389,7 @@ class _Stop:
 
 
 def check_model(model: torch.nn.Module, proposer: Proposer) -> None:
-    """Raises GdnfuseError where a model cannot be speculated on, or not with these drafts."""
+    """Raise GdnfuseError if a model cannot be used with drafts, or not with these."""
     from gdnfuse.generation.rollback import RollbackCache
 
     if hasattr(proposer, "check"):
@@ -424,14 +424,14 @@ HEEDED = (
 
 
 def _mask(ids: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor | None:
-    """[B, L], 0 where prompts are padding; None where nowhere. Whatever else a model is given is refused."""
+    """[B, L], 0 for padding of prompts; None if there is none. All other arguments of the model are refused."""
     from transformers import Cache
 
     given = {
         name: x
         for name, x in kwargs.items()
         if x is not None and not isinstance(x, Cache) and not (isinstance(x, dict) and not x)
-        # Processors say of each token whether it is a picture's.
+        # Processors of models for images add this: whether a token belongs to an image.
         if not (name in ("mm_token_type_ids", "token_type_ids") and isinstance(x, torch.Tensor) and not x.any())
     }
     if others := [name for name in given if name not in HEEDED]:
@@ -464,10 +464,10 @@ def _without_padding(ids: torch.Tensor, mask: torch.Tensor | None) -> list[list[
 
 
 def _cache(model: torch.nn.Module, ids: torch.Tensor, config: Any, kwargs: dict[str, Any], n: int) -> tuple[Any, int | None, int]:
-    """The cache, how many tokens it holds at most, or None, and how many it holds.
+    """The cache, how many tokens it can hold (or None), and how many it holds.
 
     Raises:
-        GdnfuseError: the user's own cannot be used.
+        GdnfuseError: the cache that the user passed cannot be used.
     """
     from transformers import DynamicCache, StaticCache
 

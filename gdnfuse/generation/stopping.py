@@ -1,9 +1,10 @@
-"""`generate` asks one step late whether to stop, so that the host prepares a step while a GPU still runs the one before.
+"""`generate` asks one step late whether to stop. So the host prepares a step while the GPU still runs the one before.
 
-transformers has this for mps: its `DeferredStopCheck` copies the answer to the host without waiting, reads it behind the next
-step, and undoes that step if it was one too many. On a GPU it waits for every step, and the host's time comes on top of the
-device's. Here it is used on GPUs too, while a generate of a compiled model runs of which nobody sees the step that is undone: its
-processors and stopping criteria are transformers' own, its modules have no hooks, and its cache is not handed out.
+transformers does this for mps: its `DeferredStopCheck` copies the answer to the host without waiting, reads it after the next
+step, and undoes that step if it was one too many. On a GPU transformers waits for every step, so the host's time adds to the
+GPU's. Here the check is used on GPUs too, while a `generate` of a compiled model runs. The step that is undone must not be
+visible: processors and stopping criteria must be those of transformers, modules must have no hooks, and the cache must not be
+returned.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from gdnfuse import compat
 
 DEVICES = ("cuda",)
-# What a call of generate may bring that would be called, or be used, once more than it expects.
+# Arguments of generate that would be called or used once too often.
 OBSERVERS = (
     "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "custom_generate", "assistant_model", "past_key_values",
     "cache", "synced_gpus",
@@ -34,7 +35,7 @@ _WANTED = _Wanted()
 
 
 def stop_check(theirs: type) -> type:
-    """transformers' check that is one step late, for GPUs too while `late` says so."""
+    """transformers' check that is one step late. It also works on GPUs while `late` is active."""
 
     class LateStopCheck(theirs):
         of_gdnfuse = True
@@ -42,7 +43,7 @@ def stop_check(theirs: type) -> type:
         def __init__(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any):
             super().__init__(input_ids, *args, **kwargs)
             device = input_ids.device
-            # A step that is undone has drawn from it.
+            # The step that is undone has drawn random numbers.
             self._random = torch.cuda.default_generators[device.index] if device.type == "cuda" else None
             self._drawn: deque[int] = deque(maxlen=2)
 
@@ -67,14 +68,14 @@ def stop_check(theirs: type) -> type:
 
 
 def possible(model: torch.nn.Module) -> bool:
-    """Whether generates of this model may ask late: it is on a GPU, and transformers has the check."""
+    """Whether `generate` of this model may ask late: it is on a GPU, and transformers has the check."""
     weight = next(model.parameters(), None)
     return weight is not None and weight.device.type in DEVICES and compat.replace_stop_check(stop_check)
 
 
 @contextlib.contextmanager
 def late(model: torch.nn.Module, given: Mapping[str, Any]) -> Iterator[None]:
-    """One generate of a model meanwhile asks late, unless hooks or its arguments would see the step that is undone."""
+    """Let one `generate` of a model ask late, unless hooks or its arguments would see the step that is undone."""
     seen = any(given.get(name) is not None and given[name] is not False for name in OBSERVERS)
     outer, _WANTED.now = _WANTED.now, not (seen or any(map(compat.hooks_of, model.modules())))
     try:

@@ -1,4 +1,4 @@
-"""gdnfuse.warmup: compile all that `generate` will need, from two short prompts."""
+"""gdnfuse.warmup: compiles all that `generate` will need, from two short prompts."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from gdnfuse.generation.prefix_tree import BLOCK
 from gdnfuse.generation.wrappers import compiled_models, is_compiled
 from gdnfuse.report.records import reports
 
-# Two lengths: with a static cache Dynamo makes one graph for the first and one for any length at the second.
-# Both longer than a block of a prefix store by more than a short step has.
+# With a static cache Dynamo compiles one graph for the first length, and one for all lengths at the second.
+# Both are longer than a block of a prefix store, by more tokens than a short step has.
 WARM_PROMPTS = (76, 83)
-ROOM = 32  # tokens that a cache of fixed length has behind a prompt whose next turn is short
-LONG = 5  # times the tokens between two states that the longest prompt has besides
+ROOM = 32  # tokens for which a cache of fixed length has room after a prompt whose next turn is short
+LONG = 5  # the longest prompt has as many times the tokens between two states
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,13 @@ class Warmup:
     """What a warm-up compiled.
 
     Attributes:
-        seconds: that it took.
-        graphs: how many, by phase.
-        kernels: machine codes of each Triton kernel that are loaded.
-        unfused: paths of the Gated DeltaNet layers that do not run fused, by "prompt" and "decode step"; empty where all do, and
-            where the model was not compiled by `gdnfuse.compile`.
-        short: numbers of tokens on a filled cache that have a graph now.
-        saved: bytes of the file of artifacts; 0 where none was asked for.
+        seconds: time that it took.
+        graphs: number of graphs, by phase.
+        kernels: for each Triton kernel, how many machine codes are loaded.
+        unfused: paths of the Gated DeltaNet layers that do not run fused, by "prompt" and "decode step". Empty if all run fused,
+            or if the model was not compiled by `gdnfuse.compile`.
+        short: numbers of tokens for which short turns have a graph now.
+        saved: bytes of the file that was written; 0 if none was asked for.
     """
 
     seconds: float
@@ -63,36 +63,40 @@ def warmup(
 ) -> Warmup:
     """Compile all that `model.generate` will need, by generating a few tokens from two short random prompts.
 
-    Chunks are of 64 tokens whatever the prompt's length and nothing is tuned at run time, so later prompts compile nothing more,
-    but for 2 to 8 tokens on a filled cache, as a short turn has. Each number has its own graph, which its first call compiles, or
-    this does if `short` names it.
-    Of a model with a prefix store the rest of a prompt, behind what is known, is compiled too, and prompts so long that their
-    graphs leave states on the way, from four more prompts; the store itself stays as it is. Of a model with drafts verify steps
-    are compiled, whether there is anything to propose or not, and what drafts.
+    Later prompts compile nothing more, because chunks have 64 tokens at any length and nothing is tuned at run time. Calls of 2
+    to 8 tokens on a filled cache, such as a short turn, are an exception. Each number of tokens has its own graph. Its first call
+    compiles it, or this function does if `short` names it.
+
+    For a model with a prefix store, two more kinds of prompts are compiled: those that continue a known prefix, and long ones
+    whose graphs keep states on the way. This takes four more prompts. The store itself does not change. For a model with drafts,
+    the verify steps and the drafter are compiled.
 
     Args:
-        model: after `gdnfuse.compile`.
-        batch: rows per prompt, as later.
-        new_tokens: generated from each.
-        short: numbers of tokens, of 2 to 8, as `range(2, 9)`, which short turns on a filled cache will have; at most 32 of all
-            rows together. Each is a graph more, and two with a cache of fixed length: one for the first length, one for any.
-        save: a file for all that this process has compiled by then: others take it from there, with
-            `gdnfuse.compile(model, artifacts=FILE)`.
+        model: a model after `gdnfuse.compile`.
+        batch: rows per prompt, as in later calls.
+        new_tokens: tokens to generate from each prompt.
+        short: numbers of tokens, from 2 to 8, of short turns on a filled cache, such as `range(2, 9)`. All rows together may have
+            at most 32 tokens. Each number adds a graph, or two with a cache of fixed length: one for the first length and one for
+            all others.
+        save: a file to write with all that this process has compiled. Other processes read it by `gdnfuse.compile(model,
+            artifacts=FILE)`.
         generate: arguments of `model.generate` that change what is compiled, such as `cache_implementation` or `num_beams`.
 
     Returns:
-        What it compiled.
+        What was compiled.
 
     Raises:
-        GdnfuseError: the model has no `generate`, or is not compiled, or the file cannot be written; `short` has other numbers,
-            or is given with beams, several sequences of a row, or a cache that no turn is short on.
+        GdnfuseError: the model has no `generate` or is not compiled; the file cannot be written; `short` has other numbers, or is
+            used with beams, with several sequences per row, or with a cache that has no short turns.
     """
     if not hasattr(model, "generate"):
         raise GdnfuseError(f"warmup needs a model with generate, found {type(model).__name__}.")
     models = compiled_models(model)
     given = generate.get("compile_config") or getattr(getattr(model, "generation_config", None), "compile_config", None)
     if not given and not any(map(is_compiled, models)):
-        raise GdnfuseError(f"warmup needs a compiled model, found {type(model).__name__} as it came: gdnfuse.compile(model).")
+        raise GdnfuseError(
+            f"warmup needs a compiled model, found {type(model).__name__} uncompiled: call gdnfuse.compile(model) first."
+        )
     short = _checked(short, batch, generate, models)
     if save is not None:
         check_writable(Path(save))
@@ -122,7 +126,7 @@ def warmup(
 
 
 def _checked(short: Any, batch: int, generate: dict[str, Any], models: Sequence[torch.nn.Module]) -> tuple[int, ...]:
-    """The numbers of `short`, each once."""
+    """The numbers of `short`, sorted and without duplicates."""
     numbers = sorted(set(short)) if isinstance(short, Sequence) and not isinstance(short, str) else None
     most = min(FEW_TOKENS[-1], MOST_ROWS // batch)
     if numbers is None or not all(type(T) is int and FEW_TOKENS[0] <= T <= most for T in numbers):
@@ -130,20 +134,24 @@ def _checked(short: Any, batch: int, generate: dict[str, Any], models: Sequence[
         raise GdnfuseError(f"short must have numbers of tokens{rows} from {FEW_TOKENS[0]} to {most}, found {short!r}.")
     for name in ("num_beams", "num_return_sequences") if numbers else ():
         if (generate.get(name) or 1) > 1:
-            raise GdnfuseError(f"short turns are of one sequence per row, found {name}={generate[name]}: warm them up apart.")
+            raise GdnfuseError(
+                f"short turns need one sequence per row, found {name}={generate[name]}: warm them up in a call of their own."
+            )
     if numbers and generate.get("cache_implementation") not in (None, "dynamic", "static"):
         raise GdnfuseError(
-            f"short turns are steps on a dynamic or a static cache, found cache_implementation="
-            f"{generate['cache_implementation']!r}."
+            f"short turns need a dynamic or a static cache, found cache_implementation={generate['cache_implementation']!r}: "
+            "leave short out."
         )
     calls = [getattr(compat.compiled_call(m), "coverage", None) for m in models]
     if numbers and not any(c is not None and c.short for c in calls):
-        raise GdnfuseError("short turns need prompts that are compiled and captured, found prefill=False or capture=False.")
+        raise GdnfuseError(
+            "short turns need prompts that are compiled and captured, found prefill=False or capture=False: leave short out."
+        )
     return tuple(numbers)
 
 
 def _turns(model: torch.nn.Module, T: int, ids: torch.Tensor, generate: dict[str, Any], ours: Sequence[Generate]) -> None:
-    """Have the model see T tokens on a filled cache: behind a known prefix where it has a store, else in a second turn."""
+    """Let the model compute T tokens on a filled cache: after a known prefix if it has a store, else in a second turn."""
     from transformers import DynamicCache, StaticCache
 
     from gdnfuse.generation.rollback import RollbackCache
@@ -170,8 +178,10 @@ def _turns(model: torch.nn.Module, T: int, ids: torch.Tensor, generate: dict[str
 
 
 def _prompts(ids: torch.Tensor, every: int) -> list[torch.Tensor]:
-    """Two prompts, of which the second goes on behind the first. Where graphs of long ones leave states after `every` tokens, two
-    more that begin anew and two that go on."""
+    """The prompts to generate from: two, of which the second continues the first.
+
+    If graphs of long prompts keep states after `every` tokens, there are four more: two that start new and two that continue.
+    """
     one, two = WARM_PROMPTS
     prompts = [ids[:, :one], ids[:, :two]]
     if every:

@@ -1,4 +1,4 @@
-"""What a model computes with: a digest of its weights, adapters and config, and whether it is still the same."""
+"""What a model computes with: a digest of its weights, adapters and config, and whether they have changed."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from torch.utils.hooks import RemovableHandle
 from gdnfuse import compat
 from gdnfuse.generation.hooks import hooks_now
 
-SAMPLED, TOGETHER = 32, 8  # weights of which a few numbers are compared at each call, and how many numbers
+SAMPLED, TOGETHER = 32, 8  # how many weights are sampled at each call, and how many numbers of each
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 COLUMNS = 1024
 OF_A_FOLDER = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype"}  # not of what is computed
 
 
 class Weights:
-    """Answers at each call by what a model's results may be kept.
+    """Tells at each call whether a model still computes the same.
 
-    What is found: a tensor of the model at another place or with another version counter, as loading, moving, training and every
-    in-place change through torch leave it; another module, buffer or hook; another adapter, its scaling, whether it is merged;
-    and by samples, eight numbers of 32 weights, what was written past torch's counter, as by `weight.data.copy_`. Where any of
-    that differs, all weights are read and digested anew, so that weights that only moved are still the same ones. What is not
-    found is a write past the counter that leaves the samples as they were.
+    A change is found if a tensor of the model has another address or version counter, as after loading, moving, training and
+    every in-place change through torch. It is found if there is another module, buffer or hook, or another adapter, or if an
+    adapter's scaling or merged state is different. A write past torch's counter, as by `weight.data.copy_`, is found by samples:
+    eight numbers of 32 weights. If anything differs, all weights are read and digested again. So weights that only moved count as
+    the same. A write past the counter that does not change the samples is not found.
 
     Args:
-        model: held weakly. No tensor of it is held.
+        model: held weakly. None of its tensors is held.
 
     Attributes:
-        changes: how often something of that was found. What was put back as it was has the same digest, and has changed twice.
+        changes: how often a change was found. Weights that are changed back have the same digest and count as two changes.
     """
 
     def __init__(self, model: torch.nn.Module):
@@ -46,7 +46,7 @@ class Weights:
         self._samples: list[tuple[weakref.ref[torch.nn.Module], str]] = []
 
     def digest(self) -> str:
-        """Of weights, buffers, adapters and config, the same in every process; hooks take no part."""
+        """A digest of weights, buffers, adapters and config. It is the same in every process. Hooks are not part of it."""
         model = self._model()
         modules, tensors = compat.everything_of(model)
         tensors = [plain for x in tensors for plain in _plain(x)]
@@ -62,14 +62,14 @@ class Weights:
         return self._digest
 
     def hooks(self) -> list[tuple[Any, ...]]:
-        """Forward hooks that are registered now, by the numbers of their handles, but those of transformers that only capture."""
-        if self._looked != RemovableHandle.next_id:  # which counts all that are registered anywhere
+        """Forward hooks that are registered now, by their numbers, without those by which transformers captures outputs."""
+        if self._looked != RemovableHandle.next_id:  # the number of hooks registered anywhere
             self._looked = RemovableHandle.next_id
             self._hooked = weakref.WeakSet(m for m in self._model().modules() if hooks_now([m]))
         return hooks_now(self._hooked)
 
     def key(self) -> Hashable:
-        """By what results of this process may be kept: the digest, forward hooks, and what autocast does."""
+        """The key of results in this process: the digest, forward hooks, and the settings of autocast."""
         kind = next(self._model().parameters()).device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         return self.digest(), tuple(sorted(map(str, self.hooks()))), autocast
@@ -84,25 +84,25 @@ class Weights:
 
 
 def _adapters(modules: list[torch.nn.Module]) -> list[tuple[str, ...]]:
-    """Of each layer with adapters, as peft has them: which are active, merged or disabled, and by what they are scaled."""
+    """For each layer with adapters of peft: which are active, merged or disabled, and their scaling."""
     names = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
     layers = [m for m in modules if "merged_adapters" in vars(m)]
     return [tuple(repr(getattr(m, name, None)) for name in names) for m in layers]
 
 
 def _to_sample(modules: list[torch.nn.Module]) -> list[tuple[weakref.ref[torch.nn.Module], str]]:
-    """Weights over the whole model, by what owns them: a reference to one of them would keep its memory from being packed."""
+    """Weights spread over the model, each as its owner and name. A reference to the weight would keep it from being packed."""
     owned = [(m, name, p) for m in modules for name, p in m.named_parameters(recurse=False)]
     fit = lambda x: x.ndim > 1 and x.is_contiguous() and x.numel() >= TOGETHER and x.element_size() in INTEGERS  # noqa: E731
     kinds = [{(x.dtype, x.device) for x in _plain(p) if fit(x)} if all(map(fit, _plain(p))) else set() for _, _, p in owned]
-    # One copy from the device, so of one dtype and place.
+    # One copy from the device needs one dtype and one device.
     most = Counter(next(iter(kind)) for kind in kinds if len(kind) == 1).most_common(1)
     chosen = [(m, name) for (m, name, _), kind in zip(owned, kinds, strict=True) if most and kind == {most[0][0]}]
     return [(weakref.ref(m), name) for m, name in chosen[:: max(1, len(chosen) // SAMPLED)]]
 
 
 def _plain(x: torch.Tensor) -> Iterator[torch.Tensor]:
-    """A tensor, or those that a tensor subclass is made of, as quantized weights are."""
+    """A tensor, or the inner tensors of a tensor subclass, such as a quantized weight."""
     if hasattr(x, "__tensor_flatten__"):
         for name in x.__tensor_flatten__()[0]:
             yield from _plain(getattr(x, name))
@@ -111,7 +111,7 @@ def _plain(x: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def _state(x: torch.Tensor) -> list[torch.Tensor]:
-    """What a parameter of bitsandbytes is scaled by, which is no parameter itself."""
+    """The scales of a parameter of bitsandbytes. They are not parameters themselves."""
     states = [state for state in (getattr(x, "quant_state", None), getattr(x, "SCB", None)) if state is not None]
     states += [state.state2 for state in states if getattr(state, "state2", None) is not None]
     found = [state if isinstance(state, torch.Tensor) else state.absmax for state in states]
@@ -133,7 +133,7 @@ def _digest(model: torch.nn.Module, adapters: list[Any]) -> str:
 
 
 def _sums(x: torch.Tensor) -> torch.Tensor:
-    """Sums of a tensor's bits, by column and by row, which a swap of numbers changes too."""
+    """Sums of a tensor's bits, by column and by row, so that swapped numbers change them too."""
     bits = x.contiguous().view(-1)
     bits = bits.view(INTEGERS[bits.element_size()])
     whole = bits.numel() // COLUMNS * COLUMNS

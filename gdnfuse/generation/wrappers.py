@@ -1,7 +1,7 @@
-"""Wrappers: which models inside a module are the ones whose calls are compiled.
+"""Wrappers: which models inside a module have to be compiled.
 
-peft, torch's DistributedDataParallel and many a class of one's own hand their calls to a model of transformers inside them, whose
-`generate` calls that model and never the wrapper.
+peft, torch's DistributedDataParallel and classes of your own may pass their calls on to a model of transformers inside them. The
+`generate` of that model calls the model and never the wrapper.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from gdnfuse.errors import GdnfuseError
 
 
 def gdn_layers(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """The A_log of every Gated DeltaNet layer of a model, by the layer's path.
+    """The A_log of every Gated DeltaNet layer of a model, by the path of the layer.
 
-    A layer is known by what it owns: A_log and dt_bias, one number per value head [HV]. Mamba2 has a D beside them, and Kimi's
-    delta attention another dt_bias.
+    Such a layer owns A_log and dt_bias, one number per value head [HV]. Mamba2 also has a D, and Kimi's delta attention has
+    another dt_bias.
     """
     found = {}
     for path, module in model.named_modules():
@@ -32,13 +32,13 @@ def gdn_layers(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 
 def compiled_models(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """The models whose calls have to be compiled for the calls and the `generate` of `model` to be.
+    """The models whose calls must be compiled so that the calls and the `generate` of `model` are compiled.
 
-    That is `model` itself, unless it hands its calls on: then it is every model inside that has Gated DeltaNet layers and
+    That is `model` itself, unless it passes its calls on. Then it is every model inside that has Gated DeltaNet layers and
     transformers' `generate`.
 
     Raises:
-        GdnfuseError: a module that cannot hand calls to a compiled model.
+        GdnfuseError: the module cannot pass calls on to a compiled model.
     """
     if not isinstance(model, torch.nn.Module):
         raise GdnfuseError(f"gdnfuse.compile needs a torch.nn.Module, found {type(model).__name__}.")
@@ -50,14 +50,14 @@ def compiled_models(model: torch.nn.Module) -> list[torch.nn.Module]:
 
 
 def is_compiled(model: torch.nn.Module) -> bool:
-    """Whether calls of a model go through torch.compile, however that was asked for."""
+    """Whether calls of a model go through torch.compile in any way."""
     forward = model.forward
     return compat.compiled_call(model) is not None or compat.uncompiled(forward) is not forward
 
 
 def _generates(module: torch.nn.Module) -> bool:
-    """Whether `module.generate` is transformers' own and so calls this very module."""
-    if not hasattr(type(module), "get_compiled_call"):  # which is what that generate asks the model for
+    """Whether `module.generate` is transformers' own and calls this module."""
+    if not hasattr(type(module), "get_compiled_call"):  # that generate asks the model for it
         return False
     from transformers import GenerationMixin
 
@@ -78,7 +78,7 @@ def _check(wrapper: torch.nn.Module) -> None:
 
 
 def handing_on(wrapper: torch.nn.Module, inner: Sequence[torch.nn.Module], say: Callable[[str], None]) -> Callable[..., Any]:
-    """The wrapper's own call, which says once it has run if it reached none of the compiled models."""
+    """The call of a wrapper. Afterwards it says if the call reached none of the compiled models."""
     plain, reached = compat.call_of(wrapper), False
 
     def call(*args: Any, **kwargs: Any) -> Any:

@@ -406,7 +406,7 @@ def test_short_turns_that_cannot_be_warmed_up_are_a_sentence(model):
         ({"short": [1]}, "from 2 to 8, found [1]."),
         ({"short": 3}, "from 2 to 8, found 3."),
         ({"short": range(2, 9), "batch": 8}, "short must have numbers of tokens of 8 rows from 2 to 4, found range(2, 9)."),
-        ({"short": [3], "num_beams": 2}, "short turns are of one sequence per row, found num_beams=2"),
+        ({"short": [3], "num_beams": 2}, "short turns need one sequence per row, found num_beams=2"),
         ({"short": [3], "cache_implementation": "offloaded"}, "found cache_implementation='offloaded'."),
     ):
         with pytest.raises(gdnfuse.GdnfuseError, match=re.escape(sentence)):
@@ -421,5 +421,5 @@ def test_short_turns_that_cannot_be_warmed_up_are_a_sentence(model):
 def test_warmup_needs_a_compiled_model_that_generates(model):
     with pytest.raises(gdnfuse.GdnfuseError, match="a model with generate, found Linear"):
         gdnfuse.warmup(torch.nn.Linear(2, 2))
-    with pytest.raises(gdnfuse.GdnfuseError, match="a compiled model, found Qwen3_5ForCausalLM as it came: gdnfuse.compile"):
+    with pytest.raises(gdnfuse.GdnfuseError, match="a compiled model, found Qwen3_5ForCausalLM uncompiled: call gdnfuse.compile"):
         gdnfuse.warmup(model)

@@ -95,7 +95,7 @@ def test_a_compile_config_of_another_backend_is_said(on_a_gpu, said):
         ours, _ = compiled(strict=strict)
         config = CompileConfig(backend="eager", mode=None)
         if strict:
-            with pytest.raises(gdnfuse.GdnfuseError, match="^strict: .* backend 'eager'. Leave compile_config away"):
+            with pytest.raises(gdnfuse.GdnfuseError, match="^strict: .* backend 'eager'. Leave compile_config out"):
                 ours.generate(IDS, **STATIC, compile_config=config)
         else:
             ours.generate(IDS, **STATIC, compile_config=config)

@@ -124,7 +124,7 @@ def test_explain_says_what_would_be_taken():
     found = gdnfuse.explain(ours.generate, prompt, **ONE)
     assert found.to_dict()["prefixes"] == [{"tokens": 100, "prompt": 130, "why_not": "", "no_end": ""}]
     assert store.stats() == before
-    assert "\n100 of the prompt's 130 tokens were taken from the prefix store.\n" in found.summary()
+    assert "\n100 of the 130 tokens of the prompt were taken from the prefix store.\n" in found.summary()
     found = gdnfuse.explain(ours.generate, prompt, use_cache=False, **ONE)
     assert "\nNothing was taken from the prefix store: there is no cache.\n" in found.summary() and store.stats() == before
     assert taken(store, lambda: agree(plain, ours, prompt)) == 100
@@ -219,7 +219,7 @@ def test_rows_take_what_is_known_of_all():
     with ours.generate.noting() as noted:
         ours.generate(a, num_beams=2, **ONE)
     said = str(explain.taken(noted[0]))
-    assert said.endswith("prefix store. Of this turn the prompt alone can be kept: the rows of beams trade places.")
+    assert said.endswith("prefix store. Only the prompt of this turn can be kept: the rows of beams trade places.")
 
 
 def test_streamers_processors_and_chunks_of_a_prompt_stay_as_they_are():

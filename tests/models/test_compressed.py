@@ -154,7 +154,9 @@ def test_other_weights_are_refused_by_name_and_left_alone(kind, tmp_path):
     assert str(e.value).endswith(f", found {found}.")
     assert [type(m) for m in model.modules()] == modules and list(model.state_dict()) == names and model.ct_decompress_hook
     outputs(model, model)  # which decompresses
-    with pytest.raises(GdnfuseError, match=r"Weights must be compressed still, found them decompressed\.$"):
+    with pytest.raises(
+        GdnfuseError, match=r"Weights must still be compressed, found decompressed ones: call keep_compressed before"
+    ):
         models.keep_compressed(model)
 
 

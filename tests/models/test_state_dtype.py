@@ -95,7 +95,7 @@ def test_another_dtype_is_an_error_and_changes_nothing(dtype):
 
 @pytest.mark.parametrize("kind", ["static", "dynamic"])
 def test_a_cache_before_its_prompt_is_an_error(kind):
-    with pytest.raises(gdnfuse.GdnfuseError, match=r"must hold recurrent states, found none: a prompt makes them\.$"):
+    with pytest.raises(gdnfuse.GdnfuseError, match=r"must hold recurrent states, found none: run a prompt first\.$"):
         gdnfuse.set_state_dtype(zoo.new_cache(small(), kind), torch.bfloat16)
 
 
