@@ -6,14 +6,12 @@ that. Here weights alone are quantised and activations stay in the model's dtype
 
 A GPU's kernels are all that these functions have, so they cannot be run in a proof. Proved is instead what loading with
 `dequantize=True` makes of such weights, and the loop over experts, which multiplies with plain weights where it is given such.
-Experts on a GPU are left to transformers where its kernels are there, until a whole model has run with ours on one.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 import inspect
 import sys
 import types
@@ -83,7 +81,7 @@ def accepts_experts(self, hidden_states, top_k_index, top_k_weights):
     for w in weights:
         if not _plain(type(w)) or w.ndim != 3 or w.device != x.device or (torch.is_grad_enabled() and w.requires_grad):
             return False
-    if block is None or not (block[0] == 128 and block[1] == 128) or _theirs(x.device.type) or not x.is_floating_point():
+    if block is None or not (block[0] == 128 and block[1] == 128) or not x.is_floating_point():
         return False
     if x.ndim != 2 or top_k_index.ndim != 2 or top_k_index.shape != top_k_weights.shape or top_k_index.dtype != torch.int64:
         return False
@@ -103,12 +101,6 @@ _loops: set[types.FunctionType] = set()  # over experts, that were proved
 @torch.compiler.assume_constant_result
 def _proved(cls: type) -> bool:
     return loop(cls) in _loops
-
-
-@torch.compiler.assume_constant_result
-def _theirs(device: str) -> bool:
-    """Whether transformers has kernels for experts there: it gets them through a package of its own."""
-    return device == "cuda" and importlib.util.find_spec("kernels") is not None
 
 
 @torch.compiler.assume_constant_result

@@ -1,7 +1,6 @@
 """transformers' fp8_linear becomes a linear on a dequantised weight: where, for which weights, after what proof."""
 
 import contextlib
-import importlib
 import inspect
 import types
 
@@ -181,13 +180,6 @@ def test_other_experts_are_left_to_transformers(what):
     for name, value in OTHERS[what].items():
         setattr(self, name, value)
     assert not capture_fp8.accepts_experts(self, *args)
-
-
-def test_experts_are_transformers_where_it_has_kernels_for_them(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    assert capture_fp8._theirs("cuda") and not capture_fp8._theirs("cpu")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert not capture_fp8._theirs("cuda")
 
 
 def test_the_loop_over_experts_is_proved_with_weights_that_it_multiplies_with_as_they_are():
