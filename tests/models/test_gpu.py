@@ -13,9 +13,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 HEADS = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 128, "linear_value_head_dim": 128}
 
 
-def run(model, call, batch, padded, tokens, length=64):
+def run(model, call, batch, padded, tokens, length=64, **drawn):
     cache = zoo.new_cache(model, "static", length)
-    ids, mask = zoo.prompt(batch, padded=padded)
+    ids, mask = zoo.prompt(batch, padded=padded, **drawn)
     ids, mask = ids.cuda(), None if mask is None else mask.cuda()
     model(input_ids=ids, attention_mask=mask, **zoo.held(cache))
 
@@ -66,16 +66,23 @@ def test_no_less_accurate_than_eager(dtype, batch, padded, mode):
 )
 @torch.no_grad()
 def test_steps_of_four_bits_are_no_less_accurate_than_of_dequantised_weights(format, dtype, batch):
-    """What is dequantised here, for eager, is what kernels read; of more rows than they take it is dequantised at each step."""
+    """What is dequantised here, for eager, is what kernels read; of more rows than they take it is dequantised at each step.
+
+    Roundings of activations grow in such a model, so that eager's error of one prompt is two or three times that of another, or
+    of its own on a CPU. Errors are taken over several prompts.
+    """
     model = models.quantized(zoo.causal_lm(hidden_size=256, intermediate_size=128, **HEADS).to(dtype), format).cuda()
     plain = zoo.dequantized(model)
     wide, oracle = zoo.in_float64(zoo.dequantized(model, torch.float64))
-    tokens = zoo.tokens_for(batch, 24).cuda()
     compiled = torch.compile(model, backend="gdnfuse", fullgraph=True)
-    found, _ = run(plain, compiled, batch, False, tokens)
-    eager, _ = run(plain, plain, batch, False, tokens)
+
+    def steps(model, call):
+        seeds = range(8 if batch < 33 else 2)
+        return torch.cat([run(model, call, batch, False, zoo.tokens_for(batch, 24, seed=s).cuda(), seed=s)[0] for s in seeds])
+
+    found, eager = steps(plain, compiled), steps(plain, plain)
     with zoo.Float64():
-        wanted, _ = run(wide, oracle, batch, False, tokens)
+        wanted = steps(wide, oracle)
     (report,) = gdnfuse.reports()
     assert report.fused_layers == zoo.GDN_LAYERS
     stored = {p.format for p in report.projections if p.name in ("in_proj_qkv", "up_proj", "down_proj")}
