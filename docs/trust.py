@@ -53,6 +53,7 @@ ROWS: dict[str, list[str]] = {
         "tests/models/test_bitsandbytes.py",
     ],
     "Models shared out over two ranks, and four": ["tests/generation/test_shards.py"],
+    "Models over several devices in one process": ["tests/generation/test_device_map.py"],
     "Prefixes of prompts, taken and left": ["tests/generation/test_prefixes.py", "tests/generation/test_prefix_tree.py"],
     "Weights loaded, moved, replaced, copied, saved, shared, deleted": ["tests/test_packing.py", "tests/models/test_weights.py"],
     "Low-rank adapters merged, unmerged, switched": ["tests/models/test_adapters.py"],

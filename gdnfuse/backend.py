@@ -15,7 +15,7 @@ from gdnfuse.errors import GdnfuseError, Refused, one_line
 from gdnfuse.kernels.launch.inductor import announce
 from gdnfuse.options import DISABLE, MEASURED, Options, disabled, parse
 from gdnfuse.packing import PackedWeights, taking
-from gdnfuse.passes import verify
+from gdnfuse.passes import devices, verify
 from gdnfuse.passes.growing_keys import mark
 from gdnfuse.pipeline import Compilation, original, rewrite
 from gdnfuse.report.records import Comparison, GraphReport, Status, new_report, publish
@@ -29,6 +29,7 @@ capture.install()
 for sentence in versions.too_old():
     log.warning("%s Matches are proved all the same, but more may stay unfused.", sentence)
 
+WHOLE = "gdnfuse_whole"  # in a graph's meta: why it does not come apart
 MODE_CHANGES = ("_enter_autocast", "_exit_autocast", "_enter_inference_mode", "_jvp_increment_nesting")
 
 
@@ -55,7 +56,28 @@ def gdnfuse(
     patches = _inductor_patches(mode, opts)
     if any(isinstance(x, torch.Tensor) and x.is_cuda for x in example_inputs):
         kernels.read_triton()
+    if pieces := pieces_of(gm, example_inputs):
+        return devices.joined(gm, pieces, example_inputs, lambda gm, inputs, on: _compiled(gm, inputs, opts, patches, on))
+    return _compiled(gm, example_inputs, opts, patches)
+
+
+def pieces_of(gm: GraphModule, example_inputs: Sequence[Any]) -> list[devices.Piece]:
+    """What a graph comes apart into whose parameters are on several devices; nothing if it has to stay whole, which is said."""
+    if len(devices.devices_of(example_inputs)) < 2 or _why_untouched(gm, example_inputs):
+        return []
+    try:
+        return devices.cut(gm)
+    except Refused as e:
+        gm.meta[WHOLE] = e.reason
+        return []
+
+
+def _compiled(
+    gm: GraphModule, example_inputs: Sequence[Any], opts: Options, patches: dict[str, Any], device: str = ""
+) -> Callable[..., Any]:
+    """A graph of one device, which is named if it is a piece, or one that has to stay as it came."""
     report = new_report()
+    report.device = device
     report.inner = opts.inner
     report.phase = "draft" if RUNS.drafting else report.phase
     done = rewritten_copy(gm, example_inputs, opts, report)
@@ -106,7 +128,10 @@ def rewritten_copy(
         report: filled in; `rewritten` and `note` say whether it was rewritten, and if not why.
         plan: as of Compilation.
     """
+    on = devices.devices_of(example_inputs)
     report.note = _why_untouched(gm, example_inputs)
+    if len(on) > 1 and not report.note:
+        report.note = f"A graph must be on one device, found parameters on {' and '.join(on)}. {gm.meta.get(WHOLE, '')}".rstrip()
     report.rewritten = not report.note
     as_it_came = Compilation(gm, opts, report, plan)
     if not report.rewritten:
@@ -202,9 +227,6 @@ def _why_untouched(gm: GraphModule, example_inputs: Sequence[Any]) -> str:
                 )
     if computed := next((n for n in gm.graph.nodes if is_tensor(n) and value(n).grad_fn is not None), None):
         return f"Inference must run without gradients in the graph too, found that {computed.name} has one to compute."
-    devices = {str(x.device) for x in example_inputs if isinstance(x, torch.nn.Parameter)}
-    if len(devices) > 1:
-        return f"The parameters of a graph must be on one device, found {' and '.join(sorted(devices))}."
     for n in gm.graph.nodes:
         if n.op == "call_function" and getattr(n.target, "__name__", "") in MODE_CHANGES:
             return f"The graph must run in one mode from start to end, found {n.target.__name__} in it."
@@ -231,15 +253,15 @@ def _finish(
     """Drop inputs that only packing read, compile the rest, hand it the packed weights at every call and mark what grows."""
     gm, growing = done.gm, done.growing
     placeholders = gm.graph.find_nodes(op="placeholder")
-    keep = [i for i, n in enumerate(placeholders[: len(example_inputs)]) if n.users]
+    keep = [i for i, n in enumerate(placeholders[: len(example_inputs)]) if n.users or devices.SYMBOL in n.meta]
     # What the compiled graph keeps must not keep the weights alive.
     for n in placeholders:
         n.meta.pop("gdnfuse_real")
     # Of packed weights the fake tensors: of real ones, which are not Dynamo's, AOTAutograd would take the sizes for symbolic.
     more = [(n, where) for n, where in zip(placeholders[len(example_inputs) :], done.packed, strict=True) if n.users]
     inputs = [example_inputs[i] for i in keep] + [value(n) for n, _ in more]
-    for n in placeholders:
-        if not n.users:
+    for i, n in enumerate(placeholders):
+        if not n.users and i not in keep:
             gm.graph.erase_node(n)
     gm.graph.lint()
     gm.recompile()

@@ -377,6 +377,13 @@ def keep_sources(tracing: Any, placed: dict[Any, Any], gm: Any, copy: Any) -> No
 
 
 @private("torch._dynamo.source:ConstantSource", instead=lambda gm, node: vars(gm).pop("_param_name_to_source", None))
+def like_an_input(constant: Any, gm: Any, node: Any) -> None:
+    """Have AOTAutograd treat an input of a part of Dynamo's graph as one of Dynamo's own: it has a source. Without it: there are
+    no CUDA graphs of such parts."""
+    node._dynamo_source = constant(node.name)
+
+
+@private("torch._dynamo.source:ConstantSource", instead=lambda gm, node: vars(gm).pop("_param_name_to_source", None))
 def like_a_parameter(constant: Any, gm: Any, node: Any) -> None:
     """Have AOTAutograd treat a new input as Dynamo's Parameters: it has a source, and its address is fixed. Without it: there are
     no CUDA graphs."""
@@ -968,6 +975,30 @@ def hooks_of(module: Any) -> dict[int, Callable[..., Any]]:
     """A module's forward hooks by the numbers of their handles. Without it: hooks that come or go after a graph was traced do not
     show in it."""
     return {**module._forward_pre_hooks, **module._forward_hooks}
+
+
+@private(instead=lambda module: None)
+def hook_of_accelerate(module: Any) -> Any:
+    """The hook that accelerate has put around a module's forward, or None where it has none or its forward goes without. Without
+    it: hooks of a device_map stay as they are, and end a graph at every module."""
+    own = vars(module)
+    return own["_hf_hook"] if "_hf_hook" in own and isinstance(own.get("forward"), functools.partial) else None
+
+
+@private("accelerate.hooks:AlignDevicesHook", instead=lambda hook: False)
+def aligns_devices(aligning: Any, hook: Any) -> bool:
+    """Whether a hook of accelerate is one of those that send a module's inputs to a device, and no class made of it. Without it:
+    hooks of a device_map stay as they are, and end a graph at every module."""
+    return type(hook) is aligning
+
+
+@private(instead=lambda module: {})
+def without_hook(module: Any) -> dict[str, Any]:
+    """The attributes of a module before accelerate put a hook around its forward, None where it had none. Without it: hooks that
+    have nothing to do stay, and end a graph at every module."""
+    old = module._old_forward
+    theirs = None if getattr(old, "__func__", None) is type(module).forward else old
+    return {"forward": theirs, "_hf_hook": None, "_old_forward": None}
 
 
 @private("torch.nn:Module._apply", instead=lambda cls: cls)

@@ -399,6 +399,13 @@ def keep_sources(there):
 
 
 @case
+def like_an_input(there):
+    gm, node = SimpleNamespace(_param_name_to_source={}), torch.fx.Graph().placeholder("x")
+    compat.like_an_input(gm, node)
+    assert hasattr(node, "_dynamo_source") == there == hasattr(gm, "_param_name_to_source")
+
+
+@case
 def like_a_parameter(there):
     assert static_inputs() > 10 if there else static_inputs() == 0
 
@@ -993,6 +1000,38 @@ def copy_all(there):
     compat.copy_all(to, tensors)
     assert all(map(torch.equal, to, tensors))
     compat.copy_all([], [])
+
+
+@case
+def hook_of_accelerate(there):
+    if not there:
+        assert compat.hook_of_accelerate(object()) is None
+        return
+    hooks, module = pytest.importorskip("accelerate.hooks"), torch.nn.Linear(2, 2)
+    assert compat.hook_of_accelerate(module) is None
+    hooks.add_hook_to_module(module, hook := hooks.ModelHook())
+    assert compat.hook_of_accelerate(module) is hook
+
+
+@case
+def aligns_devices(there):
+    hooks = pytest.importorskip("accelerate.hooks")
+    assert compat.aligns_devices(hooks.AlignDevicesHook()) == there
+    assert not compat.aligns_devices(hooks.ModelHook()) and not compat.aligns_devices(hooks.SequentialHook())
+
+
+@case
+def without_hook(there):
+    if not there:
+        assert compat.without_hook(object()) == {}
+        return
+    hooks, module = pytest.importorskip("accelerate.hooks"), torch.nn.Linear(2, 2)
+    hooks.add_hook_to_module(module, hooks.ModelHook())
+    assert compat.without_hook(module) == dict.fromkeys(("forward", "_hf_hook", "_old_forward"))
+    own = torch.nn.Linear(2, 2)
+    own.forward = forward = lambda x: x
+    hooks.add_hook_to_module(own, hooks.ModelHook())
+    assert compat.without_hook(own)["forward"] is forward
 
 
 @case

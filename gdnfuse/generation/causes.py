@@ -22,7 +22,7 @@ HOOKS = (  # of libraries that put hooks on every module
     (
         r"accelerate[/.]hooks|AlignDevicesHook",
         "accelerate's hooks, which a device_map over several devices and offloading put around every module, are never traced: "
-        'load the model on one device, with device_map={"": 0} or none.',
+        'load the model on one device, with device_map={"": 0} or none, or compile one on several GPUs with gdnfuse.compile.',
     ),
     (
         r"compressed_tensors",

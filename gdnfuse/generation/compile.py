@@ -16,7 +16,7 @@ from gdnfuse import compat, versions
 from gdnfuse import options as gdnfuse_options
 from gdnfuse.errors import GdnfuseError
 from gdnfuse.generation import artifacts as files
-from gdnfuse.generation import generate, links, shards
+from gdnfuse.generation import device_map, generate, links, shards
 from gdnfuse.generation.arguments import checking_arguments, parameters_of
 from gdnfuse.generation.caches import cache_finder, check_state_dtype, holds_states, mark_lengths, preparing_caches
 from gdnfuse.generation.coverage import PROMPT, SHORT, STEP, VERIFY, Coverage
@@ -91,9 +91,12 @@ def compile(
         models = compiled_models(model)
         plans = [shards.plan(tensor_parallel, one, prefixes=prefixes, speculate=speculate) for one in models]
         terms["layers"] = [mixer.facts for _, mixers in plans for mixer in mixers]
+        for one in models:
+            device_map.check(one, prefixes=prefixes, speculate=speculate)
         if prefixes is not None:
             generate.check(models, prefixes)
         proposer = None if speculate is None else generate.proposer(models, speculate)
+        borders = [device_map.Borders(one) for one in models]
         kept = None if artifacts is None else files.read(artifacts)
     prefill = prefill or prefill is None and parsed.capture
     if parsed.one_shot_bytes == gdnfuse_options.MEASURED:
@@ -103,9 +106,10 @@ def compile(
         files.load(kept, models[0])
     for one, (mesh, mixers) in zip(models, plans, strict=True):
         shards.prepare(one, mesh, mixers, agreement)
-    coverages = [_compile(one, settings, parsed) for one in models]
-    if model not in models:
-        compat.set_compiled_call(model, handing_on(model, models, coverages[0].say))
+    with device_map.made(borders):
+        coverages = [_compile(one, settings, parsed, b.why_not) for one, b in zip(models, borders, strict=True)]
+        if model not in models:
+            compat.set_compiled_call(model, handing_on(model, models, coverages[0].say))
     return model
 
 
@@ -123,12 +127,14 @@ class _Settings:
     options: dict[str, Any]
 
 
-def _compile(model: torch.nn.Module, settings: _Settings, parsed: gdnfuse_options.Options) -> Coverage:
-    """Compile the calls of one model: its own, and those that its `generate` asks for."""
+def _compile(
+    model: torch.nn.Module, settings: _Settings, parsed: gdnfuse_options.Options, why_not: tuple[str, str] | None
+) -> Coverage:
+    """Compile the calls of one model: its own, and those that its `generate` asks for. Nothing of it fuses if `why_not`."""
     mode, options, fullgraph, dynamic = settings.mode, settings.options, settings.fullgraph, settings.dynamic
     shared = {"backend": "gdnfuse", "fullgraph": fullgraph, "dynamic": dynamic}
     plain, any_length = compat.call_of(model), dynamic is None
-    coverage = Coverage(model, parsed)
+    coverage = Coverage(model, parsed, why_not=why_not)
     coverage.short = settings.prefill and parsed.capture
     hooks = Hooks(model, coverage.say)
 

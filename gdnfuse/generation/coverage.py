@@ -61,6 +61,7 @@ class Coverage:
             cause. Layers that options leave unfused on purpose do not count, nor do prompts without `capture`.
         reports: returns the reports of its graphs.
         quiet: log nothing.
+        why_not: why none may run fused and what to do about it, where that is known ahead; None otherwise.
 
     Attributes:
         missing: layers that did not run fused, by kind of call: "prompt", "decode step", "verify step" or "short step".
@@ -73,8 +74,9 @@ class Coverage:
         options: Options,
         reports: Callable[[], Sequence[GraphReport]] = reports,
         quiet: bool = False,
+        why_not: tuple[str, str] | None = None,
     ):
-        self.model, self.strict, self.reports, self.quiet = model, options.strict, reports, quiet
+        self.model, self.strict, self.reports, self.quiet, self.why_not = model, options.strict, reports, quiet, why_not
         self.missing: dict[str, Missing] = {}
         self.short = False
         on_purpose = disabled() or options.stop_after is not None or options.fuel is not None
@@ -166,7 +168,7 @@ class Coverage:
         if cause is None and watched is None and phase in self.missing:
             cause = self.missing[phase].cause, self.missing[phase].fix
         found, graphs = (watched.found, watched.graphs or self.reports()) if watched else (None, self.reports()[-1:])
-        why, fix = cause or likeliest(found, graphs, missing)
+        why, fix = cause or self.why_not or likeliest(found, graphs, missing)
         counts = f"{ran} of {len(layers)} in a {phase}{in_parentheses(missing)}"
         self.missing[phase] = Missing(missing, counts, why, fix)
         name = type(self.model).__name__

@@ -16,15 +16,16 @@ from typing import Any
 import torch
 
 from gdnfuse import compat
-from gdnfuse.backend import noting, rewritten_copy
+from gdnfuse.backend import noting, pieces_of, rewritten_copy
 from gdnfuse.errors import GdnfuseError, one_line
-from gdnfuse.generation import generate, speculation
+from gdnfuse.generation import device_map, generate, speculation
 from gdnfuse.generation.arguments import parameters_of
 from gdnfuse.generation.causes import Finding, left, noted
 from gdnfuse.generation.compile import Beside, by_phase, by_tokens, with_own_code
 from gdnfuse.generation.coverage import PROMPT, SHORT, STEP, VERIFY, Coverage
 from gdnfuse.generation.wrappers import compiled_models, is_compiled
 from gdnfuse.options import Options
+from gdnfuse.passes import devices
 from gdnfuse.passes.growing_keys import mark
 from gdnfuse.report.records import GraphReport
 from gdnfuse.runs import RUNS
@@ -146,7 +147,12 @@ def explain(call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanati
     reports: list[GraphReport] = []
 
     def backend(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        reports.append(GraphReport(len(reports), "draft" if RUNS.drafting else "other", inner="eager"))
+        if pieces := pieces_of(gm, inputs):
+            return devices.joined(gm, pieces, inputs, of_one_device)
+        return of_one_device(gm, inputs)
+
+    def of_one_device(gm: torch.fx.GraphModule, inputs: Sequence[Any], device: str = "") -> Callable[..., Any]:
+        reports.append(GraphReport(len(reports), "draft" if RUNS.drafting else "other", inner="eager", device=device))
         growing = rewritten_copy(gm, inputs, Options(inner="eager"), reports[-1], plan=True).growing
         note = noting(gm, reports[-1])
 
@@ -161,10 +167,16 @@ def explain(call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanati
     model = _model_of(call)
     models = [] if model is None else compiled_models(model)
     uncompiled = not any(map(is_compiled, models))
-    coverages = [Coverage(m, Options(), lambda: reports, quiet=True) for m in models]
+    borders = [device_map.Borders(m) for m in models]
+    coverages = [
+        Coverage(m, Options(), lambda: reports, quiet=True, why_not=b.why_not) for m, b in zip(models, borders, strict=True)
+    ]
     names: dict[str, str] = {}
     runs: list[list[generate.Run]] = []
     with contextlib.ExitStack() as stack:
+        for one in borders:
+            stack.callback(one.undo)
+            one.make()
         found, drafts = stack.enter_context(noted()), stack.enter_context(speculation.noting())
         stack.enter_context(_random_states())
         if model is None:

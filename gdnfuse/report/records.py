@@ -311,6 +311,7 @@ class GraphReport:
         rewritten: False when the graph was handed on as it came; then `note` says why.
         note: a sentence, or empty.
         inner: the backend that compiled the rest.
+        device: where the graph runs, if it is one of those that a graph over several devices was cut into; empty otherwise.
         nodes_before, nodes_after: call nodes of the whole graph.
         launches_before, launches_after: as of a layer, for the whole graph.
         bytes_before, bytes_after: as of a block, for the whole graph.
@@ -332,6 +333,7 @@ class GraphReport:
     rewritten: bool = True
     note: str = ""
     inner: str = ""
+    device: str = ""
     nodes_before: int = 0
     nodes_after: int = 0
     launches_before: int = 0
@@ -361,13 +363,14 @@ class GraphReport:
         Returns:
             Phase, fused layers, nodes and kernels before and after, proofs and their time.
         """
+        name = f"graph {self.graph_id} ({self.phase}{f', {self.device}' if self.device else ''})"
         if not self.rewritten:
-            return f"graph {self.graph_id} ({self.phase}): not rewritten. {self.note}"
+            return f"{name}: not rewritten. {self.note}"
         if not self.layers and not any(r.status is Status.FIRED for r in self.records):
-            return f"graph {self.graph_id} ({self.phase}): no GDN layer found; compiled by {self.inner} unchanged."
+            return f"{name}: no GDN layer found; compiled by {self.inner} unchanged."
         fused = f"{self.fused_layers}/{len(self.layers)} GDN layers fused" if self.layers else "no GDN layer found"
         line = (
-            f"graph {self.graph_id} ({self.phase}): {fused}, "
+            f"{name}: {fused}, "
             f"{self.nodes_before} → {self.nodes_after} nodes, {self.launches_before} → {self.launches_after} kernels, "
             f"{self.proofs} proofs in {self.proof_seconds:.2f} s"
         )

@@ -300,11 +300,15 @@ def clean_path(path: str) -> str:
     """A module path of Dynamo's ("L['self']._modules['model']…", "L['self'].layers[0]") with dots; "(root)" if empty."""
     for old, new in (("['", "."), ("']", ""), ("[", "."), ("]", ""), ("._modules", ""), ("._parameters", ""), ("._buffers", "")):
         path = path.replace(old, new)
+    for itself in ("._old_forward.__self__", ".forward.args.0"):  # under a hook of accelerate
+        path = path.replace(itself, "")
     parts = [p for p in path.split(".") if p]
     if "__self__" in parts:  # a bound method: the module follows
         parts = parts[parts.index("__self__") + 1 :]
     if parts[:3] == ["L", "args", "0"]:  # self, where a decorator of forward takes it: transformers 5.24's does
         parts = parts[3:]
+    if parts[:2] == ["L", "module"]:  # self, as accelerate's hook around a model's forward calls it
+        parts = parts[2:]
     while parts and parts[0] in ("L", "G", "self", "fn", "args", "_orig_mod"):
         parts.pop(0)
     return ".".join(parts) or "(root)"

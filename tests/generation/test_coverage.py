@@ -56,6 +56,7 @@ def device_map(model):
     hooks = pytest.importorskip("accelerate.hooks")
     for module in (model[0], model[1].linear):  # every leaf, as for a device_map over several devices
         hooks.add_hook_to_module(module, hooks.AlignDevicesHook(execution_device="cpu"))
+    hooks.add_hook_to_module(model, hooks.ModelHook())  # with another one all stay
 
 
 def nothing(model):
@@ -68,7 +69,7 @@ CAUSES = {  # what is done to the model, settings of Dynamo, and words of the ca
     "gradients": (keep_gradients, {}, "must run without gradients", "Call under torch.no_grad()"),
     "errors suppressed": (keep_gradients, {"suppress_errors": True}, "must run without gradients", "Call under torch.no_grad()"),
     "no compilation": (nothing, {"disable": True}, "No graph was made of it", "TORCH_COMPILE_DISABLE"),
-    "several devices": (device_map, {}, "accelerate/hooks.py", "load the model on one device"),
+    "several devices": (device_map, {}, "found a ModelHook", "Load the model on one device"),
     "another rule": (nothing, {}, "no rule finds the gates", "gdnfuse.explain"),
 }
 
