@@ -15,7 +15,8 @@ same eager prefill into a cache: a static one, with CUDA graphs, or, as generate
 Times are medians over blocks of BLOCK steps with nothing waited for inside (see gdnfuse/bench/measure.py). "each waited for" is
 the median where the host waits for every step, as generate() does.
 No speed is reported for a side whose logits are wrong: their relative error against the same weights run in float32 must stay
-within SLACK times eager's own (see gdnfuse/bench/measure.py).
+within SLACK times eager's own (see gdnfuse/bench/measure.py). For that the routing of a mixture of experts is held fixed (see
+benchmarks/routing.py); the steps that are timed have random routers.
 
 A step is compared with two limits, at the rate of a copy, measured in the same run on the same device: every weight read once;
 and besides, recurrent and conv states read and written once, and the keys and values of the tokens so far read once.
@@ -36,6 +37,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import routing
 import together
 import torch
 import transformers
@@ -111,10 +113,18 @@ def rank_and_adapters(given: str) -> tuple[int, int]:
 
 
 def build(
-    name: str, dtype: torch.dtype, device: str, quantize: str | None = None, lora: tuple[int, int] | None = None
+    name: str,
+    dtype: torch.dtype,
+    device: str,
+    quantize: str | None = None,
+    lora: tuple[int, int] | None = None,
+    hold_routing: bool = False,
 ) -> torch.nn.Module:
     """A model with random weights, of which the linears are turned to a format of QUANTIZED, or get adapters: rank and how many.
-    Its own calls dequantise: see `dequantized_calls`."""
+
+    Its own calls dequantise: see `dequantized_calls`. With `hold_routing` its tokens choose its experts: see
+    benchmarks/routing.py.
+    """
     torch.manual_seed(0)
     config = load_config("0.8b" if name == "tiny" else name)
     if name == "tiny":
@@ -124,6 +134,8 @@ def build(
             setattr(config, key, size)
         config.layer_types = config.layer_types[:4]
     model = random_model(config, dtype, device)
+    if hold_routing:
+        routing.hold(model)
     if quantize:
         model = quantized(model, QUANTIZED[quantize])
         if device == "cuda":
@@ -185,7 +197,7 @@ def reference(name: str, args: argparse.Namespace, folder: Path) -> dict[str, An
     """Make the tokens, and the logits in the model's dtype and in float32 of those that are compared, for all sides to read."""
     show_fla("reference")
     rate = together.rate(lambda: bandwidth(args.device))  # before the model takes the memory
-    model = build(name, getattr(torch, args.dtype), args.device, args.quantize, args.lora)
+    model = build(name, getattr(torch, args.dtype), args.device, args.quantize, args.lora, hold_routing=True)
     with dequantized_calls(model):
         return _reference(model, rate, args, folder)
 
@@ -229,7 +241,8 @@ def run_side(worker: str, name: str, args: argparse.Namespace, folder: Path) -> 
     complete = folder / f"caches_{side}_complete"
     if worker != side and not complete.exists():
         sys.exit("The first process left no caches.")
-    model, device = build(name, getattr(torch, args.dtype), args.device, args.quantize, args.lora), args.device
+    device = args.device
+    model = build(name, getattr(torch, args.dtype), device, args.quantize, args.lora, hold_routing=True)
     row: dict[str, Any] = {"side": worker}
     if side == "fla":
         row["fla"] = fla_version()
@@ -241,6 +254,7 @@ def run_side(worker: str, name: str, args: argparse.Namespace, folder: Path) -> 
         row |= found
         if kept:
             complete.touch()
+        routing.put_back(model)
         if found["accurate"] and worker == side:
             row |= timed(decode, args, tokens, EAGER_STEPS if side in ("eager", "fla") else args.steps)
             if device == "cuda":

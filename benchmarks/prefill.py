@@ -8,7 +8,8 @@ through the model into a new dynamic cache, the logits of its last token are kep
 prompts first, which gives one graph for a fixed and one for any length; their first calls, Inductor's cache being empty, are the
 cold figures. Times are medians over PROMPTS prompts of one length, each waited for, and, as chats have it, over NEW prompts of
 lengths that this process has not met, one token apart. No speed is reported for a side whose logits on CHECKED
-tokens are off float32's by more than SLACK times eager's (see gdnfuse/bench/measure.py).
+tokens are off float32's by more than SLACK times eager's (see gdnfuse/bench/measure.py). For that the routing of a mixture of
+experts is held fixed (see benchmarks/routing.py); the prompts that are timed have random routers.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import routing
 import torch
 import transformers
 from decode import SHARED, build
@@ -49,7 +51,7 @@ def worker(side: str, name: str, args: argparse.Namespace, folder: Path) -> dict
     """The row of a side. For "reference" the machine, and in `folder` the logits that sides are compared with."""
     show_fla(side)
     transformers.utils.logging.set_verbosity_error()
-    model = build(name, getattr(torch, args.dtype), args.device)
+    model = build(name, getattr(torch, args.dtype), args.device, hold_routing=True)
     generator = torch.Generator(args.device).manual_seed(1)
     longest = max(*args.lengths, *SHORT, CHECKED)
     tokens = torch.randint(0, model.config.vocab_size, (args.batch, longest), device=args.device, generator=generator)
@@ -73,6 +75,7 @@ def worker(side: str, name: str, args: argparse.Namespace, folder: Path) -> dict
         found = compare_logits(run(call, CHECKED, CHECKED), saved["exact"], saved["eager_error"])
         row["error"], row["eager_error"] = found["error"], saved["eager_error"]
         row["graphs"] = [report.summary() for report in gdnfuse.reports()]
+        routing.put_back(model)
         if found["accurate"]:
             row["ms"], row["ms_new_length"] = {}, {}
             for length in args.lengths:

@@ -39,6 +39,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import routing
 import torch
 import transformers
 from decode import DTYPES, SHARED, build, caches, checked, own_calls, rank_and_adapters, reference, room, timed
@@ -308,12 +309,13 @@ def own_kernels() -> tuple[Collection[str], Collection[str]]:
 def run_side(side: str, name: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """The row of a side: checked, timed, profiled and attributed."""
     show_fla(side)
-    model = build(name, getattr(torch, args.dtype), args.device, args.quantize, args.lora)
+    model = build(name, getattr(torch, args.dtype), args.device, args.quantize, args.lora, hold_routing=True)
     shared = torch.load(folder / SHARED, map_location="cpu")
     row: dict[str, Any] = {"side": side}
     with caches(None), own_calls(side, model):
         decode, tokens, found = checked(side, model, args, shared, room(args) + args.profiled + 1)
         row |= found
+        routing.put_back(model)
         if found["accurate"]:
             row |= timed(decode, args, tokens, args.steps)
             profiled = kernels_of(decode, tokens[: args.profiled + 1])

@@ -5,6 +5,7 @@ They are no part of the product, so `make trust` runs these tests and `make test
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib
 import json
@@ -295,6 +296,36 @@ def test_weight_bytes_counts_the_experts_that_a_step_chooses():
     rest = sum(4 * p.numel() for name, p in model.named_parameters() if ".experts." not in name and "embed" not in name)
     assert decode.weight_bytes(model) == rest + experts // 4
     assert decode.weight_bytes(model, batch=2) == rest + experts * 7 // 16
+
+
+@torch.no_grad()
+def test_routing_that_is_held_is_not_changed_by_roundings():
+    routing = importlib.import_module("routing")
+    torch.manual_seed(0)
+    model = zoo.moe(hidden_size=128, num_experts=64, num_experts_per_tok=4, vocab_size=256)
+    routers = [m for m in model.modules() if hasattr(m, "top_k")]
+    own = [m.weight.clone() for m in routers]
+    ids = torch.randint(0, 256, (2, 48), generator=torch.Generator().manual_seed(3))
+
+    def choices(model):
+        found = []
+        hooks = [
+            m.register_forward_hook(lambda _, args, out: found.append(out[-1].sort(-1)[0]))
+            for m in model.modules()
+            if hasattr(m, "top_k")
+        ]
+        model(ids, use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        return torch.stack(found)
+
+    assert not torch.equal(choices(model), choices(copy.deepcopy(model).bfloat16()))  # why it is held
+    routing.hold(model)
+    exact = choices(model)
+    assert torch.equal(exact, choices(copy.deepcopy(model).bfloat16()))
+    assert len(exact.unique()) == 64  # tokens differ in what they choose
+    routing.put_back(model)
+    assert all(torch.equal(m.weight, w) for m, w in zip(routers, own, strict=True))
 
 
 def test_unknown_side_is_refused(capsys):
