@@ -226,11 +226,15 @@ def summed_over_ranks(all_reduce: Any, wait: Any, x: Any, group: str) -> Any:
 
 
 @private("torch.distributed._symmetric_memory:empty", "torch.distributed._symmetric_memory:rendezvous", instead=nothing)
-def symmetric_buffer(empty: Any, rendezvous: Any, count: int, dtype: Any, device: Any, group: str) -> Any:
-    """Memory that all ranks of a group can read, [count]. Without it: small sums over ranks go as large ones."""
-    buffer = empty(count, dtype=dtype, device=device)
-    rendezvous(buffer, group)
-    return buffer
+def symmetric_memory(empty: Any, rendezvous: Any, count: int, device: Any, group: str) -> tuple[Any, list[int], int, Any] | None:
+    """Memory that all ranks of a group can write: int64 zeros [count], where this rank finds each rank's, its own number, and
+    what must be kept as long as it is used. All ranks must call this. Without it: small sums over ranks go as large ones."""
+    import torch
+
+    memory = empty(count, dtype=torch.int64, device=device).zero_()
+    torch.cuda.synchronize(device)  # zeroed before another rank knows where it is
+    handle = rendezvous(memory, group)
+    return memory, list(handle.buffer_ptrs), handle.rank, handle
 
 
 @private("torch.testing._internal.distributed.fake_pg:FakeStore", instead=nothing, level=logging.DEBUG)

@@ -141,8 +141,8 @@ def _stages(c: Compilation) -> Iterator[tuple[str, list[Callable[[GraphModule], 
         c.checkpoints, made = checkpoints.hand_back(gm, c.options.checkpoint_every, len(c.report.layers))
         outcome.records += made
     c.packed += lower.pack_weights(gm, c.real, c.plan)
-    outcome.records += lower.lower(gm, c.options.target, linears=c.report.phase in STEPS, ahead=not c.plan)
     collectives.one_shot(gm, c.options.one_shot_bytes)
+    outcome.records += lower.lower(gm, c.options.target, linears=c.report.phase in STEPS, ahead=not c.plan)
     yield "lower", [lower.check]
 
 

@@ -254,12 +254,12 @@ def summed_over_ranks(there):
 
 
 @case
-def symmetric_buffer(there):
+def symmetric_memory(there):
     if not there:
-        assert compat.symmetric_buffer(4, torch.float32, "cpu", "group") is None
+        assert compat.symmetric_memory(4, "cpu", "group") is None
         return
     with pytest.raises(Exception, match="(?i)symm|backend|alloc|cuda|device"):  # there is none on a CPU
-        compat.symmetric_buffer(4, torch.float32, "cpu", "group")
+        compat.symmetric_memory(4, "cpu", "group")
 
 
 @case

@@ -17,10 +17,9 @@ import torch
 import torch.distributed as dist
 
 from gdnfuse.errors import one_line
-from gdnfuse.kernels.one_shot_all_reduce import one_shot_all_reduce
+from gdnfuse.kernels.one_shot_all_reduce import MAX_RANKS, one_shot_all_reduce
 
 SIZES = tuple(2**n for n in range(12, 21))  # bytes that are tried
-RANKS = (2, 4, 8)  # for which torch's kernel adds up in the same order on all
 SUMS, REPLAYS = 50, 5  # in a graph, and of it
 log = logging.getLogger("gdnfuse")
 
@@ -35,7 +34,7 @@ def everywhere(what: Any) -> list[Any]:
 @functools.cache
 def one_shot_bytes(device: str) -> int:
     """Of the default process group; 0 where symmetric memory is not to be had. All ranks must call it, and get the same."""
-    if torch.device(device).type != "cuda" or dist.get_world_size() not in RANKS or not _joined():
+    if torch.device(device).type != "cuda" or not 1 < dist.get_world_size() <= MAX_RANKS or not _joined():
         return 0
     group, failed = dist.group.WORLD.group_name, ""
     try:

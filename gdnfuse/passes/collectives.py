@@ -1,5 +1,5 @@
 """collectives: an all-reduce in place becomes one whose result is read, so that what stands around it may be rewritten; two sums
-of a block become one; last, small ones go through symmetric memory.
+of a block become one; last, small ones go through symmetric memory, with the residual and the norm behind them.
 
 `dist.all_reduce(x)` is traced as t = all_reduce(x); w = wait_tensor(t); x.copy_(w), and whoever reads x then reads what was
 written into another op's memory. Where nobody else looks at that memory, they read w.
@@ -18,20 +18,22 @@ import torch
 from torch.fx import GraphModule, Node
 
 from gdnfuse import compat
-from gdnfuse.kernels.one_shot_all_reduce import takes
+from gdnfuse.dialect import rms_norm
+from gdnfuse.kernels.one_shot_all_reduce import takes, takes_norm
 from gdnfuse.rewrite.edit import infer, inserting
-from gdnfuse.rewrite.graph import is_tensor, kept_meta, op_name, same_shape, storage, value, writes
+from gdnfuse.rewrite.graph import is_tensor, kept_meta, op_name, same_shape, source, storage, value, writes
 
-ONE_SHOT, SUM, WAIT = "gdnfuse.one_shot_all_reduce", "_c10d_functional.all_reduce", "_c10d_functional.wait_tensor"
+ONE_SHOT, ONE_SHOT_NORM = "gdnfuse.one_shot_all_reduce", "gdnfuse.one_shot_add_rms_norm"
+SUM, WAIT = "_c10d_functional.all_reduce", "_c10d_functional.wait_tensor"
 
 
 def collectives(gm: GraphModule) -> Iterator[Node]:
     """Calls that wait for other ranks: functional collectives, and DTensors that become others."""
     for node in gm.graph.nodes:
         name = op_name(node)
-        if name == ONE_SHOT or name.startswith(("_c10d_functional", "c10d.")) and not name.endswith(".wait_tensor"):
+        if name.startswith(("_c10d_functional", "c10d.")) and not name.endswith(".wait_tensor"):
             yield node
-        elif name in ("redistribute", "full_tensor"):
+        elif name in (ONE_SHOT, ONE_SHOT_NORM, "redistribute", "full_tensor"):
             yield node
 
 
@@ -123,16 +125,92 @@ def _is_gate(gate: Any) -> bool:
 
 
 def one_shot(gm: GraphModule, most: int) -> int:
-    """Let sums over ranks of at most `most` bytes go through symmetric memory; answers how many."""
+    """Let sums over ranks of at most `most` bytes go through symmetric memory; answers how many.
+
+    A residual that is added to the sum goes with it, and so does a norm of that, which a linear has not taken. A rank that finds
+    neither still sends the others the same.
+    """
     found = [n for n in gm.graph.nodes if op_name(n) == SUM and _is_waited_for(n)]
     found = [n for n in found if n.args[1] == "sum" and not n.kwargs and takes(value(n.args[0]), most)]
     for node in found:
         (wait,) = node.users
-        node.target, node.args = torch.ops.gdnfuse.one_shot_all_reduce.default, (node.args[0], node.args[2])
-        node.meta["example_value"] = value(wait)
-        wait.replace_all_uses_with(node)
-        gm.graph.erase_node(wait)
+        (x, _, group), behind = node.args, _residual_sum(node, wait)
+        add, residual = behind[-1], _other(behind)
+        norm = None if residual is None else _norm(node, add)
+        with inserting(gm.graph, node):
+            if not same_shape(value(x).shape, value(add).shape):
+                x = gm.graph.call_method("reshape", (x, tuple(value(add).shape)))
+                x.meta.update(kept_meta(node), example_value=infer(x))
+            if norm is None:
+                args = (x, group, residual) if residual is not None else (x, group)
+                parts = [gm.graph.call_function(torch.ops.gdnfuse.one_shot_all_reduce.default, args)]
+            else:
+                bound = rms_norm.op.bind(norm.args, norm.kwargs)
+                args = (x, residual, bound["weight"], bound["eps"], bound["offset"], group)
+                both = gm.graph.call_function(torch.ops.gdnfuse.one_shot_add_rms_norm.default, args)
+                both.meta.update(kept_meta(node), example_value=infer(both))
+                parts = [gm.graph.call_function(operator.getitem, (both, i)) for i in range(2)]
+            for part in parts:
+                part.meta.update(kept_meta(node), example_value=infer(part))
+        for old, part in zip((add, norm), parts, strict=False):
+            old.replace_all_uses_with(part)
+        for old in (*([norm] if norm is not None else []), *reversed(behind), node):
+            gm.graph.erase_node(old)
     return len(found)
+
+
+def adds_up(node: Node, x: Node) -> bool:
+    """Whether a node sums up x over ranks and takes it in parts too."""
+    place = {ONE_SHOT: 2, ONE_SHOT_NORM: 1}.get(op_name(node), len(node.args))
+    residual = node.args[place] if place < len(node.args) else None
+    return residual is not None and node.args[0] is x and residual is not x
+
+
+def _residual_sum(node: Node, wait: Node) -> list[Node]:
+    """From the wait for a sum over ranks to its sum with a residual, by way of views; the wait alone where there is none.
+
+    The residual must be there before the sum over ranks, and nobody may write it until it is added.
+    """
+    behind = [wait]
+    while len(behind[-1].users) == 1:
+        (reader,) = behind[-1].users
+        behind.append(reader)
+        if source(reader) is not behind[-2] or value(reader).dtype != value(wait).dtype:
+            break
+    add, residual = behind[-1], _other(behind)
+    good = residual is not None and residual is not behind[-2] and not add.kwargs
+    if not good or not all(value(n).dtype == value(wait).dtype for n in (add, residual)):
+        return [wait]
+    same = same_shape(value(residual).shape, value(add).shape) and value(add).numel() == value(wait).numel()
+    return behind if same and _undisturbed(node, add, residual) else [wait]
+
+
+def _other(behind: list[Node]) -> Node | None:
+    """What the last of these nodes adds to the one before."""
+    *before, add = behind
+    if not before or op_name(add) != "add" or len(add.args) != 2:
+        return None
+    return next((x for x in add.args if is_tensor(x) and x is not before[-1]), None)
+
+
+def _norm(node: Node, add: Node) -> Node | None:
+    """The norm of a sum with a residual that may be computed with it."""
+    for norm in add.users:
+        if op_name(norm) == "gdnfuse.rms_norm" and takes_norm(value(add)):
+            bound = rms_norm.op.bind(norm.args, norm.kwargs)
+            if bound["x"] is add and _undisturbed(node, norm, bound["weight"], add):
+                return norm
+    return None
+
+
+def _undisturbed(first: Node, last: Node, *read: Node) -> bool:
+    """Whether what is read at one node may be read at an earlier one: it is there by then, and written by nobody in between."""
+    node, homes = first.next, {storage(n) for n in read}
+    while node is not last:
+        if node in read[:1] or not homes.isdisjoint(writes(node)):
+            return False
+        node = node.next
+    return True
 
 
 def _is_waited_for(node: Node) -> bool:

@@ -17,7 +17,7 @@ from gdnfuse.dialect.fused_linear import weight_dtype
 from gdnfuse.errors import Refused
 from gdnfuse.kernels.linear_configs import rings, split
 from gdnfuse.packing import Inner, PackedWeight, give_own_memory, pack
-from gdnfuse.passes import quantized
+from gdnfuse.passes import collectives, quantized
 from gdnfuse.passes.sdpa import attention_of
 from gdnfuse.passes.survey import CHOSEN
 from gdnfuse.report.records import Record
@@ -212,6 +212,8 @@ def _add_up(node: Node, parts: int, dtype: torch.dtype) -> None:
         call = add_rms_norm.op.bind(readers[0].args, readers[0].kwargs)
         if call["x"] is node and call["residual"] is not node:
             return  # which adds up itself
+    if len(readers) == 1 and collectives.adds_up(readers[0], node):
+        return
     with inserting(graph, node):
         steps = [("sum", 0), ("to", dtype)]
         if parts > MAX_SUM:

@@ -436,10 +436,12 @@ def between_ranks(report: GraphReport) -> dict[str, tuple[int, int]]:
     found: dict[str, tuple[int, int]] = {}
     for block in report.blocks:
         for o in report.structures[block.after]:
-            kind = o.op.removeprefix("_c10d_functional.").replace("gdnfuse.one_shot", "one_shot")
-            if kind != o.op and kind != "wait_tensor":
+            kind = o.op.removeprefix("_c10d_functional.")
+            if kind.startswith("one_shot_") or kind != o.op and kind != "wait_tensor":
                 count, moved = found.get(kind, (0, 0))
-                found[kind] = count + 1, moved + o.bytes // 2  # which counts what is read and what is written
+                # What is read and written has that size, but for the weight of a norm, which is one row.
+                tensors = {"one_shot_all_reduce": len(o.inputs) + 1, "one_shot_add_rms_norm": 4}.get(kind, 2)
+                found[kind] = count + 1, moved + o.bytes // tensors
     return found
 
 

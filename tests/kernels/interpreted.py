@@ -7,9 +7,12 @@ import kernel_cases
 import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 from triton.runtime import interpreter
 
 from gdnfuse import versions
+from gdnfuse.dialect import add_rms_norm
 from gdnfuse.kernels import (
     attention_decode,
     attention_few_queries,
@@ -21,6 +24,8 @@ from gdnfuse.kernels import (
     few_rows_linear,
     grouped_experts,
     implementations,
+    one_shot_all_reduce,
+    one_shot_sum,
     skinny_linear,
 )
 from gdnfuse.kernels.linear_configs import FewRowsConfig
@@ -272,3 +277,57 @@ def test_the_order_of_choices_is_by_expert_and_then_as_they_come():
         assert 0 <= last - first <= 8 and (flat[order[first:last]] == expert).all()
         covered += range(first, last)
     assert covered == list(range(len(wanted)))
+
+
+@triton.jit
+def stored(address, word, number, live):
+    """What `send` does, of which the interpreter knows no assembly."""
+    packet = address.to(tl.pointer_type(tl.int64))
+    low, high = word & 0xFFFFFFFF, (word >> 32) & 0xFFFFFFFF
+    flag = number.to(tl.int64) << 32
+    tl.store(packet, low | flag, mask=live)
+    tl.store(packet + 1, high | flag, mask=live)
+
+
+@triton.jit
+def found(address, number, live):
+    """What `receive` does where all is there: what has another number is no word."""
+    packet = address.to(tl.pointer_type(tl.int64))
+    low, high = tl.load(packet, mask=live, other=0), tl.load(packet + 1, mask=live, other=0)
+    there = ((low >> 32) == number) & ((high >> 32) == number)
+    return tl.where(there | (live == 0), (low & 0xFFFFFFFF) | (high << 32), -1)
+
+
+@pytest.mark.parametrize(
+    *pairs(ranks=[2, 3], dtype=[torch.float32, torch.bfloat16], rows=[1, 3], N=[40, 136], parts=[1, 3], norm=[False, True])
+)
+def test_one_shot_sums_over_ranks(ranks, dtype, rows, N, parts, norm, monkeypatch):
+    """The ranks' memories are here, and a rank runs twice: before the others have sent, and after. Four calls, of two sizes."""
+    monkeypatch.setattr(one_shot_sum, "send", stored)
+    monkeypatch.setattr(one_shot_sum, "receive", found)
+    monkeypatch.setattr(one_shot_sum, "BLOCK", 32)
+    monkeypatch.setattr(one_shot_sum, "PROGRAMS", 3)
+    monkeypatch.setattr(one_shot_sum, "MOST", tl.constexpr(1024))
+    homes = one_shot_memories(ranks)
+    for call, lines in enumerate((rows, 2, rows, rows), 1):
+        shape = (parts, lines, N) if parts > 1 else (lines, N)
+        # Sums of quarters are exact, as is what the interpreter rounds them to.
+        xs = [(torch.randint(-8, 9, shape) / 4).to(torch.float32 if parts > 1 else dtype) for _ in range(ranks)]
+        residual, weight = (torch.randint(-8, 9, (lines, N)) / 4).to(dtype), torch.randn(N).to(dtype) if norm else None
+        for home in homes:
+            one_shot_sum.launch(xs[home.rank], residual, weight, 1e-6, 1.0, home)
+            home.memory[0] -= 1
+        results = [one_shot_sum.launch(xs[home.rank], residual, weight, 1e-6, 1.0, home) for home in homes]
+        assert [home.memory[:2].tolist() for home in homes] == [[call, 0]] * ranks
+        assert all(torch.equal(a, b) for one in results for a, b in zip(one, results[0], strict=True))
+        summed = sum(x.sum(0) if parts > 1 else x for x in xs).to(dtype)
+        hidden, normed = add_rms_norm.op.reference(summed, residual, weight if norm else torch.zeros(N), 1e-6, 1.0)
+        assert torch.equal(results[0][0], hidden)
+        torch.testing.assert_close(results[0][1], normed if norm else hidden, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+def one_shot_memories(ranks):
+    memories = [torch.zeros(16 + 4 * ranks * 1024, dtype=torch.int64) for _ in range(ranks)]
+    for memory in memories:
+        memory[2 : 2 + ranks] = torch.tensor([m.data_ptr() for m in memories])
+    return [one_shot_all_reduce.Home(memory, rank, ranks) for rank, memory in enumerate(memories)]

@@ -26,12 +26,15 @@ from gdnfuse.kernels import (
     few_rows_hopper,
     few_rows_hopper_quantized,
     implementations,
+    one_shot_sum,
     skinny_linear,
     skinny_tensor_cores,
 )
 from gdnfuse.kernels.chunk_delta_rule import prepare_bytes, scan_bytes
 from gdnfuse.kernels.devices import H200, Device
+from gdnfuse.kernels.launch.implementation import launched_by
 from gdnfuse.kernels.linear_configs import FewRowsConfig, few_rows_config, quantized_ring_config, ring_config, split
+from gdnfuse.kernels.one_shot_all_reduce import Home
 from tests.sweeps import pairs
 
 SWEEP = "GDNFUSE_FUZZ" in os.environ
@@ -46,7 +49,7 @@ SMALL = [target for target in CARDS if CARDS[target].shared_memory < 100 * 1024]
 MAX_THREADS = 1024  # of a program
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 H, W = 16, 4
-BF16 = torch.bfloat16
+BF16, F32 = torch.bfloat16, torch.float32
 
 
 def calls(B, HV, K=128, V=128, state_dtype=torch.float32):
@@ -228,6 +231,27 @@ ON_STACK = {
 
 def stack(what):
     return ON_STACK.get(TRITON, {}).get(what, 0)
+
+
+@pytest.mark.parametrize(
+    *pairs(target=["sm_80", "sm_90", "sm_100"], rows=[1, 8], norm=[False, True], parts=[1, 3], ranks=[2, 8], dtype=[BF16, F32])
+)
+def test_a_small_sum_over_ranks_compiles(target, rows, norm, parts, ranks, dtype, monkeypatch, tmp_path):
+    """A thread waits for each of its words once: a compiler that wants them in another order too must not wait for them again."""
+    of = lambda *shape, dtype=dtype: torch.empty(shape, dtype=dtype, device="meta")  # noqa: E731
+    monkeypatch.setattr(one_shot_sum, "overlap_options", lambda x: {"launch_pdl": True} if target != "sm_80" else {})
+    home = Home(of(16, dtype=torch.int64), 1, ranks)
+    N = 5120 if dtype == BF16 else 4096
+    x = of(rows, 1, N) if parts == 1 else of(parts, rows, 1, N, dtype=F32)
+    (spec,) = launched_by(one_shot_sum.launch, x, of(rows, 1, N), of(N) if norm else None, 1e-6, 1.0, home)
+    kernel = compile_for(target, spec)
+    threads, turns = 32 * kernel.metadata.num_warps, spec.constexprs["TURNS"]
+    words = max(spec.constexprs["BLOCK"] // threads, 1) * (ranks - 1) * turns
+    ptx = kernel.asm["ptx"]
+    assert ptx.count("ld.relaxed.sys.global.v2.b64") == ptx.count("st.relaxed.sys.global.v2.b64") == words
+    usage = resources(kernel.asm["cubin"], tmp_path)
+    assert threads * usage["REG"] <= 2**16, usage
+    assert usage["STACK"] <= (0 if ranks == 2 else 128) and usage["LOCAL"] == 0, usage  # seven addresses a word
 
 
 @pytest.mark.parametrize(("model", "op", "target"), CASES, ids=["-".join(c) for c in CASES])

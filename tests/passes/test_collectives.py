@@ -13,6 +13,7 @@ from torch.fx import Interpreter
 
 from gdnfuse.errors import Refused
 from gdnfuse.passes import collectives, local_weights, verify
+from gdnfuse.passes.collectives import ONE_SHOT, ONE_SHOT_NORM
 from gdnfuse.rewrite.graph import calls, op_name, writes
 from tests.rewrite.captured import Captured, copied
 
@@ -140,11 +141,67 @@ def test_small_sums_go_through_symmetric_memory(most, ways):
     """Those of at most so many bytes, here 2 of 8 numbers; on a CPU they are summed as always."""
     captured = Captured(lambda x, w: (reduced(F.linear(x, w)) + reduced(torch.cat([x, x]).flatten(0, 1)).sum(),), X, torch.eye(8))
     captured.normalize()
-    assert collectives.one_shot(captured.gm, most) == ways == captured.ops().count(collectives.ONE_SHOT)
+    assert collectives.one_shot(captured.gm, most) == ways == captured.ops().count(ONE_SHOT)
     captured.gm.graph.lint()
     found = [op_name(n) for n in collectives.collectives(captured.gm)]
-    assert found == [collectives.ONE_SHOT if ways else collectives.SUM, collectives.SUM]
+    assert found == [ONE_SHOT if ways else collectives.SUM, collectives.SUM]
     torch.testing.assert_close(captured.gm(*captured.args), captured.before(*copied(captured.args)))
+
+
+def with_norm(x, w):
+    weight = w[0]
+    hidden = x + reduced(F.linear(x, w))
+    return torch.ops.gdnfuse.rms_norm(hidden, weight, 1e-6, 1.0), hidden * 2
+
+
+def weight_made_behind(x, w):
+    hidden = x + reduced(F.linear(x, w))
+    return torch.ops.gdnfuse.rms_norm(hidden, w[0] * 2, 1e-6, 1.0), hidden
+
+
+def residual_made_behind(x, w):
+    y = reduced(F.linear(x, w))
+    return (x * 2 + y,)
+
+
+def residual_written_between(x, w):
+    y = reduced(F.linear(x, w))
+    x.mul_(2)
+    return (x + y,)
+
+
+def read_twice(x, w):
+    y = reduced(F.linear(x, w))
+    return x + y, y * 2
+
+
+def doubled(x, w):
+    y = reduced(F.linear(x, w))
+    return (y + y,)
+
+
+@pytest.mark.parametrize(
+    ("f", "found"),
+    [
+        (lambda x, w: (reduced(F.linear(x, w)) + x,), [ONE_SHOT]),
+        (lambda x, w: (x + reduced(F.linear(x[:, 0], w)).unsqueeze(1),), ["reshape", ONE_SHOT]),
+        (with_norm, [ONE_SHOT_NORM, "mul"]),
+        (weight_made_behind, [ONE_SHOT, "mul", "gdnfuse.rms_norm"]),
+        (residual_made_behind, [ONE_SHOT, "mul", "add"]),
+        (residual_written_between, [ONE_SHOT, "mul_", "add"]),
+        (read_twice, [ONE_SHOT, "add", "mul"]),
+        (doubled, [ONE_SHOT, "add"]),
+        (lambda x, w: (x + reduced(F.linear(x, w)).double(),), [ONE_SHOT, "to", "add"]),
+    ],
+    ids=lambda f: getattr(f, "__name__", None),
+)
+def test_what_stands_behind_a_small_sum_goes_with_it(f, found):
+    captured = Captured(f, X, torch.randn(8, 8))
+    captured.normalize()
+    assert collectives.one_shot(captured.gm, 64) == 1
+    captured.gm.graph.lint()
+    assert [op for op in captured.ops() if op not in ("getitem", "linear")] == found
+    captured.equal()
 
 
 def test_a_maximum_stays():

@@ -15,7 +15,7 @@ from gdnfuse.dialect import attention_growing as growing_op
 from gdnfuse.dialect import mixer_decode as mixer_op
 from gdnfuse.dialect import packed_decode as rule_op
 from gdnfuse.kernels.linear_configs import FILLED, split
-from gdnfuse.passes import fuse, lift, lower
+from gdnfuse.passes import collectives, fuse, lift, lower
 from gdnfuse.report.records import Status
 from gdnfuse.rewrite.graph import op_name
 from tests.models import zoo
@@ -49,13 +49,14 @@ def is_kernel(target):
 class Lowered:
     """The graph of f behind every pass, for a GPU."""
 
-    def __init__(self, f, *args, linears=True, target="cuda"):
+    def __init__(self, f, *args, linears=True, target="cuda", one_shot_bytes=0):
         self.captured = Captured(f, *args).normalize()
         for rules in (lift.RULES, fuse.RULES):
             self.captured.apply(*rules).normalize()
         self.gm = self.captured.gm
         placeholders = self.gm.graph.find_nodes(op="placeholder")
         lower.pack_weights(self.gm, dict(zip(placeholders, self.captured.args, strict=True)))
+        collectives.one_shot(self.gm, one_shot_bytes)
         self.records = lower.lower(self.gm, target, linears=linears)
         lower.check(self.gm)
         self.gm.graph.lint()
@@ -142,6 +143,32 @@ def test_the_norm_that_alone_reads_a_sum_adds_up_itself(rows, columns, parts):
     assert graph.names == ["split_linear", "add_rms_norm"] and set(graph.ops()) == {"getitem"}
     first, second = graph.kernels
     assert first.kwargs["parts"] == parts and second.kwargs["x"] is first
+
+
+def summed_over_ranks(x, w, r, n):
+    torch.distributed.all_reduce(y := F.linear(x, w))
+    return r + y
+
+
+@pytest.fixture
+def group(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("parts", [3], indirect=True)
+def test_a_small_sum_over_ranks_adds_up_itself(parts, group):
+    """With a residual, and with its norm; without either Inductor does."""
+    args = of(8, 1, 1536), weight(M, 1536), of(8, 1, M), of(M)
+    for f, found in (
+        (summed_over_ranks, {"gdnfuse.one_shot_all_reduce"}),
+        (lambda *given: norm(summed_over_ranks(*given), given[-1]), {"gdnfuse.one_shot_add_rms_norm", "getitem"}),
+        (lambda *given: summed_over_ranks(*given).sin() - given[2].exp(), {"gdnfuse.one_shot_all_reduce", "sin", "exp", "sub"}),
+        (lambda x, w, r, n: summed_over_ranks(x, w, 0, n), {"gdnfuse.one_shot_all_reduce", "sum", "to", "add"}),
+    ):
+        graph = Lowered(f, *args, one_shot_bytes=1024).right()
+        assert graph.names == ["split_linear"] and set(graph.ops()) == found, graph.ops()
 
 
 @pytest.mark.parametrize("parts", [2], indirect=True)

@@ -79,10 +79,7 @@ class Implementation:
 
     def jit_kernels(self, *args: Any, **kwargs: Any) -> list[CompileSpec]:
         """The specialisations that a call with these arguments launches, in order; tensors on device "meta" will do."""
-        specs: list[CompileSpec] = []
-        with _standing_in(lambda kernel: _Recorder(kernel, specs)):
-            self.launch(*args, **kwargs)
-        return specs
+        return launched_by(self.launch, *args, **kwargs)
 
     def plan(self, arguments: dict[str, Any]) -> list[str]:
         """One line per kernel that a call with these fake tensors launches: its name, how it shares out the work, its warps.
@@ -204,7 +201,9 @@ class _Recorder:
                 signature[param.name], constexprs[param.name] = "constexpr", value
             elif isinstance(value, torch.Tensor):
                 pointers = POINTERS | INDEX_POINTERS
-                signature[param.name], attrs[(i,)] = pointers[value.dtype], [["tt.divisibility", 16]]
+                signature[param.name] = pointers[value.dtype]
+                if not param.do_not_specialize_on_alignment:
+                    attrs[(i,)] = [["tt.divisibility", 16]]
             elif isinstance(value, float):
                 signature[param.name] = "fp32"
             else:
@@ -232,6 +231,14 @@ class _Ahead:
     def _warmup(self, args: list[Any], kwargs: dict[str, Any]) -> None:
         with torch.cuda.device(self.device):
             self.kernel.warmup(*args, grid=(1,), **kwargs)
+
+
+def launched_by(launch: Callable[..., Any], *args: Any, **kwargs: Any) -> list[CompileSpec]:
+    """The specialisations of kernels that a function launches, in order; it only notes them."""
+    specs: list[CompileSpec] = []
+    with _standing_in(lambda kernel: _Recorder(kernel, specs)):
+        launch(*args, **kwargs)
+    return specs
 
 
 def kernel_of(kernel: Any) -> Any:
