@@ -1,11 +1,12 @@
-"""Capture: transformers' rule, conv, experts and FP8 functions become dialect ops while Dynamo traces.
+"""Capture: transformers' functions for the rule, conv, experts and FP8 linears become dialect ops while Dynamo traces.
 
-Traced as it stands, the chunk rule unrolls one loop iteration per 64 tokens, with a graph per length, and a kernel library in its
-place breaks the graph. `torch.compiler.substitute_in_graph` puts a function of ours in its place, in traces only; eager calls see
-nothing. The substitution is process-wide, so it stands aside wherever the function's own behaviour is what was asked for: under
-torch's own backends, export, autocast, functorch or gradients, with `capture=False`, and for arguments that our ops do not mean.
+Without capture, the chunk rule unrolls into one loop iteration per 64 tokens, with one graph per length, and a kernel library in
+its place breaks the graph. `torch.compiler.substitute_in_graph` replaces it by a function of ours, only in traces: eager calls do
+not change. The substitution holds for the whole process. So it must call the original function wherever that was asked for: under
+torch's own backends, export, autocast, functorch or gradients, with `capture=False`, and for arguments that our ops do not
+support.
 
-Propose, then prove holds here too: a function is captured after its torch implementation and our op have agreed in float64.
+Here too, proposals are proved. A function is captured only if its torch implementation and our op agree in float64.
 """
 
 from __future__ import annotations
@@ -36,18 +37,18 @@ from gdnfuse.rewrite.proof import compare
 
 log = logging.getLogger(__name__)
 
-MODULES = ("transformers.models.", "transformers_modules.")  # the second is code that came with a checkpoint
+MODULES = ("transformers.models.", "transformers_modules.")  # the second is for code that comes with a checkpoint
 ACTIVATIONS = {None: "none", "silu": "silu", "swish": "silu"}
 
 
-# What stands in for each function: `accepts` says whether our op means these arguments, the other calls it. Dynamo traces both.
+# The replacements. `accepts` says whether our op supports the arguments, and `call` calls it. Dynamo traces both.
 
 
 def _chunk(
     query, key, value, g, beta, chunk_size=64, initial_state=None, output_final_state=False, use_qk_l2norm_in_kernel=False,
     cu_seqlens=None, **ignored,
 ):  # fmt: skip
-    # Written into transformers' rules; the proof would show another. A global would be a symbol where sizes are dynamic.
+    # A constant in transformers' rules. The proof would find any other value. A global would become a symbol with dynamic sizes.
     eps = 1e-6 if use_qk_l2norm_in_kernel else None
     scale = key.shape[-1] ** -0.5
     o, state, _ = torch.ops.gdnfuse.chunk_delta_rule.default(query, key, value, g, beta, initial_state, scale, eps, cu_seqlens)
@@ -59,7 +60,7 @@ def _recurrent(
     **ignored,
 ):  # fmt: skip
     if initial_state is None or cu_seqlens is not None or value.shape[1] != 1:
-        # The recurrent op takes a state and runs token by token; the chunk rule is the same function.
+        # The recurrent rule has a state and runs token by token. The chunk rule is the same function of its inputs.
         return _chunk(
             query, key, value, g, beta, initial_state=initial_state, output_final_state=output_final_state,
             use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel, cu_seqlens=cu_seqlens,
@@ -75,13 +76,13 @@ def _rule_accepts(query, key, value, g, beta, initial_state=None, cu_seqlens=Non
         return False
     if initial_state is None:
         return True
-    # Comparing sizes also tells Dynamo that they are one where it has two symbols for them, as the function's own code would.
+    # The comparison also tells Dynamo that two symbols are the same size, as the original code would.
     heads = initial_state.ndim == 4 and initial_state.shape[1:] == (value.shape[2], key.shape[3], value.shape[3])
     return heads and (cu_seqlens is not None or initial_state.shape[0] == query.shape[0])
 
 
 def _conv(hidden_states, weight, bias=None, activation=None, cu_seq_lens_q=None, **ignored):
-    # Transformers hands the bounds of packed sequences to the rule alone and mixes them here; these are the same bounds.
+    # transformers passes the bounds of packed sequences only to the rule and mixes sequences here. These are the same bounds.
     return torch.ops.gdnfuse.causal_conv.default(hidden_states, weight, bias, ACTIVATIONS[activation], None, cu_seq_lens_q)
 
 
@@ -99,16 +100,16 @@ def _update(hidden_states, conv_state, weight, bias=None, activation=None, **ign
 def _update_accepts(hidden_states, conv_state, weight, bias=None, activation=None, **others):
     shapes = hidden_states.ndim == 3 and conv_state.ndim == 3 and weight.ndim == 2
     shapes = shapes and conv_state.shape[:2] == hidden_states.shape[:2]
-    # The first comparison makes a number of a symbol, wherever it holds.
+    # The first comparison turns a symbol into a number if it is true.
     width = shapes and (conv_state.shape[-1] == weight.shape[-1] or conv_state.shape[-1] >= weight.shape[-1] - 1)
     return width and activation in ACTIVATIONS
 
 
-# What is drawn for the proofs: calls (args, kwargs) in float64.
+# Random calls (args, kwargs) in float64 for the proofs.
 
 
 def _rule_calls() -> Iterator[tuple[list[Any], dict[str, Any]]]:
-    """No token more than a chunk, a part of one, whole ones, and more; with and without state, l2norm and grouped heads."""
+    """Calls with one token, a part of a chunk, a whole chunk, and more; with and without state, l2norm and grouped heads."""
     for T, H, HV, stateful, normed in (
         (1, 2, 2, True, True), (1, 2, 4, True, False), (5, 2, 2, False, True), (64, 2, 2, True, False), (70, 2, 2, True, True),
         (3, 1, 3, False, True),
@@ -116,11 +117,11 @@ def _rule_calls() -> Iterator[tuple[list[Any], dict[str, Any]]]:
         B, K, V = 2, 4, 3
         generator = torch.Generator().manual_seed(T)
         draw = functools.partial(torch.randn, dtype=torch.float64, generator=generator)
-        # Rows in turn so small that an eps shows, and below the length at which a rule without l2norm stays bounded.
+        # Some rows are so small that an eps has an effect. All are short enough that a rule without l2norm stays bounded.
         q, k = draw(B, T, H, K), draw(B, T, H, K) * 0.3
         q[:, ::2] *= 1e-3
         k[:, 1::2] *= 1e-3
-        # Decays so mild that a chunk does not forget the one before it.
+        # Decays near 1, so that a chunk does not forget the one before it.
         g, beta = -draw(B, T, HV).abs() / 16, draw(B, T, HV).sigmoid()
         state = draw(B, HV, K, V) if stateful else None
         kwargs = {"initial_state": state, "output_final_state": True, "use_qk_l2norm_in_kernel": normed}
@@ -137,17 +138,17 @@ def _conv_calls(stateful: bool) -> Iterator[tuple[list[Any], dict[str, Any]]]:
 
 @dataclass(frozen=True)
 class Capturable:
-    """A function that transformers' models share.
+    """A function that models of transformers share.
 
     Attributes:
-        op: the dialect op that stands for it.
-        call: calls the op, with the function's arguments and results.
-        accepts: whether it may, from the arguments alone.
-        positional: how many arguments may come by position.
-        means: names of arguments that `call` heeds. Others that an installed kernel would heed must be None or False.
-        calls: draws arguments for the proof.
-        others: functions that must compute the same, as they may be called in this one's place.
-        keep: told what was proved; may refuse it.
+        op: the dialect op that replaces it.
+        call: calls the op, with the arguments and results of the function.
+        accepts: tells from the arguments alone whether the op may be called.
+        positional: how many arguments may be positional.
+        means: names of the arguments that `call` uses. Other arguments, which only a kernel library uses, must be None or False.
+        calls: makes random arguments for the proof.
+        others: functions that must compute the same, because they may be called in place of this one.
+        keep: called with what was proved. It may refuse it.
     """
 
     op: str
@@ -168,11 +169,11 @@ _EXPERTS = frozenset("self hidden_states top_k_index top_k_weights".split())
 
 
 def _no_calls() -> Iterator[tuple[list[Any], dict[str, Any]]]:
-    """Of what runs on GPUs alone."""
+    """No calls, for functions that only run on GPUs."""
     return iter(())
 
 
-SHARED = {  # by many modules
+SHARED = {  # functions that many modules have
     "torch_chunk_gated_delta_rule": Capturable("chunk_delta_rule", _chunk, _rule_accepts, 5, _RULE, _rule_calls),
     "torch_recurrent_gated_delta_rule": Capturable("delta_rule", _recurrent, _rule_accepts, 5, _RULE, _rule_calls),
     "causal_conv1d_fn": Capturable("causal_conv", _conv, _conv_accepts, 4, _CONV, functools.partial(_conv_calls, False)),
@@ -194,15 +195,15 @@ CAPTURABLE = {
 
 @dataclass
 class Capture:
-    """One function found in a module.
+    """One function that was found in a module.
 
     Attributes:
         function: its full name.
-        op: the dialect op it becomes.
-        captured: whether it does; otherwise `reason` says why not.
-        reason: a sentence, or empty.
-        proof_error: worst relative error of the float64 proof, if it ran to the end, which what needs a GPU does not.
-        seconds: time the proof took.
+        op: the dialect op that it becomes.
+        captured: whether it is captured.
+        reason: a sentence on why it is not captured, or empty.
+        proof_error: worst relative error of the float64 proof. None if the proof did not finish, or if the function needs a GPU.
+        seconds: time of the proof.
     """
 
     function: str
@@ -213,19 +214,19 @@ class Capture:
     seconds: float = 0.0
 
 
-# A copy of each captured function that is not substituted, by the function's id. In a global, so that Dynamo knows where it
-# comes from, as it would for the function itself.
+# A copy of each captured function, which is not substituted, by the id of the function. It is a global so that Dynamo has a
+# source for it, as it would for the function itself.
 _originals: dict[int, types.FunctionType] = {}
 
-# Every function or class looked at, by its id, beside what became of it; kept alive here so that no other object gets the id.
+# Every function or class that was looked at, by id, with the outcome. It is kept alive, so that no other object gets its id.
 _seen: dict[int, tuple[Any, Capture, type | None]] = {}
 
 
-_active = False  # what cannot be restored calls its function itself meanwhile
+_active = False  # substitutions that cannot be undone call the original function while this is False
 
 
 def install() -> None:
-    """Look for functions to capture at the start of every compilation, so that modules loaded later are seen too."""
+    """Look for functions to capture at the start of every compilation, so that modules that are loaded later are found too."""
     global _active
     _active = True
     if not compat.at_compile_start(_on_compile_start):
@@ -233,7 +234,7 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Undo every substitution. Graphs compiled before stay as they are; `torch._dynamo.reset()` drops them."""
+    """Undo every substitution. Graphs that were compiled before do not change; `torch._dynamo.reset()` drops them."""
     global _active
     _active = False
     compat.not_at_compile_start(_on_compile_start)
@@ -247,33 +248,33 @@ def uninstall() -> None:
 
 
 def status() -> list[Capture]:
-    """What functions were found so far, and whether they are captured.
+    """The functions that were found so far, and whether they are captured.
 
-    They are looked for when something is compiled, or by `scan`.
+    Functions are looked for when something is compiled, or by `scan`.
 
     Returns:
-        One Capture for each function, in the order they were found.
+        One Capture for each function, in the order in which they were found.
     """
     return [capture for _, capture, _ in _seen.values()]
 
 
 def scan() -> None:
-    """Look at every function of a loaded module that has not been looked at, prove it and capture it."""
+    """Look at every function of a loaded module that was not looked at before, prove it and capture it."""
     _scan_activations()
     for name, module in list(sys.modules.items()):
         if not name.startswith((*MODULES, experts.MODULES)) or not isinstance(module, types.ModuleType):
             continue
         for attribute, function, cls in (*_named(name, module), *experts.found(name, module), *fp8.found(name, module)):
-            if id(cls or function) not in _seen:  # classes may share a loop
+            if id(cls or function) not in _seen:  # several classes may share a loop
                 capture = _try(function, f"{name}.{attribute}", CAPTURABLE.get(attribute) or _of_experts(attribute, cls))
                 _seen[id(cls or function)] = (function, capture, cls)
                 log.debug("%s: %s", capture.function, capture.reason or f"captured as gdnfuse.{capture.op}")
 
 
-# transformers' table of activations makes a module whenever it is asked for one, in each GDN layer of a call too. To trace that
-# takes more than a tenth of Dynamo's time. SiLU, which GDN asks for, has no weights: in traces it is torch's function.
-_silu: type | None = None  # the class of the table's entry, once it was seen to be that
-_made: Callable[..., Any]  # the table's own way
+# transformers' table of activations makes a new module at each access, and each GDN layer accesses it in each call. Tracing that
+# takes more than a tenth of Dynamo's time. SiLU, which GDN uses, has no weights, so in traces it is torch's function.
+_silu: type | None = None  # the class of the table's entry, after a check that it is SiLU
+_made: Callable[..., Any]  # the original access
 
 
 def _activation(self, key):
@@ -284,7 +285,7 @@ def _activation(self, key):
 
 @torch.compiler.assume_constant_result
 def _unwatched() -> bool:
-    """Whether nobody waits for calls of modules, and the compilation under way is one to capture in."""
+    """Whether no hook watches calls of modules, and the current compilation is one to capture in."""
     return wanted() and not compat.global_hooks()
 
 
@@ -323,7 +324,7 @@ def _named(name: str, module: types.ModuleType) -> Iterator[tuple[str, Any, None
 def _on_compile_start(*_: Any) -> None:
     try:
         scan()
-    except Exception:  # whatever is compiled here need not be ours, and must not fail because of us
+    except Exception:  # a compilation of something else must not fail because of gdnfuse
         log.exception("gdnfuse could not look for functions to capture")
 
 
@@ -348,10 +349,10 @@ def _try(function: Any, name: str, capturable: Capturable) -> Capture:
 
 
 def prove(function: Callable[..., Any], capturable: Capturable) -> float | None:
-    """Run a function, and others that may be called in its place, and what would stand for it on the same inputs in float64.
+    """Run a function, functions that may be called in its place, and its replacement on the same inputs in float64.
 
     Returns:
-        The worst relative error over results and written arguments; None if there was nothing to run.
+        The worst relative error over results and written arguments. None if there was nothing to run.
 
     Raises:
         Refused: they differ, or the function could not be run.
@@ -366,7 +367,7 @@ def prove(function: Callable[..., Any], capturable: Capturable) -> float | None:
                         wanted = tried(*args, **kwargs)
                 except Exception as e:
                     if isinstance(q := args[0], torch.Tensor) and q.ndim == 4 and q.shape[2] != args[2].shape[2]:
-                        continue  # a function that takes no grouped heads is never called with them
+                        continue  # a function without grouped heads is never called with them
                     raise Refused(f"The proof could not be run: {one_line(e)}.") from e
                 got = capturable.call(*copies, **kwargs)
                 pairs = zip(_tensors(wanted) + _tensors(args), _tensors(got) + _tensors(copies), strict=True)
@@ -386,7 +387,7 @@ def _substitute(function: types.FunctionType, capturable: Capturable) -> None:
     original.__kwdefaults__ = function.__kwdefaults__
     key = id(function)
     call, accepts, positional = capturable.call, capturable.accepts, capturable.positional
-    # With a kernel library installed the wrapper holds its function's parameters; those we do not know may change the result.
+    # If a kernel library is installed, the wrapper has the parameters of its function. Unknown ones may change the result.
     held = inspect.getclosurevars(function).nonlocals.get("applicable_params", ())
     foreign = tuple(sorted({"seq_idx", *held} - capturable.means))
 
@@ -400,7 +401,7 @@ def _substitute(function: types.FunctionType, capturable: Capturable) -> None:
 
 
 def _plain(args, kwargs, foreign):
-    """Whether nothing asks for gradients, and no argument that only another implementation knows is given."""
+    """Whether nothing needs gradients, and no argument is given that only another implementation knows."""
     for name in foreign:
         if kwargs.get(name) is not None and kwargs.get(name) is not False:
             return False
@@ -413,10 +414,10 @@ def _plain(args, kwargs, foreign):
 
 @torch.compiler.assume_constant_result
 def wanted() -> bool:
-    """Whether the compilation under way is one to capture in. Dynamo runs this for real while it traces.
+    """Whether the current compilation is one to capture in. Dynamo really runs this function while it traces.
 
-    torch hands a backend its options only with the finished graph, so they are read off the tracer. Where that cannot be done, as
-    under a backend that somebody wrote around ours, the answer is yes: the ops are right under every backend.
+    torch passes options to a backend only with the finished graph, so they are read from the tracer. If that is not possible, for
+    example under a backend that was built around ours, the answer is yes: the ops are correct under every backend.
     """
     if not _active or disabled() or torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
         return False
@@ -433,8 +434,10 @@ def wanted() -> bool:
 
 
 def backend_under_way() -> tuple[Any, dict[str, Any], bool] | None:
-    """The backend that Dynamo traces for, without what torch has put around it, its options, and whether the trace is an export;
-    None where that cannot be told."""
+    """The backend that Dynamo traces for, without torch's wrappers, its options, and whether the trace is an export.
+
+    None if that cannot be told.
+    """
     if (found := compat.compiling_for()) is None:
         return None
     (backend, exporting), options = found, {}
@@ -451,5 +454,5 @@ def backend_under_way() -> tuple[Any, dict[str, Any], bool] | None:
 
 
 def home(backend: Any) -> str:
-    """The module that a backend is from."""
+    """The module in which a backend is defined."""
     return getattr(backend, "__module__", None) or type(backend).__module__

@@ -1,12 +1,12 @@
-"""Capture of a mixture of experts: whichever function of transformers computes its experts becomes gdnfuse.experts.
+"""Capture of a mixture of experts: all functions of transformers that compute experts become gdnfuse.experts.
 
-A class of experts has a forward of its own, a loop over experts, in whose place transformers calls one of its functions if the
-config's `experts_implementation` says so. All of them are captured; the loop breaks a graph by itself. A function of the user's,
-registered with transformers, is not.
+A class of experts has its own forward, a loop over experts. By the config's `experts_implementation`, transformers may call one
+of its functions instead. All of these are captured. The loop alone would break a graph. Functions that the user has registered
+with transformers are not captured.
 
-Proved is each class: its loop, and batched_mm on it, which uses what else the class brings (`_apply_gate`). batched_mm and
-grouped_mm are proved themselves too. deepgemm and sonicmoe run on their GPUs alone: for them, as for all of these, the class must
-have been proved.
+Each class is proved: its loop, and batched_mm on it, which uses other parts of the class (`_apply_gate`). batched_mm and
+grouped_mm are proved themselves too. deepgemm and sonicmoe only run on GPUs. They, like all others, require that the class was
+proved.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ FUNCTIONS = (
     "sonicmoe_experts_forward",
 )
 ON_GPU = FUNCTIONS[2:]
-# What a class says of its weights: what the op means, and what else there could be.
+# What a class may say about its weights: the value that the op expects, and the others.
 LAYOUT = {
     "has_gate": (True, "a gate beside up"),
     "has_bias": (False, "no biases"),
@@ -49,7 +49,7 @@ def call(self, hidden_states, top_k_index, top_k_weights):
 
 
 def accepts(self, hidden_states, top_k_index, top_k_weights):
-    """Whether the op means these experts. Dynamo traces it; whatever else is called as the function's own code has it."""
+    """Whether the op supports these experts. Dynamo traces this function. Other experts run the original code."""
     if not _proved(type(self)) or not is_silu(type(self.act_fn)):
         return False
     x, gate_up, down = hidden_states, self.gate_up_proj, self.down_proj
@@ -68,7 +68,7 @@ def accepts(self, hidden_states, top_k_index, top_k_weights):
     return shapes and self.num_experts == E and top_k_index.shape == top_k_weights.shape and top_k_index.shape[0] == x.shape[0]
 
 
-_classes: dict[type, types.FunctionType] = {}  # of experts that were proved, and their loops
+_classes: dict[type, types.FunctionType] = {}  # proved classes of experts, and their loops
 
 
 @torch.compiler.assume_constant_result
@@ -83,19 +83,19 @@ def _plain(cls: type) -> bool:
 
 @torch.compiler.assume_constant_result
 def is_silu(cls: type) -> bool:
-    """Whether a class of activations is SiLU: torch's, or one with nothing but a forward that computes it."""
+    """Whether a class of activations is SiLU: the class of torch, or one with only a forward that computes it."""
     if cls is torch.nn.SiLU:
         return True
     try:
         x, act = torch.linspace(-20, 20, 81, dtype=torch.float64), cls()
         bare = isinstance(act, torch.nn.Module) and vars(act).keys() == vars(torch.nn.Module()).keys()
         return bare and not [*act.parameters(), *act.buffers()] and torch.equal(act(x), F.silu(x))
-    except Exception:  # whatever it needs, it is not known to be SiLU
+    except Exception:  # it needs something else, so it is not known to be SiLU
         return False
 
 
 def loop(cls: Any) -> types.FunctionType | None:
-    """The loop over experts of a class that transformers' decorator took, None of anything else."""
+    """The loop over experts of a class that transformers' decorator wraps. None for anything else."""
     forward = vars(cls).get("forward") if isinstance(cls, type) and issubclass(cls, torch.nn.Module) else None
     if not isinstance(forward, types.FunctionType) or forward.__globals__.get("__name__") != MOE:
         return None
@@ -103,7 +103,7 @@ def loop(cls: Any) -> types.FunctionType | None:
 
 
 def found(name: str, module: types.ModuleType) -> Iterator[tuple[str, Any, type | None]]:
-    """Names of functions to capture in a module, the functions, and the class whose loop one is."""
+    """Names of functions to capture in a module, the functions, and the class if the function is its loop."""
     if name.startswith(MODULES):
         for attribute in FUNCTIONS:
             if attribute in vars(module) and vars(module)[attribute].__module__ == name:
@@ -115,9 +115,9 @@ def found(name: str, module: types.ModuleType) -> Iterator[tuple[str, Any, type 
 
 
 def calls(attribute: str, cls: type | None) -> Iterator[tuple[list[Any], dict[str, Any]]]:
-    """Experts of a class, or of one as transformers' comments have it, and what they are called with.
+    """Random experts of a class, or of one as transformers documents it, and arguments to call them with.
 
-    For transformers' functions one choice is masked, with a weight of 0, as they are given it under expert parallelism.
+    For transformers' functions one choice is masked, with a weight of 0, as under expert parallelism.
     """
     if attribute in ON_GPU:
         return
@@ -135,7 +135,7 @@ def calls(attribute: str, cls: type | None) -> Iterator[tuple[list[Any], dict[st
 
 
 def _instance(cls: type | None, gate_up: torch.Tensor, down: torch.Tensor) -> torch.nn.Module:
-    """Experts with these weights and nothing that is not known of all experts: a class that reads more is not proved."""
+    """Experts with these weights and only the attributes that all experts have. A class that reads more is not proved."""
     cls = cls or types.new_class("Experts", (torch.nn.Module,), {}, lambda ns: ns.update(_apply_gate=_apply_gate))
     self = cls.__new__(cls)
     torch.nn.Module.__init__(self)
@@ -153,10 +153,10 @@ def _apply_gate(self, gate_up):
 
 
 def check(cls: type) -> None:
-    """Demand that a class keeps its weights as the op has them.
+    """Check that a class stores its weights as the op expects.
 
     Raises:
-        Refused: it says that it does not.
+        Refused: the class says that it does not.
     """
     given = inspect.getclosurevars(cls.__init__).nonlocals
     for name, (meant, words) in LAYOUT.items():
@@ -165,7 +165,7 @@ def check(cls: type) -> None:
 
 
 def others(cls: type) -> tuple[Callable[..., Any], ...]:
-    """What must compute the same as a class's loop, as it may be called in its place."""
+    """Functions that must compute the same as the loop of a class, because they may be called in its place."""
     batched = getattr(sys.modules.get(MOE), FUNCTIONS[0], None)
     return (batched,) if batched is not None else ()
 
@@ -176,5 +176,5 @@ def keep(cls: type, function: types.FunctionType) -> None:
 
 
 def forget() -> None:
-    """No class is proved any more."""
+    """Forget all classes that were proved."""
     _classes.clear()

@@ -1,11 +1,12 @@
 """Capture of FP8 linears and experts: transformers' functions become torch's linear, and experts, on dequantised weights.
 
-transformers quantises the activations too, to eight bits at every call (W8A8), and needs a kernel from the hub or DeepGEMM for
-that. Here weights alone are quantised and activations stay in the model's dtype, which is nearer to what the checkpoint means. An
-`activation_scale`, which says how to quantise them, is not needed then.
+transformers also quantises the activations to eight bits at every call (W8A8), with a kernel from the hub or DeepGEMM. Here only
+weights are quantised, and activations stay in the model's dtype, which is more accurate. An `activation_scale`, which says how to
+quantise activations, is not used.
 
-A GPU's kernels are all that these functions have, so they cannot be run in a proof. Proved is instead what loading with
-`dequantize=True` makes of such weights, and the loop over experts, which multiplies with plain weights where it is given such.
+transformers' functions only have kernels for GPUs, so they cannot be run in a proof. Two other things are proved instead: what
+`dequantize=True` makes of such weights when they are loaded, and the loop over experts, which uses plain weights if it gets plain
+weights.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ EXPERTS = {
     MODULE: ("fp8_batched_mm_experts_forward", "fp8_grouped_mm_experts_forward"),
     "transformers.integrations.deepgemm": ("deepgemm_fp8_fp4_experts_forward",),
 }
-# Attributes of experts by which they are limited or gated otherwise; None in those that the op means.
+# Attributes of experts with limits or other gates. They are None in experts that the op supports.
 OTHERWISE = ("limit", "swiglu_limit", "swiglu_alpha", "gate_softcap", "up_softcap")
 PARAMETERS = ("input", "weight", "weight_scale_inv", "block_size", "bias", "activation_scale", "allow_deepgemm")
 
@@ -51,7 +52,7 @@ def call(input, weight, weight_scale_inv, block_size=None, bias=None, activation
 
 
 def accepts(input, weight, weight_scale_inv, block_size=None, bias=None, activation_scale=None, allow_deepgemm=True):
-    """Whether the weight is of a format that is known. Dynamo traces it; of whatever else the function's own code runs."""
+    """Whether the format of the weight is known. Dynamo traces this function. Other weights run the original code."""
     if not _plain(type(weight)) or not _plain(type(weight_scale_inv)) or not input.is_floating_point():
         return False
     if weight.device != input.device or weight_scale_inv.device != input.device:
@@ -70,7 +71,7 @@ def call_experts(self, hidden_states, top_k_index, top_k_weights):
 
 
 def accepts_experts(self, hidden_states, top_k_index, top_k_weights):
-    """Whether the op means these experts. Dynamo traces it; of whatever else transformers' own code runs."""
+    """Whether the op supports these experts. Dynamo traces this function. Other experts run the original code."""
     x, block = hidden_states, self.block_size
     if not _proved(type(self)) or not self.has_gate or self.has_bias or not experts.is_silu(type(self.act_fn)):
         return False
@@ -95,7 +96,7 @@ def accepts_experts(self, hidden_states, top_k_index, top_k_weights):
     return True
 
 
-_loops: set[types.FunctionType] = set()  # over experts, that were proved
+_loops: set[types.FunctionType] = set()  # proved loops over experts
 
 
 @torch.compiler.assume_constant_result
@@ -121,12 +122,12 @@ def _known(name: str, data: tuple[int, ...], scale: tuple[int, ...], data_dtype:
 
 @contextlib.contextmanager
 def dequantized_calls(model: torch.nn.Module) -> Iterator[None]:
-    """Let the FP8 linears and experts of a model compute meanwhile what compiled calls do, also uncompiled and on any device.
+    """Let the FP8 linears and experts of a model compute in eager calls what compiled calls compute, on any device.
 
     transformers' own code for them needs a kernel from the hub and a GPU.
     """
     names = vars(sys.modules[MODULE]) if MODULE in sys.modules else {}
-    linear, of_experts = names.get("FP8Linear", ()), names.get("FP8Experts", ())  # of no class is nothing
+    linear, of_experts = names.get("FP8Linear", ()), names.get("FP8Experts", ())  # an empty tuple matches no class
     found = [m for m in model.modules() if isinstance(m, (linear, of_experts))]
     before = [vars(m).pop("forward", None) for m in found]
     for m in found:
@@ -145,16 +146,16 @@ def _linear(self: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def _experts(self: torch.nn.Module, x: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    if torch.compiler.is_compiling():  # rules know the weights that a captured call gives
+    if torch.compiler.is_compiling():  # rules know the weights of a captured call
         return call_experts(self, x, indices, weights)
-    # Dequantises the experts that are chosen and no others.
+    # Dequantises only the experts that are chosen.
     scales = [self.gate_up_proj_scale_inv, self.down_proj_scale_inv]
     stored = self.gate_up_proj, self.down_proj
     return torch.ops.gdnfuse.experts.default(x, indices, weights, *stored, "silu", scales=scales, format="fp8_block128")
 
 
 def loop(cls: Any) -> Any:
-    """The loop over experts of a class that transformers decorated, once or again and again; None of anything else."""
+    """The loop over experts of a class that transformers decorated, once or several times. None for anything else."""
     forward = vars(cls).get("forward") if isinstance(cls, type) else None
     while isinstance(forward, types.FunctionType) and forward.__globals__.get("__name__") == experts.MOE:
         forward = inspect.getclosurevars(forward).nonlocals.get("original_forward")
@@ -174,7 +175,7 @@ def found(name: str, module: types.ModuleType) -> Iterator[tuple[str, Any, None]
 
 
 def calls() -> Iterator[tuple[list[Any], dict[str, Any]]]:
-    """Experts whose weights are in float64, which the loop multiplies with as they are, and whose scales are 1."""
+    """Experts with weights in float64, which the loop uses without dequantising, and with scales of 1."""
     cls = vars(sys.modules[MODULE])["FP8Experts"]
     for N, k, E, H, width in experts.SIZES:
         generator = torch.Generator().manual_seed(N)
@@ -197,7 +198,7 @@ def keep(function: types.FunctionType) -> None:
     """Prove what the weights of a function mean.
 
     Raises:
-        Refused: it has other parameters, or transformers dequantises its weights otherwise than we do.
+        Refused: it has other parameters, or transformers dequantises its weights in another way.
     """
     given = tuple(inspect.signature(function).parameters)
     if given != PARAMETERS:
@@ -208,7 +209,7 @@ def keep(function: types.FunctionType) -> None:
         scale = torch.rand(scale_shape, generator=generator) + 0.5
         wanted = vars(sys.modules[MODULE])["Fp8Dequantize"](None).convert({"w.weight": [data], "w.weight_scale_inv": [scale]})
         if not torch.equal(wanted["w.weight"][0], formats.named(name).dequantize(data, scale, torch.float32)):
-            raise Refused(f"Weights of {name} must mean what transformers' Fp8Dequantize makes of them, found other values.")
+            raise Refused(f"Weights of {name} must dequantise as by transformers' Fp8Dequantize, found other values.")
 
 
 def keep_loop(function: types.FunctionType) -> None:
@@ -217,5 +218,5 @@ def keep_loop(function: types.FunctionType) -> None:
 
 
 def forget() -> None:
-    """No loop is proved any more."""
+    """Forget all loops that were proved."""
     _loops.clear()

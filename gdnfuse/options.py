@@ -1,4 +1,4 @@
-"""Every option of the backend: its default and its check."""
+"""All options of the backend, with defaults and checks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gdnfuse.errors import GdnfuseError
 STAGES = ("normalize", "lift", "fuse", "lay_out", "lower")
 DISABLE = "GDNFUSE_DISABLE"
 INNER = ("inductor", "aot_eager", "eager")
-ONE_SHOT_MOST, MEASURED = 2**20, "measured"  # of one_shot_bytes
+ONE_SHOT_MOST, MEASURED = 2**20, "measured"  # largest value of one_shot_bytes, and the value to measure it
 
 
 @dataclass(frozen=True)
@@ -21,18 +21,18 @@ class Options:
 
     Attributes:
         inner: what compiles the rewritten graph: "inductor", "aot_eager" or "eager".
-        inductor: options handed to Inductor as they are, e.g. {"max_autotune": True}.
-        strict: raise when a GDN layer of a decode graph, or with `capture` of a prefill graph, stays unfused.
-        capture: while Dynamo traces for this backend, let transformers' rule and conv functions become dialect ops.
-        stop_after: a stage, one of STAGES, to stop after; its graph runs and is in the report.
-        verify: run the rewritten graph and the graph as it came on copies of the first call's inputs, and compile the latter if
-            ours is less accurate.
-        fuel: rewrites that may be made, None for all of them; which one a difference comes from is found with it.
-        checkpoint_every: if not 0, a multiple of 64: the graph of a prompt also leaves the states of its GDN layers after every
-            so many tokens in `gdnfuse.runs.RUNS.checkpoints`, where somebody collects them. A prefix store has prompts do it.
-        one_shot_bytes: sums over ranks of at most so many bytes go through symmetric memory, by one launch that reads all ranks'
-            parts. MEASURED is for `gdnfuse.compile` with `tensor_parallel`, which times up to which size that is faster.
-        target: device type the lowering assumes, e.g. "cuda"; None takes it from the tensors. For reports without a GPU.
+        inductor: options for Inductor, e.g. {"max_autotune": True}.
+        strict: raise if a GDN layer of a decode graph stays unfused; with `capture` also of a prefill graph.
+        capture: turn transformers' rule and conv functions into dialect ops while Dynamo traces for this backend.
+        stop_after: the stage to stop after, one of STAGES. The graph of that stage runs and is in the report.
+        verify: run the rewritten and the original graph on copies of the first call's inputs, and compile the original one if the
+            rewritten one is less accurate.
+        fuel: how many rewrites may be made; None for all. It helps to find the rewrite that causes a difference.
+        checkpoint_every: 0, or a multiple of 64. The graph of a prompt then also leaves the states of its GDN layers after every
+            so many tokens in `gdnfuse.runs.RUNS.checkpoints`, if somebody collects them. A prefix store sets this option.
+        one_shot_bytes: sums over ranks of at most so many bytes go through symmetric memory, in one launch that reads the parts
+            of all ranks. MEASURED is for `gdnfuse.compile` with `tensor_parallel`: it measures up to which size that is faster.
+        target: the device type to choose kernels for, e.g. "cuda". None takes it from the tensors. For reports without a GPU.
     """
 
     inner: str = "inductor"
@@ -48,23 +48,23 @@ class Options:
 
 
 def disabled() -> bool:
-    """Whether the environment asks to leave every graph as it came."""
+    """Whether the environment asks to leave every graph unchanged."""
     return os.environ.get(DISABLE, "0") not in ("", "0")
 
 
 def parse(given: dict[str, Any] | None) -> Options:
-    """Check options as the user wrote them.
+    """Check options that the user gave.
 
     Raises:
-        GdnfuseError: an unknown key (named, with the valid ones) or a value of the wrong kind.
+        GdnfuseError: an unknown option, or a value of the wrong kind.
     """
     given = dict(given or {})
     valid = [f.name for f in dataclasses.fields(Options)]
     unknown = [k for k in given if k not in valid]
     if unknown:
         raise GdnfuseError(
-            f"Unknown gdnfuse option {', '.join(map(repr, unknown))}; the valid ones are {', '.join(valid)}. "
-            'Options of Inductor go under "inductor".'
+            f"Options must be among {', '.join(valid)}, found {', '.join(map(repr, unknown))}: correct the name, or put options "
+            'of Inductor under "inductor".'
         )
     options = Options(**given)
     _one_of("inner", options.inner, INNER)
@@ -85,7 +85,7 @@ def parse(given: dict[str, Any] | None) -> Options:
     if not isinstance(options.inductor, dict) or not all(isinstance(k, str) for k in options.inductor):
         raise GdnfuseError(f"Option inductor must be a dict of Inductor options, found {options.inductor!r}.")
     if options.inductor and options.inner != "inductor":
-        raise GdnfuseError(f"Option inductor needs inner='inductor', found inner={options.inner!r}.")
+        raise GdnfuseError(f"Option inductor needs inner='inductor', found inner={options.inner!r}: leave one of them out.")
     return options
 
 

@@ -1,12 +1,11 @@
 """Packed weights: the weights of sibling linears as row ranges of one buffer.
 
-The original Parameters become the buffer's row ranges, so memory does not double and `state_dict`, in-place updates and eager
-calls keep working. Each has a storage of its own, which is its range of the buffer's memory: whoever copies, saves or sends one
-Parameter takes its bytes and no others. A buffer belongs to its Parameters, not to a compiled graph: Dynamo runs one graph for
-all modules of a class, so the graph takes the packed weight as an input, and before every call `PackedWeight.current` finds the
-buffer of the Parameters it is given. Dynamo guards a parameter's dtype and shape but not its storage; where data pointers are no
-longer those of the buffer (`param.data = …`, `load_state_dict(assign=True)`, a replaced Parameter), the weights are packed into a
-new one.
+The original Parameters become row ranges of the buffer. So memory does not double, and `state_dict`, in-place updates and eager
+calls keep working. Each Parameter has its own storage, which is its range of the buffer's memory. So a copy, a file or a message
+with one Parameter has only its bytes. A buffer belongs to its Parameters and not to a compiled graph, because Dynamo runs one
+graph for all modules of a class. The graph takes the packed weight as an input, and before every call `PackedWeight.current`
+finds the buffer of the call's Parameters. Dynamo guards the dtype and shape of a parameter but not its storage. If data pointers
+have changed (`param.data = …`, `load_state_dict(assign=True)`, a replaced Parameter), the weights are packed into a new buffer.
 """
 
 from __future__ import annotations
@@ -26,15 +25,15 @@ from gdnfuse.errors import Refused
 
 log = logging.getLogger(__name__)
 
-# The packed weight over row ranges at these places. An entry goes with the first of its ranges that a Parameter gives up: the
-# memory then lives as long as the other Parameters need it, and a model that is moved away or deleted leaves nothing behind.
+# The packed weight over row ranges at these addresses. An entry is removed when a Parameter gives up the first of its ranges.
+# The memory then lives as long as other Parameters need it, and a model that is moved or deleted leaves nothing behind.
 _buffers: dict[tuple[Any, ...], torch.Tensor] = {}
-_ranges: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()  # storages that are a range of a buffer, or were
+_ranges: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()  # storages that are or were a range of a buffer
 _packing = threading.RLock()
 
 
 def check(weights: Sequence[torch.Tensor]) -> None:
-    """Whether these tensors may become row ranges of one buffer.
+    """Check whether these tensors may become row ranges of one buffer.
 
     Raises:
         Refused: with what was required and what was found.
@@ -46,8 +45,7 @@ def check(weights: Sequence[torch.Tensor]) -> None:
             raise Refused(f"Packed weights must be plain tensors, found {type(w).__name__}.")
         if w.is_inference() and not torch.is_inference_mode_enabled():
             raise Refused("Packed weights must be ordinary tensors, found one created under torch.inference_mode.")
-        # Another tensor on the same memory, or another process, would no longer see what is written to the weight, nor the
-        # weight what they write.
+        # If another tensor or process uses the same memory, neither would see what is written to the other after packing.
         if w.device.type == "cpu" and w.is_shared():
             raise Refused("Packed weights must be this process's own, found one in shared memory.")
         if (holders := compat.holders(w)) is None:
@@ -62,12 +60,12 @@ def check(weights: Sequence[torch.Tensor]) -> None:
 
 @dataclass(frozen=True)
 class Inner:
-    """One of the tensors that an argument of a call is made of: a tensor subclass, or a parameter with a state of its own.
+    """A tensor inside an argument of a call: inside a tensor subclass, or inside a parameter with a state of its own.
 
     Attributes:
-        argument: the position of the subclass.
-        name: the attribute, or several with dots between, in which it holds the tensor.
-        shape: of the bytes of a tensor that is kept in another one; None for the tensor as it is.
+        argument: the position of the argument.
+        name: the attribute that holds the tensor, or several separated by dots.
+        shape: the shape of the bytes, if the tensor is stored inside another one; else None.
     """
 
     argument: int
@@ -75,7 +73,7 @@ class Inner:
     shape: tuple[int, ...] | None = None
 
     def of(self, argument: torch.Tensor) -> torch.Tensor:
-        """The tensor that an argument holds."""
+        """The tensor inside an argument."""
         held = operator.attrgetter(self.name)(argument)
         return held if self.shape is None else held.view(torch.uint8).view(self.shape)
 
@@ -93,23 +91,22 @@ class PackedWeight:
     """Where the parts [Mᵢ, N] of one packed weight [ΣMᵢ, N] come from at each call.
 
     Attributes:
-        where: for each part its position among the call's arguments, where it is inside one, or the tensor itself if it is not an
-            argument.
+        where: for each part, its position among the arguments of the call, its place inside an argument, or the tensor itself.
     """
 
     where: tuple[int | Inner | torch.Tensor, ...]
-    # The last buffer and where its parts were, in one attribute: several threads may read and write it.
+    # The last buffer and the addresses of its parts. One attribute, because several threads may read and write it.
     _last: tuple[Callable[[], torch.Tensor | None], list[int]] = field(default=(lambda: None, []), repr=False)
     _warned: bool = field(default=False, repr=False)
 
     def current(self, args: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The buffer [ΣMᵢ, N] that the parts of this call are row ranges of; packs them if they are not.
+        """The buffer [ΣMᵢ, N] whose row ranges are the parts of this call. The parts are packed if they are not.
 
-        Parts that may not be packed any more, as `check` says, are copied, at this call and every other, with a warning.
+        Parts that may not be packed any more (see `check`) are copied at every call, with one warning.
         """
         weights = [_part(args, w) for w in self.where]
         pointers = [w.data_ptr() for w in weights]
-        # While the buffer lives, tensors at its addresses are its row ranges.
+        # While the buffer is alive, tensors at its addresses are its row ranges.
         last, known = self._last
         buffer = last()
         if buffer is None or pointers != known:
@@ -126,9 +123,9 @@ class PackedWeight:
 
 
 class PackedWeights:
-    """All that a graph takes behind its arguments: packed weights, and tensors inside arguments.
+    """All inputs that a graph takes after its arguments: packed weights, and tensors inside arguments.
 
-    Where none of the packed weights' parts has moved since the last call, that is seen at one look.
+    If no part of a packed weight has moved since the last call, one comparison shows it.
     """
 
     def __init__(self, each: Sequence[PackedWeight | Inner]):
@@ -137,11 +134,11 @@ class PackedWeights:
         self.where = [w for packed in self.each for w in packed.where]
         arguments = all(isinstance(w, int) for w in self.where)
         self._parts = taking(self.where) if arguments else lambda args: [_part(args, w) for w in self.where]
-        # In one attribute: several threads may read and write it.
+        # One attribute, because several threads may read and write it.
         self._last: tuple[list[int], list[Callable[[], torch.Tensor | None]]] = ([], [])
 
     def current(self, args: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """`current` of each."""
+        """The current tensor of each input."""
         packed = self._packed(args)
         if len(self.each) == len(self.all):
             return packed
@@ -150,13 +147,13 @@ class PackedWeights:
 
     def _packed(self, args: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         known, refs = self._last
-        # A step asks for a few hundred pointers. torch has a function for all at once, which takes longer.
+        # A step reads a few hundred pointers. torch has a function for all at once, but it takes longer.
         if list(map(torch.Tensor.data_ptr, self._parts(args))) == known:
             alive = [b for ref in refs if (b := ref()) is not None]
             if len(alive) == len(refs):
                 return alive
         buffers = [packed.current(args) for packed in self.each]
-        # Where its parts were when each buffer was made. Not where they are: one that is part of two buffers has left the first.
+        # The addresses of parts when each buffer was made. A weight in two buffers has left the first since.
         lasts = [packed._last for packed in self.each]
         if all(ref() is b for (ref, _), b in zip(lasts, buffers, strict=True)):  # none was copied
             self._last = [p for _, known in lasts for p in known], [ref for ref, _ in lasts]
@@ -164,7 +161,7 @@ class PackedWeights:
 
 
 def taking(places: Sequence[int]) -> Callable[[Sequence[Any]], list[Any]]:
-    """What takes the arguments at these places out of all of them, in C where there are several."""
+    """A function that takes the items at these places out of a sequence, in C if there are several."""
     if len(places) < 2:
         return lambda args: [args[i] for i in places]
     take = operator.itemgetter(*places)
@@ -172,13 +169,13 @@ def taking(places: Sequence[int]) -> Callable[[Sequence[Any]], list[Any]]:
 
 
 def pack(weights: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Make tensors [Mᵢ, N] the row ranges of one buffer [ΣMᵢ, N] and return it; one that they already share is used again.
+    """Make tensors [Mᵢ, N] the row ranges of one buffer [ΣMᵢ, N] and return it. A buffer that they already share is used again.
 
-    Peak extra memory: the buffer, until the last of `weights` has become a range of it. No other thread may compute with
-    `weights` meanwhile, as with any assignment to `.data`.
+    The additional memory is that of the buffer, until the last of `weights` has become a range of it. No other thread may compute
+    with `weights` meanwhile, as with any assignment to `.data`.
 
     Raises:
-        Refused: as `check` does; nothing was changed then.
+        Refused: as `check` does. Nothing was changed then.
     """
     first, rows = weights[0], [w.shape[0] for w in weights]
     if any(compat.is_fake(w) or w.is_meta for w in weights):
@@ -190,10 +187,10 @@ def pack(weights: Sequence[torch.Tensor]) -> torch.Tensor:
         buffer = _known(weights)
         if buffer is None:
             check(weights)
-            # All is copied before the first Parameter changes: they may be ranges of each other's old buffers.
+            # Everything is copied before the first Parameter changes, because they may be ranges of each other's old buffers.
             buffer = torch.cat([w.detach() for w in weights])
             for w, part in zip(weights, buffer.split(rows), strict=True):
-                w.data = _apart(part, w.stride())
+                w.data = _with_own_storage(part, w.stride())
         places = _places(weights)
         _buffers[places] = buffer
         for w in weights:
@@ -202,9 +199,9 @@ def pack(weights: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def give_own_memory(tensors: Iterable[Any]) -> None:
-    """Give memory of its own to each range of a buffer that is one no more, because another of its Parameters has left it.
+    """Copy tensors out of a buffer to their own memory, if another Parameter has left the buffer.
 
-    Otherwise the one would keep the memory of all.
+    Otherwise such a tensor would keep the memory of all.
     """
     for w in tensors:
         if type(w) is not torch.nn.Parameter or w.is_meta or w.untyped_storage() not in _ranges:
@@ -222,10 +219,10 @@ def _places(weights: Sequence[torch.Tensor]) -> tuple[Any, ...]:
     return tuple((w.data_ptr(), w.shape, w.dtype, w.device) for w in weights)
 
 
-def _apart(part: torch.Tensor, strides: Sequence[int]) -> torch.Tensor:
-    """The same contiguous part of a buffer with a storage of its own, which keeps the buffer's memory alive.
+def _with_own_storage(part: torch.Tensor, strides: Sequence[int]) -> torch.Tensor:
+    """A contiguous part of a buffer as a tensor with its own storage, which keeps the buffer's memory alive.
 
-    Its strides are given: those of a single row or column may be any, and Dynamo compares them with what it has seen.
+    Its strides are given. Those of a single row or column may have any value, and Dynamo compares them with earlier ones.
     """
     start = part.storage_offset() * part.itemsize
     storage = part.untyped_storage()[start : start + part.nbytes]
@@ -234,13 +231,13 @@ def _apart(part: torch.Tensor, strides: Sequence[int]) -> torch.Tensor:
 
 
 def _known(weights: Sequence[torch.Tensor]) -> torch.Tensor | None:
-    """Rows of a buffer that the weights already are, one behind the other; else None."""
+    """The rows of a buffer that the weights already are, in order; else None."""
     first, end = weights[0], weights[0].data_ptr()
     for w in weights:
         if w.data_ptr() != end or not w.is_contiguous():
             return None
         end += w.nbytes
-    for buffer in list(_buffers.values()):  # a finalizer may shorten it at any time
+    for buffer in list(_buffers.values()):  # a finalizer may remove entries at any time
         alike = buffer.dtype == first.dtype and buffer.shape[1:] == first.shape[1:] and buffer.device == first.device
         if alike and _covers(buffer, first) and end <= buffer.data_ptr() + buffer.nbytes:
             offset = buffer.storage_offset() + (first.data_ptr() - buffer.data_ptr()) // buffer.itemsize

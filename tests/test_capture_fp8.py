@@ -102,7 +102,7 @@ def test_weights_that_mean_something_else_are_refused(monkeypatch):
             return super().convert({**given, "w.weight_scale_inv": [s.flip(-1) for s in given["w.weight_scale_inv"]]})
 
     monkeypatch.setattr(finegrained_fp8, "Fp8Dequantize", Transposed)
-    with pytest.raises(Refused, match="Weights of fp8_block128 must mean what transformers' Fp8Dequantize makes of them"):
+    with pytest.raises(Refused, match="Weights of fp8_block128 must dequantise as by transformers' Fp8Dequantize"):
         capture_fp8.keep(finegrained_fp8.fp8_linear)
 
 

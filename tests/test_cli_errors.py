@@ -86,7 +86,7 @@ OPTIONS = {
     "bench tiny.json --tensor-parallel 0": "argument --tensor-parallel: must be a positive number, found '0'",
     "bench tiny.json --timeout 0": "argument --timeout: must be a positive number, found '0'",
     "bench tiny.json --layers 5 --device cpu": "The model must have 5 layers, found 4.",
-    "bench tiny.json --sides eager,jax --device cpu": "Unknown side 'jax'; the valid ones are eager, fla, inductor, gdnfuse.",
+    "bench tiny.json --sides eager,jax --device cpu": "A side must be one of eager, fla, inductor, gdnfuse, found 'jax'.",
     "bench tiny.json --sides fla --device cpu": "The side fla needs flash-linear-attention, which is not installed.",
     "bench tiny.json --phase both": "argument --phase: invalid choice: 'both'",
     "bench tiny.json --inner tvm": "argument --inner: invalid choice: 'tvm'",

@@ -1,5 +1,5 @@
-"""gdnfuse bench: how fast a model decodes and takes prompts on this machine, eager, under Inductor and under gdnfuse.
+"""gdnfuse bench: how fast a model decodes and computes prompts on this machine, eager, with Inductor and with gdnfuse.
 
-Each side runs in a process of its own (`workers`), is measured with `measure`, and gets no speed unless its logits are right.
-benchmarks/ measures with the same.
+Each side runs in its own process (`workers`) and is measured by `measure`. It gets no speed unless its logits are accurate. The
+scripts in benchmarks/ use the same code.
 """

@@ -1,9 +1,9 @@
-"""What is measured and how: a decode step, a prompt, the logits that must be right first, and the bandwidth that limits a step.
+"""What is measured and how: a decode step, a prompt, their logits, and the bandwidth that limits a step.
 
-Times are medians. A decode step is timed in blocks of steps with nothing waited for inside, as a decode loop runs that reads no
-token back. On a GPU a block is between two events, and a step that is not timed goes before it: otherwise the device would idle
-until the host has launched the first one, which a long loop meets once. What a step takes where each is waited for, as `generate`
-does to see whether a text has ended, is a figure of its own. A prompt is waited for; a kernel's calls are timed in a CUDA graph.
+Times are medians. Decode steps are timed in blocks in which the host waits for nothing, like a decode loop that reads no token.
+On a GPU a block is between two events, and an untimed step comes before it. Otherwise the device would idle until the host has
+launched the first step, which happens only once in a long loop. The time of a step that the host waits for, as `generate` does to
+see whether a text has ended, is a separate figure. Prompts are waited for. Calls of a kernel are timed in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ from gdnfuse.capture_fp8 import dequantized_calls
 from gdnfuse.generation.caches import cache_argument
 from gdnfuse.versions import version
 
-SLACK = 1.5  # error allowed, in units of eager's own: of a few steps it is a draw
-FLOOR = 1e-5  # relative error allowed whatever eager's is: a float32 model is its own reference
+SLACK = 1.5  # allowed error as a multiple of eager's, because the error of a few steps is random
+FLOOR = 1e-5  # relative error that is always allowed, because a float32 model is its own reference
 BLOCK = 8
 COPIED = {"cuda": 2**30, "cpu": 2**28}  # bytes, more than caches hold
 REDUCED = {"cuda": 2**28, "cpu": 2**20}  # bytes of a large all-reduce
-COLD_BYTES = 4 * 60e6  # four times an H200's L2: what is read behind so many other bytes comes from memory
-COPIES, ROUNDS = {"cuda": 10, "cpu": 1}, 10  # copies that are timed together, and how many times
+COLD_BYTES = 4 * 60e6  # four times the L2 of an H200: after reading so many other bytes, data come from memory
+COPIES, ROUNDS = {"cuda": 10, "cpu": 1}, 10  # how many copies are timed together, and how often
 
 
 class Decoder:
-    """One side's decode: a cache filled by an eager prefill, with room for more tokens or dynamic, and steps over given ones."""
+    """The decode loop of one side: a cache filled by an eager prompt, of fixed length or growing, and steps over given tokens."""
 
     def __init__(self, model: torch.nn.Module, step: Callable[..., Any], prompt: torch.Tensor, room: int, dynamic: bool = False):
         self.step, self.prompt = step, prompt
         static = {} if dynamic else {"max_cache_len": prompt.shape[1] + room}
         self.cache = (DynamicCache if dynamic else StaticCache)(config=model.config, **static)
         self.held = cache_argument(model, self.cache)
-        # Eager, so that the cached states exist, at static addresses, before a CUDA graph is recorded.
+        # Eager, so that states exist at fixed addresses before a CUDA graph is recorded.
         with dequantized_calls(model):
             model(prompt, **self.held, use_cache=True, logits_to_keep=1)
 
@@ -53,10 +53,10 @@ class Decoder:
 
 
 def weight_bytes(model: torch.nn.Module, batch: int = 1) -> int:
-    """Bytes of weights that one step must read on this rank. Of the embedding only rows are read, unless the head is tied to it.
+    """Bytes of weights that one step must read on this rank. Only rows of the embedding are read, unless the head is tied to it.
 
-    A mixture of experts reads the experts that the step chooses: `num_experts_per_tok` per token and layer, of which several
-    tokens, choosing by chance, have some in common.
+    For a mixture of experts, each token chooses `num_experts_per_tok` experts per layer. If tokens choose by chance, they share
+    some.
     """
     config, total = model.config, 0
     seen: set[int] = set()
@@ -72,13 +72,13 @@ def weight_bytes(model: torch.nn.Module, batch: int = 1) -> int:
 
 
 def experts_read(config: Any, batch: int) -> float:
-    """The share of a model's experts that a step of so many tokens reads if each chooses by chance; 1 where there are none."""
+    """The share of a model's experts that a step with so many tokens reads if each chooses by chance. 1 without experts."""
     experts = getattr(config, "num_experts", None)
     return 1 - (1 - config.num_experts_per_tok / experts) ** batch if experts else 1.0
 
 
 def state_bytes(cache: Any, tokens: int) -> int:
-    """Bytes that a step reads and writes of a cache: its states both ways, and of keys and values those of `tokens` tokens."""
+    """Bytes of a cache that a step reads and writes: states twice, and the keys and values of `tokens` tokens."""
     total = 0
     for layer in cache.layers:
         for held in ("conv_states", "recurrent_states"):
@@ -92,8 +92,7 @@ def state_bytes(cache: Any, tokens: int) -> int:
 def bandwidth(device: str) -> float:
     """Bytes per second that copies of a large tensor read and write on a device.
 
-    On a GPU several copies stand in the stream between two events, behind one that is not timed, so that the device never waits
-    for the host.
+    On a GPU several copies are between two events, after an untimed one, so the device never waits for the host.
     """
     kind = torch.device(device).type
     source = torch.ones(COPIED[kind], dtype=torch.uint8, device=device)
@@ -116,14 +115,14 @@ def bandwidth(device: str) -> float:
 
 
 class Collectives:
-    """The collectives of eager calls: how many there are of a name, and the bytes of their results."""
+    """The collectives of eager calls: how many there are of each name, and the bytes of their results."""
 
     def __init__(self) -> None:
         self.found: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()
 
     def moved(self, ranks: int) -> int:
-        """Bytes that a rank receives at least: of a sum there are two ways, a gather brings the others' parts."""
+        """The least bytes that a rank receives: a sum is moved twice, and a gather brings the parts of the others."""
         return int(sum(b * (1 + (name == "all_reduce")) * (ranks - 1) / ranks for name, b in self.bytes.items()))
 
     def see(self, op: Any, result: Any) -> None:
@@ -135,10 +134,10 @@ class Collectives:
 
 
 def link(device: str, shape: Sequence[int], dtype: torch.dtype) -> dict[str, float]:
-    """What the ranks' connection does: the rate of a large all-reduce, and the microseconds of one of a tensor as a step has.
+    """The speed of the connection between ranks: the rate of a large all-reduce, and the time of one of the size of a step's.
 
-    The rate is what each rank sends and receives at least, 2 (ranks - 1) / ranks of the tensor, in bytes per second. On a GPU
-    the small one is timed inside a CUDA graph, as steps run.
+    The rate counts what each rank must send and receive, 2 (ranks - 1) / ranks of the tensor, in bytes per second. The time is in
+    microseconds. On a GPU it is measured inside a CUDA graph, as in steps.
     """
     ranks, kind = torch.distributed.get_world_size(), torch.device(device).type
     large = torch.zeros(REDUCED[kind], dtype=torch.uint8, device=device)
@@ -156,23 +155,23 @@ def link(device: str, shape: Sequence[int], dtype: torch.dtype) -> dict[str, flo
 def replayed(
     call: Callable[[Any], Any], sets: Sequence[Any], launches: int = 1, replays: int = 15, keep: bool = False
 ) -> list[float]:
-    """Microseconds per call of each replay of a CUDA graph that calls with one set of arguments after another.
+    """Microseconds per call, for each replay of a CUDA graph that calls with one set of arguments after another.
 
-    The host has no part in it, and a set is cold when its turn comes if all of them together exceed COLD_BYTES.
+    The host is not involved. A set is cold when its turn comes, if all sets together exceed COLD_BYTES.
 
     Args:
-        call: takes a set.
-        sets: of arguments, in turn.
-        launches: calls in the graph at least; the sets are gone through as often as that takes, whole.
-        replays: that are timed, after one that is not.
-        keep: whether each result has memory of its own; else a call may write where an earlier result was.
+        call: a function of a set.
+        sets: sets of arguments, used in turn.
+        launches: the least number of calls in the graph. All sets are used equally often.
+        replays: timed replays, after an untimed one.
+        keep: whether each result has its own memory. Otherwise a call may write where an earlier result was.
     """
     for each in sets:
         call(each)
     torch.cuda.synchronize()
     passes = math.ceil(launches / len(sets))
     graph, kept = torch.cuda.CUDAGraph(), []
-    # Of this thread alone: NCCL's own asks its events meanwhile.
+    # Only for this thread, because NCCL's own thread queries its events meanwhile.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         for each in itertools.chain.from_iterable(itertools.repeat(sets, passes)):
             kept.append(call(each))
@@ -195,7 +194,7 @@ def synchronize(device: str) -> None:
 
 
 def seconds(call: Callable[[], Any], device: str) -> float:
-    """Of a call that is waited for."""
+    """Seconds of a call that the host waits for."""
     synchronize(device)
     start = time.perf_counter()
     call()
@@ -206,7 +205,7 @@ def seconds(call: Callable[[], Any], device: str) -> float:
 def time_steps(
     decode: Callable[[torch.Tensor], torch.Tensor], tokens: torch.Tensor, device: str, size: int = BLOCK
 ) -> list[float]:
-    """Milliseconds per step of each block of `size` steps, by CUDA events and behind one more step on a GPU."""
+    """Milliseconds per step, for each block of `size` steps. On a GPU by CUDA events, after one more step."""
     times: list[float] = []
     cuda = torch.device(device).type == "cuda"
     for block in tokens.split(size + cuda):
@@ -214,7 +213,7 @@ def time_steps(
             if len(block) > 1:
                 decode(block[0])
                 block = block[1:]
-            elif times:  # a step that is left over has none before it
+            elif times:  # a remaining single step has no step before it
                 break
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
@@ -232,12 +231,12 @@ def time_steps(
 
 
 def time_waited(decode: Callable[[torch.Tensor], torch.Tensor], tokens: torch.Tensor, device: str) -> float:
-    """The median of milliseconds per step where each step is waited for."""
+    """The median of milliseconds per step if the host waits for each step."""
     return statistics.median(1e3 * seconds(partial(decode, token), device) for token in tokens)
 
 
 def widen(model: torch.nn.Module) -> None:
-    """Turn a model to float32, but each decoder layer only while it runs: the largest fit the device in bfloat16 alone."""
+    """Turn a model to float32, each decoder layer only while it runs. The largest models fit the device only in bfloat16."""
     layers = model.get_decoder().layers
     everything, in_layers = weights_of(model), {id(w) for layer in layers for w in weights_of(layer)}
     for w in everything:
@@ -268,13 +267,13 @@ def difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 def compare_logits(found: torch.Tensor, wanted: torch.Tensor, eager_error: float) -> dict[str, Any]:
-    """Whether logits are near enough to those in float32: {"error", "finite", "accurate"}."""
+    """Compare logits with those in float32: {"error", "finite", "accurate"}."""
     finite, error = bool(torch.isfinite(found).all()), difference(found, wanted)
     return {"error": error, "finite": finite, "accurate": finite and error <= SLACK * eager_error + FLOOR}
 
 
 def machine(device: str | None = None) -> dict[str, Any]:
-    """What the figures were measured on; `device` says on which GPU, if it is not the first."""
+    """What the figures were measured on. `device` is the GPU, if it is not the first."""
     gpu = device if device and torch.device(device).type == "cuda" else None
     return {
         "gpu": torch.cuda.get_device_name(gpu) if torch.cuda.is_available() else None,

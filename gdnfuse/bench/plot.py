@@ -1,4 +1,4 @@
-"""Bars of figures by side, with what they were measured on below. Needs matplotlib (the extra `plot`)."""
+"""Bar plots of figures by side, with what they were measured on below. Needs matplotlib (the extra `plot`)."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ COLOURS = {
     "reference": "#9e9e9e",
     "attention_decode": "#1a9850",
 }
-WIDTH = 0.8  # that the bars of a group share
+WIDTH = 0.8  # total width of the bars of a group
 VERSIONS = {"torch": "torch", "cuda": "CUDA", "triton": "Triton", "transformers": "transformers", "fla": "fla"}
 
 
 def grouped_bars(
     axes: Any, groups: Sequence[str], rows: Sequence[dict[str, float | None]], limits: Sequence[float | None], digits: int
 ) -> None:
-    """A group of bars for each of `rows`, of figures by side, and its limit as a line across them.
+    """A group of bars for each of `rows`, with figures by side, and the limit as a line across them.
 
-    A side without a figure, because its results were wrong or it failed, says so in its place.
+    A side without a figure, because its results were wrong or it failed, has a text instead of a bar.
     """
     sides = list(dict.fromkeys(side for row in rows for side in row))
     width = WIDTH / len(sides)
@@ -51,7 +51,7 @@ def grouped_bars(
 
 
 def caption(data: dict[str, Any], conditions: Sequence[str]) -> str:
-    """What was measured on and how, and with which versions."""
+    """What was measured, how, and with which versions."""
     machine = data["machine"]
     where = machine.get("gpu") or f"{machine.get('cpu')}, {machine.get('cpu_threads')} threads"
     versions = [f"{name} {machine[key]}" for key, name in VERSIONS.items() if machine.get(key)]
@@ -59,7 +59,7 @@ def caption(data: dict[str, Any], conditions: Sequence[str]) -> str:
 
 
 def save(figure: Any, text: str, target: Path) -> None:
-    """Write a figure with one legend above and a caption below, as what the file's suffix says."""
+    """Write a figure with one legend above and a caption below. The suffix of the file decides the format."""
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
     handles = dict(zip(*reversed(figure.axes[0].get_legend_handles_labels()), strict=True))

@@ -1,4 +1,4 @@
-"""Sides on several ranks: each rank is a process that torchrun starts, with its part of the model, and all measure together."""
+"""Sides on several ranks: torchrun starts one process per rank, with its part of the model, and all measure together."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from gdnfuse.errors import GdnfuseError
 from gdnfuse.generation import shards
 from gdnfuse.generation.links import everywhere
 
-ONE_SHOT = ":one_shot"  # behind a side of gdnfuse, of which small sums go through symmetric memory as far as that is faster
+ONE_SHOT = ":one_shot"  # suffix of a side of gdnfuse whose small sums go through symmetric memory where that is faster
 BACKENDS = {"cuda": "nccl", "cpu": "gloo"}
 
 
 def split(side: str) -> tuple[str, str | None]:
-    """Of "gdnfuse:heads" what runs and how the model is shared out; of a side on one device the second is None."""
+    """For "gdnfuse:heads": the side, and how the model is split. For a side on one device the second is None."""
     name, _, way = side.removesuffix(ONE_SHOT).partition(":")
     return name, way or None
 
 
 def check(ranks: int, device: str) -> None:
-    """Whether so many ranks can be started here.
+    """Check whether so many ranks can be started here.
 
     Raises:
-        GdnfuseError: with a sentence.
+        GdnfuseError: they cannot.
     """
     if sentence := versions.older("transformers", shards.TRACEABLE):
         raise GdnfuseError(f"Sides on several ranks need tensor parallel that torch.compile can trace: {sentence}")
@@ -41,16 +41,16 @@ def check(ranks: int, device: str) -> None:
 
 
 def program(ranks: int) -> list[str]:
-    """What Python is started with to have this package's workers once per rank."""
+    """The arguments of Python that start this package's workers, one per rank."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    where = ["--master-addr", "127.0.0.1", "--master-port", str(port)]  # the name of a host may not be known to itself
+    where = ["--master-addr", "127.0.0.1", "--master-port", str(port)]  # a host may not be able to resolve its own name
     return ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), *where, "-m", "gdnfuse.bench"]
 
 
 def join(device: str) -> str:
-    """Join the process group that torchrun has this process for; answers the device of this rank."""
+    """Join the process group of torchrun. Returns the device of this rank."""
     if device == "cpu":
         dist.init_process_group(BACKENDS[device])
         return device
@@ -61,10 +61,10 @@ def join(device: str) -> str:
 
 
 def shared_out(model: torch.nn.Module, way: str, device: str) -> torch.nn.Module:
-    """A model that every rank has whole, as transformers' plan has it, or with its mixers cut by heads.
+    """Split a model that every rank has whole, by transformers' plan, or with its mixers cut by heads.
 
     Raises:
-        GdnfuseError: on every rank, with the sentence of one.
+        GdnfuseError: on every rank, with the error of one rank.
     """
     mesh = dist.init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
     shards.share_out(model, model.tp_plan, mesh)
@@ -77,31 +77,31 @@ def shared_out(model: torch.nn.Module, way: str, device: str) -> torch.nn.Module
 
 
 def worst(found: dict[str, Any]) -> dict[str, Any]:
-    """Of `measure.compare_logits` what holds for all ranks: they go on together or not at all."""
+    """The result of `measure.compare_logits` over all ranks. Either all ranks go on or none."""
     each = everywhere(found)
     good = {name: all(one[name] for one in each) for name in ("finite", "accurate")}
     return {"error": max(one["error"] for one in each), **good}
 
 
 def slowest(times: list[float]) -> list[float]:
-    """Of each time the longest of all ranks."""
+    """For each time, the longest of all ranks."""
     return [max(same) for same in zip(*everywhere(times), strict=True)]
 
 
 def held(model: torch.nn.Module) -> int:
-    """Bytes of the memory that this rank's parts of all weights have."""
+    """Bytes of memory of this rank's parts of all weights."""
     parts = [p.to_local() if compat.is_sharded(p) else p for p in model.parameters()]
     return sum({s.data_ptr(): s.nbytes() for s in (part.untyped_storage() for part in parts)}.values())
 
 
 def step_facts(model: torch.nn.Module, decoder: Callable[[], Any], token: torch.Tensor, tokens: int) -> dict[str, Any]:
-    """What limits a step on several ranks, of the rank that has most of it.
+    """What limits a step on several ranks, for the rank with the most bytes.
 
     Args:
-        model: shared out.
+        model: a split model.
         decoder: makes an eager decoder.
         token: [B, 1], of a step.
-        tokens: in the cache of a step of average length.
+        tokens: tokens in the cache at a step of average length.
     """
     decode, device, B = decoder(), str(token.device), token.shape[0]
     seen = Collectives()

@@ -1,4 +1,4 @@
-"""gdnfuse bench MODEL: decode steps and prompts of each side, in tables, as data, and as a plot."""
+"""gdnfuse bench MODEL: times decode steps and prompts of each side, as tables, as data, and as a plot."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ SIDES = ("eager", "fla", "inductor", "gdnfuse")
 DEVICES = ("cpu", "cuda")
 COMPILED = ("inductor", "gdnfuse")
 PHASES = ("decode", "prefill")
-# With ranks: one device, what users of transformers have on several, and both ways of gdnfuse.
+# Sides with ranks: one device, what transformers' users have on several, and both ways of gdnfuse.
 SIDES_ON_RANKS = ("gdnfuse", "inductor:as_loaded", "gdnfuse:as_loaded", "gdnfuse:heads", "gdnfuse:heads:one_shot")
-PREFIX = "prefix"  # instead of these, if it is asked for
-TAIL = 64  # tokens behind a known prefix
-CHECKED = 8  # steps, and last tokens of a prompt, whose logits are compared
-WARMUP = 8  # steps
-EAGER_STEPS = 16  # timed of the sides that are not compiled
+PREFIX = "prefix"  # replaces these phases if it is asked for
+TAIL = 64  # tokens after a known prefix
+CHECKED = 8  # how many steps, and last tokens of a prompt, are compared
+WARMUP = 8  # untimed steps
+EAGER_STEPS = 16  # timed steps of sides that are not compiled
 PROMPTS = 5
 SHARED = "reference.pt"  # tokens and logits that all sides share
 
@@ -67,19 +67,19 @@ class Settings:
 
     Attributes:
         model: a preset, config.json, model folder or hub id.
-        sides: of SIDES, each by itself or, with ranks, as "gdnfuse:heads": a way of `gdnfuse.generation.shards.WAYS` behind it.
-        phases: of PHASES, or PREFIX alone.
+        sides: names in SIDES. With ranks also names such as "gdnfuse:heads", with a way of `gdnfuse.generation.shards.WAYS`.
+        phases: names in PHASES, or only PREFIX.
         batch: numbers of sequences, each measured by itself.
-        prompt: tokens of a prompt, and in the cache when decoding starts.
-        new: decode steps that are timed.
-        layers: only the model's first ones, or all.
+        prompt: tokens of the prompt. As many are in the cache when decoding starts.
+        new: decode steps to time.
+        layers: how many of the model's first layers, or all.
         dtype: "bfloat16", "float16" or "float32".
         device: where to run.
-        quantize: a format of `gdnfuse.models.QUANTIZED` that linears are turned to, or None.
+        quantize: a format of `gdnfuse.models.QUANTIZED` for the linears, or None.
         inner: what compiles gdnfuse's graphs, see `gdnfuse.options.Options`.
-        prefix: tokens that are known of a prompt of TAIL more, in the phase PREFIX.
-        tensor_parallel: ranks of the sides that have a way, each a process, on a GPU of its own if there are GPUs.
-        timeout: seconds that a side, or the reference, may take at one number of sequences; None for as long as it takes.
+        prefix: in the phase PREFIX, how many tokens of a prompt are known. It has TAIL more.
+        tensor_parallel: number of ranks for sides with a way. Each is a process, with its own GPU if there are GPUs.
+        timeout: seconds that a side, or the reference, may take for one number of sequences. None for no limit.
     """
 
     model: str
@@ -99,11 +99,7 @@ class Settings:
 
 
 def default_sides(device: str, quantize: str | None = None, tensor_parallel: int | None = None) -> list[str]:
-    """All that can run here; flash-linear-attention only where it is installed and there is a GPU for it.
-
-    from gdnfuse.generation.shards import WAYS
-    from gdnfuse.models import OF_TRANSFORMERS, QUANTIZED, load_config, preset, quantized, random_model
-    """
+    """All sides that can run here. flash-linear-attention needs to be installed, and needs a GPU."""
     if tensor_parallel:
         return [*SIDES_ON_RANKS]
     gpu = torch.device(device).type == "cuda"
@@ -114,10 +110,10 @@ def default_sides(device: str, quantize: str | None = None, tensor_parallel: int
 
 
 def check(settings: Settings) -> None:
-    """Whether all of it can be measured, before anything is.
+    """Check before any work whether everything can be measured.
 
     Raises:
-        GdnfuseError: with a sentence.
+        GdnfuseError: something cannot be measured.
     """
     quantize = [settings.quantize] if settings.quantize else []
     on_ranks = [f"{side}:{way}" for side in SIDES for way in WAYS] + [f"gdnfuse:{way}{ranks.ONE_SHOT}" for way in WAYS]
@@ -130,7 +126,7 @@ def check(settings: Settings) -> None:
     for what, found, valid in given:
         for name in found:
             if name not in valid:
-                raise GdnfuseError(f"Unknown {what} {name!r}; the valid ones are {', '.join(valid)}.")
+                raise GdnfuseError(f"A {what} must be one of {', '.join(valid)}, found {name!r}.")
     if torch.device(settings.device).type not in DEVICES:
         raise GdnfuseError(f"The device must be of {' or '.join(DEVICES)}, found {settings.device!r}.")
     if settings.prefix is not None and (settings.prefix <= 0 or settings.prefix % TAIL):
@@ -146,7 +142,7 @@ def check(settings: Settings) -> None:
 
 
 def config_of(settings: Settings) -> Any:
-    """The config of the text model, cut down to `layers`."""
+    """The config of the text model, with only its first `layers` layers."""
     config = load_config(settings.model).get_text_config(decoder=True)
     if settings.layers is not None:
         if settings.layers > config.num_hidden_layers:
@@ -158,7 +154,7 @@ def config_of(settings: Settings) -> Any:
 
 
 def has_weights(model: str) -> bool:
-    """Whether it is a folder with weights, which are loaded then; others are random."""
+    """Whether a model is a folder with weights. Other models get random weights."""
     folder = Path(model).expanduser()
     return preset(model) is None and any(file for kind in ("*.safetensors", "pytorch_model*.bin") for file in folder.glob(kind))
 
@@ -178,7 +174,7 @@ def _plain(settings: Settings) -> torch.nn.Module:
         model, found = AutoModelForCausalLM.from_pretrained(
             folder, config=config_of(settings), dtype=dtype, local_files_only=True, output_loading_info=True
         )
-    except Exception as e:  # whatever is wrong with a checkpoint
+    except Exception as e:  # a checkpoint may be wrong in any way
         raise GdnfuseError(f"Cannot load {folder}: {one_line(e)}.") from e
     if missing := sorted(found["missing_keys"]):
         others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
@@ -187,9 +183,10 @@ def _plain(settings: Settings) -> torch.nn.Module:
 
 
 def compiled(side: str, phase: str, model: torch.nn.Module, settings: Settings) -> Callable[..., Any]:
-    """What a side calls. A step is compiled for CUDA graphs on a GPU, a prompt is not: it keeps a GPU busy without.
+    """The function that a side calls.
 
-    Prompts have code of their own, so that no size of theirs makes one of the steps' dynamic.
+    On a GPU a step is compiled for CUDA graphs. A prompt is not, because it keeps a GPU busy anyway. Prompts have their own code,
+    so that their sizes do not make sizes of steps dynamic.
     """
     (side, _), summed = ranks.split(side), side.endswith(ranks.ONE_SHOT)
     if side not in COMPILED:
@@ -205,13 +202,13 @@ def compiled(side: str, phase: str, model: torch.nn.Module, settings: Settings) 
 
 
 class Work:
-    """What all workers of one batch do alike.
+    """What all workers of one batch have in common.
 
     Args:
         settings: with the device of this process.
-        batch: sequences.
-        folder: that all workers share.
-        way: how the model is shared out over the ranks of this process's group; None where it is whole.
+        batch: number of sequences.
+        folder: a folder that all workers share.
+        way: how the model is split over the ranks of this process group; None if it is not split.
     """
 
     def __init__(self, settings: Settings, batch: int, folder: str, way: str | None = None):
@@ -233,20 +230,20 @@ class Work:
         return Decoder(self.model, step, self.prompt(), self.steps)
 
     def prompt(self) -> torch.Tensor:
-        """[B, prompt] of the tokens."""
+        """The tokens of the prompt [B, prompt]."""
         return self.tokens[: self.settings.prompt].squeeze(-1).T.contiguous()
 
     def step_tokens(self, first: int, count: int) -> torch.Tensor:
-        """[count, B, 1], those behind the prompt from the step `first` on."""
+        """The tokens [count, B, 1] of steps from the step `first` on."""
         return self.tokens[self.settings.prompt + first :][:count]
 
     def fill(self, call: Callable[..., Any]) -> torch.Tensor:
-        """The logits of a prompt's last tokens."""
+        """The logits of the last tokens of a prompt."""
         held = cache_argument(self.model, DynamicCache(config=self.model.config))
         return call(self.prompt(), **held, use_cache=True, logits_to_keep=CHECKED).logits
 
     def logits(self, phase: str, call: Callable[..., Any]) -> torch.Tensor:
-        """Those that are compared, in float32 on the CPU."""
+        """The logits that are compared, in float32 on the CPU."""
         if phase == PREFIX:
             return self.first_token(0).float().cpu()
         if phase == "prefill":
@@ -255,7 +252,7 @@ class Work:
         return torch.stack([decode(t).float().cpu() for t in self.step_tokens(0, CHECKED)])
 
     def first_token(self, tail: int) -> torch.Tensor:
-        """The logits of the first token that `generate` gives, of prompts with the same prefix and a tail of their own."""
+        """The logits of the first token from `generate`. All prompts have the same prefix and a different tail."""
         generator = torch.Generator(self.device).manual_seed(2)
         draw = lambda n: torch.randint(  # noqa: E731
             0, self.model.config.vocab_size, (self.batch, n), device=self.device, generator=generator
@@ -267,7 +264,7 @@ class Work:
         return self.model.generate(prompt, attention_mask=torch.ones_like(prompt), pad_token_id=0, **wanted).logits[0]
 
     def reference(self) -> dict[str, Any]:
-        """Leave the logits in float32 for all sides to be compared with; answers the machine and what limits a step."""
+        """Write the logits in float32 that all sides are compared with. Returns the machine and what limits a step."""
         settings, model = self.settings, self.model
         facts: dict[str, Any] = {"weights": "the folder's" if has_weights(settings.model) else "random"}
         facts["layers"] = model.config.num_hidden_layers
@@ -289,7 +286,7 @@ class Work:
         return {"machine": machine(self.device), "facts": {**facts, "eager_error": errors}}
 
     def side(self, side: str) -> dict[str, Any]:
-        """Compile, check and time each phase; one that fails or is wrong has no speed."""
+        """Compile, check and time each phase. A phase that fails or is inaccurate gets no speed."""
         row: dict[str, Any] = {"side": side}
         if ranks.split(side)[0] == "fla":
             row["fla"] = fla_version()
@@ -298,7 +295,7 @@ class Work:
         if side.endswith(ranks.ONE_SHOT):
             row["one_shot_bytes"] = links.one_shot_bytes(self.device)
         shared = torch.load(self.shared)
-        # Prompts first: CUDA graphs of the steps keep their memory.
+        # Prompts first, because CUDA graphs of steps keep their memory.
         for phase in sorted(self.settings.phases, reverse=True):
             with compat.fresh_cache():
                 try:
@@ -341,7 +338,7 @@ class Work:
         return figures
 
     def time_prefix(self, side: str, exact: torch.Tensor, eager_error: float) -> dict[str, Any]:
-        """From the call of generate to its return, of prompts whose prefix is known to a side that can know one."""
+        """Time `generate` from call to return, for prompts whose prefix is known to sides that have a store."""
         store = None
         if side == "gdnfuse":
             store = gdnfuse.PrefixStore(self.model, max_bytes=1 << 40)
@@ -355,7 +352,7 @@ class Work:
             return figures
         self.note(f"{PREFIX}, {PROMPTS} prompts")
         tails = itertools.count(1)
-        self.first_token(next(tails))  # of a tail that is new, as all that are timed
+        self.first_token(next(tails))  # a new tail, like all that are timed
         taken = store.stats().tokens_taken if store else 0
         times = [1e3 * seconds(lambda: self.first_token(next(tails)), self.device) for _ in range(PROMPTS)]
         figures |= speed(times, self.batch * (self.settings.prefix + TAIL))
@@ -395,7 +392,7 @@ class Work:
         return ranks.slowest(times) if self.way else times
 
     def rank_facts(self) -> dict[str, Any]:
-        """Of a side on several ranks: how many they are, what each holds, and what limits a step."""
+        """For a side on several ranks: how many there are, what each holds, and what limits a step."""
         facts: dict[str, Any] = {
             "ranks": self.settings.tensor_parallel,
             "held_bytes": max(ranks.everywhere(ranks.held(self.model))),
@@ -410,18 +407,18 @@ class Work:
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def peak(self) -> int | None:
-        """Most bytes of the device's memory that tensors took since `forget_peak`."""
+        """The peak of the device's memory that tensors took since `forget_peak`, in bytes."""
         return torch.cuda.max_memory_allocated(self.device) if torch.device(self.device).type == "cuda" else None
 
 
 def speed(times: list[float], tokens: int) -> dict[str, float]:
-    """Of calls of `tokens` tokens each that took these milliseconds."""
+    """The figures of calls of `tokens` tokens each that took these milliseconds."""
     ms = statistics.median(times)
     return {"ms": ms, "ms_min": min(times), "ms_max": max(times), "tokens_per_second": 1e3 * tokens / ms}
 
 
 def worker(argv: Sequence[str]) -> None:
-    """The program of a worker: settings and batch as JSON, `--worker`, side, model, folder."""
+    """The program of a worker. Its arguments are settings and batch as JSON, `--worker`, side, model, folder."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
@@ -447,24 +444,23 @@ def worker(argv: Sequence[str]) -> None:
         raise
     if torch.distributed.get_rank() == 0:
         answer(lambda: row)
-    torch.compiler.reset()  # NCCL's end waits for every CUDA graph that holds a collective
+    torch.compiler.reset()  # NCCL does not end while a CUDA graph holds a collective
     torch.distributed.destroy_process_group()
 
 
 def run(settings: Settings, debug: bool = False) -> dict[str, Any]:
-    """Measure, one process after another.
+    """Measure all sides, one process after another. If interrupted, it ends with the figures so far.
+
+    If the process of a side fails in one phase or takes too long, another process measures the other phase.
 
     Args:
-        settings: checked.
-        debug: show what processes that fail print.
-
-    Interrupted, it ends with the figures that there are. A side whose process fails in one phase, or takes too long, is measured
-    in the other by one more.
+        settings: settings that were checked.
+        debug: show what failed processes print.
 
     Returns:
-        Plain data for JSON: "schema", "machine", "arguments" and "results", one for each batch, with the facts of the
-        reference and a row for each side. A row has "decode" and "prefill", or "failed"; so may a phase. One without either "ms"
-        or "failed" was wrong.
+        Plain data for JSON: "schema", "machine", "arguments" and "results". There is one result per batch, with the facts of the
+            reference and a row per side. A row has "decode" and "prefill", or "failed". So may a phase. A phase with neither "ms"
+            nor "failed" was inaccurate.
 
     Raises:
         GdnfuseError: the model itself does not run.
@@ -495,24 +491,24 @@ def run(settings: Settings, debug: bool = False) -> dict[str, Any]:
 
 
 def program(settings: Settings, side: str) -> list[str]:
-    """What Python is started with for a side's worker, or for all its ranks'."""
+    """The arguments of Python that start the worker of a side, or all its ranks."""
     return ranks.program(settings.tensor_parallel) if ranks.split(side)[1] else ["-m", "gdnfuse.bench"]
 
 
 def worker_argv(settings: Settings, batch: int, **changes: Any) -> list[str]:
-    """What a worker is called with before `--worker`."""
+    """The arguments of a worker before `--worker`."""
     return [json.dumps({**dataclasses.asdict(settings), "this_batch": batch, **changes})]
 
 
 def without_failed(settings: Settings, batch: int, step: str) -> tuple[str, list[str]] | None:
-    """The phase whose step failed, and a worker's arguments for the other one."""
+    """The phase whose step failed, and the arguments of a worker for the other phase."""
     failed = next((phase for phase in settings.phases if step.startswith(phase)), None)
     others = [phase for phase in settings.phases if phase != failed]
     return (failed, worker_argv(settings, batch, phases=others)) if failed and others else None
 
 
 def tables(data: dict[str, Any]) -> str:
-    """Machine, limit, and one table for each phase."""
+    """The machine, the limit, and one table per phase."""
     arguments, parts = data["arguments"], []
     where = data["machine"].get("gpu") if torch.device(arguments["device"]).type == "cuda" else None
     where = where or f"CPU, {data['machine'].get('cpu_threads')} threads"
@@ -538,7 +534,7 @@ def tables(data: dict[str, Any]) -> str:
 
 
 def on_ranks(row: dict[str, Any]) -> str:
-    """What limits a step of a side on several ranks."""
+    """What limits a step of a side on several ranks, in words."""
     gb = [row[k] / 1e9 for k in ("held_bytes", "weight_bytes", "state_bytes")]
     found = " and ".join(f"{count} {name}" for name, count in row["collectives"].items())
     return (
@@ -550,7 +546,7 @@ def on_ranks(row: dict[str, Any]) -> str:
 
 
 def titles(arguments: dict[str, Any]) -> dict[str, str]:
-    """What the figures of each phase are of."""
+    """What the figures of each phase measure."""
     return {
         "decode": f"Decode, {arguments['new']} steps",
         "prefill": f"Prefill, {arguments['prompt']} tokens",
@@ -584,7 +580,7 @@ def phase_rows(result: dict[str, Any], phase: str) -> list[dict[str, str]]:
 
 
 def sides_without_speed(data: dict[str, Any]) -> list[str]:
-    """A sentence for each speed that there is not, and why."""
+    """A sentence for each missing speed, with the reason."""
     sentences = []
     for result in data["results"]:
         for row in result["sides"]:
@@ -602,7 +598,7 @@ def sides_without_speed(data: dict[str, Any]) -> list[str]:
 
 
 def plot(data: dict[str, Any], target: Path) -> None:
-    """Milliseconds of each phase by side and batch, as what the file's suffix says."""
+    """Plot the milliseconds of each phase by side and batch. The suffix of the file decides the format."""
     from matplotlib.figure import Figure
 
     from gdnfuse.bench.plot import caption, grouped_bars, save
@@ -625,10 +621,10 @@ def plot(data: dict[str, Any], target: Path) -> None:
 
 
 def check_plot(target: Path) -> None:
-    """Whether a plot can be made and written there, before anything is measured.
+    """Check before any work whether a plot can be drawn and written.
 
     Raises:
-        GdnfuseError: with a sentence.
+        GdnfuseError: it cannot.
     """
     if target.suffix not in (".png", ".pdf", ".svg"):
         raise GdnfuseError(f"A plot's file must end in .png, .pdf or .svg, found {str(target)!r}.")

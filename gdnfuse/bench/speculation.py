@@ -1,12 +1,12 @@
-"""gdnfuse bench MODEL --speculate KIND: tokens per second with drafts, at acceptances that are forced, beside plain steps.
+"""gdnfuse bench MODEL --speculate KIND: tokens per second with drafts, at forced acceptances, compared with plain steps.
 
-Random weights accept no draft but by chance. So drafts are made and checked as ever, and how many stand is drawn: each stands
-with the given probability, given the one before it. What is then said is no text; what it costs is what it would.
+Random weights accept drafts only by chance. So drafts are made and checked as usual, and how many are accepted is sampled: each
+with the given probability if the one before it was accepted. The generated text means nothing, but the time is right.
 
-Everything runs on one static cache, in the loop of `gdnfuse.generation.speculation`, plain steps too, so that a difference is of
-drafts alone. The cache is long enough for the most drafts of all kinds, and an eager prompt makes its states before anything is
-compiled: so all kinds share the graphs of the prompt and of plain steps. The first generation of plain steps and of each kind
-compiles, and records CUDA graphs on a GPU; medians are of the others.
+Everything, plain steps included, runs on one static cache in the loop of `gdnfuse.generation.speculation`. So differences come
+from drafts alone. The cache is long enough for the most drafts of all kinds, and an eager prompt makes its states before anything
+is compiled. So all kinds share the graphs of the prompt and of plain steps. The first generation of plain steps and of each kind
+compiles, and records CUDA graphs on a GPU. Medians are over the other generations.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ class Settings:
     """What is measured: a model, its drafts, and how much.
 
     Attributes:
-        model: a preset, config.json, model folder or hub id; weights are random.
-        speculate: kinds of drafts: "lookup:4", "mtp:3" with a head of random weights, "draft:4:0.8b" with the model that drafts.
+        model: a preset, config.json, model folder or hub id. Weights are random.
+        speculate: kinds of drafts: "lookup:4", "mtp:3" with a random head, "draft:4:0.8b" with another model that drafts.
         acceptances: probabilities, each measured.
-        batch, prompt, new: sequences, tokens of a prompt, tokens that are generated.
-        dtype, device, inner: as of `gdnfuse.bench.run.Settings`.
+        batch, prompt, new: number of sequences, tokens of the prompt, tokens to generate.
+        dtype, device, inner: as in `gdnfuse.bench.run.Settings`.
     """
 
     model: str
@@ -59,11 +59,11 @@ class Settings:
     inner: str = "inductor"
 
 
-KINDS = {"lookup": 1, "mtp": 1, "draft": 2}  # and how much is behind each
+KINDS = {"lookup": 1, "mtp": 1, "draft": 2}  # and how many values follow each
 
 
 def check(settings: Settings) -> None:
-    """Raises GdnfuseError where that cannot be measured."""
+    """Raise GdnfuseError if something cannot be measured."""
     for kind in settings.speculate:
         name, *rest = kind.split(":")
         if len(rest) != KINDS.get(name) or not rest[0].isdigit():
@@ -76,7 +76,7 @@ def check(settings: Settings) -> None:
 
 
 def proposer(kind: str, model: torch.nn.Module, settings: Settings) -> Proposer:
-    """What a kind that was checked means."""
+    """The proposer for a kind that was checked."""
     name, n, *rest = kind.split(":")
     if name == "lookup":
         return gdnfuse.PromptLookup(int(n))
@@ -99,7 +99,7 @@ def _random(model: str, settings: Settings) -> torch.nn.Module:
 
 
 def forced(of: Proposer, probability: float) -> Speculative:
-    """Speculation of which each draft stands with a probability, given the one before it."""
+    """Speculation that accepts each draft with a probability, if the one before it was accepted."""
     generator = torch.Generator().manual_seed(1)
 
     class Forced(Generation):
@@ -113,20 +113,20 @@ def forced(of: Proposer, probability: float) -> Speculative:
 
 
 class Bench:
-    """One model, of which nothing has been compiled yet, on a cache that has room for so many drafts."""
+    """One model, not compiled yet, on a cache with room for so many drafts."""
 
     def __init__(self, settings: Settings, model: torch.nn.Module, drafts: int):
         self.settings, self.model = settings, model
         generator = torch.Generator(settings.device).manual_seed(1)
         shape = (settings.batch, settings.prompt)
         self.ids = torch.randint(0, model.config.vocab_size, shape, device=settings.device, generator=generator)
-        # One for all, so that nothing moves and a CUDA graph is recorded once.
+        # One cache for all, so that nothing moves and CUDA graphs are recorded once.
         self.cache = gdnfuse.RollbackCache(model, settings.prompt + settings.new + drafts, tokens=drafts + 1)
-        # Graphs of a prompt are others for states that are not there yet, and for those that recording has moved.
+        # A prompt has other graphs if the states do not exist yet, or if recording has moved them.
         self.fill()
 
     def fill(self) -> None:
-        """Have the cache hold the prompt, from an eager call, and record what comes behind it."""
+        """Fill the cache with the prompt by an eager call, and start to record."""
         self.cache.reset()
         with torch.no_grad():
             self.model.forward(self.ids, **cache_argument(self.model, self.cache), use_cache=True, logits_to_keep=1)
@@ -158,7 +158,7 @@ class Bench:
         }
 
     def replay_ms(self, of: Proposer) -> float:
-        """Of all tokens of a step into the states of all layers, waited for once behind many."""
+        """Milliseconds to replay all tokens of a step into the states of all layers, averaged over many replays."""
         self.fill()
         with torch.no_grad():
             T = of.n + 1
@@ -172,16 +172,18 @@ def run(
     finished: Callable[[dict[str, Any], str], None] = lambda data, line: None,
     before_timing: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Measure. Plain data for JSON: "schema", "machine", "arguments", and "results", one for each kind of drafts.
+    """Measure all kinds of drafts.
 
     Args:
         settings: what is measured.
-        finished: called whenever a figure is there, with the data so far and a line on that figure. What is not measured yet is
-            missing there.
-        before_timing: called once all is compiled.
+        finished: called for each new figure, with the data so far and a line about the figure.
+        before_timing: called when everything is compiled.
+
+    Returns:
+        Plain data for JSON: "schema", "machine", "arguments", and "results", one for each kind of drafts.
 
     Raises:
-        GdnfuseError: drafts of no kind, or of which the model can have none.
+        GdnfuseError: a kind of drafts is unknown, or the model cannot use it.
     """
     check(settings)
     begin, results = time.perf_counter(), []

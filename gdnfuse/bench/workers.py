@@ -1,6 +1,7 @@
-"""A side of a benchmark in a process of its own.
+"""A side of a benchmark in its own process.
 
-transformers chooses flash-linear-attention when it imports a model, and for good: only the side `fla` may see it.
+transformers decides whether to use flash-linear-attention when it imports a model, once and for all. So only the side `fla` may
+see that package.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ from gdnfuse.errors import one_line
 from gdnfuse.files import replacing
 from gdnfuse.progress import progress
 
-STEP = "step"  # the file of the shared folder in which a worker says what it does
-SO_FAR = "so_far"  # the one in which it leaves what it has found, before it has all
-FAILED = "failed"  # and the one in which the first of several ranks that failed says why
+STEP = "step"  # the file in the shared folder in which a worker says what it does
+SO_FAR = "so_far"  # the file in which it leaves what it has found so far
+FAILED = "failed"  # the file in which the first rank that failed says why
 POLL = 0.5  # seconds
-PATIENCE = 10.0  # seconds that a worker has to end
+PATIENCE = 10.0  # seconds for a worker to end
 
 
 class Interrupted(KeyboardInterrupt):
-    """What there is when it comes: the reference's answer, and the row of every side, those without figures among them."""
+    """Raised on an interrupt, with what is known so far: the answer of the reference, and the row of every side."""
 
     def __init__(self, first: dict[str, Any], rows: list[dict[str, Any]]):
         super().__init__()
@@ -39,7 +40,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 def show_fla(side: str) -> None:
-    """Hide flash-linear-attention from this process, but for the side `fla`, which needs it; before a model is imported."""
+    """Hide flash-linear-attention from this process, unless the side is `fla`. Must be called before a model is imported."""
     if side != "fla":
         sys.modules["fla"] = None  # type: ignore[assignment]  # so that importing it fails
     elif importlib.util.find_spec("fla") is None:
@@ -47,7 +48,10 @@ def show_fla(side: str) -> None:
 
 
 def fla_version() -> str:
-    """Of the flash-linear-attention that the imported model uses: transformers falls back to its own code silently."""
+    """The version of flash-linear-attention that the imported model uses.
+
+    transformers falls back to its own code without a warning.
+    """
     if "fla.ops.gated_delta_rule" not in sys.modules:
         sys.exit("transformers does not use the flash-linear-attention that is installed.")
     return getattr(sys.modules["fla"], "__version__", "unknown")
@@ -65,27 +69,27 @@ def run_sides(
     again: Callable[[str], tuple[str, Sequence[str]] | None] = lambda step: None,
     found: Callable[[dict[str, Any], list[dict[str, Any]]], None] = lambda first, rows: None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What a benchmark's worker `reference` answers, with "machine" in it, and the row of each side, one after another.
+    """The answer of a benchmark's worker `reference`, with "machine" in it, and the row of each side, one after another.
 
-    They share a folder, in which the reference leaves what sides are compared with: without it no side runs.
+    All share a folder, in which the reference leaves what sides are compared with. Without it no side runs.
 
     Args:
-        program: what Python is started with, a script or `-m module`; a function says it of a side.
-        model: one that the program knows.
-        sides: of the benchmark.
-        argv: arguments of all its workers.
-        quiet: say of a worker that failed no more than its row does.
-        title: what the line on the terminal begins with; the model if empty.
-        timeout: seconds that a worker may take; one that takes longer is ended and has failed.
-        again: of what a worker that failed did last, the part of its row that this was, and arguments of a worker for the other
-            parts; None if there are none.
-        found: called with what there is so far, the last row perhaps in part, whenever a side has found more or ended.
+        program: the arguments of Python, a script or `-m module`; or a function of the side that returns them.
+        model: a model that the program knows.
+        sides: sides of the benchmark.
+        argv: arguments for all its workers.
+        quiet: say nothing about a failed worker except in its row.
+        title: start of the line on the terminal; the model if empty.
+        timeout: seconds that a worker may take. After that it is ended and has failed.
+        again: for a failed worker and what it did last, the part of its row that this was, and the arguments of a worker for the
+            other parts; None if there are none.
+        found: called with what is known so far, whenever a side has found more or has ended. The last row may be incomplete.
 
     Raises:
-        Interrupted: instead of KeyboardInterrupt, once there is something to compare with.
+        Interrupted: instead of KeyboardInterrupt, once the reference has answered.
     """
     rows: list[dict[str, Any]] = []
-    # What a worker that was ended had started may still write there for a moment.
+    # Processes that an ended worker had started may still write there for a moment.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, progress() as announce:
         for i, side in enumerate(["reference", *sides], 1):
             line = f"{title or model}, {side} ({i} of {len(sides) + 1})"
@@ -132,12 +136,12 @@ def run_sides(
 
 
 def note(folder: str, step: str) -> None:
-    """Say what a worker does next, to whoever started it."""
+    """Tell the starter of this worker what it does next."""
     Path(folder, STEP).write_text(step, encoding="utf-8")
 
 
 def leave(folder: Path, row: dict[str, Any]) -> None:
-    """Have whoever started this worker know what it has found so far, whatever comes then."""
+    """Tell the starter of this worker what it has found so far, in case it fails later."""
     with replacing(folder / SO_FAR) as file:
         file.write_text(json.dumps(row), encoding="utf-8")
 
@@ -157,18 +161,18 @@ def spawn(
     announce: Callable[[str], None] = lambda step: None,
     timeout: float | None = None,
 ) -> dict[str, Any]:
-    """What a program, called with argv and `--worker side model folder`, answers.
+    """The answer of a program that is called with argv and `--worker side model folder`.
 
-    If it fails, {"side", "failed": sentence, "step": what it did last, "stderr": all that it printed there}; "stderr" also where
-    it says that a part did.
+    If it fails, the answer is {"side", "failed": sentence, "step": what it did last, "stderr": all that it printed there}.
+    "stderr" is also there if only a part failed.
 
     Args:
-        program, side, model, argv, timeout: as of `run_sides`.
-        folder: what workers share.
-        announce: called, as long as it runs, with what it noted last.
+        program, side, model, argv, timeout: as in `run_sides`.
+        folder: the folder that workers share.
+        announce: called with what the worker noted last, as long as it runs.
     """
     command = [sys.executable, *program, *argv, "--worker", side, model, folder]
-    # Its compile caches go with the folder, however it ends.
+    # Its compile caches are deleted with the folder, however it ends.
     how: dict[str, Any] = {"env": os.environ | {"TMPDIR": folder}, "text": True}
     note(folder, "")
     Path(folder, FAILED).unlink(missing_ok=True)
@@ -207,7 +211,7 @@ def spawn(
 
 
 def end(process: subprocess.Popen[str]) -> None:
-    """End a worker, and with it the ranks that it has started: those only if it is asked before it is killed."""
+    """End a worker and the ranks that it has started. torchrun ends its ranks only if it is asked before it is killed."""
     process.terminate()
     try:
         process.wait(PATIENCE)
@@ -216,13 +220,16 @@ def end(process: subprocess.Popen[str]) -> None:
 
 
 def say_failed(folder: str, error: Exception) -> None:
-    """Leave what a rank failed with, unless another was first: what others fail with then is that it has gone."""
+    """Leave the error of a rank, unless another rank was first. Later errors are usually caused by the first."""
     with contextlib.suppress(FileExistsError), open(Path(folder, FAILED), "x", encoding="utf-8") as file:
         file.write(one_line(error))
 
 
 def answer(work: Callable[[], dict[str, Any]]) -> None:
-    """Print what `work` gives, as the last line; an error ends the process with its own first line as the last."""
+    """Print the result of `work` as the last line.
+
+    If it raises, the process ends with the first line of the error as the last line.
+    """
     try:
         result = work()
     except Exception as e:

@@ -1,7 +1,7 @@
 """The GDN dialect: one op per file, each with schema, plain PyTorch reference, fake and example inputs.
 
-A reference is meaning, fallback and oracle at once. All references compute in ``promote_types(dtype, float32)``: in float32 for
-models of any dtype up to float32, in float64 when every input is float64, which is what the proofs rely on.
+A reference defines the meaning of an op. It is also the fallback, and what kernels are compared with. All references compute in
+``promote_types(dtype, float32)``: in float32 for dtypes up to float32, and in float64 if every input is float64, as in proofs.
 """
 
 from gdnfuse.dialect import (

@@ -1,4 +1,4 @@
-"""add_rms_norm: the residual sum behind a linear and the RMSNorm that reads it, which is the input of the next linears."""
+"""add_rms_norm: the residual sum after a linear and the RMSNorm that reads it, which is the input of the next linears."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def reference(
     """hidden = residual + x, and rms_norm(hidden).
 
     Args:
-        x: [..., N], or [parts, ..., N] partial sums of it, as split_linear leaves them.
+        x: [..., N], or [parts, ..., N] partial sums of it from split_linear.
         residual: [..., N].
         weight: [N].
         eps: added to the mean square.

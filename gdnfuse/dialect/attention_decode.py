@@ -1,4 +1,4 @@
-"""attention_decode: everything of a full-attention layer between qkv and o_proj, for one token on a static cache, in one op."""
+"""attention_decode: all of a full-attention layer between qkv and o_proj, for one token on a static cache, in one op."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gdnfuse.dialect.rms_norm import reference as rms_norm
 
 
 def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary position embedding of the first R of D columns (Su et al., arXiv:2104.09864), in halves as transformers has it.
+    """Rotary position embedding of the first R of D columns (Su et al., arXiv:2104.09864), in two halves, as in transformers.
 
     Args:
         x: [B, H, T, D].
@@ -40,7 +40,7 @@ def normed_and_turned(
     Args:
         q: [B, 1, H, D].
         k: [B, 1, HKV, D].
-        q_norm_weight, k_norm_weight, norm_eps, norm_offset, cos, sin: as `reference` has them.
+        q_norm_weight, k_norm_weight, norm_eps, norm_offset, cos, sin: as in `reference`.
 
     Returns:
         [B, H, 1, D] and [B, HKV, 1, D], in q's and k's dtype.
@@ -68,7 +68,7 @@ def reference(
     mask: torch.Tensor | None,
     scale: float,
 ) -> torch.Tensor:
-    """RMSNorm and rotary embedding of q and k, k and v into the cache at `position`, attention, and its output times σ(gate).
+    """RMSNorm and rotary embedding of q and k, k and v into the cache, attention, and its output times σ(gate).
 
     Args:
         q: [B, 1, H, D].

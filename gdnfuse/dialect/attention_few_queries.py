@@ -1,4 +1,4 @@
-"""attention_few_queries: attention with few queries per sequence on keys of any length, and the output gate behind it."""
+"""attention_few_queries: attention with few queries per sequence on keys of any length, and the output gate after it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def reference(
     mask: torch.Tensor | None,
     scale: float,
 ) -> torch.Tensor:
-    """softmax(scale·q·Kᵀ)·V over what the mask shows, times σ(gate); zero where it shows nothing.
+    """softmax(scale·q·Kᵀ)·V over what the mask shows, times σ(gate). Zero if the mask shows nothing.
 
     Args:
         q: [B, H, T, D].
@@ -30,7 +30,7 @@ def reference(
     """
     B, H, T, D = q.shape
     HKV = keys.shape[1]
-    # Queries that share a head are the queries of one attention: nothing is repeated for them.
+    # Queries that share a key head are computed as queries of one attention, so heads are not repeated.
     q = q.reshape(B, HKV, H // HKV * T, D)
     mask = mask if mask is None or T == 1 else mask.repeat(1, 1, H // HKV, 1)
     o = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale)
@@ -51,7 +51,7 @@ def example_call(
     `shared` makes it one mask for all sequences; `wrap` lays q, keys, values and the gate out in memory.
     """
     seen = (torch.arange(L) % 3 != 1).expand(1 if shared else B, 1, T, L).clone()
-    seen &= torch.arange(L) <= L - T + torch.arange(T)[:, None]  # each query's own key is the last that it sees
+    seen &= torch.arange(L) <= L - T + torch.arange(T)[:, None]  # the last key that a query sees is its own
     seen[0, ..., :hidden] = False
     draw = lambda *shape: wrap(torch.randn(shape).to(dtype))  # noqa: E731
     q, keys, values = draw(B, H, T, D), draw(B, HKV, L, D), draw(B, HKV, L, D)

@@ -25,7 +25,7 @@ def reference(
     mask: torch.Tensor | None,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """RMSNorm and rotary embedding of q and k, k and v behind the cache's, attention, and its output times σ(gate).
+    """RMSNorm and rotary embedding of q and k, k and v appended to the cache, attention, and its output times σ(gate).
 
     Args:
         q, k, v, gate, q_norm_weight, k_norm_weight, norm_eps, norm_offset, cos, sin, scale: as for attention_decode.
@@ -33,10 +33,10 @@ def reference(
         mask: [B or 1, 1, 1, L + 1] of bool, what may be attended to, or None for all.
 
     Returns:
-        o [B, 1, H·D] in q's dtype, and keys and values with this token's behind them: [B, HKV, L + 1, D] in their dtype.
+        o [B, 1, H·D] in q's dtype, and keys and values with those of this token appended: [B, HKV, L + 1, D] in their dtype.
     """
     q, k = attention_decode.normed_and_turned(q, k, q_norm_weight, k_norm_weight, norm_eps, norm_offset, cos, sin)
-    # A cat of keys whose heads are innermost in memory is laid out as they are.
+    # If the heads of keys are innermost in memory, a cat keeps that layout.
     keys = torch.cat([keys, k.to(keys.dtype)], 2).contiguous()
     values = torch.cat([values, v.transpose(1, 2).to(values.dtype)], 2).contiguous()
     return attention(q, keys.to(q.dtype), values.to(q.dtype), gate, mask, scale), keys, values

@@ -1,4 +1,4 @@
-"""causal_attention: a prompt's attention, of all tokens or of the last T of L, as a second prompt on a filled cache has it."""
+"""causal_attention: a prompt's attention, of all tokens, or of the last T of L, as for a second prompt on a filled cache."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | 
         [B, H, T, D] in q's dtype, in memory as [B, T, H, D].
     """
     T, L = q.shape[2], k.shape[2]
-    # Repeated here: not every kernel of torch's takes fewer heads of keys, and the one that takes all keeps all scores.
+    # Heads are repeated here. Not every kernel of torch supports fewer key heads, and the one that does stores all scores.
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) if x.shape[1] != q.shape[1] else x for x in (k, v))
     if compat.known_true(T == L):
         o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
@@ -37,7 +37,10 @@ def fake(q, k, v, scale=None):
 
 
 def takes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
-    """Whether they are [B, H, T, D] and twice [B, HKV, L, D] of one dtype. Two symbols may be L: unequal, attention fails."""
+    """Whether these are q [B, H, T, D] and k, v [B, HKV, L, D] of one dtype.
+
+    L may be two symbols: attention fails if they differ.
+    """
     same = lambda a, b: compat.known_true(a == b)  # noqa: E731
     if not q.ndim == k.ndim == v.ndim == 4 or not all(same(k.shape[i], v.shape[i]) for i in (0, 1, 3)):
         return False

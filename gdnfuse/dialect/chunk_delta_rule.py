@@ -27,27 +27,27 @@ def reference(
     checkpoint_every: int = 0,
     beta_max: float = 2.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """delta_rule for T ≥ 1 tokens, of any number: a triangular system inside each chunk, one step of the state per chunk.
+    """delta_rule for any T ≥ 1 tokens: a triangular system inside each chunk, and one step of the state per chunk.
 
     Args:
         q, k: [B, T, H, K]; key head h serves value heads h·HV/H … (h+1)·HV/H − 1.
         v: [B, T, HV, V].
         g: [B, T, HV], log decay, ≤ 0.
         beta: [B, T, HV].
-        state: [N, HV, K, V], the recurrent state before the first token, zero if None; N = B, or the number of sequences.
+        state: [N, HV, K, V], the recurrent state before the first token, zero if None. N is B, or the number of sequences.
         scale: factor on q.
         l2norm_eps: if given, q and k are l2-normalised with it first.
-        cu_seqlens: [N + 1] integers, 0 to T: B is 1 and tokens cu_seqlens[n] … cu_seqlens[n + 1] − 1 are sequence n. None: each
-            row is a sequence.
-        checkpoint_every: if n > 0, also return the states after every n·64 tokens.
-        beta_max: what β is at most. Above 1 the rule damps nothing, so that kernels must round less; the maths is the same.
+        cu_seqlens: [N + 1] integers from 0 to T. B is then 1, and tokens cu_seqlens[n] … cu_seqlens[n + 1] − 1 are sequence n.
+            None: each row is a sequence.
+        checkpoint_every: if n > 0, the states after every n·64 tokens are returned too.
+        beta_max: the largest possible β. Above 1 nothing is damped, so kernels must round less. The maths is the same.
 
     Returns:
-        o [B, T, HV, V] in v's dtype; the last states [N, HV, K, V], and the checkpoints [B, T // (64·n), HV, K, V] (none for
-        n = 0), in float32 (float64 for float64 inputs).
+        o [B, T, HV, V] in v's dtype; the last states [N, HV, K, V]; and the checkpoints [B, T // (64·n), HV, K, V], none if n is
+        0. States are float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: no tokens; a batch or checkpoints beside cu_seqlens; a state that has not one row per sequence.
+        ValueError: no tokens; a batch or checkpoints together with cu_seqlens; a state without one row per sequence.
     """
     check(v, state, cu_seqlens, checkpoint_every)
     if cu_seqlens is None:
@@ -63,7 +63,7 @@ def reference(
 
 
 def check(v: torch.Tensor, state: torch.Tensor | None, cu_seqlens: torch.Tensor | None, checkpoint_every: int) -> None:
-    """Raises ValueError as `reference` says."""
+    """Raise ValueError as described at `reference`."""
     need_tokens("chunk_delta_rule", v.shape[1])
     if checkpoint_every < 0:
         raise ValueError(f"checkpoint_every must not be negative, got {checkpoint_every}.")
@@ -86,7 +86,7 @@ def _rows(q, k, v, g, beta, state, scale, l2norm_eps, checkpoint_every):
     groups = HV // q.shape[2]
     if groups > 1:
         q, k = q.repeat_interleave(groups, 2), k.repeat_interleave(groups, 2)
-    # [B, HV, N, 64, …], the last chunk filled with tokens that change nothing: k = 0, v = 0, g = 0.
+    # [B, HV, N, 64, …]. The last chunk is padded with tokens that change nothing: k = 0, v = 0, g = 0.
     pad = -T % CHUNK
     q, k, v_, g, beta = (x.transpose(1, 2).to(acc) for x in (q, k, v, g, beta))
     q, k, v_ = (F.pad(x, (0, 0, 0, pad)).unflatten(2, (-1, CHUNK)) for x in (q * scale, k, v_))

@@ -12,7 +12,7 @@ def reference(x: torch.Tensor, v: torch.Tensor, every: int, width: int) -> torch
 
     Args:
         x: [B, D, S + T], the conv's input, of which the last T columns are the prompt's.
-        v: [B, T, …], anything that is as long as the prompt.
+        v: [B, T, …], any tensor with the length of the prompt.
         every: tokens, at least `width`.
         width: columns of each window.
 
@@ -41,5 +41,5 @@ def examples():
     ]
 
 
-# Of a length that is known at run time, and in no graph more than one small copy.
+# The length is known only at run time. In a graph this is at most one small copy.
 op = register("conv_windows", reference, fake, examples, equation="x[t − W … t − 1] at each t = every, 2·every, …", inline=False)

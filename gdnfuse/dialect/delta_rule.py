@@ -1,4 +1,7 @@
-"""delta_rule: the gated delta rule in recurrent form (Yang et al. 2024, arXiv:2412.06464), any T. The oracle of all others."""
+"""delta_rule: the gated delta rule in recurrent form (Yang et al. 2024, arXiv:2412.06464), any T.
+
+The definition of all others.
+"""
 
 from __future__ import annotations
 

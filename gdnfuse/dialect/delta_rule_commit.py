@@ -1,6 +1,6 @@
-"""delta_rule_commit: tokens that a verify step has read past are replayed into the states, all layers at once.
+"""delta_rule_commit: tokens that a verify step has processed are replayed into the states, for all layers at once.
 
-Checkpoint and replay as in SGLang's PR 28695; the rule is Yang et al. 2024 (arXiv:2412.06464).
+Checkpoint and replay are as in SGLang's PR 28695. The rule is that of Yang et al. 2024 (arXiv:2412.06464).
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ def reference(
 ) -> None:
     """The states of L layers after the first `accepted` of T tokens, from the states before all of them.
 
-    Whatever is read of the conv states is in `windows`, so that they are only written.
+    The conv states are only written: `windows` contains what is read of them.
 
     Args:
         windows: [L, B, W + T, D], the conv state before the tokens and then their rows, q | k | v before the conv, with
             D = 2·H·K + HV·V channels.
         a, b: [L, B, T, HV], before the nonlinearities.
-        accepted: [B], integers from 0 to T, how many tokens of each sequence to keep; none leaves its states as they are.
-        conv_weight: [L, D, W], of a depthwise causal conv without bias and with SiLU behind it.
+        accepted: [B], integers from 0 to T, how many tokens of each sequence to keep. With 0 its states do not change.
+        conv_weight: [L, D, W], of a depthwise causal conv without bias, followed by SiLU.
         A_log, dt_bias: [L, HV].
         conv_state: [L, B, D, W], written.
         recurrent_state: [L, B, HV, K, V], written in place.
-        l2norm_eps: with which keys are l2-normalised.
+        l2norm_eps: eps of the l2norm of keys.
         beta_scale: 2 allows the state negative eigenvalues (Grazzi et al. 2024, arXiv:2411.12537).
     """
     L, B, HV, K, V = recurrent_state.shape
@@ -46,7 +46,7 @@ def reference(
     T, H = a.shape[2], (D - HV * V) // (2 * K)
     acc = acc_dtype(windows, a, b, recurrent_state)
     x, weight = windows.to(acc), conv_weight.to(acc)
-    # The column of a weight that token t meets at row t + 1 + w: its own row is the last of W.
+    # Token t uses column w of a weight for row t + 1 + w. Its own row is the last of W.
     rows = torch.stack([sum(weight[:, None, :, w] * x[:, :, t + 1 + w] for w in range(W)) for t in range(T)], 2)
     _, k, v = (part.flatten(0, 1) for part in torch.nn.functional.silu(rows).split([H * K, H * K, HV * V], -1))
     k, v = k.unflatten(-1, (H, K)), v.unflatten(-1, (HV, V))

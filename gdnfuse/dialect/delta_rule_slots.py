@@ -1,6 +1,6 @@
 """delta_rule_slots: the gated delta rule over a few tokens, gates inside, with a state for each token in slots of a pool.
 
-What code that brings its own slots has (vLLM PR 35777): tokens are taken back by saying how many of the last call's stand.
+It is for code with its own slots (vLLM PR 35777). Tokens are taken back by saying how many of the last call were accepted.
 """
 
 from __future__ import annotations
@@ -28,11 +28,10 @@ def reference(
     l2norm_eps: float | None = None,
     beta_scale: float = 1.0,
 ) -> torch.Tensor:
-    """fused_gating_delta_rule that begins with the state in slot slots[b, accepted[b] − 1] and leaves the one behind token t in
-    slot slots[b, t].
+    """fused_gating_delta_rule from the state in slot slots[b, accepted[b] − 1]. The state after token t goes to slot slots[b, t].
 
-    A sequence keeps its slots from call to call. Then `accepted` is how many tokens of its last call stand. All states are read
-    before any is written. Between tokens a state stays in at least float32; it is rounded where it is written.
+    A sequence keeps its slots from call to call. `accepted` is how many tokens of its last call were accepted. All states are
+    read before any is written. Between tokens a state is at least float32. It is rounded when it is written.
 
     Args:
         q, k: [B, T, H, K], T ≥ 1.
@@ -40,9 +39,9 @@ def reference(
         a, b: [B, T, HV], before the nonlinearities.
         A_log, dt_bias: [HV].
         states: [slots, HV, K, V], written in place.
-        slots: [B, T], int32 or int64, below the number of slots. No two may be the same, but for negative ones, which are none:
-            a state is not written there, and one that is read there is zero.
-        accepted: [B], int32 or int64, from 0 to T; 0 begins with a state of zeros.
+        slots: [B, T], int32 or int64, below the number of slots. Two may be equal only if they are negative. A negative one
+            stands for no slot: no state is written there, and a state that is read there is zero.
+        accepted: [B], int32 or int64, from 0 to T. 0 starts from a state of zeros.
         scale: factor on q.
         l2norm_eps: if given, q and k are l2-normalised with it first.
         beta_scale: 2 allows the state negative eigenvalues (Grazzi et al. 2024, arXiv:2411.12537).
@@ -64,7 +63,7 @@ def reference(
         at = slice(t, t + 1)
         o, state = delta_rule(q[:, at], k[:, at], v[:, at], g[:, at], beta[:, at], state, scale, l2norm_eps)
         out.append(o)
-        # Of the dtype of the pool, and those that have no slot as they are: no number of them has to be known.
+        # Slots that no token writes keep their values. So the number of written slots need not be known.
         slot = slots[:, t].long()
         hit = slot[:, None] == torch.arange(states.shape[0], device=slot.device)  # [B, slots]
         written = state.to(states.dtype)[hit.long().argmax(0)]  # [slots, HV, K, V]

@@ -1,7 +1,7 @@
-"""delta_rule_verify: the gated delta rule over a few tokens, gates inside, that reads its state and leaves it as it is.
+"""delta_rule_verify: the gated delta rule over a few tokens, gates inside, which reads its state and does not write it.
 
-What a step that checks drafted tokens needs (vLLM PR 35777 has the gates in the rule over several tokens; SGLang PR 28695 keeps
-the inputs instead of a state for each token, which `delta_rule_commit` replays).
+A step that checks drafted tokens needs it. vLLM PR 35777 also has the gates inside the rule over several tokens. SGLang PR 28695
+keeps inputs instead of a state per token, which `delta_rule_commit` replays.
 """
 
 from __future__ import annotations

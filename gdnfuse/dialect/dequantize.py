@@ -1,7 +1,7 @@
-"""dequantize: the floating weight that quantised data and their scale stand for.
+"""dequantize: the floating weight that quantised data and their scale represent.
 
-A quantised weight is a value of the graph, so that whatever takes a linear's weight takes this one too. Where a kernel reads data
-and scale itself, the lowering hands it both, and no weight is ever made.
+A quantised weight is a value of the graph, so anything that takes the weight of a linear can take it. If a kernel reads data and
+scale itself, the lowering passes both, and the weight is never made.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from gdnfuse.dialect.op import register
 def reference(
     data: torch.Tensor, scale: torch.Tensor, format: str, dtype: torch.dtype, more: list[torch.Tensor] | None = None
 ) -> torch.Tensor:
-    """What the format's own library makes of them, computed in float32 (float64 if any of these is) and rounded once.
+    """The weight as the format's own library makes it, computed in float32 (float64 if any input is) and rounded once.
 
     Args:
-        data: [M, N] as stored, or [E, M, N] of experts; fewer columns where several are in one element.
+        data: [M, N] as stored, or [E, M, N] of experts; fewer columns if an element holds several.
         scale: as the format has it.
         format: a name of `gdnfuse.formats.FORMATS`.
         dtype: of the weight.
-        more: what else the format stores, as zero points, in its order; None for nothing.
+        more: what else the format stores, such as zero points, in order; None for nothing.
 
     Returns:
         [M, N] or [E, M, N].
@@ -35,7 +35,7 @@ def reference(
 
 
 def fake(data, scale, format, dtype, more=None):
-    formats.named(format).check(data, scale, *(more or ()))  # a scale of another shape may broadcast to another weight
+    formats.named(format).check(data, scale, *(more or ()))  # a scale of another shape might broadcast to a wrong weight
     return torch.empty(formats.named(format).shape(data), dtype=dtype, device=data.device)
 
 

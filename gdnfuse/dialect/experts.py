@@ -13,7 +13,7 @@ from gdnfuse.dialect.rms_norm import reference as rms_norm
 from gdnfuse.formats import named
 
 ACTIVATIONS = {"silu": F.silu}
-FEW = 256  # choices up to which each reads its own expert's weights
+FEW = 256  # with at most so many choices, each reads the weights of its own expert
 
 
 def reference(
@@ -36,8 +36,8 @@ def reference(
 ) -> torch.Tensor:
     """Σⱼ wⱼ·Dₑ·(act(Gₑ·x)·Uₑ·x) with e = indices[j], + [σ(s·x)·] the shared expert's, + residual.
 
-    Means what transformers' eager loop over experts means: weights are applied behind the down projection, and an index of E, by
-    which expert parallelism masks a choice, adds nothing. The sum is rounded once.
+    The meaning is that of transformers' eager loop over experts. Weights are applied after the down projection. An index of E,
+    with which expert parallelism masks a choice, adds nothing. The sum is rounded once.
 
     Args:
         x: [N, H].
@@ -50,7 +50,7 @@ def reference(
         norm_eps, norm_offset: as for rms_norm.
         shared_gate, shared_up: [S, H] of an expert that takes every row, or None.
         shared_down: [H, S], or None.
-        shared_expert_gate: s, [1, H], or None where the shared expert is added as it is.
+        shared_expert_gate: s, [1, H], or None if the shared expert has no gate.
         residual: [N, H], or None.
         scales: of gate_up and of down, or of these and shared_gate, shared_up and shared_down, which then are data of quantised
             weights; they become weights of x's dtype, those of no more experts than are needed.
@@ -91,18 +91,18 @@ def _known(activation):
 
 
 def few(indices: torch.Tensor) -> bool:
-    """Whether these are so few choices that a compiler may trace the reference: it then depends on nothing but sizes."""
+    """Whether there are so few choices that a compiler may trace the reference, which then depends only on sizes."""
     N, k = indices.shape
     return isinstance(N, int) and N * k <= FEW
 
 
 def _taken(weight, scale, format, dtype, at):
-    """Weights of the experts `at`, dequantised where they have a scale."""
+    """Weights of the experts `at`, dequantised if they have a scale."""
     return weight[at] if scale is None else dequantize(weight[at], scale[at], format, dtype)
 
 
 def _one_by_one(x, indices, E, gate_up, down, act, acc):
-    """What each choice gives, [N, k, H]. Compiled, products and sums are one loop with the lookup, and no weight is copied."""
+    """The result of each choice, [N, k, H]. Compiled, products, sums and lookup are one loop, and no weight is copied."""
     expert = indices.clamp(max=E - 1)
     gate, up = (gate_up(expert).to(acc) * x.to(acc)[:, None, None]).sum(-1).chunk(2, -1)
     w = down(expert)
@@ -111,7 +111,7 @@ def _one_by_one(x, indices, E, gate_up, down, act, acc):
 
 
 def _by_expert(x, indices, E, gate_up, down, act, acc):
-    """The same, with the weights of each needed expert read once, for which the indices are read back."""
+    """The same, with the weights of each needed expert read once. For this the indices are read by the host."""
     N, k = indices.shape
     y = torch.zeros((N * k, x.shape[1]), dtype=acc, device=x.device)
     chosen = indices.reshape(-1)
@@ -184,6 +184,6 @@ op = register(
     fake,
     examples,
     equation="Σ wⱼ·Dₑ·(silu(Gₑ·x)·Uₑ·x), e = indices[j] [+ σ(s·x)·shared(x)] [+ residual]",
-    # For many rows it loops over the experts that are needed, which only a run can tell.
+    # For many rows the reference loops over the needed experts, which are known only at run time.
     inline=lambda arguments: few(arguments["indices"]),
 )

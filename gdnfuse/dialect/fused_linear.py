@@ -1,4 +1,4 @@
-"""fused_linear: a bias-free linear with what stands before and behind it in a decode step: norm, adapters, SwiGLU, residual."""
+"""fused_linear: a linear without bias with what is around it in a decode step: norm, adapters, SwiGLU, residual."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ def reference(
     Args:
         x: [..., N].
         weights: each [Mᵢ, N].
-        norm_weight: [N] for an RMSNorm of x, or with a gate [V] for a gated RMSNorm of each V columns; None for neither.
+        norm_weight: [N] for an RMSNorm of x, or with a gate [V] for a gated RMSNorm of each V columns. None for no norm.
         norm_eps: added to the mean square.
-        norm_offset: added to norm_weight where there is no gate: 1 in Qwen3.5, whose weights are around zero.
+        norm_offset: added to norm_weight if there is no gate: 1 in Qwen3.5, whose weights are around zero.
         gate: [..., N], z of the gated RMSNorm, or None.
         swiglu: whether the two halves of the row are gate and up.
         residual: [..., ΣMᵢ], or half of it with `swiglu`; or None.
         gate_activation: as of gated_rms_norm.
-        scales: of the first of the weights, which then are data of a quantised weight each; the others are as they are.
+        scales: of the first weights, which then are data of quantised weights. The other weights are plain.
         format: of those, as of dequantize.
-        zeros: their zero points, where the format has them.
+        zeros: their zero points, if the format has them.
         lora_A: [rᵢ, N] each, of low-rank adapters (Hu et al. 2021, arXiv:2106.09685).
         lora_B: [rows, r] each.
         lora_parts: five numbers of each adapter of a projection: first column and columns of the projection in the row, the first
@@ -81,7 +81,7 @@ def adapted(
     lora_parts: list[int],
     lora_scaling: list[float],
 ) -> torch.Tensor:
-    """A row [..., M] with what adapters of x add to it, in its dtype."""
+    """A row [..., M] plus what adapters of x add, in the dtype of the row."""
     low = [F.linear(x.to(w.dtype), w) for w in lora_A]
     low = torch.cat(low, -1) if len(low) > 1 else low[0]
     columns: dict[int, torch.Tensor] = {}
@@ -106,8 +106,11 @@ def weight_dtype(
     norm_weight: torch.Tensor | None = None,
     gate: torch.Tensor | None = None,
 ) -> torch.dtype:
-    """The dtype of the weights: that of one that is not quantised; else the residual's; else, behind a gated norm, whose x may be
-    in float32, that of the norm's weight; else x's."""
+    """The dtype of the weights.
+
+    It is that of a weight that is not quantised, else that of the residual. After a gated norm, whose x may be float32, it is
+    that of the norm's weight. Else it is that of x.
+    """
     plain = weights[len(scales or ()) :]
     like = plain[0] if plain else residual if residual is not None else norm_weight if gate is not None else x
     return like.dtype
@@ -120,7 +123,7 @@ def dequantized(
     dtype: torch.dtype,
     zeros: list[torch.Tensor] | None = None,
 ) -> list[torch.Tensor]:
-    """Weights as they are multiplied with, in a list whose first ones are data where there are scales."""
+    """The weights in a list, with data and scales dequantised."""
     scales = scales or []
     more = [[zero] for zero in zeros] if zeros else [None] * len(scales)
     made = [dequantize(data, scale, format, dtype, m) for data, scale, m in zip(weights, scales, more, strict=False)]
@@ -177,7 +180,7 @@ def example_call(
 
 
 def example_adapters(sizes, N, ranks, dtype):
-    """Adapters of these ranks on projections of so many rows each: A and B of each rank one below the other."""
+    """Adapters of these ranks on projections with these numbers of rows. A and B of each rank are stacked."""
     if not ranks:
         return {}
     parts, scaling, row = [], [], 0

@@ -1,6 +1,6 @@
-"""in_proj_conv: the packed in_proj of a decode step with the norm before it and the conv update of its q, k, v behind it.
+"""in_proj_conv: the packed in_proj of a decode step with the norm before it and the conv update of its q, k, v after it.
 
-The projection owns each channel of the conv alone, so that it may update the conv state without a race.
+One program of the projection owns each channel of the conv, so it can update the conv state without a race.
 """
 
 from __future__ import annotations

@@ -39,8 +39,8 @@ def reference(
         A_log, dt_bias: [HV].
         recurrent_state: [B, HV, K, V]; written in place.
         norm_weight: [V].
-        offsets, strides: of q, k, v, z, b, a: what belongs to key head h starts at column offset + h·stride. It is K columns of q
-            and of k, HV/H·V of v and of z, HV/H of b and of a; a stride of as many means that the heads stand side by side.
+        offsets, strides: of q, k, v, z, b, a. The columns of key head h start at offset + h·stride. These are K columns of q and
+            of k, HV/H·V of v and of z, HV/H of b and of a. If the stride is this number, the heads are adjacent.
         activation: of the conv, "silu" or "none".
         scale: factor on q.
         l2norm_eps, norm_eps: eps of the l2norm of q and k, and of the gated norm.
@@ -68,12 +68,12 @@ def part_sizes(channels: int, recurrent_state: torch.Tensor) -> tuple[int, list[
 
 
 def columns(row: torch.Tensor, offset: int, stride: int, width: int, heads: int) -> torch.Tensor:
-    """A part of a row [..., N] as a view [..., heads, width]: of head h the columns from offset + h·stride."""
+    """A part of a row [..., N] as a view [..., heads, width]. The columns of head h start at offset + h·stride."""
     return row.narrow(-1, offset, (heads - 1) * stride + width).unfold(-1, width, stride)
 
 
 def side_by_side(offsets: list[int], strides: list[int], widths: list[int], heads: int) -> bool:
-    """Whether q, k and v are one range of columns, as the conv's channels are."""
+    """Whether q, k and v are one range of columns, like the channels of the conv."""
     at = [offsets[0], offsets[0] + heads * widths[0], offsets[0] + 2 * heads * widths[0]]
     return list(offsets[:3]) == at and (heads == 1 or list(strides[:3]) == widths[:3])
 
@@ -90,7 +90,7 @@ def example_call(
     B, H, HV, K, V, dtype=torch.float32, *, bias=False, state_dtype=torch.float32, order="qkvzba", W=4, beta_scale=1.0,
     gate_activation="silu",
 ):  # fmt: skip
-    """A call with random inputs; `order` is that of the parts in the row: of all heads, or between commas head by head."""
+    """A call with random inputs. `order` is the order of the parts in the row: of all heads, or head by head between commas."""
     D = 2 * H * K + HV * V
     offsets, strides, total = layout(order, H, HV, K, V)
     args = (
@@ -108,8 +108,11 @@ def example_call(
 
 
 def layout(order, H, HV, K, V):
-    """Offsets and strides of q, k, v, z, b, a, and the columns in all: "qkvzba" has each part's heads side by side, "qkvz,ba" has
-    q, k, v and z of the first key head, then of the next, and so on, then b and a of each."""
+    """Offsets and strides of q, k, v, z, b, a, and the total number of columns.
+
+    In "qkvzba" the heads of each part are adjacent. "qkvz,ba" has q, k, v and z of the first key head, then of the next, and so
+    on, then b and a of each.
+    """
     widths = dict(zip("qkvzba", (K, K, HV // H * V, HV // H * V, HV // H, HV // H), strict=True))
     where, total = {}, 0
     for group in order.split(",") if "," in order else order:

@@ -1,4 +1,4 @@
-"""What a dialect op is, and the table of all of them."""
+"""What a dialect op is, and the table of all ops."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ class DialectOp:
     """One op of the dialect.
 
     Attributes:
-        name: its name; the op is ``torch.ops.gdnfuse.<name>``.
-        reference: plain PyTorch function with the op's signature. It is the meaning of the op.
-        fake: the same on fake tensors: shape, dtype and device of the result.
+        name: its name. The op is ``torch.ops.gdnfuse.<name>``.
+        reference: a plain PyTorch function with the op's signature. It defines the meaning of the op.
+        fake: the same for fake tensors: shape, dtype and device of the result.
         overload: the registered ``OpOverload``.
-        mutates: names of the arguments written in place.
-        examples: yields ``(args, kwargs)`` of small real inputs, used by ``opcheck`` and the kernel tests.
+        mutates: names of the arguments that are written in place.
+        examples: yields ``(args, kwargs)`` of small real inputs, for ``opcheck`` and the kernel tests.
         equation: one line of maths, for people.
-        inline: whether a compiler may trace the reference, or a function that says so of a call's arguments by name; not where it
-            loops over what is known only at run time.
+        inline: whether a compiler may trace the reference, or a function of the arguments by name that says so. It may not if the
+            reference loops over something that is known only at run time.
     """
 
     name: str
@@ -62,7 +62,7 @@ def register(
     mutates: tuple[str, ...] = (),
     inline: bool | Callable[[dict[str, Any]], bool] = True,
 ) -> DialectOp:
-    """Register ``gdnfuse::<name>`` with torch.library; the reference is its implementation on every device."""
+    """Register ``gdnfuse::<name>`` with torch.library. The reference is its implementation on every device."""
     custom = torch.library.custom_op(f"gdnfuse::{name}", reference, mutates_args=mutates, schema=schema(reference, mutates))
     custom.register_fake(fake)
     overload = getattr(torch.ops.gdnfuse, name).default
@@ -74,8 +74,10 @@ def register(
 
 
 def schema(function: Callable[..., Any], mutates: tuple[str, ...] = ()) -> str:
-    """The schema of an op that a function implements, from its annotations: torch's, which has no word for an optional list of
-    tensors, though its dispatcher takes one."""
+    """The schema of an op from the annotations of its function.
+
+    torch has no annotation for an optional list of tensors, although its dispatcher supports one.
+    """
     signature = inspect.signature(function, eval_str=True)
     lists = [p.name for p in signature.parameters.values() if p.annotation == list[torch.Tensor] | None]
     known = [p.replace(annotation=list[int] | None) if p.name in lists else p for p in signature.parameters.values()]
@@ -90,18 +92,18 @@ def schema(function: Callable[..., Any], mutates: tuple[str, ...] = ()) -> str:
 
 
 def op_of(target: Any) -> DialectOp | None:
-    """The dialect op whose overload ``target`` is, or None."""
+    """The dialect op with the overload ``target``, or None."""
     return OPS.get(target.name().removeprefix("gdnfuse::")) if getattr(target, "namespace", None) == "gdnfuse" else None
 
 
 def need_tokens(op: str, T: Any) -> None:
-    """Raises ValueError if there are none."""
+    """Raise ValueError if there are no tokens."""
     if T == 0:
         raise ValueError(f"{op} needs at least one token, got T = 0.")
 
 
 def acc_dtype(*tensors: torch.Tensor) -> torch.dtype:
-    """The dtype the maths is done in: at least float32, float64 if any input is float64."""
+    """The dtype to compute in: float64 if any input is float64, else float32."""
     dtype = torch.float32
     for t in tensors:
         dtype = torch.promote_types(dtype, t.dtype)

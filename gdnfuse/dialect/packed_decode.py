@@ -1,4 +1,4 @@
-"""packed_decode: one token of the gated delta rule, q, k, v read in place from the packed row (vLLM's packed decode)."""
+"""packed_decode: one token of the gated delta rule, with q, k, v read in place from the packed row (as in vLLM)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from gdnfuse.dialect.op import acc_dtype, register
 
 
 def key_heads(channels: int, recurrent_state: torch.Tensor) -> int:
-    """H of a packed row of D = 2·H·K + HV·V channels."""
+    """The number H of key heads of a packed row with D = 2·H·K + HV·V channels."""
     _, HV, K, V = recurrent_state.shape
     return (channels - HV * V) // (2 * K)
 
@@ -34,7 +34,7 @@ def reference(
         recurrent_state: [B, HV, K, V], written in place.
         scale: factor on q.
         l2norm_eps: eps of the l2norm of q and k.
-        beta_scale: as there.
+        beta_scale: as in the dialect.
 
     Returns:
         o [B, 1, HV, V] in float32 (float64 for float64 inputs).

@@ -1,4 +1,4 @@
-"""packed_linear: several bias-free linears on one input as one, their outputs side by side in one row."""
+"""packed_linear: several linears without bias on one input as one. Their outputs are concatenated in one row."""
 
 from __future__ import annotations
 

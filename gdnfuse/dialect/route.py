@@ -1,4 +1,4 @@
-"""route: the router of a mixture of experts: which experts each row goes to, and with which weights."""
+"""route: the router of a mixture of experts. It chooses experts and their weights for each row."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def reference(
     norm_eps: float = 0.0,
     norm_offset: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The top_k largest of softmax(x·Wᵀ), largest first, and whose they are (Shazeer et al., arXiv:1701.06538).
+    """The top_k largest values of softmax(x·Wᵀ), largest first, and their experts (Shazeer et al., arXiv:1701.06538).
 
-    The logits are rounded as the model rounds them, because a rounding changes which experts are chosen: with 8 bits of mantissa
-    many of 256 logits are equal. Which of equals is taken is torch.topk's to say; the kernel takes the lowest index.
+    The logits are rounded as in the model, because rounding changes which experts are chosen: with 8 bits of mantissa many of 256
+    logits are equal. Among equal logits torch.topk may choose any, and the kernel chooses the lowest index.
 
     Args:
         x: [N, H].
@@ -53,7 +53,7 @@ def reference(
 
 
 def need_experts(top_k: int, experts: int) -> None:
-    """Raises ValueError if a row cannot go to so many."""
+    """Raise ValueError if there are fewer experts than a row needs."""
     if not 1 <= top_k <= experts:
         raise ValueError(f"route needs top_k between 1 and the number of experts, {experts}, got {top_k}.")
 

@@ -1,4 +1,7 @@
-"""routed_experts: route and the experts that it chooses in one op, for one row, whose experts need not wait to be told."""
+"""routed_experts: route and the experts that it chooses in one op, for one row.
+
+Experts can start before the choice is complete.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ def reference(
     scales: list[torch.Tensor] | None = None,
     format: str = "",
 ) -> torch.Tensor:
-    """experts of what route chooses, both behind one norm.
+    """The experts that route chooses. Both read x after one norm.
 
     Args:
         x: [N, H].

@@ -1,7 +1,7 @@
-"""split_linear: a bias-free linear as partial sums over parts of its columns, for whoever reads it to add up.
+"""split_linear: a linear without bias as partial sums over parts of its columns (split-K). Its reader adds them up.
 
-A weight with few rows and many columns gives few programs whole rows to work on; parts of rows give enough, and the sum costs
-nothing where a pointwise kernel or a norm follows anyway (split-K).
+A weight with few rows and many columns has too few rows for all programs. With parts of rows there is enough work, and the sum is
+free if a pointwise kernel or a norm follows anyway.
 """
 
 from __future__ import annotations

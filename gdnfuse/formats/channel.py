@@ -1,6 +1,7 @@
 """int8_channel and fp8_channel: int8 or e4m3 data and one scale per row.
 
-What torchao's Int8WeightOnlyConfig and Float8WeightOnlyConfig make (torchao.quantization), symmetric, without zero points.
+torchao's Int8WeightOnlyConfig and Float8WeightOnlyConfig make them (torchao.quantization). They are symmetric, without zero
+points.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def dequantize(data: torch.Tensor, scale: torch.Tensor, acc: torch.dtype) -> tor
 
 
 def check(name: str, dtype: torch.dtype, data: torch.Tensor, scale: torch.Tensor) -> None:
-    """Raises Refused unless data is [..., M, N] of `dtype` and scale [..., M, 1] of a known dtype."""
+    """Raise Refused unless data is [..., M, N] of `dtype` and scale is [..., M, 1] of a known dtype."""
     require_dtypes(name, data, scale, dtype, SCALES)
     if data.ndim < 2:
         raise Refused(f"Data of {name} must be a matrix, found the shape {list(data.shape)}.")
@@ -32,7 +33,7 @@ def check(name: str, dtype: torch.dtype, data: torch.Tensor, scale: torch.Tensor
 
 
 def quantize(dtype: torch.dtype, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each row's largest magnitude becomes the largest number; a row of zeros has the scale 1. Scales have the weight's dtype."""
+    """Scale each row's largest magnitude to the largest number; 1 for a row of zeros. Scales have the dtype of the weight."""
     largest = weight.float().abs().amax(-1, keepdim=True)
     scale = torch.where(largest > 0, largest / LARGEST[dtype], 1.0).to(weight.dtype if weight.dtype in SCALES else torch.float32)
     data = (weight.float() / scale.float()).clamp(-LARGEST[dtype], LARGEST[dtype])

@@ -1,4 +1,4 @@
-"""What a format of quantised weights is, and the table of all of them."""
+"""What a format of quantised weights is, and the table of all formats."""
 
 from __future__ import annotations
 
@@ -15,19 +15,18 @@ class Format:
     """How weights of one kind are stored.
 
     Attributes:
-        name: what the dialect's dequantize calls it.
-        about: in words, for reports.
-        supported: in words, what `check` lets pass.
-        dequantize: from data, scale, the dtype to compute in, float32 or float64, and what else is stored, the weight in that
-            dtype: as the format's own library has it before it rounds.
-        check: raises Refused unless data, scale and what else is stored are what the format has; sizes may be those of fake
-            tensors.
-        quantize: a floating weight's data, scale and what else is stored. None where only the format's own library quantises.
-        rows: weights of whole blocks of so many rows may stand in one buffer, one behind the other, and so may their scales and
-            what else is stored. None where rows share some of that.
-        columns: of whose multiples a weight must have as many.
-        more: what is stored beside data and scale, in words.
-        bits: of one element of a weight; the data have several in each of theirs where these have more.
+        name: its name in the dialect's dequantize.
+        about: a description for reports.
+        supported: what `check` accepts, in words.
+        dequantize: computes the weight from data, scale, the dtype to compute in (float32 or float64), and what else is stored.
+            The result has that dtype and is what the format's own library has before it rounds.
+        check: raises Refused unless data, scale and what else is stored fit the format. Sizes may be those of fake tensors.
+        quantize: computes data, scale and what else is stored from a floating weight. None if only the format's own library can.
+        rows: weights that consist of whole blocks of so many rows may be placed in one buffer one after the other, and so may
+            their scales and what else is stored. None if rows share some of that.
+        columns: the number of columns of a weight must be a multiple of this.
+        more: what is stored besides data and scale, in words.
+        bits: bits of one element of a weight. If an element of data has more bits, it holds several.
     """
 
     name: str
@@ -42,7 +41,7 @@ class Format:
     more: tuple[str, ...] = ()
 
     def shape(self, data: torch.Tensor) -> tuple[int, ...]:
-        """The shape of the weight that data stand for."""
+        """The shape of the weight that data represent."""
         return (*data.shape[:-1], data.shape[-1] * (8 * data.element_size() // self.bits))
 
 
@@ -57,7 +56,7 @@ def register(**attributes: object) -> Format:
 
 
 def named(name: str) -> Format:
-    """The format of a name.
+    """The format with a name.
 
     Raises:
         Refused: there is none.
@@ -68,14 +67,14 @@ def named(name: str) -> Format:
 
 
 def acc_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    """The dtype that weights are dequantised in: float64 if any of these is, which the oracles rely on, else float32."""
+    """The dtype to dequantise in: float64 if any of these is float64, which reference computations need, else float32."""
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def require_dtypes(
     fmt: str, data: torch.Tensor, scale: torch.Tensor, of_data: torch.dtype, of_scale: tuple[torch.dtype, ...]
 ) -> None:
-    """Raises Refused unless data and scale have these dtypes."""
+    """Raise Refused unless data and scale have these dtypes."""
     if data.dtype != of_data:
         raise Refused(f"Data of {fmt} must be {_short(of_data)}, found {_short(data.dtype)}.")
     if scale.dtype not in of_scale:

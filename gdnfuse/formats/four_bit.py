@@ -1,11 +1,12 @@
-"""nf4 and fp4: entries of a table of 16, and the largest magnitude of each block of elements, which may be quantised too.
+"""nf4 and fp4: indices into a table of 16 values, and the largest magnitude of each block of elements.
 
-What bitsandbytes' Linear4bit stores (QLoRA, arXiv 2305.14314): two columns in a byte, the first in its upper bits; blocks of 32
-to 4096 elements of the matrix, row by row. With double quantisation the magnitudes are bytes: an entry of a table of 256, times a
-number for each 256 of them, plus an offset for all. That is "nf4" and "fp4".
+This is what bitsandbytes' Linear4bit stores (QLoRA, arXiv 2305.14314). A byte has two columns, the first in its upper bits.
+Blocks have 32 to 4096 elements of the matrix, row by row. With double quantisation the magnitudes are quantised too: a byte is an
+index into a table of 256 values, which is multiplied with a number per 256 magnitudes, plus one offset for all. These are the
+formats "nf4" and "fp4".
 
-Where blocks of 64 or 128 elements fill rows, each row has magnitudes of its own, and with these as numbers a weight is one of
-"nf4_block64" and so on: what kernels read, and whose rows may stand one behind the other.
+If blocks of 64 or 128 elements fill rows, each row has its own magnitudes. With these as float32, the format is "nf4_block64" and
+so on. Kernels read these formats, and their rows may be placed one after the other.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from gdnfuse.errors import Refused
 from gdnfuse.formats.format import register, require_dtypes
 
-# bitsandbytes has them in float32.
+# bitsandbytes stores these in float32.
 TABLES = {
     "nf4": (
         *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334),
@@ -30,20 +31,20 @@ TABLES = {
     ),
 }
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # elements
-OF_ROWS = (64, 128)  # of these, those of which rows may have whole ones
-NESTED = 256  # magnitudes that are quantised together
+OF_ROWS = (64, 128)  # those that may fill rows
+NESTED = 256  # how many magnitudes are quantised together
 MORE = ("the magnitudes' own scale", "table", "offset")
 
 
 def dequantize(name: str, data: torch.Tensor, scale: torch.Tensor, acc: torch.dtype, *nested: torch.Tensor) -> torch.Tensor:
-    """The table's entries for data [M, N/2], times the magnitude of each one's block, in `acc`: [M, N].
+    """The table's values for data [M, N/2], times the magnitude of each block, in `acc`: [M, N].
 
     Args:
-        name: of the table.
+        name: name of the table.
         data: uint8.
-        scale: [M·N/block], or of rows that have their own [M, N/block], float32, or uint8 where magnitudes are quantised.
-        acc: of the result.
-        nested: where magnitudes are quantised a float32 for each 256 of them, a table [256] and an offset of one element.
+        scale: [M·N/block], or [M, N/block] if rows have their own; float32, or uint8 if magnitudes are quantised.
+        acc: dtype of the result.
+        nested: if magnitudes are quantised: a float32 for each 256 of them, a table [256] and an offset of one element.
     """
     M, N = data.shape[0], 2 * data.shape[1]
     scale = magnitudes(scale, *nested, acc=acc) if nested else scale.to(acc).flatten()
@@ -54,13 +55,13 @@ def dequantize(name: str, data: torch.Tensor, scale: torch.Tensor, acc: torch.dt
 def magnitudes(
     scale: torch.Tensor, own: torch.Tensor, table: torch.Tensor, offset: torch.Tensor, acc: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """The magnitudes that uint8 [n] stand for, in `acc`."""
+    """The magnitudes that uint8 [n] represent, in `acc`."""
     own, table, offset = (x.to(acc) for x in (own, table, offset))
     return table[scale.long()] * own.repeat_interleave(NESTED)[: len(scale)] + offset
 
 
 def _entries(name: str, places: torch.Tensor, acc: torch.dtype) -> torch.Tensor:
-    """The table's entry at each place, chosen bit by bit: a graph would have to copy a table to its device."""
+    """The table's value at each index, chosen bit by bit. A graph would have to copy a table to its device."""
     entries = [torch.full((), entry, dtype=acc, device=places.device) for entry in TABLES[name]]
     for bit in range(4):
         chosen = (places >> bit & 1).bool()
@@ -69,7 +70,7 @@ def _entries(name: str, places: torch.Tensor, acc: torch.dtype) -> torch.Tensor:
 
 
 def check(name: str, data: torch.Tensor, scale: torch.Tensor, *nested: torch.Tensor) -> None:
-    """Raises Refused unless these are what `dequantize` takes, with whole blocks."""
+    """Raise Refused unless these are valid arguments of `dequantize`, with whole blocks."""
     if data.dtype != torch.uint8 or data.ndim != 2:
         raise Refused(f"Data of {name} must be a matrix of uint8, found {_short(data)}.")
     elements = 2 * data.numel()
@@ -90,7 +91,7 @@ def check(name: str, data: torch.Tensor, scale: torch.Tensor, *nested: torch.Ten
 
 
 def check_rows(block: int, name: str, data: torch.Tensor, scale: torch.Tensor) -> None:
-    """Raises Refused unless data is uint8 [M, N/2] and scale float32 [M, N/block], with whole blocks in each row."""
+    """Raise Refused unless data is uint8 [M, N/2] and scale is float32 [M, N/block], with whole blocks in each row."""
     require_dtypes(name, data, scale, torch.uint8, (torch.float32,))
     if data.ndim != 2:
         raise Refused(f"Data of {name} must be a matrix, found the shape {list(data.shape)}.")
@@ -103,10 +104,13 @@ def check_rows(block: int, name: str, data: torch.Tensor, scale: torch.Tensor) -
 
 
 def quantize(block: int, name: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """As bitsandbytes does: of each number divided by its block's magnitude the entry that is nearest; data and scale.
+    """Quantise as bitsandbytes does: divide by the magnitude of the block and take the nearest table value.
+
+    Returns:
+        Data and scale.
 
     Raises:
-        Refused: rows have no whole blocks.
+        Refused: rows do not have whole blocks.
     """
     if weight.shape[-1] % block:
         raise Refused(

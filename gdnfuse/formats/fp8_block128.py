@@ -1,6 +1,6 @@
-"""fp8_block128: e4m3 data and one scale per block of 128 × 128, the last blocks of a row or column maybe smaller.
+"""fp8_block128: e4m3 data and one scale per block of 128 × 128. The last blocks of rows and columns may be smaller.
 
-What DeepSeek-V3 (arXiv 2412.19437, section 3.3) trains with, and what the official FP8 checkpoints of Qwen have; transformers'
+DeepSeek-V3 (arXiv 2412.19437, section 3.3) was trained with it, and the official FP8 checkpoints of Qwen use it. transformers'
 FineGrainedFP8Config calls the scale `weight_scale_inv`. A scale of e8m0 is a power of two.
 """
 
@@ -24,8 +24,8 @@ def dequantize(data: torch.Tensor, scale: torch.Tensor, acc: torch.dtype) -> tor
     if M % BLOCK or N % BLOCK:
         rows = scale.repeat_interleave(BLOCK, -2)[..., :M, :]
         blocks = wide[..., : whole * BLOCK].unflatten(-1, (whole, BLOCK)) * rows[..., :whole, None]
-        # By themselves: of a loop over a row in which the column's block is an index, Inductor of torch 2.13 leaves the columns
-        # behind the last whole block out, on a CPU.
+        # Columns after the last whole block are computed separately. In a loop over a row that uses the block of the column as
+        # an index, Inductor of torch 2.13 leaves these columns out on a CPU.
         rest = wide[..., whole * BLOCK :] * rows[..., whole:]
         return torch.cat([blocks.flatten(-2), rest], -1) if N % BLOCK else blocks.flatten(-2)
     blocks = wide.unflatten(-1, (whole, BLOCK)).unflatten(-3, (M // BLOCK, BLOCK))
@@ -33,7 +33,7 @@ def dequantize(data: torch.Tensor, scale: torch.Tensor, acc: torch.dtype) -> tor
 
 
 def check(data: torch.Tensor, scale: torch.Tensor) -> None:
-    """Raises Refused unless data is e4m3 [..., M, N] and scale [..., ⌈M/128⌉, ⌈N/128⌉] of a known dtype."""
+    """Raise Refused unless data is e4m3 [..., M, N] and scale is [..., ⌈M/128⌉, ⌈N/128⌉] of a known dtype."""
     require_dtypes("fp8_block128", data, scale, torch.float8_e4m3fn, SCALES)
     if data.ndim < 2:
         raise Refused(f"Data of fp8_block128 must be a matrix, found the shape {list(data.shape)}.")
@@ -44,7 +44,7 @@ def check(data: torch.Tensor, scale: torch.Tensor) -> None:
 
 
 def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each block's largest magnitude becomes e4m3's largest number; a block of zeros has the scale 1."""
+    """Scale the largest magnitude of each block to e4m3's largest number. The scale of a block of zeros is 1."""
     M, N = weight.shape[-2:]
     rows, columns = -(-M // BLOCK), -(-N // BLOCK)
     wide = torch.nn.functional.pad(weight.float(), (0, columns * BLOCK - N, 0, rows * BLOCK - M))

@@ -1,6 +1,7 @@
-"""fp8_tensor: e4m3 data and one scale for all of it.
+"""fp8_tensor: e4m3 data and one scale for the whole weight.
 
-transformers' FineGrainedFP8Config without `weight_block_size`, and checkpoints of compressed-tensors with the strategy "tensor".
+transformers' FineGrainedFP8Config without `weight_block_size` makes it, and so do checkpoints of compressed-tensors with the
+strategy "tensor".
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ def dequantize(data: torch.Tensor, scale: torch.Tensor, acc: torch.dtype) -> tor
 
 
 def check(data: torch.Tensor, scale: torch.Tensor) -> None:
-    """Raises Refused unless data is an e4m3 matrix and scale one element of a known dtype."""
+    """Raise Refused unless data is an e4m3 matrix and scale is one element of a known dtype."""
     require_dtypes("fp8_tensor", data, scale, torch.float8_e4m3fn, SCALES)
     if data.ndim != 2:
         raise Refused(f"Data of fp8_tensor must be a matrix, found the shape {list(data.shape)}.")
@@ -29,7 +30,7 @@ def check(data: torch.Tensor, scale: torch.Tensor) -> None:
 
 
 def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The largest magnitude becomes e4m3's largest number; a weight of zeros has the scale 1."""
+    """Scale the largest magnitude to e4m3's largest number. The scale of a weight of zeros is 1."""
     largest = weight.float().abs().amax()
     scale = torch.where(largest > 0, largest / LARGEST, 1.0)
     return (weight.float() / scale).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn), scale

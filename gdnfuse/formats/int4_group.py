@@ -1,9 +1,9 @@
-"""int4 in groups of 32, 64 or 128 columns of a row, one scale for each: int4_group128 is symmetric, int4_group128_zero has zero
-points.
+"""int4_group128 and the like: int4 in groups of 32, 64 or 128 columns of a row, with one scale per group.
 
-What compressed-tensors stores of W4A16 as "pack-quantized" (compressed_tensors.compressors.pack_quantized): eight columns in an
-int32, the first in its lowest bits, each 8 more than the integer between -8 and 7 that it stands for. Zero points are such
-integers too, one for each group, eight rows in an int32. AWQ's and GPTQ's weights (arXiv 2306.00978, 2210.17323) have them.
+int4_group128 is symmetric, and int4_group128_zero has zero points. compressed-tensors stores W4A16 in this way as
+"pack-quantized" (compressed_tensors.compressors.pack_quantized). An int32 has eight columns, the first in its lowest bits. Each
+is stored as its integer between -8 and 7 plus 8. Zero points are stored in the same way, one per group, with eight rows in an
+int32. Weights of AWQ and GPTQ (arXiv 2306.00978, 2210.17323) have zero points.
 """
 
 from __future__ import annotations
@@ -17,15 +17,18 @@ from gdnfuse.formats.format import register, require_dtypes
 
 GROUPS = (32, 64, 128)
 SCALES = (torch.float32, torch.bfloat16, torch.float16)
-PACKED = 8  # columns of data, or rows of zero points, in an int32
+PACKED = 8  # how many columns of data, or rows of zero points, are in an int32
 OFFSET = 8
 
 
 def dequantize(
     group: int, data: torch.Tensor, scale: torch.Tensor, acc: torch.dtype, zero: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The integers in data [..., M, N/8], less their groups' zero points [..., ⌈M/8⌉, N/group], times their groups' scales
-    [..., M, N/group], in `acc`: [..., M, N]."""
+    """The integers in data, minus the zero points of their groups, times the scales of their groups.
+
+    data is [..., M, N/8], zero points are [..., ⌈M/8⌉, N/group], scale is [..., M, N/group], and the result is [..., M, N] in
+    `acc`.
+    """
     groups = unpack(data, -1).to(acc).unflatten(-1, (-1, group))
     if zero is not None:
         groups = groups - unpack(zero, -2)[..., : data.shape[-2], :].to(acc)[..., None]
@@ -33,21 +36,26 @@ def dequantize(
 
 
 def unpack(packed: torch.Tensor, axis: int) -> torch.Tensor:
-    """The integers between -8 and 7 in int32, eight in each, side by side along an axis counted from behind."""
+    """The integers between -8 and 7 in int32 values, eight in each, along an axis counted from the last."""
     return torch.stack([(packed >> 4 * i) & 15 for i in range(PACKED)], axis).flatten(axis - 1, axis) - OFFSET
 
 
 def pack(integers: torch.Tensor, axis: int) -> torch.Tensor:
-    """int32 of eight integers between -8 and 7 each; an axis that does not fill the last is filled up with zero bits."""
-    integers = (integers.nan_to_num(0).to(torch.int32) + OFFSET).movedim(axis, -1)  # as an integer NaN has bits of its neighbours
+    """Pack eight integers between -8 and 7 into each int32. An incomplete last int32 is filled with zero bits."""
+    integers = (integers.nan_to_num(0).to(torch.int32) + OFFSET).movedim(
+        axis, -1
+    )  # NaN as an integer would change the bits of its neighbours
     integers = torch.nn.functional.pad(integers, (0, -integers.shape[-1] % PACKED))
     places = integers.unflatten(-1, (-1, PACKED)) << torch.arange(0, 32, 4, dtype=torch.int32, device=integers.device)
     return places.sum(-1, dtype=torch.int32).movedim(-1, axis).contiguous()
 
 
 def check(group: int, name: str, data: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None = None) -> None:
-    """Raises Refused unless data is int32 [..., M, N/8], scale [..., M, N/group] of a known dtype, with whole groups, and zero
-    points, where the format has them, int32 [..., ⌈M/8⌉, N/group]."""
+    """Raise Refused unless data, scale and zero points fit the format.
+
+    data must be int32 [..., M, N/8] with whole groups, scale [..., M, N/group] of a known dtype, and zero points, if the format
+    has them, int32 [..., ⌈M/8⌉, N/group].
+    """
     require_dtypes(name, data, scale, torch.int32, SCALES)
     if data.ndim < 2:
         raise Refused(f"Data of {name} must be a matrix, found the shape {list(data.shape)}.")
@@ -68,13 +76,13 @@ def check(group: int, name: str, data: torch.Tensor, scale: torch.Tensor, zero: 
 
 
 def quantize(group: int, zeros: bool, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """As compressed-tensors does. Symmetric: 7.5 scales are a group's largest magnitude. With zero points: 15 scales are from its
-    least to its largest number, of which one is at most and one at least zero. A group of zeros has the scale 1.
+    """Quantise as compressed-tensors does.
 
-    The scale has the weight's dtype.
+    Symmetric: 7.5 scales are the largest magnitude of a group. With zero points: 15 scales are the distance from the smallest to
+    the largest number of a group, zero included. The scale of a group of zeros is 1. The scale has the dtype of the weight.
 
     Raises:
-        Refused: the columns are no whole groups.
+        Refused: the columns are not a multiple of the group.
     """
     if weight.shape[-1] % group:
         raise Refused(f"A weight in groups of {group} columns must have whole ones, found {weight.shape[-1]} columns.")

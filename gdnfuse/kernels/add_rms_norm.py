@@ -54,7 +54,7 @@ def launch(
     """The dialect's add_rms_norm.
 
     Args:
-        x, residual, weight, eps, offset: as there.
+        x, residual, weight, eps, offset: as in the dialect.
         overlap: whether the weight may be read while kernels before this one run.
 
     Returns:

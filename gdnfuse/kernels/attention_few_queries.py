@@ -112,7 +112,7 @@ def launch(
     """The dialect's attention_few_queries.
 
     Args:
-        q, gate, mask, scale: as there, of any strides.
+        q, gate, mask, scale: as in the dialect, of any strides.
         keys, values: [B, HKV, L, D], any strides.
         overlap: whether both launches may start while the kernel before them runs.
 

@@ -34,7 +34,7 @@ def launch(
     """The dialect's attention_growing.
 
     Args:
-        q, k, v, gate, q_norm_weight, k_norm_weight, norm_eps, norm_offset, cos, sin, mask, scale: as there.
+        q, k, v, gate, q_norm_weight, k_norm_weight, norm_eps, norm_offset, cos, sin, mask, scale: as in the dialect.
         keys, values: [B, HKV, L, D], any strides; not written.
         overlap: whether both kernels may start while the kernel before them runs.
 

@@ -33,7 +33,7 @@ def launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | Non
     """The dialect's causal_attention.
 
     Args:
-        q, k, v, scale: as there.
+        q, k, v, scale: as in the dialect.
 
     Returns:
         [B, H, T, D] in q's dtype, in memory as [B, T, H, D].

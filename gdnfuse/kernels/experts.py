@@ -700,7 +700,7 @@ def launch(
 
     Args:
         x, indices, routing_weights, gate_up, down, activation, norm_weight, norm_eps, norm_offset, shared_gate, shared_up,
-            shared_down, shared_expert_gate, residual, scales, format: as there.
+            shared_down, shared_expert_gate, residual, scales, format: as in the dialect.
         overlap: whether norm_weight, shared_gate and shared_up may be read while kernels before these run.
 
     Returns:
@@ -746,7 +746,8 @@ def launch_routed(
 
     Args:
         x, router, top_k, normalize, gate_up, down, activation, wide_logits, wide_weights, norm_weight, norm_eps, norm_offset,
-            shared_gate, shared_up, shared_down, shared_expert_gate, residual, scales, format: as there; the weights are never
+            shared_gate, shared_up, shared_down, shared_expert_gate, residual, scales, format: as in the dialect; the weights are
+                never
             rounded.
         overlap: whether router, norm_weight, shared_gate and shared_up may be read while kernels before these run.
 

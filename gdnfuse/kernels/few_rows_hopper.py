@@ -6,7 +6,8 @@ weight's rows as the product's rows). Ranges are cut so that every multiprocesso
 the rows that a tile lacks are neither copied nor stored. The ring is full of weights before the kernel waits for the one that
 makes x; few_rows_linear has one step by then.
 
-Layout: as there; x and weight with rows at multiples of 16 elements. Products and sums are float32; one rounding, to the weight's
+Layout: as in few_rows_linear.py; x and weight with rows at multiples of 16 elements. Products and sums are float32; one rounding,
+    to the weight's
 dtype, none for split_linear.
 """
 

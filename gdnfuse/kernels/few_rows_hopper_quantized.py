@@ -7,7 +7,7 @@ rows, in float32, so that weights are multiplied as they are stored (partial sum
 arXiv:2412.19437, section 3.3.2). Scales are read a step ahead. Programs for rows that are not quantised come first and are those
 of few_rows_hopper.
 
-Layout: as there; data and plain rows at multiples of 16 bytes; scales [⌈M/128⌉, N/128] with contiguous rows.
+Layout: as in few_rows_hopper.py; data and plain rows at multiples of 16 bytes; scales [⌈M/128⌉, N/128] with contiguous rows.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def launch(
     Args:
         x, weights, norm_weight, norm_eps, norm_offset, gate, swiglu, residual, gate_activation, scales, format, zeros: as
             there.
-        lora_A, lora_B, lora_parts, lora_scaling: as there, of one row, with one A.
+        lora_A, lora_B, lora_parts, lora_scaling: as in the dialect, of one row, with one A.
         overlap: whether weights may be read while kernels before this one run: what came before the step must have ended.
 
     Returns:
@@ -145,10 +145,10 @@ def launch_in_proj_conv(
     """The dialect's in_proj_conv for one row and one weight, or a quantised one and one that is not.
 
     Args:
-        x, weights, norm_weight, norm_eps, norm_offset: as there.
+        x, weights, norm_weight, norm_eps, norm_offset: as in the dialect.
         conv_state: [1, D, S], any strides; written in place.
         conv_weight: [D, 1, W], any strides.
-        conv_bias, conv_offset, activation, parts, heads, scales, format, zeros: as there.
+        conv_bias, conv_offset, activation, parts, heads, scales, format, zeros: as in the dialect.
         lora_A, lora_B, lora_parts, lora_scaling: as for `launch`.
         overlap: as for `launch`.
 
@@ -182,7 +182,7 @@ def launch_split(
     """The dialect's split_linear for 2 to 32 rows and one weight.
 
     Args:
-        x, weights, parts, scales, format, zeros: as there.
+        x, weights, parts, scales, format, zeros: as in the dialect.
         overlap: as for `launch`.
 
     Returns:

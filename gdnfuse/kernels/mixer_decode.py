@@ -47,7 +47,7 @@ def launch(
         A_log, dt_bias: [HV].
         recurrent_state: [B, HV, K, V]; written in place.
         norm_weight: [V].
-        offsets, strides: as there: of q, k, v, z, b, a in the row.
+        offsets, strides: as in the dialect: of q, k, v, z, b, a in the row.
         activation: of the conv, "silu" or "none".
         scale: factor on q.
         l2norm_eps, norm_eps: eps of the l2norm of q and k, and of the gated norm.

@@ -215,7 +215,7 @@ def launch(
     """The dialect's route.
 
     Args:
-        x, weight, top_k, normalize, wide_logits, wide_weights, norm_weight, norm_eps, norm_offset: as there.
+        x, weight, top_k, normalize, wide_logits, wide_weights, norm_weight, norm_eps, norm_offset: as in the dialect.
         overlap: whether weight and norm_weight may be read while kernels before this one run.
 
     Returns:

@@ -1,7 +1,7 @@
-"""Adapters that are not as LoRA's: B·A·x of one row that reaches its projection with something in between, and what that is.
+"""Finds adapters with something between their parts: B·A·x reaches its projection with another operation in between.
 
-What somebody puts on a part of an adapter, as a hook does, may be any operation. So what x is made into is followed through all
-of them, up to the linears behind A and B. A sum of a projection of x with B·A·x is an adapter's.
+Anything may be between the parts of an adapter, such as a forward hook. So everything that is computed from x is followed, up to
+the linears A and B. A sum of a projection of x and B·A·x is an adapter.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MERGE = "Take that away, or merge the adapter."
 
 @dataclass(frozen=True)
 class Loose:
-    """An adapter: the projection's columns, A·x and B·A·x as their linears give them, and the sum of projection and adapter."""
+    """An adapter: the columns of the projection, A·x and B·A·x from their linears, and the sum of projection and adapter."""
 
     row: Node
     low: Node
@@ -35,7 +35,7 @@ class Loose:
 
 
 def loose(graph: Graph, taken: Set[Node]) -> Iterator[Loose]:
-    """Adapters on one row that are none of those whose A·x are taken, each once."""
+    """Adapters on one row, except those whose A·x are in `taken`. Each once."""
     found: set[Node] = set()
     for x in _inputs(graph):
         for adapter in _sums(x):
@@ -45,19 +45,19 @@ def loose(graph: Graph, taken: Set[Node]) -> Iterator[Loose]:
 
 
 def linear_of(row: Node) -> Node:
-    """The linear that gives these columns."""
+    """The linear that computes these columns."""
     return row.args[0] if op_name(row) == "narrow" else row
 
 
 def input_of(linear: Node) -> Node:
-    """What a linear, or several that are packed, are of."""
+    """The input of a linear, or of several packed ones."""
     if op_name(linear) == "gdnfuse.packed_linear":
         return packed_linear.op.bind(linear.args, linear.kwargs)["x"]
     return linear.args[0]
 
 
 def why(a: Loose) -> Refused:
-    """What is in the way of fusing such an adapter, with what to do."""
+    """Why such an adapter is not fused, with what to do."""
     A, base = linear_of(a.low), linear_of(a.row)
     for linear, what in ((base, "A projection with adapters"), (a.up, "B of an adapter")):
         if op_name(linear) == "linear" and biased(linear):
@@ -74,7 +74,7 @@ def why(a: Loose) -> Refused:
             f"A of an adapter must read what its projection reads, found {op_name(between)} before {last}. {fix}", at=between
         )
     if (between := min(a.low.users)) is not linear_of(a.up):
-        return Refused(f"B of an adapter must read A·x as it is, found {op_name(between)} in between. {MERGE}", at=between)
+        return Refused(f"B of an adapter must read A·x directly, found {op_name(between)} in between. {MERGE}", at=between)
     if len(a.low.users) > 1:
         return Refused(f"A·x must be read by its B alone, found that {op_name(max(a.low.users))} reads it too. {MERGE}", at=a.low)
     for linear in (A, linear_of(a.up)):
@@ -100,12 +100,15 @@ def why(a: Loose) -> Refused:
 
 
 def is_scaled(node: Node) -> bool:
-    """Whether a node is another times a number."""
+    """Whether a node is another one times a number."""
     return op_name(node) == "mul" and len(node.args) == 2 and isinstance(node.args[1], int | float)
 
 
 def _inputs(graph: Graph) -> dict[Node, None]:
-    """What linears of one row read, and what that is made of by an operation on one tensor, as by a hook before the linear."""
+    """What linears of one row read.
+
+    And what that is made from by an operation on one tensor, such as a hook before the linear.
+    """
     found: dict[Node, None] = {}
     for node in graph.nodes:
         if op_name(node) in LINEARS and one_row(node):
@@ -119,7 +122,7 @@ def _inputs(graph: Graph) -> dict[Node, None]:
 
 def _sums(x: Node) -> Iterator[Loose]:
     """The sums of a projection of x and B·A·x, in order."""
-    # Of each node that x is made into: the projections in it, and B·A·x with their A·x.
+    # For each node that is computed from x: the projections in it, and the B·A·x in it with their A·x.
     rows: dict[Node, set[Node]] = {x: set()}
     ups: dict[Node, set[tuple[Node, Node]]] = {x: set()}
     todo = list(x.users)
@@ -130,7 +133,7 @@ def _sums(x: Node) -> Iterator[Loose]:
             continue
         given = [n for n in node.all_input_nodes if n in rows]
         name, found, made = op_name(node), set().union(*map(rows.get, given)), set().union(*map(ups.get, given))
-        # Somebody else's operation may be a projection, of weights that are quantised, or a hook's.
+        # An unknown operation may be a projection with quantised weights, or part of a hook.
         if name in LINEARS or foreign(node) and not found and not made:
             if name in LINEARS and input_of(node) not in rows or made:
                 continue
@@ -139,7 +142,7 @@ def _sums(x: Node) -> Iterator[Loose]:
         elif name == "narrow" and op_name(node.args[0]) in LINEARS:
             found, made = {node} if found else found, {(node, low) for _, low in made}
         elif name in ("add", "sub"):
-            # The sum with what is computed elsewhere, such as a residual, is no part of an adapter.
+            # A sum with something else, such as a residual, is not part of an adapter.
             if any(n not in rows and is_tensor(n) and n.op not in INPUTS for n in node.all_input_nodes):
                 continue
             for one, other in itertools.permutations(node.args[:2]):
@@ -157,5 +160,5 @@ def _width(node: Node) -> Any:
 
 
 def biased(linear: Node) -> bool:
-    """Whether one of torch's linears has a bias."""
+    """Whether a linear of torch has a bias."""
     return any(b is not None for b in (*linear.args[2:], *linear.kwargs.values()))

@@ -1,7 +1,8 @@
-"""Linears of bitsandbytes with weights of four bits: its product with what is stored becomes torch's linear on such a weight.
+"""Linears of bitsandbytes with weights of four bits: its product becomes torch's linear on a quantised weight.
 
-All that a weight is stored in is an input of the graph already; the table is the format's, for bitsandbytes' product too. The
-weight in its own shape becomes an input behind all others, found at each call: bitsandbytes keeps it as a column of bytes.
+Everything that such a weight stores is already an input of the graph. The table is that of the format, which bitsandbytes'
+product uses too. bitsandbytes keeps the weight as a column of bytes. The weight in its own shape becomes a new input, found at
+each call.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ PRODUCT = "bitsandbytes.gemm_4bit"
 ARGUMENTS = (
     *("A", "B", "shapeB", "absmax", "blocksize", "quant_type"), "bias", "absmax_8bit", "absmax_code", "absmax_offset",
 )  # fmt: skip
-# Of bitsandbytes' products, by how their names begin: why a projection stays with it, and what to do about it.
+# By the prefix of the name of bitsandbytes' product: why a projection is left to it, and what to do about it.
 STAYS = {
     "bitsandbytes.gemm_4bit": (
         "a format that no kernel here reads where bitsandbytes keeps it, so on a GPU it stays with bitsandbytes' own: for "
@@ -37,7 +38,7 @@ STAYS = {
         "a format of which bitsandbytes quantises activations too, but for outliers: load a checkpoint in int8 of "
         "compressed-tensors"
     ),
-    # What turns a weight to that format within the call.
+    # Ops that convert a weight to that format within the call.
     "bitsandbytes.dequantize_blockwise": (
         "a format that nothing here reads, on a CPU turned to another layout at the first call: there set "
         "support_avx512bf16_for_cpu = False on each Linear4bit before that"
@@ -46,24 +47,24 @@ STAYS = {
 
 
 def why(called: str) -> str:
-    """Why a projection that calls an op of bitsandbytes stays with it, as a sentence; empty for any other op."""
+    """Why a projection that calls an op of bitsandbytes is left to it, as a sentence. Empty for any other op."""
     reason = next((reason for name, reason in STAYS.items() if called.startswith(name)), "")
     return reason and f"A projection is bitsandbytes' {called.removeprefix('bitsandbytes.')}, {reason}."
 
 
 def to_linears(gm: GraphModule, real: dict[Node, Any]) -> tuple[list[Inner], list[Record]]:
-    """Let linears of bitsandbytes' four bits read their weights as quantised ones.
+    """Turn linears of bitsandbytes' four bits into linears on quantised weights.
 
     Args:
         gm: Dynamo's graph, rewritten in place.
-        real: the real tensor of every placeholder; that of each new one is added.
+        real: the real tensor of every placeholder. New placeholders are added.
 
     Returns:
-        How to find the new inputs at each call, in their order, and a record for each linear that stays bitsandbytes'.
+        How to find the new inputs at each call, in order, and a record for each linear that is left to bitsandbytes.
     """
     found: list[Inner] = []
     refused: list[Record] = []
-    made: dict[tuple[Node, str], Node] = {}  # new inputs, of weights that several linears read too
+    made: dict[tuple[Node, str], Node] = {}  # new inputs; several linears may read one
     for node in [n for n in gm.graph.nodes if op_name(n) == PRODUCT]:
         given = dict(zip(ARGUMENTS, node.args, strict=False)) | dict(node.kwargs)
         try:
@@ -99,10 +100,10 @@ def to_linears(gm: GraphModule, real: dict[Node, Any]) -> tuple[list[Inner], lis
 
 
 def _weight(b: Any, real: dict[Node, Any]) -> Node:
-    """The input whose bytes a product reads, all of them in their order.
+    """The input whose bytes a product reads, all of them in order.
 
     Raises:
-        Refused: there is none, or on a GPU.
+        Refused: there is none, or it is on a GPU.
     """
     weight = b
     while isinstance(weight, Node) and weight.op == "call_method" and weight.target in ("view", "reshape"):
@@ -116,10 +117,10 @@ def _weight(b: Any, real: dict[Node, Any]) -> Node:
 
 
 def _stored(given: dict[str, Any], weight: Node, real: dict[Node, Any]) -> list[Node | Inner]:
-    """What the weight of a product is stored in: nodes, or where to find it.
+    """What the weight of a product is stored in: nodes, or where to find them.
 
     Raises:
-        Refused: it is nothing that its format has.
+        Refused: the format does not have it.
     """
     M, N = given["shapeB"]
     place = list(real).index(weight)
@@ -135,7 +136,7 @@ def _stored(given: dict[str, Any], weight: Node, real: dict[Node, Any]) -> list[
 
 
 def _input(gm: GraphModule, weight: Node, what: Inner, real: dict[Node, Any]) -> Node:
-    """A new input behind all others."""
+    """A new input after all others."""
     tensor = what.of(real[weight])
     with gm.graph.inserting_after(gm.graph.find_nodes(op="placeholder")[-1]):
         new = gm.graph.placeholder(f"{weight.name}_{what.name.replace('.', '_')}")

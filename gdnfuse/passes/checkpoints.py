@@ -1,7 +1,7 @@
-"""A prompt's graph hands back the states that it passes, after every so many tokens: recurrent states and conv windows.
+"""A prompt's graph also returns states after every so many tokens: recurrent states and conv windows.
 
-The rule has each state where it scans over chunks, so it leaves some on the way (vLLM PR 26807), and the conv's window there is a
-slice of its input. Both stand behind the graph's own results, for `gdnfuse.backend` to take off.
+The rule has each state while it scans over chunks, so it can store some (vLLM PR 26807). The conv's window at that place is a
+slice of its input. Both come after the graph's own results, and `gdnfuse.backend` removes them.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ EQUATION = "states and conv windows after every n tokens"
 
 
 def hand_back(gm: GraphModule, every: int, layers: int) -> tuple[int, list[Record]]:
-    """Have all chunk rules of a graph, before they are lowered, leave their states after every `every` tokens.
+    """Let all chunk rules of a graph also return their states after every `every` tokens. Called before they are lowered.
 
     Args:
         gm: rewritten in place.
         every: a multiple of 64.
-        layers: how many GDN layers the graph has; where one has no rule in chunks, nothing is handed back.
+        layers: number of GDN layers of the graph. If one has no rule in chunks, nothing is changed.
 
     Returns:
-        How many results there are more, recurrent states [B, T // every, HV, K, V] and conv windows [B, T // every, D, W] of one
-        layer after the other; and a record for each layer.
+        The number of additional results: recurrent states [B, T // every, HV, K, V] and conv windows [B, T // every, D, W], layer
+            by layer. And a record for each layer.
     """
     rules = [n for n in gm.graph.nodes if n.op == "call_function" and (op := op_of(n.target)) is not None and op.name in RULES]
     try:
@@ -65,7 +65,7 @@ def _of_layer(graph: Graph, rule: Node, conv: Node, every: int) -> list[Node]:
 
 
 def _conv(rule: Node) -> Node:
-    """The conv whose result a rule's v is a part of."""
+    """The conv whose result contains the v of a rule."""
     call = op_of(rule.target).bind(rule.args, rule.kwargs)
     if call["cu_seqlens"] is not None:
         raise Refused("States are handed back of rows that are one sequence each, found packed sequences.")

@@ -1,7 +1,8 @@
-"""constants: what of a model is a number in every call is one in the graph.
+"""constants: symbols that have the same value in every call become numbers.
 
-Traced with dynamic=True, sizes and floats are symbols. Lengths and the number of sequences are meant; but so are the heads of a
-state, whose size the trace has found to be that of weights since, and the eps of a norm, which is an attribute of a module.
+With dynamic=True sizes and floats are traced as symbols. That is right for lengths and the number of sequences. But the heads of
+a state are symbols too, although guards say that they equal a size of weights, and so is the eps of a norm, an attribute of a
+module.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from gdnfuse.rewrite.graph import is_plain, op_name, value
 
 
 def make_numbers(gm: GraphModule) -> bool:
-    """Put numbers in the place of sizes that guards have made one, and of the model's own floats, whose guards this adds.
+    """Replace sizes whose values guards have fixed, and the model's own floats, by numbers. For the floats this adds guards.
 
-    Values keep their memory, so that what is a view of what stays as it was. Returns whether there was anything to do.
+    Values keep their memory, so views of them stay views. Returns whether anything was changed.
     """
     found = False
     for node in list(gm.graph.nodes):
@@ -27,7 +28,7 @@ def make_numbers(gm: GraphModule) -> bool:
         if isinstance(v, torch.SymInt | torch.SymFloat):
             if (number := _number(node, v)) is not None:
                 found = True
-                for user in [u for u in node.users if u.op != "output"]:  # results stay of the kind that they are
+                for user in [u for u in node.users if u.op != "output"]:  # results keep their kind
                     swap = lambda a, old=node, new=number: new if a is old else a  # noqa: E731
                     user.args, user.kwargs = map_aggregate(user.args, swap), map_aggregate(user.kwargs, swap)
                 if node.op != "placeholder" and not node.users:
@@ -41,17 +42,17 @@ def make_numbers(gm: GraphModule) -> bool:
 
 
 def _number(node: Node, v: torch.SymInt | torch.SymFloat) -> int | float | None:
-    """What a symbol is in every call for which the graph's guards hold; None if it may be several."""
+    """The value of a symbol, if the guards of the graph allow only one; else None."""
     if isinstance(v, torch.SymInt):
         return v.node.maybe_as_int()
     if op_name(node) == "item" and compat.of_the_model(node.args[0]):
         compat.is_number(v)
-        return float(v)  # with a guard
+        return float(v)  # adds a guard
     return float(v.node.expr) if v.node.expr.is_number else None
 
 
 def _sized(v: Any) -> Any:
-    """The same fake tensor, in whose shape and strides symbols that are one number are numbers."""
+    """The same fake tensor with numbers instead of symbols that have one value, in shape and strides."""
     if not isinstance(v, torch.Tensor) or not is_plain(v) or not hasattr(v, "fake_mode"):
         return v
     symbols = (*v.shape, *v.stride(), v.storage_offset())

@@ -1,4 +1,4 @@
-"""What rules around experts share: experts, with or without their router, as a match, and the call that takes their place."""
+"""What rules about experts share: a match of experts, with or without their router, and the call that replaces them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from gdnfuse.rewrite.graph import chain, is_cast, is_tensor, op_name, peel, real
 from gdnfuse.rewrite.rule import Match, Operand
 
 OPS = (experts.op, routed_experts.op)
-# In proofs: experts, columns inside them and inside the shared one. A model's own have gigabytes.
+# Sizes in proofs: experts, columns inside them, and columns inside the shared one. Those of a model would take gigabytes.
 FEW, WIDTH, SHARED = 4, 2, 3
 
 
 @dataclass(frozen=True)
 class Facts:
-    """The op to call, its arguments that are no tensors, and the shape of the result if not [N, H]."""
+    """The op to call, its arguments that are not tensors, and the shape of the result if it is not [N, H]."""
 
     op: DialectOp
     constants: dict[str, Any]
@@ -42,7 +42,7 @@ def as_rows(node: Node, like: torch.Tensor, what: str) -> Operand:
     """A tensor [..., H] as rows [N, H].
 
     Raises:
-        Refused: it has not as many elements, or another dtype.
+        Refused: the number of elements or the dtype is different.
     """
     v = value(node)
     if not same(v.numel(), like.numel()) or not same(v.shape[-1], like.shape[-1]) or v.dtype != like.dtype:
@@ -52,13 +52,13 @@ def as_rows(node: Node, like: torch.Tensor, what: str) -> Operand:
 
 
 def rows_of(node: Node) -> Operand:
-    """Experts' rows, from what they are a view of: others may read that, or another view of it."""
+    """The rows of experts, as the tensor that they are a view of. Others may read that tensor or another view of it."""
     nodes = list(itertools.takewhile(lambda n: not is_cast(n), chain(node)[:-1]))
     return as_rows(source(nodes[-1]) if nodes else node, value(node), "What experts read")
 
 
 def experts_match(output: Node, op: DialectOp, arguments: dict[str, Any]) -> Match[Facts]:
-    """A match that replaces what `output` computes by a call of `op`, whose arguments are nodes, Operands, numbers or None."""
+    """A match that replaces what `output` computes by a call of `op`. Arguments are nodes, Operands, numbers or None."""
     tensors = {name: x for name, x in arguments.items() if isinstance(x, Node | Operand)}
     constants = {name: x for name, x in arguments.items() if name not in tensors}
     rows, out = value(arguments["gate_up"]).shape[2], value(output)
@@ -77,13 +77,13 @@ def experts_match(output: Node, op: DialectOp, arguments: dict[str, Any]) -> Mat
 
 
 def experts_call(m: Match[Facts], t: Any) -> Any:
-    """The call itself."""
+    """The call of the op."""
     y = call(m.facts.op.overload, **vars(t), **m.facts.constants)
     return y if m.facts.shape is None else y.reshape(m.facts.shape)
 
 
 def sum_of(experts_node: Node) -> tuple[Node, Node] | None:
-    """The sum of experts and another tensor that is the first to read them, and that tensor; None where there is none."""
+    """The sum of experts and another tensor, if it is the first reader of the experts, and that tensor; None if there is none."""
     root = next(iter(real_users(experts_node)), None)
     if op_name(root) != "add" or len(root.args) != 2 or root.kwargs:
         return None

@@ -1,8 +1,8 @@
-"""Which of a prompt's results are the keys and values of a cache that grows: the length of those the next step finds changed.
+"""growing_keys: finds results of a prompt that are keys and values of a growing cache, whose length changes with the next step.
 
-Dynamo compiles a step for the length that it meets first, and once more, for all lengths, when it meets the second; and for the
-strides that it meets. Told of the axis before the first step, and with keys and values laid out as every step lays them out, it
-compiles one graph, not two or three.
+Dynamo compiles a step for the first length, and again, for all lengths, at the second one. It also compiles again for other
+strides. If the axis is marked before the first step, and keys and values have the layout of every later step, it compiles one
+graph instead of two or three.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LENGTH = 2  # axis of keys and values [B, HKV, L, D]
 
 
 def growing_keys(graph: Graph) -> list[int]:
-    """The places, among what a graph returns that nothing is fused in yet, of keys and values [B, HKV, L, D] of its attention."""
+    """The indices, among the results of a graph before fusion, of keys and values [B, HKV, L, D] of its attention."""
     (results,) = graph.find_nodes(op="output")[0].args
     found: set[Node] = set()
     for node in graph.nodes:
@@ -31,14 +31,14 @@ def growing_keys(graph: Graph) -> list[int]:
             for given in node.args[1:3]:
                 held = without_copies(given)
                 found.update(n for n in chain(held) if value(n).ndim == 4 and same_shape(value(n).shape, value(held).shape))
-    # A cache of a fixed size may be made by its first prompt, which then writes into it; what came in is the caller's.
+    # The first prompt may make a cache of fixed size and write into it. Inputs of the graph belong to the caller.
     written = {s for node in graph.nodes for s in writes(node)}
     written |= {storage(n) for n in graph.find_nodes(op="placeholder")}
     return [i for i, n in enumerate(results) if n in found and storage(n) not in written]
 
 
 def lay_out(gm: GraphModule, places: Sequence[int]) -> None:
-    """Have the results at these places contiguous, as a step leaves them, but those whose memory somebody else has too."""
+    """Make the results at these indices contiguous, as a step leaves them, except those whose memory somebody else uses."""
     graph = gm.graph
     output = graph.output_node()
     results = list(output.args[0])
@@ -46,7 +46,7 @@ def lay_out(gm: GraphModule, places: Sequence[int]) -> None:
     for i in places:
         if held[storage(results[i])] == 1:
             with graph.inserting_before(output), quiet_shapes(gm):
-                # Also where they seem to be: Inductor lays out what follows empty keys as it came.
+                # Even if they seem contiguous: Inductor keeps the layout of what is appended to empty keys.
                 copied = graph.call_method("clone", (results[i],), {"memory_format": torch.contiguous_format})
                 copied.meta |= kept_meta(results[i]) | {"example_value": infer(copied)}
             results[i] = copied
@@ -54,6 +54,6 @@ def lay_out(gm: GraphModule, places: Sequence[int]) -> None:
 
 
 def mark(results: Sequence[Any], places: Sequence[int]) -> None:
-    """Tell Dynamo that the length of these results may change; it takes that for a hint, and specialises where it has to."""
+    """Tell Dynamo that the length of these results may change. Dynamo takes this as a hint and specialises if it must."""
     for i in places:
         compat.mark_any_length(results[i], LENGTH)

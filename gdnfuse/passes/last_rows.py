@@ -1,9 +1,9 @@
-"""last_rows: where only the last tokens of a prompt are read, what was computed row by row is computed for those alone.
+"""last_rows: if only the last tokens of a prompt are read, row-wise computations are done for these alone.
 
-`generate` reads the logits of the last token. Behind the last layer's keys, values and states nothing mixes tokens any more: not
-its output projection, its MLP, nor the norms; its attention needs the last queries alone. A slice of rows therefore moves up
-through all that treats each row by itself, as far as nobody else reads it. That follows from the ops' meaning, each listed here
-with how rows go through it, and is not left to a proof on numbers.
+`generate` reads the logits of the last token. After the keys, values and states of the last layer nothing mixes tokens: not its
+output projection, its MLP, nor the norms. Its attention needs only the last queries. So a slice of rows moves up through all ops
+that treat each row separately, as long as nobody else reads their results. That this is right follows from the meaning of each
+op. A list says for each op how rows pass through it. It is not proved with numbers.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from gdnfuse.rewrite.graph import is_tensor, kept_meta, op_name, same, same_shap
 ELEMENTWISE = {
     "add", "sub", "mul", "div", "neg", "exp", "silu", "gelu", "relu", "tanh", "sigmoid", "to", "float", "contiguous", "clone",
 }  # fmt: skip
-ROWWISE = {"linear", "gdnfuse.packed_linear", "gdnfuse.rms_norm"}  # in their first argument
+ROWWISE = {"linear", "gdnfuse.packed_linear", "gdnfuse.rms_norm"}  # ops that are row-wise in their first argument
 SUM = "gdnfuse.add_rms_norm"
 NAME, EQUATION = "last_rows", "f(x)[:, −k:] = f(x[:, −k:]), rows apart"
 
 
 def keep_last_rows(gm: GraphModule, outcome: Outcome) -> None:
-    """Move each slice of the last rows up as far as it goes; `outcome` gets a record for each, and counts it as a rewrite."""
+    """Move each slice of the last rows up as far as possible. `outcome` gets a record for each and counts it as a rewrite."""
     for node in list(gm.graph.nodes):
         if (axis := _sliced(node)) is None:
             continue
@@ -42,7 +42,7 @@ def keep_last_rows(gm: GraphModule, outcome: Outcome) -> None:
 
 
 def _sliced(node: Node) -> int | None:
-    """The axis along which a node is the last k of more rows: x[:, -k:], k a number."""
+    """The axis along which a node is the last k of more rows: x[:, -k:], with a number k."""
     if op_name(node) != "getitem" or not is_tensor(node) or not is_tensor(node.args[0]) or not isinstance(node.args[1], tuple):
         return None
     index, whole = node.args[1], slice(None)
@@ -58,7 +58,7 @@ def _sliced(node: Node) -> int | None:
 
 
 class _Rows:
-    """One slice, and the nodes above it that need no more rows than it has."""
+    """One slice, and the nodes above it of which no other rows are needed."""
 
     def __init__(self, graph: Graph, end: Node, axis: int):
         self.graph, self.end, self.count = graph, end, value(end).shape[axis]
@@ -68,14 +68,14 @@ class _Rows:
         for n in graph.nodes:
             for s in writes(n):
                 self.writers.setdefault(s, []).append(self.order[n])
-        # The axis of the rows of each node that may be computed for the last alone; reached from its readers.
+        # For each node of which only the last rows are needed, the axis of its rows. Found from its readers.
         self.axes: dict[Node, int] = {end.args[0]: axis}
         self.inside: set[Node] = {end}
-        self.whole: set[Node] = set()  # read by those with all of their rows: weights, keys and values
+        self.whole: set[Node] = set()  # nodes that are read as a whole: weights, keys and values
         self.made: dict[Node, Node] = {}
 
     def move_up(self) -> None:
-        """Raises Refused where the slice stays."""
+        """Move the slice up. Raises Refused if it must stay."""
         first, why = self.end.args[0], ""
         if self.writers.get(storage(self.end)):
             raise Refused("Rows that are read must not be written in place, found that they are.", at=self.end)
@@ -91,19 +91,19 @@ class _Rows:
             self.inside.add(node)
             self.axes.update(wanted)
             self.whole.update(set(node.all_input_nodes) - {n for n, _ in wanted})
-        # One result of several is computed apart only if the other is.
+        # If a node has several results, all must be sliced.
         self.inside -= {n for n in self.inside if _result(n) and n.args[0] not in self.inside}
         if first not in self.inside:
             results = first.args[0].users if _result(first) else (first,)
             other = next((u.name for n in results for u in n.users if u not in self.inside), why)
             raise Refused(f"Rows must be computed one by one and be read by {self.end.name} alone, found {other}.", at=self.end)
-        # Its slice is a view of it too, which who gets both may rely on; and nothing would be saved.
+        # The slice is a view of the input. The caller may rely on that, and nothing would be saved.
         seen = [n for n in self.order if storage(n) == storage(self.end) and n < self.end and n not in self.inside]
         if seen:
             raise Refused(f"Rows must be computed, found that they are a view of {seen[-1].name}.", at=self.end)
         with inserting(self.graph, self.end.prev):
             last = self._last(first)
-            # Of few rows a copy may have become a view, which shows what is written to the memory later.
+            # With few rows a copy may become a view, which would see later writes to the memory.
             if storage(last) in {storage(n) for n in self.order}:
                 last = self._added(self.graph.call_method("clone", (last,)), first)
         self.end.replace_all_uses_with(last)
@@ -111,9 +111,9 @@ class _Rows:
             self.graph.erase_node(node)
 
     def _needs(self, node: Node, axis: int) -> list[tuple[Node, int]] | None:
-        """The arguments of which a node's rows along an axis are a function, row by row, with their axes; None if it is not one.
+        """The arguments from which a node is computed row by row, with their axes. None if a row depends on other rows.
 
-        They are all of its arguments that have these rows.
+        All arguments with these rows are returned.
         """
         name, args = op_name(node), node.args
         if _result(node):
@@ -131,13 +131,13 @@ class _Rows:
         if name in ELEMENTWISE:
             return self._broadcast(node, axis)
         if name in ROWWISE and axis < len(shape) - 1 and same_shape(given[: axis + 1], shape[: axis + 1]):
-            bias = len(args) > 2 and is_tensor(args[2]) and value(args[2]).ndim > 1  # which has rows itself
+            bias = len(args) > 2 and is_tensor(args[2]) and value(args[2]).ndim > 1  # a bias that has rows itself
             return [(args[0], axis)] if once and not bias and not node.kwargs else None
         if name == "narrow" and len(args) == 4 and args[1] in (-1, len(shape) - 1) and axis < len(shape) - 1:
             return [(args[0], axis)]
         if name == "reshape" and same_shape(given[: axis + 1], shape[: axis + 1]) and len(_sizes(node)) == len(shape):
             return [(args[0], axis)]
-        # Of two axes it may be a permute, which has as many arguments and another meaning.
+        # With two axes it may be a permute, which has the same number of arguments and another meaning.
         if name == "transpose" and len(args) == 3 and len(shape) > 2 and all(isinstance(a, int) for a in args[1:]):
             a, b = (d % len(shape) for d in args[1:])
             return [(args[0], {a: b, b: a}.get(axis, axis))]
@@ -146,7 +146,7 @@ class _Rows:
         return None
 
     def _broadcast(self, node: Node, axis: int) -> list[tuple[Node, int]] | None:
-        """Of an elementwise node: a tensor has its rows, or one for all, or none."""
+        """For an elementwise node: each tensor has these rows, or one row for all, or no such axis."""
         found, behind = [], value(node).ndim - axis
         for n in dict.fromkeys(node.all_input_nodes):
             if not is_tensor(n):
@@ -159,13 +159,13 @@ class _Rows:
         return found
 
     def _written(self, node: Node) -> bool:
-        """Whether what a node reads or gives is written between it and the slice, where it is going to be computed."""
+        """Whether something that a node reads or returns is written between the node and the slice, to which it will move."""
         spans = range(self.order[node], self.order[self.end])
         touched = {storage(n) for n in (node, *node.all_input_nodes)} - {None}
         return any(at in spans for s in touched for at in self.writers.get(s, ()))
 
     def _last(self, node: Node) -> Node:
-        """The last rows of a node: computed from those of its arguments, or a slice of it."""
+        """The last rows of a node: computed from those of its arguments, or a slice of the node."""
         if node not in self.made:
             new = self.made[node] = self._computed(node) if node in self.inside else self._slice(node)
             if is_tensor(node):
@@ -204,12 +204,12 @@ def _result(node: Node) -> bool:
 
 
 def _sizes(node: Node) -> tuple[Any, ...]:
-    """Of a reshape, one by one."""
+    """The sizes of a reshape, one by one."""
     return tuple(node.args[1]) if len(node.args) == 2 and isinstance(node.args[1], list | tuple) else node.args[1:]
 
 
 def _attention(node: Node) -> dict[str, Any] | None:
-    """The arguments of causal_attention that an attention is, as the op takes them; None if it is none."""
+    """The arguments of causal_attention that correspond to an attention; None if there are none."""
     if op_name(node) == "gdnfuse.causal_attention":
         return causal_attention.op.bind(node.args, node.kwargs)
     if op_name(node) != "scaled_dot_product_attention" or len(node.args) < 3:

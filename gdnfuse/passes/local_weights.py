@@ -1,8 +1,8 @@
-"""local_weights: weights that a graph reads only as this rank's part of them become inputs that are plain tensors.
+"""local_weights: weights of which a graph reads only this rank's part become inputs that are plain tensors.
 
-transformers shards weights as DTensors, and at inference its linears read `weight.to_local()`: a tensor that nothing in the
-graph writes, but that is no input, so that it could be neither packed nor streamed. Here the part itself is the input. Its tensor
-is the one that the DTensor holds, so packing it keeps the DTensor, and with it `state_dict` and eager calls, as they were.
+transformers splits weights as DTensors. At inference its linears read `weight.to_local()`. Nothing in the graph writes that
+tensor, but it is not an input, so it could be neither packed nor streamed. Here the part itself becomes the input. It is the
+tensor that the DTensor holds. So packing keeps the DTensor, `state_dict` and eager calls valid.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from gdnfuse.rewrite.graph import kept_meta, op_name, storage, value, writes
 
 
 def to_inputs(gm: GraphModule, real: dict[Node, Any]) -> list[Inner]:
-    """Give `gm` an input, behind all others, for every DTensor of which only the local part is read.
+    """Give `gm` a new input for every DTensor of which only the local part is read.
 
     Args:
-        gm: rewritten in place; the DTensors stay placeholders, which nobody reads any more.
-        real: the example input of every placeholder; gets the new ones.
+        gm: rewritten in place. The DTensors stay placeholders without readers.
+        real: the example input of every placeholder. New ones are added.
 
     Returns:
-        How to find the new inputs at each call, in their order.
+        How to find the new inputs at each call, in order.
     """
     if not any(map(_local, gm.graph.nodes)) or (attribute := compat.local_part()) is None:
         return []
@@ -35,7 +35,7 @@ def to_inputs(gm: GraphModule, real: dict[Node, Any]) -> list[Inner]:
         parts = list(node.users)
         if not parts or not all(map(_local, parts)) or not compat.is_sharded(tensor):
             continue
-        # One that starts behind the start of its memory would be torn from it by packing: to torch.compile it starts there still.
+        # A part with an offset in its memory cannot be packed: torch.compile would still expect it at its old offset.
         if tensor.storage_offset() or any(storage(part) in written for part in parts):
             continue
         with inserting(gm.graph, gm.graph.find_nodes(op="placeholder")[-1]):

@@ -1,4 +1,4 @@
-"""lower: each dialect op becomes its kernel, or its reference, inlined if a compiler may see it; linears are packed."""
+"""lower: each dialect op becomes its kernel or its reference, inlined if a compiler may see it. Linears are packed."""
 
 from __future__ import annotations
 
@@ -25,31 +25,31 @@ from gdnfuse.rewrite.driver import failed
 from gdnfuse.rewrite.edit import infer, inserting, recorded
 from gdnfuse.rewrite.graph import held, is_plain, kept_meta, op_name, storage, value, writes
 
-EQUATIONS = {"linear": "x·Wᵀ", "scaled_dot_product_attention": causal_attention.op.equation}  # of what is torch's
-QUANTIZED = ("scales", "format", "zeros")  # arguments of an op that say what its weights are made of
-MAX_SUM = 7  # terms: Inductor makes a loop of a longer sum, with a kernel of its own
+EQUATIONS = {"linear": "x·Wᵀ", "scaled_dot_product_attention": causal_attention.op.equation}  # equations of torch's ops
+QUANTIZED = ("scales", "format", "zeros")  # arguments of an op that describe quantised weights
+MAX_SUM = 7  # terms; Inductor turns a longer sum into a loop with its own kernel
 
 
 def lower(gm: GraphModule, target: str | None, linears: bool = False, ahead: bool = True) -> list[Record]:
-    """Choose an implementation for every dialect op. One record per op says which, and why not the other.
+    """Choose an implementation for every dialect op. One record per op says which, and why no other.
 
     Args:
         gm: rewritten in place, after `pack_weights`.
-        target: device type to assume; None takes it from each op's tensors.
-        linears: whether the linears that are torch's become a kernel too, on a GPU, where it takes them: those of a decode step,
-            whose weights it streams faster than cuBLAS does. Torch's causal attention does in any case.
-        ahead: start to compile the kernels that were chosen.
+        target: the device type to assume; None takes it from the tensors of each op.
+        linears: whether torch's linears become a kernel too, on a GPU, if it supports them. This is for decode steps, whose
+            weights the kernel streams faster than cuBLAS. Torch's causal attention is lowered in any case.
+        ahead: start to compile the chosen kernels.
     """
     records = []
     touched = _Touched(gm.graph)
-    behind: set[Node] = set()  # what depends on a kernel of ours
+    behind: set[Node] = set()  # nodes that depend on a kernel of ours
     launched: dict[str, tuple[Any, dict[str, Any], list[str]]] = {}
     for node in gm.graph.nodes:
         if not behind.isdisjoint(node.all_input_nodes):
             behind.add(node)
         op, reason = op_of(node.target) if node.op == "call_function" else None, ""
         if op is dequantize.op:
-            continue  # behind those that may read data and scale themselves
+            continue  # after the nodes that may read data and scale themselves
         if op is packed_linear.op and linears:
             name, call = "fused_linear", op.bind(node.args, node.kwargs)
         elif op is not None:
@@ -73,7 +73,7 @@ def lower(gm: GraphModule, target: str | None, linears: bool = False, ahead: boo
                 raise Refused(reason)
             kernel, call = _chosen(name, device, call)
             given = _values(call)
-            # What came before the graph has ended when its first kernel starts, so the others may start before that one ends.
+            # Everything before the graph has ended when its first kernel starts. So the other kernels may start early.
             early = {"overlap": True} if node in behind and touched.may_overlap(node, kernel, call) else {}
             key = f"{kernel.name} {compat.tree_map_only(torch.Tensor, _layout, {**given, **early})}"
             if key not in launched:
@@ -112,11 +112,11 @@ def _values(call: dict[str, Any]) -> dict[str, Any]:
 def _chosen(name: str, device: str, call: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The kernel for a call of an op, and how to call it.
 
-    Quantised weights are for kernels that read data and scale: where there is none, all is left to a compiler, which need not
-    make the weight in memory before it reads it.
+    Only kernels that read data and scale get quantised weights. If there is none, everything is left to a compiler, which need
+    not write the weight to memory before it reads it.
 
     Raises:
-        Refused: there is none, with the reason of the last that was asked.
+        Refused: there is none. The sentence is that of the last kernel that was tried.
     """
     stored = _as_stored(call)
     calls = [(name, stored)]
@@ -133,10 +133,10 @@ def _chosen(name: str, device: str, call: dict[str, Any]) -> tuple[Any, dict[str
 
 
 def _as_stored(call: dict[str, Any]) -> dict[str, Any]:
-    """A call of which the weights that are quantised are given as data and scales; where none is, without those arguments.
+    """The call with data and scales in place of quantised weights, or without those arguments if no weight is quantised.
 
     Raises:
-        Refused: they are not the first, not of one format, or would be of another dtype.
+        Refused: the quantised weights are not first, have different formats, or would have another dtype.
     """
     weights = call.get("weights", ())
     found = [quantized.bind(w) for w in weights if quantized.is_quantized(w)]
@@ -148,7 +148,7 @@ def _as_stored(call: dict[str, Any]) -> dict[str, Any]:
     if any(map(quantized.is_quantized, weights[len(found) :])) or len({b["format"] for b in found}) > 1:
         raise Refused("The quantised weights of a linear must come before its plain ones and have one format, found others.")
     if not all(map(quantized.is_weight, weights[: len(found)])):
-        raise Refused("A quantised weight must be an input of the graph that the graph does not write, found that it is not.")
+        raise Refused("A quantised weight must be an input that the graph does not write, found another.")
     made = {
         **call,
         "weights": [b["data"] for b in found] + list(weights[len(found) :]),
@@ -164,9 +164,9 @@ def _as_stored(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def _experts_as_stored(call: dict[str, Any]) -> dict[str, Any]:
-    """A call of experts whose weights are quantised, with their data and scales; any other as it is.
+    """The call of experts with data and scales in place of quantised weights. Any other call is returned unchanged.
 
-    Its reference dequantises no more experts than it needs, so that is better than weights of all, kernel or not.
+    The reference dequantises only the experts that it needs. So this is better than dequantising all, with a kernel or without.
     """
     found: dict[str, dict[str, Any]] = {}
     for names in (("gate_up", "down"), ("shared_gate", "shared_up", "shared_down")):
@@ -192,26 +192,26 @@ def _linear(node: Node) -> tuple[str, dict[str, Any], str]:
 
 
 def _parts(call: dict[str, Any]) -> int:
-    """Into how many parts a linear's columns go so that it has programs enough; 1 for one with something around it."""
+    """Into how many parts to split the columns of a linear, so that it has enough programs. 1 if something is fused around it."""
     if len(call["weights"]) > 1 or any(given for name, given in call.items() if name not in ("x", "weights", *QUANTIZED)):
         return 1
     x, (weight,) = value(call["x"]), map(value, call["weights"])
     if weight.dim() != 2 or not all(isinstance(n, int) for n in (*x.shape, *weight.shape)):
         return 1
     rows, quantised = x.shape[:-1].numel(), bool(call.get("scales"))
-    # There is no ring for four bits.
+    # The ring does not support four bits.
     ring = rings(x if quantised else weight) and not (quantised and weight.dtype in (torch.int32, torch.uint8))
     return split(weight.shape[0], x.shape[-1], rows, ring, quantised)
 
 
 def _add_up(node: Node, parts: int, dtype: torch.dtype) -> None:
-    """Let the readers of a linear that was split read its sum, in steps so short that Inductor takes them where they are read."""
+    """Let the readers of a split linear read the sum of its parts, in terms so short that Inductor inlines them."""
     readers, graph, total = list(node.users), node.graph, node
     node.meta["example_value"] = infer(node)
     if [op_of(r.target) for r in readers] == [add_rms_norm.op]:
         call = add_rms_norm.op.bind(readers[0].args, readers[0].kwargs)
         if call["x"] is node and call["residual"] is not node:
-            return  # which adds up itself
+            return  # this op adds up the parts itself
     if len(readers) == 1 and collectives.adds_up(readers[0], node):
         return
     with inserting(graph, node):
@@ -240,10 +240,10 @@ class _Touched:
                     self.readers.setdefault(s, set()).add(node)
 
     def may_overlap(self, node: Node, kernel: Any, call: dict[str, Any]) -> bool:
-        """Whether all that a kernel reads before it waits is the graph's input, and nothing in the graph but itself writes it.
+        """Whether a kernel may start early: what it reads before it waits is an input of the graph, and no other node writes it.
 
-        Nor reads it, where the kernel writes it, nor shares its memory as another input: whoever makes writes explicit may then
-        give the kernel a copy.
+        If the kernel writes it, no other node may read it either, and no other input may share its memory. Otherwise a pass that
+        makes writes explicit might give the kernel a copy.
         """
         if "overlap" not in kernel.arg_names:
             return False
@@ -279,15 +279,15 @@ def _kernel(name: str, device: str, arguments: dict[str, Any]) -> Any:
 
 
 def pack_weights(gm: GraphModule, real: dict[Node, Any], plan: bool = False) -> list[PackedWeight]:
-    """Give every op on several weights one packed weight of each kind, inputs behind all others.
+    """Give every op on several weights one packed weight of each kind, as new inputs.
 
-    A packed_linear of one weight becomes torch's linear. Quantised weights of one format become one, of packed data and packed
-    scales, where data fill whole blocks of a scale; else they stay several.
+    A packed_linear of one weight becomes torch's linear. Quantised weights of one format become one, with packed data and packed
+    scales, if the data fill whole blocks of a scale. Otherwise they stay separate.
 
     Args:
-        gm: rewritten in place; placeholders that nobody reads any more stay.
-        real: the real tensor of every placeholder that is one.
-        plan: leave the weights where they are, with fake tensors for their buffers.
+        gm: rewritten in place. Placeholders without readers stay.
+        real: the real tensor of every placeholder that has one.
+        plan: do not move weights. Buffers are fake tensors.
 
     Returns:
         How to find the packed weights at each call, in the order of the new inputs.
@@ -339,7 +339,7 @@ def pack_weights(gm: GraphModule, real: dict[Node, Any], plan: bool = False) -> 
 
 
 def _pack_adapters(call: dict[str, Any], packed_input: Callable[[list[Node]], Node]) -> None:
-    """Let the A's of a linear's adapters be one packed weight, and the B's of one rank, one behind the other, another."""
+    """Pack the A's of a linear's adapters into one weight, and consecutive B's of one rank into another."""
     A, B = list(call["lora_A"]), list(call["lora_B"])
     call["lora_A"] = [packed_input(A)] if len(A) > 1 else A
     call["lora_B"], places = [], []
@@ -360,7 +360,7 @@ def _place(node: Node, weight: torch.Tensor, placeholders: list[Node]) -> int | 
 
 
 def _planned(weights: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
-    """The shape, dtype and device of the buffer [ΣMᵢ, N] that weights [Mᵢ, N] would be packed into."""
+    """A fake buffer [ΣMᵢ, N], as weights [Mᵢ, N] would be packed into."""
     first, mode = weights[0], getattr(like, "fake_mode", None)
     with mode or torch.device("meta"):
         return torch.empty(
@@ -369,7 +369,7 @@ def _planned(weights: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
 
 
 def _input(gm: GraphModule, name: str, tensor: torch.Tensor, like: torch.Tensor) -> Node:
-    """A new input behind all others, such as Dynamo makes for a parameter."""
+    """A new input after all others, such as Dynamo makes for a parameter."""
     with gm.graph.inserting_after(gm.graph.find_nodes(op="placeholder")[-1]):
         node = gm.graph.placeholder(name)
     mode = getattr(like, "fake_mode", None)
@@ -386,7 +386,7 @@ def _get(gm: GraphModule, path: str) -> torch.Tensor:
 
 
 def _dequantize(gm: GraphModule) -> list[Record]:
-    """Inline what makes the weights that no kernel reads as they are stored, where they are read first."""
+    """Inline the dequantisation of weights that no kernel reads in their stored form, where they are first read."""
     quantized.to_readers(gm)
     records = []
     for node in gm.graph.find_nodes(op="call_function", target=dequantize.op.overload):
@@ -398,7 +398,7 @@ def _dequantize(gm: GraphModule) -> list[Record]:
 
 
 def check(gm: GraphModule) -> None:
-    """The spec on the way out: no dialect op is left that a compiler could look into.
+    """Check the result of the stage: no dialect op is left that a compiler could inline.
 
     Raises:
         AssertionError: names the op.

@@ -1,4 +1,7 @@
-"""normalize: one spelling for casts, commuted operands, squares, buffers, what is done in place, dead ops. Exact to the bit."""
+"""normalize: one spelling for casts, commuted operands, squares, buffers, in-place ops and dead ops.
+
+Results are equal to the bit.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ _OPERANDS = {
     "cat": ("tensors", "dim"),
     "scaled_dot_product_attention": ("query", "key", "value"),
 }
-_BY_KEYWORD = PURE | _OPERANDS.keys()  # whose operands may be
+_BY_KEYWORD = PURE | _OPERANDS.keys()  # ops whose operands may be keywords
 _IN_PLACE = {
     operator.iadd: operator.add,
     operator.isub: operator.sub,
@@ -32,7 +35,7 @@ _BUFFERS = ("zeros_like", "zeros", "empty", "empty_like")
 
 
 def normalize(gm: GraphModule) -> None:
-    """Rewrite `gm` in place into the one spelling that lift's patterns are written in."""
+    """Rewrite `gm` in place into the spelling in which lift's patterns are written."""
     collectives.out_of_place(gm)
     _out_of_place(gm)
     written = {s: n for n in gm.graph.nodes for s in writes(n)}
@@ -57,17 +60,17 @@ def normalize(gm: GraphModule) -> None:
 
 
 def check(gm: GraphModule) -> None:
-    """The spec on the way out: no cast is spelled as a method of its own. Nothing is asked of ops that nobody knows.
+    """Check the result of the stage: no cast is spelled as a method of its own. Unknown ops are not checked.
 
     Raises:
-        AssertionError: names the node that breaks it.
+        AssertionError: names the node that is wrong.
     """
     for node in gm.graph.nodes:
         assert not is_tensor(node) or op_name(node) not in _CAST_METHODS, f"{node} is a cast spelled {op_name(node)}"
 
 
 def _become(gm: GraphModule, node: Node, target, args, method=False) -> Node:
-    """Another spelling of the same value takes a node's place, its example value included."""
+    """Replace a node by another spelling of the same value. The example value is kept."""
     with gm.graph.inserting_before(node):
         make = gm.graph.call_method if method else gm.graph.call_function
         new = make(target, tuple(args))
@@ -78,7 +81,7 @@ def _become(gm: GraphModule, node: Node, target, args, method=False) -> Node:
 
 
 def _positional(node: Node) -> None:
-    """Operands given by keyword take the places that patterns read them from."""
+    """Move operands from keywords to the positions from which patterns read them."""
     if node.op == "call_function" and not is_overload(node.target) and op_name(node) in _BY_KEYWORD:
         kwargs, args = dict(node.kwargs), list(node.args)
         names = _OPERANDS.get(op_name(node), ("input",))
@@ -89,9 +92,9 @@ def _positional(node: Node) -> None:
 
 
 def _view(gm: GraphModule, node: Node) -> None:
-    """A view of sizes is a reshape that promises not to copy; packing may make its operand a slice, which it then must."""
+    """Turn a view of sizes into a reshape. A view must not copy, but packing may make its operand a slice, for which it must."""
     if op_name(node) in ("view_as", "reshape_as") and all(isinstance(size, int) and size > 0 for size in value(node).shape[1:]):
-        # What it has the sizes of need not be computed for that.
+        # The node that only gives the sizes need not be computed.
         _become(gm, node, "reshape", (node.args[0], (-1, *map(int, value(node).shape[1:]))), method=True)
         return
     if node.target == "view" and node.op == "call_method" and not any(isinstance(a, torch.dtype) for a in node.args):
@@ -99,7 +102,7 @@ def _view(gm: GraphModule, node: Node) -> None:
             node.target = "reshape"
     if node.target == "view_as":
         node.target = "reshape_as"
-    # The first size is left to be found: proofs then do with fewer sequences than the model was given.
+    # The first size stays open, so that proofs can use fewer sequences than the model has.
     if node.target in ("reshape", torch.reshape) and not node.kwargs and value(node).ndim > 1:
         sizes = value(node).shape
         if all(isinstance(size, int) and size > 0 for size in sizes):
@@ -151,7 +154,7 @@ def _full_slice(gm: GraphModule, node: Node) -> None:
 
 
 def _idle_dropout(gm: GraphModule, node: Node) -> None:
-    """Dropout at inference gives back the tensor that it is given. Every adapter has one on its input."""
+    """Remove dropout at inference, which returns its argument. Every adapter has one on its input."""
     if compat.is_erased(node) or node.target is not torch.nn.functional.dropout or not node.args:
         return
     if (node.args[2] if len(node.args) > 2 else node.kwargs.get("training")) is False:
@@ -160,7 +163,7 @@ def _idle_dropout(gm: GraphModule, node: Node) -> None:
 
 
 def _rejoined(gm: GraphModule, node: Node, written: dict[int, Node]) -> None:
-    """Neighbouring columns of one row, put together again, are columns of it, where nobody minds that they are its memory."""
+    """Replace a cat of neighbouring columns of one row by a slice of the row, if sharing memory changes nothing."""
     if compat.is_erased(node) or op_name(node) != "cat" or node.kwargs or len(node.args) < 2:
         return
     pieces, axis = node.args
@@ -181,7 +184,7 @@ def _rejoined(gm: GraphModule, node: Node, written: dict[int, Node]) -> None:
 
 
 def _out_of_place(gm: GraphModule) -> None:
-    """x /= y is x / y where the graph makes x's memory, no view of it from before is read later, and nobody else writes it."""
+    """Replace x /= y by x / y if the graph makes the memory of x and nobody could notice."""
     found = [n for n in gm.graph.nodes if n.target in _IN_PLACE and n.op.startswith("call_") and is_tensor(n)]
     order = {n: i for i, n in enumerate(gm.graph.nodes)} if found else {}
     homes: dict[int | None, list[Node]] = {}
@@ -194,7 +197,7 @@ def _out_of_place(gm: GraphModule) -> None:
         later = {n: [u for u in n.users if order[u] > order[node]] for n in here if order[n] < order[node]}
         views = any(readers for n, readers in later.items() if n is not x)
         written = any(home in writes(u) and u.target not in _IN_PLACE for n in here for u in n.users if u is not node)
-        # A node's memory is not known where it is older than what the node is called with.
+        # The memory of a node is unknown if the node is older than its arguments.
         if storage(node) != home or views or written or not all(n.op.startswith("call_") for n in here):
             continue
         with gm.graph.inserting_before(node):

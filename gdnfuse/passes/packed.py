@@ -1,7 +1,7 @@
-"""packed: where the rule keeps sequences apart that are packed into one row, attention must do so too.
+"""packed: if the rule keeps packed sequences apart, attention must keep them apart too.
 
-transformers gives the bounds to the rule. For attention's mask it looks where positions begin anew, and only without a cache and
-without a mask of padding. Otherwise attention mixes the sequences, and nothing is said.
+transformers passes the bounds of sequences to the rule. For attention's mask it looks for positions that start again, and only
+without a cache and without a padding mask. Otherwise attention mixes the sequences without a warning.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from gdnfuse.rewrite.graph import is_tensor, op_name, peel, same, value
 
 
 def require_apart(gm: GraphModule) -> None:
-    """Refuse a graph in which a rule or conv is given bounds of sequences, and attention a mask that cannot know of them.
+    """Refuse a graph in which a rule or conv has bounds of sequences, and attention has a mask that does not know of them.
 
     Raises:
-        GdnfuseError: says what to give the model.
+        GdnfuseError: says what to pass to the model.
     """
     bounds = {b for n in gm.graph.nodes if isinstance(b := _bounds(n), Node)}
     for node in gm.graph.nodes if bounds else ():
         masks = _masks(node)
-        if masks and not any(_tells(given, bounds) for given in _inputs(masks)):
+        if masks and not any(_may_distinguish(given, bounds) for given in _inputs(masks)):
             raise GdnfuseError(
                 "Sequences packed with cu_seq_lens_q must be kept apart by attention too, found a mask that no positions went "
                 "into: give position_ids that begin anew at each, use_cache=False and no attention_mask."
@@ -38,7 +38,10 @@ def _bounds(node: Node) -> Any:
 
 
 def _masks(node: Node) -> list[Any]:
-    """Of attention its one mask, or None; of attention written out what is added, [B, 1, T, L], to scores [B, H, T, L]."""
+    """The masks of attention.
+
+    That is its argument, or None; for attention written out, what is added [B, 1, T, L] to scores [B, H, T, L].
+    """
     if op_name(node) == "scaled_dot_product_attention":
         return [mask_of(node)]
     if op_name(node) != "softmax" or not is_tensor(node) or value(node).ndim != 4:
@@ -51,7 +54,7 @@ def _masks(node: Node) -> list[Any]:
 
 
 def _inputs(masks: list[Any]) -> set[Node]:
-    """The graph's inputs that these read."""
+    """The inputs of the graph that these read."""
     seen: set[Node] = set()
     todo = [m for m in masks if isinstance(m, Node)]
     while todo:
@@ -61,7 +64,7 @@ def _inputs(masks: list[Any]) -> set[Node]:
     return {n for n in seen if n.op == "placeholder" and is_tensor(n)}
 
 
-def _tells(given: Node, bounds: set[Node]) -> bool:
-    """Whether an input may tell sequences apart: the bounds do, and positions or a mask of rows and columns may."""
+def _may_distinguish(given: Node, bounds: set[Node]) -> bool:
+    """Whether an input can distinguish sequences: the bounds can, and positions or a mask of rows and columns may."""
     v = value(given)
     return given in bounds or v.ndim > 2 or v.ndim == 2 and not v.is_floating_point() and "attention_mask" not in given.name

@@ -1,8 +1,8 @@
-"""quantized: where the nodes of quantised weights stand, and which weights may share a buffer.
+"""quantized: where the nodes of quantised weights are placed, and which weights may share a buffer.
 
-A quantised weight is the value of a `dequantize` of two inputs. While rules run it stands with the inputs, as a plain weight
-does, so that linears on one input may become one whatever their weights are made of. Behind the lowering it stands where it is
-read, so that no dequantised weight lives longer than it must.
+A quantised weight is the result of a `dequantize` of inputs. While rules run, it is placed next to the inputs, like a plain
+weight. So linears on one input can become one, whatever their weights are made of. After the lowering it is placed where it is
+read, so that a dequantised weight is not kept longer than needed.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from gdnfuse.dialect import dequantize, op_of
 from gdnfuse.rewrite.graph import storage, value, writes
 
 INPUTS = ("placeholder", "get_attr")
-PARTS = "gdnfuse_parts"  # key of a packed input's meta: the inputs it is packed of
-WITH_INPUTS = "gdnfuse_with_inputs"  # key of a node's meta
+PARTS = "gdnfuse_parts"  # key in the meta of a packed input: the inputs that were packed
+WITH_INPUTS = "gdnfuse_with_inputs"  # key in the meta of a node
 
 
 def is_quantized(node: Any) -> bool:
-    """Whether a node is a weight made of quantised data."""
+    """Whether a node is a quantised weight."""
     return isinstance(node, Node) and node.op == "call_function" and op_of(node.target) is dequantize.op
 
 
@@ -31,7 +31,7 @@ def bind(node: Node) -> dict[str, Any]:
 
 
 def stored(node: Node) -> list[Node]:
-    """The nodes in which a weight is stored: data, scale and what else its format has of a quantised one, else itself."""
+    """The nodes in which a weight is stored: data, scale and what else the format has, or the weight itself if it is plain."""
     if not is_quantized(node):
         return [node]
     bound = bind(node)
@@ -39,13 +39,15 @@ def stored(node: Node) -> list[Node]:
 
 
 def is_weight(node: Any) -> bool:
-    """Whether a node is an input of the graph, or a quantised weight that stands with the inputs it is stored in: whoever reads
-    these instead, wherever in the graph, reads the same."""
+    """Whether a node is an input of the graph, or a quantised weight placed next to its inputs.
+
+    Anything that reads these inputs later, anywhere in the graph, reads the same values.
+    """
     return isinstance(node, Node) and (node.op in INPUTS or is_quantized(node) and node.meta.get(WITH_INPUTS, False))
 
 
 def to_inputs(gm: GraphModule) -> None:
-    """Stand every quantised weight of the graph's inputs with them, once, unless something writes them."""
+    """Place every quantised weight of the graph next to its inputs, once, unless something writes them."""
     written = {s for n in gm.graph.nodes for s in writes(n)}
     found: dict[Any, Node] = {}
     for node in [n for n in gm.graph.nodes if is_quantized(n)]:
@@ -65,7 +67,7 @@ def to_inputs(gm: GraphModule) -> None:
 
 
 def to_readers(gm: GraphModule) -> None:
-    """Stand every quantised weight where it is read first; drop those that nobody reads."""
+    """Place every quantised weight where it is first read. Drop those without readers."""
     for node in [n for n in gm.graph.nodes if is_quantized(n)]:
         if node.users:
             min(node.users).prepend(node)
@@ -74,8 +76,10 @@ def to_readers(gm: GraphModule) -> None:
 
 
 def may_pack(nodes: list[Node]) -> bool:
-    """Whether the data of quantised weights may stand in one buffer, their scales in another and so on: all but the last
-    must fill their blocks of rows."""
+    """Whether the data of quantised weights may share a buffer, and their scales another.
+
+    All but the last must fill their blocks of rows.
+    """
     facts = {(bind(n)["format"], bind(n)["dtype"], *((value(s).dtype, value(s).shape[1:]) for s in stored(n))) for n in nodes}
     rows = formats.named(bind(nodes[0])["format"]).rows
     return len(facts) == 1 and rows is not None and all(value(bind(n)["data"]).shape[0] % rows == 0 for n in nodes[:-1])

@@ -1,4 +1,4 @@
-"""How many rows a linear of a decode step may have for what stands around it to be fused into it: one per sequence."""
+"""How many rows a linear of a decode step may have so that what is around it is fused into it. There is one row per sequence."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ FEW_ROWS = 32
 
 
 def few_rows(node: Any) -> bool:
-    """Whether a tensor has at most FEW_ROWS rows of its last axis, whatever the inputs."""
+    """Whether a tensor has at most FEW_ROWS rows of its last axis, for all inputs."""
     return 0 < _rows(node) <= FEW_ROWS
 
 
 def one_row(node: Any) -> bool:
-    """Whether a tensor is one row, whatever the inputs. Only then are norms and residuals worth fusing into a linear: one kernel
-    takes all of them, where several rows would be normalised again by every program.
+    """Whether a tensor is one row, for all inputs.
+
+    Only then is it worth fusing norms and residuals into a linear: with several rows, every program would normalise them again.
     """
     return _rows(node) == 1
 
 
 def _rows(node: Any) -> int:
-    """0 if it is not known."""
+    """The number of rows; 0 if it is not known."""
     if not is_tensor(node) or value(node).ndim == 0 or not all(isinstance(size, int) for size in value(node).shape[:-1]):
         return 0
     return value(node).shape[:-1].numel()

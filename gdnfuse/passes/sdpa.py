@@ -1,4 +1,4 @@
-"""torch's attention in a graph, read once for all rules that need it: its mask, scale, heads and what stands around it."""
+"""torch's attention in a graph, for all rules that need it: its mask, scale, heads and what is around it."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from gdnfuse.rewrite.evaluate import hint
 from gdnfuse.rewrite.graph import chain, op_name, peel, real_users, same, value
 from gdnfuse.rewrite.rule import shown
 
-BY_PLACE = ("attn_mask", "dropout_p", "is_causal")  # behind q, k and v
+BY_PLACE = ("attn_mask", "dropout_p", "is_causal")  # positional arguments after q, k and v
 OPTIONS = {*BY_PLACE, "scale", "enable_gqa"}
-# Elements of the keys that a proof computes attention over. Where their length is symbolic it is SMALL; a graph for one fixed
-# length serves one token of a cache that grows, which no long proof is worth.
+# The most elements of keys in a proof. A symbolic length is SMALL in proofs. A graph for one fixed length of a growing cache
+# serves only one token, which is not worth a long proof.
 PROVED, SMALL = 2**22, 37
 
 
 @dataclass(frozen=True)
 class OneQuery:
-    """What rules of attention with one query, or a few, know of it.
+    """What rules for attention with one query, or a few, know about it.
 
     Attributes:
         anchor: torch's attention.
-        scale: of its scores.
+        scale: factor on its scores.
         back: brings the op's [B, T, H·D] to the layout of the match's output.
     """
 
@@ -38,7 +38,7 @@ class OneQuery:
 
 
 def one_query(graph):
-    """Attention of [B, heads, 1, D]."""
+    """Attention with q of [B, heads, 1, D]."""
     for node in graph.nodes:
         if op_name(node) == "scaled_dot_product_attention" and len(node.args) >= 3:
             shape = value(node.args[0]).shape
@@ -50,7 +50,7 @@ MOST_QUERIES = 8
 
 
 def few_queries(graph):
-    """Attention of [B, heads, T, D] with T from 1 to 8, whatever the inputs."""
+    """Attention with q of [B, heads, T, D] and T from 1 to 8, for all inputs."""
     for node in graph.nodes:
         if op_name(node) == "scaled_dot_product_attention" and len(node.args) >= 3:
             shape = value(node.args[0]).shape
@@ -59,7 +59,7 @@ def few_queries(graph):
 
 
 def without_copies(node):
-    """Keys or values, before their heads are repeated for the groups of queries that share them."""
+    """Keys or values before they are repeated for the query heads that share them."""
     piece = peel(node)
     if op_name(piece) != "expand":
         return node
@@ -67,7 +67,7 @@ def without_copies(node):
 
 
 def options_of(anchor):
-    """What attention is given beside q, k and v, by name, whether it was given by its place or by its name."""
+    """The arguments of attention other than q, k and v, by name, whether they are positional or keywords."""
     return dict(zip(BY_PLACE, anchor.args[3:], strict=False)) | anchor.kwargs
 
 
@@ -81,7 +81,7 @@ def scale_of(anchor):
 
 
 def gated(anchor):
-    """The end of the layer's attention: times the sigmoid of a gate if it is, else the last view of the heads side by side."""
+    """The end of a layer's attention: the product with the sigmoid of a gate if there is one, else the last view of the heads."""
     readers = list(real_users(anchor))
     if len(readers) == 1 and op_name(readers[0]) == "mul":
         other = next((x for x in readers[0].all_input_nodes if peel(x) is not anchor), None)
@@ -100,14 +100,14 @@ def back_to(out, T, H, D):
 
 
 def require_plain(anchor, m):
-    """Refuse attention with more than a mask of [B or 1, 1, T, L] of bool, a scale and groups of queries."""
+    """Refuse attention with anything but a bool mask of [B or 1, 1, T, L], a scale and groups of queries."""
     options = options_of(anchor)
     if unknown := options.keys() - OPTIONS:
         raise Refused(f"Attention must have no options but {', '.join(sorted(OPTIONS))}, found {', '.join(unknown)}.", at=anchor)
     require_numbers(anchor)
     if options.get("is_causal", False):
         raise Refused(
-            "Attention of few queries must not be causal, which would show the first of them the first key alone; found it is.",
+            "Attention of few queries must not have is_causal, which aligns the first query with the first key, found it set.",
             at=anchor,
         )
     if "mask" not in m.inputs:
@@ -119,7 +119,7 @@ def require_plain(anchor, m):
 
 
 def require_numbers(anchor):
-    """Refuse dropout, and a scale that is no number."""
+    """Refuse dropout, and a scale that is not a number."""
     options = options_of(anchor)
     if (dropout := options.get("dropout_p", 0.0)) != 0.0:
         raise Refused(f"Attention must have no dropout, found {dropout}.", at=anchor)
@@ -128,7 +128,7 @@ def require_numbers(anchor):
 
 
 def require_heads(anchor, m):
-    """Refuse keys and values that are not [B, HKV, L, D], H a multiple of HKV."""
+    """Refuse keys and values that are not [B, HKV, L, D] with H a multiple of HKV."""
     keys = value(m.inputs["keys"])
     B, H, _, D = value(anchor.args[0]).shape
     HKV = keys.shape[1] if keys.ndim == 4 else "HKV"
@@ -141,7 +141,7 @@ def require_heads(anchor, m):
 
 
 def require_provable(anchor, m, most=None):
-    """Refuse keys too long for a proof."""
+    """Refuse keys that are too long for a proof."""
     B, HKV, L, D = value(m.inputs["keys"]).shape
     size, most = math.prod(hint(n) for n in (B, HKV, L if m.small is None else m.small, D)), most or PROVED
     if size > most:
@@ -149,7 +149,7 @@ def require_provable(anchor, m, most=None):
 
 
 def require_dtype_of_q(m, *names):
-    """Refuse an operand, or a result, of another dtype than q's."""
+    """Refuse an operand or a result with another dtype than q."""
     dtype = value(m.inputs["q"]).dtype
     results = zip(("The result", "The keys", "The values"), m.outputs, strict=False)
     for name, node in [*((n, m.inputs[n]) for n in names if n in m.inputs), *results]:
@@ -158,7 +158,7 @@ def require_dtype_of_q(m, *names):
 
 
 def _shaped(found, wanted, axis):
-    """Whether two shapes are one. On one axis, the length, different symbols will do: unequal, attention fails."""
+    """Whether two shapes are equal. On one axis, the length, different symbols are accepted: attention fails if they differ."""
     return len(found) == len(wanted) and all(
         same(a, b) or i == axis and not isinstance(a, int) and not isinstance(b, int) and hint(a) == hint(b)
         for i, (a, b) in enumerate(zip(found, wanted, strict=True))
@@ -169,15 +169,20 @@ SEEN_EVERY = 4  # positions
 
 
 def random_mask(shape, generator):
-    """A mask that hides about three in eight, but none where a token may be written: what is hidden may be wrong unnoticed."""
+    """A mask that hides about three of eight positions, but not those where a token may be written.
+
+    A wrong hidden token would not be noticed.
+    """
     mask = torch.rand(shape, generator=generator) < 0.5
     mask[..., ::SEEN_EVERY] = True
     return mask
 
 
 def attention_of(node: Node) -> tuple[dict[str, Any], str]:
-    """The arguments of causal_attention that torch's attention has, and why it is none: its flag counts queries and keys from
-    their first."""
+    """The arguments of causal_attention for torch's attention, and a sentence on why it is not causal_attention.
+
+    torch's flag aligns the first query with the first key.
+    """
     (q, k, v), options = node.args[:3], options_of(node)
     T, L = (value(x).shape[-2] for x in (q, k))
     found = [

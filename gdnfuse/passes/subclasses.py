@@ -1,7 +1,7 @@
-"""Weights that are tensor subclasses made of plain tensors, as torchao's are: those of a known format become quantised weights.
+"""subclasses: weights that are tensor subclasses made of plain tensors, as in torchao.
 
-Dynamo gives the subclass as one input. The tensors that it is made of become inputs behind all others, found at each call, so
-that a weight may be exchanged or changed like any other.
+Those of a known format become quantised weights. Dynamo passes the subclass as one input. Its inner tensors become new inputs,
+found at each call. So such a weight may be replaced or changed like any other.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from gdnfuse.report.records import Record, Status
 from gdnfuse.rewrite.edit import infer, recorded
 from gdnfuse.rewrite.graph import is_tensor, kept_meta, op_name, value
 
-# Of torchao's weights what else they may hold, which a weight alone does not: activations are quantised, or scaled first.
+# Attributes of torchao's weights that mean more than a weight: activations are quantised or scaled too.
 MORE = ("act_quant_kwargs", "act_quant_scale", "act_quant_zero_point", "act_pre_scale")
-# What to do about others.
+# What to do about other formats.
 INT4 = "torchao has a kernel's own order in each of its packings, so load int4 as compressed-tensors stores it (W4A16)"
 OTHER = "quantise to a scale per row, weights alone"
 KINDS = {"Int8Tensor": "int8", "Float8Tensor": "fp8"}
 
 
 def is_subclass(tensor: Any) -> bool:
-    """Whether a tensor is made of others."""
+    """Whether a tensor is made of other tensors."""
     return isinstance(tensor, torch.Tensor) and hasattr(tensor, "__tensor_flatten__") and not compat.is_fake(tensor)
 
 
 def format_of(weight: torch.Tensor) -> str:
-    """The format of a weight that is a subclass, whose tensors then are `qdata` and `scale`.
+    """The format of a weight that is a subclass. Its inner tensors are then `qdata` and `scale`.
 
     Raises:
-        Refused: it is of none that is known.
+        Refused: the format is not known here.
     """
     cls = type(weight)
     if cls.__name__ not in KINDS or not cls.__module__.startswith("torchao."):
@@ -66,10 +66,10 @@ def unwrap(gm: GraphModule, real: dict[Node, Any]) -> tuple[list[Inner], list[Re
 
     Args:
         gm: Dynamo's graph, rewritten in place.
-        real: the real tensor of every placeholder; that of each new one is added.
+        real: the real tensor of every placeholder. New ones are added.
 
     Returns:
-        How to find the new inputs at each call, in their order, and a record for each linear whose weight is not read.
+        How to find the new inputs at each call, in order, and a record for each linear whose weight is not read.
     """
     found: list[Inner] = []
     refused: list[Record] = []

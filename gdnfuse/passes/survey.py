@@ -1,12 +1,11 @@
-"""survey: which block of the model each call of a graph belongs to, how many kernels it needs and how many bytes they move.
+"""survey: to which block of the model each call of a graph belongs, how many kernels it needs, and how many bytes they move.
 
-Only for the report: nothing is decided here, and the graph keeps nothing of it but a mark on each call.
+It is only for the report. It decides nothing, and leaves only a mark on each call.
 
-The bytes of a graph follow one model, before and after: every operation that needs a kernel reads each of its tensors once and
-writes its results once, as if nothing stayed in a cache. Views are free; an expanded tensor counts what it holds, a lookup the
-rows that it takes, and of experts as many count as rows that choose independently are expected to need. What several kernels
-of one operation hand to each other is not counted, nor what Inductor will merge, on either side. Symbolic sizes count as those
-of the first call.
+The bytes follow one model before and after: each operation that needs a kernel reads each of its tensors once and writes its
+results once, as if nothing stayed in a cache. Views are free. An expanded tensor counts the memory that it holds, and a lookup
+the rows that it takes. As many experts count as rows are expected to need if they choose independently. What the kernels of one
+operation pass to each other is not counted, nor what Inductor will merge. Symbolic sizes have the values of the first call.
 """
 
 from __future__ import annotations
@@ -40,16 +39,24 @@ from gdnfuse.rewrite.graph import (
     writes,
 )
 
-CHOSEN = "gdnfuse_chosen"  # key of a node's meta: the implementation that the lowering chose
-LOOKUPS = ("embedding", "index_select", "gather", "getitem")  # read of their largest tensor what they return
-PRODUCTS = ("scaled_mm", "_scaled_mm", "_scaled_mm_v2", "mm", "matmul", "addmm", "bmm")  # that a linear may call instead
-# What to load instead of what a module has, by what is in the name of its class.
+CHOSEN = "gdnfuse_chosen"  # key in the meta of a node: the implementation that the lowering chose
+LOOKUPS = ("embedding", "index_select", "gather", "getitem")  # they read as much of their largest tensor as they return
+PRODUCTS = (
+    "scaled_mm",
+    "_scaled_mm",
+    "_scaled_mm_v2",
+    "mm",
+    "matmul",
+    "addmm",
+    "bmm",
+)  # ops that a linear may call instead of linear
+# What to load instead, by a part of the name of the module's class.
 INSTEAD = {
     "gptqmodel": "load a checkpoint that compressed-tensors stores (W4A16)",
     "nvfp4": "load the checkpoint that is in FP8",
 }
 GROUPED = ("_grouped_mm", "grouped_mm")
-WRITTEN = {"copy_": 1, "index_copy_": 3, "setitem": 2}  # write as much as that argument holds
+WRITTEN = {"copy_": 1, "index_copy_": 3, "setitem": 2}  # they write as many bytes as this argument has
 SHORT = {
     "bfloat16": "bf16", "float16": "f16", "float32": "f32", "float64": "f64", "int64": "i64", "int32": "i32",
     "float8_e4m3fn": "e4m3",
@@ -57,23 +64,23 @@ SHORT = {
 
 
 def op_label(node: Node) -> str:
-    """What a call computes, in a word: a dialect op's name whether it is the op, its kernel or its reference that is called."""
+    """What a call computes, in a word. A dialect op has the same name whether the op, its kernel or its reference is called."""
     if getattr(node.target, "__module__", "").startswith("gdnfuse.dialect."):
         return node.target.__module__.rsplit(".", 1)[1]
     return op_name(node).removeprefix("gdnfuse_triton.").removeprefix("gdnfuse.")
 
 
 def launches(node: Node) -> int:
-    """Kernels a call needs: those that its Triton kernel launches, 1 for another op that computes.
+    """Kernels that a call needs: those that its Triton kernel launches, or 1 for another op that computes.
 
-    A quantised weight is read as it is stored, until the lowering finds that no kernel does so.
+    A quantised weight needs none, until the lowering finds that no kernel reads it.
     """
     return 0 if is_quantized(node) else node.meta.get("gdnfuse_launches", int(computes(node)))
 
 
 @dataclass
 class Call:
-    """A call as it stood when it was surveyed. Inputs are names of calls, or words."""
+    """A call at the time of the survey. Inputs are names of calls, or words."""
 
     operation: Operation
     block: str
@@ -82,8 +89,7 @@ class Call:
 
 @dataclass
 class Survey:
-    """Every call of a graph, how many bytes of its inputs it needs at least, and its linears, each with what its weight is stored
-    in."""
+    """Every call of a graph, the bytes of its inputs that it needs, and its linears with what their weights are stored in."""
 
     calls: list[Call]
     limit_bytes: int
@@ -99,10 +105,10 @@ class Survey:
 
 
 def mark_blocks(gm: GraphModule) -> None:
-    """Note on every call, for all that is put in its place later, the path of its block; empty outside all layers.
+    """Note the path of its block on every call, also for nodes that replace it later. Empty outside all layers.
 
-    A layer is an element of the outermost list of modules; its blocks are its children with linears in them. What stands before a
-    block (a norm) or is computed by the layer itself behind one (the residual sum) belongs to that block.
+    A layer is an element of the outermost list of modules. Its blocks are its children with linears in them. What comes before a
+    block (a norm), or is computed by the layer after a block (the residual sum), belongs to that block.
     """
     nodes = calls(gm)
     place = {n: _place(module_stack(n)) for n in nodes}
@@ -129,7 +135,7 @@ def mark_blocks(gm: GraphModule) -> None:
 
 
 def _place(stack: list[str]) -> tuple[str, str]:
-    """The path of the layer and of its child that a call was traced in; empty where there is none."""
+    """The paths of the layer and of its child in which a call was traced; empty if there is none."""
     for i, path in enumerate(stack):
         if path.rpartition(".")[2].isdecimal():
             return path, stack[i + 1] if i + 1 < len(stack) else ""
@@ -137,7 +143,7 @@ def _place(stack: list[str]) -> tuple[str, str]:
 
 
 def take(gm: GraphModule) -> Survey:
-    """All calls of a graph after `mark_blocks`, as they stand now."""
+    """All calls of a graph after `mark_blocks`, in their current state."""
     reads: dict[Node, int] = {}
     stored: dict[Node, int] = {}
     found = []
@@ -147,7 +153,7 @@ def take(gm: GraphModule) -> Survey:
         kernels = launches(node)
         moved = 0
         if kernels:
-            got = {n: _read(node, n) for n in _given(node)}
+            got = {n: _read(node, n) for n in _tensors_of_call(node)}
             put = _written(node)
             moved = sum(got.values()) + sum(put.values())
             for needed, edges in ((reads, got), (stored, put)):
@@ -162,7 +168,7 @@ def take(gm: GraphModule) -> Survey:
 
 
 def _projections(gm: GraphModule) -> list[tuple[Projection, list[Node]]]:
-    """Every linear of a graph as it came: torch's, and modules of linears that call something else."""
+    """Every linear of the original graph: torch's, and modules of linears that call something else."""
     found: dict[str, tuple[Projection, list[Node]]] = {}
     others: dict[str, tuple[type, list[Node]]] = {}
     for node in calls(gm):
@@ -188,20 +194,20 @@ def _projections(gm: GraphModule) -> list[tuple[Projection, list[Node]]]:
             f"A projection must be torch's linear on a weight of a known format, found {cls.__name__}, which calls {called}: "
             f"{instead or 'load the model in such a format, or dequantised'}."
         )
-        size = sum(map(_nbytes, {storage(n): n for n in weights}.values()))  # one may be there twice
+        size = sum(map(_nbytes, {storage(n): n for n in weights}.values()))  # one may appear twice
         projection = Projection(path.rpartition(".")[2], cls.__name__, 0, 0, size, OWN_LIBRARY, reason, [path])
         found[path] = projection, []
     return list(found.values())
 
 
 def _computes_projections(cls: type) -> bool:
-    """Whether modules of a class are linears or experts, of whatever library."""
+    """Whether modules of a class are linears or experts of any library."""
     linear = issubclass(cls, torch.nn.Linear) or cls.__module__.startswith("gptqmodel.") and "Linear" in cls.__name__
     return linear or cls.__name__.endswith("Experts")
 
 
 def _module(node: Node) -> type | None:
-    """The class of the innermost module that a call was traced in."""
+    """The class of the innermost module in which a call was traced."""
     entries = list((node.meta.get("nn_module_stack") or {}).values())
     return entries[-1][1] if entries and isinstance(entries[-1][1], type) else None
 
@@ -219,14 +225,14 @@ def _projection(path: str, weight: Node) -> Projection:
 
 
 def _stored_bytes(tensor: torch.Tensor) -> int:
-    """Of a tensor that may be a subclass made of others."""
+    """Bytes of a tensor, which may be a subclass made of others."""
     if not hasattr(tensor, "__tensor_flatten__"):
         return tensor.nbytes
     return sum(_stored_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
 
 
 def _readers(gm: GraphModule) -> dict[Node, list[Node]]:
-    """Who reads each node of a lowered graph, also where it is part of a packed weight, through what dequantises it."""
+    """The readers of each node of a lowered graph, also if it is part of a packed weight or read through dequantisation."""
     found: dict[Node, list[Node]] = {}
     for n in gm.graph.nodes:
         readers = [r for u in n.users for r in (u.users if op_label(u) == "dequantize" else (u,))]
@@ -236,7 +242,7 @@ def _readers(gm: GraphModule) -> dict[Node, list[Node]]:
 
 
 def judge(gm: GraphModule, projections: list[tuple[Projection, list[Node]]]) -> list[Projection]:
-    """Projections by kind, with who computes them in a lowered graph."""
+    """The projections by kind, with what computes them in a lowered graph."""
     readers = _readers(gm)
     kinds: dict[Any, Projection] = {}
     for p, weights in projections:
@@ -248,8 +254,8 @@ def judge(gm: GraphModule, projections: list[tuple[Projection, list[Node]]]) -> 
     return list(kinds.values())
 
 
-def _given(node: Node) -> list[Node]:
-    """The tensors of a call, in whose place there is what quantised ones are stored in."""
+def _tensors_of_call(node: Node) -> list[Node]:
+    """The tensors of a call, with stored tensors in place of quantised weights."""
     return [s for n in node.all_input_nodes if is_tensor(n) for s in stored(n)]
 
 
@@ -258,7 +264,7 @@ def _tensors(node: Node) -> list[Node]:
 
 
 def _bytes_of(v: Any) -> int | None:
-    """Bytes of the elements of a tensor, or of several; an expanded axis counts once. None for what is no tensor."""
+    """Bytes of the elements of one or several tensors. An expanded axis counts once. None for anything else."""
     tensors = tensors_of(v)
     if not tensors:
         return None
@@ -275,7 +281,7 @@ def _zero(stride: Any) -> bool:
 def _size(size: Any) -> int:
     if isinstance(size, int):
         return size
-    hint = size.node.hint  # None for a size that only a run will tell
+    hint = size.node.hint  # None for a size that is known only at run time
     return 1 if hint is None else int(hint)
 
 
@@ -302,12 +308,12 @@ def _read(node: Node, given: Node) -> int:
 
 
 def _needed(experts: Any, rows: Any, top_k: Any) -> float:
-    """The share of experts that so many rows are expected to need, each of which chooses top_k of them independently."""
+    """The share of experts that so many rows are expected to need, if each chooses top_k independently."""
     return 1 - (1 - _size(top_k) / max(_size(experts), 1)) ** _size(rows)
 
 
 def _written(node: Node) -> dict[Node, int]:
-    """Bytes that a call writes, by the node that they can be read from: itself, or an input written in place."""
+    """Bytes that a call writes, by the node that holds them: the call itself, or an input written in place."""
     name, op = op_name(node), OPS.get(op_label(node))
     if name in WRITTEN:
         source = node.args[WRITTEN[name]]
@@ -317,20 +323,20 @@ def _written(node: Node) -> dict[Node, int]:
         in_place = name.endswith("_") and writes(node)
         return {node.args[0]: _nbytes(node.args[0])} if in_place else made
     call = op.bind(node.args, node.kwargs)
-    if op.name == "attention_decode":  # one token's row of each
+    if op.name == "attention_decode":  # the row of one token in each
         return made | {call["keys"]: _nbytes(call["k"]), call["values"]: _nbytes(call["v"])}
     return made | {call[name]: _nbytes(call[name]) for name in op.mutates if isinstance(call.get(name), Node)}
 
 
 def _base(node: Node) -> Node:
-    """What a node is a view of, through parts and views of parts, and through writes to it."""
+    """The node that a node is a view of, through parts, views of parts, and writes."""
     while node.op.startswith("call") and node.all_input_nodes and (op_name(node) in WRITTEN or not computes(node)):
         node = node.all_input_nodes[0]
     return node
 
 
 def _label(node: Node) -> str:
-    """What a graph input is called below its layer ("linear_attn.in_proj_z.weight", "conv_states"), the same in each layer."""
+    """The name of a graph input below its layer ("linear_attn.in_proj_z.weight", "conv_states"), equal in all layers."""
     path = clean_path(compat.source_name(node))
     path = re.sub(r"^.*?\.\d+\.(?=[^\d])", "", path)
     return re.sub(r"([._]\d+)+$", "", path)
@@ -376,7 +382,7 @@ def _by_block(found: list[Call], gdn: Iterable[str]) -> dict[str, list[Call]]:
 
 
 def _home(block: str, modules: list[str], gdn: Iterable[str]) -> str:
-    """The block of a call; a GDN layer is one block, also where it is a layer itself or stands in none."""
+    """The block of a call. A GDN layer is one block, also if it is a layer itself or is in none."""
     inside = next((p for p in modules if p in gdn), None)
     return block if inside is None or (block and _inside(inside, block)) else inside
 
@@ -399,7 +405,7 @@ def _kind(path: str, found: list[Call], gdn: Iterable[str]) -> str:
 
 
 def _structure(found: list[Call], known: dict[Any, int], structures: list[list[Operation]]) -> int:
-    """The index of these operations among the structures, where they are added if none is equal but for names and lines."""
+    """The index of these operations among the structures. They are added if none is equal except for names and lines."""
     number = {c.operation.name: i for i, c in enumerate(found)}
     outer: dict[str, str] = {}
 

@@ -1,8 +1,8 @@
-"""verify: the rewritten graph against the graph as it came, on the inputs of a real call.
+"""verify: compares the rewritten graph with the original one on the inputs of a real call.
 
-A proof compares maths in float64, this what runs: kernels, roundings, packed weights. Both graphs and the first one in a higher
-precision run on copies of what they write, so that nothing of the caller's changes. Nobody can ask for equal bits, because fusing
-leaves roundings out; ours must be about as near to the higher precision as the graph as it came is.
+A proof compares maths in float64. This compares what really runs: kernels, roundings, packed weights. Both graphs, and the
+original one in a higher precision, run on copies of what they write. So nothing of the caller changes. Bits cannot be equal,
+because fusing leaves roundings out. The rewritten graph must be about as near to the higher precision as the original one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from gdnfuse.report.records import Comparison
 from gdnfuse.rewrite.evaluate import hint, in_precision
 from gdnfuse.rewrite.graph import op_name, storage, writes
 
-# ours ≤ SLACK · theirs + FLOOR[dtype]: of one call errors are a draw, and each output was rounded once in any case.
+# ours ≤ SLACK · theirs + FLOOR[dtype]. Errors of one call are random, and each output was rounded once in any case.
 SLACK = 2.0
 FLOOR = {torch.float32: 2e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float64: 1e-12}
 WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
@@ -30,17 +30,17 @@ def verify(before: GraphModule, after: GraphModule, inputs: Sequence[Any], more:
     """Run both graphs and compare every output and every input that is written.
 
     Args:
-        before: the graph as it came.
-        after: the rewritten one; its inputs are those and `more`.
-        inputs: real tensors and numbers. Not changed.
+        before: the original graph.
+        after: the rewritten graph. Its inputs are `inputs` and `more`.
+        inputs: real tensors and numbers. They are not changed.
         more: packed weights.
 
     Returns:
-        One comparison for each output that is a tensor, and for each input that one of them writes.
+        One comparison for each output that is a tensor, and for each input that a graph writes.
 
     Raises:
-        Refused: they cannot be run here: an input is fake or on the meta device, two written inputs share memory, other ranks
-            take part, a graph raised.
+        Refused: the graphs cannot be run here. An input is fake or on the meta device, two written inputs share memory, other
+            ranks take part, or a graph raised.
     """
     if (shared := next(collectives(before), None)) is not None:
         raise Refused(f"A graph must wait for no other rank to be verified, found {op_name(shared)}.")
@@ -66,7 +66,7 @@ def verify(before: GraphModule, after: GraphModule, inputs: Sequence[Any], more:
 
 
 def _written(gm: GraphModule, placeholders: list[Node]) -> list[int]:
-    """Numbers of the inputs that a graph writes."""
+    """Indices of the inputs that a graph writes."""
     memory = set().union(*(writes(n) for n in gm.graph.nodes))
     written = [i for i, n in enumerate(placeholders) if storage(n) in memory]
     if len({storage(placeholders[i]) for i in written}) < len(written):
@@ -75,7 +75,7 @@ def _written(gm: GraphModule, placeholders: list[Node]) -> list[int]:
 
 
 def _copies(inputs: Sequence[Any], written: Sequence[int], dtype: torch.dtype | None = None) -> list[Any]:
-    """The inputs, those that are written as copies; with a dtype all floating ones as copies in it."""
+    """The inputs, with copies of those that are written. With a dtype, all floating inputs are copies in that dtype."""
     copies = []
     for i, x in enumerate(inputs):
         if isinstance(x, torch.Tensor):
@@ -88,7 +88,7 @@ def _copies(inputs: Sequence[Any], written: Sequence[int], dtype: torch.dtype | 
 
 
 def _run(gm: GraphModule, arguments: list[Any], kept: dict[int, str]) -> dict[str, torch.Tensor]:
-    """Outputs and written inputs by name. Grad mode and random state are as they were afterwards."""
+    """Outputs and written inputs by name. Grad mode and random state are restored."""
     devices = {x.device.index for x in arguments if isinstance(x, torch.Tensor) and x.device.type == "cuda"}
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[d for d in devices if d is not None]):
@@ -105,7 +105,7 @@ def _compare(name: str, ours: torch.Tensor, theirs: torch.Tensor, exact: torch.T
     if not theirs.is_floating_point():
         same = bool(torch.equal(ours, theirs))
         return Comparison(name, 0.0 if same else float("inf"), 0.0, same)
-    # Where one of the two is not finite there is nothing to be near to; where both are not, ours must not be either.
+    # Elements that are not finite cannot be compared by distance. They must be equal in both.
     measured, never = theirs.isfinite() & exact.isfinite(), ~theirs.isfinite() & ~exact.isfinite()
     if not ours[measured].isfinite().all() or ours[never].isfinite().any():
         return Comparison(name, float("inf"), 0.0, False)

@@ -1,1 +1,1 @@
-"""report: what the compiler did, as data, as text and as a page."""
+"""The report: what the compiler did, as data, as text and as a web page."""

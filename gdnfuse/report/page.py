@@ -1,6 +1,7 @@
-"""The report as one HTML page that needs nothing else: no network, no framework; style and script are written into it.
+"""The report as one HTML page without any other files: style and script are part of it, and it needs no network.
 
-All is in the page's text, so that it reads, prints and can be searched without its script, which filters and switches the theme.
+All content is in the text of the page. So it can be read, printed and searched without the script, which only filters and
+switches the theme.
 """
 
 from __future__ import annotations
@@ -27,19 +28,19 @@ from gdnfuse.report.text import (
     where,
 )
 
-ROW, LANE, DOT = 22, 9, 4  # pixels: a line of a graph, between two edges, half a node
+ROW, LANE, DOT = 22, 9, 4  # pixels: height of a line, distance of two edges, radius of a node
 LETTERS = {"linear attention": "L", "full attention": "A", "MLP": "M", "MoE": "E", "other": "O"}
 STATES = ("fused", "partly", "unchanged")
 WORDS = {"fired": "done", "declined": "refused or not matched", "both": "some done, some refused", None: "nothing to look at"}
 
 
 def page(reports: Iterable[GraphReport], about: dict[str, Any], bandwidth: float = BANDWIDTH) -> str:
-    """The whole page.
+    """Render the whole page.
 
     Args:
-        reports: of graphs.
-        about: what was compiled and with what, shown at the top; `model` is the title.
-        bandwidth: bytes a second, for the limit.
+        reports: reports of graphs.
+        about: what was compiled and with what, shown at the top. `model` is the title.
+        bandwidth: bytes per second, for the limit.
     """
     facts = "".join(f"<div><dt>{escape(str(k))}</dt><dd>{escape(str(v))}</dd></div>" for k, v in about.items() if k != "model")
     graphs = "".join(_graph(report, bandwidth) for report in reports)
@@ -134,7 +135,7 @@ Pairs = dict[tuple[str, str, int, int], list[BlockReport]]
 
 
 def _pairs(report: GraphReport) -> Pairs:
-    """Blocks by kind, outcome and structure before and after."""
+    """Blocks grouped by kind, outcome, and structure before and after."""
     found: Pairs = {}
     for b in ordered(report.blocks):
         found.setdefault((b.kind, b.fused, b.before, b.after), []).append(b)
@@ -183,7 +184,7 @@ def _table(report: GraphReport, pairs: Pairs) -> str:
 
 
 def _scroll(name: str, content: str, more: str = "") -> str:
-    """A box that scrolls by keyboard too."""
+    """A box that can also be scrolled by keyboard."""
     return f'<div class="scroll {more}" role="region" aria-label="{name}" tabindex="0">{content}</div>'
 
 
@@ -243,12 +244,12 @@ def _pair(report: GraphReport, pairs: Pairs, key: tuple[str, str, int, int]) -> 
 
 
 def _drawing(operations: Sequence[Operation], ours: set[str], module: str) -> str:
-    """Operations from top to bottom, each below those it reads, with an edge from each to its readers. Views are seen through.
+    """Operations from top to bottom, each below those that it reads, with an edge from each to its readers. Views are left out.
 
     Args:
         operations: of one block, before or after.
         ours: which of them are dialect ops.
-        module: the block's name in its layer, left out of the names of its weights.
+        module: the name of the block in its layer. It is left out of the names of weights.
     """
     lines, edges = _lines(operations)
     ends = {i: max(readers) for i, readers in edges.items()}
@@ -286,7 +287,7 @@ Line = tuple[str, str, list[str], str, str, str]
 
 
 def _lines(operations: Sequence[Operation]) -> tuple[list[Line], dict[int, list[int]]]:
-    """What is written on each line (operation, class, weights and states, result, bytes, hint), and who reads what, by lines."""
+    """The text of each line (operation, class, weights and states, result, bytes, hint), and who reads what, by lines."""
     outer = list(dict.fromkeys(i for o in operations for i in o.inputs if isinstance(i, str) and i.startswith("input ")))
     row: dict[int | str, int] = {name: i for i, name in enumerate(outer)}
     lines: list[Line] = [(name, "given", [], "", "", "made by another block") for name in outer]
@@ -296,7 +297,7 @@ def _lines(operations: Sequence[Operation]) -> tuple[list[Line], dict[int, list[
         rows = list(dict.fromkeys(row[i] for i in o.inputs if i in row))
         given = [i for i in o.inputs if isinstance(i, str) and i not in row]
         given += [w for i in o.inputs if isinstance(i, int) and i in words for w in words[i]]
-        if not o.kernels:  # a view: whoever reads it reads what it is a view of
+        if not o.kernels:  # a view: its readers read what it is a view of
             if rows:
                 row[number] = rows[0]
             words[number] = given
@@ -313,7 +314,7 @@ def _lines(operations: Sequence[Operation]) -> tuple[list[Line], dict[int, list[
 
 
 def _rows(rows: Sequence[dict[str, Any]]) -> str:
-    """A table of records as they are; columns that are empty throughout are left out."""
+    """A table of records. Columns that are empty in all rows are left out."""
     used = [k for k in (rows[0] if rows else ()) if any(row[k] not in ("", None) for row in rows)]
     if not used:
         return ""

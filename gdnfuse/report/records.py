@@ -1,6 +1,6 @@
-"""Records of what the compiler did. Imports nothing of ours.
+"""Records of what the compiler did. This module imports nothing of gdnfuse.
 
-The data is the report; text.py and page.py beside this render it. Tests assert on the data.
+These data are the report. text.py and page.py render them, and tests check them.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ STAGES = ("capture", "lift", "fuse", "lower")  # of records
 
 
 class Status(enum.StrEnum):
-    """What came of a rule at one anchor.
+    """The outcome of a rule at one anchor.
 
     Attributes:
-        FIRED: it matched, was proved and rewrote the graph.
-        REFUSED: its motif is there, but may not be rewritten.
-        UNMATCHED: what its anchor promised is not there.
-        SHADOWED: another rule has taken the same nodes.
+        FIRED: the pattern matched, was proved, and the graph was rewritten.
+        REFUSED: the pattern matched, but may not be rewritten.
+        UNMATCHED: the anchor is there, but not the rest of the pattern.
+        SHADOWED: another rule has already taken the same nodes.
     """
 
     FIRED = "fired"
@@ -36,7 +36,7 @@ class Status(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Source:
-    """A line of the model's code: the file as Python names it, the line's number, the function around it, and its text."""
+    """A line of the model's code: the file as Python names it, the line number, the function around it, and the text."""
 
     file: str
     line: int
@@ -45,7 +45,7 @@ class Source:
 
     @property
     def place(self) -> str:
-        """File and line, the file without the folder that it was imported from."""
+        """File and line. The file is without the folder that it was imported from."""
         roots = [p for p in sys.path if p and self.file.startswith(p.rstrip("/") + "/")]
         name = self.file[len(max(roots, key=len).rstrip("/")) + 1 :] if roots else self.file.rsplit("/", 1)[-1]
         return f"{name}:{self.line}"
@@ -56,26 +56,26 @@ class Record:
     """What one rule did at one anchor.
 
     Attributes:
-        rule: the rule's name.
+        rule: name of the rule.
         stage: "capture", "lift", "fuse" or "lower".
         status: see Status.
-        anchor: name of the graph node the rule started from.
-        equation: the motif that the rule looks for, or what an operation computes.
-        layer: path of the GDN layer the anchor belongs to, or None.
-        block: path of the block the anchor belongs to, as of a BlockReport; empty outside all layers.
-        source: the line of the model's code that `at`, or else the anchor, was traced from; None where it is not known.
-        modules: paths of the modules the anchor was traced in, outermost first.
-        reason: a sentence for everything but FIRED; for a lowering, why the other implementations were passed over.
-        at: the deepest node reached, for UNMATCHED and REFUSED.
-        expected, got: what the pattern wanted there and what it saw, for UNMATCHED.
-        proof_error: worst relative error of the float64 proof, for FIRED (and for REFUSED by a failed proof).
-        proof_cached: the proof was made for another region of equal structure.
-        chosen: the implementation, for a lowering.
-        launches: one line per Triton kernel that a lowered op launches, with how it shares out the work; empty where that is
-            known at run time only.
-        measured: the benchmark that compares these configs, or empty.
-        failed: the rule, or the choice of an implementation, raised an error, which is a bug of ours; `reason` has it, and the
-            graph stays there as it was.
+        anchor: name of the graph node that the rule started from.
+        equation: what the rule looks for, or what the operation computes.
+        layer: path of the GDN layer that the anchor belongs to, or None.
+        block: path of the block that the anchor belongs to, as in a BlockReport; empty outside all layers.
+        source: the line of the model's code from which `at`, or else the anchor, was traced; None if it is not known.
+        modules: paths of the modules in which the anchor was traced, outermost first.
+        reason: a sentence, unless the rule fired. For a lowering: why other implementations were not chosen.
+        at: for UNMATCHED and REFUSED, the deepest node that was reached.
+        expected, got: for UNMATCHED, what the pattern expected there and what it found.
+        proof_error: worst relative error of the float64 proof, if the rule fired or the proof failed.
+        proof_cached: whether the proof was made for another region of equal structure.
+        chosen: for a lowering, the implementation.
+        launches: one line per Triton kernel that a lowered op launches, with how it divides the work. Empty if that is known only
+            at run time.
+        measured: the benchmark that compares these configurations, or empty.
+        failed: whether the rule, or the choice of an implementation, raised an error, which is a bug in gdnfuse. `reason` has the
+            error, and the graph is unchanged there.
     """
 
     rule: str
@@ -101,12 +101,13 @@ class Record:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One output, or one input that is written, of the rewritten graph and of the graph as it came.
+    """The errors of one output, or of one input that is written.
 
     Attributes:
-        name: "output 3", or the input's name in the graph.
-        error, eager_error: relative, in norm, of ours and of the graph as it came, against a run in higher precision.
-        passed: whether ours is near enough.
+        name: "output 3", or the name of the input in the graph.
+        error, eager_error: relative errors, by norm, of the rewritten and of the original graph, against a run in higher
+            precision.
+        passed: whether the rewritten graph is accurate enough.
     """
 
     name: str
@@ -117,16 +118,17 @@ class Comparison:
 
 @dataclass
 class Refusal:
-    """What one rule declined for one reason, wherever it did.
+    """One reason why one rule did not fire, with all places where it did not.
 
     Attributes:
-        rule, stage, equation: the rule, when it runs, and the motif that it looks for.
-        status: REFUSED (the motif is there, but may not be rewritten) or UNMATCHED (what the anchor promised is not there).
+        rule, stage, equation: the rule, its stage, and what it looks for.
+        status: REFUSED (the pattern matched, but may not be rewritten) or UNMATCHED (the rest of the pattern is not there).
         sentence: what was required and what was found, at the first place.
-        at: there, the node it is about: for UNMATCHED the deepest one that was reached.
-        expected, got: of a Record.
-        source: of a Record.
-        count: how many times; blocks: in which.
+        at: the node at that place that it is about. For UNMATCHED, the deepest one that was reached.
+        expected, got: as in a Record.
+        source: as in a Record.
+        count: how often.
+        blocks: paths of the blocks.
     """
 
     rule: str
@@ -147,16 +149,16 @@ class LayerReport:
     """One GDN layer of one graph.
 
     Attributes:
-        path: the module path, e.g. "model.layers.0.linear_attn".
-        fused: of a decode layer, that it is one packed linear, the fused op and the out_proj linear; of a prefill layer, that its
-            conv, its rule and its norm are one op each.
-        note: for an unfused layer, a sentence on what a fused one has and this one lacks, or empty.
-        records: every rule's records for this layer, in the order they were made.
-        nodes_before, nodes_after: call nodes that belong to the layer before normalize and after lower.
-        launches_before, launches_after: kernels the layer needs: one per op that computes, or those that its kernel launches.
-            Inductor may merge some of what is not ours, on both sides. What a fused layer has in the linears of the decoder
-            layer around it is not among them.
-        ops_after: names of those that stay, in graph order.
+        path: path of the module, e.g. "model.layers.0.linear_attn".
+        fused: for a decode layer, whether it is one packed linear, the fused op and the out_proj linear. For a prefill layer,
+            whether its conv, its rule and its norm are one op each.
+        note: for an unfused layer, a sentence on what it lacks, or empty.
+        records: the records of all rules for this layer, in the order in which they were made.
+        nodes_before, nodes_after: call nodes of the layer before normalize and after lower.
+        launches_before, launches_after: kernels that the layer needs: one per op that computes, or those that a kernel of ours
+            launches. Inductor may merge some of the others, on both sides. What was fused into linears of the decoder layer
+            around it is not counted.
+        ops_after: names of the operations that remain, in the order of the graph.
     """
 
     path: str
@@ -171,7 +173,7 @@ class LayerReport:
 
     @property
     def why_not(self) -> str:
-        """The sentences that explain an unfused layer; empty for a fused one."""
+        """The sentences that explain why a layer is not fused. Empty for a fused one."""
         if self.fused:
             return ""
         sentences = [f"{r.rule}: {r.reason}" for r in self.records if r.status is not Status.FIRED and r.reason]
@@ -181,17 +183,17 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Operation:
-    """One call of a graph.
+    """One call in a graph.
 
     Attributes:
-        name: the node's name, in the first of the blocks that share this structure.
+        name: name of the node, in the first of the blocks that share this structure.
         op: what it computes.
-        inputs: for each tensor it takes, which operation of the same block makes it, counted from 0, or in words where it comes
-            from: a weight or state with its dtype and shape, or "input 1" for what another block made.
-        result: dtype and shape, of each result if there are several.
-        kernels: Triton kernels it launches, 1 for another operation that computes, 0 for a view.
-        bytes: it moves, as of a BlockReport.
-        source: the line of the model's code that it was traced from, or None.
+        inputs: for each tensor that it takes, the index of the operation of the same block that makes it, or words: a weight or
+            state with its dtype and shape, or "input 1" from another block.
+        result: dtype and shape of each result.
+        kernels: Triton kernels that it launches, 1 for another operation that computes, 0 for a view.
+        bytes: bytes that it moves, as in a BlockReport.
+        source: the line of the model's code from which it was traced, or None.
     """
 
     name: str
@@ -205,17 +207,17 @@ class Operation:
 
 @dataclass
 class Projection:
-    """Linears of one kind: of one name, with weights of one format and shape, computed alike.
+    """Equal linears: they have the same name, and weights of the same format and shape, and are computed in the same way.
 
     Attributes:
-        name: the module's, e.g. "in_proj_qkv".
-        format: of its weight: a dtype, the name of a format of quantised weights, or the class of a weight, or of a module, that
-            nothing here reads.
-        rows, columns: of its weight; 0 where that is not known.
-        bytes: that one such weight takes as it is stored.
+        name: name of the module, e.g. "in_proj_qkv".
+        format: format of the weight: a dtype, the name of a format of quantised weights, or the class of a weight or module that
+            gdnfuse does not read.
+        rows, columns: of the weight; 0 if not known.
+        bytes: bytes of one such weight as it is stored.
         computed: "triton" for a kernel of ours, "library" for torch's linear, "reference inlined", or "its own library".
-        reason: a sentence where that is its own library.
-        paths: of the modules.
+        reason: why it is left to its own library, in a sentence.
+        paths: paths of the modules.
     """
 
     name: str
@@ -228,24 +230,24 @@ class Projection:
     paths: list[str] = field(default_factory=list)
 
 
-OWN_LIBRARY = "its own library"  # computes what a projection of a format that is not read does
+OWN_LIBRARY = "its own library"  # what computes a linear of a format that gdnfuse does not read
 OUTSIDE = "outside the layers"
 
 
 @dataclass
 class BlockReport:
-    """A part of a decoder layer that has linears of its own, with the norm before it and the sum behind it; or all else.
+    """A part of a decoder layer with its own linears, with the norm before it and the sum after it. Or what is in no layer.
 
     Attributes:
-        path: its module's path, e.g. "model.layers.0.mlp"; empty for what is in no layer.
+        path: path of its module, e.g. "model.layers.0.mlp"; empty outside the layers.
         layer: path of the layer around it, e.g. "model.layers.0"; empty if there is none.
-        index: the layer's number in its list, or None.
+        index: number of the layer in its list, or None.
         kind: "linear attention", "full attention", "MLP", "MoE", "other" or "outside the layers".
-        fused: "fused" where a rule fired and none declined, "partly", or "as it came".
-        marks: for each group of rules of COLUMNS, of which one looked at this block: "fired", "declined", or "both".
-        launches_before, launches_after: kernels it needs: one per op that computes, or those that its kernel launches.
-        bytes_before, bytes_after: read and written by them, where each reads its tensors once and writes its results once.
-        before, after: its operations before normalize and after lower, as indices into the graph's structures.
+        fused: "fused" if a rule fired and none declined, "partly" if some declined, "unchanged" if none fired.
+        marks: for each group of rules in COLUMNS that looked at this block: "fired", "declined", or "both".
+        launches_before, launches_after: kernels that it needs: one per op that computes, or those that a kernel of ours launches.
+        bytes_before, bytes_after: bytes that these kernels move, if each reads its tensors once and writes its results once.
+        before, after: its operations before normalize and after lower, as indices into the structures of the graph.
     """
 
     path: str
@@ -262,7 +264,7 @@ class BlockReport:
     after: int = 0
 
 
-# The columns of the table of blocks, and the rules whose outcomes they show. A rule that is in none has a column of its own.
+# The columns of the table of blocks, and the rules that they show. Any other rule has its own column.
 COLUMNS = {
     "quantised": ("dequantize",),
     "packed": ("packed_linear",),
@@ -284,7 +286,7 @@ _COLUMN = {rule: column for column, rules in COLUMNS.items() for rule in rules}
 
 
 def marks(records: Iterable[Record]) -> dict[str, str]:
-    """What came of each group of rules of COLUMNS: "fired", "declined", or "both"; groups that looked at nothing are left out."""
+    """The outcome of each group of rules in COLUMNS: "fired", "declined", or "both". Groups that found no anchor are left out."""
     found: dict[str, set[str]] = {}
     for r in records:
         if r.stage != "lower" and r.status is not Status.SHADOWED:
@@ -300,26 +302,26 @@ class GraphReport:
 
     Attributes:
         graph_id: counts the graphs of this process from 0.
-        phase: "decode" (cached states are read and one token is processed), "verify" (a few tokens, and states stay as they are),
-            "short" (a few tokens behind others, into the states), "prefill", "draft" (of what drafts for a model) or "other" (no
-            GDN layer).
+        phase: "decode" (one token, with cached states), "verify" (a few tokens, states are not written), "short" (a few tokens on
+            a filled cache, states are written), "prefill", "draft" (drafts tokens for a model) or "other" (no GDN layer).
         layers: the GDN layers.
-        blocks: the parts of all layers, and what is in none, in the order of the graph.
-        structures: lists of operations; blocks that are equal share one.
-        projections: the model's linears by kind, whether or not they are in a layer.
-        records: records that belong to no GDN layer (siblings of the MLP, say).
-        rewritten: False when the graph was handed on as it came; then `note` says why.
+        blocks: the parts of all layers, and what is outside them, in the order of the graph.
+        structures: lists of operations. Equal blocks share one.
+        projections: the linears of the model, in a layer or not.
+        records: records that belong to no GDN layer, such as those of an MLP.
+        rewritten: False if the graph was handed on unchanged; `note` then says why.
         note: a sentence, or empty.
         inner: the backend that compiled the rest.
         device: where the graph runs, if it is one of those that a graph over several devices was cut into; empty otherwise.
         nodes_before, nodes_after: call nodes of the whole graph.
-        launches_before, launches_after: as of a layer, for the whole graph.
-        bytes_before, bytes_after: as of a block, for the whole graph.
-        limit_bytes: of the weights, states and caches that the graph needs, each read once, and written once where it is written.
-        proofs: how many were run, without those taken from the cache.
-        proof_seconds: of all of them.
-        pass_seconds: time of every pass together, proofs included.
-        comparisons: with the option verify, how near the rewritten graph is to the graph as it came.
+        launches_before, launches_after: as for a layer, for the whole graph.
+        bytes_before, bytes_after: as for a block, for the whole graph.
+        limit_bytes: bytes of the weights, states and caches that the graph needs, each read once, and written once if it is
+            written.
+        proofs: how many proofs were run, without those from the cache.
+        proof_seconds: time of all proofs.
+        pass_seconds: time of all passes, proofs included.
+        comparisons: with the option verify, the errors of both graphs.
         stage_code: the graph after the stage that `stop_after` named, as text.
     """
 
@@ -354,7 +356,7 @@ class GraphReport:
 
     @property
     def all_records(self) -> list[Record]:
-        """The records of all layers, then those that belong to none."""
+        """The records of all layers, then those that belong to no layer."""
         return [r for layer in self.layers for r in layer.records] + self.records
 
     def summary(self) -> str:
@@ -381,7 +383,7 @@ class GraphReport:
 
     @property
     def refusals(self) -> list[Refusal]:
-        """What was refused or not matched; what differs in nothing but the numbers in its names is one refusal."""
+        """What was refused or not matched. Cases that differ only in the numbers in names are one refusal."""
         found: dict[tuple[Any, ...], Refusal] = {}
         for r in self.all_records:
             if r.status in (Status.REFUSED, Status.UNMATCHED):
@@ -398,7 +400,7 @@ class GraphReport:
         """Plain data for JSON.
 
         Returns:
-            The fields by name, as docs/report.md lists them; a Status is its string.
+            The fields by name, as docs/report.md lists them. A Status is its string.
         """
         data = dataclasses.asdict(self)
         data |= {"summary": self.summary(), "fused_layers": self.fused_layers}
@@ -408,7 +410,7 @@ class GraphReport:
         return data
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row per rule and outcome, for tables; with the reason for a lowering, because refusals have theirs elsewhere."""
+        """One row per rule and outcome, for tables. Only lowerings have a reason here: refusals are shown elsewhere."""
         counts: Counter[tuple[str, ...]] = Counter()
         worst: dict[tuple[str, ...], float] = {}
         for r in self.all_records:
@@ -423,16 +425,16 @@ class GraphReport:
 
 
 SCHEMA = "gdnfuse.report/2"
-BANDWIDTH = 4.3e12  # bytes a second: the copy rate measured on an H200
+BANDWIDTH = 4.3e12  # bytes per second: the rate of a copy, measured on an H200
 
 
 def limit_seconds(report: GraphReport, bandwidth: float) -> float | None:
-    """Estimate of the least a decode step takes: weights, states and caches once through memory. None for what computes more."""
+    """An estimate of the shortest time of a decode step: weights, states and caches move once. None for other graphs."""
     return report.limit_bytes / bandwidth if report.phase == "decode" else None
 
 
 def between_ranks(report: GraphReport) -> dict[str, tuple[int, int]]:
-    """The collectives of a graph: for each kind how many there are, and the bytes of their results."""
+    """The collectives of a graph: for each kind, how many there are and the bytes of their results."""
     found: dict[str, tuple[int, int]] = {}
     for block in report.blocks:
         for o in report.structures[block.after]:
@@ -449,9 +451,9 @@ def document(reports: Iterable[GraphReport], about: dict[str, Any], bandwidth: f
     """Reports as one JSON document, described in docs/report.md.
 
     Args:
-        reports: of graphs.
-        about: what was compiled and with what; plain data.
-        bandwidth: bytes a second, for the limit.
+        reports: reports of graphs.
+        about: what was compiled and with what, as plain data.
+        bandwidth: bytes per second, for the limit.
     """
     graphs = [report.to_dict() | {"limit_seconds": limit_seconds(report, bandwidth)} for report in reports]
     return {"schema": SCHEMA, "about": about, "bandwidth": bandwidth, "graphs": graphs}
@@ -463,7 +465,7 @@ _next_id = 0
 
 
 def new_report() -> GraphReport:
-    """A report with the next graph id; not listed until `publish`."""
+    """A report with the next graph id. It is not listed until `publish`."""
     global _next_id
     with _lock:
         report = GraphReport(_next_id)
@@ -477,10 +479,10 @@ def publish(report: GraphReport) -> None:
 
 
 def reports() -> list[GraphReport]:
-    """Reports of the graphs that were compiled in this process.
+    """The reports of the graphs that were compiled in this process.
 
     Returns:
-        A list of them, oldest first. `clear_reports` empties it.
+        A list, oldest first. `clear_reports` empties it.
     """
     with _lock:
         return list(_reports)

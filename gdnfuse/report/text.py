@@ -12,7 +12,7 @@ from tabulate import tabulate
 
 from gdnfuse.report.records import BANDWIDTH, COLUMNS, BlockReport, GraphReport, Refusal, Status, between_ranks, limit_seconds
 
-WIDTH = 60  # columns for a sentence in a table
+WIDTH = 60  # characters per line of a sentence in a table
 MARKS = {"fired": "✓", "declined": "✗", "both": "✓✗", None: "–"}
 LEGEND = "✓ done, ✗ refused or not matched, ✓✗ some of each, – nothing to look at"
 ASCII = str.maketrans({"✓": "+", "✗": "x", "–": "-", "→": ">", "×": "x", "…": "~", "·": "."} | {"−": "-", "µ": "u"})
@@ -21,7 +21,7 @@ COLORS = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33"}
 
 @dataclass(frozen=True)
 class Style:
-    """How to print: colours or not, and in which encoding what cannot be printed is replaced."""
+    """How to print: with colours or not, and for which encoding."""
 
     color: bool = False
     encoding: str = "utf-8"
@@ -30,7 +30,7 @@ class Style:
         return f"\x1b[{COLORS[color]}m{text}\x1b[0m" if self.color and text else text
 
     def encodable(self, text: str) -> str:
-        """The text with what the encoding lacks replaced, one character by one, so that tables stay straight."""
+        """The text with replacements for what the encoding lacks, one character each, so that tables stay aligned."""
         try:
             text.encode(self.encoding)
         except UnicodeEncodeError:
@@ -39,7 +39,7 @@ class Style:
 
 
 def render(report: GraphReport, style: Style | None = None, bandwidth: float = BANDWIDTH) -> str:
-    """A graph's report: summary, blocks, linears, refusals, rules, kernels, the graph if a stage was asked for."""
+    """The report of a graph: summary, blocks, linears, refusals, rules, kernels, and the graph if a stage was asked for."""
     style = style or Style()
     parts = [style.paint(report.summary(), "bold")]
     if report.rewritten and report.blocks:
@@ -61,7 +61,7 @@ def render(report: GraphReport, style: Style | None = None, bandwidth: float = B
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Rows of equal keys; a column that is empty throughout is left out."""
+    """A table of rows with equal keys. Columns that are empty in all rows are left out."""
     used = [k for k in rows[0] if any(row[k] != "" for row in rows)]
     widths = [WIDTH if k == "reason" else None for k in used]
     cells = [[row[k] for k in used] for row in rows]
@@ -69,7 +69,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes in three digits."""
+    """A number of bytes with three digits."""
     units = ["B", "kB", "MB", "GB", "TB"]
     while count >= 999.5 and len(units) > 1:
         count /= 1000
@@ -78,12 +78,12 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Milliseconds, or microseconds, in three digits."""
+    """Milliseconds, or microseconds, with three digits."""
     return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-4 else f"{seconds * 1e6:.3g} µs"
 
 
 def pair(before: float, after: float) -> str:
-    """Two numbers of bytes, the unit once where it is the same."""
+    """Two numbers of bytes. If the unit is the same, it is written once."""
     old, new = size(before), size(after)
     number, unit = old.split()
     return f"{number} → {new}" if new.endswith(f" {unit}") else f"{old} → {new}"
@@ -103,7 +103,7 @@ def _moved(report: GraphReport, bandwidth: float) -> str:
 
 
 def _blocks(report: GraphReport, style: Style) -> str:
-    """One row per kind of block: those that differ in nothing but the layer's number share a row."""
+    """One row per kind of block. Blocks that differ only in the number of their layer share a row."""
     groups: dict[tuple[Any, ...], list[BlockReport]] = {}
     for b in ordered(report.blocks):
         moved = pair(b.bytes_before, b.bytes_after)
@@ -118,17 +118,17 @@ def _blocks(report: GraphReport, style: Style) -> str:
     headers = ["layers", "kind", *(c.replace(" ", "\n") for c in names), "kernels", "moved"]
     align = ["left", "left", *["center"] * len(names), "right", "right"]
     widths = [24] + [None] * (len(headers) - 1)
-    # Headers as a row: as headers they are padded, and with so many columns the table would not fit a terminal.
+    # Headers are a plain row. tabulate would pad them, and the table would not fit a terminal.
     return tabulate([headers, *rows], tablefmt="plain", colalign=align, maxcolwidths=widths, disable_numparse=True)
 
 
 def ordered(blocks: Iterable[BlockReport]) -> list[BlockReport]:
-    """What is outside the layers last."""
+    """The blocks, with those outside the layers last."""
     return sorted(blocks, key=lambda b: b.index is None)
 
 
 def columns(report: GraphReport) -> list[str]:
-    """Those of COLUMNS that looked at a block, and those of rules that it does not name."""
+    """The columns in which a rule looked at a block, then those of rules that COLUMNS does not name."""
     marked = {c for b in report.blocks for c in b.marks}
     return [*(c for c in COLUMNS if c in marked), *sorted(marked - COLUMNS.keys())]
 
@@ -138,7 +138,7 @@ def _mark(outcome: str | None, style: Style) -> str:
 
 
 def label(blocks: Sequence[BlockReport]) -> str:
-    """The numbers of their layers, as ranges; paths where there are none."""
+    """The numbers of their layers as ranges, or paths if there are no numbers."""
     if any(b.index is None for b in blocks):
         return ", ".join(dict.fromkeys(b.path for b in blocks if b.path))
     return ", ".join(ranges(b.index for b in blocks))
@@ -168,7 +168,7 @@ def where(blocks: Iterable[BlockReport]) -> str:
 
 
 def left(report: GraphReport) -> list[str]:
-    """A line for the GDN layers that are not fused, by what a fused one has and they lack."""
+    """One line for the GDN layers that are not fused, by what they lack."""
     notes: dict[str, list[str]] = {}
     for layer in report.layers:
         if not layer.fused:
@@ -216,7 +216,7 @@ def projection_rows(report: GraphReport) -> list[dict[str, Any]]:
 
 
 def launch_rows(report: GraphReport) -> list[dict[str, Any]]:
-    """One row per kernel and way of sharing out its work."""
+    """One row per kernel and per way to divide its work."""
     counts = Counter((r.rule, line, r.measured) for r in report.all_records for line in r.launches)
     return [{"op": rule, "launch": line, "count": n, "compared by": by} for (rule, line, by), n in counts.items()]
 

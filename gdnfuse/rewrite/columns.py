@@ -1,4 +1,4 @@
-"""Which columns of which rows a tensor is put together from: the views, splits and cats above it, run on numbers of columns."""
+"""Which columns of which rows a tensor consists of. Found by running the views, splits and cats above it on column numbers."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from gdnfuse.rewrite.pattern import Mismatch
 
 
 class Columns:
-    """Numbers the columns of tensors [B, …], all that one sequence has: those of the first that is met from 0, those of the next
-    from behind it, and so on.
+    """Numbers the columns of tensors [B, …], over all elements of one sequence.
+
+    The columns of the first tensor are numbered from 0, those of the next after them, and so on.
 
     Attributes:
-        rows: the tensors met, in that order, whatever computes elements and inputs; and how many columns each has.
+        rows: the tensors in that order, which are inputs or compute their elements, and how many columns each has.
     """
 
     def __init__(self) -> None:
@@ -27,10 +28,10 @@ class Columns:
         self._numbers: dict[Node, Any] = {}
 
     def of(self, node: Node, sequences: Any) -> torch.Tensor:
-        """The numbers [N] of the columns that a tensor of N elements for each of the `sequences` has, in order.
+        """The numbers [N] of the columns that a tensor with N elements per sequence has, in order.
 
         Raises:
-            Mismatch: they are not the same for every sequence, or the views cannot be run.
+            Mismatch: they differ between sequences, or the views cannot be run.
         """
         try:
             numbers = self._of(node).reshape(hint(sequences), -1)
@@ -62,12 +63,12 @@ class Columns:
 
 
 def _sequences(count: int) -> torch.Tensor:
-    """[count, 1], what tells one sequence's columns from another's, so that a swap of two is seen."""
+    """[count, 1], different for each sequence, so that swapped sequences are noticed."""
     return (1 << 40) * torch.arange(count)[:, None]
 
 
 def _only_rearranges(node: Node) -> bool:
-    """Whether a node's columns are those of what it is given: no index is a tensor, and no part is one of an op's results."""
+    """Whether a node only rearranges the columns of its argument. Indices must not be tensors, and ops must have one result."""
     if not rearranges(node):
         return False
     if op_name(node) in ("cat", "stack"):

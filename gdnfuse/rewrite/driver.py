@@ -1,4 +1,4 @@
-"""Runs rules over a graph: match, check, cut out the region, prove, replace; one record per anchor. Knows nothing of GDN."""
+"""Runs rules over a graph: match, check, cut out the region, prove, replace. One record per anchor. Knows nothing of GDN."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ METADATA = ("size", "stride", "dim", "numel")
 
 @dataclass
 class Outcome:
-    """What a run of rules did: records in order, and the cost of the proofs. `fuel` is how many rewrites may be made."""
+    """What a run of rules did: records in order, and the cost of proofs. `fuel` is how many further rewrites may be made."""
 
     fuel: int | None = None
     records: list[Record] = field(default_factory=list)
@@ -51,15 +51,15 @@ class Outcome:
     proof_seconds: float = 0.0
 
     def need_fuel(self) -> None:
-        """Raises Refused if no further rewrite may be made."""
+        """Raise Refused if no further rewrite may be made."""
         if len(self.rewrites) == self.fuel:
             raise Refused(f"The option fuel must leave a rewrite, found that all {self.fuel} are made.")
 
 
 def run_rules(gm: GraphModule, rules: list[Rule], outcome: Outcome) -> None:
-    """Apply each rule at each of its anchors, in order. The graph is valid after every single application.
+    """Apply each rule at each of its anchors, in order. The graph is valid after every application.
 
-    A rule that fails is a bug of ours. It costs what it would have rewritten there, and nothing else.
+    A rule that fails has a bug. Only its rewrite at this anchor is lost.
     """
     memory = Memory(gm.graph)
     for rule in rules:
@@ -93,7 +93,7 @@ def run_rules(gm: GraphModule, rules: list[Rule], outcome: Outcome) -> None:
 
 @contextlib.contextmanager
 def deciding(record: Record, outcome: Outcome) -> Iterator[None]:
-    """One rewrite at one anchor, which counts if the block ends well; else its record says why not."""
+    """One rewrite at one anchor. It counts if the block succeeds. Otherwise the record says why not."""
     try:
         yield
         outcome.rewrites.append(record)
@@ -110,7 +110,7 @@ def deciding(record: Record, outcome: Outcome) -> Iterator[None]:
 
 
 def failed(record: Record, error: Exception) -> Record:
-    """The record of a bug of ours, which the log has in full."""
+    """The record of a bug in gdnfuse. The log has the whole error."""
     log.error("the rule %s failed at %s, which stays as it was", record.rule, record.anchor or "all its anchors", exc_info=error)
     record.status, record.reason, record.at = Status.REFUSED, f"The rule {record.rule} failed: {one_line(error)}.", record.anchor
     record.failed = True
@@ -122,7 +122,7 @@ def _where(node: Any) -> Source | None:
 
 
 class Memory:
-    """Which nodes use and which write each storage of a graph; kept up to date as nodes are added."""
+    """Which nodes use and which write each storage of a graph. Updated when nodes are added."""
 
     def __init__(self, graph: Graph):
         self.users: dict[int, list[Node]] = {}
@@ -139,8 +139,14 @@ class Memory:
 
 @dataclass
 class Region:
-    """nodes: in graph order. inputs: named boundary, then SymInts. graph: the region alone, a placeholder per input.
-    point: the node after which the replacement goes."""
+    """A part of a graph to be replaced.
+
+    Attributes:
+        nodes: in the order of the graph.
+        inputs: the named boundary, then SymInts.
+        graph: the region alone, with a placeholder per input.
+        point: the node after which the replacement goes.
+    """
 
     nodes: list[Node]
     inputs: list[tuple[str, Node]]
@@ -149,19 +155,19 @@ class Region:
 
 
 def cut(graph: Graph, m: Match, memory: Memory) -> Region:
-    """Cut the region between a match's inputs and its outputs and writes out of the graph.
+    """Cut the region of a match out of the graph: all between its inputs and its outputs and writes.
+
+    If the match says so, the region may write memory that it makes itself. All writers up to the last output then belong to the
+    region.
 
     Args:
         graph: the whole graph.
         m: the match.
         memory: of the whole graph.
 
-    Where the match says so, memory made inside the region may be written inside it: up to the last output, its writers belong to
-    the region too.
-
     Raises:
-        Refused: an input is a tensor subclass or no tensor, the region depends on something that is no input or computed by code
-            that is not torch's, or something outside reads or writes a state in between.
+        Refused: an input is a tensor subclass or not a tensor, the region depends on something that is not an input, it is
+            computed by code that is not torch's, or something outside reads or writes a state in between.
     """
     for name, n in m.inputs.items():
         if not is_tensor(n) and not isinstance(value(n), int | torch.SymInt):
@@ -169,7 +175,7 @@ def cut(graph: Graph, m: Match, memory: Memory) -> Region:
         if is_tensor(n) and not is_plain(value(n)):
             kind = type(value(n)).__name__ if storage(n) is not None else "one without memory of its own"
             raise Refused(f"{name} must be a plain tensor, found {kind} in {n.name}.", at=n)
-    names: dict[Node, str] = {}  # what is two operands is one input
+    names: dict[Node, str] = {}  # a node that is two operands is one input
     for name, n in m.inputs.items():
         if names.setdefault(n, name) != name and not m.writes.keys().isdisjoint((name, names[n])):
             raise Refused(f"{n.name} must be one operand, because it is written, found that it is {names[n]} and {name}.", at=n)
@@ -200,8 +206,8 @@ def cut(graph: Graph, m: Match, memory: Memory) -> Region:
     nodes = sorted(seen)
     _check_states(m, nodes, memory)
     _check_local_writes(m, nodes, given, memory)
-    # As early as the operands allow: nobody else reads or writes the states and nobody writes the operands, so any later place
-    # would give the same, but could come after a reader of an output.
+    # As early as the operands allow. A later place would give the same result, because nobody else uses the states and nobody
+    # writes the operands. But it could come after a reader of an output.
     point = max([*boundary, *symbols, *_last_placeholder(graph)])
     for out in m.outputs:
         for user in out.users:
@@ -235,7 +241,7 @@ def _check_states(m: Match, nodes: list[Node], memory: Memory) -> None:
                 raise Refused(f"{name} must be read and written here alone, found that {user.name} uses it too.", at=user)
         derived = {state}
         for n in nodes:
-            # A copy's result is the state itself; what an op of ours returns beside its write is computed from it.
+            # The result of a copy is the state itself. What a dialect op returns besides its write is computed from the state.
             if any(i in derived for i in n.all_input_nodes) and not (n is write and storage(n) == storage(state)):
                 derived.add(n)
                 strangers = [u for u in n.users if u not in seen]
@@ -254,7 +260,7 @@ def _check_states(m: Match, nodes: list[Node], memory: Memory) -> None:
 
 
 def _check_local_writes(m: Match, nodes: list[Node], given: set[int | None], memory: Memory) -> None:
-    """Writes inside the region vanish with it: nobody outside may read what they made, but by an output after the last."""
+    """Check that nobody outside reads memory that the region writes, except through an output after the last write."""
     seen, last, derived = set(nodes), {}, set()
     for n in nodes:
         last |= {s: n for s in writes(n) if s not in given}
@@ -272,7 +278,7 @@ def _check_local_writes(m: Match, nodes: list[Node], given: set[int | None], mem
 
 
 class _Tracer(GraphAppendingTracer):
-    """Makes nodes whose sizes are numbers: from torch 2.13 on a graph warns of symbols that are no nodes."""
+    """Makes nodes with sizes as numbers. From torch 2.13 on, a graph warns about symbols that are not nodes."""
 
     def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any, **named: Any) -> Node:
         return super().create_node(kind, target, *map_aggregate((args, kwargs), _number), *more, **named)
@@ -290,7 +296,7 @@ def _trace(rule: Rule, m: Match, region: Region) -> Graph:
 
 
 def _number(a: Any) -> Any:
-    """A size that tracing found to be one number is that number; a graph has other symbols as nodes only."""
+    """A size that is known to be one number, as that number. In a graph other symbols must be nodes."""
     if not isinstance(a, torch.SymInt):
         return a
     if (number := a.node.maybe_as_int()) is None:
@@ -311,7 +317,7 @@ def _replace(gm: GraphModule, m: Match, region: Region, replacement: Graph, anch
                 results = tuple(env[o] for o in n.args[0])
             else:
                 env[n] = _added(gm.graph.node_copy(n, lambda x: env[x]), meta, memory)
-        # What the caller does with what the graph returns may be a view; a slice of a packed row allows fewer.
+        # The caller may take views of what the graph returns. A slice of a packed row would allow fewer views.
         results = tuple(
             _added(gm.graph.call_method("contiguous", (result,)), meta, memory)
             if _contiguous(out) and not _contiguous(result) and returned(out)

@@ -1,4 +1,4 @@
-"""Editing an FX graph: new nodes and their example values, records of what was done. Knows nothing of GDN."""
+"""Editing an FX graph: new nodes with their example values, and records of what was done. Knows nothing of GDN."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from gdnfuse.rewrite.graph import held, is_overload, is_tensor, module_stack, op
 
 
 def recorded(name: str, stage: str, node: Node, equation: str) -> Record:
-    """A record of what fires at a node, with what the report tells about the node's place."""
+    """A record of a rule that fires at a node, with the node's place for the report."""
     place = {"modules": module_stack(node), "block": node.meta.get("gdnfuse_block", ""), "source": origin(node)}
     return Record(name, stage, Status.FIRED, node.name, equation, **place)
 
 
 @contextlib.contextmanager
 def inserting(graph: Graph, after: Node) -> Iterator[None]:
-    """Nodes made inside stand behind a node; if the block raises, they go again."""
+    """Place nodes that are made inside the block after a node. If the block raises, they are removed."""
     following = after.next
     with graph.inserting_before(following):
         try:
@@ -35,7 +35,7 @@ def inserting(graph: Graph, after: Node) -> Iterator[None]:
 
 
 def call(target: Any, *args: Any, **kwargs: Any) -> Any:
-    """Call a dialect op's overload on tensors, or record the call when an argument is a Proxy."""
+    """Call the overload of a dialect op on tensors. If an argument is a Proxy, the call is recorded instead."""
     for a in (*args, *kwargs.values()):
         for x in a if isinstance(a, list | tuple) else (a,):
             if isinstance(x, Proxy):
@@ -44,12 +44,12 @@ def call(target: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def returned(node: Node) -> bool:
-    """Whether the graph returns it or a view of it."""
+    """Whether the graph returns the node or a view of it."""
     return any(u.op == "output" or storage(node) in held(u) and returned(u) for u in node.users)
 
 
 def infer(node: Node) -> Any:
-    """The example value of a node from those of its arguments, without guards."""
+    """The example value of a node, computed from those of its arguments, without guards."""
     tensors = [value(n) for n in node.all_input_nodes if is_tensor(n)]
     mode = next((t.fake_mode for t in tensors if hasattr(t, "fake_mode")), None)
     with mode if mode is not None else torch.no_grad(), torch.no_grad():
@@ -63,7 +63,7 @@ def infer(node: Node) -> Any:
 
 
 def quiet_shapes(gm: GraphModule) -> Any:
-    """Looking at symbolic shapes here must add no guards to what the user compiled."""
+    """Do not add guards inside the block. Looking at symbolic shapes must not add any to what the user compiled."""
     for n in gm.graph.nodes:
         mode = getattr(value(n), "fake_mode", None)
         if mode is not None and mode.shape_env is not None:

@@ -1,4 +1,4 @@
-"""Running a graph or a node on values, in the dtypes that it has or in others. Knows nothing of GDN."""
+"""Running a graph or a node on values, in its own dtypes or in others. Knows nothing of GDN."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _FLOAT_METHODS = ("float", "half", "bfloat16")
 
 
 def grouped_mm(x: torch.Tensor, weight: torch.Tensor, *, offs: torch.Tensor, bias: None = None, out_dtype: Any = None) -> Any:
-    """torch's grouped_mm, which takes half precision alone: x [S, N], rows offs[e − 1] to offs[e], times weight[e] [N, M]."""
+    """torch's grouped_mm for any dtype: x [S, N], rows offs[e − 1] to offs[e], times weight[e] [N, M]."""
     y, start = x.new_zeros(x.shape[0], weight.shape[2]), 0
     for e, end in enumerate(offs.tolist()):
         y[start:end] = x[start:end] @ weight[e]
@@ -33,12 +33,12 @@ _WIDE = {given: grouped_mm for given in _GIVEN if given is not None}
 
 
 def in_float64(graph: Graph) -> Graph:
-    """A copy of a graph of functions and methods: every floating dtype constant becomes float64, every device the CPU."""
+    """A copy of a graph of functions and methods, with every floating dtype constant as float64 and every device as the CPU."""
     return in_precision(graph, torch.float64)
 
 
 def in_precision(graph: Graph, dtype: torch.dtype, devices: bool = False) -> Graph:
-    """The same for another dtype; with `devices` every device stays."""
+    """A copy with another floating dtype. With `devices`, devices do not change."""
     new, env = Graph(), {}
 
     def swap(a: Any) -> Any:
@@ -49,7 +49,7 @@ def in_precision(graph: Graph, dtype: torch.dtype, devices: bool = False) -> Gra
     for n in graph.nodes:
         copy = new.node_copy(n, lambda x: env[x])
         copy.args, copy.kwargs = map_aggregate(copy.args, swap), map_aggregate(copy.kwargs, swap)
-        numbers = all(isinstance(value(i), int | torch.SymInt) for i in n.all_input_nodes)  # not the tuple of an op's results
+        numbers = all(isinstance(value(i), int | torch.SymInt) for i in n.all_input_nodes)  # not a tuple of results
         made = n.op == "call_function" and is_tensor(n) and numbers
         if made and value(n).is_floating_point():
             copy.kwargs = {**copy.kwargs, "dtype": dtype}
@@ -62,7 +62,7 @@ def in_precision(graph: Graph, dtype: torch.dtype, devices: bool = False) -> Gra
 
 
 class Float64(TorchFunctionMode):
-    """The same for code that is no graph: while it runs, whatever asks for a floating dtype gets float64."""
+    """Replaces floating dtypes by float64 in code that is not a graph."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         swap = lambda a: torch.float64 if isinstance(a, torch.dtype) and a in _FLOATS else a  # noqa: E731
@@ -73,7 +73,7 @@ class Float64(TorchFunctionMode):
 
 
 def evaluate(graph: Graph, inputs: list[Any], env: dict[Node, Any] | None = None) -> Any:
-    """Run a graph of placeholders, functions and methods; `env`, if given, keeps the value of every node."""
+    """Run a graph of placeholders, functions and methods. If `env` is given, it gets the value of every node."""
     last = {i: n for n in graph.nodes for i in n.all_input_nodes} if env is None else {}
     env = {} if env is None else env
     remaining = iter(inputs)
@@ -92,7 +92,7 @@ def evaluate(graph: Graph, inputs: list[Any], env: dict[Node, Any] | None = None
 
 
 def evaluate_node(node: Node, load: Callable[[Any], Any]) -> Any:
-    """Run one function or method; `load` gives the value of a node and leaves all else as it is."""
+    """Run one function or method. `load` turns a node into its value and returns everything else unchanged."""
     args, kwargs = arguments(node, load)
     if node.op == "call_function":
         return node.target(*args, **kwargs)
@@ -102,12 +102,12 @@ def evaluate_node(node: Node, load: Callable[[Any], Any]) -> Any:
 
 
 def arguments(node: Node, load: Callable[[Any], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What a node is called with; `load` as in `evaluate_node`."""
+    """The arguments of a node. `load` is as in `evaluate_node`."""
     return mapped(node.args, load), mapped(node.kwargs, load)
 
 
 def mapped(a: Any, f: Any) -> Any:
-    """map_aggregate that hands out plain tuples, lists, dicts and slices."""
+    """map_aggregate that returns plain tuples, lists, dicts and slices."""
     if isinstance(a, tuple):
         return tuple(mapped(x, f) for x in a)
     if isinstance(a, list):
@@ -120,10 +120,10 @@ def mapped(a: Any, f: Any) -> Any:
 
 
 def hint(size: Any, bound: dict[Any, int] | None = None) -> int:
-    """The number a symbolic size stands for at compile time, or what it is when its symbols are `bound` to other numbers.
+    """The number that a symbolic size has at compile time, or that it has if its symbols are `bound` to other numbers.
 
     Raises:
-        Refused: the size is found when the graph runs, as that of what a mask selects.
+        Refused: the size is known only when the graph runs, such as the number of elements that a mask selects.
     """
     if isinstance(size, int):
         return int(size)
@@ -135,7 +135,7 @@ def hint(size: Any, bound: dict[Any, int] | None = None) -> int:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Proofs are thousands of tiny ops: starting threads for them costs more than they do, and far more on a busy machine."""
+    """Use one thread. A proof has thousands of tiny ops, for which starting threads takes longer than the ops."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,4 +1,4 @@
-"""Reading an FX graph: what a node computes, what it is a view of, what writes where. Knows nothing of GDN."""
+"""Reading an FX graph: what a node computes, what it is a view of, and what writes where. Knows nothing of GDN."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.fx import Graph, GraphModule, Node
 from gdnfuse import compat
 from gdnfuse.report.records import Source
 
-# What a node that takes another's place keeps of it, for the report.
+# What a replacement node takes over from the original one, for the report.
 KEPT = ("nn_module_stack", "stack_trace", "gdnfuse_block")
 
 SYNONYMS = {
@@ -28,36 +28,36 @@ SYNONYMS = {
     "concat": "cat",
     "concatenate": "cat",
     "permute": "transpose",
-    # Methods of DTensors are functions that torch 2.11's Dynamo makes.
+    # In torch 2.11 Dynamo makes functions for methods of DTensors.
     "prim_to_local": "to_local",
     "prim_redistribute": "redistribute",
 }
 
-# Packages whose functions do what their names say, and write what ends in an underscore.
+# Packages with reliable names: their functions write in place only if the name ends in an underscore.
 TORCH = ("torch", "_operator", "builtins", "math", "")
-# The classes of what torch.ops gives.
+# The classes of ops in torch.ops.
 _OVERLOAD, _PACKET = type(torch.ops.aten.add.Tensor), type(torch.ops.aten.add)
-# Namespaces of registered ops that may run on any values: a proof must not call what talks to other devices or prints.
+# Namespaces of registered ops that a proof may call with any values. Other ops may talk to other devices or print.
 _PLAIN = ("aten", "prims", "gdnfuse")
-_PLAIN_OPS = ("transformers::grouped_mm_fallback",)  # of other namespaces
+_PLAIN_OPS = ("transformers::grouped_mm_fallback",)  # plain ops of other namespaces
 
-# Ops whose result holds the elements of their first argument, in some order, when the number of elements is unchanged.
+# Ops whose result has the elements of the first argument in some order, if the number of elements is the same.
 _VIEWS = {
     "transpose", "reshape", "view", "unsqueeze", "squeeze", "flatten", "unflatten", "contiguous", "getitem", "select",
     "narrow", "expand", "view_as", "reshape_as", "alias", "detach", "clone", "stack", "movedim", "t", "swapaxes",
 }  # fmt: skip
-# Views that hold part of their first argument, or several parts.
+# Views of one or several parts of the first argument.
 _PARTS = {"split", "chunk", "unbind", "tensor_split"}
 _CASTS = {"to", "float", "half", "bfloat16", "double", "type", "type_as"}
 _REARRANGING = _VIEWS | _PARTS
-# What only reads, whatever it is given, though its result may be its input's memory or its name end in an underscore. as_strided
-# is not among them: it reads memory and not elements, so that what it is given must stay as it is.
+# Ops that only read, although their result may share memory with an input, or their name ends in an underscore. as_strided is not
+# in this list: it reads memory and not elements, so its input must keep its memory layout.
 _READING = _REARRANGING | _CASTS | {
     "getattr", "real", "imag", "diagonal", "unfold", "split_with_sizes", "moveaxis", "ravel", "broadcast_to",
     "expand_as", "conj", "resolve_conj", "resolve_neg", "view_as_real", "as_tensor", "requires_grad_",
 }  # fmt: skip
 
-# Without side effects: may be dropped when nobody reads the result. Whatever is not listed stays.
+# Ops without side effects. They may be dropped if nobody reads the result. Ops that are not listed stay.
 PURE = _VIEWS | _CASTS | {
     "add", "sub", "mul", "div", "neg", "exp", "rsqrt", "sqrt", "pow", "square", "sum", "mean", "softplus", "sigmoid", "silu",
     "cat", "split", "chunk", "conv1d", "linear", "zeros_like", "zeros", "empty", "empty_like", "repeat_interleave", "log",
@@ -66,9 +66,10 @@ PURE = _VIEWS | _CASTS | {
 
 
 def op_name(node: Any) -> str:
-    """The one name of what a node computes: "mul" for operator.mul, torch.mul and Tensor.mul.
+    """One name for what a node computes: "mul" for operator.mul, torch.mul and Tensor.mul.
 
-    What is not torch's has its namespace or package in front, "gdnfuse.x" for dialect ops, so that no name makes it torch's.
+    If it is not torch's, its namespace or package comes first, "gdnfuse.x" for dialect ops. So nothing is confused with torch's
+    ops.
     """
     if not isinstance(node, Node):
         return type(node).__name__
@@ -84,12 +85,12 @@ def op_name(node: Any) -> str:
 
 
 def is_overload(target: Any) -> bool:
-    """Whether a call is of one overload of an op registered with torch."""
+    """Whether a call is of one overload of an op that is registered with torch."""
     return isinstance(target, _OVERLOAD)
 
 
 def _overloads(target: Any) -> tuple[Any, ...]:
-    """Of an op registered with torch, all where it does not say which; none of a function."""
+    """The overloads of an op that is registered with torch; all if the call does not say which. Empty for a function."""
     if isinstance(target, _OVERLOAD):
         return (target,)
     return tuple(getattr(target, overload) for overload in target.overloads()) if isinstance(target, _PACKET) else ()
@@ -106,12 +107,12 @@ _written = functools.cache(compat.written_by)
 
 
 def _package(target: Any) -> str:
-    """The package that a function comes from; empty for a built-in of none."""
+    """The package of a function. Empty for a built-in."""
     return (getattr(target, "__module__", None) or "").split(".")[0]
 
 
 def value(node: Any) -> Any:
-    """The example value Dynamo recorded: a FakeTensor, a SymInt, a tuple of them; plain numbers are their own value."""
+    """The example value that Dynamo recorded: a FakeTensor, a SymInt, or a tuple of them. A plain number is its own value."""
     return node.meta.get("example_value") if isinstance(node, Node) else node
 
 
@@ -120,7 +121,7 @@ def is_tensor(node: Any) -> bool:
 
 
 def is_plain(tensor: Any) -> bool:
-    """Whether a tensor is its storage, and nothing that holds or means something else (quantized, distributed, sparse)."""
+    """Whether a tensor is just its storage: not quantized, distributed, sparse or the like."""
     known = type(tensor) in (torch.Tensor, torch.nn.Parameter) or isinstance(tensor, torch.Tensor) and compat.is_fake(tensor)
     return known and _address(tensor) is not None
 
@@ -128,12 +129,12 @@ def is_plain(tensor: Any) -> bool:
 def _address(tensor: torch.Tensor) -> int | None:
     try:
         return compat.memory_of(tensor)
-    except NotImplementedError:  # sparse, or of an axis that vmap hides
+    except NotImplementedError:  # a sparse tensor, or one with an axis that vmap hides
         return None
 
 
 def same(a: Any, b: Any) -> bool:
-    """a == b is known without a guard."""
+    """Whether a == b is known without a guard."""
     return compat.known_true(a == b)
 
 
@@ -142,7 +143,7 @@ def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
 
 
 def source(node: Any) -> Node | None:
-    """The node whose elements, all of them and no others, this one holds up to order, shape and dtype; None if there is none."""
+    """The node with exactly the same elements, up to order, shape and dtype; None if there is none."""
     if not is_tensor(node):
         return None
     name = op_name(node)
@@ -159,7 +160,7 @@ def source(node: Any) -> Node | None:
 
 
 def chain(node: Node) -> list[Node]:
-    """The node, what it is a view or cast of, and so on to the node that computes the elements."""
+    """The node, the node that it is a view or cast of, and so on up to the node that computes the elements."""
     nodes = [node]
     while (inner := source(nodes[-1])) is not None:
         nodes.append(inner)
@@ -167,12 +168,12 @@ def chain(node: Node) -> list[Node]:
 
 
 def peel(node: Any) -> Any:
-    """The end of `chain`; numbers pass through."""
+    """The end of `chain`. Numbers are returned unchanged."""
     return chain(node)[-1] if isinstance(node, Node) else node
 
 
 def real_users(node: Node) -> Iterator[Node]:
-    """Users of a node's elements, seen through views and casts."""
+    """Users of a node's elements, through views and casts."""
     for user in node.users:
         if source(user) is node:
             yield from real_users(user)
@@ -181,13 +182,12 @@ def real_users(node: Node) -> Iterator[Node]:
 
 
 def storage(node: Any) -> int | None:
-    """Identity of the memory a tensor node lives in; views of one tensor share it. None for what has no memory of that kind."""
+    """The identity of the memory of a tensor node. Views of one tensor share it. None if there is no such memory."""
     return _address(node.meta["example_value"]) if is_tensor(node) else None
 
 
 def held(node: Any) -> set[int]:
-    """Storages that may be reached through a node: its tensor's, those of several, or, of a value that nobody knows, those of all
-    that it was made of."""
+    """Storages that may be reached through a node. For an unknown value, these are the storages of all that it was made from."""
     if not isinstance(node, Node):
         return set()
     v = value(node)
@@ -198,17 +198,17 @@ def held(node: Any) -> set[int]:
 
 
 def writes(node: Node) -> set[int]:
-    """Storages this node may write. Generous: what is not known to be a pure op or a view counts as writing what it could."""
+    """Storages that this node may write. What is not known to be a pure op or a view counts as writing all that it could."""
     if node.op not in ("call_function", "call_method"):
         return set() if node.op in ("placeholder", "get_attr", "output") else _held(node.all_input_nodes)
     name, target = op_name(node), node.target
     if overloads := _overloads(target):
         return set().union(*(_held(_marked(overload, node)) for overload in overloads))
     if name == "embedding" and (node.args[3] if len(node.args) > 3 else node.kwargs.get("max_norm")) is not None:
-        return _held(node.all_input_nodes)  # it scales rows of its weight
+        return _held(node.all_input_nodes)  # it scales rows of its weight in place in place
     if node.kwargs.get("out") is not None:
         return _held([node.kwargs["out"]])
-    # operator.and_ and or_ have their underscore from the keywords of Python.
+    # operator.and_ and or_ end in an underscore only because `and` and `or` are keywords of Python.
     in_place = name.endswith("_") and not name.endswith("__") and target not in (operator.and_, operator.or_, operator.not_)
     if foreign(node):
         return _held(node.all_input_nodes)
@@ -216,12 +216,12 @@ def writes(node: Node) -> set[int]:
         return set()
     if name == "setitem" or in_place:
         return _held(node.args[:1])
-    # An op that is no view and yet returns its input's memory, as relu(x, True) does, has written it.
+    # An op that is not a view but returns the memory of its input has written it, such as relu(x, True).
     return {storage(node)} & _held(node.all_input_nodes) if is_tensor(node) else set()
 
 
 def _marked(overload: Any, node: Node) -> list[Any]:
-    """The arguments of a call that its schema says are written; all where it cannot be asked."""
+    """The arguments that a call writes according to its schema. All arguments if there is no schema."""
     if (written := _written(overload)) is None:
         return node.all_input_nodes
     found = [node.args[i] for i, _ in written if i is not None and i < len(node.args)]
@@ -229,14 +229,17 @@ def _marked(overload: Any, node: Node) -> list[Any]:
 
 
 def _held(nodes: Sequence[Any]) -> set[int]:
-    """Of nodes, and of those in lists."""
+    """The storages of nodes, and of nodes in lists."""
     leaves = nodes if all(isinstance(n, Node) for n in nodes) else compat.tree_leaves(list(nodes))
     return {s for n in leaves for s in held(n)}
 
 
 def foreign(node: Node) -> bool:
-    """Whether a call is of code that is neither torch's nor Python's own, and no op of the dialect: a function or op of somebody
-    else's, one that takes functions, or a method of something that is no tensor."""
+    """Whether a call is of unknown code.
+
+    That is a function or op that belongs neither to torch, Python nor the dialect, one that takes functions, or a method of
+    something that is not a tensor.
+    """
     target = node.target
     if overloads := _overloads(target):
         return overloads[0].namespace not in _PLAIN and overloads[0].name().split(".")[0] not in _PLAIN_OPS
@@ -246,7 +249,7 @@ def foreign(node: Node) -> bool:
 
 
 def remove_dead(graph: Graph) -> None:
-    """Drop pure nodes nobody reads."""
+    """Drop pure nodes that nobody reads."""
     for node in reversed(list(graph.nodes)):
         if not node.users and node.op in ("call_function", "call_method"):
             name = op_name(node)
@@ -255,20 +258,20 @@ def remove_dead(graph: Graph) -> None:
 
 
 def is_cast(node: Node) -> bool:
-    """Whether a node has its first argument's elements in another dtype."""
+    """Whether a node has the elements of its first argument in another dtype."""
     return op_name(node) in _CASTS
 
 
 def rearranges(node: Node) -> bool:
-    """Whether a call's elements are its arguments' and nothing else: views, parts, and tensors beside each other."""
+    """Whether a call only rearranges elements of its arguments: views, parts, and concatenations."""
     return node.op in ("call_function", "call_method") and (op_name(node) in _REARRANGING or op_name(node) == "cat")
 
 
 def computes(node: Node) -> bool:
-    """Whether a call needs a kernel: it is no view and makes elements in memory that none of its inputs has, or writes to theirs.
+    """Whether a call needs a kernel: it makes new elements in new memory, or writes to memory of its inputs.
 
-    A cast to the dtype that a tensor has needs none, nor does memory that is only reserved. Views are told by name, because a
-    node's example value may be older than a rewrite of what it is a view of; a reshape that has to copy counts as a view.
+    A cast to the same dtype needs none, nor does memory that is only allocated. Views are recognised by name, because the example
+    value of a node may be older than a rewrite of what it is a view of. A reshape that has to copy counts as a view.
     """
     name = op_name(node)
     gather = name == "getitem" and any(map(is_tensor, node.all_input_nodes[1:]))
@@ -279,8 +282,8 @@ def computes(node: Node) -> bool:
 
 
 def tensors_of(v: Any) -> list[torch.Tensor]:
-    """The tensors of an example value: itself, or those in it."""
-    if isinstance(v, torch.Tensor):  # nearly always, and a tree takes longer to look at than all else here
+    """The tensors in an example value."""
+    if isinstance(v, torch.Tensor):  # the usual case; looking at a tree takes longer than everything else here
         return [v]
     return [t for t in compat.tree_leaves(v) if isinstance(t, torch.Tensor)]
 
@@ -290,14 +293,14 @@ def calls(gm: GraphModule) -> list[Node]:
 
 
 def module_stack(node: Node) -> list[str]:
-    """Paths of the modules a node was traced in, outermost first: "(root)", …, "model.layers.0.linear_attn"."""
+    """Paths of the modules in which a node was traced, outermost first: "(root)", …, "model.layers.0.linear_attn"."""
     stack = node.meta.get("nn_module_stack") or {}
     return list(dict.fromkeys(["(root)", *(clean_path(entry[0]) for entry in stack.values())]))
 
 
 @functools.cache
 def clean_path(path: str) -> str:
-    """A module path of Dynamo's ("L['self']._modules['model']…", "L['self'].layers[0]") with dots; "(root)" if empty."""
+    """A module path of Dynamo ("L['self']._modules['model']…", "L['self'].layers[0]") with dots; "(root)" if empty."""
     for old, new in (("['", "."), ("']", ""), ("[", "."), ("]", ""), ("._modules", ""), ("._parameters", ""), ("._buffers", "")):
         path = path.replace(old, new)
     for itself in ("._old_forward.__self__", ".forward.args.0"):  # under a hook of accelerate
@@ -305,7 +308,7 @@ def clean_path(path: str) -> str:
     parts = [p for p in path.split(".") if p]
     if "__self__" in parts:  # a bound method: the module follows
         parts = parts[parts.index("__self__") + 1 :]
-    if parts[:3] == ["L", "args", "0"]:  # self, where a decorator of forward takes it: transformers 5.24's does
+    if parts[:3] == ["L", "args", "0"]:  # self, if a decorator of forward takes it, as in transformers 5.24
         parts = parts[3:]
     if parts[:2] == ["L", "module"]:  # self, as accelerate's hook around a model's forward calls it
         parts = parts[2:]
@@ -322,10 +325,10 @@ _FRAME = re.compile(r'^  File "(.+)", line (\d+), in (.+)(?:\n {4}(.*))?', re.MU
 
 
 def origin(node: Node) -> Source | None:
-    """The line of the model's code that a node was traced from; None where Dynamo recorded no stack.
+    """The line of the model's code from which a node was traced. None if Dynamo recorded no stack.
 
-    That is the innermost frame in the file that most of the modules around the node are from, torch's own left out: not the line
-    of a cache, an attention function or an activation that the model's code called.
+    This is the innermost frame in the file that most modules around the node come from, except torch's. So it is not a line of a
+    cache, an attention function or an activation that the model's code calls.
     """
     classes = [entry[1] for entry in (node.meta.get("nn_module_stack") or {}).values()]
     files = Counter(filter(None, (_forward_file(c) for c in reversed(classes) if isinstance(c, type))))

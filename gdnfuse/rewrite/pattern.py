@@ -1,6 +1,6 @@
-"""Patterns over graphs that read like the maths. Every operand is seen through views and casts. Knows nothing of GDN.
+"""Patterns over graphs that read like the maths. Operands are seen through views and casts. Knows nothing of GDN.
 
-A pattern is generous on purpose (it ignores shapes, axes and options it does not name): what it finds is a proposal, and the
+A pattern is generous on purpose: it ignores shapes, axes and options that it does not name. What it finds is a proposal, and the
 proof decides.
 """
 
@@ -19,7 +19,7 @@ COMMUTATIVE = {"add", "mul"}
 
 
 class Mismatch(Exception):
-    """No match: at the deepest node reached, what was expected and what was there."""
+    """The pattern does not match: what was expected and what was found at the deepest node that was reached."""
 
     def __init__(self, node: Any, expected: str, got: str):
         super().__init__(f"expected {expected} at {node}, got {got}")
@@ -47,7 +47,7 @@ class Pattern:
         """Bindings of the first match.
 
         Raises:
-            Mismatch: of the deepest node reached.
+            Mismatch: at the deepest node that was reached.
         """
         trace = _Trace()
         for env in self._match(node, {}, 0, trace):
@@ -57,7 +57,7 @@ class Pattern:
 
 @dataclass(frozen=True)
 class Var(Pattern):
-    """Any tensor; the same name must be the same elements each time. Binds the node as written, before peeling."""
+    """Any tensor. The same name must have the same elements each time. It binds the node before views are removed."""
 
     name: str
 
@@ -94,7 +94,10 @@ class Const(Pattern):
 
 
 class Op(Pattern):
-    """A call of one of the named ops; operands in either order where the op commutes. Arguments not named are ignored."""
+    """A call of one of the named ops. If the op commutes, operands may be in either order.
+
+    Arguments that are not named are ignored.
+    """
 
     def __init__(self, names: str, *operands: Pattern, bind: str | None = None):
         self.names, self.operands, self.bind = names.split("|"), operands, bind
@@ -128,7 +131,7 @@ class Op(Pattern):
 
 
 class Alt(Pattern):
-    """The first of several spellings that matches."""
+    """The first of several alternatives that matches."""
 
     def __init__(self, *patterns: Pattern):
         self.patterns = patterns

@@ -1,8 +1,8 @@
-"""Propose, then prove: run the matched region and its replacement in float64 on the same random inputs. Knows nothing of GDN.
+"""Proofs: run the matched region and its replacement in float64 on the same random inputs. Knows nothing of GDN.
 
-A generous matcher can be wrong: two axes of equal size swapped, another eps, a flipped operand. Every floating dtype constant of
-both sides is replaced by float64, so what is compared is the maths; where the model rounds is not part of it. Agreement to
-1e-9 relative is demanded, outputs and written inputs alike. Regions that are equal in structure are proved once.
+A generous matcher can be wrong: two swapped axes of equal size, another eps, a flipped operand. Every floating dtype constant of
+both sides is replaced by float64. So the proof compares the maths, and not where the model rounds. Outputs and written inputs
+must agree to 1e-9 relative. Regions of equal structure are proved once.
 """
 
 from __future__ import annotations
@@ -23,16 +23,21 @@ from gdnfuse.rewrite.graph import storage, value, writes
 from gdnfuse.rewrite.rule import Match, shown
 
 TOLERANCE = 1e-9
-# The second sample: rows in turn so small that every eps shows and so large that every threshold does.
+# The second sample: some rows are so small that every eps has an effect, and some so large that every threshold has.
 EXTREMES = (1e-3, 6.0)
-# Elements of all inputs up to which a proof is run on one thread.
+# A proof with at most so many elements in all inputs runs on one thread.
 SMALL = 2**20
-SEQUENCES = 3  # what a symbolic number of sequences is bound to beside small lengths
+SEQUENCES = 3  # value for a symbolic number of sequences, if lengths are small
 
 
 @dataclass(frozen=True)
 class Proof:
-    """error: worst relative error over outputs, written inputs and samples. seconds: 0 when taken from the cache."""
+    """The result of a proof.
+
+    Attributes:
+        error: worst relative error over outputs, written inputs and samples.
+        seconds: time; 0 if the result is from the cache.
+    """
 
     error: float
     seconds: float
@@ -40,13 +45,13 @@ class Proof:
 
 
 def _bound(inputs: list[tuple[str, Node]], m: Match) -> dict[Any, int]:
-    """A number for every symbol in the sizes of the inputs: its own, `m.small` and upwards, but sizes alike are equal.
+    """The number for every symbol in the sizes of the inputs: its hint, or a number from `m.small` on.
 
-    Each is more than four times the one before it: of two near each other, a graph may have the difference in it as a number.
-    What is a number of sequences and nothing else needs to be no more than a few.
+    Equal sizes get equal numbers. Each number is more than four times the one before. If two were close, their difference might
+    be a number in the graph. A size that is only a number of sequences gets a small number.
 
     Raises:
-        Refused: a number has a symbol that no size has, or two sizes are alike for no sizes that could be.
+        Refused: a number depends on a symbol that no size has, or two sizes cannot be equal.
     """
     numbers: dict[Any, int] = {}
     if m.small is None:
@@ -58,9 +63,9 @@ def _bound(inputs: list[tuple[str, Node]], m: Match) -> dict[Any, int]:
     for symbol in (s for shape in shapes for size in shape[:1] for s in _symbols(size)):
         numbers.setdefault(symbol, SEQUENCES)
     others = [v for v in values if not isinstance(v, torch.Tensor)]
-    if unknown := [s for size in (*others, *sum(m.alike, ())) for s in _symbols(size) if s not in numbers]:
+    if unknown := [s for size in (*others, *sum(m.equal_sizes, ())) for s in _symbols(size) if s not in numbers]:
         raise Refused(f"Numbers must be made of sizes of the operands to be proved, found {unknown[0]}.")
-    for one, other in m.alike:
+    for one, other in m.equal_sizes:
         for symbol in [s for s in _symbols(other) if s not in _symbols(one)][:1]:
             numbers[symbol] += hint(one, numbers) - hint(other, numbers)
             if numbers[symbol] < 2:
@@ -73,14 +78,14 @@ def _symbols(size: Any) -> list[Any]:
 
 
 def prove(region: Graph, replacement: Graph, inputs: list[tuple[str, Node]], m: Match, extremes: bool = True) -> Proof:
-    """Demand that two graphs over the same placeholders agree.
+    """Check that two graphs over the same placeholders agree.
 
     Args:
-        region: placeholders in the order of `inputs`; outputs a tuple.
+        region: placeholders in the order of `inputs`; outputs are a tuple.
         replacement: likewise.
-        inputs: name and main-graph node of every placeholder; SymInt inputs are bound to their hints, or as `m.small` says.
-        m: for samplers, shapes and writes.
-        extremes: also draw the second sample; needed where one side is code that is not ours.
+        inputs: name and main-graph node of every placeholder. SymInt inputs are bound to their hints, or as `m.small` says.
+        m: its samplers, shapes and writes are used.
+        extremes: also use the second sample. Needed if one side is code that is not ours.
 
     Raises:
         Refused: a sentence with the worst element.
@@ -96,11 +101,11 @@ def prove(region: Graph, replacement: Graph, inputs: list[tuple[str, Node]], m: 
         sides = in_float64(region), in_float64(replacement)
         try:
             error = _run(*sides, inputs, m, m.shapes, extremes)
-            # Views may pair sequences up, and two of them in their place are one pair: that shows with three.
+            # A view might pair up sequences. With two sequences that would be the identity, so three are tried too.
             if odd := _three_for_two(inputs, m):
                 error = max(error, _run(*sides, inputs, m, odd, False))
         except _NotRun:
-            # A view of the region may have the full size in it.
+            # A view in the region may contain the full size.
             if not m.shapes:
                 raise
             error = _run(*sides, inputs, m, {}, extremes)
@@ -112,7 +117,7 @@ def prove(region: Graph, replacement: Graph, inputs: list[tuple[str, Node]], m: 
 
 
 def _three_for_two(inputs: list[tuple[str, Node]], m: Match) -> dict[str, tuple[int, ...]]:
-    """The match's shapes with three in front where they have two instead of more; empty if they nowhere do."""
+    """The match's smaller shapes with three sequences instead of two. Empty if no shape has two."""
     more = {n: (3, *m.shapes[n][1:]) for n, node in inputs if m.shapes.get(n, ())[:1] == (2,) and hint(value(node).shape[0]) > 2}
     return {**m.shapes, **more} if more else {}
 
@@ -138,7 +143,7 @@ def _structure(region: Graph, replacement: Graph, inputs: list[tuple[str, Node]]
 
 
 def _listing(graph: Graph) -> list[Any]:
-    """The graph with its nodes numbered instead of named."""
+    """The graph with numbers instead of names for its nodes."""
     number: dict[Node, str] = {}
     lines: list[Any] = []
     for n in graph.nodes:
@@ -150,16 +155,16 @@ def _listing(graph: Graph) -> list[Any]:
 
 
 def _local_memory(region: Graph) -> list[tuple[int, int]]:
-    """The nodes that live in memory the region writes and makes itself: their numbers, and which memory each lives in."""
+    """The nodes in memory that the region makes and writes: their numbers, and the memory of each."""
     given = {storage(n) for n in region.find_nodes(op="placeholder")}
     local = list(dict.fromkeys(s for n in region.nodes for s in sorted(writes(n) - given)))
     return [(i, local.index(s)) for i, n in enumerate(region.nodes) if (s := storage(n)) in local]
 
 
 def _same_memory(region: Graph, values: dict[Node, Any]) -> None:
-    """Demand that what lives in memory the region writes is what does so in the model.
+    """Check that tensors in memory that the region writes share it as in the model.
 
-    In float64 a cast may copy nothing, and other strides may make a view of what was a copy: a write would reach other tensors.
+    In float64 a cast may not copy, and other strides may turn a copy into a view. A write would then reach other tensors.
     """
     lives = dict(_local_memory(region))
     memory = {i: compat.memory_of(x) for i, x in enumerate(values.values()) if isinstance(x, torch.Tensor)}
@@ -203,7 +208,7 @@ def _draw(
 
 
 class _NotRun(Refused):
-    """One of the sides raised, or gave another shape: there are no values to compare."""
+    """One of the two sides raised or gave another shape, so there are no values to compare."""
 
 
 def _run(

@@ -1,4 +1,4 @@
-"""What a rule is: where it looks, what it proposes, when it declines. Knows nothing of GDN."""
+"""What a rule is: where it looks, what it proposes, and when it declines. Knows nothing of GDN."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gdnfuse.errors import Refused
 from gdnfuse.rewrite.graph import chain, real_users, same, same_shape, value
 
 Sampler = Callable[[tuple[int, ...], torch.Generator], torch.Tensor]
-F = TypeVar("F")  # a rule's own dataclass of static facts
+F = TypeVar("F")  # the dataclass of static facts of a rule
 
 
 def _as_it_is(x: Any) -> Any:
@@ -24,7 +24,7 @@ def _as_it_is(x: Any) -> Any:
 
 @dataclass(frozen=True)
 class Operand:
-    """A boundary node and how to bring its tensor to the layout that the replacement wants."""
+    """A boundary node, and how to bring its tensor to the layout that the replacement wants."""
 
     node: Node
     how: Callable[[Any], Any] = _as_it_is
@@ -35,20 +35,21 @@ class Match(Generic[F]):
     """A proposal: replace the region between `operands` and `outputs` by what the rule's `rewrite` computes.
 
     Attributes:
-        operands: what the region reads, by name; `rewrite` gets it as `t.name`, brought. A node stands for its tensor as it is, a
-            list for a list of tensors, and None for an operand that is not there.
-        outputs: nodes replaced, in the order in which `rewrite` returns their values.
-        facts: what is static about the match, for `check` and `rewrite`: a dataclass of the rule's.
-        writes: for each operand written in place, the node that writes it; these nodes are part of the region.
-        samplers: how to draw an operand for the proof; standard normal where not given. Of a list, each has its name and number.
-        extremes: how to draw it for the proof's second sample, where `samplers` does not serve.
-        local_writes: the region may write in place to memory it makes itself, such as a buffer filled slice by slice.
-        shapes: smaller shapes for the proof where the region's maths does not depend on the size.
-        small: if given, symbolic sizes are bound to numbers from this one on in the proof, instead of to their hints; what is a
-            number of sequences alone to a few.
-        alike: pairs of sizes, each a symbol plus a number, without whose equality the region fails, whatever their symbols are:
-            with `small` the second's symbol is bound to what makes them equal.
-        inputs: the boundary node of each operand by name; "weights_0", "weights_1", … of a list.
+        operands: what the region reads, by name. `rewrite` gets it as `t.name` in the wanted layout. A node stands for its
+            tensor, a list for a list of tensors, and None for an operand that is absent.
+        outputs: nodes that are replaced, in the order in which `rewrite` returns their values.
+        facts: what is static about the match, for `check` and `rewrite`. A dataclass of the rule.
+        writes: for each operand that is written in place, the node that writes it. These nodes are part of the region.
+        samplers: how to sample an operand for the proof. The default is standard normal. Tensors of a list have the name and a
+            number.
+        extremes: how to sample it for the second sample of the proof, if `samplers` is not suitable.
+        local_writes: whether the region may write to memory that it makes itself, such as a buffer that is filled slice by slice.
+        shapes: smaller shapes for the proof, if the maths of the region does not depend on the size.
+        small: if given, symbolic sizes are bound to numbers from this one on in the proof, instead of to their hints. A size that
+            is only a number of sequences is bound to a small number.
+        equal_sizes: pairs of sizes, each a symbol plus a number, that must be equal or the region fails. With `small` the symbol
+            of the second is bound so that they are equal.
+        inputs: the boundary node of each operand by name; "weights_0", "weights_1", … for a list.
     """
 
     operands: Mapping[str, Operand | Node | list[Operand | Node] | None]
@@ -60,7 +61,7 @@ class Match(Generic[F]):
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     local_writes: bool = False
     small: int | None = None
-    alike: list[tuple[Any, Any]] = field(default_factory=list)
+    equal_sizes: list[tuple[Any, Any]] = field(default_factory=list)
     inputs: dict[str, Node] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -73,7 +74,7 @@ class Match(Generic[F]):
                 self.inputs[name] = x.node
 
     def brought(self, tensors: Mapping[Node, Any]) -> SimpleNamespace:
-        """What `rewrite` gets, from the tensors of the boundary nodes."""
+        """The operands as `rewrite` gets them, from the tensors of the boundary nodes."""
 
         def bring(x: Any) -> Any:
             if isinstance(x, list):
@@ -90,7 +91,7 @@ def _as_operand(x: Any) -> Any:
 
 
 def tensors_and_numbers(arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Arguments of an op: those that can be a match's operands, None among them, and the others."""
+    """The arguments of an op in two groups: those that can be operands of a match, None included, and the others."""
 
     def tensors(x: Any) -> bool:
         return all(map(tensors, x)) if isinstance(x, list | tuple) else x is None or isinstance(x, Operand | Node)
@@ -100,7 +101,7 @@ def tensors_and_numbers(arguments: dict[str, Any]) -> tuple[dict[str, Any], dict
 
 
 class Rule(Generic[F]):
-    """One motif. `match` says what is there, `check` whether we may, `rewrite` what to put there.
+    """One motif. `match` says what is there, `check` whether it may be replaced, and `rewrite` what replaces it.
 
     `rewrite` is run twice: traced into the graph, and on float64 tensors for the proof. It neither decides nor fails.
     """
@@ -110,26 +111,26 @@ class Rule(Generic[F]):
     equation: str
 
     def anchors(self, graph: Graph) -> Iterable[Node]:
-        """Nodes by whose meaning the motif is recognised; each gives exactly one record."""
+        """Nodes whose meaning suggests the motif. Each gives exactly one record."""
         raise NotImplementedError
 
     def match(self, anchor: Node) -> Match[F]:
-        """Raises Mismatch or Refused."""
+        """The match at an anchor. Raises Mismatch or Refused."""
         raise NotImplementedError
 
     def check(self, m: Match[F]) -> None:
-        """Raises Refused with a sentence."""
+        """Raise Refused with a sentence if the match may not be replaced."""
 
     def rewrite(self, m: Match[F], t: SimpleNamespace) -> Any:
-        """One tensor per output, from those of the operands, brought."""
+        """One tensor per output, computed from the operands in their wanted layouts."""
         raise NotImplementedError
 
 
 def bring(node: Node, shape: tuple[Any, ...], what: str, rounded: bool = False) -> Operand:
-    """Find, in the chain of views above `node`, the earliest node that has `shape`, or one that reshapes or transposes to it.
+    """Find, in the chain of views above `node`, the earliest node that has `shape`, or that can be reshaped or transposed to it.
 
-    Axis 0 may be symbolic. A reshape is proposed only; whether it keeps the order is for the proof. With `rounded` the chain ends
-    at the first cast to fewer bits, so that rules behind still find it.
+    Axis 0 may be symbolic. A reshape is only a proposal: the proof decides whether it keeps the order. With `rounded` the chain
+    ends at the first cast to fewer bits, so that later rules still find the cast.
 
     Raises:
         Refused: the number of elements differs.
@@ -159,7 +160,7 @@ def shown(shape: Iterable[Any]) -> str:
 
 
 def require_one_reader(node: Node, reader: Node) -> None:
-    """Raises Refused unless nothing but `reader` reads what `node` computes: what is fused away must not be computed twice."""
+    """Raise Refused unless only `reader` reads what `node` computes. What is fused away must not be computed twice."""
     others = [u for u in real_users(node) if u is not reader]
     if others:
         raise Refused(f"{node.name} must be read by {reader.name} alone, found that {others[0].name} reads it too.", at=others[0])

@@ -407,7 +407,7 @@ def test_short_turns_that_cannot_be_warmed_up_are_a_sentence(model):
         ({"short": 3}, "from 2 to 8, found 3."),
         ({"short": range(2, 9), "batch": 8}, "short must have numbers of tokens of 8 rows from 2 to 4, found range(2, 9)."),
         ({"short": [3], "num_beams": 2}, "short turns need one sequence per row, found num_beams=2"),
-        ({"short": [3], "cache_implementation": "offloaded"}, "found cache_implementation='offloaded'."),
+        ({"short": [3], "cache_implementation": "offloaded"}, "found cache_implementation='offloaded': "),
     ):
         with pytest.raises(gdnfuse.GdnfuseError, match=re.escape(sentence)):
             gdnfuse.warmup(model, **how)

@@ -226,16 +226,16 @@ def symbolic(*shapes):
     return nodes
 
 
-def test_symbols_are_bound_far_from_each_other_but_sizes_alike_are_equal():
+def test_symbols_are_bound_far_from_each_other_but_equal_sizes_are_equal():
     (_, a), (_, b) = inputs = symbolic((5, "4", 20), (5, "4", 30))
     (B, _, T), (C, _, L) = (proof.value(n).shape for n in (a, b))
     bound = lambda **more: proof._bound(inputs, Match({}, [], small=37, **more))  # noqa: E731
     of = lambda numbers, size: numbers[size.node.expr]  # noqa: E731
     found = bound()
     assert [of(found, n) for n in (B, C, T, L)] == [proof.SEQUENCES, proof.SEQUENCES, 37, 149]
-    assert of(bound(alike=[(T, L + 7)]), L) == 30
+    assert of(bound(equal_sizes=[(T, L + 7)]), L) == 30
     with pytest.raises(Refused, match="Sizes must be above 1 where .* to be proved, found s.* = -13"):
-        bound(alike=[(T, L + 50)])
+        bound(equal_sizes=[(T, L + 50)])
     number = Graph().placeholder("n")
     number.meta["example_value"] = L
     with pytest.raises(Refused, match="Numbers must be made of sizes of the operands to be proved"):

@@ -1,4 +1,4 @@
-"""fuse: tiny patterns over dialect ops. A fusion is a file here and a line in RULES, before those that build on it."""
+"""fuse: tiny patterns over dialect ops. A fusion is a file here and a line in RULES, before fusions that build on it."""
 
 from gdnfuse.passes.fuse import (
     add_rms_norm,

@@ -1,8 +1,9 @@
 """rms_norm(residual + linear(x)), or experts(x)  →  add_rms_norm, for more than one row
 
-One row has both in its linears. A few have them as one kernel between two linears, which adds up what the first left in parts and
-lets the second start early. For many, as a prompt has, it reads each row once, where Inductor, if it does not know how many there
-are, reads it twice: at 16384 rows of 2560 on an H200 less than half the time (benchmarks/prompt.py).
+With one row, both are in the linears. With a few rows, they are one kernel between two linears. It adds up the parts that the
+first linear leaves, and lets the second one start early. With many rows, as in a prompt, it reads each row once. Inductor reads
+rows twice if their number is not known. At 16384 rows of 2560 on an H200 our kernel takes less than half the time
+(benchmarks/prompt.py).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class FuseAddRMSNorm(Rule[Facts]):
     name, stage, equation = "add_rms_norm", "fuse", add_rms_norm.op.equation
 
     def anchors(self, graph):
-        """A norm of several rows behind a sum."""
+        """A norm of several rows after a sum."""
         norms = [n for n in graph.nodes if op_name(n) == "gdnfuse.rms_norm" and not one_row(n)]
         sums = [(n, x) for n in norms if op_name(x := _bound(n)["x"]) == "add"]
         return [n for n, x in sums if few_rows(n) or any(_ends(a) for a in x.args)]
@@ -53,7 +54,7 @@ class FuseAddRMSNorm(Rule[Facts]):
                 or value(node).dtype != value(add).dtype
             ):
                 raise Mismatch(add, f"{list(value(add).shape)} of {value(add).dtype} throughout", str(node))
-        # Rows are normalised one by one, whatever their width: a few narrow ones prove as much.
+        # Each row is normalised by itself, so the proof uses a few narrow rows.
         lead = [min(hint(s), 2) for s in value(add).shape[:-1]]
         return Match(
             {"x": linear, "residual": residual, "weight": norm["weight"]},
@@ -72,7 +73,7 @@ def _experts(node):
 
 
 def _ends(node):
-    """Whether a node may end a block: a linear, or experts."""
+    """Whether a node may be the end of a block: a linear, or experts."""
     return op_name(node) in LINEARS or _experts(node)
 
 

@@ -1,6 +1,6 @@
 """causal_conv(cat([state, x]))[…, −T:], state.copy_(last columns of the cat)  →  causal_conv(x, context=state), the same copy
 
-A verify step leaves the state as it is: there it is the conv alone.
+A verify step does not write the state. There only the conv is replaced.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from gdnfuse.rewrite.graph import op_name, peel, real_users, same_shape, value
 from gdnfuse.rewrite.pattern import Mismatch
 from gdnfuse.rewrite.rule import Match, Rule
 
-CHANNELS = 8  # prove as much as any number
+CHANNELS = 8  # number of channels in proofs
 
 
 @dataclass(frozen=True)
 class Facts:
     activation: str
-    width: int  # of the state
+    width: int  # width of the state
 
 
 class FuseConvContext(Rule[Facts]):
@@ -31,7 +31,7 @@ class FuseConvContext(Rule[Facts]):
     equation = "causal_conv([state | x])[−T:] = causal_conv(x, context=state)"
 
     def anchors(self, graph):
-        """Convs of two tensors side by side."""
+        """Convs of a concatenation of two tensors."""
         for node in graph.nodes:
             if op_name(node) == "gdnfuse.causal_conv" and op_name(window := peel(node.args[0])) == "cat":
                 if len(window.args[0]) == 2:

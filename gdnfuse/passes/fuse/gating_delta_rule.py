@@ -36,7 +36,7 @@ class FuseGatingDeltaRule(Rule[Step]):
 
 
 def gate_operands(bound):
-    """a, b, A_log, dt_bias and beta_scale of a rule whose decay and β are gates: what a fused gating takes in their place."""
+    """a, b, A_log, dt_bias and beta_scale of a rule whose decay and β are gates."""
     g = peel(bound["g"])
     if op_name(g) != "gdnfuse.gating":
         raise Mismatch(g, "gating(a, A_log, dt_bias)", op_name(g))
@@ -48,7 +48,7 @@ def gate_operands(bound):
 
 
 def _results(rule, state):
-    """The node of the rule's output and the copy of its new state into `state`."""
+    """The node of the rule's output, and the copy of its new state into `state`."""
     taken = {u.args[1]: u for u in rule.users}
     if 0 not in taken or 1 not in taken:
         raise Refused("Both the output and the new state must be used, found that one is not.", at=rule)

@@ -16,7 +16,7 @@ class FuseL2NormDeltaRule(Rule[RuleCall]):
     name, stage, equation = "l2norm_delta_rule", "fuse", "rule(l2norm(q), l2norm(k), …) = rule(q, k, …, l2norm_eps)"
 
     def anchors(self, graph):
-        """Rules that do not normalise by themselves; captured ones mostly do."""
+        """Rules that do not normalise q and k themselves. Captured ones mostly do."""
         rules = [n for n in graph.nodes if op_name(n) in RULES]
         return [n for n in rules if op_of(n.target).bind(n.args, n.kwargs)["l2norm_eps"] is None]
 

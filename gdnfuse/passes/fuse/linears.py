@@ -15,20 +15,20 @@ from gdnfuse.rewrite.graph import op_name, value
 from gdnfuse.rewrite.rule import Match, tensors_and_numbers
 
 LINEARS = ("linear", "gdnfuse.packed_linear", "gdnfuse.fused_linear")
-# In proofs these have so many columns: no constant of a fusion depends on how many there are.
+# Numbers of columns in proofs, because the maths of a fusion does not depend on them.
 NARROW, COLUMNS = ("x", "norm_weight", "weights", "lora_A"), 8
 LORA = ("lora_A", "lora_B", "lora_parts", "lora_scaling")
 
 
 def is_linear(node: Any) -> bool:
-    """A bias-free linear of few rows, with or without what was fused into it."""
+    """Whether a node is a linear of few rows without bias, with or without fused operations."""
     if op_name(node) not in LINEARS or not few_rows(node):
         return False
     return op_name(node) != "linear" or not any(b is not None for b in (*node.args[2:], *node.kwargs.values()))
 
 
 def bind(node: Node) -> dict[str, Any]:
-    """The arguments of fused_linear that mean what a linear does."""
+    """The arguments of fused_linear that are equivalent to a linear."""
     if op_name(node) == "gdnfuse.fused_linear":
         return fused_linear.op.bind(node.args, node.kwargs)
     if op_name(node) == "gdnfuse.packed_linear":
@@ -39,11 +39,11 @@ def bind(node: Node) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class LinearCall:
-    """The fused_linear that takes a region's place.
+    """The fused_linear that replaces a region.
 
     Attributes:
-        numbers: those of its arguments that are no operands.
-        shape: of the result, where it is not the linear's.
+        numbers: its arguments that are not operands.
+        shape: the shape of the result, if it is not that of the linear.
     """
 
     numbers: dict[str, Any]
@@ -54,23 +54,26 @@ def linear_match(output: Node, arguments: dict[str, Any], shape: tuple[Any, ...]
     """A match that replaces the region of `output` by a fused_linear.
 
     Args:
-        output: as of Match.
+        output: as in Match.
         arguments: of fused_linear, by name: nodes, Operands, lists of nodes, numbers, or None.
-        shape: to which the result is brought, where it is not the linear's.
+        shape: the shape to give the result, if it is not that of the linear.
     """
     operands, numbers = tensors_and_numbers(arguments)
     return narrow(Match(operands, [output], LinearCall(numbers, shape)))
 
 
 def linear_call(m: Match[LinearCall], t: SimpleNamespace) -> Any:
-    """The call itself."""
+    """The call of fused_linear."""
     y = call(fused_linear.op.overload, **vars(t), **m.facts.numbers)
     return y if m.facts.shape is None else y.reshape(m.facts.shape)
 
 
 def narrow(m: Match) -> Match:
-    """In the proof a linear has few columns, but where its x is normalised head by head, or a tensor is an operand of another
-    kind too: it keeps its size, and with it all that it is multiplied with."""
+    """A match with few columns in its linear, for the proof.
+
+    A tensor keeps its size, with everything that it is multiplied with, if x is normalised head by head or if the tensor is also
+    another operand.
+    """
     roles: dict[Node, set[bool]] = {}
     for name, x in m.operands.items():
         for operand in x if isinstance(x, list) else [x] if x is not None else []:
@@ -81,7 +84,10 @@ def narrow(m: Match) -> Match:
 
 
 def few_outputs(m: Match[LinearCall]) -> Match[LinearCall]:
-    """Where the whole row of a linear is an output, a few columns of it prove as much, but where adapters have some of them."""
+    """A match with few columns in its output, for the proof.
+
+    Only if the whole row of a linear is the output, and no adapter has a part of it.
+    """
     if m.operands["lora_A"] is not None:
         return m
     weights = {f"weights_{i}": w.node for i, w in enumerate(m.operands["weights"])}

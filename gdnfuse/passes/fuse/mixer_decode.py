@@ -1,4 +1,4 @@
-"""causal_conv_update → packed_decode → gated_rms_norm on columns of one row, or of a few  →  mixer_decode"""
+"""causal_conv_update → packed_decode → gated_rms_norm on columns of one row or of a few rows  →  mixer_decode"""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ from gdnfuse.rewrite.rule import Match, Rule, bring
 
 @dataclass(frozen=True)
 class Facts:
-    """
+    """What is known about the match.
+
     Attributes:
         offsets, strides: where q, k, v, z, b and a of each key head are in the row.
-        numbers: the other arguments of mixer_decode that are no operands.
-        shape: of the result, where it is not [B, 1, HV·V].
-        dtype: of the result.
+        numbers: the other arguments of mixer_decode that are not operands.
+        shape: the shape of the result, if it is not [B, 1, HV·V].
+        dtype: the dtype of the result.
     """
 
     offsets: list[int]
@@ -50,7 +51,7 @@ class FuseMixerDecode(Rule[Facts]):
         conv = causal_conv_update.op.bind(conv_node.args, conv_node.kwargs)
         norm_node = _one_reader(anchor)
         norm = gated_rms_norm.op.bind(norm_node.args, norm_node.kwargs)
-        # Of parameters, whose sizes are numbers where those of a cache may be symbols.
+        # Sizes of parameters are numbers. Those of a cache may be symbols.
         state = SimpleNamespace(shape=(None, *value(rule["A_log"]).shape, *value(rule["recurrent_state"]).shape[2:]))
         heads, widths = mixer_decode.part_sizes(value(conv["weight"]).shape[0], state)
         heads, *widths = (n if isinstance(n, int) else n.node.maybe_as_int() for n in (heads, *widths))
@@ -101,7 +102,7 @@ def _one_reader(rule):
 
 
 def _where(node: Node, name: str, columns: torch.Tensor, heads: int) -> tuple[int, int]:
-    """Offset and stride of a part whose columns are those of one key head after the other."""
+    """Offset and stride of a part whose columns are grouped by key head."""
     of_heads = columns.view(heads, -1)
     offset, width = int(of_heads[0, 0]), of_heads.shape[1]
     stride = int(of_heads[1, 0]) - offset if heads > 1 else width
@@ -111,7 +112,7 @@ def _where(node: Node, name: str, columns: torch.Tensor, heads: int) -> tuple[in
 
 
 def _end(node):
-    """Follow views of the result while each is its predecessor's only reader."""
+    """Follow views of the result, as long as each is the only reader of the one before."""
     while len(node.users) == 1:
         user = next(iter(node.users))
         if not is_tensor(user) or source(user) is not node:

@@ -1,7 +1,7 @@
 """linear(mixer_decode(linear(x)))  →  in_proj_conv, packed_decode, and the gated norm in fused_linear, for few rows
 
-Both linears stream their weights anyway: the first has an owner for every channel of the conv, and with the norm in the second
-the rule may be split over as many programs as a device has room for.
+Both linears stream their weights anyway. In the first, one program owns each channel of the conv. With the norm in the second,
+the rule can be split over as many programs as a device has room for.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from gdnfuse.rewrite.rule import Match, Rule, bring, require_one_reader
 
 @dataclass(frozen=True)
 class Facts:
-    """
+    """What is known about the match.
+
     Attributes:
-        in_proj, rule, out_proj: arguments of in_proj_conv, packed_decode and fused_linear that are no operands.
-        parts: offset and width of each part in in_proj's result.
+        in_proj, rule, out_proj: arguments of in_proj_conv, packed_decode and fused_linear that are not operands.
+        parts: offset and width of each part in the result of in_proj.
         width: columns of the rule's result, HV·V.
-        shape: of the result, where it is not out_proj's.
+        shape: the shape of the result, if it is not that of out_proj.
     """
 
     in_proj: dict[str, Any]
@@ -61,7 +62,7 @@ class FuseMixerLinears(Rule[Facts]):
         if behind["norm_weight"] is not None or len(behind["weights"]) != 1:
             raise Refused("out_proj must be one linear without a norm, found otherwise.", at=last)
         B, HV, _, V = value(mixer["recurrent_state"]).shape
-        if V & (V - 1):  # which its kernel adds up in registers
+        if V & (V - 1):  # the kernel adds up V columns in registers, which needs a power of two
             raise Refused(f"Heads must be a power of two wide for out_proj to normalise them, found {V}.", at=anchor)
         parts, layout = _layout(mixer)
         m = Match(
@@ -91,7 +92,7 @@ class FuseMixerLinears(Rule[Facts]):
             writes={"conv_state": anchor, "recurrent_state": anchor},
         )
         narrow(m)
-        # The columns of out_proj are the heads; of its rows a few prove as much.
+        # The columns of out_proj are those of the heads. The proof uses a few of its rows.
         if behind["lora_A"] is None:
             m.shapes |= {"out_weights_0": (8, HV * V), "residual": (B, 1, 8)}
         return m
@@ -121,7 +122,7 @@ class FuseMixerLinears(Rule[Facts]):
 
 
 def _layout(mixer):
-    """Offset and width of each part in the projection's result, and its arguments that make them so."""
+    """Offset and width of each part in the result of the projection, and the arguments that give it this layout."""
     heads, widths = mixer_decode.part_sizes(value(mixer["conv_state"]).shape[1], value(mixer["recurrent_state"]))
     offsets, strides = mixer["offsets"], mixer["strides"]
     sizes = [heads * width for width in widths]

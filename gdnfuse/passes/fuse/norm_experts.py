@@ -1,4 +1,4 @@
-"""experts(rms_norm(x))  →  experts(x, norm), of one row"""
+"""experts(rms_norm(x))  →  experts(x, norm), for one row"""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class FuseNormExperts(Rule[Facts]):
     name, stage, equation = "norm_experts", "fuse", "experts(rms_norm(x)) = experts(x, norm)"
 
     def anchors(self, graph):
-        """Experts of one row behind a norm."""
+        """Experts of one row after a norm."""
         found = [n for n in graph.nodes if op_of_experts(n) is not None and one_row(n)]
         return [n for n in found if op_name(peel(bind(n)["x"])) == "gdnfuse.rms_norm"]
 

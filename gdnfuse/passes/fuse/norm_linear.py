@@ -13,7 +13,7 @@ class FuseNormLinear(Rule[LinearCall]):
     name, stage, equation = "norm_linear", "fuse", "linear(rms_norm(x), W) = fused_linear(x, W, norm)"
 
     def anchors(self, graph):
-        """A linear of one row behind a norm."""
+        """A linear of one row after a norm."""
         return [n for n in graph.nodes if is_linear(n) and one_row(n) and op_name(peel(bind(n)["x"])) == "gdnfuse.rms_norm"]
 
     def match(self, anchor):

@@ -1,6 +1,6 @@
-"""residual + experts(x)  →  experts(x, residual), of one row
+"""residual + experts(x)  →  experts(x, residual), for one row
 
-Several rows have their residual in the norm behind them.
+With several rows, the residual is part of the norm after it.
 """
 
 from __future__ import annotations

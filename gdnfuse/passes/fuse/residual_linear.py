@@ -25,7 +25,7 @@ class FuseResidualLinear(Rule[LinearCall]):
             raise Mismatch(anchor, f"a residual of the linear's shape, {list(shape)}", str(residual))
         if value(residual).dtype != value(linear).dtype or value(anchor).dtype != value(linear).dtype:
             raise Mismatch(anchor, f"a residual of {value(linear).dtype}", str(value(residual).dtype))
-        # As it is read here, casts and all: its dtype is the sum's.
+        # The operand with its casts, because its dtype is that of the sum.
         there = same_shape(value(residual).shape, shape)
         operand = residual if there else Operand(residual, lambda x: x.reshape(shape))
         back = None if same_shape(value(anchor).shape, shape) else tuple(value(anchor).shape)
@@ -36,7 +36,7 @@ class FuseResidualLinear(Rule[LinearCall]):
 
 
 def _linear(node):
-    """The operand that is a linear with room for a residual; of two the later, which sees the other's result."""
+    """The operand that is a linear without residual. If both are, it is the later one, which can read the result of the other."""
     found = [peel(a) for a in node.args if is_tensor(a)]
     found = [n for n in found if is_linear(n) and one_row(n) and bind(n)["residual"] is None]
     return max(found, default=None)

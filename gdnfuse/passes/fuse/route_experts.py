@@ -1,4 +1,4 @@
-"""experts of what route chose  →  routed_experts, for one row, whose experts need not wait to be told"""
+"""experts that route chose  →  routed_experts, for one row. Its experts can start before the choice is complete."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class FuseRouteExperts(Rule[Facts]):
     def match(self, anchor):
         router, bound = _router(anchor), bind(anchor)
         chosen = {i: n for n in router.users for i in (0, 1) if n.args[1] == i}
-        # As they are: cast or rearranged they are not route's.
+        # The node itself, because after a cast or a view it is no longer route's result.
         if bound["indices"] is not chosen.get(1) or bound["routing_weights"] is not chosen.get(0):
-            raise Refused(f"Experts must take what route gives as it is, found {bound['routing_weights']}.", at=anchor)
+            raise Refused(f"Experts must read the result of route directly, found {bound['routing_weights']}.", at=anchor)
         for node in chosen.values():
             require_one_reader(node, anchor)
         routing = route.op.bind(router.args, router.kwargs)

@@ -1,4 +1,4 @@
-"""What fusions around a rule share: a rule op, in place or not, as a match, and the call that takes its place."""
+"""What fusions around a rule share: a match of a rule op, in place or not, and the call that replaces it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from gdnfuse.rewrite.evaluate import hint
 from gdnfuse.rewrite.graph import op_name, real_users, value
 from gdnfuse.rewrite.rule import Match, tensors_and_numbers
 
-# Sizes that prove as much as any, axis by axis: two sequences, two chunks, narrow heads of K and V columns.
+# Sizes for proofs, axis by axis: two sequences, two chunks, narrow heads of K and V columns.
 B, T, K, V, ALL = 2, 70, 8, 6, 1 << 30
 LIMITS = {"q": (B, T, ALL, K), "k": (B, T, ALL, K), "v": (B, T, ALL, V), "state": (B, ALL, K, V), "a": (B, T)}
 
 
 def two_sequences(m: Match, *batched: str) -> Match:
-    """The match of a step whose inputs of these names have the batch in front, proved with two: they prove as much as any."""
+    """The match of a step, proved with two sequences. The named inputs have the batch as their first axis."""
     shapes = {}
     for name in batched:
         size = value(m.inputs[name]).shape
@@ -33,7 +33,7 @@ def two_sequences(m: Match, *batched: str) -> Match:
 
 @dataclass(frozen=True)
 class Step:
-    """The numbers of a rule's step in a decode graph."""
+    """The sizes of a step of a rule in a decode graph."""
 
     scale: float
     l2norm_eps: float | None
@@ -42,12 +42,12 @@ class Step:
 
 @dataclass(frozen=True)
 class RuleCall:
-    """The call that takes a rule's place.
+    """The call that replaces a rule.
 
     Attributes:
-        op: what is called.
-        numbers: those of its arguments that are no operands.
-        taken: which of its results are wanted.
+        op: the op to call.
+        numbers: its arguments that are not operands.
+        taken: which of its results are used.
     """
 
     op: DialectOp
@@ -59,8 +59,8 @@ def rule_match(rule: Node, new: DialectOp, operands: dict[str, Any]) -> Match[Ru
     """A match that replaces a rule by a call of `new`.
 
     Args:
-        rule: a call of a rule op. One that writes its state returns the output alone; the others return output and state.
-        new: of the same kind. Its arguments have their names in `operands`, or else in the rule's call.
+        rule: a call of a rule op. If it writes its state, it returns only the output. Otherwise it returns output and state.
+        new: an op of the same kind. Its arguments are taken from `operands` by name, or else from the call of the rule.
         operands: nodes, Operands and numbers.
     """
     old = op_of(rule.target)
@@ -72,7 +72,7 @@ def rule_match(rule: Node, new: DialectOp, operands: dict[str, Any]) -> Match[Ru
     taken = {u.args[1]: u for u in rule.users if op_name(u) == "getitem"}
     writes, state = {}, arguments["state"]
     if isinstance(state, Node) and 1 in taken:
-        # A state that goes back to where it came from: the copy belongs to the motif, and nobody else may write it.
+        # A state that is copied back to where it came from. The copy belongs to the motif, and nobody else may write the state.
         readers = list(real_users(taken[1]))
         copies = [u for u in readers if op_name(u) == "copy_" and u.args[0] is state]
         writes = {"state": copies[0]} if copies else {}
@@ -85,7 +85,7 @@ def rule_match(rule: Node, new: DialectOp, operands: dict[str, Any]) -> Match[Ru
 
 
 def rule_call(m: Match[RuleCall], t: SimpleNamespace) -> Any:
-    """The call that takes the rule's place, one result per output of the match."""
+    """The call that replaces the rule, with one result per output of the match."""
     op, given = m.facts.op, vars(t) | m.facts.numbers
     results = call(op.overload, *(given[name] for name in op.arg_names))
     if op.mutates:
@@ -96,7 +96,7 @@ def rule_call(m: Match[RuleCall], t: SimpleNamespace) -> Any:
 
 
 def smaller(inputs: dict[str, Node], limits: dict[str, tuple[int, ...]] = LIMITS) -> dict[str, tuple[int, ...]]:
-    """Shapes for the proof: what fusions replace treats sequences, tokens and the columns of heads alike, however many."""
+    """Shapes for the proof. Fusions of rules do not depend on the number of sequences, tokens or columns of heads."""
     shapes = {}
     for name, node in inputs.items():
         if value(node).ndim > 2:

@@ -1,6 +1,6 @@
 """fused_gating_chunk_delta_rule over 2 to 8 tokens, state.copy_(its last state)  →  fused_gating_delta_rule(…, state!)
 
-A short turn, or the end of a prompt that came in pieces. Chunks are of 64 tokens, so the recurrent form is the faster one.
+This is a short turn, or the last piece of a prompt. Chunks have 64 tokens, so the recurrent form is faster.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class FuseShortDeltaRule(Rule[Step]):
     name, stage, equation = "short_delta_rule", "fuse", fused_gating_delta_rule.op.equation
 
     def anchors(self, graph):
-        """Rules over a few tokens, of which the output is read and the new state goes back to where it came from."""
+        """Rules over a few tokens whose output is read and whose new state is copied back to where the state came from."""
         for node, bound, taken in over_few_tokens(graph):
             if set(taken) == {0, 1} and (written := list(real_users(taken[1]))):
                 if len(written) == 1 and op_name(written[0]) == "copy_" and written[0].args[0] is bound["state"]:

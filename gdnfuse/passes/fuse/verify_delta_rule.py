@@ -1,4 +1,4 @@
-"""fused_gating_chunk_delta_rule over 2 to 8 tokens on a state that nobody writes  →  delta_rule_verify"""
+"""fused_gating_chunk_delta_rule over 2 to 8 tokens on a state that is not written  →  delta_rule_verify"""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from gdnfuse.rewrite.edit import call
 from gdnfuse.rewrite.graph import op_name, value
 from gdnfuse.rewrite.rule import Rule
 
-TOKENS = range(2, 9)  # of a verify or a short step; a longer one is a prompt, for which chunks are the faster way
+TOKENS = range(2, 9)  # numbers of tokens of a verify or a short step. For more tokens chunks are faster
 
 
 class FuseVerifyDeltaRule(Rule[RuleCall]):
     name, stage, equation = "verify_delta_rule", "fuse", delta_rule_verify.op.equation
 
     def anchors(self, graph):
-        """Rules over a few tokens, of which the output alone is read."""
+        """Rules over a few tokens of which only the output is read."""
         return (node for node, _, taken in over_few_tokens(graph) if list(taken) == [0])
 
     def match(self, anchor):
@@ -32,7 +32,7 @@ class FuseVerifyDeltaRule(Rule[RuleCall]):
 
 
 def over_few_tokens(graph: Graph) -> Iterator[tuple[Node, dict[str, Any], dict[int, Node]]]:
-    """Rules over a few tokens behind a state: the node, its arguments, and which of its results are taken."""
+    """Rules over a few tokens after a given state: the node, its arguments, and which of its results are used."""
     for node in graph.nodes:
         if op_name(node) == "gdnfuse.fused_gating_chunk_delta_rule" and few_tokens(value(node.args[2])):
             bound = fused_gating_chunk_delta_rule.op.bind(node.args, node.kwargs)
@@ -41,7 +41,7 @@ def over_few_tokens(graph: Graph) -> Iterator[tuple[Node, dict[str, Any], dict[i
 
 
 def few_tokens(v):
-    """Whether a rule's v [B, T, HV, V] has few tokens, whatever the inputs."""
+    """Whether v [B, T, HV, V] of a rule has few tokens, for all inputs."""
     return isinstance(v.shape[1], int) and v.shape[1] in TOKENS
 
 

@@ -1,4 +1,4 @@
-"""lift: recognise the motifs of GDN and raise each to one dialect op. A motif is a file here and a line in RULES."""
+"""lift: recognise the motifs of GDN and turn each into one dialect op. A motif is a file here and a line in RULES."""
 
 from gdnfuse.passes.lift import (
     attention_decode,
@@ -19,9 +19,9 @@ from gdnfuse.passes.lift import (
     shared_expert,
 )
 
-# l2norm stands before the rules that read it, and the chunked rule before the other, whose anchor is any copy into a state;
-# of the rules of attention the first two take more in than the last;
-# siblings come last so that their slices are what the others read, and adapters behind them, which are on slices.
+# l2norm comes before the rules that read it. The chunked rule comes before the recurrent one, whose anchor is any copy into a
+# state. The first two rules of attention match more of a layer than the last. Siblings come last, so that the other rules read
+# slices of them, and adapters come after siblings, because they add to slices.
 RULES = [
     l2norm.RULE,
     gating.RULE,

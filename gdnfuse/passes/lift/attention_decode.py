@@ -32,19 +32,19 @@ from gdnfuse.rewrite.rule import Match, Operand, Rule, bring, shown
 TURN = Op("add", Op("mul", Var("x"), Var("cos")), Op("mul", Op("cat"), Var("sin")))
 
 
-PROVED = 2**24  # elements of a cache that a proof computes attention over
+PROVED = 2**24  # the most elements of a cache in a proof
 
 
 @dataclass(frozen=True)
 class OneToken(OneQuery):
-    """Also of the norms of q and k, where it has them."""
+    """What is also known about norms of q and k, if there are any."""
 
     norm_eps: float
     norm_offset: float
 
     @property
     def numbers(self) -> dict[str, float]:
-        """Arguments of the op."""
+        """The arguments of the op that are numbers."""
         return {"scale": self.scale, "norm_eps": self.norm_eps, "norm_offset": self.norm_offset}
 
 
@@ -86,18 +86,18 @@ class LiftAttentionDecode(Rule[OneToken]):
 
 
 def one_token(anchor: Node, new_k: Node, new_v: Node, HKV: Any) -> tuple[dict[str, Operand | Node | None], Node, OneToken]:
-    """What attention of one token is made of, up to its cache.
+    """The parts of attention of one token, up to its cache.
 
     Args:
         anchor: attention with one query.
-        new_k, new_v: what goes into the cache, k turned.
-        HKV: key heads.
+        new_k, new_v: what is written to the cache; k with its rotary embedding.
+        HKV: number of key heads.
 
     Returns:
-        The operands of attention_decode but for keys, values and position; the end of the attention; the facts.
+        The operands of attention_decode except keys, values and position; the end of the attention; the facts.
 
     Raises:
-        Mismatch, Refused: q and k are not normed and turned alike.
+        Mismatch, Refused: q and k do not have equal norms and rotary embeddings.
     """
     B, H, _, D = value(anchor.args[0]).shape
     k, cos, sin = _rope(new_k, "k")
@@ -137,7 +137,7 @@ def _anywhere(length, shape, generator):
 
 
 def _cache(node, name):
-    """The cache under the copies of its heads that groups of queries share."""
+    """The cache below the copies of its heads for groups of queries."""
     piece = peel(without_copies(node))
     if piece.op != "placeholder" or value(piece).ndim != 4:
         raise Mismatch(piece, f"{name} in a cache of fixed size", op_name(piece))
@@ -145,7 +145,7 @@ def _cache(node, name):
 
 
 def write_into(cache, name):
-    """The one write of new tokens into a cache of fixed length."""
+    """The only write of new tokens into a cache of fixed length."""
     found = [u for u in cache.users if op_name(u) == "index_copy_"]
     if len(found) != 1 or len(found[0].args) != 4 or found[0].args[1] not in (2, -2):
         raise Mismatch(cache, f"one index_copy_ into the {name} along their tokens", f"{len(found)} such")
@@ -153,7 +153,7 @@ def write_into(cache, name):
 
 
 def _rope(node, name):
-    """What is turned, and the cosine and sine it is turned with."""
+    """The tensor that the rotary embedding is applied to, and its cosine and sine."""
     piece = peel(node)
     whole = None
     if op_name(piece) == "cat" and op_name(peel(piece.args[0][0])) == "add":

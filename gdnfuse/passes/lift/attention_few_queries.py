@@ -1,7 +1,7 @@
 """attention with 1 to 8 queries on keys and values of any length, and its output gate  →  gdnfuse.attention_few_queries
 
-The keys of a cache that grows are longer at each token, and a library that plans for their length, as cuDNN does, plans anew. The
-new keys and values of a cache of fixed length are written before, as they were.
+The keys of a growing cache are longer at each token. A library that plans for their length, such as cuDNN, makes a new plan each
+time. In a cache of fixed length, new keys and values are written before attention, as in the original graph.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class LiftAttentionFewQueries(Rule[OneQuery]):
     name, stage, equation = "attention_few_queries", "lift", attention_few_queries.op.equation
 
     def anchors(self, graph):
-        """Attention with few queries, whatever the inputs."""
+        """Attention with few queries, for all inputs."""
         yield from few_queries(graph)
 
     def match(self, anchor):
@@ -60,11 +60,11 @@ class LiftAttentionFewQueries(Rule[OneQuery]):
             OneQuery(anchor, scale_of(anchor), back_to(out, T, H, D)),
             samplers={"mask": random_mask},
             small=None if isinstance(L, int) else SMALL,
-            alike=[(L, value(n).shape[axis]) for n, axis in ((values, -2), (mask, -1)) if is_tensor(n)],
+            equal_sizes=[(L, value(n).shape[axis]) for n, axis in ((values, -2), (mask, -1)) if is_tensor(n)],
         )
         if new:
             m.writes |= {name: write_into(cache, name) for name, cache in (("keys", keys), ("values", values))}
-            m.samplers["position"] = functools.partial(_apart, L)
+            m.samplers["position"] = functools.partial(_different_positions, L)
         return m
 
     def check(self, m):
@@ -84,7 +84,7 @@ class LiftAttentionFewQueries(Rule[OneQuery]):
 
 
 def _written(keys, values):
-    """What is written into keys and values that are a cache of fixed length, and where; nothing of others."""
+    """What is written into keys and values, and where, if they are a cache of fixed length. Empty otherwise."""
     if not all(x.op == "placeholder" and any(op_name(u) == "index_copy_" for u in x.users) for x in (keys, values)):
         return {}
     wrote_k, wrote_v = (write_into(x, name) for x, name in ((keys, "keys"), (values, "values")))
@@ -93,8 +93,8 @@ def _written(keys, values):
     return {"new_keys": wrote_k.args[3], "new_values": wrote_v.args[3], "position": wrote_k.args[2]}
 
 
-def _apart(length, shape, generator):
-    """Positions in a cache, each once, that no mask hides if there are so many."""
+def _different_positions(length, shape, generator):
+    """Different positions in a cache. No mask hides them, if there are enough of those."""
     (T,) = shape
     step = SEEN_EVERY if T * SEEN_EVERY <= length else 1
     return step * torch.randperm(length // step, generator=generator)[:T]

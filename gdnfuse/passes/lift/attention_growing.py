@@ -39,9 +39,9 @@ class LiftAttentionGrowing(Rule[OneToken]):
             {**operands, "keys": old_k, "values": old_v},
             [out, keys, values],
             facts,
-            samplers={"mask": _some_and_the_last},
+            samplers={"mask": _mask_of_cache_and_new_token},
             small=None if isinstance(L, int) else SMALL,
-            alike=lengths,
+            equal_sizes=lengths,
         )
 
     def check(self, m):
@@ -60,7 +60,7 @@ class LiftAttentionGrowing(Rule[OneToken]):
 
 
 def _longer(node, name):
-    """The cat that makes keys or values one token longer, the old ones, and the token's."""
+    """The cat that makes keys or values one token longer, the old ones, and those of the token."""
     cat = peel(without_copies(node))
     tensors = (cat.args[0] if cat.args else cat.kwargs.get("tensors")) if op_name(cat) == "cat" else None
     if not isinstance(tensors, list | tuple):
@@ -74,7 +74,7 @@ def _longer(node, name):
 
 
 def _parts(node):
-    """Views of some of a tensor, behind views of all of it, that the graph returns."""
+    """Views of parts of a tensor that the graph returns, also through views of the whole tensor."""
     for user in node.users:
         if source(user) is node:
             yield from _parts(user)
@@ -82,8 +82,8 @@ def _parts(node):
             yield user
 
 
-def _some_and_the_last(shape, generator):
-    """A mask that hides some of the cache and shows the new token, whose scores no other operand would tell of."""
+def _mask_of_cache_and_new_token(shape, generator):
+    """A mask that hides some of the cache and shows the new token, whose scores no other operand would test."""
     mask = random_mask(shape, generator)
     mask[..., -1] = True
     return mask

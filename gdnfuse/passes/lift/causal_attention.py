@@ -1,9 +1,9 @@
 """attention(q, k, v, a causal mask made in the graph)  →  causal_attention, of keys and values before their heads are repeated
 
-transformers makes the mask of a second prompt on a filled cache, and 5.17 that of any compiled prompt, as a tensor [B, 1, T, L],
-with which no attention kernel skips what is masked, and repeats heads that a mask's kernel cannot share. What has other axes than
-causal_attention takes keeps its op, with is_causal=True and no mask: that counts queries and keys from their first, which is
-right where there are as many.
+transformers makes a mask [B, 1, T, L] as a tensor for a second prompt on a filled cache, and version 5.17 for any compiled
+prompt. With such a mask no attention kernel skips masked positions. transformers also repeats heads, because kernels with a mask
+cannot share them. If the axes do not fit causal_attention, torch's op stays, with is_causal=True and no mask. That aligns the
+first query with the first key, which is right if there are as many queries as keys.
 """
 
 from __future__ import annotations
@@ -24,30 +24,32 @@ from gdnfuse.rewrite.edit import call
 from gdnfuse.rewrite.graph import is_tensor, op_name, same, storage, value, writes
 from gdnfuse.rewrite.rule import Match, Rule, shown
 
-# The proof compares T × T attention in float64: symbolic lengths are bound to small ones, a fixed one must be small.
+# The proof compares T × T attention in float64. Symbolic lengths are bound to small numbers. A fixed length must be small.
 PROVED, MAX_FIXED = 37, 1024
-# What small lengths show of a mask is all there is only if it has no window or offset of its own: a window of 4096 shows in no
-# mask of 37. So with a symbolic length a mask has these ops alone, which move rows and columns and compare them, and numbers that
-# add up to no more than in j < i + 1 or triu(1). One that scales, as (i − j) // 16 < 16 does, has its window in no number.
+# A proof with small lengths is enough only if the mask has no window or offset: a window of 4096 has no effect on a mask of 37.
+# So with a symbolic length, a mask may only have these ops, which move and compare rows and columns, and numbers whose sum is at
+# most that of j < i + 1 or triu(1). Ops that scale are not among them: (i − j) // 16 < 16 has a window of 256 without that
+# number.
 MOST = 2
 MOVES = {
     "arange", "add", "iadd", "sub", "isub", "neg", "le", "lt", "ge", "gt", "eq", "ne", "and", "iand", "or", "ior", "not",
     "invert", "tril", "triu", "full", "where", "masked_fill", "getitem",
 }  # fmt: skip
-VIEWS = {  # whose numbers are sizes and axes
+VIEWS = {  # their numbers are sizes and axes
     "expand", "reshape", "unsqueeze", "squeeze", "transpose", "contiguous", "clone", "to", "bool", "ones", "new_ones", "zeros",
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Facts:
-    """
+    """What is known about the match.
+
     Attributes:
         attention: torch's function.
-        options: what it is given beside q, k, v and what causal attention has no need of.
-        fits: whether causal_attention takes it.
-        number: what the numbers that the mask is made with add up to.
-        strange: what the mask is made with that is no such number or op.
+        options: its other arguments that causal attention does not replace.
+        fits: whether causal_attention supports it.
+        number: the sum of the numbers that the mask is made with.
+        strange: what else the mask is made with.
     """
 
     attention: Callable[..., Any]
@@ -74,15 +76,15 @@ class LiftCausalAttention(Rule[Facts]):
         number, strange = _numbers(mask, (T, L, L - T))
         more = options.keys() - {"scale", "dropout_p", "enable_gqa"}
         ways = [(q, without_copies(k), without_copies(v)), (q, k, v)]
-        # What a cache writes in place is read as it was copied.
+        # What a cache writes in place is read as the value that was copied.
         written = {s for n in anchor.graph.nodes for s in writes(n)}
         ways = [way for way in ways if way[1:] == (k, v) or not {*map(storage, way)} & written]
         fitting = [way for way in ways if not more and causal_attention.takes(*map(value, way))]
         q, k, v = (fitting or ways[-1:])[0]
         facts = Facts(anchor.target, options, bool(fitting), number, strange)
-        alike = [(L, value(v).shape[-2]), (L, value(mask).shape[-1])]
+        equal_sizes = [(L, value(v).shape[-2]), (L, value(mask).shape[-1])]
         small = None if isinstance(T, int) and isinstance(L, int) else PROVED
-        return Match({"q": q, "k": k, "v": v}, [anchor], facts, small=small, alike=alike)
+        return Match({"q": q, "k": k, "v": v}, [anchor], facts, small=small, equal_sizes=equal_sizes)
 
     def check(self, m):
         anchor = m.outputs[0]
@@ -109,7 +111,7 @@ class LiftCausalAttention(Rule[Facts]):
 
 
 def _numbers(mask: Node, lengths: tuple[Any, ...]) -> tuple[int, set[str]]:
-    """What the numbers that a mask is made with add up to, in size, lengths left out, and what is no such number or op."""
+    """The sum of the sizes of the numbers that a mask is made with, without lengths, and everything else that it is made with."""
     sums: dict[Node, int] = {}
     strange: set[str] = set()
     nodes, todo = set(), [mask]

@@ -19,7 +19,7 @@ from gdnfuse.rewrite.rule import Match, Rule, bring
 class Facts:
     activation: str
     dtype: torch.dtype
-    T: Any  # new tokens
+    T: Any  # number of new tokens
 
 
 class LiftCausalConvUpdate(Rule[Facts]):
@@ -85,7 +85,7 @@ def _through_slices(node):
 
 
 def _only_slice(conv):
-    """The last columns of a conv's output, where the caller cuts it."""
+    """The slice of the last columns of a conv's output, if the caller takes one."""
     readers = list(real_users(conv))
     return readers[0] if len(readers) == 1 and op_name(readers[0]) == "getitem" else conv
 

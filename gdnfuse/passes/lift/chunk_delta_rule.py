@@ -1,7 +1,7 @@
 """The gated delta rule in chunks, inlined for a fixed number of tokens  →  gdnfuse.chunk_delta_rule
 
-Only the boundary is looked for: the five operands, the state before the first chunk, the outputs and the state after the last.
-What lies between (how the triangular system is solved, where the mask stands) is for the proof.
+Only the boundary is matched: the five operands, the state before the first chunk, the outputs, and the state after the last
+chunk. Everything between, such as how the triangular system is solved or where the mask is applied, is checked by the proof.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ from gdnfuse.rewrite.graph import is_tensor, op_name, peel, real_users, same, sa
 from gdnfuse.rewrite.pattern import Mismatch, Op, Var
 from gdnfuse.rewrite.rule import Match, Operand, Rule, shown
 
-# What a chunk changes: u and w solve the triangular system for v and k.
+# The corrections of a chunk: u and w solve the triangular system for v and k.
 CORRECTION = Op("sub", Var("u"), Op("matmul", Var("w"), Var("state")))
 
 SOLVERS = ("linalg_solve_triangular", "solve_triangular", "matmul")
 MASKS = ("masked_fill", "masked_fill_", "tril")
-# What may stand between the pairwise decay and the corrections; a linear, say, ends the layer and the search.
+# Ops that may be between the pairwise decay and the corrections. Any other op, such as a linear, ends the search.
 WITHIN = {
     *MASKS, *SOLVERS, "mul", "add", "sub", "neg", "sum", "where", "clone", "getitem", "select", "unsqueeze", "squeeze", "reshape",
     "transpose", "contiguous", "to", "expand", "unbind",
 }  # fmt: skip
-# Decays between two tokens up to which a proof is run: with all it computes, some gigabytes and a minute of one core.
+# The most decays between two tokens in a proof. With everything else it takes some gigabytes and a minute of one core.
 LARGEST = 2**24
 
 
-# Decays near 1 and keys of about unit length: with others a chunk forgets its first state, or grows without bound, and the proof
-# could not see a mistake in what one chunk hands to the next.
+# Decays near 1 and keys of about unit length. With others a chunk forgets its first state or grows without bound. The proof would
+# then not notice an error in what one chunk passes to the next.
 def mild(shape, generator):
-    """Log decays that multiply to about e⁻¹ over a chunk."""
+    """Log decays whose product over a chunk is about e⁻¹."""
     return -torch.randn(shape, dtype=torch.float64, generator=generator).abs() / 64
 
 
 def sparse(shape, generator):
-    """Log decays near 0, and one in 16 so large that every threshold shows."""
+    """Log decays near 0. One in 16 is so large that every threshold has an effect."""
     g = mild(shape, generator)
     return g * torch.where(torch.rand(shape, dtype=torch.float64, generator=generator) < 1 / 16, 400.0, 0.01)
 
@@ -55,7 +55,7 @@ def short(shape, generator):
 
 
 def uneven(shape, generator):
-    """Keys of very different lengths, a few of them long."""
+    """Keys of very different lengths. A few are long."""
     row = torch.rand(shape[:-1], dtype=torch.float64, generator=generator)[..., None]
     return short(shape, generator) * torch.where(row < 1 / 2, 1e-3, torch.where(row < 15 / 16, 1.0, 6.0))
 
@@ -67,7 +67,7 @@ def double(shape, generator):
 
 @dataclass(frozen=True)
 class Laid:
-    """A boundary node that is [B, T, HV, …] (time_first) or [B, HV, T, …]."""
+    """A boundary node with the layout [B, T, HV, …] (time_first) or [B, HV, T, …]."""
 
     node: Node
     time_first: bool
@@ -77,26 +77,27 @@ class Laid:
         return Operand(self.node, self.turned)
 
     def turned(self, x: Any) -> Any:
-        """From this layout to [B, T, HV, …], or back."""
+        """A tensor of this layout as [B, T, HV, …], or back."""
         return x if self.time_first else x.transpose(1, 2)
 
     @property
     def shape(self) -> tuple[Any, ...]:
-        """As [B, T, HV, …]."""
+        """The shape as [B, T, HV, …]."""
         B, x, y, *rest = value(self.node).shape
         return (B, x, y, *rest) if self.time_first else (B, y, x, *rest)
 
 
 @dataclass(frozen=True)
 class Facts:
-    """
+    """What is known about the match.
+
     Attributes:
         laid: q, k, v, g and beta by name.
         out: all outputs.
-        scale: of q.
-        o_dtype: of the outputs.
-        state_dtype: of the state after the last chunk; None if nobody wants it.
-        decays: decays between two tokens.
+        scale: factor on q.
+        o_dtype: dtype of the outputs.
+        state_dtype: dtype of the state after the last chunk; None if it is not used.
+        decays: number of decays between two tokens.
     """
 
     laid: dict[str, Laid]
@@ -111,7 +112,7 @@ class LiftChunkDeltaRule(Rule[Facts]):
     name, stage, equation = "chunk_delta_rule", "lift", chunk_delta_rule.op.equation
 
     def anchors(self, graph):
-        """The decay from each token of a chunk to each: exp of the difference of a cumulative sum with itself, masked or not."""
+        """The decay between each pair of tokens of a chunk: exp of the differences of a cumulative sum, masked or not."""
         return [n for n in graph.nodes if op_name(n) == "exp" and is_tensor(n) and _cumulative(n) is not None]
 
     def match(self, anchor):
@@ -165,7 +166,7 @@ class LiftChunkDeltaRule(Rule[Facts]):
             raise Refused(f"A proof takes at most {LARGEST} decays between tokens, found {m.facts.decays}.", at=m.outputs[0])
 
     def rewrite(self, m, t):
-        # The op gives o in v's dtype: v is widened where the model keeps a wider o.
+        # The op returns o in the dtype of v. So v is widened if the model has a wider o.
         v = t.v.to(torch.promote_types(value(m.inputs["v"]).dtype, m.facts.o_dtype))
         results = call(chunk_delta_rule.op.overload, t.q, t.k, v, t.g, t.beta, t.state, m.facts.scale)
         o, new = results[0], results[1]
@@ -176,7 +177,7 @@ class LiftChunkDeltaRule(Rule[Facts]):
 
 
 def _cumulative(exp: Node) -> Node | None:
-    """The cumsum c of exp(mask(c_i − c_j)), or None."""
+    """The cumsum c in exp(mask(c_i − c_j)), or None."""
     n = peel(exp.args[0])
     while is_tensor(n) and op_name(n) in MASKS:
         n = peel(n.args[0])
@@ -189,7 +190,7 @@ def _cumulative(exp: Node) -> Node | None:
 
 
 def _chunks(anchor: Node) -> list[dict[str, Node]]:
-    """Of every chunk in order: u, w, state (before it), after (the state after it, if anybody wants it), q and o."""
+    """For every chunk in order: u, w, the state before it, the state after it (if used), q and o."""
     corrections = _corrections(anchor)
     chunks = [_chunk(n, n is corrections[-1]) for n in corrections]
     for before, after in pairwise(chunks):
@@ -199,7 +200,7 @@ def _chunks(anchor: Node) -> list[dict[str, Node]]:
 
 
 def _corrections(anchor: Node) -> list[Node]:
-    """v_new = u − w·S of every chunk, found downward from the pairwise decay by way of the triangular system."""
+    """v_new = u − w·S of every chunk, found from the pairwise decay through the triangular system."""
     found, seen, todo = [], {anchor}, [anchor]
     deepest: Mismatch | None = None
     while todo:
@@ -214,7 +215,7 @@ def _corrections(anchor: Node) -> list[Node]:
                     continue
                 except Mismatch as e:
                     deepest = e
-            # From here on it is the output, not the system.
+            # From here on this is the output and not the system.
             if op_name(user) == "matmul" and op_name(peel(user.args[1])) == "sub":
                 continue
             todo.append(user)
@@ -245,7 +246,7 @@ def _chunk(correction: Node, last: bool) -> dict[str, Node]:
 
 
 def _climb(node: Node, rank: int, factor=lambda x: False, constants=False) -> tuple[list[Node], float]:
-    """Upward through views, casts, padding, the choice of a chunk and products with a `factor` or a constant.
+    """Go up through views, casts, padding, the choice of a chunk, and products with a `factor` or a constant.
 
     Returns:
         The nodes from `node` on, and the product of the constants.
@@ -273,7 +274,7 @@ def _end(node: Node, rank: int) -> Node:
 
 
 def _is_decay(node: Node, c: Node) -> bool:
-    """Whether it is exp(c), or a part of it."""
+    """Whether a node is exp(c), or a part of it."""
 
     def whole(n):
         n = peel(n)
@@ -286,7 +287,7 @@ def _is_decay(node: Node, c: Node) -> bool:
 
 
 def _right_side(node: Node, rank: int) -> Node:
-    """What a solution of the triangular system is the solution for."""
+    """The right-hand side of the triangular system with this solution."""
     end = _end(node, rank)
     if op_name(end) not in SOLVERS:
         raise Mismatch(end, "a solution of a triangular system", op_name(end))
@@ -294,7 +295,7 @@ def _right_side(node: Node, rank: int) -> Node:
 
 
 def _without_beta(node: Node, rank: int) -> tuple[Node, Node]:
-    """v and β, as they stand in v·β."""
+    """v and β from v·β."""
     end = _end(node, rank)
     if op_name(end) == "mul" and all(is_tensor(x) for x in end.args):
         for x, y in (end.args, end.args[::-1]):
@@ -304,9 +305,9 @@ def _without_beta(node: Node, rank: int) -> tuple[Node, Node]:
 
 
 def _laid(nodes: list[Node], rank: int, HV: int, name: str, downward: bool = False) -> Laid:
-    """The farthest of `nodes` still laid out [B, T, HV, …] or [B, HV, T, …]; they begin with chunks of it.
+    """The farthest of `nodes` that has the layout [B, T, HV, …] or [B, HV, T, …]. The nodes begin with its chunks.
 
-    Transposes are counted, as shapes do not tell when T = HV.
+    Transposes are counted, because shapes do not show them if T = HV.
     """
     ranks = [value(n).ndim for n in nodes]
     start = next((i + 1 for i, (a, b) in enumerate(pairwise(ranks)) if a == rank + 1 and b == rank), 0)
@@ -331,7 +332,7 @@ def _laid(nodes: list[Node], rank: int, HV: int, name: str, downward: bool = Fal
 
 
 def _swaps(node: Node) -> bool:
-    """Whether it exchanges axes 1 and 2."""
+    """Whether a node swaps axes 1 and 2."""
     if op_name(node) not in ("transpose", "movedim", "swapaxes"):
         return False
     rank, axes = value(node).ndim, node.args[1:]
@@ -340,7 +341,7 @@ def _swaps(node: Node) -> bool:
 
 
 def _output(outs: list[Node], HV: int, T: Any) -> Laid:
-    """The outputs of all chunks in one tensor without padding."""
+    """The outputs of all chunks in one tensor, without padding."""
     nodes = [_collected(outs)]
     while True:
         users = [u for u in nodes[-1].users if op_name(u) != "setitem"]
@@ -351,13 +352,13 @@ def _output(outs: list[Node], HV: int, T: Any) -> Laid:
     whole = [same(value(n).numel(), B * T * HV * V) for n in nodes]
     if True not in whole:
         raise Mismatch(nodes[-1], f"the outputs of {T} tokens", shown(value(nodes[-1]).shape))
-    # Slices that drop more than the padding are the model's business.
+    # Slices that drop more than the padding belong to the model.
     cut = whole.index(True)
     return _laid([n for i, n in enumerate(nodes) if i <= cut or all(whole[cut : i + 1])], 4, HV, "o", downward=True)
 
 
 def _collected(outs: list[Node]) -> Node:
-    """What all chunks' outputs are put into."""
+    """The tensor into which the outputs of all chunks are written."""
     for user in real_users(outs[0]):
         if op_name(user) in ("stack", "cat") and isinstance(user.args[0], list | tuple):
             if [peel(x) for x in user.args[0]] == outs:

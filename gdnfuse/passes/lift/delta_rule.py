@@ -34,7 +34,7 @@ def unit(shape, generator):
 class Facts:
     scale: float
     dtype: torch.dtype
-    shape: tuple[Any, ...]  # of the output
+    shape: tuple[Any, ...]  # shape of the output
     T: int
 
 
@@ -42,7 +42,10 @@ class LiftDeltaRule(Rule[Facts]):
     name, stage, equation = "delta_rule", "lift", delta_rule.op.equation
 
     def anchors(self, graph):
-        """A copy into a rank-4 state, but of what a dialect op computed: that rule is recognised already."""
+        """A copy into a rank-4 state.
+
+        Copies of results of dialect ops are excluded, because those rules are already recognised.
+        """
         for node in graph.nodes:
             if op_name(node) == "copy_" and is_tensor(node.args[0]) and value(node.args[0]).ndim == 4:
                 made = peel(node.args[1])
@@ -87,7 +90,7 @@ class LiftDeltaRule(Rule[Facts]):
 
 
 def _read_out(after, state):
-    """The read-out o = Σ_K S·q of one step: its node, and the q it uses."""
+    """The read-out o = Σ_K S·q of one step: its node, and its q."""
     for user in real_users(after):
         if op_name(user) == "mul":
             factors = [x for x in user.all_input_nodes if peel(x) is not after]
@@ -121,7 +124,7 @@ def _output(reads, T):
 
 
 def _whole(nodes, name):
-    """One operand over all steps: for one step the node itself, for several the tensor whose T slices they are."""
+    """An operand over all steps: for one step the node itself, for several steps the tensor that its T slices come from."""
     if len(nodes) == 1:
         return nodes[0]
     sources = []

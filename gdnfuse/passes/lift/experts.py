@@ -1,6 +1,6 @@
 """experts computed by grouped or batched products, as transformers' grouped_mm and batched_mm are traced  →  gdnfuse.experts
 
-Capture takes them before they are traced. This is for graphs without it, and for code of one's own.
+Capture replaces them before they are traced. This rule is for graphs without capture, and for your own code.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from gdnfuse.rewrite.pattern import Alt, Mismatch, Op, Var
 from gdnfuse.rewrite.rule import Match, Rule
 
 GROUPED = "_grouped_mm|grouped_mm|transformers.grouped_mm_fallback"
-WIDTH, ROWS = 2, 5  # columns inside experts in the proof, and how many rows where that is no number
-MOST = 512  # rows, where it is one: the proof has them all
+WIDTH, ROWS = 2, 5  # sizes in the proof: columns inside experts, and rows if their number is symbolic
+MOST = 512  # the most rows if their number is fixed: the proof computes all of them
 
 
 def product(x, weight):
-    """Rows of x by the weights of their experts; of what no expert has, other values may have been put in."""
+    """Rows of x times the weights of their experts. Rows of no expert may have any values."""
     plain = Alt(Op(GROUPED, x, weight), Op("bmm", weight, x))
     return Alt(plain, Op("masked_fill", plain))
 
@@ -37,7 +37,7 @@ PATTERN = Op("sum", Op("mul", product(Op("mul", Op("silu", half), half), Var("do
 
 @dataclass(frozen=True)
 class Facts:
-    rows: int | None  # None where it is no number
+    rows: int | None  # None if it is symbolic
     dtype: torch.dtype
 
 
@@ -45,7 +45,7 @@ class LiftExperts(Rule[Facts]):
     name, stage, equation = "experts", "lift", experts.op.equation
 
     def anchors(self, graph):
-        """A product of rows with weights of several experts, of which another reads what becomes of it."""
+        """A product of rows with weights of several experts, whose result another such product reads."""
         for node in graph.nodes:
             if _weight(node) is not None and any(op_name(u) == "silu" for u in _behind(node)[0]):
                 yield node
@@ -90,7 +90,7 @@ class LiftExperts(Rule[Facts]):
 
 
 def _weight(node: Node) -> Node | None:
-    """Of a product with weights of several experts, those weights [experts, …]; None for another node."""
+    """The weights [experts, …] of a product with weights of several experts; None for another node."""
     if op_name(node) in GROUPED.split("|"):
         return _stored(node.args[1])
     if op_name(node) == "bmm" and (taken := _taken(node.args[0])) is not None and value(taken.args[0]).ndim == 3:
@@ -99,7 +99,7 @@ def _weight(node: Node) -> Node | None:
 
 
 def _taken(node: Node) -> Node | None:
-    """Where rows of a tensor were taken by their indices, as they are or with other axes or values; None where they were not."""
+    """The node that took rows of a tensor by indices, also through views and casts; None if there is none."""
     while op_name(node) in ("unsqueeze", "transpose", "reshape", "masked_fill", "contiguous", "squeeze") or is_cast(node):
         node = node.args[0]
     gather = op_name(node) == "getitem" and is_tensor(node.args[0]) and is_tensor(node.args[1])
@@ -107,13 +107,13 @@ def _taken(node: Node) -> Node | None:
 
 
 def _stored(weight: Node) -> Node:
-    """The weights of all experts behind those that are read: a view of them, or some of them."""
+    """The weights of all experts, of which those that are read are a view or a part."""
     taken = _taken(weight)
     return peel(weight) if taken is None else taken.args[0]
 
 
 def _behind(first: Node) -> tuple[list[Node], Node | None]:
-    """What is computed of a product up to the sum over choices, and the sum; no further than another experts' block could be."""
+    """What is computed from a product up to the sum over choices, and the sum. It ends before a block of other experts."""
     found, todo = [], [first]
     while todo and len(found) < 24:
         node = min(todo)
@@ -129,7 +129,7 @@ def _behind(first: Node) -> tuple[list[Node], Node | None]:
 
 
 def _rows(x: Node, weight: Node) -> tuple[Node, Node]:
-    """The rows [N, H] from which each choice got its own, and the choices [N, k]."""
+    """The rows [N, H] from which each choice took its own, and the choices [N, k]."""
     node = x
     while op_name(node) in ("unsqueeze", "masked_fill", "reshape", "squeeze") or is_cast(node):
         node = node.args[0]

@@ -25,14 +25,14 @@ class Facts:
     eps: float
     activation: str
     dtype: torch.dtype
-    shape: tuple[Any, ...] | None  # of the result, where it is not o's
+    shape: tuple[Any, ...] | None  # shape of the result, if it is not that of o
 
 
 class LiftGatedRMSNorm(Rule[Facts]):
     name, stage, equation = "gated_rms_norm", "lift", gated_rms_norm.op.equation
 
     def anchors(self, graph):
-        """An activation that multiplies something normalised: silu, or what stands in its place, beside an rsqrt."""
+        """An activation that is multiplied with something normalised: silu, or another one, with an rsqrt in the product."""
         for node in graph.nodes:
             if op_name(node) in ("silu", "sigmoid", "gelu", "relu", "tanh"):
                 for user in real_users(node):
@@ -70,14 +70,14 @@ class LiftGatedRMSNorm(Rule[Facts]):
 
 
 def _rounded(root, dtype):
-    """The cast to the gate's dtype where it is all that reads the product: the op rounds by itself."""
+    """The cast to the gate's dtype, if nothing else reads the product. The op itself rounds."""
     users = list(root.users)
     alone = len(users) == 1 and op_name(users[0]) == "to" and value(users[0]).dtype == dtype
     return users[0] if alone else root
 
 
 def _before_views(o, z, shape):
-    """o and z as they are before both are flattened into rows: of a part of a packed row, flattening makes a copy."""
+    """o and z before both are flattened into rows. Flattening a part of a packed row would copy it."""
     if all(isinstance(s, int) for s in shape[1:]):
         for n in reversed(chain(o)):
             for other in reversed(chain(z)):
@@ -87,13 +87,13 @@ def _before_views(o, z, shape):
 
 
 def _few_rows(shape):
-    """Rows are normalised one by one: a few prove as much."""
+    """Fewer rows for the proof, because each row is normalised by itself."""
     axes = len(shape) - 1
     return (*(min(hint(s), 64 if axes == 1 else 4) for s in shape[:-1]), hint(shape[-1]))
 
 
 def _normalised(node) -> bool:
-    """A product, one or two factors deep, with an rsqrt in it."""
+    """Whether a node is a product, at most two factors deep, with an rsqrt in it."""
     return any(_normalised_by(node, weighted) for weighted in (False, True))
 
 

@@ -18,7 +18,7 @@ PATTERN = Alt(Op("mul", Op("neg", decay), softplus), Op("neg", Op("mul", decay, 
 
 
 def near_the_threshold(shape, generator):
-    """Every other element where softplus is all but its argument: a threshold below 20 shows there, and only there."""
+    """Every other element is where softplus is almost its argument. Only there a threshold below 20 would have an effect."""
     drawn = torch.randn(shape, dtype=torch.float64, generator=generator)
     drawn.view(-1)[::2].mul_(0.1).add_(16.5)
     return drawn
@@ -37,7 +37,7 @@ class LiftGating(Rule[Facts]):
     name, stage, equation = "gating", "lift", gating.op.equation
 
     def anchors(self, graph):
-        """softplus of a sum or difference with a vector: dt_bias is the step's bias, one number per head."""
+        """softplus of a sum or difference with a vector. dt_bias has one number per head."""
         for node in graph.nodes:
             if op_name(node) == "softplus" and op_name(add := peel(node.args[0])) in ("add", "sub"):
                 if any(is_tensor(x) and value(peel(x)).ndim == 1 for x in add.all_input_nodes):
@@ -53,7 +53,7 @@ class LiftGating(Rule[Facts]):
             env["a"], env["dt_bias"] = env["dt_bias"], env["a"]
         shape = value(root).shape
         operands = {
-            # Float32 adapters on bfloat16 weights are added to it before that, which lora_linear looks for.
+            # Float32 adapters on bfloat16 weights are added before this cast, which lora_linear looks for.
             "a": bring(env["a"], shape, "a", rounded=True),
             "A_log": bring(env["A_log"], shape[-1:], "A_log"),
             "dt_bias": bring(env["dt_bias"], shape[-1:], "dt_bias"),

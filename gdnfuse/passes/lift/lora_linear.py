@@ -1,7 +1,7 @@
-"""x·Wᵀ + s·(x·Aᵀ)·Bᵀ, a projection with low-rank adapters that are active  →  fused_linear(x, W, lora_A, lora_B), for one row
+"""x·Wᵀ + s·(x·Aᵀ)·Bᵀ, a projection with active low-rank adapters  →  fused_linear(x, W, lora_A, lora_B), for one row
 
-Siblings are one linear, as without adapters, and what stands around linears is fused as without them. Their A's are another: so
-the weights of the base are packed alone, whichever adapters are on them.
+Siblings become one linear, as without adapters, and everything around linears is fused as without them. The A's of adapters
+become another linear. So the weights of the base are packed alone, whichever adapters are active.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from gdnfuse.rewrite.evaluate import hint
 from gdnfuse.rewrite.graph import is_cast, is_tensor, op_name, peel, value
 from gdnfuse.rewrite.rule import Match, Rule
 
-OTHER = "gdnfuse_other_adapter"  # key of a node's meta: why an adapter is not fused
+OTHER = "gdnfuse_other_adapter"  # key in the meta of a node: why an adapter is not fused
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """One that adds to a projection: the nodes of A, B and of A·x, and by what it is scaled."""
+    """One adapter of a projection: the nodes of A, B and A·x, and its scaling."""
 
     A: Node
     B: Node
@@ -42,10 +42,10 @@ class Projection:
     """Columns of a row of linears on one input.
 
     Attributes:
-        weight: its own.
+        weight: the weight of the projection.
         row: the columns as the linears give them.
-        result: the same with what its adapters add.
-        adapters: these, in order.
+        result: the columns with what adapters add.
+        adapters: the adapters, in order.
     """
 
     weight: Node
@@ -56,10 +56,11 @@ class Projection:
 
 @dataclass(frozen=True)
 class Facts:
-    """
+    """What is known about the match.
+
     Attributes:
-        widths: of the projections, one behind the other.
-        parts, scaling: of the adapters, as fused_linear takes them.
+        widths: widths of the projections, in order.
+        parts, scaling: of the adapters, as arguments of fused_linear.
     """
 
     widths: list[int]
@@ -71,7 +72,7 @@ class LiftLoRALinear(Rule[Facts]):
     name, stage, equation = "lora_linear", "lift", "x·Wᵀ + s·(x·Aᵀ)·Bᵀ = fused_linear(x, W, A, B, s)"
 
     def anchors(self, graph):
-        """Linears of one row with adapters that are LoRA's, and B·A·x of each adapter that is of another kind."""
+        """Linears of one row with LoRA adapters, and B·A·x of each adapter of another kind."""
         taken = set()
         for node in [n for n in graph.nodes if _is_base(n)]:
             if lows := {a.low for p in _projections(node) for a in p.adapters}:
@@ -90,8 +91,8 @@ class LiftLoRALinear(Rule[Facts]):
         for p in base:
             if p.adapters:
                 _check(p, value(anchor))
-        # A's in the order in which more rows have them packed; B's of the first adapter of each projection, of the second, and so
-        # on: who adds another finds those before it packed.
+        # A's are in the order in which they are packed for several rows. B's are those of the first adapter of each projection,
+        # then of the second, and so on. So if an adapter is added, the others are already packed.
         adapters = [(p, i, a) for p in base for i, a in enumerate(p.adapters)]
         starts = dict(zip((a.low for *_, a in adapters), accumulate(value(a.A).shape[0] for *_, a in adapters), strict=True))
         adapters.sort(key=lambda found: found[1])
@@ -101,13 +102,13 @@ class LiftLoRALinear(Rule[Facts]):
             parts += [columns[p.row], value(p.weight).shape[0], starts[a.low] - value(a.A).shape[0], i, 0]
         operands = {"x": x, "weights": [p.weight for p in base]}
         operands |= {"lora_A": [a.A for p in base for a in p.adapters], "lora_B": [a.B for *_, a in adapters]}
-        _require_apart(operands, anchor)
+        _require_different_weights(operands, anchor)
         m = Match(
             operands,
             [p.result for p in base],
             Facts([value(p.weight).shape[0] for p in base], parts, [a.scaling for *_, a in adapters]),
         )
-        # No constant has the width of the input: a few columns prove as much.
+        # The maths does not depend on the width of the input, so the proof uses a few columns.
         m.shapes |= {
             name: (*(hint(s) for s in value(n).shape[:-1]), 8) for name, n in m.inputs.items() if not name.startswith("lora_B")
         }
@@ -122,17 +123,17 @@ class LiftLoRALinear(Rule[Facts]):
 
 
 def _is_base(node: Any) -> bool:
-    """Whether a node is a linear of one row, or several that are packed."""
+    """Whether a node is a linear of one row, or several packed ones."""
     return (op_name(node) == "gdnfuse.packed_linear" or _is_plain(node)) and one_row(node)
 
 
 def _is_plain(node: Any) -> bool:
-    """Whether a node is a linear without bias, of a weight."""
+    """Whether a node is a linear without bias on an input weight."""
     return op_name(node) == "linear" and len(node.args) > 1 and not biased(node) and is_weight(node.args[1])
 
 
 def _pieces(base: Node) -> list[tuple[Node, Node]]:
-    """The weights of a base's linears and the columns that each gives."""
+    """The weights of a base's linears and the columns of each."""
     if op_name(base) != "gdnfuse.packed_linear":
         return [(base.args[1], base)]
     weights, start, found = packed_linear.op.bind(base.args, base.kwargs)["weights"], 0, []
@@ -146,7 +147,7 @@ def _pieces(base: Node) -> list[tuple[Node, Node]]:
 
 
 def _projections(base: Node) -> list[Projection]:
-    """What a base's linears give, each with its adapters; among them A's that are packed with them."""
+    """The projections of a base, each with its adapters. A's that are packed with the base are among them."""
     x, found = peel(input_of(base)), []
     for weight, row in _pieces(base):
         p = Projection(weight, row, row)
@@ -161,7 +162,7 @@ def _projections(base: Node) -> list[Projection]:
 
 
 def _added(y: Node, x: Node) -> tuple[Node, Adapter] | None:
-    """The sum that reads columns, and nothing else does, and the adapter of x that it adds to them."""
+    """The sum that adds an adapter of x to columns and is their only reader, and the adapter."""
     readers = list(y.users)
     if len(readers) != 1 or op_name(readers[0]) != "add" or len(readers[0].args) != 2 or readers[0].kwargs:
         return None
@@ -181,7 +182,7 @@ def _added(y: Node, x: Node) -> tuple[Node, Adapter] | None:
 
 
 def _check(p: Projection, row: torch.Tensor) -> None:
-    """Refuse a projection whose adapters are of another kind, or may not be packed."""
+    """Refuse a projection with adapters of another kind, or with adapters that may not be packed."""
     if value(p.result).dtype != row.dtype:
         raise Refused(f"A projection with adapters must be {row.dtype} again, found {value(p.result).dtype}.", at=p.result)
     for a in p.adapters:
@@ -194,8 +195,8 @@ def _check(p: Projection, row: torch.Tensor) -> None:
             packing.check([weight.meta.get("gdnfuse_real", v)])
 
 
-def _require_apart(operands: dict[str, Any], anchor: Node) -> None:
-    """Refuse weights of which one is there twice, base weights that are quantised, and adapters of several dtypes."""
+def _require_different_weights(operands: dict[str, Any], anchor: Node) -> None:
+    """Refuse repeated weights, quantised base weights, and adapters of several dtypes."""
     weights = [*operands["weights"], *operands["lora_A"], *operands["lora_B"]]
     if len({*weights}) < len(weights):
         raise Refused("Each projection and adapter must have weights of its own, found one twice.", at=anchor)

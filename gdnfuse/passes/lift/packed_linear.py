@@ -1,6 +1,6 @@
 """Linears without bias on one input  →  one gdnfuse.packed_linear and slices of its row
 
-Weights may be quantised, all of them or some: those stand first, and the plain ones behind them.
+Some or all of the weights may be quantised. These come first, and the plain ones after them.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from gdnfuse.rewrite.evaluate import hint
 from gdnfuse.rewrite.graph import is_tensor, op_name, value
 from gdnfuse.rewrite.rule import Match, Rule
 
-# For any number of rows: benchmarks/packing.py on an H200, 1 to 16384 rows of the in_proj of 0.8B, 4B and 9B, of gate and up and
-# of attention's qkv, finds one GEMM 0.98 to 2.9 times as fast as several. Published figures for other engines, 1 to 10 % slower
-# above a thousand rows, are not those of cuBLAS on this machine.
+# Packing pays for any number of rows. By benchmarks/packing.py on an H200, one GEMM is 0.98 to 2.9 times as fast as several, with
+# 1 to 16384 rows of in_proj of 0.8B, 4B and 9B, of gate and up, and of attention's qkv. Published figures of other engines are 1
+# to 10 % slower above a thousand rows. They do not hold for cuBLAS on this machine.
 
 
 @dataclass(frozen=True)
 class Facts:
-    widths: list[int]  # rows of each weight
+    widths: list[int]  # number of rows of each weight
 
 
 class LiftPackedLinear(Rule[Facts]):
     name, stage, equation = "packed_linear", "lift", packed_linear.op.equation
 
     def anchors(self, graph):
-        """Of several linears on one input each that must stay apart, and the first of the others."""
+        """For several linears on one input: each that must stay separate, and the first of the others."""
         seen = set()
         for node in graph.nodes:
             if op_name(node) == "linear" and node.args[0] not in seen:
@@ -51,7 +51,7 @@ class LiftPackedLinear(Rule[Facts]):
             {"x": x, "weights": [n.args[1] for n in linears]},
             linears,
             Facts(widths),
-            # Neither the rows of the input nor its width appear in a constant: a few narrow ones prove as much.
+            # The maths does not depend on the number of rows or their width, so the proof uses a few narrow rows.
             shapes={
                 "x": (*[min(hint(s), 2) for s in value(x).shape[:-1]], 8),
                 **{f"weights_{i}": (width, 8) for i, width in enumerate(widths)},
@@ -68,7 +68,7 @@ class LiftPackedLinear(Rule[Facts]):
 
 
 def _siblings(node):
-    """The linears on a linear's input: those that may share one weight, and why each of the others may not."""
+    """The linears on the input of a linear: those that may share one weight, and for each other one why it may not."""
     together, apart, weights, kinds = [], {}, set(), []
     for n in sorted(n for n in node.args[0].users if op_name(n) == "linear" and n.args[0] is node.args[0]):
         try:
@@ -91,7 +91,10 @@ def _siblings(node):
 
 
 def _of_adapter(linear):
-    """Whether a linear is the A of a low-rank adapter, whose rows stand behind: the others are packed with and without it."""
+    """Whether a linear is the A of a low-rank adapter.
+
+    Their rows come last, so that the others are packed in the same way without it.
+    """
     narrow = value(linear).shape[-1] < value(linear.args[0]).shape[-1]
     return narrow and bool(linear.users) and all(op_name(u) == "linear" and u.args[0] is linear for u in linear.users)
 

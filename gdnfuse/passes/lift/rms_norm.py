@@ -21,7 +21,7 @@ PATTERN = Alt(Op("mul", normed, Op("add", w, Const("offset"))), Op("mul", normed
 
 
 def _squared(mean: Node) -> Node:
-    """What is squared under the mean."""
+    """The tensor that is squared under the mean."""
     square = peel(mean.args[0])
     return next(map(peel, square.all_input_nodes), square)
 
@@ -36,8 +36,10 @@ class LiftRMSNorm(Rule[Facts]):
     name, stage, equation = "rms_norm", "lift", rms_norm.op.equation
 
     def anchors(self, graph):
-        """The inverse square root of a mean, of one token or of a sum: a prompt's other norms fuse with nothing and are the
-        compiler's."""
+        """The inverse square root of a mean, for one token or for a sum.
+
+        Other norms of a prompt are left to the compiler: nothing is fused with them.
+        """
         for node in graph.nodes:
             if op_name(node) == "rsqrt" and op_name(add := peel(node.args[0])) == "add" and op_name(peel(add.args[0])) == "mean":
                 one = one_row(node) or is_tensor(node) and value(node).ndim > 2 and same(value(node).shape[1], 1)
@@ -58,7 +60,7 @@ class LiftRMSNorm(Rule[Facts]):
             root = users[0]
         if value(root).dtype != dtype:
             raise Refused(f"The norm must be rounded to the dtype of its input, {dtype}, found {value(root).dtype}.", at=root)
-        # Rows are normalised one by one, whatever their width: a few narrow ones prove as much.
+        # Each row is normalised by itself, so the proof uses a few narrow rows.
         lead = [min(hint(s), 2) for s in value(operands["x"].node).shape[:-1]]
         facts = Facts(env["eps"], env.get("offset", 0.0))
         return Match(operands, [root], facts, shapes={"x": (*lead, 8), "weight": (8,)})

@@ -1,6 +1,6 @@
-"""top-k of softmax(x·Wᵀ) in float32, its weights divided by their sum or not  →  gdnfuse.route
+"""top-k of softmax(x·Wᵀ) in float32, with weights divided by their sum or not  →  gdnfuse.route
 
-Softmax of the top-k's logits is the same: to divide by the sum undoes the other terms of softmax's.
+Softmax of the logits of the top-k is the same: dividing by the sum removes the other terms of softmax.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gdnfuse.rewrite.pattern import Mismatch
 from gdnfuse.rewrite.rule import Match, Operand, Rule
 
 WIDE = (torch.float32, torch.float64)
-ROWS, COLUMNS = 3, 8  # in proofs: no constant of a router depends on how many there are
+ROWS, COLUMNS = 3, 8  # sizes in proofs, because the maths of a router does not depend on them
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class LiftRoute(Rule[Facts]):
     name, stage, equation = "route", "lift", route.op.equation
 
     def anchors(self, graph: Graph) -> Iterator[Node]:
-        """A top-k of softmax of a linear, softmax of the top-k of one, and whatever top-k chooses experts."""
+        """A top-k of softmax of a linear, softmax of the top-k of a linear, and any other top-k that chooses experts."""
         for node in graph.nodes:
             if op_name(node) == "topk" and (_is_router(node) or _chooses_experts(node)):
                 yield node
@@ -105,7 +105,7 @@ def _given(topk: Node) -> dict:
 
 
 def _arguments(topk: Node) -> int:
-    """k; raises Mismatch unless the top-k is of the largest along the last axis, in order."""
+    """k of a top-k. Raises Mismatch unless it takes the largest along the last axis, in order."""
     given = {"dim": -1, "largest": True, "sorted": True} | _given(topk)
     k, last = given["k"], (-1, value(given["input"]).ndim - 1)
     if not isinstance(k, int) or given["dim"] not in last or not given["largest"] or not given["sorted"]:
@@ -122,13 +122,13 @@ def _result(topk: Node, i: int) -> Node:
 
 
 def _softmax_behind(topk: Node) -> Node | None:
-    """Softmax of the values of a top-k, read by nobody else."""
+    """Softmax of the values of a top-k, if nothing else reads them."""
     readers = [u for n in topk.users if n.args[1] == 0 for u in real_users(n)]
     return readers[0] if [op_name(u) for u in readers] == ["softmax"] else None
 
 
 def _require_wide(softmax: Node, order: tuple[tuple[Node, Node], ...]) -> None:
-    """Demand that nothing is rounded between the linear and the choice, and that nobody else reads what leads to it."""
+    """Check that nothing is rounded between the linear and the choice, and that nobody else reads what is between them."""
     if value(softmax).dtype not in WIDE:
         raise Refused(f"A router's softmax must be computed in float32, found {value(softmax).dtype}.", at=softmax)
     for operand, reader in order:
@@ -144,7 +144,7 @@ def _require_wide(softmax: Node, order: tuple[tuple[Node, Node], ...]) -> None:
 
 
 def _uncast(node: Node) -> Node:
-    """What was cast to a wider dtype."""
+    """The tensor before a cast to a wider dtype."""
     while is_cast(node) and is_tensor(x := node.args[0]) and same_shape(value(x).shape, value(node).shape):
         if torch.promote_types(value(x).dtype, value(node).dtype) != value(node).dtype:
             break
@@ -153,7 +153,7 @@ def _uncast(node: Node) -> Node:
 
 
 def _divided(top: Node) -> tuple[Node, bool]:
-    """The weights over their sum, where they are all that anybody reads of them; or the weights."""
+    """The weights divided by their sum, if nothing else reads the weights; else the weights. And whether they are divided."""
     readers = list(real_users(top))
     sums = [u for u in readers if op_name(u) == "sum"]
     divided = [u for u in readers if op_name(u) == "div" and peel(u.args[0]) is top]
@@ -165,7 +165,7 @@ def _divided(top: Node) -> tuple[Node, bool]:
 
 
 def _cast(weights: Node, dtype: torch.dtype) -> Node:
-    """The weights in the rows' dtype, where nobody reads them in another."""
+    """The weights in the dtype of the rows, if nothing reads them in another dtype."""
     users = list(weights.users)
     return users[0] if len(users) == 1 and is_cast(users[0]) and value(users[0]).dtype == dtype else weights
 

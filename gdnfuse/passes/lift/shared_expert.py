@@ -1,6 +1,6 @@
 """experts(x) + [σ(x·sᵀ)·] (silu(x·Gᵀ)·x·Uᵀ)·Dᵀ  →  gdnfuse.experts with a shared expert, for few rows
 
-For many its linears are cuBLAS's, packed, and the sum the compiler's.
+For many rows its linears are packed and computed by cuBLAS, and the sum is left to the compiler.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class LiftSharedExpert(Rule[Facts]):
     name, stage, equation = "shared_expert", "lift", "experts(x) [+ σ(s·x)·] D·(silu(G·x)·U·x) = experts(x, shared=(G, U, D, s))"
 
     def anchors(self, graph):
-        """Experts of few rows that are added to a linear, or to a product."""
+        """Experts of few rows that are added to a linear or to a product."""
         for node in graph.nodes:
             if op_of_experts(node) is not None and few_rows(node) and bind(node)["shared_down"] is None:
                 found = sum_of(node)
