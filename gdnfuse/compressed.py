@@ -74,7 +74,7 @@ def _linear(module: torch.nn.Module, name: str, files: _ZeroPoints) -> StoredLin
         Refused: it computes something else.
     """
     if type(module) is not torch.nn.Linear:
-        raise Refused(f"What is compressed must be a torch.nn.Linear, found {type(module).__name__}.")
+        raise Refused(f"A compressed module must be a torch.nn.Linear, found {type(module).__name__}.")
     if (status := getattr(module, "quantization_status", None)) != "compressed":
         raise Refused(
             f"Weights must still be compressed, found {getattr(status, 'value', status)} ones: call keep_compressed before the "

@@ -81,7 +81,7 @@ def _linear(module: torch.nn.Module) -> StoredLinear:
         Refused: it computes something else, or is stored in another way.
     """
     if type(module).__name__ != "Linear4bit":
-        raise Refused(f"What has weights of four bits must be a Linear4bit, found {type(module).__name__}.")
+        raise Refused(f"A module with weights of four bits must be a Linear4bit, found {type(module).__name__}.")
     weight, state = module.weight, _state(module)
     if getattr(state, "packing_format_for_cpu", False):
         raise Refused(

@@ -67,7 +67,7 @@ def load_config(name_or_path: str) -> PreTrainedConfig:
         raise GdnfuseError(f"The folder {path} has no config.json.")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name_or_path) or file.suffix == ".json":
         raise GdnfuseError(
-            f"No such model: {name_or_path!r} is no file, folder or hub id (owner/name), nor one of the presets "
+            f"No such model: {name_or_path!r} is not a file, folder, hub id (owner/name) or one of the presets "
             f"{', '.join(presets())}."
         )
     return _from_hub(name_or_path)
@@ -190,7 +190,7 @@ def quantized(model: torch.nn.Module, format: str = "fp8_block128") -> torch.nn.
     names = [n for n, m in model.named_modules() if type(m) is torch.nn.Linear and n.rpartition(".")[2] not in NOT_QUANTIZED]
     names = [n for n in names if model.get_submodule(n).in_features % formats.named(format).columns == 0]
     if not names:
-        raise GdnfuseError("A model to quantise must have linears beside its head with whole groups of columns, found none.")
+        raise GdnfuseError("A model to quantise must have linears other than its head with whole groups of columns, found none.")
     for name in names:
         linear = model.get_submodule(name)
         new = _quantized_linear(linear, format)
@@ -286,7 +286,7 @@ def on_ranks(model: torch.nn.Module, ranks: int) -> Iterator[None]:
     if not (plan := getattr(model, "tp_plan", None)):
         raise GdnfuseError(f"A report of several ranks needs a model with a tp_plan, found {type(model).__name__} without one.")
     if not compat.start_fake_ranks(ranks):
-        raise GdnfuseError("A report of several ranks needs torch's fake process group, found that this torch has none.")
+        raise GdnfuseError("A report of several ranks needs torch's fake process group, found a torch without it.")
     try:
         mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (ranks,))
         shards.share_out(model, {k: v for k, v in plan.items() if "lm_head" not in k and "embed" not in k}, mesh)

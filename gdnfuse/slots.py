@@ -100,7 +100,7 @@ def _check(
                 f"{name} must be float32, bfloat16, float16 or float64, found {str(x.dtype).removeprefix('torch.')}."
             )
         if x.device != v.device:
-            raise GdnfuseError(f"{name} must be on {v.device}, as v, found it on {x.device}.")
+            raise GdnfuseError(f"{name} must be on {v.device}, as v, found {x.device}.")
     B, T, HV, V = v.shape if v.ndim == 4 else (0, 0, 0, 0)
     H, K = q.shape[2:] if q.ndim == 4 else (0, 0)
     if not B or not T or not H or not HV or HV % H:
@@ -130,4 +130,4 @@ def _check(
         raise GdnfuseError(f"accepted must be from 0 to {T}, found {int(accepted.min())} to {int(accepted.max())}.")
     used = slots[slots >= 0]
     if used.unique().numel() < used.numel():
-        raise GdnfuseError("No two tokens may have the same slot, found one that is given twice.")
+        raise GdnfuseError("No two tokens may have the same slot, found a repeated one.")

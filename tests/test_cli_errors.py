@@ -34,7 +34,7 @@ FILES = {
 }
 
 MODELS = {
-    "nothing-like-it": "'nothing-like-it' is no file, folder or hub id (owner/name), nor one of the presets qwen3.5-0.8b",
+    "nothing-like-it": "'nothing-like-it' is not a file, folder, hub id (owner/name) or one of the presets qwen3.5-0.8b",
     "5b": "No such model: '5b'",
     "absent.json": "No such model: 'absent.json'",
     "absent/folder/config.json": "No such model",

@@ -66,12 +66,12 @@ def check(v: torch.Tensor, state: torch.Tensor | None, cu_seqlens: torch.Tensor 
     """Raise ValueError as described at `reference`."""
     need_tokens("chunk_delta_rule", v.shape[1])
     if checkpoint_every < 0:
-        raise ValueError(f"checkpoint_every must not be negative, got {checkpoint_every}.")
+        raise ValueError(f"checkpoint_every must not be negative, found {checkpoint_every}.")
     if cu_seqlens is not None and (v.shape[0] != 1 or checkpoint_every):
-        raise ValueError(f"With cu_seqlens B must be 1 and checkpoint_every 0, got B = {v.shape[0]} and {checkpoint_every}.")
+        raise ValueError(f"With cu_seqlens B must be 1 and checkpoint_every 0, found B = {v.shape[0]} and {checkpoint_every}.")
     rows = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if state is not None and state.shape[0] != rows:
-        raise ValueError(f"The state must have a row for each of the {rows} sequences, got {state.shape[0]}.")
+        raise ValueError(f"The state must have a row for each of the {rows} sequences, found {state.shape[0]}.")
 
 
 def _rows(q, k, v, g, beta, state, scale, l2norm_eps, checkpoint_every):

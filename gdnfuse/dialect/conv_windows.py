@@ -23,7 +23,7 @@ def reference(x: torch.Tensor, v: torch.Tensor, every: int, width: int) -> torch
         ValueError: every is less than width.
     """
     if every < width:
-        raise ValueError(f"Windows of {width} columns need as many tokens between them, got {every}.")
+        raise ValueError(f"Windows of {width} columns need as many tokens between them, found {every}.")
     n, first = v.shape[1] // every, x.shape[2] - v.shape[1]
     tokens = x[:, :, first : first + n * every].unflatten(2, (n, every))
     return tokens[..., -width:].transpose(1, 2).contiguous()

@@ -86,7 +86,7 @@ def reference(
 
 def _known(activation):
     if activation not in ACTIVATIONS:
-        raise ValueError(f"experts needs one of the activations {', '.join(ACTIVATIONS)}, got {activation}.")
+        raise ValueError(f"experts needs one of the activations {', '.join(ACTIVATIONS)}, found {activation}.")
     return ACTIVATIONS[activation]
 
 

@@ -99,7 +99,7 @@ def op_of(target: Any) -> DialectOp | None:
 def need_tokens(op: str, T: Any) -> None:
     """Raise ValueError if there are no tokens."""
     if T == 0:
-        raise ValueError(f"{op} needs at least one token, got T = 0.")
+        raise ValueError(f"{op} needs at least one token, found T = 0.")
 
 
 def acc_dtype(*tensors: torch.Tensor) -> torch.dtype:

@@ -55,7 +55,7 @@ def reference(
 def need_experts(top_k: int, experts: int) -> None:
     """Raise ValueError if there are fewer experts than a row needs."""
     if not 1 <= top_k <= experts:
-        raise ValueError(f"route needs top_k between 1 and the number of experts, {experts}, got {top_k}.")
+        raise ValueError(f"route needs top_k between 1 and the number of experts, {experts}, found {top_k}.")
 
 
 def fake(

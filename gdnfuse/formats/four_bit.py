@@ -83,7 +83,7 @@ def check(name: str, data: torch.Tensor, scale: torch.Tensor, *nested: torch.Ten
     wanted = {0: [], 3: [(torch.float32, n) for n in (groups, 256, 1)]}.get(len(nested))
     if wanted is None or [(x.dtype, x.numel()) for x in nested] != wanted:
         raise Refused(
-            f"Beside data and scale {name} must have nothing, or where its scale is quantised {groups} numbers, a table of 256 "
+            f"Besides data and scale {name} must have nothing, or if its scale is quantised {groups} numbers, a table of 256 "
             f"and an offset, in float32, found {', '.join(map(_short, nested))}."
         )
     if scale.dtype != (of := torch.uint8 if nested else torch.float32):

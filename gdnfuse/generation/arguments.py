@@ -56,6 +56,6 @@ def _require_separable(config: Any, given: dict[str, Any], cache: Any) -> None:
     ]
     if any(found):
         raise GdnfuseError(
-            "Sequences packed with cu_seq_lens_q must have position_ids that begin anew at each, use_cache=False and no "
+            "Sequences packed with cu_seq_lens_q must have position_ids that start again at each, use_cache=False and no "
             f"attention_mask, or attention mixes them; found {' and '.join(filter(None, found))}."
         )

@@ -78,7 +78,7 @@ def save(model: torch.nn.Module, file: Path) -> int:
     kept, codes = torch.compiler.save_cache_artifacts(), kernels.machine_codes()
     if kept is None and not codes:
         raise GdnfuseError(
-            "Artifacts are what Inductor and Triton keep in their caches, found nothing that this process has put there: compile "
+            "Artifacts are what Inductor and Triton keep in their caches, found nothing from this process: compile "
             "with inner='inductor', and leave torch's caches on (torch.compiler.config.force_disable_caches)."
         )
     with replacing(file) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as parts:
@@ -103,14 +103,14 @@ def read(file: str | Path) -> Artifacts:
             content = {name: parts.read(name) for name in parts.namelist()}
         about = json.loads(content.pop(ABOUT))
         if about.pop("schema", None) != SCHEMA:
-            raise GdnfuseError(f"{required} has another schema than {SCHEMA}: write it anew.")
+            raise GdnfuseError(f"{required} has another schema than {SCHEMA}: write it again.")
         kept = content.pop(TORCH)
     except FileNotFoundError as e:
-        raise GdnfuseError(f"{required} is not there: write it first.") from e
+        raise GdnfuseError(f"{required} does not exist: write it first.") from e
     except OSError as e:
         raise GdnfuseError(f"{required} cannot be read: {e.strerror}.") from e
     except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError, AttributeError) as e:
-        raise GdnfuseError(f"{required} is another file or not whole: write it anew.") from e
+        raise GdnfuseError(f"{required} is damaged or another kind of file: write it again.") from e
     codes: dict[str, dict[str, bytes]] = {}
     for name, data in content.items():
         _, key, part = name.split("/")

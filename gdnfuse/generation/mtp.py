@@ -102,7 +102,7 @@ def _read(folder: Path, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if not index.is_file() and not single.is_file():
         raise GdnfuseError(
-            f"MTP reads the folder of a checkpoint in safetensors, found none in {folder}: MTP(n, folder) says where it is."
+            f"MTP reads the folder of a checkpoint in safetensors, found none in {folder}: pass the folder as MTP(n, folder)."
         )
     try:
         where = json.loads(index.read_text())["weight_map"] if index.is_file() else None
@@ -117,7 +117,9 @@ def _read(folder: Path, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
     except (OSError, ValueError, KeyError, SafetensorError) as e:
         raise GdnfuseError(f"The checkpoint in {folder} cannot be read: {one_line(e)}.") from e
     if not found:
-        raise GdnfuseError(f"MTP needs a checkpoint with weights named {PREFIX}*, found none in {folder}.")
+        raise GdnfuseError(
+            f"MTP needs a checkpoint with weights named {PREFIX}*, found none in {folder}: use a checkpoint that has them."
+        )
 
 
 def _stacked(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -265,7 +267,7 @@ class _Chain:
         hidden = self.tap.hidden
         if hidden is None:
             raise GdnfuseError(
-                "MTP reads the model's last hidden states, found that its graphs were traced before anybody wanted them: "
+                "MTP reads the model's last hidden states, found that its graphs were traced without them: "
                 "gdnfuse.compile(model, speculate=gdnfuse.MTP(...))."
             )
         if self.in_parts and self.first is None and hidden.shape[0] == len(tokens) and hidden.shape[1] < tokens.shape[1]:

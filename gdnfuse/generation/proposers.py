@@ -384,6 +384,6 @@ def proposer_of(speculate: Any) -> Proposer:
         return Callback(speculate)
     found = speculate.__name__ if isinstance(speculate, type) else type(speculate).__name__
     raise GdnfuseError(
-        f"speculate must be a PromptLookup, a Draft, an MTP, a Callback or a function that gives drafts, found {found}; a model "
+        f"speculate must be a PromptLookup, a Draft, an MTP, a Callback or a function that drafts, found {found}; a model "
         "drafts as gdnfuse.Draft(model, 4)."
     )

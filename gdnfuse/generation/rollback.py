@@ -100,7 +100,9 @@ class RollbackLayer(LinearAttentionLayer):
         return super().update_recurrent_state(recurrent_states, state_idx, **kwargs)
 
     def crop(self, tokens_to_remove: int) -> None:
-        raise GdnfuseError("Layers of a RollbackCache must be cropped together, found one that is cropped alone: cache.crop.")
+        raise GdnfuseError(
+            "Layers of a RollbackCache must be cropped together, found one that is cropped alone: call cache.crop."
+        )
 
     def reset(self) -> None:
         super().reset()
@@ -217,7 +219,7 @@ class RollbackCache(Cache):
             return
         linear = self._linear()
         if not all(layer.has_previous_state[0] for layer in linear):
-            raise GdnfuseError("A RollbackCache must hold a prompt before it records, found it empty.")
+            raise GdnfuseError("A RollbackCache must hold a prompt before it records, found it empty: run a prompt first.")
         gates = _gates_of(self._mixers[min(self._mixers)])
         linears = [getattr(m, name) for m in self._mixers.values() for name in gates]
         if list(map(id, linears)) != self._hooked:  # an adapter has replaced one, or this is the first time
@@ -250,7 +252,9 @@ class RollbackCache(Cache):
             GdnfuseError: more tokens than were recorded, or a positive number. The cache is unchanged then.
         """
         if isinstance(tokens_to_remove, bool) or not isinstance(tokens_to_remove, int) or tokens_to_remove > 0:
-            raise GdnfuseError(f"crop takes how many tokens to remove as a negative number, or 0, found {tokens_to_remove!r}.")
+            raise GdnfuseError(
+                f"crop needs the number of tokens to remove as a negative number, or 0, found {tokens_to_remove!r}."
+            )
         linear = self._linear()
         counts = {layer.pending for layer in linear}
         pending = max(counts)
@@ -262,7 +266,7 @@ class RollbackCache(Cache):
         if len(counts) > 1:
             raise GdnfuseError(
                 f"All layers of a RollbackCache must have recorded the same call, found layers with "
-                f"{sorted(counts)} tokens: the call did not run to its end, and cache.abandon(length) forgets it."
+                f"{sorted(counts)} tokens: the call did not run to its end, so call cache.abandon(length)."
             )
         if pending and {layer.heard for layer in linear} != {3}:
             raise GdnfuseError(
@@ -379,8 +383,8 @@ def _layer(like: Any, max_cache_len: int | None) -> Any:
     if type(like) is DynamicLayer:
         return GrowingLayer()
     raise GdnfuseError(
-        f"A RollbackCache holds layers of linear and of full attention, found one that wants a {type(like).__name__}, which it "
-        "cannot take tokens back from."
+        f"A RollbackCache holds layers of linear and of full attention, found a {type(like).__name__}, from which tokens "
+        "cannot be taken back: generate without drafts."
     )
 
 
@@ -428,7 +432,7 @@ def _check(mixer: torch.nn.Module) -> None:
         raise GdnfuseError(f"The conv1d of a GDN layer that is rolled back must be torch's, found a {type(conv).__name__}.")
     if conv is None or conv.bias is not None or getattr(mixer, "activation", None) not in ("silu", "swish"):
         raise GdnfuseError(
-            f"A GDN layer that is rolled back must have a conv1d without bias and SiLU behind it, found {name} with "
+            f"A GDN layer that is rolled back must have a conv1d without bias, followed by SiLU, found {name} with "
             f"{'no conv1d' if conv is None else 'a bias' if conv.bias is not None else getattr(mixer, 'activation', None)!r}."
         )
     if not _gates_of(mixer):

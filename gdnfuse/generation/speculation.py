@@ -400,10 +400,10 @@ def check_model(model: torch.nn.Module, proposer: Proposer) -> None:
 def _check(model: torch.nn.Module, ids: torch.Tensor, config: Any, proposer: Proposer) -> None:
     beams = getattr(config, "num_beams", 1) or 1
     if beams > 1:
-        raise GdnfuseError(f"Speculation follows one sequence per row, found num_beams={beams}: generate without it.")
+        raise GdnfuseError(f"Speculation needs one sequence per row, found num_beams={beams}: generate without it.")
     asked = [name for name in ("output_attentions", "output_hidden_states") if getattr(config, name, False)]
     if asked and config.return_dict_in_generate:
-        raise GdnfuseError(f"Speculation keeps no record of what layers gave, found {asked[0]}=True: generate without it.")
+        raise GdnfuseError(f"Speculation cannot return what layers computed, found {asked[0]}=True: generate without it.")
     if getattr(config, "use_cache", True) is False:
         raise GdnfuseError("Speculation needs a cache, found use_cache=False.")
     if ids.ndim != 2 or 0 in ids.shape:
@@ -435,7 +435,7 @@ def _mask(ids: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor | None:
         if not (name in ("mm_token_type_ids", "token_type_ids") and isinstance(x, torch.Tensor) and not x.any())
     }
     if others := [name for name in given if name not in HEEDED]:
-        raise GdnfuseError(f"Speculation takes prompts of text alone, found {', '.join(others)}: generate without it.")
+        raise GdnfuseError(f"Speculation needs prompts of plain text, found {', '.join(others)}: generate without it.")
     mask = kwargs.get("attention_mask")
     if mask is not None:
         if mask.shape != ids.shape:
@@ -447,13 +447,15 @@ def _mask(ids: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor | None:
         if bool((mask == 1).all()):
             mask = None
         elif not bool((mask[:, -1] == 1).all()):
-            raise GdnfuseError("Speculation takes prompts that are padded on the left, found an attention_mask that ends in 0.")
+            raise GdnfuseError("Speculation needs prompts that are padded on the left, found an attention_mask that ends in 0.")
     places = kwargs.get("position_ids")
     if places is not None and places.shape[-1] == ids.shape[1]:
         wanted = (torch.ones_like(ids) if mask is None else mask).cumsum(1) - 1
         differ = (places.to(wanted.device) != wanted) & (wanted >= 0 if mask is None else mask == 1)
         if bool(differ.any()):
-            raise GdnfuseError("Speculation counts positions from each row's first token, found other position_ids.")
+            raise GdnfuseError(
+                "Speculation needs positions that count from each row's first token, found other position_ids: leave them out."
+            )
     return mask
 
 
@@ -499,8 +501,8 @@ def _cache(model: torch.nn.Module, ids: torch.Tensor, config: Any, kwargs: dict[
     plain = type(given) in (DynamicCache, StaticCache) and not given.offloading
     if given is None or not plain or compat.is_users(given):
         raise GdnfuseError(
-            f"Speculation takes back tokens, which needs a gdnfuse.RollbackCache(model), found {type(given).__name__}"
-            f"{'' if plain or given is None else ' as cache_implementation asks for it'}: hand over such a cache, or none."
+            f"Speculation needs a gdnfuse.RollbackCache(model), because it takes tokens back, found {type(given).__name__}"
+            f"{'' if plain or given is None else ' from cache_implementation'}: pass such a cache, or none."
         )
     if type(given) is DynamicCache:
         return RollbackCache(model, tokens=n + 1), None, 0

@@ -68,12 +68,12 @@ def _check(wrapper: torch.nn.Module) -> None:
     if compat.uncompiled(wrapper) is not wrapper:
         raise GdnfuseError(
             "gdnfuse.compile needs a model that torch.compile has not wrapped, found an OptimizedModule, whose calls go to "
-            "torch.compile's backend and whose generate goes round it: hand over the model that torch.compile was given."
+            "torch.compile's backend and whose generate bypasses it: pass the model that was given to torch.compile."
         )
     if isinstance(wrapper, torch.nn.DataParallel) and len(wrapper.device_ids) > 1:
         raise GdnfuseError(
-            f"gdnfuse.compile needs a model that runs where its weights are, found DataParallel, which copies it to "
-            f"{len(wrapper.device_ids)} devices at each call: use a process per device, or hand over the model inside."
+            f"gdnfuse.compile needs a model that is not copied between devices, found DataParallel, which copies it to "
+            f"{len(wrapper.device_ids)} devices at each call: use a process per device, or pass the model inside."
         )
 
 

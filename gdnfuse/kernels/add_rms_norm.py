@@ -79,7 +79,7 @@ def supports(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps:
     require_dtypes(x=x, residual=residual, weight=weight)
     require_static(N=residual.shape[-1])
     if residual.shape[-1] > MAX_N:
-        raise Refused(f"A row must be at most {MAX_N} wide, got {residual.shape[-1]}.")
+        raise Refused(f"A row must be at most {MAX_N} wide, found {residual.shape[-1]}.")
 
 
 implementation = register("add_rms_norm", launch, supports, early=("weight",))

@@ -337,7 +337,7 @@ def attend(
     if values.shape != keys.shape or mask is not None and mask.shape[3] != seen:
         found = f"{list(keys.shape)}, {list(values.shape)} and {None if mask is None else list(mask.shape)}"
         wanted = "be of one length" if longer is None else "be of one length, the mask of one more"
-        raise ValueError(f"Keys, values and mask must {wanted}, got {found}.")
+        raise ValueError(f"Keys, values and mask must {wanted}, found {found}.")
     G, BD = H // HKV, triton.next_power_of_2(D)
     groups = -(-G // QUERIES)  # of queries that share a key head
     queries = -(-G // groups)
@@ -395,9 +395,9 @@ def require_attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
     require_static(H=H, HKV=HKV)
     require_head_dims(D=q.shape[3])
     if H % HKV:
-        raise Refused(f"H must be a multiple of HKV, got H = {H} and HKV = {HKV}.")
+        raise Refused(f"H must be a multiple of HKV, found H = {H} and HKV = {HKV}.")
     if not q.dtype == keys.dtype == values.dtype:
-        raise Refused(f"q, keys and values must have one dtype, got {q.dtype}, {keys.dtype} and {values.dtype}.")
+        raise Refused(f"q, keys and values must have one dtype, found {q.dtype}, {keys.dtype} and {values.dtype}.")
 
 
 def require_new(
@@ -417,9 +417,9 @@ def require_new(
     require_one_token(q.shape[1])
     require_attention(q.transpose(1, 2), keys, values, gate)
     if cos.shape[-1] % 2:
-        raise Refused(f"R must be even, got {cos.shape[-1]}.")
+        raise Refused(f"R must be even, found {cos.shape[-1]}.")
     if not q.dtype == k.dtype == v.dtype:
-        raise Refused(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}.")
+        raise Refused(f"q, k and v must have one dtype, found {q.dtype}, {k.dtype} and {v.dtype}.")
 
 
 def supports(

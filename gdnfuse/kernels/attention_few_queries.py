@@ -128,7 +128,7 @@ def launch(
     HKV, L = keys.shape[1:3]
     if values.shape != keys.shape or mask is not None and mask.shape[2:] != (T, L):
         found = f"{list(keys.shape)}, {list(values.shape)} and {None if mask is None else list(mask.shape)}"
-        raise ValueError(f"Keys, values and mask must be of one length, got {found}.")
+        raise ValueError(f"Keys, values and mask must be of one length, found {found}.")
     G = H // HKV
     rows = min(ROWS, max(16, triton.next_power_of_2(G * T)))
     tiles, splits = -(-G * T // rows), SPLITS
@@ -158,7 +158,7 @@ def supports(q, keys, values, gate, mask, scale) -> None:
     require_attention(q, keys, values, gate)
     require_static(T=q.shape[2])
     if q.shape[2] > MOST_QUERIES:
-        raise Refused(f"T must be at most {MOST_QUERIES}, got {q.shape[2]}.")
+        raise Refused(f"T must be at most {MOST_QUERIES}, found {q.shape[2]}.")
 
 
 implementation = register("attention_few_queries", launch, supports, grows=GROWS)

@@ -42,7 +42,7 @@ def launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | Non
         return causal_attention.fake(q, k, v, scale)
     T, L = q.shape[2], k.shape[2]
     if L != v.shape[2]:
-        raise ValueError(f"causal_attention needs as many keys as values, got {L} and {v.shape[2]}.")
+        raise ValueError(f"causal_attention needs as many keys as values, found {L} and {v.shape[2]}.")
     if T == L >= LONG and CUDNN is not None and _cudnn_takes(q, k, v):
         more = planned(T) - T
         if more:
@@ -89,9 +89,9 @@ def supports(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: Any = Non
         raise Refused(f"Rows must be contiguous, found the strides {', '.join(str(t.stride(-1)) for t in (q, k, v))}.")
     built = not torch.cuda.is_available() or torch.backends.cuda.is_flash_attention_available()
     if FLASH is None or not built or not torch.backends.cuda.flash_sdp_enabled():
-        raise Refused("FlashAttention-2 must be part of torch and enabled, found that it is not.")
+        raise Refused("FlashAttention-2 must be part of torch and enabled, found it missing or disabled.")
     if not _on_hopper(q.device):
-        raise Refused("Which attention is faster was measured on compute capability 9.0 alone, found another device.")
+        raise Refused("Which attention is faster was measured only on compute capability 9.0, found another device.")
 
 
 def _on_hopper(device: torch.device) -> bool:

@@ -127,9 +127,9 @@ def supports(
     if context is not None:
         require_static(S=context.shape[-1])
     if cu_seqlens is not None and cu_seqlens.dtype not in INDEX_POINTERS:
-        raise Refused(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}.")
+        raise Refused(f"cu_seqlens must be int32 or int64, found {cu_seqlens.dtype}.")
     if activation not in ACTIVATIONS:
-        raise Refused(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation}.")
+        raise Refused(f"activation must be one of {', '.join(ACTIVATIONS)}, found {activation}.")
 
 
 implementation = register("causal_conv", launch, supports)

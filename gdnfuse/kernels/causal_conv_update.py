@@ -185,9 +185,9 @@ def supports(
     W = weight.shape[-1]
     require_static(D=D, S=S, W=W)
     if S < 1 or S < W - 1:
-        raise Refused(f"conv_state must keep at least W - 1 = {W - 1} columns and at least one, got {S}.")
+        raise Refused(f"conv_state must keep at least W - 1 = {W - 1} columns and at least one, found {S}.")
     if activation not in ACTIVATIONS:
-        raise Refused(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation}.")
+        raise Refused(f"activation must be one of {', '.join(ACTIVATIONS)}, found {activation}.")
 
 
 implementation = register("causal_conv_update", launch, supports, early=("conv_state", "weight", "bias"))

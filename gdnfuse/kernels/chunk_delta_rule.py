@@ -436,15 +436,15 @@ def supports(
     require_static(H=H, HV=HV)
     require_head_dims(K=q.shape[-1], V=v.shape[-1])
     if HV % H:
-        raise Refused(f"HV must be a multiple of H, got HV = {HV} and H = {H}.")
+        raise Refused(f"HV must be a multiple of H, found HV = {HV} and H = {H}.")
     if not q.dtype == k.dtype == v.dtype:
-        raise Refused(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}.")
+        raise Refused(f"q, k and v must have one dtype, found {q.dtype}, {k.dtype} and {v.dtype}.")
     K = k.shape[-1]
     if K > MAX_WIDE and _operands(q.dtype, K, beta_max) == WIDE:
         found = f"K = {K}, {q.dtype} and β up to {beta_max:g}"
-        raise Refused(f"K above {MAX_WIDE} must be 256, q, k and v bfloat16 and β at most 1; got {found}.")
+        raise Refused(f"K above {MAX_WIDE} must be 256, q, k and v bfloat16 and β at most 1; found {found}.")
     if cu_seqlens is not None and cu_seqlens.dtype not in INDEX_POINTERS:
-        raise Refused(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}.")
+        raise Refused(f"cu_seqlens must be int32 or int64, found {cu_seqlens.dtype}.")
     BK, device = max(16, triton.next_power_of_2(K)), devices.of(v.device)
     if _operands(v.dtype, K, beta_max)[0] != torch.float32:
         needed = max(scan_bytes(BK, _tile(32, v.shape[-1]), 1, device.amd), prepare_bytes(BK, device.amd))

@@ -443,7 +443,7 @@ def supports(
     require_static(H=H, HV=HV)
     require_head_dims(K=q.shape[-1], V=v.shape[-1])
     if HV % H:
-        raise Refused(f"HV must be a multiple of H, got HV = {HV} and H = {H}.")
+        raise Refused(f"HV must be a multiple of H, found HV = {HV} and H = {H}.")
 
 
 def supports_packed_decode(
@@ -466,7 +466,7 @@ def supports_packed_decode(
     require_head_dims(K=K, V=V)
     H, rest = divmod(D - HV * V, 2 * K)
     if H < 1 or rest or HV % H:
-        raise Refused(f"D must be 2·H·K + HV·V with HV a multiple of H, got D = {D}, HV = {HV}, K = {K} and V = {V}.")
+        raise Refused(f"D must be 2·H·K + HV·V with HV a multiple of H, found D = {D}, HV = {HV}, K = {K} and V = {V}.")
 
 
 EARLY = ("A_log", "dt_bias", "recurrent_state")

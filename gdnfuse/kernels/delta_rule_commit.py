@@ -158,14 +158,14 @@ def supports(
         recurrent_state=recurrent_state,
     )  # fmt: skip
     if accepted.dtype not in (torch.int32, torch.int64):
-        raise Refused(f"accepted must be int32 or int64, got {str(accepted.dtype).removeprefix('torch.')}.")
+        raise Refused(f"accepted must be int32 or int64, found {str(accepted.dtype).removeprefix('torch.')}.")
     _, _, HV, K, V = recurrent_state.shape
     D, W = conv_weight.shape[1:]
     require_static(D=D, W=W, HV=HV)
     require_head_dims(K=K, V=V)
     H, rest = divmod(D - HV * V, 2 * K)
     if H < 1 or rest or HV % H:
-        raise Refused(f"D must be 2·H·K + HV·V with HV a multiple of H, got D = {D}, HV = {HV}, K = {K} and V = {V}.")
+        raise Refused(f"D must be 2·H·K + HV·V with HV a multiple of H, found D = {D}, HV = {HV}, K = {K} and V = {V}.")
 
 
 implementation = register("delta_rule_commit", launch, supports)

@@ -56,7 +56,7 @@ def supports(q, k, v, a, b, A_log, dt_bias, states, slots, accepted, scale, l2no
     supports_rule(q, k, v, a, b, A_log, dt_bias, states, scale, l2norm_eps, beta_scale)
     for name, x in (("slots", slots), ("accepted", accepted)):
         if x.dtype not in (torch.int32, torch.int64):
-            raise Refused(f"{name} must be int32 or int64, got {str(x.dtype).removeprefix('torch.')}.")
+            raise Refused(f"{name} must be int32 or int64, found {str(x.dtype).removeprefix('torch.')}.")
 
 
 implementation = register("delta_rule_slots", launch, supports)

@@ -64,7 +64,7 @@ def supports(
     supports_rule(q, k, v, a, b, A_log, dt_bias, state, scale, l2norm_eps, beta_scale)
     require_static(T=v.shape[1])
     if v.shape[1] > FEW_TOKENS[-1]:
-        raise Refused(f"T must be at most {FEW_TOKENS[-1]}, got {v.shape[1]}.")
+        raise Refused(f"T must be at most {FEW_TOKENS[-1]}, found {v.shape[1]}.")
 
 
 implementation = register("delta_rule_verify", launch, supports, ("A_log", "dt_bias", "state"))

@@ -600,7 +600,7 @@ def config_of_down(K: int, I: int, S: int, dtype: torch.dtype) -> DownConfig:
         if R * columns * dtype.itemsize <= REGISTERS * 32 * num_warps:
             return DownConfig(R, BN, num_warps)
     most = REGISTERS * 32 * DOWN[-1].num_warps // dtype.itemsize
-    raise Refused(f"The experts of one row must have at most {most} columns together, got {K} of {I} and a shared one of {S}.")
+    raise Refused(f"The experts of one row must have at most {most} columns together, found {K} of {I} and a shared one of {S}.")
 
 
 def launch_rows(
@@ -669,7 +669,7 @@ def config_of_rows(config: RowsConfig, dtype: torch.dtype, *columns: int) -> Row
         block //= 2
     if any(n % block for n in columns):
         found = " and ".join(map(str, columns))
-        raise Refused(f"The columns of experts' weights for several rows must be multiples of {SMALLEST}, got {found}.")
+        raise Refused(f"The columns of experts' weights for several rows must be multiples of {SMALLEST}, found {found}.")
     return config._replace(BK=block, BM=config.BM if dtype.itemsize <= 2 else config.BM // 2)
 
 
@@ -770,7 +770,7 @@ def supports(
     require_dtypes(routing_weights=routing_weights)
     if indices.dim() != 2 or routing_weights.shape != indices.shape or indices.dtype not in (torch.int32, torch.int64):
         found = f"{list(indices.shape)} of {str(indices.dtype).removeprefix('torch.')} and {list(routing_weights.shape)}"
-        raise Refused(f"indices must be of int64 and like routing_weights [N, k], got {found}.")
+        raise Refused(f"indices must be of int64 and like routing_weights [N, k], found {found}.")
     N, k = indices.shape
     shared = Shared(shared_gate, shared_up, shared_down, shared_expert_gate)
     _require(x, gate_up, down, k, activation, norm_weight, shared, residual, scales, format)
@@ -784,12 +784,12 @@ def supports_routed(
 ) -> None:  # fmt: skip
     """Raises Refused where route's and experts' kernels would, and unless there is one row and a row of the router per expert."""
     if x.shape[0] != 1:
-        raise Refused(f"x must be one row, got the sizes {list(x.shape)}.")
+        raise Refused(f"x must be one row, found the sizes {list(x.shape)}.")
     route.supports(x, router, top_k, normalize, wide_logits, wide_weights, norm_weight, norm_eps, norm_offset)
     shared = Shared(shared_gate, shared_up, shared_down, shared_expert_gate)
     _require(x, gate_up, down, top_k, activation, norm_weight, shared, residual, scales, format)
     if router.shape[0] != gate_up.shape[0]:
-        raise Refused(f"The router must have a row per expert, got {router.shape[0]} of {gate_up.shape[0]}.")
+        raise Refused(f"The router must have a row per expert, found {router.shape[0]} of {gate_up.shape[0]}.")
 
 
 def _require(x, gate_up, down, k, activation, norm_weight, shared, residual, scales, format) -> None:
@@ -797,20 +797,20 @@ def _require(x, gate_up, down, k, activation, norm_weight, shared, residual, sca
     tensors |= {"shared_expert_gate": shared.expert_gate, "residual": residual}
     require_dtypes(x=x, norm_weight=norm_weight, residual=residual)
     if x.dim() != 2 or gate_up.dim() != 3 or down.dim() != 3:
-        raise Refused(f"x, gate_up and down must have 2, 3 and 3 dimensions, got {x.dim()}, {gate_up.dim()} and {down.dim()}.")
+        raise Refused(f"x, gate_up and down must have 2, 3 and 3 dimensions, found {x.dim()}, {gate_up.dim()} and {down.dim()}.")
     quantised = _require_scales(x, gate_up, down, shared, scales, format) if scales else ()
     for name, t in {"x": x, **tensors}.items():
         if t is None:
             continue
         if name not in ("x", "residual", *quantised) and t.dtype != x.dtype:
             both = " and ".join(str(d).removeprefix("torch.") for d in (x.dtype, t.dtype))
-            raise Refused(f"x and {name} must have one dtype, got {both}.")
+            raise Refused(f"x and {name} must have one dtype, found {both}.")
         if t.shape[-1] > 1 and (not isinstance(t.stride(-1), int) or t.stride(-1) != 1):
-            raise Refused(f"{name} must have contiguous rows, got the strides {list(t.stride())}.")
+            raise Refused(f"{name} must have contiguous rows, found the strides {list(t.stride())}.")
         if name not in ("x", "residual"):
             require_static(**{f"{name}'s size {i}": n for i, n in enumerate(t.shape)})
     if len({t is None for t in shared[:3]}) > 1 or shared.down is None and shared.expert_gate is not None:
-        raise Refused("A shared expert must have gate, up and down, found some of them.")
+        raise Refused("A shared expert must have gate, up and down, found only some of them.")
     (E, _, H), I, S, N = gate_up.shape, down.shape[2], shared.width, x.shape[0]
     wanted = {"x": (N, H), "down": (E, H, I), "gate_up": (E, 2 * I, H), "residual": (N, H)}
     wanted |= {"shared_gate": (S, H), "shared_up": (S, H), "shared_down": (H, S), "shared_expert_gate": (1, H)}
@@ -818,19 +818,19 @@ def _require(x, gate_up, down, k, activation, norm_weight, shared, residual, sca
         if t is not None:
             require_alike(name, wanted[name], tuple(t.shape))
     if activation not in ACTIVATIONS:
-        raise Refused(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation}.")
+        raise Refused(f"activation must be one of {', '.join(ACTIVATIONS)}, found {activation}.")
     if not 1 <= k <= MAX_TOP_K or E > MAX_EXPERTS:
-        raise Refused(f"A row must go to 1 to {MAX_TOP_K} of at most {MAX_EXPERTS} experts, got {k} of {E}.")
+        raise Refused(f"A row must go to 1 to {MAX_TOP_K} of at most {MAX_EXPERTS} experts, found {k} of {E}.")
     route.require_rows(x)
     one, few = isinstance(N, int) and N == 1, not isinstance(N, int) or N <= MAX_ROWS
     if not one:
         if norm_weight is not None:
-            raise Refused("Several rows take no norm before their experts, got one.")
+            raise Refused("Several rows take no norm before their experts, found one.")
         config_of_rows(UP_ROWS, gate_up.dtype, H)
         config_of_rows(DOWN_ROWS, gate_up.dtype, *(n for n in (I, S) if n))
     if few:
         if H > skinny_linear.MAX_N:
-            raise Refused(f"One row must be at most {skinny_linear.MAX_N} wide, got {H}.")
+            raise Refused(f"One row must be at most {skinny_linear.MAX_N} wide, found {H}.")
         config_of_down(k, I, S, gate_up.dtype)
 
 
@@ -840,16 +840,16 @@ def _require_scales(x, gate_up, down, shared, scales, format) -> tuple[str, ...]
     if shared.down is not None:
         weights |= {"shared_gate": shared.gate, "shared_up": shared.up, "shared_down": shared.down}
     if len(scales) != len(weights):
-        raise Refused("Experts and the shared one must be quantised alike, found that some are not.")
+        raise Refused("Experts and the shared one must be quantised in the same way, found others.")
     if not quantized.stored(format).columns or quantized.stored(format).rows == 1:
         raise Refused(f"Kernels read experts whose scales are of blocks, found {formats.named(format).about}.")
     for (name, w), scale in zip(weights.items(), scales, strict=True):
         quantized.require(w, scale, format)
         if not scale.is_contiguous():
-            raise Refused(f"Scales of {name} must be contiguous, got the strides {list(scale.stride())}.")
+            raise Refused(f"Scales of {name} must be contiguous, found the strides {list(scale.stride())}.")
     tile, _, _, *_ = config_of_up(gate_up.shape[2], gate_up.dtype)
     if down.shape[2] % tile:
-        raise Refused(f"Quantised experts must have a multiple of {tile} columns between their products, got {down.shape[2]}.")
+        raise Refused(f"Quantised experts must have a multiple of {tile} columns between their products, found {down.shape[2]}.")
     return tuple(weights)
 
 
@@ -857,7 +857,7 @@ def require_alike(name: str, wanted: tuple[Any, ...], found: tuple[Any, ...]) ->
     """Refuse other sizes than those wanted. Symbolic ones are compared when the kernel is called, which adds no guard."""
     differ = (isinstance(m, int) and isinstance(n, int) and m != n for m, n in zip(wanted, found, strict=False))
     if len(wanted) != len(found) or any(differ):
-        raise Refused(f"{name} must have the sizes {list(wanted)}, got {list(found)}.")
+        raise Refused(f"{name} must have the sizes {list(wanted)}, found {list(found)}.")
 
 
 MEASURED = "benchmarks/experts.py --sweep"

@@ -209,58 +209,58 @@ def supports(
     """
     quantised = len(scales or ())
     if quantised > 1 or len(weights) != 1 and (quantised != 1 or len(weights) > 2):
-        raise Refused(f"There must be one weight, packed if there are several, got {len(weights)}.")
+        raise Refused(f"There must be one weight, packed if there are several, found {len(weights)}.")
     weight = weights[0]
     require_dtypes(x=x, **dict(zip(("weight", "the other weight"), weights[quantised:], strict=False)))
     require_dtypes(norm_weight=norm_weight, gate=gate, residual=residual)
     for plain in weights[quantised:]:
         if gate is None and x.dtype != plain.dtype:
             both = " and ".join(str(t.dtype).removeprefix("torch.") for t in (x, plain))
-            raise Refused(f"x and weight must have one dtype, got {both}.")
+            raise Refused(f"x and weight must have one dtype, found {both}.")
     if x.dim() < 1 or weight.dim() != 2:
-        raise Refused(f"x must have at least one dimension and weight two, got {x.dim()} and {weight.dim()}.")
+        raise Refused(f"x must have at least one dimension and weight two, found {x.dim()} and {weight.dim()}.")
     require_static(M=weight.shape[0], N=weight.shape[1])
     N = quantized.width(weight, format)
     require_static(**{"x's last size": x.shape[-1]})
     if x.shape[-1] != N:
-        raise Refused(f"x and weight must agree on N, got {x.shape[-1]} and {N}.")
+        raise Refused(f"x and weight must agree on N, found {x.shape[-1]} and {N}.")
     if weight.numel() == 0:
-        raise Refused(f"weight must not be empty, got the sizes {list(weight.shape)}.")
+        raise Refused(f"weight must not be empty, found the sizes {list(weight.shape)}.")
     if not all(isinstance(size, int) for size in x.shape) or not 0 < _rows(x) <= MAX_ROWS:
-        raise Refused(f"x must have at most {MAX_ROWS} rows, got the sizes {list(x.shape)}.")
+        raise Refused(f"x must have at most {MAX_ROWS} rows, found the sizes {list(x.shape)}.")
     if quantised:
         quantized.require(weight, scales[0], format, zeros[0] if zeros else None)
         _require_beside(weights, format, _rows(x), swiglu, gate, residual, parts)
     for name, t in (("x", x), ("weight", weight), ("gate", gate), ("residual", residual)):
         if t is not None and t.shape[-1] > 1 and (not isinstance(t.stride(-1), int) or t.stride(-1) != 1):
-            raise Refused(f"{name} must have contiguous rows, got the strides {list(t.stride())}.")
+            raise Refused(f"{name} must have contiguous rows, found the strides {list(t.stride())}.")
     if lora_A:
         _require_lora(x, weights, scales, lora_A, lora_B)
     if _rows(x) > 1:
         around = {"norm or gate before": norm_weight, "residual behind": residual}
         if given := [name for name, t in around.items() if t is not None]:
-            raise Refused(f"Several rows take SwiGLU behind their linear and nothing else, got a {given[0]} it.")
+            raise Refused(f"Several rows can have SwiGLU after their linear and nothing else, found a {given[0]} it.")
         quantized.config_of_rows(weight, format, _rows(x), swiglu, parts, devices.of(x.device))
     elif N > skinny_linear.MAX_N:
-        raise Refused(f"One row must be at most {skinny_linear.MAX_N} wide, got {N}.")
+        raise Refused(f"One row must be at most {skinny_linear.MAX_N} wide, found {N}.")
     if gate is not None:
         require_gate(gate_activation)
         V, step = norm_weight.shape[0], skinny_linear.config_of("gate", weight, format)[1]
         if N % step or step % V:
-            raise Refused(f"Heads must fill steps of {step} columns, and these the row, got {N} columns in heads of {V}.")
+            raise Refused(f"Heads must fill steps of {step} columns, and these the row, found {N} columns in heads of {V}.")
 
 
 def _require_lora(x, weights, scales, A, B) -> None:
     """Refuse adapters that the kernel of one row does not take."""
     if _rows(x) > 1 or scales or len(weights) > 1:
-        raise Refused(f"Adapters must be on one row and one plain weight, got {_rows(x)} rows and {len(weights)} weights.")
+        raise Refused(f"Adapters must be on one row and one plain weight, found {_rows(x)} rows and {len(weights)} weights.")
     if len(A) != 1 or not 0 < len(B) <= skinny_linear.MAX_LORA:
-        raise Refused(f"Adapters must have one A and 1 to {skinny_linear.MAX_LORA} B, packed, got {len(A)} and {len(B)}.")
+        raise Refused(f"Adapters must have one A and 1 to {skinny_linear.MAX_LORA} B, packed, found {len(A)} and {len(B)}.")
     require_dtypes(lora_A=A[0], **{f"lora_B {i}": b for i, b in enumerate(B)})
     for t in (*A, *B):
         require_static(rows=t.shape[0], columns=t.shape[1])
         if not compat.is_contiguous(t):
-            raise Refused(f"A and B of adapters must be contiguous, got the strides {list(t.stride())}.")
+            raise Refused(f"A and B of adapters must be contiguous, found the strides {list(t.stride())}.")
 
 
 def _require_beside(weights, format, rows, swiglu, gate, residual, parts) -> None:
@@ -270,14 +270,16 @@ def _require_beside(weights, format, rows, swiglu, gate, residual, parts) -> Non
     tile = skinny_linear.config_of(kind, weights[0], format)[0]
     own = weights[0].shape[0] // (2 if swiglu else 1)
     if kind != "plain" and rows == 1 and own % tile:
-        raise Refused(f"Rows of a quantised weight must be a multiple of {tile} there, got {own}.")
+        raise Refused(f"Rows of a quantised weight must be a multiple of {tile}, found {own}.")
     if len(weights) < 2:
         return
     if swiglu or gate is not None or residual is not None or parts > 1:
-        raise Refused("Rows that are not quantised must have nothing but a norm or a conv beside them, got more.")
+        raise Refused("Rows that are not quantised can have only a norm or a conv around them, found more.")
     plain = weights[1]
     if plain.dim() != 2 or plain.shape[1] != quantized.width(weights[0], format) or plain.stride(-1) != 1:
-        raise Refused(f"Weights must agree on N and have contiguous rows, got {list(weights[0].shape)} and {list(plain.shape)}.")
+        raise Refused(
+            f"Weights must agree on N and have contiguous rows, found {list(weights[0].shape)} and {list(plain.shape)}."
+        )
 
 
 def _require_channels(weights, D, conv_offset, parts, heads) -> None:
@@ -290,7 +292,7 @@ def _require_channels(weights, D, conv_offset, parts, heads) -> None:
         last = max(c for c, at in zip(columns, widths, strict=False) if conv_offset <= at < conv_offset + D)
     if last > weights[0].shape[0]:
         raise Refused(
-            f"The conv's channels must be quantised rows where others follow them, got {last} of {weights[0].shape[0]}."
+            f"The conv's channels must be quantised rows where others follow them, found {last} of {weights[0].shape[0]}."
         )
 
 
@@ -302,20 +304,20 @@ def supports_in_proj_conv(
     lora = {"lora_A": lora_A, "lora_B": lora_B, "lora_parts": lora_parts, "lora_scaling": lora_scaling}
     supports(x, weights, norm_weight, norm_eps, norm_offset, scales=scales, format=format, zeros=zeros, **lora)
     if _rows(x) > 1:
-        raise Refused(f"x must be one row, got the sizes {list(x.shape)}.")
+        raise Refused(f"x must be one row, found the sizes {list(x.shape)}.")
     if len(weights) > 1:
         _require_channels(weights, conv_state.shape[1], conv_offset, parts, heads)
     require_dtypes(conv_state=conv_state, conv_weight=conv_weight, conv_bias=conv_bias)
     require_static(D=conv_state.shape[1], S=conv_state.shape[2], W=conv_weight.shape[2])
     if activation not in ACTIVATIONS:
-        raise Refused(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation}.")
+        raise Refused(f"activation must be one of {', '.join(ACTIVATIONS)}, found {activation}.")
 
 
 def supports_split(x, weights, parts, scales=None, format="", zeros=None) -> None:
     """Raises Refused where `supports` does, and unless there are at least two rows and two parts."""
     supports(x, weights, parts=parts, scales=scales, format=format, zeros=zeros)
     if _rows(x) < 2 or parts < 2:
-        raise Refused(f"Parts of a linear need at least two rows and two parts, got {_rows(x)} and {parts}.")
+        raise Refused(f"Parts of a linear need at least two rows and two parts, found {_rows(x)} and {parts}.")
 
 
 GEMM = "benchmarks/gemm.py"

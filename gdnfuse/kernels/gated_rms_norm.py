@@ -21,7 +21,7 @@ ROWS, NUM_WARPS = 8, 2
 def require_gate(activation: str) -> None:
     """Refuse an activation of the gate that kernels do not have."""
     if activation not in GATES:
-        raise Refused(f"The gate's activation must be one of {', '.join(GATES)}, got {activation}.")
+        raise Refused(f"The gate's activation must be one of {', '.join(GATES)}, found {activation}.")
 
 
 @triton.jit
@@ -87,7 +87,7 @@ def supports(o: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: float,
     require_head_dims(V=o.shape[-1])
     require_static(**{"z's last size": z.shape[-1]})
     if o.dim() > 4 or z.dim() != o.dim() or z.shape[-1] != o.shape[-1]:
-        raise Refused(f"o and z must have one shape of at most four dimensions, got {list(o.shape)} and {list(z.shape)}.")
+        raise Refused(f"o and z must have one shape of at most four dimensions, found {list(o.shape)} and {list(z.shape)}.")
 
 
 implementation = register("gated_rms_norm", launch, supports)

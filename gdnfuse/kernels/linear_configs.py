@@ -177,7 +177,7 @@ def few_rows_config(
     while block > 32 and N % (block * parts):
         block //= 2
     if N % (block * parts):
-        raise Refused(f"The columns of a weight for several rows must be a multiple of {block * parts}, got {N}.")
+        raise Refused(f"The columns of a weight for several rows must be a multiple of {block * parts}, found {N}.")
     config = config._replace(BK=block)
     itemsize = max(dtype.itemsize, 2)  # x has no smaller one
     while config.stages > 2 and config.shared_memory(rows, itemsize) > device.shared_memory:

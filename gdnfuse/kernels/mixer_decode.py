@@ -103,7 +103,7 @@ def supports(
     heads, widths = part_sizes(D, recurrent_state)
     last = max(offset + (heads - 1) * stride + width for offset, stride, width in zip(offsets, strides, widths, strict=True))
     if last > row.shape[-1]:
-        raise Refused(f"row must have the {last} columns of its parts, got {row.shape[-1]}.")
+        raise Refused(f"row must have the {last} columns of its parts, found {row.shape[-1]}.")
 
 
 implementation = register(

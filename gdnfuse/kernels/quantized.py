@@ -112,15 +112,15 @@ def require(data: torch.Tensor, scale: torch.Tensor, format: str, zero: torch.Te
     stored(format)
     formats.named(format).check(data, scale, *(() if zero is None else (zero,)))
     if scale.dtype not in SCALES:
-        raise Refused(f"Scales must be float32, bfloat16 or float16, got {str(scale.dtype).removeprefix('torch.')}.")
+        raise Refused(f"Scales must be float32, bfloat16 or float16, found {str(scale.dtype).removeprefix('torch.')}.")
     for name, t in (("weight", data), ("its scale", scale), ("its zero points", zero)):
         if t is not None and t.shape[-1] > 1 and t.stride(-1) != 1:
-            raise Refused(f"{name} must have contiguous rows, got the strides {list(t.stride())}.")
+            raise Refused(f"{name} must have contiguous rows, found the strides {list(t.stride())}.")
     if (columns := width(data, format)) % GROUP:
-        raise Refused(f"A quantised weight must have a multiple of {GROUP} columns, got {columns}.")
+        raise Refused(f"A quantised weight must have a multiple of {GROUP} columns, found {columns}.")
     if data.dtype == torch.uint8 and any(isinstance(n, int) and n % 4 for n in (data.storage_offset(), *data.stride()[:-1])):
         where = f"{data.storage_offset()} bytes on, with the strides {list(data.stride())}"
-        raise Refused(f"Rows of four bits must begin at whole words of four bytes, got them {where}.")
+        raise Refused(f"Rows of four bits must begin at whole words of four bytes, found them {where}.")
 
 
 @triton.jit

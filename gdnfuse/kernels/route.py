@@ -237,7 +237,7 @@ def launch(
 def require_rows(x: torch.Tensor) -> None:
     """Refuse no rows at all; a symbolic number of them passes."""
     if isinstance(x.shape[0], int) and x.shape[0] < 1:
-        raise Refused(f"x must have at least one row, got the sizes {list(x.shape)}.")
+        raise Refused(f"x must have at least one row, found the sizes {list(x.shape)}.")
 
 
 def supports(
@@ -248,27 +248,27 @@ def supports(
     require_dtypes(x=x, weight=weight, norm_weight=norm_weight)
     if x.dtype != weight.dtype:
         both = " and ".join(str(t.dtype).removeprefix("torch.") for t in (x, weight))
-        raise Refused(f"x and the router's weight must have one dtype, got {both}.")
+        raise Refused(f"x and the router's weight must have one dtype, found {both}.")
     if x.dim() != 2 or weight.dim() != 2:
-        raise Refused(f"x and the router's weight must have two dimensions, got {x.dim()} and {weight.dim()}.")
+        raise Refused(f"x and the router's weight must have two dimensions, found {x.dim()} and {weight.dim()}.")
     N, (E, H) = x.shape[0], weight.shape
     require_static(E=E, H=H)
     require_static(**{"x's last size": x.shape[-1]})
     if x.shape[-1] != H:
-        raise Refused(f"x and the router's weight must agree on H, got {x.shape[-1]} and {H}.")
+        raise Refused(f"x and the router's weight must agree on H, found {x.shape[-1]} and {H}.")
     if not 1 <= top_k <= min(E, MAX_TOP_K) or E > MAX_EXPERTS:
-        raise Refused(f"A row must go to 1 to {MAX_TOP_K} of at most {MAX_EXPERTS} experts, got {top_k} of {E}.")
+        raise Refused(f"A row must go to 1 to {MAX_TOP_K} of at most {MAX_EXPERTS} experts, found {top_k} of {E}.")
     for name, t in (("x", x), ("The router's weight", weight)):
         if not isinstance(t.stride(-1), int) or t.stride(-1) != 1:
-            raise Refused(f"{name} must have contiguous rows, got the strides {list(t.stride())}.")
+            raise Refused(f"{name} must have contiguous rows, found the strides {list(t.stride())}.")
     require_rows(x)
     one, few = isinstance(N, int) and N == 1, not isinstance(N, int) or N <= MAX_ROWS
     if not one and norm_weight is not None:
-        raise Refused("Several rows take no norm before the router, got one.")
+        raise Refused("Several rows take no norm before the router, found one.")
     if not one and H % (PARTS[-1] * SMALLEST_STEP):
-        raise Refused(f"The columns of a router for several rows must be a multiple of {PARTS[-1] * SMALLEST_STEP}, got {H}.")
+        raise Refused(f"The columns of a router for several rows must be a multiple of {PARTS[-1] * SMALLEST_STEP}, found {H}.")
     if few and H > MAX_N:
-        raise Refused(f"One row must be at most {MAX_N} wide, got {H}.")
+        raise Refused(f"One row must be at most {MAX_N} wide, found {H}.")
 
 
 implementation = register("route", launch, supports, early=("weight", "norm_weight"), measured="benchmarks/experts.py")

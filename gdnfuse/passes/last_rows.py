@@ -78,7 +78,7 @@ class _Rows:
         """Move the slice up. Raises Refused if it must stay."""
         first, why = self.end.args[0], ""
         if self.writers.get(storage(self.end)):
-            raise Refused("Rows that are read must not be written in place, found that they are.", at=self.end)
+            raise Refused("Rows that are read must not be written in place, found a write.", at=self.end)
         for node in reversed(list(self.graph.nodes)):
             if node not in self.axes or node in self.whole or not self.inside.issuperset(node.users):
                 continue

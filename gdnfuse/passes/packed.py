@@ -28,7 +28,7 @@ def require_apart(gm: GraphModule) -> None:
         if masks and not any(_may_distinguish(given, bounds) for given in _inputs(masks)):
             raise GdnfuseError(
                 "Sequences packed with cu_seq_lens_q must be kept apart by attention too, found a mask that no positions went "
-                "into: give position_ids that begin anew at each, use_cache=False and no attention_mask."
+                "into: give position_ids that start again at each, use_cache=False and no attention_mask."
             )
 
 

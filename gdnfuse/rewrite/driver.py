@@ -171,7 +171,7 @@ def cut(graph: Graph, m: Match, memory: Memory) -> Region:
     """
     for name, n in m.inputs.items():
         if not is_tensor(n) and not isinstance(value(n), int | torch.SymInt):
-            raise Refused(f"{name} must be a tensor or a number, found what {op_name(n)} gives in {n.name}.", at=n)
+            raise Refused(f"{name} must be a tensor or a number, found the result of {op_name(n)} in {n.name}.", at=n)
         if is_tensor(n) and not is_plain(value(n)):
             kind = type(value(n)).__name__ if storage(n) is not None else "one without memory of its own"
             raise Refused(f"{name} must be a plain tensor, found {kind} in {n.name}.", at=n)

@@ -124,7 +124,7 @@ def test_slots_that_cannot_be_are_a_sentence():
         ({"states": was.int()}, "states must be float32, bfloat16, float16 or float64, found int32."),
         ({"A_log": good["A_log"][:1]}, "A_log must be [4], found [1]."),
         ({"dt_bias": good["dt_bias"].expand(3, 4)}, "dt_bias must be [4], found [3, 4]."),
-        ({"k": good["k"].to("meta")}, "k must be on cpu, as v, found it on meta."),
+        ({"k": good["k"].to("meta")}, "k must be on cpu, as v, found meta."),
         ({"accepted": [1, 1, 1]}, "accepted must be a tensor, found list."),
         ({"slots": good["slots"].float()}, "slots must be int32 or int64, found float32."),
         ({"slots": good["slots"] + 4}, "slots must be below 7, the number of states, found 8."),
@@ -262,13 +262,13 @@ def test_packed_sequences_are_kept_apart(lengths):
 def test_chunked_rule_says_what_it_does_not_take():
     args = chunk_inputs(1, 5, 1, 1, 2, 2)
     empty = (*(x[:, :0] for x in args[:5]), args[5], 0.3)
-    with pytest.raises(ValueError, match="at least one token, got T = 0"):
+    with pytest.raises(ValueError, match="at least one token, found T = 0"):
         chunk_delta_rule.reference(*empty)
-    with pytest.raises(ValueError, match="must not be negative, got -1"):
+    with pytest.raises(ValueError, match="must not be negative, found -1"):
         chunk_delta_rule.reference(*args, 0.3, checkpoint_every=-1)
-    with pytest.raises(ValueError, match="a row for each of the 2 sequences, got 1"):
+    with pytest.raises(ValueError, match="a row for each of the 2 sequences, found 1"):
         chunk_delta_rule.reference(*args, 0.3, cu_seqlens=torch.tensor([0, 2, 5]))
-    with pytest.raises(ValueError, match="With cu_seqlens B must be 1 and checkpoint_every 0, got B = 1 and 2"):
+    with pytest.raises(ValueError, match="With cu_seqlens B must be 1 and checkpoint_every 0, found B = 1 and 2"):
         chunk_delta_rule.reference(*args, 0.3, cu_seqlens=torch.tensor([0, 5]), checkpoint_every=2)
 
 
@@ -407,7 +407,7 @@ def test_conv_windows_are_the_columns_before_each_place():
         end = 3 + 16 * (i + 1)
         assert torch.equal(found[:, i], x[:, :, end - 4 : end])
     assert conv_windows.reference(x, v, 71, 4).shape == (2, 0, 6, 4)
-    with pytest.raises(ValueError, match="Windows of 4 columns need as many tokens between them, got 3"):
+    with pytest.raises(ValueError, match="Windows of 4 columns need as many tokens between them, found 3"):
         conv_windows.reference(x, v, 3, 4)
 
 
@@ -441,11 +441,11 @@ def test_experts_and_route_say_what_they_do_not_take():
     for top_k in (0, 7):
         args, kwargs = route.example_call(2, 8, 6, top_k)
         for call in (route.reference, route.fake):
-            with pytest.raises(ValueError, match=f"between 1 and the number of experts, 6, got {top_k}"):
+            with pytest.raises(ValueError, match=f"between 1 and the number of experts, 6, found {top_k}"):
                 call(*args, **kwargs)
     args, kwargs = experts.example_call(2, 8, 6, 2, 4)
     for call in (experts.reference, experts.fake):
-        with pytest.raises(ValueError, match="one of the activations silu, got relu"):
+        with pytest.raises(ValueError, match="one of the activations silu, found relu"):
             call(*args, "relu", **kwargs)
 
 

@@ -58,9 +58,9 @@ def without_tokens(op):
 def test_no_tokens_are_refused_by_ops(op):
     args, kwargs = without_tokens(op)
     before = [a.clone() for a in args if isinstance(a, torch.Tensor)]
-    with pytest.raises(ValueError, match="needs at least one token, got T = 0."):
+    with pytest.raises(ValueError, match="needs at least one token, found T = 0."):
         OPS[op].reference(*args, **kwargs)
-    with pytest.raises(ValueError, match="needs at least one token, got T = 0."):
+    with pytest.raises(ValueError, match="needs at least one token, found T = 0."):
         OPS[op].fake(*args, **kwargs)
     assert all(map(torch.equal, before, (a for a in args if isinstance(a, torch.Tensor))))
 
@@ -68,7 +68,7 @@ def test_no_tokens_are_refused_by_ops(op):
 @pytest.mark.parametrize("op", TOKENS)
 def test_no_tokens_are_refused_by_kernels(op):
     args, kwargs = without_tokens(op)
-    with pytest.raises(Refused, match="T must be (at least )?1, got 0."):
+    with pytest.raises(Refused, match="T must be (at least )?1, found 0."):
         implementations()[op].supports(*args, **kwargs)
 
 

@@ -211,7 +211,7 @@ def test_a_call_that_hands_nothing_on_is_said(tmp_path):
     of.check(model)
     chain = of.start(Run(model, None, 99, False))
     ids = zoo.prompt(1, 6)[0]
-    with pytest.raises(gdnfuse.GdnfuseError, match="its graphs were traced before anybody wanted them: gdnfuse.compile"):
+    with pytest.raises(gdnfuse.GdnfuseError, match="graphs that were traced without them: call gdnfuse.compile"):
         chain.hear(ids)
     with torch.no_grad():
         model(ids)
@@ -246,7 +246,9 @@ def test_what_cannot_be_loaded_is_a_sentence(tmp_path):
     for n in (0, 5, True):
         with pytest.raises(gdnfuse.GdnfuseError, match="MTP drafts 1 to 4 tokens at a time"):
             MTP(n)
-    with pytest.raises(gdnfuse.GdnfuseError, match=r"a checkpoint in safetensors, found none in .*: MTP\(n, folder\) says where"):
+    with pytest.raises(
+        gdnfuse.GdnfuseError, match=r"a checkpoint in safetensors, found none in .*: pass the folder as MTP\(n, folder\)"
+    ):
         gdnfuse.compile(model, speculate=MTP(2))
     model.save_pretrained(tmp_path)
     with pytest.raises(gdnfuse.GdnfuseError, match=r"needs a checkpoint with weights named mtp.\*, found none in"):

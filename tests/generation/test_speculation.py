@@ -412,7 +412,7 @@ def test_a_prompt_of_which_no_token_is_a_pictures_is_text():
     wanted = model.generate(ids, **asked)
     assert torch.equal(model.generate(ids, **asked, custom_generate=gdnfuse.speculative(PromptLookup(2))), wanted)
     asked["mm_token_type_ids"][0, 2] = 1
-    with pytest.raises(gdnfuse.GdnfuseError, match="takes prompts of text alone, found mm_token_type_ids"):
+    with pytest.raises(gdnfuse.GdnfuseError, match="needs prompts of plain text, found mm_token_type_ids"):
         model.generate(ids, **asked, custom_generate=gdnfuse.speculative(PromptLookup(2)))
 
 
@@ -612,9 +612,12 @@ def test_what_cannot_be_speculated_on_is_a_sentence_before_anything_runs(monkeyp
     model.register_forward_pre_hook(lambda *_: ran.append(1))
     cache = lambda **options: {zoo.CACHE: gdnfuse.RollbackCache(model, **options)}  # noqa: E731
     for more, sentence in (
-        ({zoo.CACHE: zoo.new_cache(model, "dynamic")}, r"needs a gdnfuse.RollbackCache\(model\), found DynamicCache: hand over"),
-        ({zoo.CACHE: zoo.new_cache(model, "static", 64)}, "found StaticCache: hand over"),
-        *[({"cache_implementation": "offloaded"}, "found DynamicCache as cache_implementation asks for it")][: streams()],
+        (
+            {zoo.CACHE: zoo.new_cache(model, "dynamic")},
+            r"needs a gdnfuse.RollbackCache\(model\), because it takes tokens back, found DynamicCache: pass",
+        ),
+        ({zoo.CACHE: zoo.new_cache(model, "static", 64)}, "found StaticCache: pass"),
+        *[({"cache_implementation": "offloaded"}, "found DynamicCache from cache_implementation")][: streams()],
         (cache(max_cache_len=32), "for 32 tokens and 4 drafts must hold 35, found 32: make it longer"),
         (cache(tokens=4), "for 4 drafts must take 5 tokens a call, found 4"),
         ({zoo.CACHE: recorded}, "must hold no recorded tokens, found 2 tokens: crop first"),
@@ -624,8 +627,11 @@ def test_what_cannot_be_speculated_on_is_a_sentence_before_anything_runs(monkeyp
         ({"num_beams": 2}, "one sequence per row, found num_beams=2"),
         ({"output_attentions": True, "return_dict_in_generate": True}, "found output_attentions=True: generate without it"),
         ({"attention_mask": right}, "padded on the left, found an attention_mask that ends in 0"),
-        ({"position_ids": torch.arange(8)[None] + 3}, "counts positions from each row's first token, found other position_ids"),
-        ({"inputs_embeds": torch.zeros(1, 8, 64)}, "takes prompts of text alone, found inputs_embeds"),
+        (
+            {"position_ids": torch.arange(8)[None] + 3},
+            "needs positions that count from each row's first token, found other position_ids",
+        ),
+        ({"inputs_embeds": torch.zeros(1, 8, 64)}, "needs prompts of plain text, found inputs_embeds"),
     ):
         with pytest.raises(gdnfuse.GdnfuseError, match=sentence):
             model.generate(ids, **{**GREEDY, **more}, custom_generate=gdnfuse.speculative(PromptLookup(4)))

@@ -135,7 +135,7 @@ def on_two_devices(model):
     [
         (torch.compile, "a model that torch.compile has not wrapped, found an OptimizedModule"),
         (lambda model: Module(torch.compile(model)), "a model that torch.compile has not wrapped, found an OptimizedModule"),
-        (on_two_devices, "a model that runs where its weights are, found DataParallel, which copies it to 2 devices"),
+        (on_two_devices, "a model that is not copied between devices, found DataParallel, which copies it to 2 devices"),
         (lambda model: "model", "a torch.nn.Module, found str"),
     ],
 )

@@ -185,7 +185,7 @@ WRONG = {
     "data": (0, lambda x: x.int(), r"^Data of nf4 must be a matrix of uint8, found int32 \[192, 128\]\.$"),
     "magnitudes": (1, lambda x: x[:-1], r"^The scale of nf4 must be one number for each block .* found uint8 \[767\]\.$"),
     "their dtype": (1, lambda x: x.float(), r"^The scale of nf4 must be uint8 here, found float32 \[768\]\.$"),
-    "table": (3, lambda x: x[:8], r"^Beside data and scale nf4 must have nothing, or .* found float32 \[3\], float32 \[8\], "),
+    "table": (3, lambda x: x[:8], r"^Besides data and scale nf4 must have nothing, or .* found float32 \[3\], float32 \[8\], "),
     "scale of scales": (2, lambda x: x[:1], r"quantised 3 numbers, a table of 256 and an offset, in float32, found "),
 }
 

@@ -315,5 +315,5 @@ def test_a_model_is_quantised_to_known_formats(format):
 
 
 def test_a_model_without_linears_has_nothing_to_quantise():
-    with pytest.raises(GdnfuseError, match="must have linears beside its head with whole groups of columns, found none"):
+    with pytest.raises(GdnfuseError, match="must have linears other than its head with whole groups of columns, found none"):
         models.quantized(torch.nn.Sequential(torch.nn.LayerNorm(2)))

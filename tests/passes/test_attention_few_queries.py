@@ -148,7 +148,7 @@ REFUSED = {
     ),
     "causal": (
         lambda q, k, v, gate, mask: F.scaled_dot_product_attention(q, repeated(k), repeated(v), is_causal=True),
-        "Attention of few queries must not be causal",
+        "Attention of few queries must not have is_causal",
     ),
     "wider values": (
         lambda q, k, v, gate, mask: F.scaled_dot_product_attention(q, repeated(k), repeated(torch.cat([v, v], -1))),

@@ -201,7 +201,7 @@ REFUSED = {
     ),
     "causal": (
         layer(attend=lambda q, k, v, m: F.scaled_dot_product_attention(q, repeated(k), repeated(v), is_causal=True)),
-        "Attention of few queries must not be causal",
+        "Attention of few queries must not have is_causal",
     ),
     "keys that the gate is made of": (read_twice, None),
     "keys that are written": (written, "must not be written in place"),

@@ -267,7 +267,7 @@ def test_linears_that_are_not_split(name):
 LIBRARY = {
     "33 rows": (lambda x, w, b: F.linear(x, w), (33, 1, 1024), torch.float32, "at most 32 rows"),
     "33 tokens": (lambda x, w, b: F.linear(x, w), (3, 11, 1024), torch.float32, "at most 32 rows"),
-    "float64": (lambda x, w, b: F.linear(x, w), (2, 1, 1024), torch.float64, "got float64"),
+    "float64": (lambda x, w, b: F.linear(x, w), (2, 1, 1024), torch.float64, "found float64"),
     "bias": (lambda x, w, b: F.linear(x, w, b), (2, 1, 1024), torch.float32, "takes no bias"),
     "bias by name": (lambda x, w, b: F.linear(x, w, bias=b), (2, 1, 1024), torch.float32, "takes no bias"),
     "every second column": (lambda x, w, b: F.linear(x[..., ::2], w[:, :512]), (2, 1, 1024), torch.float32, "contiguous rows"),

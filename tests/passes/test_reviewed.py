@@ -73,7 +73,7 @@ def test_one_projection_for_q_and_k(batch, handwritten):
     layer = variant(handwritten, old, old.replace("q, k, v", "q, _, v") + "; k = q")
     report = compare(layer, layer.empty, batch)
     reasons = [r.reason for r in report.all_records if r.rule == "mixer_linears"]
-    wanted = "Parts must share no columns for in_proj to put them one behind the other, found that two do."
+    wanted = "Parts must share no columns for in_proj to concatenate them, found two that do."
     assert report.fused_layers == 1 and reasons == ([wanted] if batch == 1 else [])
 
 

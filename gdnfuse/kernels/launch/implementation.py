@@ -257,26 +257,26 @@ def require_dtypes(**tensors: torch.Tensor | None) -> None:
     """Refuse a tensor that is not float32, bfloat16 or float16."""
     for name, t in tensors.items():
         if t is not None and t.dtype not in POINTERS:
-            raise Refused(f"{name} must be float32, bfloat16 or float16, got {str(t.dtype).removeprefix('torch.')}.")
+            raise Refused(f"{name} must be float32, bfloat16 or float16, found {str(t.dtype).removeprefix('torch.')}.")
 
 
 def require_static(**sizes: Any) -> None:
     """Refuse a size that is not a plain number; the comparison adds no guard."""
     for name, size in sizes.items():
         if not isinstance(size, int):
-            raise Refused(f"{name} must be static, got the symbolic size {size}.")
+            raise Refused(f"{name} must be static, found the symbolic size {size}.")
 
 
 def require_tokens(T: Any) -> None:
     """Refuse the length 0; other lengths and symbolic ones pass."""
     if isinstance(T, int) and T < 1:
-        raise Refused(f"T must be at least 1, got {T}.")
+        raise Refused(f"T must be at least 1, found {T}.")
 
 
 def require_one_token(T: Any) -> None:
     """Refuse any length other than the number 1; the comparison adds no guard."""
     if not isinstance(T, int) or T != 1:
-        raise Refused(f"T must be 1, got {T}.")
+        raise Refused(f"T must be 1, found {T}.")
 
 
 def require_head_dims(**dims: Any) -> None:
@@ -284,4 +284,4 @@ def require_head_dims(**dims: Any) -> None:
     require_static(**dims)
     for name, size in dims.items():
         if size > MAX_HEAD_DIM:
-            raise Refused(f"{name} must be at most {MAX_HEAD_DIM}, got {size}.")
+            raise Refused(f"{name} must be at most {MAX_HEAD_DIM}, found {size}.")

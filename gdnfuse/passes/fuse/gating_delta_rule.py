@@ -51,7 +51,7 @@ def _results(rule, state):
     """The node of the rule's output, and the copy of its new state into `state`."""
     taken = {u.args[1]: u for u in rule.users}
     if 0 not in taken or 1 not in taken:
-        raise Refused("Both the output and the new state must be used, found that one is not.", at=rule)
+        raise Refused("Both the output and the new state must be used, found that one is unused.", at=rule)
     copies = [u for u in real_users(taken[1]) if op_name(u) == "copy_" and u.args[0] is state]
     if len(copies) != 1:
         raise Refused(f"The new state must be copied once into the state it came from, found {len(copies)} copies.", at=rule)

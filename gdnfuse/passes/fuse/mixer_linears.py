@@ -58,7 +58,7 @@ class FuseMixerLinears(Rule[Facts]):
         (last,) = readers
         before, behind = bind(first), bind(last)
         if before["swiglu"] or before["residual"] is not None or before["gate"] is not None:
-            raise Refused("in_proj must have nothing fused behind it, found that it has.", at=first)
+            raise Refused("in_proj must have nothing fused after it, found something.", at=first)
         if behind["norm_weight"] is not None or len(behind["weights"]) != 1:
             raise Refused("out_proj must be one linear without a norm, found otherwise.", at=last)
         B, HV, _, V = value(mixer["recurrent_state"]).shape
@@ -131,7 +131,7 @@ def _layout(mixer):
         parts = zip(offsets, strides, widths, strict=True)
         columns = [first + h * step + i for first, step, width in parts for h in range(heads) for i in range(width)]
         if len({*columns}) < len(columns):
-            raise Refused("Parts must share no columns for in_proj to put them one behind the other, found that two do.")
+            raise Refused("Parts must share no columns for in_proj to concatenate them, found two that do.")
         layout = {
             "conv_offset": 0,
             "parts": [n for part in zip(offsets, strides, widths, strict=True) for n in part],

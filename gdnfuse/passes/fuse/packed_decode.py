@@ -40,7 +40,7 @@ class FusePackedDecode(Rule[Step]):
 
     def check(self, m):
         if m.facts.l2norm_eps is None:
-            raise Refused("q and k must be l2-normalised before the rule, found that they are not.", at=m.outputs[0])
+            raise Refused("q and k must be l2-normalised before the rule, found that one is not.", at=m.outputs[0])
 
     def rewrite(self, m, t):
         tensors = (t.mixed_qkv, t.a, t.b, t.A_log, t.dt_bias, t.recurrent_state)

@@ -42,7 +42,7 @@ class FuseSwiGLULinear(Rule[LinearCall]):
             raise Mismatch(root, expected, f"{list(value(root).shape)} of {value(root).dtype}")
         bound = bind(row)
         if bound["residual"] is not None or bound["swiglu"]:
-            raise Refused("The row must be a linear's alone, found something fused behind it.", at=row)
+            raise Refused("The row must be the plain result of a linear, found something fused after it.", at=row)
         back = None if value(root).ndim == value(row).ndim else tuple(value(root).shape)
         return linear_match(root, bound | {"swiglu": True}, back)
 
