@@ -22,6 +22,7 @@ from gdnfuse.passes import (
     collectives,
     constants,
     fuse,
+    gathers,
     growing_keys,
     last_rows,
     lift,
@@ -120,6 +121,7 @@ def _stages(c: Compilation) -> Iterator[tuple[str, list[Callable[[GraphModule], 
     _look(c)
     packed.require_apart(gm)
     collectives.join_sums(gm)
+    gathers.join(gm)
     yield "normalize", [spec.check, normalize.check]
     if not c.report.layers and not outcome.records and c.report.phase != "draft":
         return

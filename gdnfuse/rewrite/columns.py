@@ -13,6 +13,8 @@ from gdnfuse.rewrite.evaluate import evaluate_node, hint
 from gdnfuse.rewrite.graph import is_cast, is_tensor, op_name, rearranges, value
 from gdnfuse.rewrite.pattern import Mismatch
 
+ROW = "gdnfuse_row"  # key of the meta of a tensor that is a row of its own, though its columns stand elsewhere in another order
+
 
 class Columns:
     """Numbers the columns of tensors [B, …], over all elements of one sequence.
@@ -49,7 +51,7 @@ class Columns:
         if node not in self._numbers:
             if is_cast(node):
                 self._numbers[node] = self._of(node.args[0])
-            elif _only_rearranges(node):
+            elif _only_rearranges(node) and ROW not in node.meta:
                 self._numbers[node] = evaluate_node(node, self._of)
             else:
                 self._numbers[node] = self._new(node)

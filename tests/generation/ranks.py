@@ -36,6 +36,7 @@ from tests.sweeps import ALL
 CHECKS, SWEPT = {}, []
 FOLDER = Path(sys.argv[1]) if __name__ == "__main__" else Path()
 GATHERS = "redistribute"  # what a gather is in a graph that was traced with DTensors
+GATHER = "_c10d_functional.all_gather_into_tensor"  # and what one of several projections is made
 HEADS = {**zoo.SMALL, **zoo.HEADS_OF_27B}
 
 
@@ -159,6 +160,8 @@ def as_loaded_weights_are_packed_and_linears_fused():
     assert lifted["packed_linear"] == 4, lifted  # in_proj, q, k and v, gate and up of two layers
     assert fused["mixer_decode"] == 1 and fused["swiglu_linear"] == 2, fused
     assert [c[SUM] for c in found] == [3, 3], found  # two MLPs and o_proj
+    assert [c[GATHER] for c in found] == [1, 1], found  # of the mixer's four projections
+    assert [c[GATHERS] for c in found] == [3, 3], found  # the embedding's sum, out_proj and the head
 
 
 @check
@@ -277,7 +280,7 @@ def sides_of_a_benchmark_are_measured_on_all_ranks():
     if rank() == 0:
         run.Work(settings, 1, folder).reference()
     dist.barrier()
-    gathers = {"gdnfuse:as_loaded": (4, 6), "gdnfuse:heads": (5, 1)}  # embedding, MLPs, attention, mixer; and the head
+    gathers = {"gdnfuse:as_loaded": (4, 3), "gdnfuse:heads": (5, 1)}  # embedding, MLPs, attention, mixer; and the head
     for side, (sums, gathered) in list(gathers.items())[0 if ALL else 1 :]:
         torch._dynamo.reset()
         row = run.Work(settings, 1, folder, side.partition(":")[2]).side(side)
