@@ -224,15 +224,6 @@ def heard_from_rank(store: Any, key: str, seconds: float) -> str | None:
         return None
 
 
-@private("torch:ops._c10d_functional.all_gather_into_tensor", "torch:ops._c10d_functional.wait_tensor", instead=nothing)
-def gather_ops(gather: Any, wait: Any) -> tuple[Any, Any] | None:
-    """The op that gathers a tensor over ranks, and the one that waits for it.
-
-    Without it: each projection is gathered alone, as transformers' plan has it.
-    """
-    return gather.default, wait.default
-
-
 def _summed(x: Any, group: str) -> Any:
     import torch
 
@@ -1079,6 +1070,13 @@ def compiled_call(compiled: Any, module: Any) -> Callable[..., Any] | None:
 def forget_compiled_call(model: Any) -> None:
     """Let `generate` forget a call that it has compiled itself. Without it: it asks the model for one anyway."""
     vars(model).pop("_compiled_call", None)
+
+
+@private(instead=lambda model: None)
+def pipeline_stage(model: Any) -> Any:
+    """What transformers knows of a model's place in a pipeline of ranks (`pp_size`), None of a model in none. Without it: graphs
+    end where a stage sends and receives."""
+    return vars(model).get("_pp_stage")
 
 
 @private(instead=lambda module: {})

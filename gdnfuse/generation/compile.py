@@ -16,7 +16,7 @@ from gdnfuse import compat, versions
 from gdnfuse import options as gdnfuse_options
 from gdnfuse.errors import GdnfuseError
 from gdnfuse.generation import artifacts as files
-from gdnfuse.generation import device_map, generate, links, shards
+from gdnfuse.generation import device_map, generate, links, shards, stages
 from gdnfuse.generation.arguments import checking_arguments, parameters_of
 from gdnfuse.generation.caches import cache_finder, check_state_dtype, holds_states, mark_lengths, preparing_caches
 from gdnfuse.generation.coverage import PROMPT, SHORT, STEP, VERIFY, Coverage
@@ -89,6 +89,8 @@ def compile(
         if state_dtype is not None:
             check_state_dtype(state_dtype)
         models = compiled_models(model)
+        for one in models:
+            stages.check(one, prefixes=prefixes, speculate=speculate, tensor_parallel=tensor_parallel)
         plans = [shards.plan(tensor_parallel, one, prefixes=prefixes, speculate=speculate) for one in models]
         terms["layers"] = [mixer.facts for _, mixers in plans for mixer in mixers]
         for one in models:
@@ -128,9 +130,10 @@ class _Settings:
 
 
 def _compile(
-    model: torch.nn.Module, settings: _Settings, parsed: gdnfuse_options.Options, why_not: tuple[str, str] | None
+    whole: torch.nn.Module, settings: _Settings, parsed: gdnfuse_options.Options, why_not: tuple[str, str] | None
 ) -> Coverage:
     """Compile the calls of one model: its own, and those that its `generate` asks for. Nothing of it fuses if `why_not`."""
+    model = stages.inside(whole)
     mode, options, fullgraph, dynamic = settings.mode, settings.options, settings.fullgraph, settings.dynamic
     shared = {"backend": "gdnfuse", "fullgraph": fullgraph, "dynamic": dynamic}
     plain, any_length = compat.call_of(model), dynamic is None
@@ -172,7 +175,7 @@ def _compile(
         return [of(*phase) for phase in phases]
 
     few = few_tokens(**own)
-    ours = generate.install(model, settings.prefixes, settings.proposer)
+    ours = generate.install(whole, settings.prefixes, settings.proposer)
     heeding = ours.heeding if ours and settings.prefixes is not None else lambda call: call
     together = shards.together if shards.sharded(model) else lambda call: call
     call = together(heeding(hooks.heeded(checking_arguments(model, by_phase(decode, first, parameters, *few)))))
@@ -181,19 +184,21 @@ def _compile(
         raise GdnfuseError(
             "strict: torch must let a model's call be replaced, found a version that does not: install a tested one."
         )
-    if hasattr(type(model), "get_compiled_call"):
+    stages.enter(whole)
+    if hasattr(type(whole), "get_compiled_call"):
         in_generate = mode_or_options(_mode_of_generate(mode, parsed), options)
         if in_generate != own:
             decode = coverage.checked(torch.compile(with_own_code(plain, "in_generate"), **shared, **in_generate), STEP)
             few = few_tokens(**in_generate)
         how = {**shared, **in_generate}
         in_generate = together(heeding(hooks.heeded(checking_arguments(model, by_phase(decode, first, parameters, *few)))))
+        in_generate = stages.through(whole, in_generate)
         in_generate.beside = Beside(how)
-        model.get_compiled_call = CompiledCall(model, in_generate, coverage)
+        whole.get_compiled_call = CompiledCall(whole, in_generate, coverage)
         # Our call replaces a compile_config of the model, and a call that generate has compiled before.
-        if getattr(model, "generation_config", None) is not None:
-            model.generation_config.compile_config = None
-        compat.forget_compiled_call(model)
+        if getattr(whole, "generation_config", None) is not None:
+            whole.generation_config.compile_config = None
+        compat.forget_compiled_call(whole)
     return coverage
 
 

@@ -18,7 +18,7 @@ import torch
 from gdnfuse import compat
 from gdnfuse.backend import noting, pieces_of, rewritten_copy
 from gdnfuse.errors import GdnfuseError, one_line
-from gdnfuse.generation import device_map, generate, speculation
+from gdnfuse.generation import device_map, generate, speculation, stages
 from gdnfuse.generation.arguments import parameters_of
 from gdnfuse.generation.causes import Finding, left, noted
 from gdnfuse.generation.compile import Beside, by_phase, by_tokens, with_own_code
@@ -169,7 +169,8 @@ def explain(call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanati
     uncompiled = not any(map(is_compiled, models))
     borders = [device_map.Borders(m) for m in models]
     coverages = [
-        Coverage(m, Options(), lambda: reports, quiet=True, why_not=b.why_not) for m, b in zip(models, borders, strict=True)
+        Coverage(stages.inside(m), Options(), lambda: reports, quiet=True, why_not=b.why_not)
+        for m, b in zip(models, borders, strict=True)
     ]
     names: dict[str, str] = {}
     runs: list[list[generate.Run]] = []
@@ -184,9 +185,10 @@ def explain(call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanati
             names[name] = getattr(call, "__name__", "the call")
             torch.compile(with_own_code(call, name), backend=backend)(*args, **kwargs)
         else:
-            for one in {id(m): m for m in (model, *models)}.values():
+            for one in {id(m): m for m in (model, *models, *map(stages.inside, models))}.values():
                 stack.enter_context(_attributes_of(one))
-            for one, coverage in zip(models, coverages, strict=True):
+            for whole, coverage in zip(models, coverages, strict=True):
+                one = stages.inside(whole)
 
                 def compiled(phase: str, one: Any = one, coverage: Coverage = coverage) -> Callable[..., Any]:
                     names[name := f"{phase}_{next(_calls)}".replace(" ", "_")] = f"{phase}s"
@@ -194,11 +196,12 @@ def explain(call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanati
 
                 few = (by_tokens(lambda T, phase=phase, of=compiled: of(phase)) for phase in (VERIFY, SHORT))
                 traced = by_phase(compiled(STEP), compiled(PROMPT), parameters_of(one), *few)
-                if (ours := generate.of(one)) is not None:
+                if (ours := generate.of(whole)) is not None:
                     runs.append(stack.enter_context(ours.noting()))
                     traced = ours.heeding(traced)
                 traced.beside = Beside({"backend": backend})
                 compat.set_compiled_call(one, traced)
+                stages.enter(whole)
             if call is not model:
                 # If generate compiled the decode step itself, it would not use this backend.
                 kwargs = {"disable_compile": True, **kwargs}

@@ -23,9 +23,9 @@ import torch.distributed as dist
 from transformers.distributed.configuration_utils import DistributedConfig
 
 import gdnfuse
-from gdnfuse import backend
+from gdnfuse import backend, versions
 from gdnfuse.bench import run
-from gdnfuse.generation import agreement, shards
+from gdnfuse.generation import agreement, shards, stages
 from gdnfuse.passes.collectives import ONE_SHOT, ONE_SHOT_NORM, SUM, collectives
 from gdnfuse.report.records import Status, between_ranks
 from gdnfuse.rewrite.graph import op_name
@@ -290,6 +290,58 @@ def sides_of_a_benchmark_are_measured_on_all_ranks():
         nbytes = sum(p.nbytes for p in whole.parameters()) - whole.model.embed_tokens.weight.nbytes
         assert row["held_bytes"] < 1.05 * nbytes / ranks + whole.model.embed_tokens.weight.nbytes, (row["held_bytes"], nbytes)
         assert row["limit_ms"] > 0 and row["all_reduce_us"] > 0
+
+
+def in_stages(**sizes):
+    """The whole model, and the same as transformers' pipeline has split it by layers."""
+    whole, folder = saved("causal_lm", json.dumps(sizes))
+    config = DistributedConfig(pp_size=dist.get_world_size())
+    return whole, type(whole).from_pretrained(folder, distributed_config=config).eval().requires_grad_(False)
+
+
+def tokens_of_stages(layers, cache, batch, padded):
+    """Those of the whole model, from two graphs on each rank, in which all of its layers are fused. Under transformers alone they
+    differ where a mask is made, but on the rank that has the first attention layer."""
+    whole, model = in_stages(num_hidden_layers=len(layers), layer_types=layers)
+    torch._dynamo.reset()
+    gdnfuse.clear_reports()
+    gdnfuse.compile(model, inner="eager", strict=True)
+    ids, mask = zoo.prompt(batch, padded=padded)
+    how = {"max_new_tokens": 4, "do_sample": False, "cache_implementation": cache, "attention_mask": mask}
+    how = {name: x for name, x in how.items() if x is not None}
+    assert torch.equal(model.generate(ids, **how), whole.generate(ids, **how))
+    own = sum(hasattr(m, "A_log") for m in model.modules())
+    found = [(r.phase, r.fused_layers) for r in gdnfuse.reports()]
+    assert found == [("prefill", own), ("decode", own)] and own == layers.count("linear_attention") / dist.get_world_size(), found
+    return model, ids, how
+
+
+PAIR = ["linear_attention", "full_attention"]
+PIPELINES = not versions.older("transformers", stages.NEEDED)
+
+
+def stages_of_a_pipeline_are_compiled():
+    model, *_ = tokens_of_stages(PAIR * dist.get_world_size(), "static", 2, True)
+    said = f"A model of pp_size={dist.get_world_size()} is compiled without other splits, found"
+    for name, x in {"speculate": gdnfuse.PromptLookup(), "prefixes": object(), "tensor_parallel": "as_loaded"}.items():
+        refused(functools.partial(gdnfuse.compile, model, **{name: x}), f"{said} {name}: leave {name} away.")
+    _, model = in_stages(**zoo.SMALL)
+    refused(lambda: gdnfuse.compile(model), "Each stage of a pipeline needs an attention layer")
+
+
+def caches_and_batches_of_stages():
+    for cache in (None, "static"):
+        for batch, padded in ((1, False), (2, True)):
+            model, ids, how = tokens_of_stages(PAIR * dist.get_world_size(), cache, batch, padded)
+    found, tokens = gdnfuse.explain(model.generate, ids, **how), model.generate(ids, **how)
+    assert [r.phase for r in found.reports] == ["prefill", "decode"] and not found.findings, found.summary()
+    model._valid_auto_compile_criteria = lambda *args: True  # as on a GPU, where generate asks for a compiled call
+    assert torch.equal(model.generate(ids, **how), tokens) and model.get_compiled_call(None).beside
+
+
+if PIPELINES:
+    check(stages_of_a_pipeline_are_compiled)
+    swept(caches_and_batches_of_stages)
 
 
 @check
