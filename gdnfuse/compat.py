@@ -224,6 +224,15 @@ def heard_from_rank(store: Any, key: str, seconds: float) -> str | None:
         return None
 
 
+@private("torch:ops._c10d_functional.all_gather_into_tensor", "torch:ops._c10d_functional.wait_tensor", instead=nothing)
+def gather_ops(gather: Any, wait: Any) -> tuple[Any, Any] | None:
+    """The op that gathers a tensor over ranks, and the one that waits for it.
+
+    Without it: each projection is gathered alone, as transformers' plan has it.
+    """
+    return gather.default, wait.default
+
+
 def _summed(x: Any, group: str) -> Any:
     import torch
 

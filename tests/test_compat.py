@@ -254,6 +254,18 @@ def summed_over_ranks(there):
 
 
 @case
+def gather_ops(there):
+    if not there:
+        assert compat.gather_ops() is None
+        return
+    gather, wait = compat.gather_ops()
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    found = wait(gather(torch.ones(3), 1, torch.distributed.group.WORLD.group_name))
+    torch.distributed.destroy_process_group()
+    assert found.tolist() == [1.0] * 3
+
+
+@case
 def symmetric_memory(there):
     if not there:
         assert compat.symmetric_memory(4, "cpu", "group") is None

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from gdnfuse import compat
 from gdnfuse.rewrite.columns import ROW
 from gdnfuse.rewrite.edit import infer, inserting
 from gdnfuse.rewrite.graph import is_tensor, kept_meta, op_name, storage, value, writes
@@ -22,6 +23,8 @@ from gdnfuse.rewrite.graph import is_tensor, kept_meta, op_name, storage, value,
 
 def join(gm: GraphModule) -> int:
     """Gather the outputs of linears of one input at once; answers how many gathers went."""
+    if (ops := compat.gather_ops()) is None:
+        return 0
     groups: dict[tuple[Any, ...], list[tuple[Node, Node]]] = {}
     for whole in gm.graph.nodes:
         if (found := _gathered(whole)) is not None:
@@ -30,7 +33,7 @@ def join(gm: GraphModule) -> int:
     gone = 0
     for (_, mesh, *_), group in groups.items():
         if len(together := _movable(gm, group)) > 1:
-            _gather(gm, mesh, together)
+            _gather(gm, ops, mesh, together)
             gone += len(together) - 1
     return gone
 
@@ -68,16 +71,16 @@ def _movable(gm: GraphModule, group: list[tuple[Node, Node]]) -> list[tuple[Node
     return together
 
 
-def _gather(gm: GraphModule, mesh: Node, together: list[tuple[Node, Node]]) -> None:
-    ranks, name = value(mesh).size(), value(mesh).get_group().group_name
+def _gather(gm: GraphModule, ops: tuple[Any, Any], mesh: Node, together: list[tuple[Node, Node]]) -> None:
+    (gather, wait), ranks, name = ops, value(mesh).size(), value(mesh).get_group().group_name
     for (before, _), (x, _) in itertools.pairwise(together):
         before.append(x)
     last = together[-1][0]
     with inserting(gm.graph, last):
         call = gm.graph.call_function
         nodes = [call(torch.cat, ([x for x, _ in together], -1))]
-        nodes.append(call(torch.ops._c10d_functional.all_gather_into_tensor.default, (nodes[-1], ranks, name)))
-        nodes.append(call(torch.ops._c10d_functional.wait_tensor.default, (nodes[-1],)))
+        nodes.append(call(gather, (nodes[-1], ranks, name)))
+        nodes.append(call(wait, (nodes[-1],)))
         nodes.append(gm.graph.call_method("unflatten", (nodes[-1], 0, (ranks, -1))))
         of_ranks, at = nodes[-1], 0
         for x, whole in together:

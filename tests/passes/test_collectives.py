@@ -204,6 +204,15 @@ def test_what_stands_behind_a_small_sum_goes_with_it(f, found):
     captured.equal()
 
 
+def test_ops_of_small_sums_are_what_they_say():
+    """Their schema, fake tensors and layouts; partial sums too."""
+    group, (x, residual, weight) = dist.group.WORLD.group_name, (X, torch.randn(2, 1, 8), torch.randn(8))
+    one, normed = torch.ops.gdnfuse.one_shot_all_reduce.default, torch.ops.gdnfuse.one_shot_add_rms_norm.default
+    for args in ((x, group), (x, group, residual), (torch.stack([x, x]), group, residual)):
+        torch.library.opcheck(one, args)
+    torch.library.opcheck(normed, (x, residual, weight, 1e-6, 1.0, group))
+
+
 def test_a_maximum_stays():
     def f(x):
         dist.all_reduce(x, dist.ReduceOp.MAX)
