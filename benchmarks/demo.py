@@ -1,8 +1,9 @@
-"""The main job on a small random Qwen3.5: what is fused, whether the tokens are eager's, and how long a token takes."""
+"""Decodes with a small random Qwen3.5: what is fused, whether the tokens are those of eager, and how long a token takes."""
 
 from __future__ import annotations
 
 import argparse
+import logging
 import statistics
 import sys
 import time
@@ -11,17 +12,18 @@ from collections.abc import Callable, Sequence
 import torch
 from tabulate import tabulate
 from transformers import Qwen3_5TextConfig, StaticCache
-from transformers.utils import logging
+from transformers.utils.logging import set_verbosity_error
 
 import gdnfuse
 from gdnfuse.models import random_model
+from gdnfuse.progress import progress
 from gdnfuse.report.text import render
 
 SIDES = ("eager", "Inductor", "gdnfuse")
 
 
 def config(layers: int, hidden: int) -> Qwen3_5TextConfig:
-    """Qwen3.5: of four layers three are Gated DeltaNet, and of fewer all but one."""
+    """A small Qwen3.5. Three of four layers are Gated DeltaNet. With fewer layers, all but one are."""
     heads = {"linear_num_key_heads": max(hidden // 64, 1), "linear_num_value_heads": max(hidden // 32, 2)}
     sizes = {"vocab_size": 1024, "hidden_size": hidden, "intermediate_size": 3 * hidden, "head_dim": max(hidden // 4, 16)}
     heads |= {"num_attention_heads": 4, "num_key_value_heads": 2, "linear_key_head_dim": 64, "linear_value_head_dim": 64}
@@ -29,7 +31,7 @@ def config(layers: int, hidden: int) -> Qwen3_5TextConfig:
 
 
 def decode(model: torch.nn.Module, step: Callable, prompt: torch.Tensor, tokens: int, room: int) -> tuple[list[int], list[float]]:
-    """Greedy tokens after an eager prefill, and the seconds of each decode step. A cache of equal room means an equal graph."""
+    """Greedy tokens after an eager prompt, and the seconds of each step. With an equally long cache the graph is the same."""
     cache = StaticCache(config=model.config, max_cache_len=prompt.shape[1] + room)
     token = model(prompt, None, None, cache).logits[:, -1:].argmax(-1)
     chosen, seconds = [token.item()], []
@@ -59,22 +61,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--inner", default="inductor", choices=("inductor", "aot_eager", "eager"))
     args = parser.parse_args(argv)
-    logging.set_verbosity_error()
+    set_verbosity_error()
+    for name in ("torchao", "torch.utils._pytree"):  # what importing torchao prints, as transformers does if it is installed
+        logging.getLogger(name).setLevel(logging.ERROR)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = random_model(config(args.layers, args.hidden), torch.float32, device)
     prompt = torch.randint(0, model.config.vocab_size, (1, 32), device=device)
 
     tokens, rows = {}, []
-    for side in SIDES:
-        torch.compiler.reset()  # otherwise the sides share Dynamo's cache, and its limit
-        gdnfuse.clear_reports()
-        step = compiled(side, model, device, args.inner)
-        start = time.perf_counter()
-        decode(model, step, prompt, 4, args.tokens)
-        first = time.perf_counter() - start
-        tokens[side], seconds = decode(model, step, prompt, args.tokens, args.tokens)
-        same = "yes" if tokens[side] == tokens["eager"] else "NO"
-        rows.append([side, f"{1e3 * statistics.median(seconds):.2f}", f"{first:.1f}", same])
+    with progress() as announce:
+        for side in SIDES:
+            announce(f"{side}, first call")
+            torch.compiler.reset()  # otherwise the sides share Dynamo's cache, and its limit
+            gdnfuse.clear_reports()
+            step = compiled(side, model, device, args.inner)
+            start = time.perf_counter()
+            decode(model, step, prompt, 4, args.tokens)
+            first = time.perf_counter() - start
+            announce(f"{side}, {args.tokens} tokens")
+            tokens[side], seconds = decode(model, step, prompt, args.tokens, args.tokens)
+            same = "yes" if tokens[side] == tokens["eager"] else "NO"
+            rows.append([side, f"{1e3 * statistics.median(seconds):.2f}", f"{first:.1f}", same])
 
     for report in gdnfuse.reports():
         print(render(report), end="\n\n")

@@ -402,6 +402,8 @@ def _doctor(args: argparse.Namespace) -> None:
 
 def _quiet() -> None:
     """Silence transformers' advice to install kernels, which a report does not need, and Dynamo's warnings, which it contains."""
+    for name in ("torchao", "torch.utils._pytree"):  # what importing torchao prints, as transformers does if it is installed
+        logging.getLogger(name).setLevel(logging.ERROR)
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
