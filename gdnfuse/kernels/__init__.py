@@ -1,4 +1,4 @@
-"""Kernels behind the dialect ops, one family per file. Importing this package does not import triton."""
+"""The kernels of the dialect ops, one family per file. Importing this package does not import triton."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ log = logging.getLogger(__name__)
 
 
 def implementations() -> dict[str, Implementation]:
-    """The kernel behind each dialect op that has one, by the op's name.
+    """The kernel of each dialect op that has one, by the name of the op.
 
-    Registers ``torch.ops.gdnfuse_triton`` on first use.
+    The first call registers ``torch.ops.gdnfuse_triton``.
 
     Raises:
         Refused: triton is not installed.
@@ -81,7 +81,7 @@ def implementations() -> dict[str, Implementation]:
 
 
 def compile_ahead(calls: list[tuple[Implementation, dict[str, Any]]]) -> None:
-    """Start to compile what calls with these arguments, fake tensors, will launch: each kernel once, beside each other."""
+    """Start to compile, in threads, each kernel that calls with these fake arguments will launch."""
     if torch.cuda.is_available():
         for implementation, arguments in calls:
             _pending.extend(implementation.compile_ahead(arguments, _pool()))
@@ -89,17 +89,17 @@ def compile_ahead(calls: list[tuple[Implementation, dict[str, Any]]]) -> None:
 
 @functools.cache
 def read_triton() -> None:
-    """Start a thread that makes the key of Triton's caches: for it all of Triton is read, half a gigabyte, once per process.
+    """Start a thread that makes the key of Triton's caches. For this all of Triton is read, half a gigabyte, once per process.
 
-    Whoever asks for it first waits for that otherwise: Inductor, for the key of its own cache, and each thread of ours that
-    compiles a kernel.
+    Otherwise the first code that needs the key waits for it: Inductor for the key of its own cache, and our threads that compile
+    kernels.
     """
     if key := compat.triton_key():
         _pool().submit(key)
 
 
 def wait() -> None:
-    """Wait until what `compile_ahead` started is compiled. An error in it comes again, and to the caller, at the launch."""
+    """Wait until everything that `compile_ahead` started is compiled. Errors are raised again at the launch."""
     with suppress(IndexError):  # empty, which another thread may make it at any time
         while _pending:
             if error := _pending.pop().exception():
@@ -115,7 +115,7 @@ def _pool() -> ThreadPoolExecutor:
 
 
 def loaded() -> dict[str, int]:
-    """How many machine codes of each of our kernels this process has compiled or loaded, by kernel; empty before any launch."""
+    """For each of our kernels, how many machine codes this process has compiled or loaded. Empty before any launch."""
     return {name: made for name, kernel in _jitted() if (made := compat.machine_codes(kernel))}
 
 
@@ -125,7 +125,7 @@ def machine_codes() -> dict[str, dict[str, bytes]]:
 
 
 def _jitted() -> Iterator[tuple[str, Any]]:
-    """What stands in our kernels' files under names of their own, once Triton is imported."""
+    """The kernels in our files, by name, once Triton is imported."""
     ours = [m for name, m in sys.modules.items() if name.startswith("gdnfuse.kernels.")]
     for module in ours if "triton.runtime.jit" in sys.modules else []:
         for name, kernel in vars(module).items():

@@ -1,10 +1,10 @@
 """h = residual + x and h · rsqrt(mean(h²) + eps) · (offset + w) (Zhang and Sennrich 2019, arXiv:1910.07467), a row per program.
 
-x may come as the partial sums of a linear whose columns were split, which are added up here. Between two linears of a decode step
-this kernel is all there is, and on Hopper lets the second start, and load its weight, while it runs.
+x may be partial sums of a linear whose columns were split. They are added up here. In a decode step this is the only kernel
+between two linears. On Hopper it lets the second linear start, and load its weight, while it runs.
 
-Layout: x [..., N] or [parts, ..., N], residual [..., N]; outputs contiguous. Maths is float32; x, the sum and the norm are each
-rounded once, as they are when they are computed apart.
+Layout: x [..., N] or [parts, ..., N], residual [..., N]; outputs contiguous. Maths is float32. x, the sum and the norm are each
+rounded once, as if they were computed separately.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def launch(
 
 
 def supports(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, offset: float) -> None:
-    """Raises Refused unless dtypes are float32, bfloat16 or float16, and N is static and at most MAX_N."""
+    """Raise Refused unless dtypes are float32, bfloat16 or float16, and N is static and at most MAX_N."""
     require_dtypes(x=x, residual=residual, weight=weight)
     require_static(N=residual.shape[-1])
     if residual.shape[-1] > MAX_N:

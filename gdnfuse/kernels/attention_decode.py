@@ -3,21 +3,23 @@
     split     q ← rope(norm(q)); keys[position] ← rope(norm(k)); values[position] ← v;
               softmax(q·Kᵀ·scale)·V over some of the cache's blocks  programs per up to four queries of a key head × SPLITS
     combine   the splits' sums rescaled to one maximum, times σ(gate);
-              none where SPLITS is 1                                 programs per head and some of its columns
+              not launched if SPLITS is 1                            programs per head and some of its columns
 
-Splitting the cache over programs and rescaling follows Flash-Decoding (Dao et al. 2023); the norm is RMSNorm, the rotary
-embedding that of Su et al. (arXiv:2104.09864) on the first R columns, in halves. A program of split is one warp, which at usual
-sizes has no barrier, and in its registers there is room for the first keys and values, which are read while the kernels before
-this one still run. Every program makes its queries anew. The new key and value are taken from registers, by the last split,
-which alone writes them to the cache: no program uses what another one writes. A split takes every SPLITS-th block of the cache,
-its first in any case. Where it has more than one it looks at the mask, and of the others reads none at either end that the query
-may not see, so the time goes with what is filled rather than allocated. Both kernels are attention_few_queries's too, and
-attention_growing's, where the programs of a key head's first queries also copy what they read.
+Splitting the cache over programs and rescaling follows Flash-Decoding (Dao et al. 2023). The norm is RMSNorm. The rotary
+embedding is that of Su et al. (arXiv:2104.09864) on the first R columns, in halves.
 
-Layout: q, k, v, gate [B, 1, heads, D], keys and values [B, HKV, L, D], mask [B or 1, 1, 1, L], where they grow L + 1, all of any
-strides. Products, sums and the rotation are float32; q and the new key are rounded once, to their dtype, as the cache stores
-them. Where nothing may be seen the output is zero; where `position` is outside the cache nothing is written and the output is
-NaN.
+A program of split is one warp, which at usual sizes needs no barrier. Its registers have room for the first keys and values,
+which are read while the kernels before this one still run. Every program computes its own queries. The new key and value come
+from registers, in the last split, which alone writes them to the cache. So no program uses what another one writes.
+
+A split takes every SPLITS-th block of the cache, and always its first. If it has more than one, it looks at the mask and skips
+blocks at both ends that the query may not see. So the time depends on what is filled and not on what is allocated.
+attention_few_queries and attention_growing use both kernels too. In the latter, the programs of the first queries of a key head
+also copy what they read.
+
+Layout: q, k, v, gate [B, 1, heads, D], keys and values [B, HKV, L, D], mask [B or 1, 1, 1, L], or L + 1 if keys grow, all with
+any strides. Products, sums and the rotation are float32. q and the new key are rounded once, to their dtype, as the cache stores
+them. If nothing may be seen, the output is zero. If `position` is outside the cache, nothing is written and the output is NaN.
 """
 
 from __future__ import annotations
@@ -42,22 +44,22 @@ from gdnfuse.kernels.launch.implementation import (
 
 gdc_launch_dependents, gdc_wait = compat.dependent_launch()
 
-# Splits at most, on keys that grow and on a static cache; programs in all. Chosen on an H200 with 200 to 32000 positions filled.
-# benchmarks/attention.py --sweep compares the splits of a static cache; of the others no committed benchmark does.
+# The most splits on growing keys and on a static cache, and the most programs. Chosen on an H200 with 200 to 32000 filled
+# positions. benchmarks/attention.py --sweep compares the splits of a static cache. No committed benchmark compares the others.
 GROWING_SPLITS, STATIC_SPLITS, PROGRAMS = 128, 256, 1024
-QUERIES, BLOCK = 4, 4  # of one key head, and its keys that a program has at once; half as many in float32
+QUERIES, BLOCK = 4, 4  # queries of one key head, and keys that a program has at once; half as many keys in float32
 AT_ONCE = 64  # blocks whose mask a program reads at once
-GROWS = {"keys": 2, "values": 2, "mask": 3}  # along which axes, where keys do
-COMBINED, COMBINE_WARPS = 2048, 2  # sums that a program of combine adds up
+GROWS = {"keys": 2, "values": 2, "mask": 3}  # the axes that grow with the keys
+COMBINED, COMBINE_WARPS = 2048, 2  # how many sums a program of combine adds up, and its warps
 
 
 @triton.jit
 def _norm_and_turn(
     row_ptr, stride_d, there, norm_ptr, norm_eps, norm_offset, cos, sin, D: tl.constexpr, ROTARY: tl.constexpr, BD: tl.constexpr
 ):  # fmt: skip
-    """A head's row, normed and turned: [BD] of float32."""
+    """A row of a head, with norm and rotary embedding: [BD] in float32."""
     d = tl.arange(0, BD)  # [BD]
-    # The column that each of the first ROTARY columns is turned with, and the sign it comes with.
+    # The column that each of the first ROTARY columns is rotated with, and its sign.
     other = tl.where(d < ROTARY // 2, d + ROTARY // 2, d - ROTARY // 2)
     if ROTARY % 16 == 0:
         other = tl.max_contiguous(tl.multiple_of(other, 8), 8)
@@ -84,8 +86,8 @@ def _load_block(
     return k, v
 
 
-# Nothing that grows with the keys makes another machine code: where heads are a multiple of 16 columns wide, so is each step from
-# one head or sequence to the next, whatever the length.
+# Growing keys need no other machine code. If heads are a multiple of 16 columns wide, so are the strides between heads and
+# sequences, at any length.
 @triton.jit(do_not_specialize=["L", "stride_mb"])
 def attention_split_kernel(
     q_ptr, k_ptr, v_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, keys_ptr, values_ptr, position_ptr, mask_ptr, gate_ptr,
@@ -100,7 +102,7 @@ def attention_split_kernel(
     if OVERLAP:
         gdc_launch_dependents()
     pair = (tl.program_id(0) // GROUPS).to(tl.int64)
-    first = tl.program_id(0) % GROUPS * QUERIES  # of the G queries of a key head
+    first = tl.program_id(0) % GROUPS * QUERIES  # the first of the G queries of a key head
     split = tl.program_id(1)
     batch, h = pair // HKV, pair % HKV
     d = tl.arange(0, BD)  # [BD]
@@ -112,16 +114,16 @@ def attention_split_kernel(
     if longer_keys_ptr is not None:  # [B, HKV, L + 1, D]
         longer_keys_ptr += pair * (L + 1) * D
         longer_values_ptr += pair * (L + 1) * D
-    # What a cache holds already may be read before this step's query is there.
+    # The old content of a cache may be read before this step's query is ready.
     if OVERLAP and k_ptr is None:
         gdc_wait()
     at = (split * BL + n).to(tl.int64)  # [BL]
     k, v = _load_block(keys_ptr, values_ptr, at, L, stride_yl, stride_yd, stride_ul, stride_ud, D, BD)
-    # Nothing is written before this either: memory that was only just allocated may be what a kernel before this one reads.
+    # Nothing is written before this: newly allocated memory may still be read by a kernel before this one.
     if OVERLAP and k_ptr is not None:
         gdc_wait()
 
-    # Which of this split's blocks anybody may see; those between the first and the last are read, or all if they are copied.
+    # Which blocks of this split any query may see. Those from the first to the last are read, or all if they are copied.
     blocks = tl.cdiv(tl.cdiv(L, BL) - split, SPLITS)
     start, last = blocks * 0, blocks
     if mask_ptr is not None and longer_keys_ptr is None:
@@ -177,7 +179,7 @@ def attention_split_kernel(
             x = _norm_and_turn(q_row, stride_qd, there, q_norm_ptr, norm_eps, norm_offset, cos, sin, D, ROTARY, BD)
             x = x.to(q_ptr.dtype.element_ty).to(tl.float32)  # [BD]
             score = tl.sum(x * k_new.to(tl.float32), 0) * tl.cast(scale, tl.float32)
-            # A token behind the end of the cache has no place: torch stops the device there, this makes the step's output NaN.
+            # A token after the end of the cache has no place. torch would stop the device. Here the step's output is NaN.
             largest = largest + (tl.where(inside, tl.where(mine, score, none), 0.0),)
             total = total + (tl.where(mine | ~inside, 1.0, 0.0),)
             acc = acc + (tl.where(inside, tl.where(mine, v_new.to(tl.float32), 0.0), float("nan")),)
@@ -188,14 +190,14 @@ def attention_split_kernel(
         if mask_ptr is not None:
             live = live & (tl.load(mask_ptr + at * stride_ml, mask=live, other=0).to(tl.int32) > 0)
         live = live & (at != position)
-        # What must not be seen may be no number, as memory that another program writes to may.
+        # Hidden values may be NaN, for example in memory that another program writes.
         key, value = k.to(tl.float32), tl.where(live[:, None], v, 0.0).to(tl.float32)  # [BL, BD]
         old_k, old_v, place = k, v, at
         at += SPLITS * BL
         k, v = _load_block(
             keys_ptr, values_ptr, at, tl.where(i + 1 < last, L, 0), stride_yl, stride_yd, stride_ul, stride_ud, D, BD
         )
-        if longer_keys_ptr is not None:  # behind the loads of the next block, which no store then holds up
+        if longer_keys_ptr is not None:  # after the loads of the next block, so that no store delays them
             copied = (place < L)[:, None] & (d < D)[None, :] & (first == 0)
             tl.store(longer_keys_ptr + place[:, None] * D + d[None, :], old_k, mask=copied)
             tl.store(longer_values_ptr + place[:, None] * D + d[None, :], old_v, mask=copied)
@@ -203,7 +205,7 @@ def attention_split_kernel(
         for g in tl.static_range(QUERIES):
             scores = tl.where(live, tl.sum(key * q[g][None, :], 1) * tl.cast(scale, tl.float32), float("-inf"))  # [BL]
             new = tl.maximum(largest[g], tl.max(scores, 0))
-            # Where nothing was seen so far all is −∞, and exp(−∞ − −∞) no number.
+            # If nothing was seen so far, everything is −∞, and exp(−∞ − −∞) would be NaN.
             base = tl.where(new == float("-inf"), 0.0, new)
             weight, keep = tl.exp(scores - base), tl.exp(largest[g] - base)  # [BL], one
             larger, more = larger + (new,), more + (total[g] * keep + tl.sum(weight, 0),)
@@ -254,11 +256,11 @@ def attention_combine_kernel(
 
 
 def splits_of(programs: int, blocks: int | None) -> int:
-    """Into how many splits, a power of two, the keys go.
+    """Into how many splits, a power of two, the keys are divided.
 
     Args:
-        programs: that there are without splitting.
-        blocks: of a static cache, or None where keys grow, of which no number must ask for another machine code.
+        programs: number of programs without splitting.
+        blocks: blocks of a static cache, or None if keys grow. Then the number must not depend on the length.
     """
     most = GROWING_SPLITS if blocks is None else min(STATIC_SPLITS, triton.next_power_of_2(blocks))
     while most > 1 and most * programs > PROGRAMS:
@@ -339,7 +341,7 @@ def attend(
         wanted = "be of one length" if longer is None else "be of one length, the mask of one more"
         raise ValueError(f"Keys, values and mask must {wanted}, found {found}.")
     G, BD = H // HKV, triton.next_power_of_2(D)
-    groups = -(-G // QUERIES)  # of queries that share a key head
+    groups = -(-G // QUERIES)  # groups of queries that share a key head
     queries = -(-G // groups)
     BL = BLOCK * 2 // max(keys.itemsize, 2)
     splits = splits_of(B * HKV * groups, None if new is None or longer is not None else -(-L // BL))
@@ -367,7 +369,7 @@ def attend(
 
 
 def strides(t: torch.Tensor | None, *axes: int) -> list[int]:
-    """Of these axes of a tensor, which is one for all sequences or not there."""
+    """The strides of these axes of a tensor. Zero for an axis that all sequences share, or if the tensor is absent."""
     return [0 if t is None or i == 0 and t.shape[0] == 1 else t.stride(i) for i in axes]
 
 
@@ -379,7 +381,7 @@ def combine(
     out: torch.Tensor,
     early: dict[str, Any],
 ) -> None:
-    """The splits' sums [B, T, H, SPLITS, D], largest scores and totals [B, T, H, SPLITS], into `out` [B, T, H·D]."""
+    """Combine the splits' sums [B, T, H, SPLITS, D], largest scores and totals [B, T, H, SPLITS] into `out` [B, T, H·D]."""
     B, T, H, splits, D = sums.shape
     columns = min(triton.next_power_of_2(D), max(COMBINED // splits, 1))
     kernel_of(attention_combine_kernel)[(B * T * H, -(-D // columns))](
@@ -389,7 +391,7 @@ def combine(
 
 
 def require_attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, gate: torch.Tensor | None) -> None:
-    """Refuse what `attend` cannot take."""
+    """Refuse arguments that `attend` does not support."""
     require_dtypes(q=q, keys=keys, values=values, gate=gate)
     H, HKV = q.shape[1], keys.shape[1]
     require_static(H=H, HKV=HKV)
@@ -411,7 +413,7 @@ def require_new(
     keys: torch.Tensor,
     values: torch.Tensor,
 ) -> None:
-    """Refuse what `attend` cannot take of a token whose q and k are to be normed and turned; q [B, 1, H, D]."""
+    """Refuse a new token, q [B, 1, H, D], that `attend` does not support."""
     require_dtypes(q=q, k=k, v=v, q_norm_weight=q_norm_weight, cos=cos, sin=sin)
     require_static(R=cos.shape[-1])
     require_one_token(q.shape[1])
@@ -425,7 +427,7 @@ def require_new(
 def supports(
     q, k, v, gate, q_norm_weight, k_norm_weight, norm_eps, norm_offset, cos, sin, keys, values, position, mask, scale
 ) -> None:  # fmt: skip
-    """Raises Refused unless dtypes are float32, bfloat16 or float16, heads and the cache's length static, D ≤ 256 and R even."""
+    """Raise Refused unless dtypes are float32, bfloat16 or float16, heads and cache length are static, D ≤ 256 and R is even."""
     require_static(L=keys.shape[2])
     require_new(q, k, v, gate, q_norm_weight, cos, sin, keys, values)
 

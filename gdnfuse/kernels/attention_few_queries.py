@@ -1,17 +1,17 @@
-"""Attention with 1 to 8 queries per sequence on keys of any length, on queries and keys that are ready.
+"""Attention with 1 to 8 queries per sequence on keys of any length. Queries and keys already have norms and rotary embeddings.
 
-    one       attention_decode.py's kernels
-    several   softmax(q·Kᵀ·scale)·V over some of the blocks of keys, of the queries that share a key head,
+    one       the kernels of attention_decode.py
+    several   softmax(q·Kᵀ·scale)·V over some of the blocks of keys, for the queries that share a key head,
               which are the rows of tiles on tensor cores                         programs per key head's tiles × SPLITS
-              then that file's kernel that brings the splits together             none where SPLITS is 1
+              then the combining kernel of attention_decode.py                    not launched if SPLITS is 1
 
-Splits follow Flash-Decoding (Dao et al. 2023). Each row has a mask of its own; a block that no row may see is not read.
+Splits follow Flash-Decoding (Dao et al. 2023). Each row has its own mask. A block that no row may see is not read.
 
-The keys of a cache that grows have another length at each token. Nothing here is compiled for one: programs per key head are as
-many for short keys as for the longest, so that no later length asks for another machine code.
+The keys of a growing cache are longer at each token. Nothing here is compiled for one length: there are as many programs per key
+head for short keys as for the longest. So no later length needs other machine code.
 
-Layout: q [B, H, T, D], gate [B, T, H, D], keys and values [B, HKV, L, D], mask [B or 1, 1, T, L], all of any strides. Products of
-half precision have its operands, weights of the softmax rounded to it; sums are float32. Where nothing may be seen the output is
+Layout: q [B, H, T, D], gate [B, T, H, D], keys and values [B, HKV, L, D], mask [B or 1, 1, T, L], all with any strides. Products
+in half precision use its operands, with softmax weights rounded to it. Sums are float32. If nothing may be seen, the output is
 zero.
 """
 
@@ -30,8 +30,8 @@ from gdnfuse.kernels.launch.implementation import kernel_of, overlap_options, re
 gdc_launch_dependents, gdc_wait = compat.dependent_launch()
 
 MOST_QUERIES = 8
-# Rows of a tile at most, keys at once, splits at most, programs in all, and warps. Not measured. Rows are too few for wgmma, of
-# whose operands Triton 3.6 has some wrong where loads in a loop are not pipelined.
+# The most rows of a tile, keys at once, the most splits, the most programs, and warps. Not measured. There are too few rows for
+# wgmma, for which Triton 3.6 computes some operands wrong if loads in a loop are not pipelined.
 ROWS, BLOCK, SPLITS, PROGRAMS, NUM_WARPS = 32, 32, 32, 512, 4
 
 
@@ -73,12 +73,12 @@ def attention_tile_kernel(
             there = (at < L)[:, None] & (d < D)[None, :]
             k = tl.load(keys_ptr + at[:, None] * stride_yl + d[None, :] * stride_yd, mask=there, other=0.0)  # [BL, BD]
             v = tl.load(values_ptr + at[:, None] * stride_ul + d[None, :] * stride_ud, mask=there, other=0.0)
-            # What nobody may see may be no number.
+            # Hidden values may be NaN.
             v = tl.where((some > 0)[:, None], v, 0.0).to(OPERAND)
             scores = tl.dot(q, tl.trans(k.to(OPERAND)), input_precision="ieee") * tl.cast(scale, tl.float32)  # [ROWS, BL]
             scores = tl.where(seen, scores, float("-inf"))
             new = tl.maximum(largest, tl.max(scores, 1))
-            # Where nothing was seen so far all is −∞, and exp(−∞ − −∞) no number.
+            # If nothing was seen so far, everything is −∞, and exp(−∞ − −∞) would be NaN.
             base = tl.where(new == float("-inf"), 0.0, new)
             weight, keep = tl.exp(scores - base[:, None]), tl.exp(largest - base)  # [ROWS, BL], [ROWS]
             total = total * keep + tl.sum(weight, 1)
@@ -153,8 +153,10 @@ def launch(
 
 
 def supports(q, keys, values, gate, mask, scale) -> None:
-    """Raises Refused unless T is static and at most 8, dtypes are float32, bfloat16 or float16, heads static, H a multiple of HKV
-    and D ≤ 256."""
+    """Raise Refused unless the kernels support the arguments.
+
+    T must be static and at most 8, dtypes float32, bfloat16 or float16, heads static, H a multiple of HKV and D ≤ 256.
+    """
     require_attention(q, keys, values, gate)
     require_static(T=q.shape[2])
     if q.shape[2] > MOST_QUERIES:

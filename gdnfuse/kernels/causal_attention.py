@@ -1,11 +1,12 @@
-"""A prompt's attention by torch's own kernels, each where it is the faster: no kernel of ours.
+"""A prompt's attention by torch's own kernels, each where it is faster. There is no kernel of ours.
 
-cuDNN's plans for the length of a prompt, and anew for every length that it has not met, 37 ms each; then it needs half the time
-of FlashAttention-2 (Dao 2023, arXiv:2307.08691), which needs no plan (benchmarks/prompt.py). So short prompts, of whose time
-attention is little, take FlashAttention-2, and long ones cuDNN's with rows of zeros behind them, so that EIGHTHS lengths serve
-all from one power of two to the next: what is behind a token is not seen from it.
+cuDNN's makes a plan for the length of a prompt, and again for each new length, which takes 37 ms. After that it takes half the
+time of FlashAttention-2 (Dao 2023, arXiv:2307.08691), which needs no plan (benchmarks/prompt.py). In short prompts attention
+takes little of the time, so they use FlashAttention-2. Long prompts use cuDNN's and are padded with rows of zeros, so that there
+are EIGHTHS lengths between one power of two and the next. A token does not see what is after it, so the padding changes nothing.
 
-Layout: q [B, H, T, D], k and v [B, HKV, L, D] of any strides but the last; output [B, H, T, D], in memory as [B, T, H, D].
+Layout: q [B, H, T, D], k and v [B, HKV, L, D] with any strides but contiguous rows; output [B, H, T, D], in memory as [B, T, H,
+D].
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | Non
 
 
 def planned(T: int) -> int:
-    """The length that cuDNN plans for: T, or the next of EIGHTHS steps to the next power of two."""
+    """The length that cuDNN plans for: T rounded up to one of EIGHTHS steps between powers of two."""
     step = max(2 ** ((T - 1).bit_length() - 1) // EIGHTHS, 1)
     return -(-T // step) * step
 
@@ -65,8 +66,11 @@ def _cudnn_takes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
 
 
 def supports(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: Any = None) -> None:
-    """Raises Refused unless FlashAttention-2 takes it and was measured: bfloat16 or float16, contiguous rows, the same sequences
-    and heads, these wider than 128 columns, on Hopper."""
+    """Raise Refused unless FlashAttention-2 supports the arguments and was measured for them.
+
+    They must be bfloat16 or float16 with contiguous rows and equal sequences and heads. Heads must be wider than 128 columns, and
+    the device a Hopper GPU.
+    """
     if any(t.ndim != 4 for t in (q, k, v)) or {t.dtype for t in (q, k, v)} not in ({torch.bfloat16}, {torch.float16}):
         found = ", ".join(f"{t.ndim} axes of {str(t.dtype).removeprefix('torch.')}" for t in (q, k, v))
         raise Refused(f"FlashAttention-2 takes four axes of bfloat16 or of float16, found {found}.")
@@ -79,7 +83,7 @@ def supports(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: Any = Non
     B, H = q.shape[:2]
     HKV, L = k.shape[1:3]
     shared = isinstance(H, int) and isinstance(HKV, int) and H % HKV == 0
-    # A cache's keys and values may have a symbol each for their length: unequal, attention fails when it runs.
+    # Keys and values of a cache may have different symbols for their length. If they differ, attention fails at run time.
     lengths = same(L, v.shape[2]) or not isinstance(L, int) and not isinstance(v.shape[2], int)
     sizes = all(same_shape((*t.shape[:2], t.shape[3]), (B, HKV, D)) for t in (k, v))
     if not (sizes and lengths and (same(H, HKV) or shared)):
@@ -95,7 +99,7 @@ def supports(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: Any = Non
 
 
 def _on_hopper(device: torch.device) -> bool:
-    """Also where there is no GPU: a report is made for one."""
+    """Whether a device is a Hopper GPU. True without a GPU, because a report assumes one."""
     if torch.version.hip is not None:
         return False
     return (

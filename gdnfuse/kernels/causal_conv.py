@@ -2,8 +2,8 @@
 
 The short convolution before the gated delta rule (Yang et al. 2024, arXiv:2412.06464).
 
-Layout: x [B, D, T] of any strides, D innermost where the projection wrote it so; what lies before the first column is the
-context [B, D, S], or zero; output [B, D, T] with D innermost, as the rule reads it. Accumulation is float32, rounded once.
+Layout: x [B, D, T] with any strides; D is innermost if the projection wrote it so. Before the first column is the context [B, D,
+S], or zero. The output is [B, D, T] with D innermost, as the rule reads it. Accumulation is float32, rounded once.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def causal_conv_kernel(
     T, N, stride_xb, stride_xd, stride_xt, stride_cb, stride_cd, stride_cs, stride_wd, stride_ww,
     D: tl.constexpr, S: tl.constexpr, W: tl.constexpr, SILU: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    # All programs are on one axis of the grid: the others take 65535, which a long prompt has more blocks than.
+    # All programs are on one axis of the grid. The others allow only 65535, which is too few for a long prompt.
     block = tl.program_id(0) // tl.cdiv(D, BD)
     d = (tl.program_id(0) % tl.cdiv(D, BD)).to(tl.int64) * BD + tl.arange(0, BD)  # [BD]
     batch = (block // tl.cdiv(T, BT)).to(tl.int64)
@@ -43,7 +43,7 @@ def causal_conv_kernel(
     taps = ()
     for j in tl.static_range(W):
         taps += (tl.load(weight_ptr + d * stride_wd + j * stride_ww, mask=live, other=0.0).to(tl.float32),)  # [BD]
-    # Rows are loaded once, all before the first is used: W taps read each of them from registers.
+    # All rows are loaded before the first is used, each once. The W taps read them from registers.
     rows = ()
     for i in tl.static_range(W - 1 + BT):
         at = first + (i - (W - 1))
@@ -120,7 +120,7 @@ def supports(
     context: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
 ) -> None:
-    """Raises Refused unless T ≥ 1, D, W and S are static, dtypes are float32, bfloat16 or float16 and the activation is known."""
+    """Raise Refused unless T ≥ 1, D, W and S are static, dtypes are float32, bfloat16 or float16 and the activation is known."""
     require_dtypes(x=x, weight=weight, bias=bias, context=context)
     require_tokens(x.shape[-1])
     require_static(D=x.shape[1], W=weight.shape[-1])

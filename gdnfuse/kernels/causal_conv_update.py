@@ -1,10 +1,10 @@
 """One token of the depthwise causal conv: out = act(Σⱼ w[d, j]·window[d, j] + bias[d]) with window = [conv_state | x].
 
-The short convolution before the gated delta rule (Yang et al. 2024, arXiv:2412.06464); updating the cached window in the kernel
-that reads it is the way of the decode kernels of causal-conv1d and vLLM.
+The short convolution before the gated delta rule (Yang et al. 2024, arXiv:2412.06464). The kernel that reads the cached window
+also updates it, as in the decode kernels of causal-conv1d and vLLM.
 
-Layout: x [B, D, 1] and conv_state [B, D, S] of any strides, so x may be columns of a packed row; output [B, D, 1] contiguous.
-The window's last S columns replace conv_state in place. Accumulation and output are float32 whatever the inputs.
+Layout: x [B, D, 1] and conv_state [B, D, S] with any strides, so x may be columns of a packed row; output [B, D, 1] contiguous.
+The last S columns of the window replace conv_state in place. Accumulation and output are float32 for all inputs.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ gdc_launch_dependents, gdc_wait = compat.dependent_launch()
 
 ACTIVATIONS = ("silu", "none")
 
-# Not yet measured: a thread per channel, and 64 programs already at B = 1 for the 8192 channels of a 4B model.
+# Not measured. There is a thread per channel, so the 8192 channels of a 4B model give 64 programs even at B = 1.
 BLOCK_D, NUM_WARPS = 128, 4
 
 
 @triton.jit
 def load_window(ptrs, stride_ss, live, S: tl.constexpr, PACKED: tl.constexpr):
-    """The S columns of the windows that start at ptrs [...]: a tuple of [...]. PACKED: there are four, side by side."""
+    """The S columns of the windows at ptrs [...]: a tuple of [...]. PACKED: there are four, adjacent."""
     columns = ()
     if PACKED:
         axis: tl.constexpr = len(ptrs.shape)
@@ -55,8 +55,8 @@ def load_window(ptrs, stride_ss, live, S: tl.constexpr, PACKED: tl.constexpr):
 
 @triton.jit
 def store_window(ptrs, stride_ss, live, columns, newest, S: tl.constexpr, PACKED: tl.constexpr):
-    """The windows one column further: all but the first of `columns`, and `newest`."""
-    # Threads that hold the same elements must have read them all before one of them writes.
+    """Store the windows moved by one column: all of `columns` but the first, and `newest`."""
+    # If threads hold the same elements, all must have read them before one writes.
     tl.debug_barrier()
     if PACKED:
         axis: tl.constexpr = len(ptrs.shape)
@@ -72,13 +72,15 @@ def store_window(ptrs, stride_ss, live, columns, newest, S: tl.constexpr, PACKED
 
 @triton.jit
 def window_stride(stride, PACKED: tl.constexpr):
-    """The same number, known to be a multiple of four if it is: only then are four columns read at once."""
+    """The same number. With PACKED the compiler knows that it is a multiple of four, which reading four columns at once needs."""
     return stride // 4 * 4 if PACKED else stride
 
 
 def packed(conv_state: torch.Tensor) -> bool:
-    """Whether windows are four columns side by side, which a thread reads and writes at once. Only of an address that is a
-    multiple of 16 bytes does Triton know the alignment; memory itself starts at one."""
+    """Whether windows are four adjacent columns, which a thread can read and write at once.
+
+    Triton knows the alignment only of addresses that are multiples of 16 bytes. Allocated memory starts at such an address.
+    """
     batch, channel, column = conv_state.stride()
     at_16_bytes = conv_state.storage_offset() * conv_state.itemsize % 16 == 0
     return conv_state.shape[2] == 4 and column == 1 and batch % 4 == channel % 4 == 0 and at_16_bytes
@@ -86,8 +88,11 @@ def packed(conv_state: torch.Tensor) -> bool:
 
 @triton.jit
 def column_of(channel, PARTS: tl.constexpr):
-    """Where channels of [q | k | v] stand in a row: PARTS has for each of the three its first channel, and of a head of it the
-    width, the first column and how many columns on the next head is."""
+    """The columns of channels of [q | k | v] in a row.
+
+    For each of the three, PARTS has its first channel, and for a head of it the width, the first column and the distance to the
+    next head.
+    """
     column = channel
     for i in tl.static_range(len(PARTS)):
         e = channel - PARTS[i][0]
@@ -156,7 +161,7 @@ def launch(
 
 
 def launch_with(x, conv_state, weight, bias, activation, parts=None, overlap=False) -> torch.Tensor:
-    """The same; with `parts`, of `column_of`, x is [B, N, 1] and has the channels in those columns."""
+    """The same. With `parts` as in `column_of`, x is [B, N, 1] and has the channels in those columns."""
     B, D, S = conv_state.shape
     options = overlap_options(x, bias) if overlap else {}
     out = torch.empty((B, D, 1), dtype=torch.float32, device=x.device)
@@ -176,8 +181,9 @@ def supports(
     bias: torch.Tensor | None,
     activation: str,
 ) -> None:
-    """Raises Refused unless T = 1, D, S, W are static with S ≥ W − 1 and S ≥ 1, dtypes are float32, bfloat16 or float16 and the
-    activation is known.
+    """Raise Refused unless the kernel supports the arguments.
+
+    T must be 1, D, S and W static with S ≥ W − 1 and S ≥ 1, dtypes float32, bfloat16 or float16, and the activation known.
     """
     require_dtypes(x=x, conv_state=conv_state, weight=weight, bias=bias)
     require_one_token(x.shape[-1])

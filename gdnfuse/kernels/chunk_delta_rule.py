@@ -5,19 +5,19 @@ Inside a chunk, with γ the running sum of g and D[i, j] = e^(γᵢ − γⱼ) f
     A = (I + tril(β·KKᵀ ⊙ D, −1))⁻¹·diag(β),  P = tril(scale·QKᵀ ⊙ D)                 (chunk_prepare_kernel, all chunks at once)
     U = A·(V − e^γ·KS),  O = scale·e^γ·QS + P·U,  S ← e^γ_C·S + (e^(γ_C − γ)·K)ᵀU      (chunk_scan_kernel, chunk by chunk)
 
-Two launches whatever T. Only A and P, 64 columns a token, go through memory, and never a state per chunk, so nothing grows as
-T·K·V: the output is computed where the state is. The l2norm of q and k is a factor per row, and rows of K and Q are only ever
-multiplied from the right, so the factors are applied to 64-vectors and products; k and q are read as the model wrote them.
+There are two launches for any T. Only A and P, 64 columns per token, go through memory, and never a state per chunk. So no memory
+grows as T·K·V: the output is computed where the state is. The l2norm of q and k is a factor per row. Rows of K and Q are only
+multiplied from the right, so the factors are applied to 64-vectors and products, and k and q are read as the model wrote them.
 
-The triangular inverse grows by block elimination from 2×2 blocks of the diagonal to 64×64, all blocks of a size in one product.
-It is stable where the powers of the doubling method would overflow (equal keys, β = 1). Where q and k are l2-normalised its
-entries are at most max(1, β) in size and, for bfloat16 inputs, it is computed from float16 operands, as precise as tf32 in that
-range. Not for β up to 2: then steps damp nothing, and with like keys the roundings of float16 grow to several percent of the
-inverse, those of float32 to 1e-5; all operands are float32 there.
+The triangular inverse grows by block elimination from 2×2 blocks of the diagonal to 64×64, with all blocks of a size in one
+product. It is stable where the powers of the doubling method would overflow (equal keys, β = 1). If q and k are l2-normalised,
+its entries are at most max(1, β). For bfloat16 inputs it is then computed from float16 operands, which are as precise as tf32 in
+that range. This does not hold for β up to 2. Then steps damp nothing, and with similar keys the rounding errors of float16 grow
+to several percent of the inverse, those of float32 to 1e-5. So all operands are float32 in that case.
 
-Layout: q, k [B, T, H, K], v [B, T, HV, V], gates [B, T, HV], any strides but innermost 1 for q, k, v; value head hv uses key head
-hv // (HV // H); state [N, HV, K, V], any strides. Accumulation and state are float32. Operands of products are bfloat16 for
-bfloat16 inputs; for float16, whose range the state may leave, and float32 they are float32, in three tf32 products on NVIDIA.
+Layout: q, k [B, T, H, K], v [B, T, HV, V], gates [B, T, HV], with any strides but innermost 1 for q, k, v; value head hv uses key
+head hv // (HV // H); state [N, HV, K, V], any strides. Accumulation and state are float32. Operands of products are bfloat16 for
+bfloat16 inputs. For float16, whose range the state may leave, and float32 they are float32, in three tf32 products on NVIDIA.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ if compat.gluon() and compat.gluon_tiles():
 else:
     chunk_scan_hopper = None
 
-# AMD's matrix units take float32 as it is.
+# AMD's matrix units support float32.
 EXACT = "tf32x3" if torch.version.hip is None else "ieee"
 # dtype of q, k, v: (dtype of the operands of products, precision of products of float32 operands). Bfloat16 operands need a K
-# that fills its tile: Triton 3.6 gives wrong results on sm_90 where loads of bfloat16 wgmma operands in a loop are not pipelined.
+# that fills its tile: on sm_90 Triton 3.6 gives wrong results if loads of bfloat16 wgmma operands in a loop are not pipelined.
 OPERANDS = {torch.bfloat16: (torch.bfloat16, EXACT)}
 WIDE, MAX_WIDE = (torch.float32, EXACT), 128
 
@@ -63,11 +63,11 @@ PREPARE_WARPS = 4
 
 @triton.jit
 def _inverse(L, HALF: tl.constexpr, PRECISION: tl.constexpr):
-    """(I + L)⁻¹ of a strictly lower triangular L [64, 64], from the inverses of blocks of 2 on the diagonal to that of all 64."""
+    """(I + L)⁻¹ for a strictly lower triangular L [64, 64], from the inverses of 2×2 blocks on the diagonal up to the whole."""
     i, j = tl.arange(0, 64)[:, None], tl.arange(0, 64)[None, :]
     x = tl.where(i == j, 1.0, tl.where(i >> 1 == j >> 1, -L, 0.0))
     for shift in range(1, 6):
-        # Two blocks X, Y of the diagonal with C below X become [[X, 0], [−Y·C·X, Y]].
+        # Two blocks X, Y of the diagonal, with C below X, become [[X, 0], [−Y·C·X, Y]].
         below = tl.where((i >> shift != j >> shift) & (i >> (shift + 1) == j >> (shift + 1)), L, 0.0)
         if HALF:
             factor = x.to(tl.float16)
@@ -79,8 +79,11 @@ def _inverse(L, HALF: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def _running_sum(x, PRECISE: tl.constexpr):
-    """The running sum of x [64] as two addends. Where it goes to −1000 its ulp is 6e-5, and so far off would be the decay between
-    two near tokens; if PRECISE, the first addend is a sum of multiples of 2⁻⁸, exact up to 2¹⁶, as are its differences."""
+    """The running sum of x [64] as two addends.
+
+    If the sum is near −1000, its ulp is 6e-5, and the decay between two close tokens would be off by as much. If PRECISE, the
+    first addend is a sum of multiples of 2⁻⁸, which is exact up to 2¹⁶, and so are its differences.
+    """
     if PRECISE:
         coarse = tl.where(tl.abs(x) < 65536.0, tl.floor(x * 256.0) / 256.0, x)
         return tl.cumsum(coarse, 0), tl.cumsum(x - coarse, 0)
@@ -90,7 +93,7 @@ def _running_sum(x, PRECISE: tl.constexpr):
 
 @triton.jit
 def _bounds(cu_seqlens_ptr, n, T, VARLEN: tl.constexpr):
-    """Row of the batch, first token and length of sequence n."""
+    """The row of the batch, the first token and the length of sequence n."""
     if VARLEN:
         start = tl.load(cu_seqlens_ptr + n).to(tl.int64)
         return n * 0, start, (tl.load(cu_seqlens_ptr + n + 1).to(tl.int64) - start).to(tl.int32)
@@ -107,7 +110,7 @@ def chunk_prepare_kernel(
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
     L2NORM: tl.constexpr, GATED: tl.constexpr, BETA_SCALE: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    # All programs are on one axis of the grid: the others take 65535, and there may be more heads, as there may be more chunks.
+    # All programs are on one axis of the grid. The others allow only 65535, and there may be more heads or chunks.
     chunk, head = tl.program_id(0) % tl.cdiv(T, 64), tl.program_id(0) // tl.cdiv(T, 64)
     n, hv = (head // HV).to(tl.int64), (head % HV).to(tl.int64)
     h = hv // (HV // H)
@@ -134,7 +137,7 @@ def chunk_prepare_kernel(
         beta = BETA_SCALE * tl.sigmoid(beta)
     beta = tl.where(live, beta, 0.0)
     g, rest = _running_sum(tl.where(live, a, 0.0), dtype == tl.float32)  # [64]
-    # Of the last token there is: behind it the sum stays the same but for its rounding.
+    # The sum at the last token. After it the sum does not change, except for rounding.
     at_last = r == tl.minimum(T - chunk * 64, 64) - 1
     last, last_rest = tl.sum(tl.where(at_last, g, 0.0), 0), tl.sum(tl.where(at_last, rest, 0.0), 0)
     kk = tl.dot(k, tl.trans(k), input_precision=PRECISION)  # [64, 64]
@@ -146,7 +149,7 @@ def chunk_prepare_kernel(
         qq = tl.dot(q, tl.trans(q), input_precision=PRECISION)
         norm_q = tl.where(live, norm_q * tl.rsqrt(tl.sum(tl.where(diagonal, qq, 0.0), 1) + eps), 0.0)
 
-    # Factors of rows: of KS, of QS, of K where it enters the state; and the decay up to the token.
+    # Factors of rows: of KS, of QS, of K in the update of the state; and the decay up to the token.
     row = (batch * HV + hv) * TOKENS + t
     factors_ptr += row
     grown = tl.exp(g + rest)
@@ -185,7 +188,7 @@ def chunk_scan_kernel(
     i_v = column * BV + tl.arange(0, BV)
     live_k, live_v = i_k < K, i_v < V
     dtype = inverse_ptr.dtype.element_ty
-    # A scalar start moves and 32-bit offsets inside a chunk stay, which takes fewer registers than 64-bit pointers that move.
+    # A scalar start and fixed 32-bit offsets inside a chunk take fewer registers than moving 64-bit pointers.
     q_ptr += batch * stride_qb + h * stride_qh + start * stride_qt
     k_ptr += batch * stride_kb + h * stride_kh + start * stride_kt
     v_ptr += batch * stride_vb + hv * stride_vh + start * stride_vt
@@ -320,10 +323,10 @@ def launch_with(
     beta_max: float,
     config: tuple[int, int, int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Both kernels; gates are g and β where A_log is None, else β is beta_max·σ(b).
+    """Launch both kernels. Gates are g and β if A_log is None, else β is beta_max·σ(b).
 
-    `config`, value columns per program, warps and stages, makes it the scan that runs everywhere; None is a choice by shape, and
-    the scan of chunk_scan_hopper.py where that applies.
+    `config` (value columns per program, warps and stages) selects the scan that runs everywhere. None chooses by shape, and uses
+    the scan of chunk_scan_hopper.py if it applies.
     """
     q, k, v = (x if _aligned(x) else x.contiguous() for x in (q, k, v))
     B, T, HV, V = v.shape
@@ -364,17 +367,17 @@ def launch_with(
 
 
 def _operands(dtype: torch.dtype, K: int, beta_max: float) -> tuple[torch.dtype, str]:
-    """Dtype of the operands of products and precision of products, for q, k, v of a dtype."""
+    """The dtype of the operands of products and the precision of products, for q, k, v of a dtype."""
     return OPERANDS.get(dtype, WIDE) if K == max(16, triton.next_power_of_2(K)) and abs(beta_max) <= 1 else WIDE
 
 
-# Heads N·HV up to, value columns per program, warps, stages. Chosen on an H200, K = V = 128, T = 8192, for 32 and 128
-# heads; 64 or 128 columns and 8 warps are slower. No committed benchmark sweeps them.
+# The most heads N·HV, then value columns per program, warps, stages. Chosen on an H200 with K = V = 128, T = 8192, and 32 and 128
+# heads. 64 or 128 columns and 8 warps are slower. No committed benchmark sweeps them.
 SCAN_CONFIGS = ((64, 32, 4, 3), (float("inf"), 32, 4, 2))
 
 
 def _config(operands: torch.dtype, heads: int, BK: int, V: int, device: Device) -> tuple[int, int, int]:
-    """Value columns per program, warps, and as many stages as there is shared memory for."""
+    """Value columns per program, warps, and as many stages as fit the shared memory."""
     if operands == torch.float32:
         return 16, 4, 1
     columns, num_warps, stages = (32, 4, 2) if BK > 128 else next(config[1:] for config in SCAN_CONFIGS if heads <= config[0])
@@ -388,10 +391,10 @@ def _tile(columns: int, V: int) -> int:
 
 
 def scan_bytes(BK: int, BV: int, stages: int, amd: bool) -> int:
-    """Bytes of shared memory per program of chunk_scan_kernel with bfloat16 operands, as Triton 3.6 to 3.8 lay it out.
+    """Bytes of shared memory per program of chunk_scan_kernel with bfloat16 operands, in the layout of Triton 3.6 to 3.8.
 
-    These are what is loaded of the chunks ahead, and the largest operand that is made. On NVIDIA k has one tile whatever the
-    stages, because it is stored there from registers; on AMD v and the factors stay in registers. On sm_90 and sm_100, where
+    These are what is loaded of the chunks ahead, and the largest operand that is made. On NVIDIA k has one tile for any number of
+    stages, because it is stored there from registers. On AMD v and the factors stay in registers. On sm_90 and sm_100, where
     products read shared memory themselves, it is more, and there is room for it. Operands of float32 take 40 KiB at most.
     """
     made, k, squares = max(BK, CHUNK) * BV, CHUNK * BK, 2 * CHUNK * CHUNK
@@ -404,12 +407,12 @@ def scan_bytes(BK: int, BV: int, stages: int, amd: bool) -> int:
 
 
 def prepare_bytes(BK: int, amd: bool) -> int:
-    """The same of chunk_prepare_kernel, at most: k and q, on AMD one of them, in padded rows."""
+    """The most bytes for chunk_prepare_kernel: k and q, or one of them on AMD, in padded rows."""
     return 2 * CHUNK * (BK + 16) * (1 if amd else 2)
 
 
 def _aligned(x: torch.Tensor) -> bool:
-    """Rows that can be read 16 bytes at a time."""
+    """Whether rows can be read 16 bytes at a time."""
     step = 16 // x.element_size()
     strides = [stride for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1]
     return x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(stride % step == 0 for stride in strides)
@@ -428,8 +431,11 @@ def supports(
     checkpoint_every: int = 0,
     beta_max: float = 2.0,
 ) -> None:
-    """Raises Refused unless T ≥ 1, dtypes are float32, bfloat16 or float16, the same for q, k and v, heads static, K, V ≤ 256,
-    K ≤ 128 where operands are float32, HV a multiple of H, cu_seqlens int32 or int64, and programs fit the device."""
+    """Raise Refused unless the kernels support the arguments.
+
+    T must be at least 1, q, k and v of one dtype of float32, bfloat16 and float16, heads static, K, V ≤ 256, K ≤ 128 with float32
+    operands, HV a multiple of H, cu_seqlens int32 or int64, and programs must fit the device.
+    """
     require_dtypes(q=q, k=k, v=v, g=g, beta=beta, state=state)
     H, HV = q.shape[2], v.shape[2]
     require_tokens(v.shape[1])
@@ -463,7 +469,7 @@ def supports_gated(
     beta_scale: float = 1.0,
     **options: Any,
 ) -> None:
-    """Raises Refused for whatever `supports` refuses, and for A_log and dt_bias of other dtypes."""
+    """Raise Refused for the same reasons as `supports`, and for A_log and dt_bias of other dtypes."""
     require_dtypes(A_log=A_log, dt_bias=dt_bias)
     supports(q, k, v, a, b, *rest, **options, beta_max=beta_scale)
 

@@ -4,19 +4,19 @@ It replaces chunk_delta_rule.py's `chunk_scan_kernel`, from the same A, P and fa
 
     Xᵀ = Vᵀ − Sᵀ·Kᵀ·diag(e^γ),  Uᵀ = Xᵀ·Aᵀ,  Oᵀ = Sᵀ·Qᵀ·diag(scale·e^γ) + Uᵀ·Pᵀ,  Sᵀ ← e^γ_C·Sᵀ + (Uᵀ·diag(e^(γ_C − γ)))·K
 
-The accumulators of one product are then the left operand of the next (same threads, same elements): nothing of the chain
-S → X → U → S passes through shared memory, where all right operands lie as they come from memory. A warpgroup holds 64 value
-columns of S. A producer warp copies K, Q, V, A, P and the factors of a chunk ahead into a ring of slots (TMA).
+The accumulators of one product are then the left operand of the next (same threads, same elements). So nothing of the chain
+S → X → U → S passes through shared memory. All right operands are there, as they come from memory. A warpgroup holds 64 value
+columns of S. A producer warp copies K, Q, V, A, P and the factors of the next chunk into a ring of slots (TMA).
 
-Products are asynchronous, in the order U, second half of QS, S, P·U, next KS, first half of next QS: after each product of the
-chain there is one of the output, and under it runs the chain's elementwise work. ptxas would wait for every single product if one
-were in flight where the loop closes (C7514), so the loop closes after X of the next chunk, when none is.
+Products are asynchronous, in the order U, second half of QS, S, P·U, next KS, first half of next QS. After each product of the
+chain there is one of the output, during which the chain's elementwise work runs. If a product were in flight at the end of the
+loop, ptxas would wait for every single product (C7514). So the loop ends after X of the next chunk, when none is.
 
-Where states are kept on the way, the loop over chunks ends after each so many of them, and S goes from registers to memory.
+If states are kept on the way, the loop over chunks ends where one is due, and S is stored from registers to memory.
 
-The results are chunk_scan_kernel's bit for bit; benchmarks/chunk.py measures the op that has it. Without any loads it takes as
-long: a scheduler has one warp, which waits for itself. Slower: a second warpgroup for the output, fed through shared memory, and
-a warp for its copies.
+The results equal those of chunk_scan_kernel bit for bit. benchmarks/chunk.py measures the op. Without any loads it would take as
+long, because each scheduler has one warp, which waits for itself. These were slower: a second warpgroup for the output, fed
+through shared memory, and a warp for its copies.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from gdnfuse import compat
 from gdnfuse.kernels import devices
 from gdnfuse.kernels.launch.implementation import kernel_of, launching
 
-# Whoever imports this has asked whether they are there.
+# Callers check that these exist before they import this file.
 gluon, gl, _, hopper, TensorDescriptor, _ = compat.gluon()
 reinterpret, load_tile, store_tile, store_wait = compat.gluon_tiles()
 fence_async_shared, mbarrier = hopper.fence_async_shared, hopper.mbarrier
 warpgroup_mma, warpgroup_mma_wait = hopper.warpgroup_mma, hopper.warpgroup_mma_wait
 
-# Tiles in memory, [1, 1, tokens, columns] of descriptors, and the same in shared memory.
+# Tiles in memory, [1, 1, tokens, columns] as descriptors, and in shared memory.
 TILE_4D = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4))
 TILE = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
 FACTORS_4D = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=4))
@@ -47,7 +47,7 @@ def _producer(
     factors_ptr, plane, q_smem, k_smem, v_smem, inverse_smem, attention_smem, factors_smem, full, empty,
     batch, h, hv, start, T, column, HV: gl.constexpr, BV: gl.constexpr, STAGES: gl.constexpr, VARLEN: gl.constexpr,
 ):  # fmt: skip
-    """Copies chunk after chunk into the ring. What lies beyond a tensor's T arrives as zeros."""
+    """Copy chunk after chunk into the ring. After the last token of a tensor, zeros are copied."""
     lanes: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [1, 1], [1, 0])
     i_factor = gl.arange(0, 4, layout=gl.SliceLayout(1, lanes))[:, None]
     r = gl.arange(0, 64, layout=gl.SliceLayout(0, lanes))[None, :]
@@ -58,7 +58,7 @@ def _producer(
         mbarrier.wait(empty.index(slot), phase)
         arrived = full.index(slot)
         mbarrier.expect(arrived, 2 * (2 * 64 * 128 + 64 * BV + 2 * 64 * 64) + (0 if VARLEN else 4 * 4 * 64))
-        # In the order of use.
+        # In the order in which they are used.
         for half in gl.static_range(2):
             tile = reinterpret(k_smem.index(slot * 2 + half), gl.bfloat16, [1, 1, 64, 64], TILE_4D)
             load_tile(k_desc, [batch, h, t, 64 * half], arrived, tile)
@@ -75,7 +75,7 @@ def _producer(
         tile = reinterpret(attention_smem.index(slot), gl.bfloat16, [1, 1, 64, 64], TILE_4D)
         load_tile(attention_desc, [batch, hv, t, 0], arrived, tile)
         if VARLEN:
-            # TMA takes no row of factors that does not start at 16 bytes.
+            # TMA needs rows of factors that start at multiples of 16 bytes.
             row = plane.to(gl.int64) // HV * hv + t
             factors = gl.load(factors_ptr + (plane.to(gl.int64) * i_factor + (row + r)), mask=chunk * 64 + r < T, other=0.0)
             factors_smem.index(slot).store(factors)
@@ -104,7 +104,7 @@ def _consumer(
     r_rows = gl.arange(0, 64, layout=gl.SliceLayout(1, rows))
     zero = gl.zeros([BV, 64], gl.float32, accumulator)
 
-    # Sᵀ [BV, 128] in two halves; a0, a1: the same in bfloat16, as left operand.
+    # Sᵀ [BV, 128] in two halves. a0 and a1 are the same in bfloat16, as left operands.
     s0 = zero
     s1 = zero
     if state_ptr is not None:
@@ -115,8 +115,8 @@ def _consumer(
     a1 = gl.convert_layout(s1.to(gl.bfloat16), operand)
 
     if not VARLEN:
-        # From memory, a chunk ahead. The read from shared memory is slower: registers are allotted so that the warp that
-        # issues the copy of the output waits for it (about 400 cycles), and the others for that warp.
+        # From memory, a chunk ahead. Reading from shared memory is slower: by the allocation of registers the warp that issues
+        # the copy of the output waits for it (about 400 cycles), and the others wait for that warp.
         decay_ptr = factors_ptr + (
             plane.to(gl.int64) * 3 + (n * HV + hv).to(gl.int64) * (plane // (gl.num_programs(0) // (V // BV)))
         )
@@ -143,17 +143,17 @@ def _consumer(
         pieces = (chunks + every - 1) // every
     for piece in range(pieces):
         for chunk in range(piece * every, gl.minimum(piece * every + every, chunks)):
-            # Nothing in flight. x is this chunk's, o has the first half of QS.
+            # Nothing is in flight. x is that of this chunk, and o has the first half of QS.
             following = slot + 1
             wraps = following == STAGES
             following = gl.where(wraps, 0, following)
             phase = gl.where(wraps, phase ^ 1, phase)
-            # With three slots an early wait is the faster one.
+            # With three slots an early wait is faster.
             if STAGES > 2:
                 mbarrier.wait(full.index(following), phase, pred=chunk + 1 < chunks)
             if VARLEN:
                 if chunk * 64 + 64 > T:
-                    # Rows of the next sequence, which need not be finite.
+                    # Rows of the next sequence may not be finite.
                     for half in gl.static_range(2):
                         tile = k_smem.index(slot * 2 + half)
                         k = tile.load(rows)
@@ -185,7 +185,7 @@ def _consumer(
                 mbarrier.wait(full.index(following), phase, pred=chunk + 1 < chunks)
             s0, s1 = warpgroup_mma_wait(1, [t0, t1])
 
-            # Of the next chunk; after the last one of whatever lies there, for nothing.
+            # Those of the next chunk. After the last chunk the result is not used.
             a0 = gl.convert_layout(s0.to(gl.bfloat16), operand)
             a1 = gl.convert_layout(s1.to(gl.bfloat16), operand)
             x = warpgroup_mma(a0, k_smem.index(following * 2).permute((1, 0)), zero, use_acc=False, is_async=True)
@@ -198,7 +198,7 @@ def _consumer(
             tile.permute((1, 0)).store(o.to(gl.bfloat16))
             o = warpgroup_mma(a0, q_smem.index(following * 2).permute((1, 0)), zero, use_acc=False, is_async=True)
             fence_async_shared()
-            store_wait(0)  # of the chunk before, so that the other tile is free
+            store_wait(0)  # for the chunk before, so that the other tile is free
             tile = reinterpret(tile, gl.bfloat16, [1, 1, 64, BV], TILE_4D)
             if VARLEN:
                 if chunk * 64 + 64 <= T:
@@ -213,8 +213,9 @@ def _consumer(
             o = warpgroup_mma_wait(0, [o])
             slot = following
         if checkpoint_ptr is not None:
-            # Here, because a branch and a counter in the inner loop spill registers. Offsets of all stores would spill too: LLVM
-            # computes them ahead of the loops. Bits 1 and 2 of a row of S are the thread's, and the others numbers of each store.
+            # Not in the inner loop, where a branch and a counter would spill registers. Offsets of all stores would spill too,
+            # because LLVM computes them before the loops. Bits 1 and 2 of a row of S belong to the thread, and the others to each
+            # store.
             if piece < checkpoints:
                 of_thread = checkpoint_ptr + ((n * checkpoints + piece) * HV + hv).to(gl.int64) * (K * V)
                 of_thread += i_v[:, None] + (r & 6)[None, :] * V
@@ -223,7 +224,7 @@ def _consumer(
 
     if VARLEN:
         if T % 64 != 0:
-            # A copy of the whole tile would write over the next sequence.
+            # A copy of the whole tile would overwrite the next sequence.
             t = (chunks - 1) * 64 + r_rows[:, None]
             tail = out_smem.index((chunks - 1) % 2).load(rows)
             columns = hv * V + column + gl.arange(0, BV, layout=gl.SliceLayout(0, rows))[None, :]
@@ -285,12 +286,12 @@ def chunk_scan_hopper_kernel(
 
 
 def padded(T: int) -> int:
-    """Rows of A, P and the factors to allocate for T tokens (TOKENS of both kernels): TMA wants rows of whole 16 bytes."""
+    """Rows of A, P and the factors to allocate for T tokens (TOKENS of both kernels). TMA needs rows of whole 16 bytes."""
     return -(-T // 4) * 4
 
 
 def supports_here(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
-    """Whether this kernel takes the scan: bfloat16, K = V = 128, a Hopper GPU, addresses that TMA can take."""
+    """Whether this kernel supports the scan: bfloat16, K = V = 128, a Hopper GPU, and addresses for TMA."""
     return (
         v.is_cuda
         and torch.version.hip is None
@@ -310,15 +311,15 @@ def _for_tma(x: torch.Tensor) -> bool:
 
 def _descriptor(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
     layout = (TILE_4D if x.dtype == torch.bfloat16 else FACTORS_4D).value
-    # The stride of a dimension of size 1 can be anything.
+    # The stride of a dimension of size 1 may have any value.
     strides = [stride if size > 1 else 16 for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True)]
     return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, columns], layout)
 
 
 def _config(heads: int, varlen: bool, device: torch.device) -> tuple[int, int]:
-    """Value columns per program (64 per warpgroup) and slots of the ring; of either there is one program to an SM."""
+    """Value columns per program (64 per warpgroup) and slots of the ring. One program runs on a multiprocessor."""
     sms = devices.of(device).multiprocessors
-    # Twice the columns are slower where all programs run at once, and with cu_seqlens spill registers.
+    # Twice the columns are slower if all programs run at once. With cu_seqlens they spill registers.
     return (64, 3) if varlen or -(-2 * heads // sms) < 2 * -(-heads // sms) else (128, 2)
 
 
@@ -344,8 +345,8 @@ def launch_scan(
         inverse, attention: [B, HV, padded(T), 64] bfloat16, factors [4, B, HV, padded(T)] float32, from `chunk_prepare_kernel`
             with TOKENS = padded(T); rows from T on are not read.
         out: [B, T, HV, V], last: [N, HV, K, V] float32, contiguous, written.
-        kept: [B, T // (64·checkpoint_every), HV, K, V] float32, contiguous, written with the states after every so many tokens;
-            not looked at where checkpoint_every is 0, as it is with cu_seqlens.
+        kept: [B, T // (64·checkpoint_every), HV, K, V] float32, contiguous, written with the states after every so many tokens.
+            Not used if checkpoint_every is 0, as with cu_seqlens.
         config: value columns per program, 64 or 128, and slots of the ring.
     """
     _, T, HV, V = v.shape

@@ -1,20 +1,19 @@
-"""The gated delta rule in recurrent form, gates inside (Yang et al. 2024, arXiv:2412.06464):
+"""The gated delta rule in recurrent form, gates inside (Yang et al. 2024, arXiv:2412.06464).
 
     S ← e^g·S;  S ← S + k ⊗ β(v − Sᵀk);  o = Sᵀ(q·scale),  with g = −exp(A_log)·softplus(a + dt_bias) and β = beta_scale·σ(b).
 
 Fusing the gates into the rule, and reading q, k, v from the packed row, follow vLLM's fused sigmoid-gating update and packed
-recurrent decode; the gated norm in the same kernel is added here.
+recurrent decode. The gated norm in the same kernel is new here.
 
-Layout: q, k [B, T, H, K], v [B, T, HV, V], a, b [B, T, HV], state [B, HV, K, V], all of any strides; value head hv uses key head
-hv // (HV // H). The state is read once and written once, in place, whatever T. All maths is float32; β and the decay are never
-rounded below it.
+Layout: q, k [B, T, H, K], v [B, T, HV, V], a, b [B, T, HV], state [B, HV, K, V], all with any strides; value head hv uses key
+head hv // (HV // H). The state is read once and written once, in place, for any T. All maths is float32; β and the decay are
+never rounded below it.
 
-Two kernels share the rule. `delta_rule_kernel` splits V over programs. Of 2 to 8 tokens it knows the number when it is compiled:
-all tokens are loaded before the first is used, so that a step waits for memory once and not for each token. A step that checks
-drafts leaves its state as it is (`delta_rule_verify`), and a pool has one behind each token (`delta_rule_slots`).
-`delta_rule_gated_kernel` (T = 1) ends in the gated RMSNorm, which
-needs all V columns of a head, so it takes one program per head, tile by tile. On Hopper both may start, and load the state, while
-the kernel before them still runs (programmatic dependent launch).
+Two kernels share the rule. `delta_rule_kernel` splits V over programs. For 2 to 8 tokens it is compiled for their number. Then
+all tokens are loaded before the first is used, so a step waits for memory once and not for each token. A step that checks drafts
+does not write its state (`delta_rule_verify`), and a pool has one state per token (`delta_rule_slots`). `delta_rule_gated_kernel`
+(T = 1) ends in the gated RMSNorm, which needs all V columns of a head. So it has one program per head, which goes tile by tile.
+On Hopper both may start, and load the state, while the kernel before them still runs (programmatic dependent launch).
 """
 
 from __future__ import annotations
@@ -41,19 +40,19 @@ from gdnfuse.kernels.launch.implementation import (
 
 gdc_launch_dependents, gdc_wait = compat.dependent_launch()
 
-# By the number of heads in all, up to: value columns per program (of 128 keys) and warps for the rule alone; for the rule with
-# its norm the same per tile, and whether the next tile is loaded before the one before it is done. A state is not needed again
-# before the whole model's has gone by, so where it fits the L2 it is the first to leave it; where it does not, that only costs.
-# benchmarks/mixer.py --sweep compares them.
+# For at most so many heads in all: value columns per program (with 128 keys) and warps of the rule alone. For the rule with its
+# norm the same per tile, and whether the next tile is loaded before this one is done. A state is needed again only after those of
+# all layers. So if it fits the L2, it is marked to leave it first. If it does not fit, the mark would only cost time.
+# benchmarks/mixer.py --sweep compares these.
 RULE_CONFIGS = ((512, (32, 1)), (float("inf"), (64, 2)))
 GATED_CONFIGS = ((128, (128, 4, False)), (512, (64, 4, True)), (float("inf"), (64, 4, False)))
-LOOP_CONFIG = (32, 2)  # of the rule over several tokens, where more columns a warp would spill
-FEW_TOKENS = range(2, 9)  # of which the kernel knows the number
+LOOP_CONFIG = (32, 2)  # for the rule over several tokens; more columns per warp would spill
+FEW_TOKENS = range(2, 9)  # numbers of tokens that the kernel is compiled for
 SMALL = 512  # heads of 128×128 states in float32, 32 MiB
 
 
 def columns_of(columns: int, K: int, V: int) -> int:
-    """Value columns of a tile that holds as many elements with K keys as `columns` do with 128, or half as many above."""
+    """Value columns of a tile with as many elements for K keys as `columns` have for 128, or half as many above that."""
     BK = triton.next_power_of_2(K)
     return min(max(columns * 128 // BK // (2 if BK > 128 else 1), 1), triton.next_power_of_2(V))
 
@@ -67,7 +66,7 @@ def _l2norm(x, eps):
 def log_decay(a, A_log, dt_bias):
     """g = −exp(A_log)·softplus(a + dt_bias); float32."""
     x = a + dt_bias
-    # log1p(e) = log(u)·e/(u − 1) with u = 1 + e rounded: exact to rounding also where 1 + e loses e's low bits.
+    # log1p(e) = log(u)·e/(u − 1) with u = 1 + e rounded. It is exact to rounding, even if 1 + e loses low bits of e.
     e = tl.exp(tl.where(x > 20.0, 0.0, x))
     u = 1.0 + e
     lost = u == 1.0
@@ -77,7 +76,7 @@ def log_decay(a, A_log, dt_bias):
 
 @triton.jit
 def rule_step(s, q, k, v, decay, beta):
-    """One token. s: [BK, BV], q, k: [BK], v: [BV]; returns the new s and o [BV]."""
+    """One token. s: [BK, BV], q, k: [BK], v: [BV]. Returns the new s and o [BV]."""
     s = s * decay
     delta = (v - tl.sum(s * k[:, None], 0)) * beta  # [BV]
     s = s + k[:, None] * delta[None, :]  # [BK, BV]
@@ -95,7 +94,7 @@ def load_qk(q_ptrs, k_ptrs, live, scale, l2norm_eps, L2NORM: tl.constexpr):
 
 @triton.jit
 def _store_slot(ptrs, s, slot_ptr, stride_slot, live, EVICT: tl.constexpr):
-    """A state s [BK, BV] to the slot of a pool that stands at slot_ptr, if it is one."""
+    """Store a state s [BK, BV] in the slot of a pool whose number is at slot_ptr, unless the number is negative."""
     slot = tl.load(slot_ptr).to(tl.int64)
     tl.store(ptrs + slot * stride_slot, s.to(ptrs.dtype.element_ty), mask=live & (slot >= 0), eviction_policy=EVICT)
 
@@ -111,8 +110,11 @@ def delta_rule_kernel(
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, L2NORM: tl.constexpr,
     BETA_SCALE: tl.constexpr, EVICT: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """The rule over T tokens, or over the FEW that there are where that is known. With slots [B, T], a sequence's state is in the
-    slot of the token before the first, and goes to each token's."""
+    """The rule over T tokens, or over FEW tokens if their number is known.
+
+    With slots [B, T], the state of a sequence is in the slot of the token before the first, and a state goes to the slot of each
+    token.
+    """
     if OVERLAP:
         gdc_launch_dependents()
     pid = tl.program_id(0).to(tl.int64)
@@ -295,7 +297,7 @@ def launch(
 def launch_rule(
     q, k, v, a, b, A_log, dt_bias, state, scale, l2norm_eps, beta_scale, overlap: bool, write: bool, slots=None, accepted=None
 ) -> torch.Tensor:
-    """`launch`, with a choice whether the state is written, or with states in slots, as `delta_rule_slots` has them."""
+    """`launch` without writing the state, or with states in slots as in `delta_rule_slots`."""
     B, T, HV, V = v.shape
     H, K = q.shape[2:]
     columns, num_warps = _config(RULE_CONFIGS, state) if T == 1 else LOOP_CONFIG
@@ -393,7 +395,7 @@ def launch_gated(
     z = z.unflatten(-1, (HV // H, V))
     columns, num_warps, ahead = _config(GATED_CONFIGS, recurrent_state)
     out = torch.empty((B, 1, HV * V), dtype=z.dtype, device=z.device)
-    # Within a head's state offsets of 32 bits do, but for strides that no cache has; they leave more registers to the tiles.
+    # Offsets of 32 bits are enough inside the state of a head, for the strides of any cache. They leave more registers for tiles.
     farthest = sum(n * max(t.stride(-1), 1) for t, n in ((q, K), (k, K), (v, V), (z, V))) + K * recurrent_state.stride(2)
     index = tl.int32 if farthest + V * recurrent_state.stride(3) < 2**31 else tl.int64
     able = overlap_options(z, A_log, dt_bias) if overlap else {}
@@ -415,9 +417,10 @@ def _config(table: tuple[Any, ...], recurrent_state: torch.Tensor) -> Any:
 
 
 def fits(recurrent_state: torch.Tensor) -> bool:
-    """Whether the state is small beside the L2: more programs than that would only be in the way of the kernel they overlap.
+    """Whether the state is small compared with the L2. With a larger one, more programs would only delay the kernel that they
+    overlap.
 
-    The kernel behind them may start early all the same, and fetch its weights while the last states are written.
+    The kernel after them may start early anyway, and fetch its weights while the last states are written.
     """
     B, HV = recurrent_state.shape[:2]
     return B * HV <= SMALL
@@ -436,7 +439,10 @@ def supports(
     l2norm_eps: float | None = None,
     beta_scale: float = 1.0,
 ) -> None:
-    """Raises Refused unless T ≥ 1, dtypes are float32, bfloat16 or float16, heads static, K, V ≤ 256 and HV a multiple of H."""
+    """Raise Refused unless the kernel supports the arguments.
+
+    T must be at least 1, dtypes float32, bfloat16 or float16, heads static, K, V ≤ 256 and HV a multiple of H.
+    """
     require_dtypes(q=q, k=k, v=v, a=a, b=b, A_log=A_log, dt_bias=dt_bias, recurrent_state=recurrent_state)
     H, HV = q.shape[2], v.shape[2]
     require_tokens(v.shape[1])
@@ -457,7 +463,7 @@ def supports_packed_decode(
     l2norm_eps: float,
     beta_scale: float = 1.0,
 ) -> None:
-    """Raises Refused unless T = 1, D = 2·H·K + HV·V is static, and for whatever `supports` refuses."""
+    """Raise Refused unless T is 1 and D = 2·H·K + HV·V is static, and for the same reasons as `supports`."""
     require_dtypes(mixed_qkv=mixed_qkv, a=a, b=b, A_log=A_log, dt_bias=dt_bias, recurrent_state=recurrent_state)
     _, T, D = mixed_qkv.shape
     _, HV, K, V = recurrent_state.shape

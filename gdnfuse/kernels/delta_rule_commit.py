@@ -1,17 +1,17 @@
-"""The accepted tokens of a verify step replayed into the states of all GDN layers, in one launch.
+"""Replays the accepted tokens of a verify step into the states of all GDN layers, in one launch.
 
-For each layer and sequence, with n = accepted tokens: k, v = silu(conv) of rows 1 … n of [conv state | tokens], then
+For each layer and sequence, with n accepted tokens: k, v = silu(conv) of rows 1 … n of [conv state | tokens], then
 
     S ← e^g·S;  S ← S + k ⊗ β(v − Sᵀk)   (Yang et al. 2024, arXiv:2412.06464)
 
-token by token, and the conv state becomes the W rows that end with the last accepted one. Checkpoint and replay as in SGLang's
-PR 28695.
+token by token. The conv state becomes the W rows that end with the last accepted one. Checkpoint and replay are as in SGLang's PR
+28695.
 
-Layout: windows [L, B, W + T, D] with D = 2·H·K + HV·V, a, b [L, B, T, HV], accepted [B], conv_weight [L, D, W], conv_state
-[L, B, D, W], recurrent_state [L, B, HV, K, V], of any strides. A program has some value columns of one head of one layer and
-sequence: it reads and writes its part of the state once, and makes k of the head's rows itself. What a conv reads comes from the
-windows alone, and each channel of a conv state is written by one program: v's by those of the head, q's and k's by the first one
-of the first value head of their key head. Where n = 0 nothing is read or written. All maths is float32.
+Layout: windows [L, B, W + T, D] with D = 2·H·K + HV·V, a, b [L, B, T, HV], accepted [B], conv_weight [L, D, W], conv_state [L, B,
+D, W], recurrent_state [L, B, HV, K, V], with any strides. A program has some value columns of one head of one layer and sequence.
+It reads and writes its part of the state once, and computes k of the head's rows itself. The conv reads only the windows. Each
+channel of a conv state is written by one program: those of v by the programs of the head, those of q and k by the first program
+of the first value head of their key head. If n is 0, nothing is read or written. All maths is float32.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from gdnfuse.errors import Refused
 from gdnfuse.kernels.delta_rule import columns_of, log_decay, rule_step
 from gdnfuse.kernels.launch.implementation import kernel_of, register, require_dtypes, require_head_dims, require_static
 
-# Value columns per program (of 128 keys) and warps, as of the rule over several tokens. Not measured for this kernel.
+# Value columns per program (with 128 keys) and warps, as for the rule over several tokens. Not measured for this kernel.
 COLUMNS, NUM_WARPS = 32, 2
 
 
@@ -40,7 +40,7 @@ def _conv(rows, weights, stride_xt, stride_ww, live, W: tl.constexpr):
 
 @triton.jit
 def _move(state, rows, stride_cw, stride_xt, live, W: tl.constexpr):
-    """Columns of a conv state become the W rows from `rows` on."""
+    """Set columns of a conv state to the W rows from `rows` on."""
     for w in tl.static_range(W):
         x = tl.load(rows + w * stride_xt, mask=live, other=0.0)
         tl.store(state + w * stride_cw, x.to(state.dtype.element_ty), mask=live)
@@ -152,7 +152,7 @@ def supports(
     l2norm_eps: float,
     beta_scale: float = 1.0,
 ) -> None:
-    """Raises Refused unless dtypes are float32, bfloat16 or float16, sizes static, K, V ≤ 256 and HV a multiple of H."""
+    """Raise Refused unless dtypes are float32, bfloat16 or float16, sizes are static, K, V ≤ 256 and HV is a multiple of H."""
     require_dtypes(
         windows=windows, a=a, b=b, conv_weight=conv_weight, A_log=A_log, dt_bias=dt_bias, conv_state=conv_state,
         recurrent_state=recurrent_state,

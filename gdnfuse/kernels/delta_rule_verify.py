@@ -1,6 +1,6 @@
-"""The gated delta rule over the few tokens of a verify step, gates inside, that reads its state and leaves it as it is.
+"""The gated delta rule over the few tokens of a verify step, gates inside, which reads its state and does not write it.
 
-It is the kernel of `gdnfuse/kernels/delta_rule.py`, which says how, with a state that is not written.
+It is the kernel of `gdnfuse/kernels/delta_rule.py`, which describes it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def launch(
     *,
     overlap: bool = False,
 ) -> torch.Tensor:
-    """The dialect's delta_rule_verify of up to 8 tokens.
+    """The dialect's delta_rule_verify for up to 8 tokens.
 
     Args:
         q, k: [B, T, H, K], any strides.
@@ -60,7 +60,7 @@ def supports(
     l2norm_eps: float | None = None,
     beta_scale: float = 1.0,
 ) -> None:
-    """Raises Refused unless T is static and at most 8, and for whatever the rule over any number of tokens refuses."""
+    """Raise Refused unless T is static and at most 8, and for the same reasons as the rule over any number of tokens."""
     supports_rule(q, k, v, a, b, A_log, dt_bias, state, scale, l2norm_eps, beta_scale)
     require_static(T=v.shape[1])
     if v.shape[1] > FEW_TOKENS[-1]:

@@ -1,23 +1,24 @@
-"""The chosen experts of a step's rows, with the shared expert and the residual: weights of needed experts are streamed once each.
+"""The chosen experts of a step's rows, with the shared expert and the residual. Weights of needed experts are streamed once each.
 
-Meaning: the dialect's experts and routed_experts (Shazeer et al. 2017, arXiv:1701.06538; SwiGLU: Shazeer 2020, arXiv:2002.05202).
-Grids go by the number of choices and never by what was chosen, so CUDA graphs may hold them and the host reads nothing back.
+It computes the dialect's experts and routed_experts (Shazeer et al. 2017, arXiv:1701.06538; SwiGLU: Shazeer 2020,
+arXiv:2002.05202). Grids depend on the number of choices and never on what was chosen. So CUDA graphs can contain them, and the
+host reads nothing back.
 
-One row is two launches: gate and up with SwiGLU, then down with the sum over the choices. Where the router is part of the op, one
-for its logits goes before them, and each program finds its expert from the logits by itself. That takes less time than to wait
-for another program that does, and the weights of the first choices stream while the others are still sought.
+One row is two launches: gate and up with SwiGLU, then down with the sum over the choices. If the router is part of the op, a
+launch for its logits comes first, and each program finds its expert from the logits itself. That takes less time than waiting for
+another program, and the weights of the first choices stream while the others are still being found.
 
-Several rows are three launches: gate and up, down, and the sum over the choices. An expert's first choice has the programs for
-all rows that chose it, which they gather; the programs of its other choices end at once. Where there are more choices than
+Several rows are three launches: gate and up, down, and the sum over the choices. The first choice of an expert has the programs
+for all rows that chose it, which they gather. The programs of its other choices end at once. If there are more choices than
 experts, each expert has programs instead. Products are on tensor cores with the weight's rows as the product's rows.
 
 On Hopper each launch may start while the one before it runs (programmatic dependent launch). What depends on no choice, norms and
-the shared expert, is read before the wait. The launch of gate and up lets the one of down start only once it has itself waited.
-All that came before both has then ended, so down knows the choices and has its weights on the way while gate and up still runs.
-The choices it reads from the L2: they were written so shortly before that the L1 may hold what was there earlier.
+the shared expert, is read before the wait. The launch of gate and up lets that of down start only after it has waited itself. By
+then everything before both has ended. So down knows the choices and loads its weights while gate and up still runs. It reads the
+choices from the L2, because they were written so shortly before that the L1 may still hold old values.
 
-Layout: x [N, H], gate_up [E, 2·I, H] and down [E, H, I] with contiguous rows any distance apart. Products and sums are float32.
-What goes from SwiGLU into down is rounded to the weights' dtype, and so is the result.
+Layout: x [N, H], gate_up [E, 2·I, H] and down [E, H, I] with contiguous rows at any distance. Products and sums are float32. The
+result of SwiGLU is rounded to the weights' dtype, and so is the final result.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from gdnfuse.kernels.skinny_linear import load_row, load_rows
 gdc_launch_dependents, gdc_wait = compat.dependent_launch()
 
 GROUP = tl.constexpr(quantized.GROUP)
-COMPARED = 128  # choices that a program compares with its expert at once
+COMPARED = 128  # how many choices a program compares with its expert at once
 
 
 class DownConfig(NamedTuple):
@@ -61,18 +62,18 @@ class RowsConfig(NamedTuple):
     stages: int
 
 
-# By bytes of weight per thread: the first that fits. Chosen on an H200, as all below, with benchmarks/experts.py --sweep.
+# The first that fits, by bytes of weight per thread. Chosen on an H200, like all below, with benchmarks/experts.py --sweep.
 DOWN = (DownConfig(2, 512, 2), DownConfig(2, 512, 4), DownConfig(1, 512, 4), DownConfig(1, 1024, 8), DownConfig(1, 2048, 16))
-REGISTERS = 384  # bytes of weight that a thread holds at most
+REGISTERS = 384  # the most bytes of weight that a thread holds
 UP_ROWS = DOWN_ROWS = RowsConfig(128, 64, 4, 3)
-LEAST, MOST = 8, 16  # rows that a program takes at once
+LEAST, MOST = 8, 16  # the fewest and the most rows that a program takes at once
 SUMMED = 1024  # columns per program of the sum
-LINES = 64  # of 128 bytes of the shared expert's down projection that a waiting program has brought to the L2; 0 for none
+LINES = 64  # lines of 128 bytes of the shared expert's down projection that a waiting program loads into the L2; 0 for none
 
 
 @triton.jit
 def _rows_where(steps, weight_ptr, row, live, stride_wm, N: tl.constexpr, BN: tl.constexpr):
-    """The steps, with those rows of the weight in their place that are live: a tuple of [R, BN]."""
+    """The steps, in which rows of the weight that are live replace the given ones: a tuple of [R, BN]."""
     column = tl.arange(0, BN)  # [BN]
     w_ptrs = weight_ptr + row.to(tl.int64)[:, None] * stride_wm + column[None, :]  # [R, BN]
     loaded = ()
@@ -87,7 +88,7 @@ def _rows_where(steps, weight_ptr, row, live, stride_wm, N: tl.constexpr, BN: tl
 
 @triton.jit
 def _prefetch(weight_ptr, part, M, N, stride_wm, LINES: tl.constexpr):
-    """Have a part of so many lines of 128 bytes of a weight [M, N] brought to the L2."""
+    """Load a part of a weight [M, N], so many lines of 128 bytes, into the L2."""
     LINE: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth  # elements
     i = (part * LINES + tl.arange(0, LINES)) * LINE  # [LINES]
     i = tl.where(i < M * N, i, 0)
@@ -97,7 +98,10 @@ def _prefetch(weight_ptr, part, M, N, stride_wm, LINES: tl.constexpr):
 
 @triton.jit
 def _scales_of(expert, rows, row, N, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Where the scales of an expert's row begin, of weights with so many rows of N columns; behind their end the first row's."""
+    """The address of the scales of an expert's row, for weights with so many rows of N columns.
+
+    After the end, those of the first row.
+    """
     return scales_of_rows(expert, rows, tl.where(row < rows, row, 0), N, ROWS, COLUMNS)
 
 
@@ -109,8 +113,11 @@ def experts_up_kernel(
     H: tl.constexpr, BE: tl.constexpr, ROUND: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, LINES: tl.constexpr,
     OVERLAP: tl.constexpr, KIND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CONVERTS: tl.constexpr,
 ):  # fmt: skip
-    """One row: R columns of SwiGLU of the shared expert, whose programs are first, or of one choice. While these have nothing to
-    do but wait, the first of them have the shared expert's down projection brought to the L2, LINES lines of 128 bytes each."""
+    """One row: R columns of SwiGLU of the shared expert, whose programs come first, or of one choice.
+
+    While the other programs wait, the first of them load the shared expert's down projection into the L2, LINES lines of 128
+    bytes each.
+    """
     pid = tl.program_id(0)
     shared = pid < shared_tiles
     choice = (pid - shared_tiles) // tiles
@@ -156,7 +163,7 @@ def experts_up_kernel(
         y = skinny_linear.dot_rows(gate, x, R, BN) * factor  # [R]
         y = y * tl.sigmoid(y) * (skinny_linear.dot_rows(up, x, R, BN) * factor)
     else:
-        known = tl.minimum(tl.maximum(expert, 0), E - 1)  # what is no expert has no scales, and weights of zero
+        known = tl.minimum(tl.maximum(expert, 0), E - 1)  # an index that is not an expert has no scales, and weights of zero
         of_gate = scale_ptr + _scales_of(known, 2 * I, tile * R, H, ROWS, COLUMNS)
         of_up = scale_ptr + _scales_of(known, 2 * I, I + tile * R, H, ROWS, COLUMNS)
         if shared_gate_ptr is not None:
@@ -198,7 +205,7 @@ def experts_down_kernel(
         shared_w = load_rows(shared_down_ptr, row, live, stride_s, S, BN, False)
     weights = ()
     scales = ()
-    choices = ()  # whether there is an expert behind each
+    choices = ()  # whether each has an expert
     total = 0.0
     if logits_ptr is not None:
         e = tl.arange(0, BE)  # [BE]
@@ -270,7 +277,7 @@ def experts_down_kernel(
 
 @triton.jit
 def _choosers(indices_ptr, entry, E, NK, P: tl.constexpr, BY_CHOICE: tl.constexpr):
-    """The expert of an entry, which is a choice or an expert, and how many choices of it the entry is to see to."""
+    """The expert of an entry, which is a choice or an expert, and how many choices of that expert the entry computes."""
     expert = entry
     if BY_CHOICE:
         expert = tl.load(indices_ptr + entry, mask=entry >= 0, other=0, cache_modifier=".cg").to(tl.int32)
@@ -289,7 +296,7 @@ def _choosers(indices_ptr, entry, E, NK, P: tl.constexpr, BY_CHOICE: tl.constexp
 
 @triton.jit
 def _next(indices_ptr, expert, first, NK, P: tl.constexpr, BB: tl.constexpr):
-    """Which choices are those of the expert from the first'th on: [BB], 0 where there are none left."""
+    """The choices of an expert from the first-th on: [BB], 0 if there are none left."""
     b = first + tl.arange(0, BB)  # [BB]
     at = tl.zeros((BB,), tl.int32)
     before = 0
@@ -325,8 +332,10 @@ def experts_up_rows_kernel(
     BM: tl.constexpr, BK: tl.constexpr, BB: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
     KIND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CONVERTS: tl.constexpr,
 ):  # fmt: skip
-    """Several rows: BM / 2 columns of SwiGLU of the shared expert, for all rows, or of an expert for those that chose it. Where
-    the shared expert has a gate, it is the first program's product, whose tile has nothing but that row."""
+    """Several rows: BM / 2 columns of SwiGLU of the shared expert for all rows, or of an expert for the rows that chose it.
+
+    If the shared expert has a gate, the first program computes its product. The tile of that program has only this row.
+    """
     if OVERLAP:
         gdc_wait()
         gdc_launch_dependents()
@@ -334,7 +343,7 @@ def experts_up_rows_kernel(
     BO: tl.constexpr = BM // 2
     k = tl.arange(0, BK)  # [BK]
     b = tl.arange(0, BB)  # [BB]
-    if KIND is not None and shared_expert_gate_ptr is not None:  # which is stored otherwise than they are
+    if KIND is not None and shared_expert_gate_ptr is not None:  # the gate is stored in another way than quantised weights
         if pid == 0:
             _open(x_ptr, shared_expert_gate_ptr, open_ptr, N, columns, stride_x, BK, BB)
             return
@@ -457,7 +466,7 @@ def experts_sum_kernel(
     parts_ptr, indices_ptr, residual_ptr, out_ptr, N, E, M, stride_r,
     K: tl.constexpr, SHARED: tl.constexpr, BN: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Several rows: BN columns of a row's result, of all choices that there is an expert behind."""
+    """Several rows: BN columns of a row's result, over all choices that have an expert."""
     if OVERLAP:
         gdc_launch_dependents()
         gdc_wait()
@@ -477,7 +486,7 @@ def experts_sum_kernel(
 
 
 class Routing(NamedTuple):
-    """The router's logits [E] and what to make of them, or a row's choices [k] and their weights."""
+    """The router's logits [E] and how to use them, or the choices [k] of a row and their weights."""
 
     logits: torch.Tensor | None
     indices: torch.Tensor | None
@@ -488,7 +497,7 @@ class Routing(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """The shared expert's weights [S, H], [S, H], [H, S], and [1, H] of its gate; or None."""
+    """The weights of the shared expert [S, H], [S, H], [H, S], and [1, H] of its gate; or None."""
 
     gate: torch.Tensor | None
     up: torch.Tensor | None
@@ -507,7 +516,7 @@ class Shared(NamedTuple):
 
 
 class Scales(NamedTuple):
-    """Scales of quantised experts, contiguous, and the weights' format; None and "" of those that are not quantised."""
+    """Scales of quantised experts, contiguous, and the format of their weights. None and "" if they are not quantised."""
 
     format: str = ""
     gate_up: torch.Tensor | None = None
@@ -517,7 +526,7 @@ class Scales(NamedTuple):
     shared_down: torch.Tensor | None = None
 
     def how(self, device: torch.device) -> dict[str, Any]:
-        """Constexprs by which a kernel reads the weights."""
+        """Constexprs that say how a kernel reads the weights."""
         stored = quantized.stored(self.format) if self.format else None
         if stored is None:
             return {"KIND": None, "ROWS": 1, "COLUMNS": 1, "CONVERTS": False}
@@ -549,7 +558,7 @@ def launch_row(
     residual: torch.Tensor | None,
     overlap: bool,
 ) -> torch.Tensor:
-    """experts of one row, whose choices may still be the router's logits."""
+    """experts for one row. Its choices may be the router's logits."""
     K = routing.top_k
     (E, _, H), I, S = gate_up.shape, down.shape[2], shared.width
     h, out = (torch.empty(n, dtype=x.dtype, device=x.device) for n in (K * I, x.shape))
@@ -581,7 +590,10 @@ def launch_row(
 
 
 def config_of_up(H: int, dtype: torch.dtype) -> skinny_linear.Config:
-    """skinny_linear's for a weight of gate and up of H columns, one tile per program, with longer steps at 2048 columns."""
+    """The config of skinny_linear for a weight of gate and up with H columns.
+
+    There is one tile per program, and steps are longer at 2048 columns.
+    """
     R, BN, num_warps, *_ = skinny_linear.config("swiglu", H, dtype)
     if dtype.itemsize == 1:
         return R // 2 if H > 1024 else R, BN, num_warps, 0
@@ -589,10 +601,10 @@ def config_of_up(H: int, dtype: torch.dtype) -> skinny_linear.Config:
 
 
 def config_of_down(K: int, I: int, S: int, dtype: torch.dtype) -> DownConfig:
-    """The most rows per program for which a thread can hold its part of all choices' weights.
+    """The most rows per program for which a thread can hold its part of the weights of all choices.
 
     Raises:
-        Refused: there are no so few.
+        Refused: even the fewest rows are too many.
     """
     for R, BN, num_warps in DOWN:
         BN = min(BN, max(triton.next_power_of_2(max(I, S)), 16))
@@ -614,7 +626,7 @@ def launch_rows(
     residual: torch.Tensor | None,
     overlap: bool,
 ) -> torch.Tensor:
-    """experts of several rows."""
+    """experts for several rows."""
     (N, K), (E, _, H), I, S = indices.shape, gate_up.shape, down.shape[2], shared.width
     indices, weights = indices.contiguous(), weights.contiguous()
     empty = lambda *shape, dtype=x.dtype: torch.empty(shape, dtype=dtype, device=x.device)  # noqa: E731
@@ -659,10 +671,10 @@ def launch_rows(
 
 
 def config_of_rows(config: RowsConfig, dtype: torch.dtype, *columns: int) -> RowsConfig:
-    """The config with the most columns per step that all these numbers of columns are multiples of.
+    """The config with the most columns per step such that all these numbers of columns are multiples of it.
 
     Raises:
-        Refused: they are multiples of no step.
+        Refused: there is no such step.
     """
     block = config.BK * 2 // max(dtype.itemsize, 2)
     while block > SMALLEST and any(n % block for n in columns):
@@ -673,7 +685,7 @@ def config_of_rows(config: RowsConfig, dtype: torch.dtype, *columns: int) -> Row
     return config._replace(BK=block, BM=config.BM if dtype.itemsize <= 2 else config.BM // 2)
 
 
-SMALLEST = 16  # columns of a step
+SMALLEST = 16  # the fewest columns of a step
 
 
 def launch(
@@ -765,8 +777,11 @@ def supports(
     x, indices, routing_weights, gate_up, down, activation="silu", norm_weight=None, norm_eps=0.0, norm_offset=0.0,
     shared_gate=None, shared_up=None, shared_down=None, shared_expert_gate=None, residual=None, scales=None, format="",
 ) -> None:  # fmt: skip
-    """Raises Refused unless there are rows, sizes but their number are static, x and all weights have one dtype of float32,
-    bfloat16 and float16, and rows are contiguous; several rows take no norm and must fill the steps over columns."""
+    """Raise Refused unless the kernels support the arguments.
+
+    There must be rows. All sizes but their number must be static, x and all weights must have one dtype of float32, bfloat16 and
+    float16, and rows must be contiguous. Several rows must have no norm and must fill the steps over columns.
+    """
     require_dtypes(routing_weights=routing_weights)
     if indices.dim() != 2 or routing_weights.shape != indices.shape or indices.dtype not in (torch.int32, torch.int64):
         found = f"{list(indices.shape)} of {str(indices.dtype).removeprefix('torch.')} and {list(routing_weights.shape)}"
@@ -774,7 +789,7 @@ def supports(
     N, k = indices.shape
     shared = Shared(shared_gate, shared_up, shared_down, shared_expert_gate)
     _require(x, gate_up, down, k, activation, norm_weight, shared, residual, scales, format)
-    require_alike("indices", (x.shape[0],), (N,))
+    require_sizes("indices", (x.shape[0],), (N,))
 
 
 def supports_routed(
@@ -782,7 +797,7 @@ def supports_routed(
     norm_weight=None, norm_eps=0.0, norm_offset=0.0,
     shared_gate=None, shared_up=None, shared_down=None, shared_expert_gate=None, residual=None, scales=None, format="",
 ) -> None:  # fmt: skip
-    """Raises Refused where route's and experts' kernels would, and unless there is one row and a row of the router per expert."""
+    """Raise Refused for the same reasons as route and experts, and unless there is one row and a router row per expert."""
     if x.shape[0] != 1:
         raise Refused(f"x must be one row, found the sizes {list(x.shape)}.")
     route.supports(x, router, top_k, normalize, wide_logits, wide_weights, norm_weight, norm_eps, norm_offset)
@@ -816,7 +831,7 @@ def _require(x, gate_up, down, k, activation, norm_weight, shared, residual, sca
     wanted |= {"shared_gate": (S, H), "shared_up": (S, H), "shared_down": (H, S), "shared_expert_gate": (1, H)}
     for name, t in {"x": x, **tensors}.items():
         if t is not None:
-            require_alike(name, wanted[name], tuple(t.shape))
+            require_sizes(name, wanted[name], tuple(t.shape))
     if activation not in ACTIVATIONS:
         raise Refused(f"activation must be one of {', '.join(ACTIVATIONS)}, found {activation}.")
     if not 1 <= k <= MAX_TOP_K or E > MAX_EXPERTS:
@@ -835,7 +850,7 @@ def _require(x, gate_up, down, k, activation, norm_weight, shared, residual, sca
 
 
 def _require_scales(x, gate_up, down, shared, scales, format) -> tuple[str, ...]:
-    """Refuse quantised experts that kernels cannot read; the names of the quantised weights."""
+    """Refuse quantised experts that kernels cannot read. Returns the names of the quantised weights."""
     weights = {"gate_up": gate_up, "down": down}
     if shared.down is not None:
         weights |= {"shared_gate": shared.gate, "shared_up": shared.up, "shared_down": shared.down}
@@ -853,8 +868,8 @@ def _require_scales(x, gate_up, down, shared, scales, format) -> tuple[str, ...]
     return tuple(weights)
 
 
-def require_alike(name: str, wanted: tuple[Any, ...], found: tuple[Any, ...]) -> None:
-    """Refuse other sizes than those wanted. Symbolic ones are compared when the kernel is called, which adds no guard."""
+def require_sizes(name: str, wanted: tuple[Any, ...], found: tuple[Any, ...]) -> None:
+    """Refuse sizes other than those wanted. Symbolic ones are compared when the kernel is called, which adds no guard."""
     differ = (isinstance(m, int) and isinstance(n, int) and m != n for m, n in zip(wanted, found, strict=False))
     if len(wanted) != len(found) or any(differ):
         raise Refused(f"{name} must have the sizes {list(wanted)}, found {list(found)}.")

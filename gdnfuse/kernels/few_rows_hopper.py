@@ -1,14 +1,13 @@
-"""few_rows_linear on Hopper (compute capability 9) for half precision, in Gluon: weights come through a ring in shared memory.
+"""few_rows_linear on Hopper (compute capability 9) for half precision, in Gluon. Weights come through a ring in shared memory.
 
-It takes few_rows_linear.py's place, with the same meaning. A program has a range of the weight's rows, in tiles of up to 64, and
-goes over their columns in steps; copies of a step into the ring (cp.async) run several steps ahead of the products (wgmma, the
-weight's rows as the product's rows). Ranges are cut so that every multiprocessor has equally many rows, whatever their number:
-the rows that a tile lacks are neither copied nor stored. The ring is full of weights before the kernel waits for the one that
-makes x; few_rows_linear has one step by then.
+It replaces few_rows_linear.py and computes the same. A program has a range of the weight's rows, in tiles of up to 64, and goes
+over their columns in steps. Copies of a step into the ring (cp.async) run several steps ahead of the products (wgmma, with the
+weight's rows as the product's rows). Every multiprocessor has equally many rows, for any number of rows: rows that a tile lacks
+are neither copied nor stored. The ring is full of weights before the kernel waits for the one that makes x. few_rows_linear has
+one step by then.
 
-Layout: as in few_rows_linear.py; x and weight with rows at multiples of 16 elements. Products and sums are float32; one rounding,
-    to the weight's
-dtype, none for split_linear.
+Layout: as in few_rows_linear.py; x and weight have rows at multiples of 16 elements. Products and sums are float32. There is one
+rounding, to the weight's dtype, and none for split_linear.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ from gdnfuse import compat
 from gdnfuse.kernels.launch.implementation import kernel_of, launching, overlap_options
 from gdnfuse.kernels.linear_configs import STEP, RingConfig, columns_of, rings, rows_and_out
 
-gluon, gl, async_copy, hopper, _, copy_to_shared = compat.gluon()  # whoever imports this has asked whether it is there
+gluon, gl, async_copy, hopper, _, copy_to_shared = compat.gluon()  # callers check that it exists
 fence_async_shared, warpgroup_mma, warpgroup_mma_wait = hopper.fence_async_shared, hopper.warpgroup_mma, hopper.warpgroup_mma_wait
 gdc_launch_dependents, gdc_wait = compat.dependent_launch()
 
-SLICE = gl.constexpr(64)  # columns of half a step: 128 bytes, which the swizzle of shared memory spans
+SLICE = gl.constexpr(64)  # columns of half a step: 128 bytes, the width of the swizzle of shared memory
 RING = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
 COPIED = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # of [rows, SLICE]: 16 bytes a thread
 STORED = gl.constexpr(gl.BlockedLayout([1, 1], [32, 1], [1, 4], [0, 1]))  # of [rows of the weight, rows of x]
@@ -32,7 +31,7 @@ SCRATCH = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, order=[0, 1]))
 
 @gluon.jit
 def _copy_weights(ring, slot, weight_ptrs, live, step, TILES: gl.constexpr):
-    """Start to copy a step of every tile; two halves of each lie side by side in the ring."""
+    """Start to copy a step of every tile. The two halves of each are adjacent in the ring."""
     for t in gl.static_range(TILES):
         for half in gl.static_range(2):
             tile = ring.index((slot * TILES + t) * 2 + half)
@@ -48,8 +47,10 @@ def _copy_x(ring, slot, x_ptrs, there, step):
 
 @gluon.jit
 def store_tiles(acc, out_ptr, first, part, B, M, width, live_rows, SWIGLU: gl.constexpr, TILES: gl.constexpr, BB: gl.constexpr):
-    """Store what the tiles of a program came to, [64, BB] each: of rows from `first` on, of which there are M, in rows that are
-    `width` apart. With SwiGLU a tile's first half is gate and its second up."""
+    """Store the tiles of a program, [64, BB] each, for rows from `first` on, of which there are M.
+
+    Rows of the result have distance `width`. With SwiGLU the first half of a tile is gate and the second is up.
+    """
     ROWS: gl.constexpr = 32 if SWIGLU else 64
     i = gl.arange(0, ROWS, layout=gl.SliceLayout(1, STORED))
     column = gl.arange(0, BB, layout=gl.SliceLayout(0, STORED))
@@ -74,8 +75,8 @@ def program(
     index, part, B, M, width, live_rows, steps, stride_xb, stride_wm,
     SWIGLU: gl.constexpr, TILES: gl.constexpr, BB: gl.constexpr, STAGES: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
-    """What the index'th program of a part of the columns does. `width` is how far apart rows of the result are."""
-    # With SwiGLU the second half of a tile is the rows of up that belong to the rows of gate in the first.
+    """The work of the index-th program of a part of the columns. `width` is the distance of rows of the result."""
+    # With SwiGLU the second half of a tile has the rows of up that belong to the rows of gate in the first.
     ROWS: gl.constexpr = 32 if SWIGLU else 64
     accumulator: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BB, 16])
     dtype: gl.constexpr = weight_ptr.dtype.element_ty
@@ -97,7 +98,7 @@ def program(
     x_ptrs = x_ptr + (b.to(gl.int64)[:, None] * stride_xb + k[None, :])
     there = (b < B)[:, None]
 
-    # Groups of copies end in the order in which they were committed: once an x is there, so are all weights before it.
+    # Groups of copies end in the order of their commits. So if an x has arrived, all weights before it have too.
     for s in gl.static_range(STAGES - 1):
         _copy_weights(w_ring, s, weight_ptrs, live, s, TILES)
         async_copy.commit_group()
@@ -119,7 +120,7 @@ def program(
         if ahead < steps:
             _copy_weights(w_ring, free, weight_ptrs, live, ahead, TILES)
             _copy_x(x_ring, free, x_ptrs, there, ahead)
-        async_copy.commit_group()  # also where it is empty, because groups are counted
+        async_copy.commit_group()  # also if it is empty, because groups are counted
         for half in gl.static_range(2):
             x = x_ring.index(slot * 2 + half).permute((1, 0))
             started = ()
@@ -127,7 +128,7 @@ def program(
                 tile = w_ring.index((slot * TILES + t) * 2 + half)
                 started = started + (warpgroup_mma(tile, x, acc[t], is_async=True),)
             acc = started
-        # A wait for one comes without a tuple.
+        # Waiting for a single product does not return a tuple.
         acc = (warpgroup_mma_wait(0, acc),) if TILES == 1 else warpgroup_mma_wait(0, acc)
         free = slot
         slot = gl.where(slot == STAGES - 1, 0, slot + 1)
@@ -151,7 +152,10 @@ def few_rows_hopper_kernel(
 
 
 def supports_here(rows: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether this kernel takes these rows [B, N]: half precision, a Hopper GPU, rows whose 16 bytes can be copied at once."""
+    """Whether this kernel supports these rows [B, N].
+
+    It needs half precision, a Hopper GPU, and rows that can be copied 16 bytes at a time.
+    """
     return (
         rings(weight)
         and not compat.interpreting()
@@ -163,11 +167,11 @@ def supports_here(rows: torch.Tensor, weight: torch.Tensor) -> bool:
 def launch_with(
     chosen: RingConfig, x: torch.Tensor, weight: torch.Tensor, swiglu: bool = False, overlap: bool = False
 ) -> torch.Tensor:
-    """The parts of a linear, [parts, ..., M], or without the first axis if there is but one.
+    """The parts of a linear, [parts, ..., M], without the first axis if there is only one.
 
     Args:
-        chosen: of N, a multiple of its parts times STEP, with no more stages than steps in a part and one.
-        x: [..., N], at most 32 rows; what `supports_here` took.
+        chosen: the config. N is a multiple of its parts times STEP, and it has at most one more stage than a part has steps.
+        x: [..., N], at most 32 rows, that `supports_here` accepts.
         weight: [M, N], with `swiglu` [2·M, N].
         swiglu: whether the weight is of gate and up.
         overlap: whether the weight may be read while kernels before this one run.

@@ -1,13 +1,12 @@
-"""few_rows_hopper for weights of e4m3 with a scale per block: half the bytes come through the ring, and widen on their way to the
-tensor cores.
+"""few_rows_hopper for weights of e4m3 with a scale per block. Half the bytes go through the ring.
 
-A step is the columns of one block of scales. Its tile of weights is read from the ring into registers, where it becomes the
-products' first operand; x is the second and stays in shared memory. Each step's product is put on the sum with the scales of its
-rows, in float32, so that weights are multiplied as they are stored (partial sums are promoted in the same places in DeepSeek-V3,
-arXiv:2412.19437, section 3.3.2). Scales are read a step ahead. Programs for rows that are not quantised come first and are those
-of few_rows_hopper.
+A step is the columns of one block of scales. Its tile of weights is read from the ring into registers, where it is widened and
+becomes the products' first operand. x is the second operand and stays in shared memory. The product of each step is multiplied
+with the scales of its rows in float32 and added to the sum. So weights are multiplied as they are stored (DeepSeek-V3 promotes
+partial sums in the same places, arXiv:2412.19437, section 3.3.2). Scales are read a step ahead. Programs for rows that are not
+quantised come first and are those of few_rows_hopper.
 
-Layout: as in few_rows_hopper.py; data and plain rows at multiples of 16 bytes; scales [⌈M/128⌉, N/128] with contiguous rows.
+Layout: as in few_rows_hopper.py; data and plain rows are at multiples of 16 bytes; scales [⌈M/128⌉, N/128] have contiguous rows.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from gdnfuse.kernels.few_rows_hopper import COPIED, RING, SLICE, _copy_x, store_
 from gdnfuse.kernels.launch.implementation import kernel_of, launching, overlap_options
 from gdnfuse.kernels.linear_configs import STEP, RingConfig, columns_of, rings, rows_and_out
 
-gluon, gl, async_copy, hopper, _, copy_to_shared = compat.gluon()  # whoever imports this has asked whether it is there
+gluon, gl, async_copy, hopper, _, copy_to_shared = compat.gluon()  # callers check that it exists
 fence_async_shared, warpgroup_mma, warpgroup_mma_wait = hopper.fence_async_shared, hopper.warpgroup_mma, hopper.warpgroup_mma_wait
 gdc_launch_dependents, gdc_wait = compat.dependent_launch()
 
@@ -38,7 +37,7 @@ def _copy_bytes(ring, slot, weight_ptrs, live, step, TILES: gl.constexpr):
 
 @gluon.jit
 def _widen(w, dtype: gl.constexpr):
-    """e4m3 in a half precision, exactly. By way of float32, because there is no fast instruction to bfloat16."""
+    """e4m3 in half precision, exactly. Through float32, because there is no fast instruction to bfloat16."""
     return w.to(gl.float8e4nv, bitcast=True).to(gl.float16).to(gl.float32).to(dtype)
 
 
@@ -49,8 +48,8 @@ def _program(
     SWIGLU: gl.constexpr, TILES: gl.constexpr, BB: gl.constexpr, STAGES: gl.constexpr, ROWS: gl.constexpr,
     OVERLAP: gl.constexpr,
 ):  # fmt: skip
-    """What the index'th program of a part of the columns does for quantised rows, of which there are `stored` of M."""
-    # With SwiGLU the second half of a tile is the rows of up that belong to the rows of gate in the first.
+    """The work of the index-th program of a part of the columns, for quantised rows, of which there are `stored` of M."""
+    # With SwiGLU the second half of a tile has the rows of up that belong to the rows of gate in the first.
     HALF: gl.constexpr = 32 if SWIGLU else 64
     accumulator: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BB, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, accumulator, 2)
@@ -79,7 +78,7 @@ def _program(
     x_ptrs = x_ptr + (b.to(gl.int64)[:, None] * stride_xb + column[None, :])
     there = (b < B)[:, None]
 
-    # Groups of copies end in the order in which they were committed: once an x is there, so are all weights before it.
+    # Groups of copies end in the order of their commits. So if an x has arrived, all weights before it have too.
     for i in gl.static_range(STAGES - 1):
         _copy_bytes(w_ring, i, weight_ptrs, live, i, TILES)
         async_copy.commit_group()
@@ -104,7 +103,7 @@ def _program(
         if ahead < steps:
             _copy_bytes(w_ring, free, weight_ptrs, live, ahead, TILES)
             _copy_x(x_ring, free, x_ptrs, there, ahead)
-        async_copy.commit_group()  # also where it is empty, because groups are counted
+        async_copy.commit_group()  # also if it is empty, because groups are counted
         next_scales = ()
         for t in gl.static_range(TILES):
             next_scales = next_scales + (gl.load(scale_ptrs[t] + gl.minimum(step + 1, steps - 1)).to(gl.float32),)
@@ -117,7 +116,7 @@ def _program(
                 x = x_ring.index(slot * 2 + half).permute((1, 0))
                 product = warpgroup_mma(w, x, product, is_async=True)
             products = products + (product,)
-        # A wait for one comes without a tuple.
+        # Waiting for a single product does not return a tuple.
         products = (warpgroup_mma_wait(0, products),) if TILES == 1 else warpgroup_mma_wait(0, products)
         added = ()
         for t in gl.static_range(TILES):
@@ -158,8 +157,10 @@ def few_rows_hopper_quantized_kernel(
 def supports_here(
     rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, format: str, plain: torch.Tensor | None, dtype: torch.dtype
 ) -> bool:
-    """Whether this kernel takes these rows [B, N]: half precision, a Hopper GPU, e4m3 in blocks of STEP columns, rows whose 16
-    bytes can be copied at once."""
+    """Whether this kernel supports these rows [B, N].
+
+    It needs half precision, a Hopper GPU, e4m3 in blocks of STEP columns, and rows that can be copied 16 bytes at a time.
+    """
     how = quantized.stored(format)
     copied = [t for t in (rows, weight, plain) if t is not None]
     return (
@@ -175,11 +176,11 @@ def launch_with(
     chosen: RingConfig, x: torch.Tensor, weight: torch.Tensor, swiglu: bool = False, overlap: bool = False,
     scale: torch.Tensor | None = None, format: str = "", plain: torch.Tensor | None = None, dtype: torch.dtype | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """The parts of a linear, [parts, ..., M], or without the first axis if there is but one.
+    """The parts of a linear, [parts, ..., M], without the first axis if there is only one.
 
     Args:
-        chosen: of N, a multiple of its parts times STEP, with no more stages than steps in a part and one.
-        x: [..., N], at most 32 rows; what `supports_here` took.
+        chosen: the config. N is a multiple of its parts times STEP, and it has at most one more stage than a part has steps.
+        x: [..., N], at most 32 rows, that `supports_here` accepts.
         weight, scale: of a quantised weight [M, N], with `swiglu` [2·M, N].
         swiglu: whether the weight is of gate and up.
         overlap: whether the weight may be read while kernels before this one run.
@@ -202,4 +203,4 @@ def launch_with(
     return out
 
 
-PLAIN_ROWS = 16  # of a program
+PLAIN_ROWS = 16  # rows per program

@@ -1,12 +1,12 @@
-"""A few rows times a weight, on tensor cores: the linears of a decode step of 2 to 32 sequences, which only stream their weights.
+"""A few rows times a weight, on tensor cores: the linears of a decode step of 2 to 32 sequences. They mainly stream weights.
 
-Meaning: the dialect's fused_linear, with SwiGLU behind it (Shazeer 2020, arXiv:2002.05202) or nothing, and split_linear.
+It computes the dialect's fused_linear, with SwiGLU after it (Shazeer 2020, arXiv:2002.05202) or nothing, and split_linear.
 
-The weight's rows are the products' rows, so that a tile of them needs no more sequences than there are. On Hopper a program may
-start, and load its first weights, while the kernel before it still runs (programmatic dependent launch); only x is waited for.
+The weight's rows are the products' rows, so a tile needs no more sequences than there are. On Hopper a program may start, and
+load its first weights, while the kernel before it still runs (programmatic dependent launch). It only waits for x.
 
-Layout: x [..., N] and weight [M, N] with contiguous rows any distance apart; output contiguous. Products and sums are float32;
-one rounding, to the weight's dtype, none for split_linear.
+Layout: x [..., N] and weight [M, N] with contiguous rows at any distance; output contiguous. Products and sums are float32. There
+is one rounding, to the weight's dtype, and none for split_linear.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ else:
     few_rows_hopper = few_rows_hopper_quantized = None
 gdc_launch_dependents, gdc_wait = compat.dependent_launch()
 
-# Operands of products, by the weight's dtype.
+# Dtypes of products' operands, by the dtype of the weight.
 OPERANDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -57,11 +57,11 @@ def few_rows_linear_kernel(
     if KIND is None:
         stored = M
     else:
-        # Where plain rows follow those of a quantised weight, which are `stored`, they begin with a tile of their own.
+        # Plain rows after the `stored` rows of a quantised weight start a new tile.
         tiles = tl.cdiv(stored, BO)
         shift, end = tl.where(pid < tiles, 0, tiles * BO - stored), tl.where(pid < tiles, stored, M)
     first = pid * BO - shift + i % BO  # [BM]
-    # With SwiGLU the second half of a tile is the rows of up that belong to the rows of gate in the first.
+    # With SwiGLU the second half of a tile has the rows of up that belong to the rows of gate in the first.
     row = tl.where(first < stored, first, 0) + tl.where(i < BO, 0, M)
     k = part * columns + tl.arange(0, BK)  # [BK]
     w_ptrs = weight_ptr + row.to(tl.int64)[:, None] * stride_wm + k[None, :]  # [BM, BK]
@@ -76,7 +76,7 @@ def few_rows_linear_kernel(
         if pid < tiles:
             scale_ptrs = scale_ptr + row.to(tl.int64) // ROWS * stride_sm  # [BM]
             if PACKED > 1:
-                # Two columns are in a byte of the weight, and in a pair of x.
+                # A byte of the weight has two columns, and so has a pair of x.
                 half = part * (columns // BK) * (BK // 2) + tl.arange(0, BK // 2)  # [BK / 2]
                 byte_ptrs = weight_ptr + row.to(tl.int64)[:, None] * stride_wm + half[None, :]  # [BM, BK / 2]
                 pair_ptrs = pairs_ptr + tl.where(b < B, b, 0).to(tl.int64)[None, :] * stride_pb + half[:, None]  # [BK / 2, BB]
@@ -135,18 +135,18 @@ def launch_with(
     scale: torch.Tensor | None = None, format: str = "", plain: torch.Tensor | None = None, dtype: torch.dtype | None = None,
     zero: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """The parts of a linear, [parts, ..., M], or without the first axis if there is but one.
+    """The parts of a linear, [parts, ..., M], without the first axis if there is only one.
 
     Args:
-        chosen: of N, a multiple of its parts times its columns per step.
+        chosen: the config. N is a multiple of its parts times its columns per step.
         x: [..., N], a few rows.
         weight: [M, N], with `swiglu` [2·M, N].
         swiglu: whether the weight is of gate and up.
         overlap: whether the weight may be read while kernels before this one run.
-        scale, format: of a quantised weight, as of the dialect's dequantize.
-        plain: [P, N], rows that follow those of a quantised weight, or None.
-        dtype: of the result; None for the weight's.
-        zero: the zero points of a quantised weight whose format has them.
+        scale, format: of a quantised weight, as in the dialect's dequantize.
+        plain: [P, N], rows after those of a quantised weight, or None.
+        dtype: of the result; None for that of the weight.
+        zero: the zero points of a quantised weight, if its format has them.
     """
     BM, BK, num_warps, stages, parts, early = chosen
     stored, how = weight.shape[0] // (2 if swiglu else 1), quantized.stored(format)
@@ -173,16 +173,16 @@ def launch_with(
 def launch(
     x: torch.Tensor, weight: torch.Tensor, swiglu: bool = False, parts: int = 1, overlap: bool = False, **stored: Any
 ) -> torch.Tensor:
-    """`launch_with` the config for the weight's shape and the number of rows, or few_rows_hopper in its place.
+    """`launch_with` the config for the shape of the weight and the number of rows, or few_rows_hopper instead.
 
-    `stored` is what `launch_with` is told of a quantised weight.
+    `stored` has the arguments of `launch_with` for a quantised weight.
     """
     M, format = weight.shape[0] // (2 if swiglu else 1), stored.get("format", "")
     N = quantized.width(weight, format)
     rows = x.reshape(-1, N)
-    x = rows.view(x.shape)  # so that what had to be copied is copied once
+    x = rows.view(x.shape)  # if a copy is needed, it is made once
     if "zero" in stored:
-        pass  # there is no ring for four bits
+        pass  # the ring does not support four bits
     elif stored and few_rows_hopper_quantized and (ring := quantized_ring_config(M, N, rows.shape[0], swiglu, parts)):
         if few_rows_hopper_quantized.supports_here(rows, weight, **stored):
             return few_rows_hopper_quantized.launch_with(ring, x, weight, swiglu, overlap, **stored)

@@ -1,15 +1,16 @@
-"""Entries of a table of 16, chosen by four bits each without leaving registers: nf4 and fp4 in kernels.
+"""Chooses values of a table of 16 by four bits each, without leaving registers: nf4 and fp4 in kernels.
 
-On NVIDIA's devices each lane keeps one entry in float32, and a shuffle fetches the one that a code chooses. That is one
-instruction, where choosing bit by bit takes twenty. A multiprocessor has 32 a cycle: 84 % of what an H200's memory could stream.
+On NVIDIA's devices each lane keeps one value in float32, and a shuffle fetches the one that a code chooses. That is one
+instruction. Choosing bit by bit takes twenty. A multiprocessor has 32 shuffles per cycle, enough for 84 % of what an H200's
+memory could stream.
 
-On tensor cores an entry must be one of half precision, and prmt chooses any four of eight bytes. So a table is kept in two
-planes, one for each byte of an entry. Of four codes, three prmt find one byte of each entry: from the table's first half, from
-its second, and whichever of both the code's last bit says. Tables there are multiplied by a factor with which rounding costs
-least, and scales make up for it. Then nf4 is twice as near to its table as a weight that is rounded after it was scaled, and fp4
+On tensor cores a value must be in half precision, and prmt chooses any four of eight bytes. So a table is kept in two planes, one
+for each byte of a value. For four codes, three prmt find one byte of each value: from the first half of the table, from the
+second half, and from either by the last bit of the code. These tables are multiplied by a factor for which rounding costs least,
+and the scales are divided by it. Then nf4 is twice as near to its table as a weight that is rounded after scaling, and fp4 is
 exact.
 
-Elsewhere entries are chosen bit by bit.
+On other devices values are chosen bit by bit.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ import triton.language as tl
 
 from gdnfuse.formats.four_bit import TABLES
 
-# Of all factors from 1 to 2 in steps of 2^-17 those with the least error of weights that are distributed normally; fp4's entries
-# are small multiples of 1/192.
+# The factors from 1 to 2, in steps of 2^-17, with the least error for normally distributed weights. The values of fp4 are small
+# multiples of 1/192.
 FACTORS = {
     ("nf4", torch.bfloat16): 1.4367141723632812,
     ("nf4", torch.float16): 1.3661956787109375,
@@ -31,22 +32,24 @@ FACTORS = {
 
 
 def entries(kind: str, dtype: torch.dtype) -> torch.Tensor:
-    """The entries of a table times the factor of a dtype, in it: [16]."""
+    """The values of a table times the factor of a dtype, in that dtype: [16]."""
     return (torch.tensor(TABLES[kind], dtype=torch.float64, device="cpu") * FACTORS.get((kind, dtype), 1.0)).to(dtype)
 
 
 def planes(kind: str, dtype: torch.dtype) -> list[list[int]]:
-    """Of a table in half precision for each byte of an entry, the lower first, four words of the bytes of four entries each."""
+    """A table in half precision as two planes of bytes, the lower byte first. Each has four words with bytes of four values."""
     bits = entries(kind, dtype).view(torch.int16).tolist()
     place = [[(n >> 8 * byte & 255) << 8 * (i % 4) for i, n in enumerate(bits)] for byte in range(2)]
     return [[sum(bytes_[i : i + 4]) for i in range(0, 16, 4)] for bytes_ in place]
 
 
 def choose(kind: str, dtype: torch.dtype) -> str:
-    """PTX that makes of the eight codes in a word their entries in half precision, two in a word: of the codes in upper halves of
-    bytes, then of those in lower halves."""
+    """PTX that turns the eight codes in a word into values in half precision, two per word.
+
+    Those in upper halves of bytes come first.
+    """
     lines = [".reg .b32 small, half, one, other, p0, p1;"]
-    # A selector's upper bit would choose the sign of a byte, so it goes; it becomes the choice between both halves of the table.
+    # The upper bit of a selector would choose the sign of a byte. So it is removed, and chooses between the halves of the table.
     lines += ["and.b32 small, $4, 0x77777777;", "shr.u32 half, $4, 1;", "lop3.b32 half, half, 0x44444444, 0x32103210, 0xEA;"]
     for word in range(2):
         if word:
@@ -59,11 +62,14 @@ def choose(kind: str, dtype: torch.dtype) -> str:
 
 
 def fetch() -> str:
-    """PTX that makes of the eight codes in a word their entries in float32, the lowest four bits first. A lane has one of 16."""
+    """PTX that turns the eight codes in a word into values in float32, from the lowest four bits on.
+
+    A lane has one of 16 values.
+    """
     lines = [".reg .b32 code;", "mov.b32 code, $8;"]
     for i in range(8):
         lines += ["shr.u32 code, code, 4;"] * (i > 0)
-        lines += [f"shfl.sync.idx.b32 ${i}, $9, code, 0x101f, 0xffffffff;"]  # which takes the code modulo 16
+        lines += [f"shfl.sync.idx.b32 ${i}, $9, code, 0x101f, 0xffffffff;"]  # the shuffle uses the code modulo 16
     return "{\n" + "\n".join(lines) + "\n}"
 
 
@@ -78,7 +84,7 @@ FP4_FACTOR = tl.constexpr(FACTORS["fp4", torch.bfloat16])
 
 @triton.jit
 def _entry(w, I: tl.constexpr, TABLE: tl.constexpr, FACTOR: tl.constexpr):
-    """The entry that the I'th four bits of integers choose, times a factor, in float32."""
+    """The value that the I-th four bits of integers choose, times a factor, in float32."""
     code = w >> (4 * I)
     level = ()
     for k in tl.static_range(8):
@@ -94,7 +100,7 @@ def _entry(w, I: tl.constexpr, TABLE: tl.constexpr, FACTOR: tl.constexpr):
 
 @triton.jit
 def eight_entries(w, KIND: tl.constexpr, CONVERTS: tl.constexpr):
-    """Of int32 [R, C] with two columns in each byte, the first in its upper bits, the entries [R, 8·C] in float32, exactly."""
+    """The values [R, 8·C] in float32, exactly, for int32 [R, C] with two columns per byte, the first in its upper bits."""
     TABLE: tl.constexpr = NF4 if KIND == "nf4" else FP4
     if CONVERTS:
         lane = tl.inline_asm_elementwise("mov.u32 $0, %laneid;", "=r,r", [tl.program_id(0)], tl.int32, is_pure=True, pack=1)
@@ -106,7 +112,7 @@ def eight_entries(w, KIND: tl.constexpr, CONVERTS: tl.constexpr):
     else:
         n0, n1, n2, n3 = _entry(w, 0, TABLE, 1), _entry(w, 1, TABLE, 1), _entry(w, 2, TABLE, 1), _entry(w, 3, TABLE, 1)
         n4, n5, n6, n7 = _entry(w, 4, TABLE, 1), _entry(w, 5, TABLE, 1), _entry(w, 6, TABLE, 1), _entry(w, 7, TABLE, 1)
-    # What is joined last lies side by side.
+    # What is joined last is adjacent.
     even = tl.join(tl.join(n1, n5), tl.join(n3, n7))
     odd = tl.join(tl.join(n0, n4), tl.join(n2, n6))
     return tl.reshape(tl.join(even, odd), (w.shape[0], 8 * w.shape[1]))
@@ -114,7 +120,7 @@ def eight_entries(w, KIND: tl.constexpr, CONVERTS: tl.constexpr):
 
 @triton.jit
 def two_entries(w, KIND: tl.constexpr, OPERAND: tl.constexpr, CONVERTS: tl.constexpr):
-    """Of bytes the entries of their upper and lower bits in a dtype of products, and the factor that both have too much."""
+    """The values for the upper and lower bits of bytes in a dtype of products, and the factor by which both are too large."""
     if OPERAND == tl.float32:
         FACTOR: tl.constexpr = 1.0
     elif KIND == "fp4":

@@ -1,7 +1,7 @@
-"""The linears of a decode step with what stands around them, for one row or a few: which kernel takes which.
+"""The linears of a decode step with what is around them, for one row or a few. This file chooses the kernel.
 
-One row goes to `skinny_linear`, which fuses on both sides of the product, or of FP8 to `skinny_tensor_cores`, which does so too.
-Two to 32 go to `few_rows_linear`, on tensor cores.
+One row uses `skinny_linear`, which fuses on both sides of the product, or `skinny_tensor_cores` for FP8, which does so too. Two
+to 32 rows use `few_rows_linear`, on tensor cores.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def launch(
 
     Args:
         x, weights, norm_weight, norm_eps, norm_offset, gate, swiglu, residual, gate_activation, scales, format, zeros: as
-            there.
+            in the dialect.
         lora_A, lora_B, lora_parts, lora_scaling: as in the dialect, of one row, with one A.
         overlap: whether weights may be read while kernels before this one run: what came before the step must have ended.
 
@@ -79,7 +79,7 @@ def _lora(
     gate: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> dict[str, Any]:
-    """What one row's kernel is told of adapters, with A·x of all of them, which a launch of its own has made."""
+    """The arguments for adapters of one row's kernel, with A·x of all of them, which a launch of its own has computed."""
     if not A:
         return {}
     chosen = skinny_linear.lora_config(*A[0].shape, gate is not None)
@@ -96,7 +96,7 @@ def _one_row(
     format: str = "",
     **kwargs: Any,
 ) -> torch.Tensor:
-    """skinny_linear, or skinny_tensor_cores in its place, with their config for what is around the linear."""
+    """skinny_linear, or skinny_tensor_cores instead, with the config for what is around the linear."""
     if format and skinny_tensor_cores and (chosen := tensor_cores_config(kind, quantized.width(weight, format))):
         head = norm_weight.shape[0] if kind == "gate" else 1
         if skinny_tensor_cores.supports_here(x, weight, format, head, chosen.warps):
@@ -112,7 +112,7 @@ def _stored(
     dtype: torch.dtype,
     zeros: list[torch.Tensor] | None = None,
 ) -> dict[str, Any]:
-    """What kernels are told of a quantised weight, and of one behind it that is not."""
+    """The arguments of kernels for a quantised weight, and for a plain one after it."""
     if not scales:
         return {}
     plain = weights[1] if len(weights) > 1 else None
@@ -200,12 +200,14 @@ def supports(
     x, weights, norm_weight=None, norm_eps=0.0, norm_offset=0.0, gate=None, swiglu=False, residual=None, gate_activation="silu",
     scales=None, format="", zeros=None, lora_A=None, lora_B=None, lora_parts=None, lora_scaling=None, parts=1,
 ) -> None:  # fmt: skip
-    """Raises Refused unless there are at most 32 rows, sizes are static, dtypes are float32, bfloat16 or float16, rows are
-    contiguous and there is one weight, of x's dtype but behind a gated norm; or a quantised one that kernels can read, and maybe
-    one behind it that is not, where nothing but a norm or a conv is around them.
+    """Raise Refused unless the kernels support the arguments.
 
-    One row must be at most MAX_N wide and heads under a gate fill the steps over columns; several rows must fill the steps over
-    columns and have neither norm before nor residual behind, and a device with shared memory for a step.
+    There must be at most 32 rows. Sizes must be static, dtypes float32, bfloat16 or float16, and rows contiguous. There must be
+    one weight, with the dtype of x unless a gated norm comes before it. Or there is a quantised one that kernels can read, maybe
+    with a plain one after it; then only a norm or a conv may be around them.
+
+    One row must be at most MAX_N wide, and heads under a gate must fill the steps over columns. Several rows must fill the steps
+    over columns, have neither a norm before nor a residual after them, and need a device with shared memory for a step.
     """
     quantised = len(scales or ())
     if quantised > 1 or len(weights) != 1 and (quantised != 1 or len(weights) > 2):
@@ -251,7 +253,7 @@ def supports(
 
 
 def _require_lora(x, weights, scales, A, B) -> None:
-    """Refuse adapters that the kernel of one row does not take."""
+    """Refuse adapters that the kernel of one row does not support."""
     if _rows(x) > 1 or scales or len(weights) > 1:
         raise Refused(f"Adapters must be on one row and one plain weight, found {_rows(x)} rows and {len(weights)} weights.")
     if len(A) != 1 or not 0 < len(B) <= skinny_linear.MAX_LORA:
@@ -264,8 +266,10 @@ def _require_lora(x, weights, scales, A, B) -> None:
 
 
 def _require_beside(weights, format, rows, swiglu, gate, residual, parts) -> None:
-    """Refuse a quantised weight that does not fill tiles of rows, where rows of up or plain ones follow, or other things beside
-    the plain ones."""
+    """Refuse a quantised weight that does not fill tiles of rows if other rows follow.
+
+    Also refuse plain rows with other things around them than a norm or a conv.
+    """
     kind = "swiglu" if swiglu else "conv" if len(weights) > 1 else "plain"
     tile = skinny_linear.config_of(kind, weights[0], format)[0]
     own = weights[0].shape[0] // (2 if swiglu else 1)
@@ -283,10 +287,10 @@ def _require_beside(weights, format, rows, swiglu, gate, residual, parts) -> Non
 
 
 def _require_channels(weights, D, conv_offset, parts, heads) -> None:
-    """Refuse a conv of channels that are among the rows behind a quantised weight's."""
+    """Refuse a conv whose channels are among the plain rows after a quantised weight."""
     if parts is None:
         last = conv_offset + D
-    else:  # those of q, k, v: the row that is furthest behind
+    else:  # the last row of q, k and v
         columns = [first + (heads - 1) * step + width for first, step, width in zip(*[iter(parts)] * 3, strict=True)]
         widths = accumulate((heads * width for width in parts[2::3]), initial=0)
         last = max(c for c, at in zip(columns, widths, strict=False) if conv_offset <= at < conv_offset + D)
@@ -300,7 +304,10 @@ def supports_in_proj_conv(
     x, weights, norm_weight, norm_eps, norm_offset, conv_state, conv_weight, conv_bias, conv_offset, activation,
     parts=None, heads=1, scales=None, format="", zeros=None, lora_A=None, lora_B=None, lora_parts=None, lora_scaling=None,
 ) -> None:  # fmt: skip
-    """Raises Refused where `supports` does, and unless x is one row, conv sizes are static and the activation is known."""
+    """Raise Refused for the same reasons as `supports`, and for more.
+
+    x must be one row, sizes of the conv static and the activation known.
+    """
     lora = {"lora_A": lora_A, "lora_B": lora_B, "lora_parts": lora_parts, "lora_scaling": lora_scaling}
     supports(x, weights, norm_weight, norm_eps, norm_offset, scales=scales, format=format, zeros=zeros, **lora)
     if _rows(x) > 1:
@@ -314,7 +321,7 @@ def supports_in_proj_conv(
 
 
 def supports_split(x, weights, parts, scales=None, format="", zeros=None) -> None:
-    """Raises Refused where `supports` does, and unless there are at least two rows and two parts."""
+    """Raise Refused for the same reasons as `supports`, and unless there are at least two rows and two parts."""
     supports(x, weights, parts=parts, scales=scales, format=format, zeros=zeros)
     if _rows(x) < 2 or parts < 2:
         raise Refused(f"Parts of a linear need at least two rows and two parts, found {_rows(x)} and {parts}.")

@@ -19,7 +19,7 @@ ROWS, NUM_WARPS = 8, 2
 
 
 def require_gate(activation: str) -> None:
-    """Refuse an activation of the gate that kernels do not have."""
+    """Refuse an activation of the gate that kernels do not support."""
     if activation not in GATES:
         raise Refused(f"The gate's activation must be one of {', '.join(GATES)}, found {activation}.")
 
@@ -79,8 +79,10 @@ def launch(o: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: float, a
 
 
 def supports(o: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: float, activation: str = "silu") -> None:
-    """Raises Refused unless dtypes are float32, bfloat16 or float16, o has at most four dimensions, V ≤ 256 is static and the
-    activation is known.
+    """Raise Refused unless the kernel supports the arguments.
+
+    Dtypes must be float32, bfloat16 or float16, o must have at most four dimensions, V ≤ 256 must be static and the activation
+    known.
     """
     require_gate(activation)
     require_dtypes(o=o, z=z, weight=weight)

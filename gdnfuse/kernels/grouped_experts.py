@@ -1,19 +1,19 @@
 """The chosen experts of a prompt's rows: products grouped by expert, with gathering, SwiGLU, weighting and the sum around them.
 
-Meaning: the dialect's experts (Shazeer et al. 2017, arXiv:1701.06538; SwiGLU: Shazeer 2020, arXiv:2002.05202). Four launches:
-which choices are of which expert, gate and up, down, and the sum over each row's choices. Nothing is read back by the host: grids
-are as large as they may have to be, and programs that find no rows end at once.
+It computes the dialect's experts (Shazeer et al. 2017, arXiv:1701.06538; SwiGLU: Shazeer 2020, arXiv:2002.05202) in four
+launches: which choices belong to which expert, gate and up, down, and the sum over each row's choices. The host reads nothing
+back. Grids are as large as they may have to be, and programs without rows end at once.
 
-A program of the first launch is an expert. It counts the choices of the experts before it and then writes down its own, in their
-order, so that nothing is sorted and nothing is atomic. Programs of the products take a tile of an expert's choices, for which
-they gather rows of x. SwiGLU's result stands by expert; what down makes of it goes to its choice's place, times the choice's
-weight. The shared expert is one more, chosen by all rows, whose gate is in the sum. Products are on tensor cores with the
-weight's rows as the product's rows, so that experts that few rows chose are no more work than they need.
+In the first launch there is one program per expert. It counts the choices of the experts before it and then writes down its own,
+in order. So nothing is sorted and nothing is atomic. Programs of the products take a tile of an expert's choices, for which they
+gather rows of x. The result of SwiGLU is ordered by expert. The result of down goes to the place of its choice, times the weight
+of the choice. The shared expert is an additional expert that all rows choose; its gate is applied in the sum. Products are on
+tensor cores with the weight's rows as the product's rows, so experts that few rows chose are no more work than needed.
 
-Rows are taken up to ROWS at a time: what is kept of each choice is then bounded, whatever the length of a prompt.
+Up to ROWS rows are taken at a time. So the memory for choices is bounded for prompts of any length.
 
-Layout: as in experts.py. Products and sums are float32. SwiGLU's result, each choice's part and the result are rounded to the
-weights' dtype.
+Layout: as in experts.py. Products and sums are float32. The result of SwiGLU, the part of each choice and the final result are
+rounded to the weights' dtype.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from gdnfuse.kernels.quantized import dequantize, scales_of_rows
 if TYPE_CHECKING:
     from gdnfuse.kernels.experts import Scales, Shared
 
-ROWS = 8192  # that are taken at a time
-LISTED = 2048  # choices that a program of the first launch reads at once
+ROWS = 8192  # how many rows are taken at a time
+LISTED = 2048  # how many choices a program of the first launch reads at once
 
 
 class GroupedConfig(NamedTuple):
@@ -45,27 +45,30 @@ class GroupedConfig(NamedTuple):
     stages: int
 
     def shared_memory(self, itemsize: int) -> int:
-        """Bytes of it per program at most."""
+        """The most bytes of shared memory per program."""
         return (self.BM + self.BB) * self.BK * self.stages * itemsize
 
 
-# By how many choices an expert has on average, up to. Two programs fit a multiprocessor of Hopper.
+# By the most choices that an expert has on average. Two programs fit on a multiprocessor of Hopper.
 CONFIGS = (
     (12, GroupedConfig(128, 16, 128, 4, 3)),
     (24, GroupedConfig(128, 32, 64, 4, 3)),
     (64, GroupedConfig(128, 64, 64, 4, 3)),
     (float("inf"), GroupedConfig(128, 128, 64, 4, 3)),
 )
-WIDENED = 64  # choices per tile of quantised experts, at most
-WIDE = GroupedConfig(64, 32, 32, 4, 2)  # for float32, of which larger tiles would spill
+WIDENED = 64  # the most choices per tile of quantised experts
+WIDE = GroupedConfig(64, 32, 32, 4, 2)  # for float32, for which larger tiles would spill
 
 
 @triton.jit
 def group_choices_kernel(
     indices_ptr, order_ptr, tiles_ptr, NK, E, T, BB: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr
 ):  # fmt: skip
-    """order: the choices of each expert behind those of the one before. tiles [3, T]: the expert of each tile of choices, and
-    between which places in their order its choices are; equal ones if it has none."""
+    """Group choices by expert.
+
+    order: the choices of each expert after those of the one before. tiles [3, T]: the expert of each tile of choices, and the
+    range of its choices in that order, which may be empty.
+    """
     expert = tl.program_id(0)
     i = tl.arange(0, BLOCK)  # [BLOCK]
     before = tl.zeros((BLOCK,), tl.int32)
@@ -76,7 +79,7 @@ def group_choices_kernel(
         own += (index == expert).to(tl.int32)
     first = tl.sum(before, 0)
     last = first + tl.sum(own, 0)
-    # Tiles of the experts before are no more than begin here, and of this one no more than end where the next one's begin.
+    # The tiles of the experts before end here at the latest, and those of this expert where the next one's begin.
     begin = first // BB + expert
     end = tl.where(expert == E - 1, T, last // BB + expert + 1)
     for start in range(begin, end, BLOCK):
@@ -95,7 +98,7 @@ def group_choices_kernel(
 
 @triton.jit
 def _tile(tiles_ptr, tile, T, N, SHARED: tl.constexpr, shared, shared_tile, BB: tl.constexpr):
-    """The expert of a tile, and between which places its choices are, or of the shared expert its rows."""
+    """The expert of a tile and the range of its choices, or the range of rows for the shared expert."""
     expert = tl.load(tiles_ptr + tile)
     first = tl.load(tiles_ptr + T + tile)
     last = tl.load(tiles_ptr + 2 * T + tile)
@@ -220,7 +223,7 @@ def grouped_sum_kernel(
     parts_ptr, indices_ptr, x_ptr, shared_expert_gate_ptr, residual_ptr, out_ptr, NK, E, M, stride_x, stride_r,
     K: tl.constexpr, SHARED: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """BN columns of a row's result, of all choices that there is an expert behind, and of the shared expert times its gate."""
+    """BN columns of a row's result, over all choices that have an expert, plus the shared expert times its gate."""
     n = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BN + tl.arange(0, BN)  # [BN]
     live = column < M
@@ -245,7 +248,7 @@ def grouped_sum_kernel(
 
 
 def config_for(rows: int, top_k: int, E: int, itemsize: int, shared_memory: int) -> GroupedConfig:
-    """The config for so many rows, with as many stages as programs may take shared memory for, and as long steps."""
+    """The config for so many rows, with as many stages and as long steps as fit the shared memory."""
     if itemsize > 2:
         return WIDE
     config = next(config for most, config in CONFIGS if rows * top_k <= most * E)
@@ -255,7 +258,7 @@ def config_for(rows: int, top_k: int, E: int, itemsize: int, shared_memory: int)
 
 
 def fitting(config: GroupedConfig, *columns: int) -> GroupedConfig:
-    """The config with the most columns per step that all these numbers of columns are multiples of."""
+    """The config with the most columns per step such that all these numbers of columns are multiples of it."""
     block = config.BK
     while any(n % block for n in columns):
         block //= 2
@@ -273,7 +276,7 @@ def launch(
     residual: torch.Tensor | None,
     shared_memory: int,
 ) -> torch.Tensor:
-    """The dialect's experts without norm for any number of rows, on a device whose programs may take so much shared memory."""
+    """The dialect's experts without norm for any number of rows, on a device with so much shared memory per program."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     indices, weights = indices.contiguous(), weights.contiguous()
     N = x.shape[0]
@@ -290,9 +293,9 @@ def _launch(x, indices, weights, residual, out, gate_up, down, shared: Shared, s
     empty = lambda *shape, dtype=x.dtype: torch.empty(shape, dtype=dtype, device=x.device)  # noqa: E731
     config, operand = config_for(N, K, E, x.dtype.itemsize, shared_memory), OPERANDS[x.dtype]
     if scales.format:
-        config = config._replace(BB=min(config.BB, WIDENED))  # weights on their way to the tensor cores take registers
+        config = config._replace(BB=min(config.BB, WIDENED))  # widened weights take registers
     how = {"SCALED" if name == "ROWS" else name: value for name, value in scales.how(x.device).items()}
-    T = N * K // config.BB + E  # tiles of choices at most
+    T = N * K // config.BB + E  # the most tiles of choices
     order, of_tiles = empty(N * K, dtype=torch.int32), empty(3, T, dtype=torch.int32)
     kernel_of(group_choices_kernel)[(E,)](
         indices, order, of_tiles, N * K, E, T, BB=config.BB, BLOCK=LISTED, STAGES=3, num_warps=8,

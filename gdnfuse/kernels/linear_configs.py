@@ -1,7 +1,9 @@
-"""How a few rows times a weight is shared out, by static facts alone; no triton, so that the lowering may ask before it launches.
+"""How the work of a few rows times a weight is divided, from static facts alone.
 
-Chosen on an H200 for bfloat16, but for the ring's. benchmarks/gemm.py sweeps them; where whole decode steps said otherwise, it
-was they that decided.
+This file does not import triton, so the lowering can use it.
+
+Chosen on an H200 for bfloat16, except for the ring. benchmarks/gemm.py sweeps the choices. Where whole decode steps gave another
+result, that decided.
 """
 
 from __future__ import annotations
@@ -16,13 +18,17 @@ from gdnfuse.kernels.devices import H200, Device, require_shared
 
 MAX_ROWS = 32
 MULTIPROCESSORS = H200.multiprocessors
-FILLED = 100  # tiles of rows from which on splitting the columns too is not worth the sum
-MOST = 330  # programs beyond which more parts are not worth the sum
+FILLED = 100  # with at least so many tiles of rows, splitting the columns is not worth the sum
+MOST = 330  # with more programs than this, more parts are not worth the sum
 PARTS = (8, 7, 6, 5, 4, 3, 2)
 
 
 class FewRowsConfig(NamedTuple):
-    """Rows of the weight per tile, columns per step, warps, stages in flight, parts of the columns, first step loaded early."""
+    """How a few rows are computed.
+
+    Rows of the weight per tile, columns per step, warps, stages in flight, parts of the columns, and whether the first step is
+    loaded early.
+    """
 
     BM: int
     BK: int
@@ -32,10 +38,10 @@ class FewRowsConfig(NamedTuple):
     early: bool
 
     def shared_memory(self, rows: int, itemsize: int) -> int:
-        """Bytes of shared memory per program for so many rows: the tiles of weight and x of all stages but the one that is used.
+        """Bytes of shared memory per program for so many rows: the tiles of weight and x of all stages but the current one.
 
-        Where products read shared memory themselves, on sm_90 and sm_100, there are up to two stages more: there is room for
-        them on these devices.
+        On sm_90 and sm_100, where products read shared memory themselves, there are up to two more stages, for which there is
+        room.
         """
         return max(self.stages - 1, 1) * (self.BM + columns_of(rows)) * self.BK * itemsize
 
@@ -51,24 +57,24 @@ class RingConfig(NamedTuple):
 
 
 class TensorCoresConfig(NamedTuple):
-    """Warps of a program, and how many steps of weights it loads before the row is there."""
+    """Warps of a program, and how many steps of weights it loads before the row arrives."""
 
     warps: int
     ahead: int
 
 
-SCALED = 128  # columns that share a scale, of a quantised weight
-STEP = 128  # columns
-TILE = 64  # rows of the weight
-MOST_TILES = 3  # of a program; more need more shared memory than there is
-WAVES = 2  # of programs; weights with more rows, as the head's, stream as fast without a ring
-LEAST_ROWS = 16  # of a program: x is copied anew for each
-SPLIT_ROWS = 48  # of a program at most where columns are split
+SCALED = 128  # columns of a quantised weight that share a scale
+STEP = 128  # columns per step
+TILE = 64  # rows of the weight per tile
+MOST_TILES = 3  # the most tiles per program; more do not fit the shared memory
+WAVES = 2  # waves of programs; weights with more rows, such as the head, stream as fast without a ring
+LEAST_ROWS = 16  # the fewest rows per program, because x is copied for each program
+SPLIT_ROWS = 48  # the most rows per program if columns are split
 RESIDENT = 3  # programs per multiprocessor of a quantised weight
 
 
 def rings(weight: torch.Tensor) -> bool:
-    """Whether a weight is on a GPU, and of a dtype, for which there is few_rows_hopper."""
+    """Whether few_rows_hopper supports the device and the dtype of a weight."""
     if weight.dtype not in (torch.bfloat16, torch.float16) or not weight.is_cuda or torch.version.hip is not None:
         return False
     hopper = torch.cuda.is_available() and torch.cuda.get_device_capability(weight.device)[0] == 9
@@ -83,10 +89,10 @@ def rows_and_out(x: torch.Tensor, M: int, dtype: torch.dtype, parts: int) -> tup
 
 
 def ring_config(M: int, N: int, swiglu: bool = False, parts: int = 1) -> RingConfig | None:
-    """The config of few_rows_hopper for a weight [M, N], with `swiglu` [2·M, N], or None where few_rows_linear does better.
+    """The config of few_rows_hopper for a weight [M, N], with `swiglu` [2·M, N], or None if few_rows_linear is better.
 
-    Every multiprocessor gets as many rows as any other: one program that has them, or two where the columns are split. Chosen on
-    an H100 in a chain of a 4B model's layers, by a script that was not kept; benchmarks/gemm.py sweeps them alone.
+    Every multiprocessor gets equally many rows, in one program, or in two if the columns are split. Chosen on an H100 in a chain
+    of a 4B model's layers, by a script that was not kept. benchmarks/gemm.py sweeps single linears.
     """
     if N % (STEP * parts):
         return None
@@ -102,11 +108,11 @@ def ring_config(M: int, N: int, swiglu: bool = False, parts: int = 1) -> RingCon
 
 
 def quantized_ring_config(M: int, N: int, rows: int, swiglu: bool = False, parts: int = 1) -> RingConfig | None:
-    """The config of few_rows_hopper_quantized for so many rows times a weight [M, N], with `swiglu` [2·M, N], or None where its
-    columns do not fill blocks of scales.
+    """The config of few_rows_hopper_quantized for so many rows times a weight [M, N], with `swiglu` [2·M, N].
 
-    A program spends as long on its weights' way to the tensor cores as on their way to it, so that it takes three of them on a
-    multiprocessor, of one tile each, to keep both busy. Chosen on an H200 with benchmarks/gemm.py --format fp8_block128.
+    None if the columns do not fill blocks of scales. A program spends as long on moving weights to the tensor cores as on loading
+    them. So three programs of one tile each run on a multiprocessor, to keep both busy. Chosen on an H200 with benchmarks/gemm.py
+    --format fp8_block128.
     """
     if N % (STEP * parts):
         return None
@@ -117,8 +123,8 @@ def quantized_ring_config(M: int, N: int, rows: int, swiglu: bool = False, parts
     return RingConfig(1, max(-(-M // programs), LEAST_ROWS), 3 if steps < 6 else min(6 if rows <= 8 else 4, steps + 1), parts)
 
 
-# By what is fused around one row's linear: N up to, and the config. Where no line fits, skinny_linear does better. Chosen on an
-# H200 with benchmarks/gemm.py --format fp8_block128.
+# For what is fused around the linear of one row: the largest N, and the config. If no line fits, skinny_linear is better. Chosen
+# on an H200 with benchmarks/gemm.py --format fp8_block128.
 TENSOR_CORES = {
     "conv": ((3072, TensorCoresConfig(4, 4)), (8192, TensorCoresConfig(4, 10))),
     "norm": ((8192, TensorCoresConfig(4, 6)),),
@@ -129,17 +135,17 @@ TENSOR_CORES = {
 
 
 def tensor_cores_config(kind: str, N: int) -> TensorCoresConfig | None:
-    """The config of skinny_tensor_cores for a weight of N columns, or None where skinny_linear does better.
+    """The config of skinny_tensor_cores for a weight of N columns, or None if skinny_linear is better.
 
     Args:
-        kind: what is fused around the linear, as `skinny_linear.kind` names it.
+        kind: what is fused around the linear, named as in `skinny_linear.kind`.
         N: columns of the weight.
     """
     return next((chosen for width, chosen in TENSOR_CORES[kind] if N <= width), None)
 
 
 def columns_of(rows: int) -> int:
-    """Columns of a product on tensor cores that has so many rows of x."""
+    """Columns of a product on tensor cores with so many rows of x."""
     return max(8, 1 << (rows - 1).bit_length())
 
 
@@ -147,13 +153,13 @@ def few_rows_config(
     N: int, rows: int, swiglu: bool = False, parts: int = 1, dtype: torch.dtype = torch.bfloat16, device: Device = H200,
     scaled: int = SCALED,
 ) -> FewRowsConfig:  # fmt: skip
-    """The config for `rows` rows times a weight of N columns, with as many stages as the device has shared memory for.
+    """The config for `rows` rows times a weight of N columns, with as many stages as fit the shared memory of the device.
 
     Args:
         swiglu: whether the weight is of gate and up.
         parts: of split_linear.
-        device: that it runs on.
-        scaled: columns that share a scale, of a quantised weight, whose dtype has one byte.
+        device: the device that it runs on.
+        scaled: columns that share a scale, for a quantised weight with one byte per element.
 
     Raises:
         Refused: N, or a part of it, does not fill the steps over columns, or a step does not fit the shared memory.
@@ -171,7 +177,7 @@ def few_rows_config(
         config = FewRowsConfig(64, 256 if few else 128, 4, 4 if few else 3, 1, few)
     block = config.BK * 2 // dtype.itemsize
     if dtype.itemsize > 2:
-        config = config._replace(BM=32)  # more would spill
+        config = config._replace(BM=32)  # more rows would spill
     if dtype.itemsize < 2:
         config, block = FewRowsConfig(64, scaled, 4, 4, parts, False), scaled
     while block > 32 and N % (block * parts):
@@ -179,7 +185,7 @@ def few_rows_config(
     if N % (block * parts):
         raise Refused(f"The columns of a weight for several rows must be a multiple of {block * parts}, found {N}.")
     config = config._replace(BK=block)
-    itemsize = max(dtype.itemsize, 2)  # x has no smaller one
+    itemsize = max(dtype.itemsize, 2)  # x has at least two bytes per element
     while config.stages > 2 and config.shared_memory(rows, itemsize) > device.shared_memory:
         config = config._replace(stages=config.stages - 1)
     require_shared("few_rows_linear", config.shared_memory(rows, itemsize), device)
@@ -187,10 +193,10 @@ def few_rows_config(
 
 
 def split(M: int, N: int, rows: int, ring: bool = False, quantised: bool = False) -> int:
-    """Into how many parts the columns of a weight [M, N] go, so that there are programs enough to stream it.
+    """Into how many parts the columns of a weight [M, N] are split, so that there are enough programs to stream it.
 
-    That number of them which leaves multiprocessors idle least while the last ones run; of equals the largest. For a ring, whose
-    programs need not take whole tiles, the largest with which they have few rows.
+    It is the number for which multiprocessors idle least while the last programs run; of equal ones the largest. For a ring,
+    whose programs need not take whole tiles, it is the largest with which they have few rows.
     """
     if not 1 < rows <= MAX_ROWS:
         return 1

@@ -1,7 +1,7 @@
 """All of a GDN layer between in_proj and out_proj for one token: the conv kernel, then the gated delta rule with the gated norm.
 
-Equations and papers stand with the two kernels (causal_conv_update, delta_rule). All six parts are read in place from the packed
-row; the only intermediate is the conv's output, float32 [B, D, 1], so that q, k, v are not rounded between the two.
+The files of the two kernels (causal_conv_update, delta_rule) have the equations and papers. All six parts are read in place from
+the packed row. The only intermediate is the conv's output, float32 [B, D, 1], so q, k, v are not rounded between the two.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def launch(
         A_log, dt_bias: [HV].
         recurrent_state: [B, HV, K, V]; written in place.
         norm_weight: [V].
-        offsets, strides: as in the dialect: of q, k, v, z, b, a in the row.
+        offsets, strides: of q, k, v, z, b, a in the row, as in the dialect.
         activation: of the conv, "silu" or "none".
         scale: factor on q.
         l2norm_eps, norm_eps: eps of the l2norm of q and k, and of the gated norm.
@@ -92,7 +92,7 @@ def supports(
     beta_scale: float = 1.0,
     gate_activation: str = "silu",
 ) -> None:
-    """Raises Refused where the conv's or the packed rule's kernel would, on the parts of the row, and unless the row has them."""
+    """Raise Refused for the same reasons as the kernels of the conv and of the packed rule, and unless the row has all parts."""
     require_dtypes(row=row, norm_weight=norm_weight)
     require_gate(gate_activation)
     D = conv_state.shape[1]

@@ -1,7 +1,8 @@
-"""What kernels do with quantised weights: read them as they are stored, and put their scales on sums of products.
+"""How kernels use quantised weights: they read them as they are stored, and multiply sums of products with the scales.
 
-A scale never meets a weight. Of a block of columns each thread adds up its products first, and their sum is multiplied with the
-scale: one multiplication for a group of weights, and nothing is rounded between the stored data and the float32 sum.
+A scale is never multiplied with a weight. Each thread first adds up its products for a block of columns, and the sum is
+multiplied with the scale. That is one multiplication for a group of weights, and nothing is rounded between the stored data and
+the float32 sum.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ from gdnfuse.kernels import devices
 from gdnfuse.kernels.four_bit import eight_entries, two_entries
 from gdnfuse.kernels.linear_configs import SCALED, FewRowsConfig, few_rows_config
 
-GROUP = 16  # columns whose products are added up before their scale, at most: 16 bytes, what a thread reads at once
+GROUP = 16  # the most columns whose products are added up before the scale: 16 bytes, what a thread reads at once
 
 
 class Stored(NamedTuple):
-    """How a kernel reads a format: what the data are, of how many rows and columns of the weight a scale is, and how many columns
-    are in an element that it reads. A scale of no columns is of all."""
+    """How a kernel reads a format: the kind of data, the rows and columns of the weight per scale, and the columns per element.
+
+    0 columns per scale means that a scale is for all columns.
+    """
 
     kind: str
     rows: int
@@ -54,7 +57,7 @@ def stored(format: str) -> Stored | None:
     """How kernels read a format, or None for weights that are not quantised.
 
     Raises:
-        Refused: they do not.
+        Refused: kernels do not read the format.
     """
     if format and format not in STORED:
         known = "; ".join(formats.named(name).about for name in STORED)
@@ -63,26 +66,26 @@ def stored(format: str) -> Stored | None:
 
 
 def raw(data: torch.Tensor) -> torch.Tensor:
-    """The data as integers: not all devices that can compute with e4m3 in other ways know its pointers."""
+    """The data as integers. Not all devices that can compute with e4m3 support pointers to it."""
     return data if data.dtype in (torch.int8, torch.int32) else data.view(torch.uint8)
 
 
 def words(data: torch.Tensor, how: Stored | None) -> torch.Tensor:
-    """The data as a kernel of one row reads them: of a format of four bits eight columns in an int32, however they are stored."""
+    """The data as a kernel of one row reads them. A format of four bits becomes int32 with eight columns each."""
     if how is None:
         return data
     return data.view(torch.int32) if how.packed > 1 else raw(data)
 
 
 def width(weight: torch.Tensor, format: str) -> int:
-    """The columns of a weight, which is data where there is a format."""
+    """The number of columns of a weight, which is data if there is a format."""
     return formats.named(format).shape(weight)[-1] if format else weight.shape[-1]
 
 
 def config_of_rows(
     weight: torch.Tensor, format: str, rows: int, swiglu: bool, parts: int, device: devices.Device
 ) -> FewRowsConfig:
-    """`few_rows_config` for so many rows times a weight, which is data where there is a format."""
+    """`few_rows_config` for so many rows times a weight, which is data if there is a format."""
     N, how = width(weight, format), stored(format)
     dtype, scaled = (torch.uint8, (how.columns or SCALED)) if how else (weight.dtype, SCALED)
     return few_rows_config(N, rows, swiglu, parts, dtype, device, scaled)
@@ -92,23 +95,28 @@ PAIRS = {4: torch.int64, 2: torch.int32}
 
 
 def pairs(x: torch.Tensor) -> torch.Tensor:
-    """Two columns of x [B, N] as one integer: [B, N/2]. Rows that do not begin at a whole one are copied."""
+    """Two columns of x [B, N] as one integer: [B, N/2]. Rows that do not begin at a whole integer are copied."""
     if x.storage_offset() % 2 or x.stride(0) % 2:
         x = x.clone(memory_format=torch.contiguous_format)
     return x.view(PAIRS[x.itemsize])
 
 
 def converts(device: torch.device, how: Stored | None) -> bool:
-    """Whether a device has an instruction that helps to widen such data: one for e4m3, or for four bits logic of three inputs and
-    the choice of bytes, as NVIDIA's have. Triton's interpreter has one for e4m3 that takes NaN for a number."""
+    """Whether a device has an instruction that helps to widen such data.
+
+    For e4m3 that is a conversion. For four bits it is logic with three inputs and the choice of bytes, as on NVIDIA's devices.
+    Triton's interpreter has one for e4m3 that treats NaN as a number.
+    """
     if how is None or compat.interpreting():
         return False
     return not devices.of(device).amd if how.kind in FOUR_BIT else devices.of(device).widens_e4m3
 
 
 def require(data: torch.Tensor, scale: torch.Tensor, format: str, zero: torch.Tensor | None = None) -> None:
-    """Refuse what kernels cannot read: another format, scales of another kind, rows that are not contiguous, or columns that do
-    not fill a group."""
+    """Refuse what kernels cannot read.
+
+    That is another format, scales of another kind, rows that are not contiguous, or columns that do not fill a group.
+    """
     stored(format)
     formats.named(format).check(data, scale, *(() if zero is None else (zero,)))
     if scale.dtype not in SCALES:
@@ -125,14 +133,14 @@ def require(data: torch.Tensor, scale: torch.Tensor, format: str, zero: torch.Te
 
 @triton.jit
 def _integer(w, I: tl.constexpr, CONVERTS: tl.constexpr):
-    """The integer in the I'th four bits of int32, of which the first to the fourth can be asked for, in float32.
+    """The integer in the I-th four bits of int32, for I up to 3, in float32.
 
-    A device has no fast conversion. These bits are put where they stand into the fraction of 2^23; moving them to their place and
-    taking off what is too much is one multiplication and addition, of which nothing is rounded.
+    Devices have no fast conversion. The bits are put, where they are, into the fraction of 2^23. One multiplication and addition
+    then moves them to their place and removes the excess, without rounding.
     """
     FACTOR: tl.constexpr = 1.0 / (1 << (4 * I))
     if CONVERTS:
-        # (w & mask) | 2^23 in one instruction, of which ptxas makes two where both are constants.
+        # (w & mask) | 2^23 in one instruction. ptxas would make two if both are constants.
         given = [w, 15 << (4 * I), 0x4B000000]
         bits = tl.inline_asm_elementwise("lop3.b32 $0, $1, $2, $3, 0xEA;", "=r,r,r,r", given, tl.int32, is_pure=True, pack=1)
     else:
@@ -142,9 +150,9 @@ def _integer(w, I: tl.constexpr, CONVERTS: tl.constexpr):
 
 @triton.jit
 def widen(w, KIND: tl.constexpr, CONVERTS: tl.constexpr):
-    """Stored weights as float32, exactly: NaN stays NaN, and zero keeps its sign. Of [R, C] of four bits come [R, 8·C]."""
+    """Stored weights as float32, exactly. NaN stays NaN, and zero keeps its sign. [R, C] with four bits become [R, 8·C]."""
     if KIND == "int4":
-        # In the order of columns: what is joined last lies side by side.
+        # In the order of columns, because what is joined last is adjacent.
         upper = w >> 16
         w04 = tl.join(_integer(w, 0, CONVERTS), _integer(upper, 0, CONVERTS))
         w15 = tl.join(_integer(w, 1, CONVERTS), _integer(upper, 1, CONVERTS))
@@ -158,7 +166,7 @@ def widen(w, KIND: tl.constexpr, CONVERTS: tl.constexpr):
         if CONVERTS:
             wide = w.to(tl.float8e4nv, bitcast=True).to(tl.float32)
         else:
-            # Exponent and fraction moved to float32's places are 2^-120 times the number, subnormal ones included.
+            # Moved to float32's places, exponent and fraction are 2^-120 times the number. This holds for subnormal numbers too.
             bits = w.to(tl.uint32)
             magnitude = ((bits & 0x7F) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
             magnitude = tl.where((bits & 0x7F) == 0x7F, float("nan"), magnitude)
@@ -170,7 +178,7 @@ def widen(w, KIND: tl.constexpr, CONVERTS: tl.constexpr):
 
 @triton.jit
 def load_scales(scale_ptr, N: tl.constexpr, BN: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
-    """The scales of a row in steps of BN columns, one for each GROUP of them: a tuple of [BN / GROUP]."""
+    """The scales of a row in steps of BN columns, one for each GROUP columns: a tuple of [BN / GROUP]."""
     first = tl.arange(0, BN // GROUP) * GROUP  # [BN / GROUP]
     steps = ()
     for start in tl.static_range(0, N, BN):
@@ -184,7 +192,7 @@ def load_scales(scale_ptr, N: tl.constexpr, BN: tl.constexpr, COLUMNS: tl.conste
 
 @triton.jit
 def load_scales_of_rows(scale_ptrs, N: tl.constexpr, BN: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
-    """The same of rows that have scales of their own, from where those of each begin, [R]: a tuple of [R, BN / GROUP]."""
+    """The same for rows with their own scales, whose addresses are [R]: a tuple of [R, BN / GROUP]."""
     first = tl.arange(0, BN // GROUP) * GROUP  # [BN / GROUP]
     steps = ()
     for start in tl.static_range(0, N, BN):
@@ -200,8 +208,10 @@ def load_scales_of_rows(scale_ptrs, N: tl.constexpr, BN: tl.constexpr, COLUMNS: 
 def load_zeros_of_rows(
     zero_ptr, row, end, stride_zm, N: tl.constexpr, BN: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr
 ):
-    """The zero points of rows, each for GROUP columns, of which eight rows are in an int32: a tuple of [R, BN / GROUP], float32.
-    Behind the weight's end those of its first row."""
+    """The zero points of rows, one for GROUP columns, with eight rows per int32: a tuple of [R, BN / GROUP], float32.
+
+    After the end of the weight, they are those of its first row.
+    """
     row = tl.where(row < end, row, 0).to(tl.int64)  # [R]
     zero_ptrs, shift = zero_ptr + row // 8 * stride_zm, (row % 8 * 4).to(tl.int32)
     first = tl.arange(0, BN // GROUP) * GROUP  # [BN / GROUP]
@@ -220,9 +230,9 @@ def load_zeros_of_rows(
 def dot_scaled(
     w, x, scales, zeros, R: tl.constexpr, BN: tl.constexpr, KIND: tl.constexpr, CONVERTS: tl.constexpr, GROUP: tl.constexpr
 ):
-    """Σ over steps and columns of (w − zero)·scale·x for rows of one block of rows, or each with scales of its own: [R], float32.
+    """Σ over steps and columns of (w − zero)·scale·x, for rows that share scales or have their own: [R], float32.
 
-    A zero point meets the sum of its columns' x, which all rows share, and no weight.
+    A zero point is multiplied with the sum of x over its columns, which all rows share, and never with a weight.
     """
     acc = tl.zeros((R, BN // GROUP), tl.float32)
     for i in tl.static_range(len(x)):
@@ -236,7 +246,7 @@ def dot_scaled(
 
 @triton.jit
 def dot_widened(w, x, R: tl.constexpr, BN: tl.constexpr, KIND: tl.constexpr, CONVERTS: tl.constexpr):
-    """Σ over steps and columns of w·x, of weights whose scales are of whole rows: [R], float32."""
+    """Σ over steps and columns of w·x, for weights whose scales are for whole rows: [R], float32."""
     acc = tl.zeros((R, BN), tl.float32)
     for i in tl.static_range(len(x)):
         acc += widen(w[i], KIND, CONVERTS) * x[i][None, :]
@@ -245,28 +255,30 @@ def dot_widened(w, x, R: tl.constexpr, BN: tl.constexpr, KIND: tl.constexpr, CON
 
 @triton.jit
 def scales_of_rows(expert, rows, row, N, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Where the scales of rows of an expert begin: of contiguous scales of weights that have so many rows of N columns."""
+    """The addresses of the scales of rows of an expert. Scales are contiguous, for weights with so many rows of N columns."""
     columns = (N + COLUMNS - 1) // COLUMNS
     return (tl.cast(expert, tl.int64) * ((rows + ROWS - 1) // ROWS) + row // ROWS) * columns
 
 
 @triton.jit
 def times(w, x, scale, OPERAND: tl.constexpr, KIND: tl.constexpr, CONVERTS: tl.constexpr):
-    """A step of a product on tensor cores, of columns that share a scale: w [BM, BK] as stored, x [BK, BB], scale [BM]."""
+    """A step of a product on tensor cores, for columns that share a scale: w [BM, BK] as stored, x [BK, BB], scale [BM]."""
     return scale.to(tl.float32)[:, None] * tl.dot(widen(w, KIND, CONVERTS).to(OPERAND), x, input_precision="ieee")
 
 
 @triton.jit
 def zeros_of_rows(zero_ptr, row, stride_zm):
-    """Where the zero points of rows begin, and by how many bits: [BM] each."""
+    """The addresses of the zero points of rows, and the bit offsets: [BM] each."""
     return zero_ptr + row.to(tl.int64) // 8 * stride_zm, row % 8 * 4
 
 
 @triton.jit
 def times_pairs(w, x, scale, zero, X: tl.constexpr, OPERAND: tl.constexpr, KIND: tl.constexpr, CONVERTS: tl.constexpr):
-    """The same of four bits [BM, BK/2] as bytes and pairs of columns of x [BK/2, BB], whose halves have the dtype X: a product of
-    the even columns and one of the odd ones, so that nothing need be put side by side. Zero points, [BM] or None, are taken off
-    before: integers up to 15 are exact in every operand."""
+    """The same for four bits: w [BM, BK/2] as bytes, and pairs of columns of x [BK/2, BB], whose halves have the dtype X.
+
+    There is one product of the even columns and one of the odd ones, so columns need not be interleaved. Zero points, [BM] or
+    None, are subtracted before: integers up to 15 are exact in every operand dtype.
+    """
     BITS: tl.constexpr = X.primitive_bitwidth
     HALF: tl.constexpr = tl.uint16 if BITS == 16 else tl.uint32
     even, odd = x.to(HALF).to(X, bitcast=True), (x >> BITS).to(HALF).to(X, bitcast=True)
@@ -286,6 +298,8 @@ def times_pairs(w, x, scale, zero, X: tl.constexpr, OPERAND: tl.constexpr, KIND:
 
 @triton.jit
 def dequantize(w, scale, KIND: tl.constexpr, CONVERTS: tl.constexpr):
-    """A step of a weight [BM, BK], of columns that share the scale [BM], in float32: for products of so many rows that a scale is
-    cheaper on the weight than on the product."""
+    """A step of a weight [BM, BK], for columns that share the scale [BM], in float32.
+
+    It is for products with so many rows that scaling the weight is cheaper than scaling the product.
+    """
     return widen(w, KIND, CONVERTS) * scale.to(tl.float32)[:, None]

@@ -1,13 +1,13 @@
 """The router of a mixture of experts: top-k of softmax(x·Wᵀ) (Shazeer et al. 2017, arXiv:1701.06538).
 
-Two launches for the rows of a step: logits, of one row as skinny_linear streams a weight, of several in parts of the columns as
-few_rows_linear does; of many in tiles of rows; then a program per row adds the parts up and takes the largest. Nothing
-is sorted. A logit and its expert are one integer, so that the largest of a row is one reduction; of equal logits the lower expert
-is first, and what is no number is larger than all.
+There are two launches. The first computes logits: for one row as skinny_linear streams a weight, for several in parts of the
+columns as in few_rows_linear, for many in tiles of rows. The second has a program per row, which adds up the parts and finds the
+largest. Nothing is sorted. A logit and its expert are one integer, so finding the largest of a row is one reduction. Of equal
+logits the lower expert comes first. NaN counts as larger than all.
 
-Where the experts follow (experts.py) the second launch falls away for one row: whoever needs an expert finds it from the logits.
+If experts follow (experts.py), there is no second launch for one row: programs find their experts from the logits.
 
-Layout: x [N, H] with contiguous rows, weight [E, H] with contiguous rows any distance apart; logits [parts, N, E] in float32.
+Layout: x [N, H] with contiguous rows, weight [E, H] with contiguous rows at any distance; logits [parts, N, E] in float32.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ ROUNDED = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16
 
 # Rows of the weight per program, columns per step and warps, for one row of x.
 ONE_ROW = (8, 256, 4)
-# For several: rows of the weight per tile, and into how many parts the columns go, of which that many programs stream one step.
+# For several rows: rows of the weight per tile, and into how many parts the columns are split.
 TILE, PARTS = 32, (8, 4, 2)
-# For many: experts and rows per tile, and bytes of a step.
+# For many rows: experts and rows per tile, and bytes per step.
 MANY, BYTES = (64, 64), 128
 
 
 @triton.jit
 def keys(logit, e, E, ROUND: tl.constexpr):
-    """An integer for each logit, in their order, the largest for what is no number. Of 16 bits the expert is in it too."""
+    """An integer for each logit, in the same order, with the largest for NaN. For 16 bits it also contains the expert."""
     if ROUND == tl.float32:
         bits = logit.to(tl.int32, bitcast=True)
         key = tl.where(logit == logit, bits ^ ((bits >> 31) & 0x7FFFFFFF), HIGHEST)
@@ -90,7 +90,7 @@ def router_logits_rows_kernel(
     x_ptr, weight_ptr, logits_ptr, N, E, H, stride_x, stride_w,
     OPERAND: tl.constexpr, BM: tl.constexpr, BB: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """BM experts' logits of BB rows, the weight's rows as the product's rows."""
+    """Logits of BM experts for BB rows, with the weight's rows as the product's rows."""
     experts = tl.cdiv(E, BM)
     e = tl.program_id(0) % experts * BM + tl.arange(0, BM)  # [BM]
     n = tl.program_id(0) // experts * BB + tl.arange(0, BB)  # [BB]
@@ -108,7 +108,10 @@ def router_logits_rows_kernel(
 
 @triton.jit
 def normed(row, norm_weight, eps, offset, N: tl.constexpr, BN: tl.constexpr):
-    """A row in steps of [BN], in float32 and times its norm's weights, if any; and the factor of the norm that is missing."""
+    """A row in steps of [BN], in float32, times the weights of its norm, if any.
+
+    Also returns the factor of the norm that is still missing.
+    """
     x = ()
     factor = 1.0
     square = tl.zeros((BN,), tl.float32)
@@ -183,11 +186,11 @@ def logits_of(
     return logits
 
 
-SMALLEST_STEP = 32  # columns
+SMALLEST_STEP = 32  # the fewest columns of a step
 
 
 def step(columns: int, dtype: torch.dtype, most: int = 512) -> int:
-    """The most columns of a step, of so many bytes at most, that fill so many."""
+    """The most columns of a step with at most so many bytes that divide the columns."""
     block = most // dtype.itemsize
     while columns % block:
         block //= 2
@@ -195,7 +198,7 @@ def step(columns: int, dtype: torch.dtype, most: int = 512) -> int:
 
 
 def rounded(weight: torch.Tensor, wide_logits: bool) -> tl.dtype:
-    """What logits are rounded to."""
+    """The dtype that logits are rounded to."""
     return tl.float32 if wide_logits else ROUNDED[weight.dtype]
 
 
@@ -235,7 +238,7 @@ def launch(
 
 
 def require_rows(x: torch.Tensor) -> None:
-    """Refuse no rows at all; a symbolic number of them passes."""
+    """Refuse an empty x. A symbolic number of rows is accepted."""
     if isinstance(x.shape[0], int) and x.shape[0] < 1:
         raise Refused(f"x must have at least one row, found the sizes {list(x.shape)}.")
 
@@ -243,8 +246,11 @@ def require_rows(x: torch.Tensor) -> None:
 def supports(
     x, weight, top_k, normalize, wide_logits=False, wide_weights=False, norm_weight=None, norm_eps=0.0, norm_offset=0.0
 ) -> None:
-    """Raises Refused unless there are rows, sizes but their number are static, dtypes are float32, bfloat16 or float16, of x and
-    weight alike, rows are contiguous, and E and top_k are within what a program holds; several rows take no norm."""
+    """Raise Refused unless the kernels support the arguments.
+
+    There must be rows. All sizes but their number must be static, x and weight must have one dtype of float32, bfloat16 and
+    float16, rows must be contiguous, and E and top_k must fit a program. Several rows must have no norm.
+    """
     require_dtypes(x=x, weight=weight, norm_weight=norm_weight)
     if x.dtype != weight.dtype:
         both = " and ".join(str(t.dtype).removeprefix("torch.") for t in (x, weight))

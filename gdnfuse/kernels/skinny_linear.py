@@ -1,16 +1,17 @@
-"""One row times a weight, with what stands around the linears of a decode step: these only stream their weights.
+"""One row times a weight, with what is around the linears of a decode step, which mainly stream their weights.
 
-Meaning: the dialect's fused_linear and in_proj_conv for one row. y = f(x)·Wᵀ, where f is nothing, an RMSNorm (its factor is put
-on y, so the row need not be known before the weights are) or the gated RMSNorm of the gated delta rule (Yang et al. 2024,
-arXiv:2412.06464); behind it what low-rank adapters add (Hu et al. 2021, arXiv:2106.09685), SwiGLU (Shazeer 2020,
-arXiv:2002.05202), a residual, or the conv update of the channels, each owned by the one program that computes it.
+It computes the dialect's fused_linear and in_proj_conv for one row. y = f(x)·Wᵀ, where f is nothing, an RMSNorm, or the gated
+RMSNorm of the gated delta rule (Yang et al. 2024, arXiv:2412.06464). The factor of an RMSNorm is applied to y, so the whole row
+need not be known before the weights are used. After the product come low-rank adapters (Hu et al. 2021, arXiv:2106.09685), SwiGLU
+(Shazeer 2020, arXiv:2002.05202), a residual, or the conv update of the channels, each of which belongs to the one program that
+computes it.
 
-A program takes whole rows of the weight, so that no sum is split over programs and results are deterministic; it goes on to
-further rows where that pays. On Hopper it may start, and load its first weights, while the kernel before it still runs
-(programmatic dependent launch): only x, gate and residual are waited for, all that this kernel reads of a step's results.
+A program takes whole rows of the weight. So no sum is split over programs, and results are deterministic. It goes on to further
+rows where that pays. On Hopper it may start, and load its first weights, while the kernel before it still runs (programmatic
+dependent launch). It only waits for x, gate and residual, which are all that it reads of a step's results.
 
-Layout: x [..., N] with one row, weight [M, N] with contiguous rows any distance apart; output contiguous. Products and sums are
-float32; one rounding, to the weight's dtype, none for in_proj_conv.
+Layout: x [..., N] with one row, weight [M, N] with contiguous rows at any distance; output contiguous. Products and sums are
+float32. There is one rounding, to the weight's dtype, and none for in_proj_conv.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ gdc_launch_dependents, gdc_wait = compat.dependent_launch()
 
 MAX_N = 2**15  # the loop over columns is unrolled
 
-# By what is fused around a linear: N up to; rows per tile (of gate and of up each with SwiGLU), columns per step, warps, programs
-# per multiprocessor (0: one per tile). The first line that fits is taken. Chosen on an H200 for bfloat16; benchmarks/gemm.py
-# sweeps them.
+# For what is fused around a linear: the largest N, rows per tile (of gate and of up each with SwiGLU), columns per step, warps,
+# and programs per multiprocessor (0: one per tile). The first line that fits is used. Chosen on an H200 for bfloat16 with
+# benchmarks/gemm.py.
 CONFIGS = {
     "conv": ((1024, (8, 256, 4, 4)), (2048, (8, 256, 4, 3)), (2560, (8, 256, 4, 2)), (float("inf"), (4, 1024, 4, 0))),
     "norm": ((1024, (8, 256, 4, 4)), (2560, (2, 512, 2, 0)), (float("inf"), (4, 1024, 4, 0))),
@@ -49,7 +50,7 @@ CONFIGS = {
     ),
 }
 
-# The same for a quantised weight, and of how many columns at a time its scale is put on the sum of products.
+# The same for a quantised weight, and for how many columns at a time the sum of products is multiplied with a scale.
 QUANTIZED_CONFIGS = {
     "conv": ((512, (8, 256, 4, 0, 16)), (2560, (8, 512, 4, 0, 16)), (float("inf"), (8, 1024, 4, 0, 16))),
     "norm": ((512, (8, 256, 4, 0, 16)), (2560, (16, 512, 4, 0, 16)), (float("inf"), (8, 1024, 4, 0, 16))),
@@ -63,7 +64,7 @@ QUANTIZED_CONFIGS = {
     "plain": ((3072, (8, 512, 4, 0, 8)), (12288, (2, 1024, 4, 0, 8)), (float("inf"), (2, 2048, 8, 0, 8))),
 }
 
-# And for one of four bits. Chosen by int4's machine code for sm_90, as few instructions per weight as nothing spills with; not
+# The same for four bits. Chosen from int4's machine code for sm_90: the fewest instructions per weight without spilling. Not
 # measured.
 INT4_CONFIGS = {
     "conv": ((1024, (16, 1024, 4, 0, 32)), (2560, (16, 512, 4, 0, 32)), (float("inf"), (8, 1024, 4, 0, 32))),
@@ -74,35 +75,37 @@ INT4_CONFIGS = {
 }
 
 Config = tuple[int, ...]
-# Of all A's of the adapters on a linear: few rows, whose kernel the linear's own waits for, while it loads its weights. Programs
-# are as many as there are rows, up to ROWS_APART; not measured.
+# For all A's of the adapters on a linear. These are few rows. The kernel of the linear waits for this one while it loads its
+# weights. There are as many programs as rows, up to ROWS_APART. Not measured.
 LORA_COLUMNS, LORA_GATED_COLUMNS, LORA_WARPS, ROWS_APART = 1024, 512, 4, 512
-MAX_LORA = 4  # tensors of B's, one for each rank
-# Of rows that follow a quantised weight's: how many a program takes, and how many of their columns at once.
+MAX_LORA = 4  # the most tensors of B's, one for each rank
+# For rows after a quantised weight: how many a program takes, and how many of their columns at once.
 PLAIN_ROWS, PLAIN_COLUMNS = tl.constexpr(2), tl.constexpr(2048)
 
 
 def kind(norm_weight: Any = None, gate: Any = None, swiglu: bool = False, conv: Any = None) -> str:
-    """What is fused around a linear, as CONFIGS names it."""
+    """What is fused around a linear, as named in CONFIGS."""
     given = {"conv": conv is not None, "gate": gate is not None, "swiglu": swiglu, "norm": norm_weight is not None, "plain": True}
     return next(name for name, is_given in given.items() if is_given)
 
 
 def config(kind: str, n: int, dtype: torch.dtype = torch.bfloat16) -> Config:
-    """Rows per tile, columns per step, warps and programs per multiprocessor for a weight of n columns; of a quantised weight the
-    columns per scale's multiplication too."""
+    """Rows per tile, columns per step, warps and programs per multiprocessor for a weight of n columns.
+
+    For a quantised weight, also the number of columns whose sum is multiplied with a scale.
+    """
     if dtype.itemsize == 1:
         rows, block, num_warps, per_sm, group = next(c for width, c in QUANTIZED_CONFIGS[kind] if n <= width)
         return rows, max(min(block, triton.next_power_of_2(n)), group), num_warps, per_sm, group
     rows, block, num_warps, per_sm = next(c for width, c in CONFIGS[kind] if n <= width)
-    # In other dtypes as many rows may spill registers; a thread's load is 16 bytes still.
+    # In other dtypes as many rows may spill registers. A thread still loads 16 bytes.
     if dtype != torch.bfloat16 and rows > 1 and rows // 2 * block * dtype.itemsize >= 16 * 32 * num_warps:
         rows //= 2
     return rows, min(block, triton.next_power_of_2(n)), num_warps, per_sm
 
 
 def config_of(kind: str, weight: torch.Tensor, format: str = "") -> Config:
-    """`config` for a weight, which is data where there is a format."""
+    """`config` for a weight, which is data if there is a format."""
     n = quantized.width(weight, format)
     if format and quantized.stored(format).packed > 1:
         rows, block, *rest = next(c for width, c in INT4_CONFIGS[kind] if n <= width)
@@ -117,10 +120,10 @@ def lora_config(rows: int, n: int, gated: bool) -> Config:
 
 
 def lora_table(B: list[torch.Tensor], parts: list[int], scaling: list[float]) -> tuple[Any, ...]:
-    """What the kernel is told of adapters.
+    """The kernel's table of adapters.
 
-    For each that a row may have, which tensor its B is in, the rank, a power of two that is not less, and of how many
-    projections; and of each projection the first row and the end, the rows of B and of A that are the first one's, and scaling.
+    For each adapter that a row may have: which tensor its B is in, the rank, the next power of two, and the number of
+    projections. For each projection: its first row and its end, the rows of B and of A for the first one, and the scaling.
     """
     slots: list[tuple[int, list[tuple[Any, ...]]]] = []
     for (first, width, row, of, start), scale in zip(zip(*[iter(parts)] * 5, strict=True), scaling, strict=True):
@@ -136,8 +139,10 @@ def lora_table(B: list[torch.Tensor], parts: list[int], scaling: list[float]) ->
 
 @triton.jit
 def load_rows(weight_ptr, row, live, stride_wm, N: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr, GROUP: tl.constexpr = 0):
-    """The rows of the weight in steps of BN columns: a tuple of [R, BN]. A thread reads at most GROUP columns at once, where that
-    is not 0."""
+    """The rows of the weight in steps of BN columns: a tuple of [R, BN].
+
+    A thread reads at most GROUP columns at once, unless GROUP is 0.
+    """
     column = tl.arange(0, BN)  # [BN]
     if GROUP > 0:
         column = tl.max_contiguous(column, GROUP)
@@ -175,8 +180,10 @@ def dot_rows(w, x, R: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit
 def _regrouped(row, PARTS: tl.constexpr, HEADS: tl.constexpr):
-    """Where columns of a row that has parts head by head stand among the parts one behind the other; −1 for one of no part. PARTS
-    has for each the first column there, the width of a head, the first column here and how many columns on the next head is."""
+    """The place of columns of a row, which has parts head by head, if the parts follow each other. −1 for a column of no part.
+
+    PARTS has for each part its first column there, the width of a head, its first column here and the distance to the next head.
+    """
     column = tl.full(row.shape, -1, row.dtype)
     for i in tl.static_range(len(PARTS)):
         e = row - PARTS[i][2]
@@ -188,7 +195,7 @@ def _regrouped(row, PARTS: tl.constexpr, HEADS: tl.constexpr):
 
 @triton.jit
 def _rows_of_B(b_ptr, row, LORA: tl.constexpr, i: tl.constexpr):
-    """The rows of an adapter's B: [R, rank], with columns of nothing up to a power of two."""
+    """The rows of an adapter's B: [R, rank], padded with zeros to a power of two."""
     width: tl.constexpr = LORA[i][2]
     count: tl.constexpr = LORA[i][3]
     at = tl.full(row.shape, -1, row.dtype)
@@ -218,7 +225,7 @@ def _load_B(b0_ptr, b1_ptr, b2_ptr, b3_ptr, row, LORA: tl.constexpr):
 
 @triton.jit
 def _times_low(b, low_ptr, row, LORA: tl.constexpr, i: tl.constexpr):
-    """scaling·B·(A·x) of an adapter, of which A·x is there: [R]."""
+    """scaling·B·(A·x) of an adapter whose A·x is known: [R]."""
     width: tl.constexpr = LORA[i][2]
     count: tl.constexpr = LORA[i][3]
     first = tl.zeros(row.shape, row.dtype)
@@ -235,7 +242,7 @@ def _times_low(b, low_ptr, row, LORA: tl.constexpr, i: tl.constexpr):
 
 @triton.jit
 def _add_lora(y, b, low_ptr, row, LORA: tl.constexpr):
-    """y + what the adapters add to each row."""
+    """y plus what the adapters add to each row."""
     for i in tl.static_range(len(LORA)):
         y += _times_low(b[i], low_ptr, row, LORA, i)
     return y
@@ -246,7 +253,7 @@ def _dot_stored(
     w, x, scales, zeros, scale_ptr, row, live, stride_sm, R: tl.constexpr, BN: tl.constexpr, KIND: tl.constexpr,
     CONVERTS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """As dot_rows, of rows of a quantised weight."""
+    """Like dot_rows, for rows of a quantised weight."""
     if COLUMNS > 0:
         y = dot_scaled(w, x, scales, zeros, R, BN, KIND, CONVERTS, GROUP)
     else:
@@ -257,7 +264,7 @@ def _dot_stored(
 
 @triton.jit
 def _scales_of(scale_ptr, row, end, stride_sm, ROWS: tl.constexpr):
-    """Where the scales of a row's block begin; behind the weight's end those of its first."""
+    """The address of the scales of a row's block. After the end of the weight, that of the first."""
     return scale_ptr + tl.where(row < end, row, 0).to(tl.int64) // ROWS * stride_sm
 
 
@@ -266,9 +273,9 @@ def _plain_rows(
     x_ptr, plain_ptr, norm_weight_ptr, out_ptr, norm_eps, norm_offset, first, stored, M, stride_pm,
     N: tl.constexpr, PARTS: tl.constexpr, HEADS: tl.constexpr, LINES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """PLAIN_ROWS of the rows that follow a quantised weight's, with a norm before them: what a program of their own does.
+    """The work of a program for PLAIN_ROWS of the rows after a quantised weight, with a norm before them.
 
-    Before the wait they are brought to the L2, LINES lines of 128 bytes each.
+    Before the wait they are loaded into the L2, LINES lines of 128 bytes each.
     """
     BN: tl.constexpr = PLAIN_COLUMNS
     i = first * PLAIN_ROWS + tl.arange(0, PLAIN_ROWS)  # [PLAIN_ROWS]
@@ -312,7 +319,7 @@ def skinny_linear_kernel(
 ):  # fmt: skip
     if OVERLAP:
         gdc_launch_dependents()
-    # `stored` is M but where plain rows follow those of a quantised weight. Their programs, which take longer, come first.
+    # `stored` is M, unless plain rows follow those of a quantised weight. Their programs take longer and come first.
     first = tl.program_id(0) - plain_programs
     if plain_ptr is not None:
         if first < 0:
@@ -445,7 +452,7 @@ def skinny_linear_kernel(
             acc += y * tap.to(tl.float32)
             if SILU:
                 acc = acc * tl.sigmoid(acc)
-            # Threads that hold the same channels must have read them all before one of them writes.
+            # If threads hold the same channels, all must have read them before one writes.
             tl.debug_barrier()
             for j in tl.static_range(S - 1):
                 tl.store(conv_state_ptr + channel * stride_sd + j * stride_ss, columns[j + 1], mask=convolved)
@@ -460,11 +467,11 @@ def launch_with(
     gate_activation="silu", conv=None, parts=None, heads=1, scale=None, format="", zero=None, plain=None, dtype=None,
     lora=None, overlap=False,
 ) -> torch.Tensor:  # fmt: skip
-    """fused_linear or in_proj_conv of one row.
+    """fused_linear or in_proj_conv for one row.
 
-    `conv` is (conv_state, conv_weight, conv_bias, conv_offset, activation), `parts` as `_regrouped` takes it. A quantised weight
-    has `scale`, `format` and maybe `zero`, as of the dialect's dequantize, and rows of `plain` may follow its own; the result has
-    `dtype`. `lora` is A·x of all adapters in float32, their B's, and what `lora_table` says of them.
+    `conv` is (conv_state, conv_weight, conv_bias, conv_offset, activation). `parts` is as in `_regrouped`. A quantised weight has
+    `scale`, `format` and maybe `zero`, as in the dialect's dequantize, and may be followed by rows of `plain`; the result then
+    has `dtype`. `lora` is A·x of all adapters in float32, their B's, and the result of `lora_table`.
     """
     R, BN, num_warps, per_sm, *group = chosen
     N = quantized.width(weight, format)

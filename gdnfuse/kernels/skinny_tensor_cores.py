@@ -1,18 +1,19 @@
 """skinny_linear for weights of e4m3 with a scale per block, on tensor cores, in Gluon.
 
-At one row the way of weights from memory to a sum costs more instructions than the bytes cost time, once a weight is one byte:
-unpack two, widen each, multiply each. Tensor cores multiply e4m3 that was unpacked to float16, two weights an instruction, with
-nothing widened. The row takes one column of eight of the product, or two; the others repeat them.
+With one row and one byte per weight, the instructions per weight take longer than loading it: unpack two, widen each, multiply
+each. Tensor cores multiply e4m3 that was unpacked to float16, two weights per instruction, without widening. The row is one or
+two of the eight columns of the product. The other columns repeat it.
 
-A tile is 16 rows, with SwiGLU 8 of gate and the 8 of up that belong to them. The warps of a program share out the columns of a
-tile, 64 each of a step. A sum does not depend on which columns a product takes. So each thread's 16 bytes of a row, as they were
-loaded, are its operands of four products, and nothing goes through shared memory but the row itself.
+A tile is 16 rows, or with SwiGLU 8 of gate and the 8 of up that belong to them. The warps of a program share the columns of a
+tile, 64 each per step. A sum does not depend on which columns a product takes. So each thread's 16 bytes of a row, as they were
+loaded, are its operands of four products. Only the row itself goes through shared memory.
 
-For the product the row is float16, times a power of two that brings its largest element to 2^14. That is eight times as close as
-bfloat16, to which the result is rounded. Where the result is closer, the row is the sum of two float16, 22 bits together. Sums
-are float32; each step's product is put on the sum with its scale.
+For the product the row is float16, times a power of two for which its largest element is about 2^14. That is eight times as close
+as bfloat16, to which the result is rounded. If the result is more precise, the row is the sum of two float16, with 22 bits
+together. Sums are float32. The product of each step is multiplied with its scale and added to the sum.
 
-Layout: as for skinny_linear; data at multiples of 16 bytes, as many columns as fill 16 bytes; scales [⌈M/ROWS⌉, ⌈N/COLUMNS⌉].
+Layout: as for skinny_linear; data at multiples of 16 bytes, with as many columns as fill 16 bytes; scales [⌈M/ROWS⌉,
+⌈N/COLUMNS⌉].
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from gdnfuse import compat
 from gdnfuse.kernels import quantized
 from gdnfuse.kernels.launch.implementation import kernel_of, launching, overlap_options
 
-gluon, gl, *_ = compat.gluon()  # whoever imports this has asked whether it is there
+gluon, gl, *_ = compat.gluon()  # callers check that it exists
 mma_v2 = compat.mma_v2()
 gdc_launch_dependents, gdc_wait = compat.dependent_launch()
 
 TILE = gl.constexpr(16)  # rows
-PLAIN_ROWS = gl.constexpr(4)  # of a program for rows that are not quantised
-ROW = gl.constexpr(gl.SwizzledSharedLayout(8, 1, 2, order=[1, 0]))  # so that both float16 of a column come from banks apart
+PLAIN_ROWS = gl.constexpr(4)  # rows per program, for rows that are not quantised
+ROW = gl.constexpr(gl.SwizzledSharedLayout(8, 1, 2, order=[1, 0]))  # so that both float16 of a column come from different banks
 
 
 @gluon.jit
@@ -44,7 +45,7 @@ def _sigmoid(x):
 
 @gluon.jit
 def _load_row(ptr, N: gl.constexpr, PART: gl.constexpr, layout: gl.constexpr):
-    """A row in parts of so many elements: a tuple of [PART], float32."""
+    """A row in parts with so many elements: a tuple of [PART], float32."""
     column = gl.arange(0, PART, layout=layout)
     parts = ()
     for start in gl.static_range(0, N, PART):
@@ -73,7 +74,7 @@ def _prepared(
     x_ptr, norm_weight, gate_ptr, weight_ptr, norm_eps, norm_offset,
     N: gl.constexpr, V: gl.constexpr, GATE_SILU: gl.constexpr, PART: gl.constexpr, layout: gl.constexpr,
 ):  # fmt: skip
-    """What the row is before the product, in parts, with what the result is multiplied by, and the largest magnitude of all.
+    """The row before the product, in parts, the factor for the result, and the largest magnitude of the row.
 
     norm_weight: in parts, or None.
     """
@@ -102,8 +103,10 @@ def _prepared(
 
 @gluon.jit
 def _operand(parts, largest, PART: gl.constexpr, HALVES: gl.constexpr):
-    """The row times a power of two in shared memory, in parts [HALVES, PART]: what float16 takes of it and what that leaves. Then
-    what undoes the power."""
+    """The row times a power of two in shared memory, in parts [HALVES, PART]: its float16, and the float16 of the rest.
+
+    Also returns the factor that undoes the power of two.
+    """
     exponent = gl.maximum((largest.to(gl.int32, bitcast=True) >> 23) & 255, 15)
     up = ((268 - exponent) << 23).to(gl.float32, bitcast=True)
     shared = ()
@@ -114,7 +117,7 @@ def _operand(parts, largest, PART: gl.constexpr, HALVES: gl.constexpr):
             stored = gl.permute(gl.join(high, (whole - high.to(gl.float32)).to(gl.float16)), (1, 0))
         else:
             stored = gl.reshape(high, (1, PART))
-        # Memory of its own each, or every part would wait for the one before.
+        # Each part has its own memory. Otherwise it would wait for the part before.
         shared = shared + (gl.allocate_shared_memory(gl.float16, [HALVES, PART], ROW, stored),)
     return shared, ((exponent - 14) << 23).to(gl.float32, bitcast=True)
 
@@ -186,7 +189,7 @@ def skinny_tensor_cores_kernel(
                 gl.store(out_ptr + place, (gl.sum(acc, 0) * factor).to(out_ptr.dtype.element_ty), mask=(row < M) & (place >= 0))
             return
 
-    # Of a thread's 16 bytes every four go to one of four products: column t·16 + j·4 + h·2 + i to product j as h·8 + t·2 + i.
+    # Each four of a thread's 16 bytes go to one of four products: column t·16 + j·4 + h·2 + i to product j as h·8 + t·2 + i.
     HALF: gl.constexpr = TILE // 2
     LIVE: gl.constexpr = HALF if SWIGLU else TILE
     r = gl.arange(0, TILE, layout=gl.SliceLayout(1, loaded))
@@ -254,7 +257,7 @@ def skinny_tensor_cores_kernel(
             scales = scales + (_load_scales(scale_ptrs, gl.expand_dims(warp, 1), s + AHEAD, N, STEP, COLUMNS),)
         product = mma_v2(a, b, gl.zeros([WARPS, TILE, 8], gl.float32, products))
         acc += product * gl.expand_dims(scales[s].to(gl.float32), 2)
-    # So often, exactly, what the row's float16 came to: a thread has two columns, and the others the same two.
+    # The sum has the product of the row's float16 exactly COPIES times: a thread has two columns, and the others have the same.
     y = gl.sum(gl.sum(acc, 2) / COPIES, 0) * undone  # [TILE]
 
     if SWIGLU:
@@ -274,7 +277,7 @@ def skinny_tensor_cores_kernel(
                 mixed += states[S + 1 - W + j].to(gl.float32) * taps[j].to(gl.float32)
             if SILU:
                 mixed = mixed * _sigmoid(mixed)
-            # The sum over warps has a barrier: all threads that hold a channel have read it before one of them writes.
+            # The sum over warps has a barrier. So all threads that hold a channel have read it before one writes.
             for j in gl.static_range(S - 1):
                 gl.store(conv_state_ptr + channel * stride_sd + j * stride_ss, states[j + 1], mask=convolved)
             newest = conv_state_ptr + channel * stride_sd + (S - 1) * stride_ss
@@ -285,7 +288,7 @@ def skinny_tensor_cores_kernel(
 
 @gluon.jit
 def _regrouped(row, PARTS: gl.constexpr, HEADS: gl.constexpr):
-    """As skinny_linear's."""
+    """As in skinny_linear."""
     column = row * 0 - 1
     for i in gl.static_range(len(PARTS)):
         e = row - PARTS[i][2]
@@ -296,8 +299,11 @@ def _regrouped(row, PARTS: gl.constexpr, HEADS: gl.constexpr):
 
 
 def supports_here(x: torch.Tensor, weight: torch.Tensor, format: str, head: int, warps: int) -> bool:
-    """Whether this kernel takes a row x [..., N]: e4m3 in blocks of at least 64 columns on a GPU that unpacks it, rows whose 16
-    bytes can be loaded at once, and under a gate heads of a size that fills the parts of a row."""
+    """Whether this kernel supports a row x [..., N].
+
+    It needs e4m3 in blocks of at least 64 columns on a GPU that unpacks it, and rows that can be loaded 16 bytes at a time. Under
+    a gate, heads must fill the parts of a row.
+    """
     how = quantized.stored(format)
     return (
         x.is_cuda
@@ -317,7 +323,10 @@ def launch_with(
     chosen, x, weight, norm_weight=None, norm_eps=0.0, norm_offset=0.0, gate=None, swiglu=False, residual=None,
     gate_activation="silu", conv=None, parts=None, heads=1, scale=None, format="", plain=None, dtype=None, overlap=False,
 ) -> torch.Tensor:  # fmt: skip
-    """As skinny_linear.launch_with; `chosen` is warps and how many steps of weights are loaded before the row is waited for."""
+    """As skinny_linear.launch_with.
+
+    `chosen` is the number of warps, and of steps of weights to load before waiting for the row.
+    """
     num_warps, ahead = chosen
     N = weight.shape[1]
     stored = weight.shape[0] // (2 if swiglu else 1)

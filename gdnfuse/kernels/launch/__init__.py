@@ -1,1 +1,1 @@
-"""launch: how a kernel is described, launched, recorded and repeated, whichever it is."""
+"""launch: how any kernel is described, launched, recorded and repeated."""

@@ -1,7 +1,7 @@
-"""The function that is written for a layout which comes often: it compares a call with it, and repeats what was recorded.
+"""Generates a function for a layout that comes often. It compares a call with the layout, and repeats what was recorded.
 
-Tensors are compared by the guards that Dynamo has for them, all else by its class and value. What is repeated is written out,
-with Triton's launcher called as its runner does, but without what the runner looks up for each launch.
+Tensors are compared by Dynamo's guards, and everything else by class and value. The repetition is written out. It calls Triton's
+launcher as Triton's runner does, without what the runner looks up at each launch.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch
 from gdnfuse import compat
 from gdnfuse.kernels.launch.recording import Line, Pointer, Recorded, based, longest
 
-ALIGNMENT = 16  # bytes, by which Triton specialises a pointer
+ALIGNMENT = 16  # bytes; Triton specialises pointers by this alignment
 TENSORS = (torch.Tensor, torch.nn.Parameter)
 PLAIN = {int, float, bool, str, type(None)}
 MISSED: Any = object()
-SPECIALISED_BY_STORAGE = torch.version.hip is not None  # there Triton has other machine codes for storages of 2 GiB and more
+SPECIALISED_BY_STORAGE = torch.version.hip is not None  # on AMD Triton has other machine codes for storages of 2 GiB and more
 
 
 def repeating_function(
@@ -30,21 +30,21 @@ def repeating_function(
     layout: Sequence[tuple[Any, Any]] | None = None,
     length: tuple[int, int] | None = None,
 ) -> Callable[..., Any] | None:
-    """A function of such arguments: if they have the layout of these and are aligned, it repeats what was recorded, else MISSED.
+    """A function that repeats what was recorded if its arguments have this layout and are aligned. Else it returns MISSED.
 
-    None where an argument is neither plain nor a tensor nor a list of one or the other, or is the same tensor as another, or
-    where a machine code is chosen by what a function does not compare.
+    None if an argument is neither plain, a tensor nor a list of these, if two arguments are the same tensor, or if a machine code
+    is chosen by something that the function does not compare.
 
     Args:
         args, kwargs: of a call.
-        tensors: among them, in order.
-        device: index of the GPU they are on, or −1.
-        recorded: what to repeat; integers that go with a length may be lines.
-        layout: sizes and strides of the tensors, lines among them; their own if it is not given.
-        length: which tensor's which axis is the length.
+        tensors: the tensors among them, in order.
+        device: index of their GPU, or −1.
+        recorded: what to repeat. Integers that depend on a length may be lines.
+        layout: sizes and strides of the tensors, which may be lines; by default those of the tensors.
+        length: which axis of which tensor is the length.
 
     Raises:
-        Differs: no length is safe: see `longest`.
+        Differs: no length is safe, see `longest`.
     """
     if SPECIALISED_BY_STORAGE or len({*map(id, tensors)}) < len(tensors):
         return None
@@ -59,7 +59,7 @@ def repeating_function(
         elif x is None:
             tests.append(f"{name} is None")
         elif kind in PLAIN or kind in (list, tuple) and PLAIN.issuperset(map(type, x)):
-            known[f"IS_{name}"] = kind(x)  # of a list a copy
+            known[f"IS_{name}"] = kind(x)  # a list is copied
             tests.append(f"{name}.__class__ is {kind.__name__} and {name} == IS_{name}")
         elif kind in (list, tuple) and all(type(y) in TENSORS for y in x):
             parts = [f"{name}_{i}" for i in range(len(x))]
@@ -94,7 +94,7 @@ def repeating_function(
 
 
 def _repeated(recorded: Recorded, addresses: list[str], device: int, known: dict[str, Any]) -> list[str]:
-    """The statements of `Recorded.repeat`, and before them one that leaves the call to it where a profiler wants to be asked."""
+    """The statements of `Recorded.repeat`. Before them comes one that calls it instead if a profiler must be called."""
     lines, addresses = [], [*addresses]
     for i, (size, stride, dtype, on) in enumerate(recorded.allocations):
         known[f"EMPTY{i}"] = compat.empty(on)
@@ -128,7 +128,7 @@ def _repeated(recorded: Recorded, addresses: list[str], device: int, known: dict
 
 
 def _text(x: Any, known: dict[str, Any]) -> str:
-    """An expression for a value, which `known` may have to name."""
+    """An expression for a value. `known` gets the values that need a name."""
     if isinstance(x, Line):
         return f"{x.base} + {x.per} * L"
     if type(x) in (int, bool, type(None)):

@@ -1,4 +1,4 @@
-"""What the kernel files share: how one is registered, launched, checked and described for compilation without a device."""
+"""What kernel files share: how a kernel is registered, launched, checked, and described for compilation without a device."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 INDEX_POINTERS = {torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*i1", torch.uint8: "*u8", torch.int8: "*i8"}
 MAX_HEAD_DIM = 256
-# Constexprs by which a kernel shares out its work: tiles, steps, parts.
+# Constexprs by which a kernel divides its work: tiles, steps, parts.
 SHARES = ("R", "BM", "BN", "BK", "BV", "BB", "BD", "BL", "TILES", "SPLITS", "STAGES", "EARLY", "AHEAD", "LOOP")
 
 
@@ -50,17 +50,17 @@ class CompileSpec:
 
 @dataclass(frozen=True)
 class Implementation:
-    """A kernel behind one dialect op, or behind a function of torch's.
+    """The kernel of one dialect op, or of a function of torch.
 
     Attributes:
-        name: the dialect op's name, if there is one; the Triton op is ``torch.ops.gdnfuse_triton.<name>``.
+        name: name of the dialect op, if there is one. The Triton op is ``torch.ops.gdnfuse_triton.<name>``.
         op: its ``OpOverload``, with the arguments, outputs and mutations of what it replaces.
-        launch: the function behind it.
-        replayed: the same, as the op calls it.
-        supports: takes the same arguments, real or fake; raises Refused with the reason if the kernel cannot take them.
-        early: names of the arguments it reads before it waits for the kernels before it, if it may overlap them: see
-            `overlap_options`. They must be as they are when the first kernel of a graph starts.
-        measured: the benchmark that compares its configs, or empty.
+        launch: the function that launches it.
+        replayed: the same function, as the op calls it.
+        supports: takes the same arguments, real or fake. Raises Refused with the reason if the kernel does not support them.
+        early: names of the arguments that it reads before it waits for the kernels before it, if it may overlap them (see
+            `overlap_options`). They must not change after the first kernel of a graph has started.
+        measured: the benchmark that compares its configurations, or empty.
         by: whose kernels it launches.
     """
 
@@ -78,13 +78,13 @@ class Implementation:
         return tuple(inspect.signature(self.launch).parameters)
 
     def jit_kernels(self, *args: Any, **kwargs: Any) -> list[CompileSpec]:
-        """The specialisations that a call with these arguments launches, in order; tensors on device "meta" will do."""
+        """The specialisations that a call with these arguments launches, in order. Tensors may be on the device "meta"."""
         return launched_by(self.launch, *args, **kwargs)
 
     def plan(self, arguments: dict[str, Any]) -> list[str]:
-        """One line per kernel that a call with these fake tensors launches: its name, how it shares out the work, its warps.
+        """One line per kernel that a call with these fake tensors launches: its name, how it divides the work, its warps.
 
-        Empty where that depends on sizes known at run time only, or on a device that is not there.
+        Empty if that depends on sizes that are known only at run time, or on a missing device.
         """
         specs: list[CompileSpec] = []
         tensors = [t for t in compat.tree_leaves(arguments) if isinstance(t, torch.Tensor) and compat.is_fake(t)]
@@ -105,9 +105,9 @@ class Implementation:
         ]
 
     def compile_ahead(self, arguments: dict[str, Any], pool: Executor) -> list[Future[Any]]:
-        """Have the kernels that a call with these fake tensors launches compiled by threads of `pool`, one each.
+        """Let threads of `pool` compile the kernels that a call with these fake tensors launches, one each.
 
-        Not those that want real tensors, as descriptors do: they are compiled when they are launched.
+        Kernels that need real tensors, for descriptors, are excluded. They are compiled when they are launched.
         """
         pending: list[Future[Any]] = []
         tensors = [t for t in compat.tree_leaves(arguments) if isinstance(t, torch.Tensor)]
@@ -133,13 +133,13 @@ def register(
     by: str = "triton",
     grows: dict[str, int] | None = None,
 ) -> Implementation:
-    """Register ``gdnfuse_triton::<name>``, opaque to compilers, with `launch` for CUDA. Fake and writes are the dialect's.
+    """Register ``gdnfuse_triton::<name>``, opaque to compilers, with `launch` for CUDA. Fake and writes are those of the dialect.
 
-    A launch may take one more argument than the op it stands for, by name: `overlap`, see `overlap_options`.
-    `grows` is `Replayed`'s.
+    A launch may have one additional argument named `overlap`, see `overlap_options`. `grows` is as in `Replayed`.
 
-    Opaque, because a compiler that sees into a launch analyses the kernel anew for every call in a graph (about 30 ms each, three
-    times per compilation: several seconds for a 32-layer model), and has nothing to fuse into it.
+    The op is opaque because a compiler that looks into a launch analyses the kernel again for every call in a graph. That takes
+    about 30 ms each, three times per compilation: several seconds for a model with 32 layers. And there is nothing to fuse into
+    it.
     """
     _library.define(name + schema(launch, OPS[name].mutates), tags=torch.Tag.needs_fixed_stride_order)
     replayed = Replayed(launch, _standing_in, grows)
@@ -154,11 +154,12 @@ def register(
 
 
 def overlap_options(tensor: torch.Tensor, *early: torch.Tensor | None) -> dict[str, Any]:
-    """Launch options of a kernel that may start while the one before it still runs; none where that cannot be.
+    """Launch options of a kernel that may start while the one before it still runs. Empty if it cannot.
 
     Args:
-        tensor: on the device that must be able to.
-        early: tensors that the kernel reads before it waits, contiguous: a copy would only just have been launched.
+        tensor: a tensor on the device that must support it.
+        early: tensors that the kernel reads before it waits. They must be contiguous, because a copy would have been launched
+            just before.
     """
     if tensor.device.type != "cuda" or torch.version.cuda is None or torch.cuda.get_device_capability(tensor.device)[0] < 9:
         return {}
@@ -167,7 +168,7 @@ def overlap_options(tensor: torch.Tensor, *early: torch.Tensor | None) -> dict[s
     return {"launch_pdl": True} if all(t is None or t.is_contiguous() for t in early) else {}
 
 
-# What stands in for kernels in this thread: it takes a kernel and gives what is launched in its place.
+# What replaces kernels in this thread: a function from a kernel to its replacement.
 _stand_in: ContextVar[Callable[[Any], Any] | None] = ContextVar("stand_in", default=None)
 
 
@@ -181,7 +182,7 @@ def _standing_in(make: Callable[[Any], Any]) -> Iterator[None]:
 
 
 class _Recorder:
-    """Stands in for a kernel and notes how it is called."""
+    """Replaces a kernel and notes how it is called."""
 
     def __init__(self, kernel: Any, specs: list[CompileSpec]):
         self.kernel, self.specs = kernel, specs
@@ -215,7 +216,7 @@ class _Recorder:
 
 @dataclass(frozen=True)
 class _Ahead:
-    """Stands in for a kernel and has a thread compile it."""
+    """Replaces a kernel and lets a thread compile it."""
 
     kernel: Any
     device: torch.device
@@ -234,7 +235,7 @@ class _Ahead:
 
 
 def launched_by(launch: Callable[..., Any], *args: Any, **kwargs: Any) -> list[CompileSpec]:
-    """The specialisations of kernels that a function launches, in order; it only notes them."""
+    """The specialisations of kernels that a function launches, in order. The kernels are only noted."""
     specs: list[CompileSpec] = []
     with _standing_in(lambda kernel: _Recorder(kernel, specs)):
         launch(*args, **kwargs)
@@ -242,13 +243,13 @@ def launched_by(launch: Callable[..., Any], *args: Any, **kwargs: Any) -> list[C
 
 
 def kernel_of(kernel: Any) -> Any:
-    """The kernel to launch: itself, or what stands in for it in this thread."""
+    """The kernel to launch: itself, or its replacement in this thread."""
     make = _stand_in.get()
     return kernel if make is None else make(kernel)
 
 
 def launching() -> bool:
-    """Whether kernels are launched in this thread, not only noted or compiled."""
+    """Whether kernels are really launched in this thread, and not only noted or compiled."""
     make = _stand_in.get()
     return make is None or getattr(make, "launches_kernels", False)
 
@@ -261,20 +262,20 @@ def require_dtypes(**tensors: torch.Tensor | None) -> None:
 
 
 def require_static(**sizes: Any) -> None:
-    """Refuse a size that is not a plain number; the comparison adds no guard."""
+    """Refuse a size that is not a plain number. The check adds no guard."""
     for name, size in sizes.items():
         if not isinstance(size, int):
             raise Refused(f"{name} must be static, found the symbolic size {size}.")
 
 
 def require_tokens(T: Any) -> None:
-    """Refuse the length 0; other lengths and symbolic ones pass."""
+    """Refuse the length 0. Other and symbolic lengths are accepted."""
     if isinstance(T, int) and T < 1:
         raise Refused(f"T must be at least 1, found {T}.")
 
 
 def require_one_token(T: Any) -> None:
-    """Refuse any length other than the number 1; the comparison adds no guard."""
+    """Refuse any length but the number 1. The check adds no guard."""
     if not isinstance(T, int) or T != 1:
         raise Refused(f"T must be 1, found {T}.")
 

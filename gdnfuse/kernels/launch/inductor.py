@@ -1,8 +1,8 @@
-"""How Inductor calls the ops behind our kernels: announced before it meets them, and past torch's dispatcher.
+"""How Inductor calls the ops of our kernels: it is told about them in advance, and its code does not use torch's dispatcher.
 
-Inductor's code runs behind autograd, on plain tensors of one device, where all that the dispatcher does for an op of ours is to
-take its arguments apart and to put them together again (benchmarks/launch.py has what that costs). So that code calls the
-function behind the op, `Implementation.replayed`, which the op carries as an attribute.
+Inductor's code runs after autograd, on plain tensors of one device. There the dispatcher only unpacks the arguments of our ops
+and packs them again (benchmarks/launch.py measures the cost). So that code calls `Implementation.replayed`, which is an attribute
+of the op.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from torch.fx import GraphModule
 
 from gdnfuse import compat
 
-REPLAYED = "gdnfuse_replayed"  # the attribute
+REPLAYED = "gdnfuse_replayed"  # name of the attribute
 
 
 def announce(gm: GraphModule) -> None:
-    """Tell Inductor of the ops in a graph, with the layout their tag asks for, and by which name to call them.
+    """Tell Inductor about the ops in a graph: the layout that their tag asks for, and by which expression to call them.
 
-    Where Inductor is another one inside, it calls them as it would have without us.
+    If this version of Inductor is different inside, it calls the ops as usual.
     """
     for target in {n.target for n in gm.graph.nodes if n.op == "call_function"}:
         if getattr(target, "namespace", None) == "gdnfuse_triton":
-            # Inductor keeps its code in caches whose keys know nothing of us: another version of us may run it.
+            # The keys of Inductor's caches do not contain our version, so another version of gdnfuse may run cached code.
             name = f"torch.ops.{target}"
             compat.known_to_inductor(target, f"getattr({name}, {REPLAYED!r}, {name})")

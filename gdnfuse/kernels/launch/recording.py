@@ -1,4 +1,4 @@
-"""What a launch did, as `replay` records it, to be repeated with other pointers; and what recordings at several lengths share."""
+"""What a launch did, as `replay` records it, to repeat it with other pointers. And what recordings at several lengths share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 class Pointer(NamedTuple):
-    """An address, where a tensor descriptor wants its tensor."""
+    """An address where a tensor descriptor expects its tensor."""
 
     address: int
 
@@ -18,9 +18,9 @@ class Pointer(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """A compiled kernel on its grid, its arguments, and which are pointers or descriptors: place, source, offset in bytes.
+    """A compiled kernel with its grid and arguments, and index, source and offset in bytes of pointers and descriptors.
 
-    `specialised` are the places of integers for which Triton may have made a machine code of its own.
+    `specialised` has the indices of integers for which Triton may have compiled a special machine code.
     """
 
     compiled: Any
@@ -33,14 +33,14 @@ class Launch(NamedTuple):
 
 
 class Result(NamedTuple):
-    """A tensor that the launch returns: an allocation, and sizes, strides and offset of the view if it is one."""
+    """A tensor that the launch returns: an allocation, and sizes, strides and offset if it is a view of one."""
 
     allocation: int
     view: tuple[tuple[int, ...], tuple[int, ...], int] | None
 
 
 class Recorded(NamedTuple):
-    """Sources are the input tensors in order, then the allocations (size, stride, dtype, device)."""
+    """What a launch did. Sources are the input tensors in order, then the allocations (size, stride, dtype, device)."""
 
     allocations: list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype, torch.device]]
     launches: list[Launch]
@@ -63,12 +63,18 @@ class Recorded(NamedTuple):
         return tuple(results) if self.several else results[0]
 
     def without_runs(self) -> Recorded:
-        """To be compared with another: of one kernel and grid each launch has a function of its own."""
+        """The same without functions, to compare it with another.
+
+        Each launch has its own function, even for the same kernel and grid.
+        """
         return self._replace(launches=[launch._replace(run=None) for launch in self.launches])
 
 
 def based(descriptor: Any, base: Any) -> Any:
-    """The tensor descriptor with another base; not its constructor, which checks again what the layout has settled."""
+    """The tensor descriptor with another base.
+
+    Its constructor is not called, because it would check again what the layout determines.
+    """
     new = object.__new__(type(descriptor))
     new.__dict__.update(descriptor.__dict__)
     new.base = base
@@ -76,21 +82,21 @@ def based(descriptor: Any, base: Any) -> Any:
 
 
 class Line(NamedTuple):
-    """A number that goes with a length L: base + per · L."""
+    """A number that depends on a length L: base + per · L."""
 
     base: int
     per: int
 
 
 class Differs(Exception):
-    """Recordings are not those of one launch at several lengths."""
+    """Recordings do not belong to one launch at several lengths."""
 
 
 def common(lengths: Sequence[int], values: Sequence[Any]) -> Any:
-    """What is equal at all lengths, with a `Line` in the place of each integer that goes with the length.
+    """What is equal at all lengths, with a `Line` in place of each integer that depends on the length.
 
     Args:
-        lengths: three or more; two numbers are always on a line.
+        lengths: three or more, because two numbers are always on a line.
         values: nested tuples and lists, one for each length.
 
     Raises:
@@ -116,14 +122,14 @@ def common(lengths: Sequence[int], values: Sequence[Any]) -> Any:
 
 
 INT32 = 2**31 - 1
-DIVISOR = 16  # by which Triton specialises an integer
+DIVISOR = 16  # Triton specialises integers by divisibility by this
 
 
 def longest(launches: Sequence[Launch]) -> int:
-    """The length up to which launches whose arguments are lines take the machine codes that they were recorded with.
+    """The largest length for which launches with lines as arguments use the recorded machine codes.
 
     Raises:
-        Differs: it may be others at any length, or what goes with the length is no argument alone.
+        Differs: machine codes may differ at any length, or something other than arguments depends on the length.
     """
     most = INT32
     for launch in launches:

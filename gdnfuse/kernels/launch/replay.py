@@ -1,15 +1,16 @@
-"""Repeat a launch with other pointers: what Python and Triton do for a call depends on its layout alone, so it is done once.
+"""Repeats a launch with other pointers. What Python and Triton do for a call depends only on its layout, so it is done once.
 
-A launch works out grids, strides and views, allocates, and has Triton bind and specialise some twenty to forty arguments: 26 to
-231 µs of the host's time (benchmarks/launch.py), which a step without CUDA graphs and a short prompt wait for. The second call of
-a layout is recorded: which compiled kernels ran, on what grid, with which arguments, and of every pointer from which input or
-allocation it was derived, how many bytes further on. From then on only that is repeated.
+A launch computes grids, strides and views, allocates memory, and lets Triton bind and specialise twenty to forty arguments. That
+takes 26 to 231 µs of the host's time (benchmarks/launch.py), for which a step without CUDA graphs and a short prompt wait. The
+second call of a layout is recorded: which compiled kernels ran, with which grid and arguments, and for every pointer the input or
+allocation that it comes from and the offset in bytes. Later calls only repeat that.
 
-Layout is all that a launch may look at: sizes, strides and dtypes of the tensors, whether they are aligned to 16 bytes, their
-device, and every other argument. A launch that does more than allocate, make views and launch kernels is not recorded.
+The layout is everything that a launch may depend on: sizes, strides and dtypes of the tensors, whether they are aligned to 16
+bytes, their device, and every other argument. A launch that does more than allocate, make views and launch kernels is not
+recorded.
 
-To read a layout off a call takes longer than to repeat it, because every size and stride becomes a Python object. So for a layout
-that comes again and again a function is written that compares a call with it, the tensors by the guards that Dynamo has for them.
+Reading the layout of a call takes longer than repeating it, because every size and stride becomes a Python object. So for a
+layout that comes often, a function is generated that compares a call with it, with Dynamo's guards for the tensors.
 """
 
 from __future__ import annotations
@@ -26,22 +27,22 @@ from gdnfuse import compat
 from gdnfuse.kernels.launch.codegen import ALIGNMENT, MISSED, SPECIALISED_BY_STORAGE, repeating_function
 from gdnfuse.kernels.launch.recording import INT32, Differs, Launch, Recorded, Result, based, common
 
-MOST = 512  # layouts of one op that are kept: prompts have one per length
-MOST_MATCHES = 8  # layouts of one op that a call is compared with, one after another
-# Readings of a layout after which calls are compared with it, twice as many each time that another has to go for it.
+MOST = 512  # the most layouts of one op that are kept; prompts have one per length
+MOST_MATCHES = 8  # the most layouts of one op that a call is compared with
+# After so many readings of a layout, calls are compared with it. The number doubles each time that another layout is dropped.
 OFTEN = 64
-LENGTHS = 3  # at which a launch is recorded before all others are taken to be like it
+LENGTHS = 3  # how many lengths are recorded before others are assumed to be like them
 
 
 Mode, without_modes = compat.dispatch_mode()
 
 
 class _NotRecorded(Exception):
-    """The launch does what cannot be repeated by pointers alone."""
+    """The launch does something that cannot be repeated with other pointers."""
 
 
 class _AtLength(NamedTuple):
-    """A recording of a launch whose tensors grow, at one of their lengths, and the layout of all tensors."""
+    """A recording of a launch with growing tensors at one length, and the layout of all tensors."""
 
     length: int
     layout: list[tuple[tuple[int, ...], tuple[int, ...]]]
@@ -49,14 +50,14 @@ class _AtLength(NamedTuple):
 
 
 class Replayed:
-    """A launch that is repeated, from the third call of a layout on, without going through its Python.
+    """A launch that is repeated without its Python code, from the third call of a layout on.
 
     Args:
-        launch: takes tensors, lists of them and plain values, and launches kernels; its results are its own allocations.
+        launch: takes tensors, lists of tensors and plain values, and launches kernels. Its results are its own allocations.
         standing_in: a context in which every kernel is passed through a function before it is launched.
-        grows: by their names tensors that are longer at each call, and along which axis. A launch must be the same kernels on
-            the same grids at all lengths, and every number that it hands on or allocates by must be one plus another times the
-            length; three lengths are recorded, and refuse what is not so there.
+        grows: names of tensors that are longer at each call, with the axis. At all lengths the launch must use the same kernels
+            and grids, and every number that it passes on or allocates must be a constant plus another times the length. Three
+            lengths are recorded to check this.
     """
 
     def __init__(
@@ -69,11 +70,11 @@ class Replayed:
         self.grows = grows if grows and not SPECIALISED_BY_STORAGE else {}
         self.names = list(inspect.signature(launch).parameters) if grows else []
         self.layouts: dict[Hashable, Recorded | None] = {}
-        self.met: Counter[Hashable] = Counter()  # how often a layout was read off since it was recorded
-        # By which arguments are given:
+        self.met: Counter[Hashable] = Counter()  # how often each layout was read since it was recorded
+        # By the arguments that are given:
         self.matches: dict[Hashable, list[Callable[..., Any]]] = {}
         self.often: dict[Hashable, int] = {}
-        # By the layout but for the length and strides of what grows:
+        # By the layout without the length and strides of what grows:
         self.at_lengths: dict[Hashable, list[_AtLength]] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -92,13 +93,13 @@ class Replayed:
         addresses = [t.data_ptr() for t in tensors]
         if SPECIALISED_BY_STORAGE:
             layout += tuple(t.untyped_storage().nbytes() > INT32 for t in tensors)
-        key = (*layout, *[a % ALIGNMENT for a in addresses])  # a view further on is aligned or not by how far off this is
+        key = (*layout, *[a % ALIGNMENT for a in addresses])  # whether a view is aligned depends on this
         recorded = self.layouts.get(key, self)
         if type(recorded) is Recorded:
             self.met[key] += 1
             given = (len(args), *kwargs)
             if self.met[key] >= self.often.get(given, OFTEN) and not any(key[-len(tensors) :]):
-                self.met[key] = 0  # met otherwise, by another class of tensors, it gets another function
+                self.met[key] = 0  # another class of tensors with this layout gets its own function
                 if match := repeating_function(args, kwargs, tensors, device, recorded):
                     self._compare_with(match, given)
             return recorded.repeat(addresses)
@@ -121,7 +122,7 @@ class Replayed:
             results = self.launch(*args, **kwargs)
         self.layouts[key] = recorded = recording.finished(results) or NOT_RECORDED
         if place and type(recorded) is Recorded and not any(key[-len(tensors) :]):
-            known = self.at_lengths.get(family, [])  # never changed but replaced: other threads may be reading it
+            known = self.at_lengths.get(family, [])  # replaced and never changed, because other threads may read it
             if all(length != other.length for other in known):
                 known = [*known, _AtLength(length, [(tuple(t.shape), t.stride()) for t in tensors], recorded)]
             self.at_lengths[family] = known if len(known) < LENGTHS else []
@@ -132,7 +133,7 @@ class Replayed:
     def _family(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: Sequence[torch.Tensor]
     ) -> tuple[Hashable, int, tuple[int, int] | None]:
-        """The layout without the length and the strides of what grows; the length; which tensor's which axis that is, if any."""
+        """The layout without the length and strides of what grows; the length; and its tensor and axis, if any."""
         rest, place = [], None
         for name, x in (*zip(self.names, args, strict=False), *kwargs.items()) if self.grows else ():
             if name in self.grows and isinstance(x, torch.Tensor):
@@ -151,7 +152,7 @@ class Replayed:
         self.matches[given] = [*known[-MOST_MATCHES + 1 :], match]
 
     def forget(self) -> None:
-        """Record every layout anew."""
+        """Record every layout again."""
         for kept in (self.layouts, self.met, self.matches, self.often, self.at_lengths):
             kept.clear()
 
@@ -167,7 +168,7 @@ def _at_all_lengths(
     device: int,
     place: tuple[int, int],
 ) -> Callable[..., Any] | None:
-    """A function that repeats at any length what was recorded at these, or None where they are not alike."""
+    """A function that repeats at any length what was recorded at these. None if the recordings do not belong together."""
     lengths = [a.length for a in at_lengths]
     try:
         layout, recorded = common(lengths, [(a.layout, a.recorded.without_runs()) for a in at_lengths])
@@ -190,29 +191,32 @@ def _layout(arguments: Any, tensors: list[torch.Tensor]) -> list[Hashable]:
 
 
 def _one_storage(view: torch.Tensor, base: torch.Tensor) -> bool:
-    """Whether it is a view. In inference mode, and behind another mode, composite ops come whole: contiguous, reshape and to,
-    which declare one and may copy."""
+    """Whether a tensor is a view.
+
+    In inference mode, and inside another mode, composite ops are not decomposed: contiguous, reshape and to. They declare a view
+    and may copy.
+    """
     return compat.memory_of(view) == compat.memory_of(base)
 
 
 def _start(x: torch.Tensor) -> int:
-    """Bytes from the start of the storage; data_ptr() is 0 where there are no elements."""
+    """Bytes from the start of the storage. data_ptr() is 0 if there are no elements."""
     return x.storage_offset() * x.itemsize
 
 
 class _Recording(Mode or object):
-    """Notes what a launch allocates and launches, while it does; follows every tensor from the one that it is a view of."""
+    """Notes what a launch allocates and launches. For every tensor it knows the one that it is a view of."""
 
     launches_kernels = True
 
     def __init__(self, inputs: Sequence[torch.Tensor]):
         super().__init__()
         self.inputs = len(inputs)
-        # Tensor, source and offset in bytes, by the tensor's id; kept while recording, so that no two have one id.
+        # Tensor, source and offset in bytes, by the id of the tensor. Tensors are kept while recording, so that ids are unique.
         self.sources = {id(t): (t, i, 0) for i, t in enumerate(inputs)}
         self.allocations: list[torch.Tensor] = []
         self.launches: list[Launch] = []
-        # Of one tensor given twice nothing tells which one a pointer was derived from. A tensor from elsewhere Triton must check.
+        # If a tensor is given twice, the source of a pointer is ambiguous. A tensor from elsewhere must be checked by Triton.
         self.whole = len(self.sources) == len(inputs) and len({t.device for t in inputs}) == 1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -233,7 +237,7 @@ class _Recording(Mode or object):
     def launched(self, kernel: Any, compiled: Any, grid: Sequence[int], args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         grid = (*grid, 1, 1)[:3]
         runner, parameters = compat.runner(compiled, grid), compat.parameters(kernel)
-        if runner is None or parameters is None:  # under the interpreter, for one
+        if runner is None or parameters is None:  # for example under the interpreter
             self.whole = False
             return
         given = dict(zip([p.name for p in parameters], args, strict=False)) | kwargs
@@ -255,7 +259,7 @@ class _Recording(Mode or object):
         self.launches.append(Launch(compiled, grid, runner, arguments, pointers, descriptors, specialised))
 
     def finished(self, results: Any) -> Recorded | None:
-        """What to repeat, or None where the launch did more than can be."""
+        """What to repeat, or None if the launch did something that cannot be repeated."""
         leaves = [] if results is None else compat.tree_leaves(results)
         try:
             found = [self._result(t) for t in leaves]
@@ -284,14 +288,14 @@ ALLOCATES = {torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.emp
 
 
 class _Noting:
-    """Stands in for a kernel: launches it and tells the recording."""
+    """Replaces a kernel: launches it and tells the recording."""
 
     def __init__(self, recording: _Recording, kernel: Any):
         self.recording, self.kernel = recording, kernel
 
     def __getitem__(self, grid: Sequence[int]) -> Callable[..., None]:
         def run(*args: Any, **kwargs: Any) -> None:
-            with without_modes():  # what Triton does is repeated by the compiled kernel
+            with without_modes():  # the compiled kernel repeats what Triton does here
                 compiled = self.kernel[grid](*args, **kwargs)
             self.recording.launched(self.kernel, compiled, grid, args, kwargs)
 
