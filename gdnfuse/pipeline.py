@@ -1,4 +1,4 @@
-"""The compiler on one screen: normalize → lift → fuse → lay_out → lower, each with a spec checked on the way out."""
+"""The compiler in one file: normalize → lift → fuse → lay_out → lower. The result of each stage is checked."""
 
 from __future__ import annotations
 
@@ -48,18 +48,18 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Compilation:
-    """One graph on its way through the stages, and what they hand on.
+    """One graph on its way through the stages, and what the stages hand on.
 
     Attributes:
-        gm: a torch-level graph of Dynamo's, rewritten in place.
-        options: stop_after, fuel and target are read here.
-        report: filled in.
-        plan: leave the model's weights where they are and compile no kernel: for the report alone, as `gm` cannot run then.
+        gm: a torch-level graph of Dynamo, rewritten in place.
+        options: the stages read stop_after, fuel and target.
+        report: the report, which the stages fill in.
+        plan: only make the report: weights stay where they are and no kernel is compiled. `gm` cannot run then.
         real: the example input of every placeholder.
         outcome: what the rules did.
-        growing: places, among the results of a prompt, of keys and values that the next step finds longer.
-        checkpoints: how many results, behind the graph's own, are states that a prompt passed.
-        packed: what stands behind all other inputs in `gm`: tensors inside arguments, and packed weights.
+        growing: which results of a prompt are keys and values that get longer in the next step.
+        checkpoints: how many results after the graph's own are states that a prompt keeps on its way.
+        packed: what `gm` takes after all other inputs: tensors inside arguments, and packed weights.
     """
 
     gm: GraphModule
@@ -79,11 +79,11 @@ class Compilation:
 def rewrite(
     gm: GraphModule, example_inputs: Sequence[Any], options: Options, report: GraphReport, plan: bool = False
 ) -> Compilation:
-    """Run the stages over `gm` in place and fill `report`. Arguments are as of Compilation.
+    """Run the stages over `gm` in place and fill `report`. The arguments are those of Compilation.
 
     Raises:
-        AssertionError: a stage broke its spec.
-        GdnfuseError: packed sequences are mixed by attention.
+        AssertionError: the result of a stage failed its check.
+        GdnfuseError: attention would mix packed sequences.
     """
     start = time.perf_counter()
     announce("normalize")
@@ -114,12 +114,12 @@ def rewrite(
 
 
 def _stages(c: Compilation) -> Iterator[tuple[str, list[Callable[[GraphModule], None]]]]:
-    """The name of each stage when it is done, and what checks its spec."""
+    """The name of each stage when it is done, and the functions that check its result."""
     gm, outcome, spec = c.gm, c.outcome, Spec(c.gm)
     normalize.normalize(gm)
     quantized.to_inputs(gm)
     _look(c)
-    packed.require_apart(gm)
+    packed.require_separated(gm)
     collectives.join_sums(gm)
     gathers.join(gm)
     yield "normalize", [spec.check, normalize.check]
@@ -138,7 +138,7 @@ def _stages(c: Compilation) -> Iterator[tuple[str, list[Callable[[GraphModule], 
         growing_keys.lay_out(gm, c.growing)
     yield "lay_out", [spec.check]
     announce("lower")
-    # To run a graph beside the one that came, both must return the same.
+    # To compare a graph with the original one, both must return the same.
     if c.options.checkpoint_every and c.report.phase == "prefill" and not c.options.verify:
         c.checkpoints, made = checkpoints.hand_back(gm, c.options.checkpoint_every, len(c.report.layers))
         outcome.records += made
@@ -150,7 +150,7 @@ def _stages(c: Compilation) -> Iterator[tuple[str, list[Callable[[GraphModule], 
 
 @contextlib.contextmanager
 def _costing_no_fusion(consequence: str) -> Iterator[None]:
-    """What the report or a hint needs, and no rewrite: if it fails, the log says so and the graph is rewritten all the same."""
+    """Log an error inside the block and go on. The block must only be needed for the report or for a hint, not for a rewrite."""
     try:
         yield
     except Exception:
@@ -158,7 +158,7 @@ def _costing_no_fusion(consequence: str) -> Iterator[None]:
 
 
 def _survey(gm: GraphModule, mark: bool = False) -> survey.Survey | None:
-    """What the graph needs; None where it cannot be told."""
+    """What the graph needs. None if that cannot be told."""
     with _costing_no_fusion("could not tell what a graph needs; its report lacks kernels, bytes and blocks"):
         if mark:
             survey.mark_blocks(gm)
@@ -167,9 +167,9 @@ def _survey(gm: GraphModule, mark: bool = False) -> survey.Survey | None:
 
 
 def _look(c: Compilation) -> None:
-    """What is in the graph: GDN layers and the phase they are in, ops that were captured, and what of a prompt's results grows.
+    """Find GDN layers and their phase, captured ops, and which results of a prompt grow.
 
-    Nothing has to be known to grow where the user has each length compiled for itself.
+    Growing results do not matter if the user has each length compiled separately.
     """
     _find_layers(c.gm, c.report)
     c.outcome.records += _captured(c.gm)
@@ -179,7 +179,7 @@ def _look(c: Compilation) -> None:
 
 
 def _find_layers(gm: GraphModule, report: GraphReport) -> None:
-    """Every gate of a gated delta rule is a GDN layer; the module it was traced in gives its path."""
+    """Find GDN layers by the gates of gated delta rules. The module in which a gate was traced gives the path."""
     anchors = list(gating.RULE.anchors(gm.graph))
     found = {path: LayerReport(path) for path in dict.fromkeys(module_stack(anchor)[-1] for anchor in anchors)}
     for n in calls(gm):
@@ -200,13 +200,13 @@ def _find_layers(gm: GraphModule, report: GraphReport) -> None:
 
 
 def _few_tokens(gm: GraphModule) -> bool:
-    """Whether all rules that were captured are of a few tokens behind a state."""
+    """Whether all captured rules process a few tokens after a given state."""
     found = [chunk_delta_rule.op.bind(n.args, n.kwargs) for n in calls(gm) if op_of(n.target) is chunk_delta_rule.op]
     return bool(found) and all(call["state"] is not None and few_tokens(value(call["v"])) for call in found)
 
 
 def _bodies(gm: GraphModule) -> Iterator[tuple[str, GraphModule]]:
-    """The graphs of functions that are given to ops of a graph, as of a branch, with the op's name; and those in them."""
+    """The graphs of functions that are arguments of ops, such as branches, with the name of the op, and those inside them."""
     for node in gm.graph.find_nodes(op="get_attr"):
         if isinstance(body := getattr(gm, node.target, None), GraphModule):
             yield op_name(next(iter(node.users), node)), body
@@ -214,19 +214,19 @@ def _bodies(gm: GraphModule) -> Iterator[tuple[str, GraphModule]]:
 
 
 def _one_token(shape: torch.Size, sequences: Any) -> bool:
-    """Whether a gate [B, T, HV], or [B, HV] where there is no axis of tokens, is of one token for each sequence."""
+    """Whether a gate [B, T, HV], or [B, HV] without an axis of tokens, has one token per sequence."""
     return same(shape[1], 1) if len(shape) > 2 else len(shape) == 2 and same(shape[0], sequences)
 
 
 def _captured(gm: GraphModule) -> list[Record]:
-    """One record for each dialect op that the graph came with."""
+    """One record for each dialect op that was in the original graph."""
     ops = [(n, op_of(n.target)) for n in gm.graph.nodes if n.op == "call_function"]
     return [recorded(op.name, "capture", n, op.equation) for n, op in ops if op is not None]
 
 
-STEPS = ("decode", "verify", "short", "draft")  # phases of few rows, in which time goes by the weights that are read
+STEPS = ("decode", "verify", "short", "draft")  # phases with few rows: their time depends on the weights that are read
 
-# What to do where a layer stands in a function that is given to an op.
+# What to do if a layer is inside a function that is an argument of an op.
 REMEDIES = {"tag_activation_checkpoint": "Checkpointing saves memory in training; call model.eval()."}
 
 # A prefill layer is fused when each of these is one op.
@@ -238,7 +238,7 @@ PREFILL = {
 
 
 def _finish(gm: GraphModule, report: GraphReport, outcome: Outcome) -> None:
-    """Hand every record to its layer and count what is left of each."""
+    """Give every record to its layer, and count what remains of each layer."""
     paths = {layer.path: layer for layer in report.layers}
     for record in outcome.records:
         record.layer = next((p for p in reversed(record.modules) if p in paths), None)
@@ -262,7 +262,7 @@ def _finish(gm: GraphModule, report: GraphReport, outcome: Outcome) -> None:
 
 
 def original(gm: GraphModule) -> GraphModule:
-    """A copy of a graph module that shares its parameters: the passes work on one, the other stays as it came."""
+    """A copy of a graph module that shares its parameters. The passes work on one of the two, and the other does not change."""
     graph, env = torch.fx.Graph(), {}
     output = graph.graph_copy(gm.graph, env)
     graph.output(output)

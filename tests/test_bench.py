@@ -142,7 +142,7 @@ def test_sides_on_ranks_are_started_by_the_command(tmp_path, capsys):
     data = json.loads(out)
     one, ours, refused = data["results"][0]["sides"]
     assert one["decode"]["accurate"] and ours["decode"]["accurate"] and ours["ranks"] == 2
-    assert "Key heads must be shared out evenly over ranks, found 3" in refused["failed"] and refused["failed"] in err
+    assert "Key heads must be split evenly over ranks, found 3" in refused["failed"] and refused["failed"] in err
     assert "each of 2 ranks holds" in run.tables(data)
 
 

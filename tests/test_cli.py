@@ -65,7 +65,7 @@ def test_report_of_one_of_several_ranks(two_layers, capsys):
     out = capsys.readouterr().out
     assert "(decode): 1/1 GDN layers fused" in out and "Between ranks: 4 all_reduce, 512 B in all." in out
     assert main(["report", str(two_layers), "--tensor-parallel", "3"]) == 2
-    assert "Key heads must be shared out evenly over ranks, found 2 in" in capsys.readouterr().err
+    assert "Key heads must be split evenly over ranks, found 2 in" in capsys.readouterr().err
     assert not torch.distributed.is_initialized()
 
 

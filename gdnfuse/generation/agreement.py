@@ -93,8 +93,8 @@ def _disagreement(found: list[dict[str, Any] | None]) -> str:
             return f"Rank {rank}: {said['failed']}"
     if missing := [rank for rank, said in enumerate(found) if said is None]:
         return (
-            f"Every rank must call gdnfuse.compile with tensor_parallel within {SECONDS:g} s of the first, found nothing of rank "
-            f"{missing[0]}: call it on all, behind torch.distributed.barrier() where loading takes them unequally long."
+            f"Every rank must call gdnfuse.compile with tensor_parallel within {SECONDS:g} s of the first, found nothing from "
+            f"rank {missing[0]}: call it on all ranks, after torch.distributed.barrier() if some take longer to load."
         )
     first = found[0]["terms"]
     for rank, said in enumerate(found):

@@ -112,14 +112,14 @@ def plan(way: Any, model: torch.nn.Module, **others: Any) -> tuple[Any, list[Mix
         raise GdnfuseError(f"tensor_parallel must be {' or '.join(map(repr, WAYS))} or None, found {way!r}.")
     if way is not None and not _grouped():
         raise GdnfuseError(
-            f"tensor_parallel={way!r} needs a model that transformers has shared out over ranks, found no process group: start a "
+            f"tensor_parallel={way!r} needs a model that transformers has split over ranks, found no process group: start a "
             f"process for each GPU with torchrun and load with DistributedConfig(tp_plan='auto')."
         )
     given = [name for name, argument in others.items() if argument is not None]
     if given and (way is not None or sharded(model)):
         raise GdnfuseError(
-            f"{given[0]} needs a model that is whole on one device, found weights that are shared out over ranks: leave "
-            f"{given[0]} away, or load the model without a tp_plan."
+            f"{given[0]} needs a model that is whole on one device, found weights that are split over ranks: leave "
+            f"{given[0]} out, or load the model without a tp_plan."
         )
     if way is None or getattr(model, CUT, False):
         return None, []
@@ -150,7 +150,7 @@ def _mesh(way: str, model: torch.nn.Module) -> Any:
     meshes = list(dict.fromkeys(p.device_mesh for p in sharded(model).values()))
     if not meshes:
         raise GdnfuseError(
-            f"tensor_parallel={way!r} needs a model that transformers has shared out over ranks, found one that is whole on this "
+            f"tensor_parallel={way!r} needs a model that transformers has split over ranks, found one that is whole on this "
             f"rank: load it on every rank with DistributedConfig(tp_plan='auto')."
         )
     mesh, ranks = min(meshes, key=lambda mesh: "ep" in (mesh.mesh_dim_names or ())), torch.distributed.get_world_size()
@@ -337,14 +337,14 @@ def _mixers(model: torch.nn.Module, ranks: int) -> Iterator[Mixer]:
         kind = next((k for k in KINDS if linears == {*k.rows, k.out}), None)
         if kind is None or not all(isinstance(getattr(module, size, None), int) for size in SIZES):
             raise GdnfuseError(
-                f"tensor_parallel='heads' must know how a mixer's projections are laid out, found {type(module).__name__} with "
+                f"tensor_parallel='heads' must know the layout of a mixer's projections, found {type(module).__name__} with "
                 f"{', '.join(sorted(linears))}: use tensor_parallel='as_loaded'."
             )
         for name in (*kind.rows, kind.out):
             _check_linear(f"{path}.{name}", getattr(module, name))
         if module.num_k_heads % ranks:
             raise GdnfuseError(
-                f"Key heads must be shared out evenly over ranks, found {module.num_k_heads} in {path} and {ranks} ranks: use a "
+                f"Key heads must be split evenly over ranks, found {module.num_k_heads} in {path} and {ranks} ranks: use a "
                 f"number of ranks that divides {module.num_k_heads}, or tensor_parallel='as_loaded'."
             )
         yield Mixer(path, module, kind)
@@ -412,7 +412,7 @@ def _cut_all(model: Any, mixers: list[Mixer | KeyValues], mesh: Any, agreement: 
 
 def _refuse_to_save(*args: Any, **kwargs: Any) -> None:
     raise GdnfuseError(
-        "A model to save must be whole or shared out as transformers knows it, found one that was cut by heads: save it before "
+        "A model to save must be whole or split by transformers alone, found one that was cut by heads: save it before "
         "gdnfuse.compile(tensor_parallel='heads'), or load it again."
     )
 
@@ -472,7 +472,9 @@ def _sum_up(out: Any, mesh: Any) -> None:
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled() and x.requires_grad:
-            raise GdnfuseError("A model that was cut by heads must run under torch.no_grad(), found grad mode on.")
+            raise GdnfuseError(
+                "A model that was cut by heads must run under torch.no_grad(), found grad mode on: call it under torch.no_grad()."
+            )
         return summed(x)
 
     out.forward = forward

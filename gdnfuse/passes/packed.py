@@ -16,7 +16,7 @@ from gdnfuse.passes.sdpa import mask_of
 from gdnfuse.rewrite.graph import is_tensor, op_name, peel, same, value
 
 
-def require_apart(gm: GraphModule) -> None:
+def require_separated(gm: GraphModule) -> None:
     """Refuse a graph in which a rule or conv has bounds of sequences, and attention has a mask that does not know of them.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What no stage may change of a graph, checked on the way out of each. Knows nothing of GDN."""
+"""What no stage may change in a graph. It is checked after each stage. Knows nothing of GDN."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from torch.fx import GraphModule, Node
 from gdnfuse.rewrite.graph import calls, foreign, held, op_name, tensors_of, value, writes
 
 COLLECTIVE = "_c10d_functional."  # torch's functional collectives
-Versions = dict[int, int]  # how often memory was written, by its storage
+Versions = dict[int, int]  # number of writes to memory, by its storage
 
 
 class Spec:
-    """Of a graph as it came: what it returns, how often the memory of its inputs is written, and which of these writes each call
-    sees that uses such memory."""
+    """What the original graph returns, how often it writes the memory of its inputs, and which of these writes each call sees."""
 
     def __init__(self, gm: GraphModule):
         self.valued = {n: "example_value" in n.meta for n in calls(gm)}
@@ -24,11 +23,13 @@ class Spec:
         self.written, self.seen = _versions(gm)
 
     def check(self, gm: GraphModule) -> None:
-        """The spec on the way out of a stage: what it added is torch's or the dialect's and knows its example value, and nothing
-        has lost its own; results are of the same kinds; inputs are written as often; what is left sees the writes that it saw.
+        """Check a graph after a stage.
+
+        New calls must be torch's or the dialect's and have an example value, and no call may have lost its own. Results must be
+        of the same kinds. Inputs must be written as often as before. The remaining calls must see the same writes.
 
         Raises:
-            AssertionError: names the node that breaks it.
+            AssertionError: names the node that is wrong.
         """
         for n in calls(gm):
             valued = "example_value" in n.meta
@@ -41,18 +42,18 @@ class Spec:
         written, seen = _versions(gm)
         wanted, found = sorted(self.written.values()), sorted(written.values())
         assert written == self.written, f"inputs must be written {wanted} times, found {found}"
-        # A call that gives sizes or other numbers reads no memory, so it may stand on either side of a write.
+        # A call that returns sizes or other numbers reads no memory, so it may be before or after a write.
         for n in (n for n in seen.keys() & self.seen.keys() if writes(n) or tensors_of(value(n))):
             wanted, found = list(self.seen[n].values()), list(seen[n].values())
             assert seen[n] == self.seen[n], f"{n} must see {wanted} writes of what it reads, found {found}"
 
 
 def _versions(gm: GraphModule) -> tuple[Versions, dict[Node, Versions]]:
-    """How often each input is written, and of each call that uses written ones how often they were until then."""
+    """How often each input is written, and for each call that uses written inputs, how often they were written before it."""
     inputs = [n for n in gm.graph.nodes if n.op in ("placeholder", "get_attr")]
     memory = {
         n: held(n) for n in inputs
-    }  # of what lives in the inputs' memory, found from them downward: weights have few readers
+    }  # nodes in the memory of inputs, found from the inputs on, because weights have few readers
     mine, used = set().union(*memory.values()), {}
     for n in inputs:
         for user in n.users:
@@ -76,12 +77,12 @@ def _results(gm: GraphModule) -> list[Any]:
 
 
 def _kind(result: Any) -> tuple[Any, ...]:
-    """Of a tensor its dtype, device and sizes."""
+    """The dtype, device and sizes of a tensor."""
     v = value(result)
     return (v.dtype, v.device, *v.shape) if isinstance(v, torch.Tensor) else (type(v),)
 
 
 def _fits(found: tuple[Any, ...], wanted: tuple[Any, ...]) -> bool:
-    """Symbols are not compared: one size may have several."""
+    """Whether two kinds are equal. Symbols are not compared, because one size may have several."""
     pairs = zip(found, wanted, strict=False)
     return len(found) == len(wanted) and all(f == w for f, w in pairs if torch.SymInt not in (type(f), type(w)))

@@ -205,7 +205,7 @@ def ranks_that_differ_are_refused_on_all_and_nothing_is_cut():
     first = rank() == 0
     refused(lambda: compile(model, fuel=3 + rank()), "Every rank must have the same options, found [('fuel', 3)")
     refused(
-        lambda: compile(model if first else whole), "Rank 1: tensor_parallel='heads' needs a model that transformers has shared"
+        lambda: compile(model if first else whole), "Rank 1: tensor_parallel='heads' needs a model that transformers has split"
     )
     refused(lambda: compile(model, **({} if first else {"inner": "nonsense"})), "Rank 1: Option inner must be one of")
     refused(
@@ -358,7 +358,7 @@ def a_rank_that_is_killed_is_missed():
         os.kill(os.getpid(), signal.SIGKILL)
     agreement.SECONDS = 2.0
     refused(lambda: model(ids), "Every rank must take part in each call, found that a collective failed on rank 0 (")
-    refused(lambda: gdnfuse.compile(model, tensor_parallel="heads", inner="eager"), "found nothing of rank 1")
+    refused(lambda: gdnfuse.compile(model, tensor_parallel="heads", inner="eager"), "found nothing from rank 1")
 
 
 # Key heads and heads of keys enough for four ranks.
@@ -415,7 +415,7 @@ def tokens_of_generate_by_heads():
 def heads_that_do_not_divide_are_refused():
     _, model = loaded("causal_lm", **zoo.SMALL, linear_num_key_heads=3, linear_num_value_heads=3, num_key_value_heads=4)
     found = f"found 3 in model.layers.0.linear_attn and {dist.get_world_size()} ranks"
-    refused(lambda: gdnfuse.compile(model, tensor_parallel="heads"), f"Key heads must be shared out evenly over ranks, {found}")
+    refused(lambda: gdnfuse.compile(model, tensor_parallel="heads"), f"Key heads must be split evenly over ranks, {found}")
 
 
 @swept

@@ -143,7 +143,7 @@ PLAIN = "tensor_parallel='heads' cuts plain linears without bias, found"
         (replaced, f"{PLAIN} Linear with a forward of its own at .*in_proj_z"),
         (
             lambda model: model,
-            "Key heads must be shared out evenly over ranks, found 2 in .*linear_attn and 3 ranks: use a number",
+            "Key heads must be split evenly over ranks, found 2 in .*linear_attn and 3 ranks: use a number",
         ),
     ],
 )
@@ -156,5 +156,5 @@ def test_what_cannot_be_cut_is_refused(change, sentence):
 def test_a_mixer_of_other_projections_is_refused():
     model = zoo.causal_lm(**zoo.SMALL)
     model.model.layers[0].linear_attn.extra_proj = torch.nn.Linear(2, 2)
-    with pytest.raises(gdnfuse.GdnfuseError, match="must know how a mixer.s projections are laid out, found Qwen3_5"):
+    with pytest.raises(gdnfuse.GdnfuseError, match="must know the layout of a mixer.s projections, found Qwen3_5"):
         list(shards._mixers(model, 2))
