@@ -44,8 +44,9 @@ ROWS: dict[str, list[str]] = {
     "`generate`: greedy, sampled, beams, padded, chunked prompts": [
         "tests/models/test_generate.py",
         "tests/generation/test_compile.py",
+        "tests/generation/test_wrappers.py",
     ],
-    "Drafts checked several in a step": ["tests/generation/test_speculation.py"],
+    "Drafts checked several in a step": ["tests/generation/test_speculation.py", "tests/generation/test_mtp.py"],
     "Recurrent states in half precision": ["tests/models/test_state_dtype.py"],
     "Quantised weights: formats, sizes, events": [
         "tests/models/test_quantized.py",

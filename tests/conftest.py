@@ -27,6 +27,8 @@ if hasattr(torch._dynamo.config, "side_effect_replay_policy"):
 if hasattr(torch._dynamo.config, "run_gc_after_compile"):
     torch._dynamo.config.run_gc_after_compile = False
 torch._dynamo.guards.profile_guard_manager = lambda *args: 0.0
+# Dynamo reads this setting at every instruction that it traces, half of all that it reads, and a setting is read by a function.
+vars(torch._dynamo.config)["verbose"] = False
 
 
 def pytest_collection_finish():

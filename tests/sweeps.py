@@ -1,12 +1,22 @@
-"""Which combinations of parameters are tried: each pair of values once in `make test`, all of them in `make trust`."""
+"""Which parameters are tried in `make test`, where `make trust` tries all: some values, or each pair of values once."""
 
 from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Iterable
 from typing import Any
 
+import pytest
+
 ALL = "GDNFUSE_SWEEP" in os.environ  # set by docs/trust.py
+
+
+def some(everything: Iterable[Any], *kept: Any) -> list[Any]:
+    """Values of a parameter for `pytest.mark.parametrize`: those not `kept` are marked `sweep`."""
+    everything = list(everything)
+    assert all(one in everything for one in kept), "what is kept must be one of the values"
+    return [one if one in kept else pytest.param(one, marks=pytest.mark.sweep) for one in everything]
 
 
 def pairs(**axes: list[Any]) -> tuple[str, list[Any]]:

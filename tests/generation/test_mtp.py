@@ -185,9 +185,16 @@ def test_a_compiled_model_hands_its_hidden_states_on_and_copies_want_none(tmp_pa
         tap = mtp.tap_of(copied)
         assert tap is not mtp.tap_of(model) and not tap.wanted and tap.hidden is None
     assert mtp.tap_of(model).hidden is None and not mtp.tap_of(model).wanted
-    # Drafts that are drawn are made one by one: a graph of the tokens of a round, and one of a further draft.
-    gdnfuse.clear_reports()
-    model.generate(ids, max_new_tokens=9, do_sample=True, cache_implementation="static")
+
+
+@pytest.mark.sweep
+def test_drafts_that_are_drawn_are_made_one_by_one(tmp_path):
+    """A graph of the tokens of a round, and one of a further draft."""
+    model = zoo.causal_lm(**SMALL)
+    model.generation_config.pad_token_id = 0
+    checkpoint(model, tmp_path, weights_of(model))
+    gdnfuse.compile(model, inner="eager", strict=True, speculate=MTP(3, tmp_path))
+    model.generate(zoo.prompt(1, 8)[0] % 7 + 1, max_new_tokens=9, do_sample=True, cache_implementation="static")
     assert [r.phase for r in gdnfuse.reports()].count("draft") == 2 and model.generate.acceptance.rounds
 
 

@@ -13,6 +13,7 @@ import gdnfuse
 from gdnfuse.generation import wrappers
 from gdnfuse.generation.coverage import __name__ as log
 from tests.models import zoo
+from tests.sweeps import some
 
 IDS = torch.tensor([[5, 6, 7, 8, 9], [9, 8, 7, 6, 5]])
 GENERATE = {"max_new_tokens": 3, "do_sample": False}
@@ -147,7 +148,7 @@ def test_what_cannot_be_compiled_is_refused_by_name(wrap, words):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("everywhere", [False, True])
+@pytest.mark.parametrize("everywhere", some([False, True], True))
 def test_a_hook_that_is_registered_later_runs(everywhere, caplog):
     """Dynamo does not look; peft registers some for adapter_names."""
     model = zoo.causal_lm(**zoo.SMALL)

@@ -52,7 +52,21 @@ TOLERANCE = kernel_cases.TOLERANCE | {torch.bfloat16: 2.0**-7 + kernel_cases.MAT
 
 
 # What a device needs hundreds of keys for, few programs need for some dozens: several blocks a split, and several turns.
-FEWER_KEYS = {
+# Experts are as many, and as wide, as it takes to fill no block.
+SMALLER = {
+    "experts-fp8-one-row": kernel_cases.chosen(
+        1, 144, 3, 2, 48, torch.bfloat16, shared=32, gated=True, norm=True, masked=True, format="fp8_block128"
+    ),
+    "routed_experts-bf16": kernel_cases.routed_experts(
+        100, 7, 3, 6, torch.bfloat16, shared=10, gated=True, norm=True, residual=True
+    ),
+    "routed_experts-fp16": kernel_cases.routed_experts(
+        64, 4, 4, 9, torch.float16, shared=6, normalize=False, wrap_weight=kernel_cases.padded
+    ),
+    "routed_experts-fp8": kernel_cases.routed_experts(
+        144, 3, 2, 136, torch.bfloat16, shared=16, gated=True, norm=True, format="fp8_block128"
+    ),
+    "attention_decode-far-blocks": kernel_cases.attention(1, 4, 1, 16, 300, filled=290, padded=270),
     "attention_growing-far-blocks": kernel_cases.growing(1, 4, 1, 16, 110, R=8, hidden=100),
     "attention_few_queries-float32-270": kernel_cases.few_queries(2, 4, 2, 16, 70, torch.float32),
     "attention_few_queries-bfloat16-270": kernel_cases.few_queries(2, 4, 2, 16, 70, torch.bfloat16),
@@ -66,18 +80,21 @@ FEWER_KEYS = {
 # Of dtypes with sizes, and formats with kinds of linears, some of each.
 LEFT_OUT = {
     "mixer_decode": "tiles-ahead many-heads",
-    "attention_growing": "float32-1 float32-4 bfloat16-4 bfloat16-33 float16-1 float16-33 one-mask tokens-first",
-    "attention_few_queries": "bfloat16-270 tokens-first",
+    "attention_growing": "float32-1 float32-4 bfloat16-4 bfloat16-33 float16-1 float16-33 no-mask-17 seven-queries one-mask "
+    "tokens-first",
+    "attention_few_queries": "bfloat16-270 one-mask tokens-first",
     "delta_rule_verify": "float32-T5 float32-T8 bfloat16-T2 bfloat16-T5 float16-T2 float16-T8",
     "delta_rule_commit": "float16",
     "chunk_delta_rule": "float32-1 float32-130 bfloat16-1 bfloat16-63 float16-63 float16-130",
     "fused_gating_chunk_delta_rule": "soft-beta-to-2-float32-24 soft-beta-to-2-bfloat16-96 hard-beta-to-2-bfloat16-16",
-    "fused_linear": "large fp8_channel-and-plain int8_channel-and-plain int4_group128-and-plain",
-    "in_proj_conv": "fp8_channel int8_channel int4_group32 int4_group128",
+    "fused_linear": "large fp8_channel-and-plain int8_channel-and-plain int4_group128-and-plain fp8_block128-and-plain "
+    "fp8_channel-F32 int8_channel-BF16 int8_channel-swiglu int4_group128-F32 int4_group128-swiglu",
+    "in_proj_conv": "fp8_channel int8_channel int4_group32 int4_group128 int4_group32_zero",
+    "experts": "float16-5 fp8-12-rows",
 }
 SWEPT = {f"{op}-{case}" for op, cases in LEFT_OUT.items() for case in cases.split()}
-assert {*FEWER_KEYS, *SWEPT} <= {*map(str, kernel_cases.CASES)}
-CASES = [replace(case, make=FEWER_KEYS.get(str(case), case.make)) for case in kernel_cases.CASES if str(case) not in SWEPT]
+assert {*SMALLER, *SWEPT} <= {*map(str, kernel_cases.CASES)}
+CASES = [replace(case, make=SMALLER.get(str(case), case.make)) for case in kernel_cases.CASES if str(case) not in SWEPT]
 
 
 @pytest.mark.parametrize("case", kernel_cases.CASES if ALL else CASES, ids=str)
@@ -175,7 +192,9 @@ def test_causal_conv_update_windows_of_another_length_are_read_one_by_one():
 
 
 # Heads are of two key heads: six queries of one are two programs'. With at most one program there are no splits.
-@pytest.mark.parametrize(*pairs(L=[1, 2, 5, 33], dtype=[torch.float32, torch.bfloat16], heads=[2, 12], programs=[1, 16]))
+@pytest.mark.parametrize(
+    *pairs(L=[1, 2, 5, 33 if ALL else 17], dtype=[torch.float32, torch.bfloat16], heads=[2, 12], programs=[1, 16])
+)
 def test_attention_growing_copies_every_bit_and_hides_what_is_no_number(dtype, L, heads, programs, monkeypatch):
     monkeypatch.setattr(attention_decode, "PROGRAMS", programs)
     args, _ = kernel_cases.growing(2, heads, 2, 24, L, dtype, R=6, hidden=L // 2, wrap=kernel_cases.strided)()
@@ -197,7 +216,7 @@ def test_attention_growing_copies_every_bit_and_hides_what_is_no_number(dtype, L
 
 @pytest.mark.parametrize("position", [-1, 40, 2**40])
 def test_attention_decode_behind_the_end_of_the_cache_writes_nothing_and_shows(position):
-    args, _ = kernel_cases.attention(2, 4, 2, 16, 40)()
+    args, _ = kernel_cases.attention(2, 2, 1, 16, 40)()
     args = (*args[:12], torch.tensor([position]), *args[13:])
     keys, values = args[10].clone(), args[11].clone()
     assert implementations()["attention_decode"].launch(*args).isnan().all()
@@ -247,7 +266,7 @@ def test_rows_of_experts_are_independent():
 @pytest.mark.parametrize(("rows", "block", "norm"), [(2, 16, True), (4, 32, False)])
 def test_experts_configs(rows, block, norm):
     """One row's steps that the columns do not fill, and tiles that the rows of a weight do not."""
-    case = kernel_cases.routed_experts(40, 5, 2, 22, shared=44, gated=True, norm=norm)
+    case = kernel_cases.routed_experts(40, 3, 2, 11, shared=22, gated=True, norm=norm)
     down = experts.DownConfig(rows, block, 4)
     with mock.patch.multiple(experts, config_of_up=lambda *_: (rows, block, 2, 0), config_of_down=lambda *_: down):
         kernel_cases.check(kernel_cases.Case("routed_experts", "", case), implementations()["routed_experts"].launch)

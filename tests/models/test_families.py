@@ -13,6 +13,7 @@ import transformers
 import gdnfuse
 from tests.models import zoo
 from tests.models.test_prefill import VIEWS
+from tests.sweeps import some
 
 # What a layer becomes; "more" is in some. A step of one sequence has its out_proj in the residual, which is the decoder layer's.
 PROMPT = {"linear": 2, "causal_conv": 1, "fused_gating_chunk_delta_rule": 1, "gated_rms_norm": 1}
@@ -112,9 +113,7 @@ def test_a_prompt_and_its_steps(name):
 
 
 # Those of the first with experts are in test_experts.
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.sweep) if n in ("qwen3_5", "qwen3_5_moe") else n for n in FAMILIES]
-)
+@pytest.mark.parametrize("name", some(FAMILIES, *(n for n in FAMILIES if not n.startswith("qwen3_5"))))
 def test_steps_of_one_sequence(name):
     family = family_of(name)
     model = family.build()
@@ -127,7 +126,7 @@ def test_steps_of_one_sequence(name):
     assert_layers("decode", Counter(STEP_OF_ONE) + Counter(family.more_in_step_of_one))
 
 
-@pytest.mark.parametrize("name", ["qwen3_next", "olmo_hybrid"])
+@pytest.mark.parametrize("name", some(["qwen3_next", "olmo_hybrid"], "olmo_hybrid"))
 def test_no_less_accurate_than_eager_in_bfloat16(name):
     """The families of FAMILIES in zoo are in test_decode and test_prefill."""
     family = family_of(name)

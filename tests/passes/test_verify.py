@@ -12,7 +12,7 @@ from gdnfuse.dialect import OPS
 from gdnfuse.passes import verify
 from gdnfuse.report.records import Status
 from tests.models import zoo
-from tests.sweeps import ALL
+from tests.sweeps import ALL, some
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -32,9 +32,7 @@ def spoil(monkeypatch, name, how):
     monkeypatch.setitem(OPS, name, dataclasses.replace(op, reference=lambda *args, **kwargs: how(op.reference(*args, **kwargs))))
 
 
-@pytest.mark.parametrize(
-    ("dtype", "batch"), [(d, b) for d in DTYPES for b in (1, 2)] if ALL else [(torch.float32, 2), (torch.bfloat16, 1)]
-)
+@pytest.mark.parametrize(("dtype", "batch"), [(d, b) for d in DTYPES for b in (1, 2)] if ALL else [(torch.bfloat16, 1)])
 def test_a_decode_step_is_verified_and_changes_nothing(dtype, batch):
     model = zoo.causal_lm(**zoo.SMALL).to(dtype)
     logits, cache = decoded(model, compiled(copy.deepcopy(model), verify=True, strict=True), batch)
@@ -71,7 +69,7 @@ SPOILT = {
 }
 
 
-@pytest.mark.parametrize("name", SPOILT)
+@pytest.mark.parametrize("name", some(SPOILT, "not finite", "another norm"))
 def test_a_wrong_kernel_is_found_named_and_not_used(name, monkeypatch, caplog):
     op, how, rule = SPOILT[name]
     model = zoo.causal_lm(**zoo.SMALL)
