@@ -1,12 +1,12 @@
-"""How near to what quantised weights mean: errors of a prompt's logits, by format, of gdnfuse and of other ways to compute them.
+"""How accurate quantised models are: errors of a prompt's logits, by format, for gdnfuse and for other ways to compute them.
 
     python benchmarks/accuracy.py --json accuracy.json
 
-Weights are random, of the published shapes of a few layers. All sides have the weights that the format stores. Errors are
-relative to the same model in float64 (norms and rules in float32, as transformers has them). Sides: gdnfuse, which quantises no
-activations; eager on dequantised weights; and eager where linears round their inputs to eight bits too, as transformers' FP8 and
-W8A8 do: in e4m3 by 128 columns or by token, or in int8 by token. This last side is made here of torch's operations, with exact
-products: kernels that do it need a GPU, and can be no nearer.
+Weights are random, in the published shapes of a few layers. All sides have the weights that the format stores. Errors are
+relative to the same model in float64, with norms and rules in float32 as in transformers. The sides are gdnfuse, which quantises
+no activations; eager with dequantised weights; and eager with linears that also round their inputs to eight bits, as
+transformers' FP8 and W8A8 do: in e4m3 by 128 columns or by token, or in int8 by token. The last side is made of torch's
+operations with exact products. Kernels for it need a GPU, and cannot be more accurate.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ FORMATS = ("fp8_block128", "fp8_tensor", "fp8_channel", "int8_channel", "int4_gr
 
 
 class Rounded(torch.nn.Module):
-    """A linear that rounds its input to the data type of its format, one scale per group of columns or per token."""
+    """A linear that rounds its input to the data type of its format, with one scale per group of columns or per token."""
 
     def __init__(self, linear: torch.nn.Linear, format: str):
         super().__init__()

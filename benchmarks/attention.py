@@ -1,19 +1,19 @@
-"""Attention of one token between a layer's projections, op against op, on a static cache: bfloat16, cold.
+"""Attention of one token between a layer's projections on a static cache, compared with torch: bfloat16, cold.
 
     python benchmarks/attention.py --json attention.json
     python benchmarks/attention.py --batches 1,32 --tokens 200,2000
     python benchmarks/attention.py --sweep --json attention_sweep.json
 
-Sides, at the sizes of a 4B model (16 query heads, 4 key heads of 256 columns, of which 64 are turned):
+Sides, at the sizes of a 4B model (16 query heads, 4 key heads of 256 columns, of which 64 have a rotary embedding):
 
     reference         the same operations from torch, scaled_dot_product_attention among them, over the whole cache
     attention_decode  gdnfuse: norms, rotary embedding, cache update, attention and output gate
 
 The cache has room for a third more tokens than there are, which the mask hides. A CUDA graph runs a side over caches that
-together exceed the L2 four times, so that each is cold, every kernel of gdnfuse's allowed to start while the one before it runs,
-as in a decode step. The figure is the median of some replays, in microseconds per call. The limit reads the keys and values of
-the tokens once at the rate of a copy, which is measured on the same device. No speed is reported for a side whose output or
-cache is off float64's. With --sweep: attention_decode by the splits of the cache.
+together are four times as large as the L2, so each is cold. Kernels of gdnfuse may start while the one before runs, as in a
+decode step. The figure is the median of some replays, in microseconds per call. The limit is the time to read the keys and values
+of the tokens once, at the rate of a copy, which is measured on the same device. A side whose output or cache differs from
+float64's gets no speed. With --sweep: attention_decode by the number of splits of the cache.
 """
 
 from __future__ import annotations
@@ -67,18 +67,18 @@ def arguments(B: int, tokens: int, seed: int = 0) -> tuple[Any, ...]:
 def call_of(side: str, swept: bool = False) -> Callable[..., torch.Tensor]:
     if side == "reference":
         return attention_decode.reference
-    # With --sweep not its op, which repeats what it has recorded, whatever the constants are since.
+    # With --sweep not the op, because it would repeat what it recorded with other constants.
     ours = implementations()["attention_decode"]
     return partial(ours.launch if swept else ours.op, overlap=True)
 
 
 def error(call: Callable[..., torch.Tensor], B: int, tokens: int) -> float:
-    """The largest of the relative errors of output, new keys and new values against float64; infinite where others changed."""
+    """The largest relative error of output, new keys and new values against float64. Infinite if other values changed."""
     given = arguments(B, tokens)
     before = [given[i].clone() for i in CACHES]
     wide = [x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in given]
     wanted = attention_decode.reference(*wide)
-    torch.cuda.synchronize()  # a kernel that may overlap reads the cache before what wrote it need have ended
+    torch.cuda.synchronize()  # an overlapping kernel may read the cache before its writer has ended
     pairs = [(call(*given), wanted), *((given[i][:, :, tokens - 1], wide[i][:, :, tokens - 1]) for i in CACHES)]
     for i, old in zip(CACHES, before, strict=True):
         old[:, :, tokens - 1] = given[i][:, :, tokens - 1]
@@ -103,7 +103,7 @@ def moved(B: int, tokens: int) -> int:
 
 
 def swept(B: int, tokens: int) -> dict[str, Any]:
-    """Microseconds by the splits of the cache."""
+    """Microseconds by the number of splits of the cache."""
     from gdnfuse.kernels import attention_decode as kernels
 
     chosen = kernels.splits_of(B * HKV * -(-H // HKV // kernels.QUERIES), -(-math.ceil(ROOM * tokens) // kernels.BLOCK))

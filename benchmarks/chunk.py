@@ -1,16 +1,16 @@
-"""The chunked gated delta rule, op against op: gdnfuse's kernels beside flash-linear-attention's, forward, bfloat16.
+"""The chunked gated delta rule, forward, bfloat16: gdnfuse's kernels compared with flash-linear-attention's.
 
     python benchmarks/chunk.py --json chunk.json
     python benchmarks/chunk.py --shapes 1x8192 --sides gdnfuse
     python benchmarks/chunk.py --sides gdnfuse --checkpoints 1024 --json chunk_checkpoints.json
 
 Both take the same q, k (16 heads), v (32 heads), g, β and initial state, l2-normalise q and k inside, and return the output and
-the last state. A CUDA graph runs the op over enough input sets that together exceed the L2 four times; the figure is the median
-of REPLAYS replays, in microseconds per call. The limit streams q, k, v, o and the states once at the rate of a copy, which is
-measured on the same device. Peak memory is what a call allocates beyond its inputs. No speed is reported for a side whose output
-or state is off float64's on the first SEGMENT tokens. Cold figures: seconds and machine codes of the first calls over all shapes
-with an empty Triton cache. With --checkpoints N there is one side more, gdnfuse's that leaves the states after every N tokens
-too, and `of_gdnfuse`, its time over that of gdnfuse without, measured in turns.
+the last state. A CUDA graph runs the op over sets of inputs that together are four times as large as the L2. The figure is the
+median of REPLAYS replays, in microseconds per call. The limit is the time to stream q, k, v, o and the states once at the rate of
+a copy, which is measured on the same device. Peak memory is what a call allocates in addition to its inputs. A side whose output
+or state differs from float64's on the first SEGMENT tokens gets no speed. Cold figures are seconds and machine codes of the first
+calls over all shapes with an empty Triton cache. With --checkpoints N there is one more side, gdnfuse's that also returns the
+states after every N tokens, and `of_gdnfuse`, its time divided by that of gdnfuse without, measured in turns.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ EPS = 1e-6  # of the l2norm, in both
 
 
 def call_of(side: str) -> Callable[..., Any]:
-    """A function of (q, k, v, g, beta, state) → (o, last state, and of gdnfuse states on the way)."""
+    """A function of (q, k, v, g, beta, state) → (o, last state, and for gdnfuse the states on the way)."""
     if side.startswith("gdnfuse"):
         op, every = implementations()["chunk_delta_rule"].op, every_of(side)
         return lambda q, k, v, g, beta, state: op(q, k, v, g, beta, state, K**-0.5, EPS, None, every // CHUNK, 1.0)
@@ -62,7 +62,7 @@ def call_of(side: str) -> Callable[..., Any]:
 
 
 def leaving(every: int) -> str:
-    """The side that leaves states after every so many tokens."""
+    """The name of the side that also returns states after every so many tokens."""
     return f"gdnfuse, states every {every}"
 
 
@@ -79,7 +79,7 @@ def inputs(B: int, T: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
 
 
 def error(side: str, args: tuple[torch.Tensor, ...]) -> float:
-    """The largest of the errors of output, state and states on the way on one row's first tokens."""
+    """The largest error of output, state and states on the way, on the first tokens of one row."""
     part = [x[:1, :SEGMENT].contiguous() for x in args[:5]] + [args[5][:1].contiguous()]
     options = {"checkpoint_every": every_of(side) // CHUNK}
     want = chunk_delta_rule.reference(*(x.double() for x in part), K**-0.5, EPS, **options)
@@ -102,7 +102,7 @@ def peak(call: Callable[..., Any], args: tuple[torch.Tensor, ...]) -> int:
 
 
 def cold(side: str, shapes: Sequence[tuple[int, int]]) -> dict[str, float]:
-    """First calls over all shapes, nothing compiled before."""
+    """First calls over all shapes, with nothing compiled before."""
     before = os.environ.get("TRITON_CACHE_DIR")
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TRITON_CACHE_DIR"] = folder
@@ -120,7 +120,7 @@ def cold(side: str, shapes: Sequence[tuple[int, int]]) -> dict[str, float]:
 
 
 def run_shape(B: int, T: int, sides: Sequence[str], rate: float) -> dict[str, Any]:
-    """Each side's times, and their limit at a rate in bytes per second."""
+    """The times of each side, and the limit at a rate in bytes per second."""
     size = 2 * B * T * (2 * H * K + 2 * HV * V) + 2 * 4 * B * HV * K * V
     count = max(1, math.ceil(COLD_BYTES / size))
     sets = [inputs(B, T, seed) for seed in range(count)]
@@ -139,7 +139,7 @@ def run_shape(B: int, T: int, sides: Sequence[str], rate: float) -> dict[str, An
 
 
 def cost(side: str, sets: Sequence[tuple[torch.Tensor, ...]]) -> float:
-    """Time of a side that leaves states over gdnfuse's, measured before and behind it each time; the median of ROUNDS."""
+    """Time of a side that returns states divided by gdnfuse's time before and after it; the median of ROUNDS."""
     ratios = []
     for _ in range(ROUNDS):
         before, us, behind = (statistics.median(microseconds(call_of(x), sets)) for x in ("gdnfuse", side, "gdnfuse"))

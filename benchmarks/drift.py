@@ -1,11 +1,11 @@
-"""How far a recurrent state kept in half precision drifts: errors of logits and states over many decode steps.
+"""How far a recurrent state in half precision drifts: errors of logits and states over many decode steps.
 
     python benchmarks/drift.py --models 0.8b --steps 512 --json drift.json
     python benchmarks/drift.py --models tiny --dtype float32 --steps 64       (any machine)
 
-Weights are random, of the published shapes. Every side decodes the same given tokens from the same eager prefill: eager with the
-float32 states of transformers, and gdnfuse with states in float32, bfloat16 and float16 from the prompt on. Errors are relative
-to the same weights in float32 run by eager: of the logits of WINDOW steps up to a point, and of all recurrent states there.
+Weights are random, in the published shapes. Every side decodes the same tokens after the same eager prompt: eager with the
+float32 states of transformers, and gdnfuse with states in float32, bfloat16 and float16 after the prompt. Errors are relative to
+eager with the same weights in float32: of the logits of WINDOW steps up to a point, and of all recurrent states there.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""What a decode step and a first token take in vLLM, for the column beside ours. Needs vLLM, which gdnfuse does not install.
+"""How long a decode step and a first token take in vLLM, for comparison. Needs vLLM, which gdnfuse does not install.
 
     pip install vllm && python benchmarks/engines.py --models 4b --json vllm.json
     python benchmarks/engines.py --models 0.8b,4b --batches 1,32 --lengths "" --engine-args '{"attention_backend": "FLASH_ATTN"}'
 
-Weights are random, of the published shapes: vLLM's `load_format="dummy"` on the config alone, so nothing is downloaded. Times are
-wall time of `LLM.generate`, which is what a user waits for, scheduler and sampling included. A step is the difference between
-two answers of different length, divided by the difference of their lengths; a first token is an answer of one token to a prompt
-of fresh random ids. Prefix caching is off, so that no prompt is known. Each figure is a median
-over --repeats runs after a warm-up.
+Weights are random, in the published shapes, by vLLM's `load_format="dummy"` on the config alone, so nothing is downloaded. Times
+are wall time of `LLM.generate`, which is what a user waits for, with scheduler and sampling. The time of a step is the difference
+between two answers of different length, divided by the difference of their lengths. A first token is an answer of one token to a
+prompt of new random ids. Prefix caching is off, so no prompt is known. Each figure is a median over --repeats runs after a
+warm-up.
 
-The JSON has versions, the arguments of the engine, and what each figure is. `benchmarks/figures.py` makes tables of it.
+The JSON has versions, the arguments of the engine, and the meaning of each figure. `benchmarks/figures.py` makes tables from it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from gdnfuse.bench.measure import machine
 from gdnfuse.errors import GdnfuseError
 from gdnfuse.models import load_config
 
-PROMPT = 128  # tokens before the steps that are timed
+PROMPT = 128  # tokens before the timed steps
 SHORT, LONG = 64, 320  # tokens of the two answers
 WHAT = {
     "decode": f"(time of {LONG} tokens - time of {SHORT}) / {LONG - SHORT}, prompt of {PROMPT} tokens, end of text ignored",
@@ -55,7 +55,7 @@ def engine(model: str, folder: str, longest: int, batch: int, given: dict[str, A
         "skip_tokenizer_init": True,
         "dtype": "bfloat16",
         "max_model_len": longest,
-        "max_num_batched_tokens": max(longest, 8192),  # a prompt is one piece
+        "max_num_batched_tokens": max(longest, 8192),  # so that a prompt is one piece
         "max_num_seqs": batch,
         "enable_prefix_caching": False,
         "seed": 0,

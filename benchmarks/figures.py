@@ -1,14 +1,14 @@
-"""Writes every table of figures on the pages from the JSON files in results/, and draws the plots that the pages show.
+"""Writes every table of figures on the pages from the JSON files in results/, and draws the plots of the pages.
 
-    python benchmarks/figures.py            # after a benchmark's JSON has been put into results/
-    python benchmarks/figures.py --check    # says which pages and JSON files disagree, and writes nothing
+    python benchmarks/figures.py            # after a new JSON file was put into results/
+    python benchmarks/figures.py --check    # only says which pages differ from their JSON files
 
-A page asks for a table with a comment, and everything up to the end mark is written by this script:
+A page asks for a table by a comment. This script writes everything between the comment and the end mark:
 
     <!-- figures: decode decode_4b.json -->
     <!-- end of figures -->
 
-The first word is one of TABLES, the others are files. A file that is not there yet leaves a sentence in place of the table.
+The first word is one of TABLES. The others are files. If a file does not exist yet, a sentence replaces the table.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ def by_side(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def limit_of_step(result: dict[str, Any]) -> float | None:
-    """Milliseconds. Weights alone in files of decode.py before it counted states."""
+    """Milliseconds. Files of decode.py from before it counted states only have the limit of weights."""
     return result.get("limit_with_states_ms", result.get("limit_ms"))
 
 
 def named(model: str) -> str:
-    """Models by their presets' short names, as Qwen writes them."""
+    """The name of a model. Presets have short names, and are written as Qwen writes them."""
     return f"Qwen3.5-{model.upper()}" if model[0].isdigit() else model
 
 
@@ -65,7 +65,10 @@ def sequences(batch: int) -> str:
 
 
 def results(files: dict[str, Any]) -> Rows:
-    """One line for each step and prompt of a model, with a column for each side. An engine's figures join the lines of others."""
+    """One line per step and prompt of a model, with a column per side.
+
+    The figures of an engine are added to the lines of others.
+    """
     engines = {k: v for k, v in files.items() if "engines.py" in v["command"]}
     yield ("", *SIDES.values(), "limit")
     for data in (v for k, v in files.items() if k not in engines):
@@ -123,7 +126,7 @@ def steps(files: dict[str, Any]) -> Rows:
 
 
 def step(files: dict[str, Any]) -> Rows:
-    """What each part of a step takes, over all its layers. A part's kernels are added up."""
+    """The time of each part of a step, summed over all layers and kernels."""
     parts: dict[tuple[str, str], dict[str, tuple[int, float, float]]] = {}
     heads = []
     for name, data in files.items():
@@ -248,7 +251,7 @@ def tokens(files: dict[str, Any]) -> Rows:
 
 
 def ranks(files: dict[str, Any]) -> Rows:
-    """Steps of `gdnfuse bench --tensor-parallel`; a side without ranks runs on one GPU."""
+    """Steps of `gdnfuse bench --tensor-parallel`. A side without ranks runs on one GPU."""
     yield ("", "GPUs", "per step", "limit", "weights that a GPU holds", "sums and gathers", "one sum alone", "cold first call")
     for data in files.values():
         for result in data["results"]:
@@ -295,7 +298,7 @@ def measured_on(machine: dict[str, Any]) -> str:
 
 
 def conditions(files: dict[str, Any], page: Path) -> str:
-    """Where and with what the files were measured. Files that agree in all that they say share a line."""
+    """What the files were measured on. Files with equal conditions share a line."""
     groups: list[tuple[dict[str, Any], list[str]]] = []
     for name, data in files.items():
         said = {key: data["machine"].get(key) for key in ("gpu", *VERSIONS, "vllm", "gdnfuse")}
@@ -313,7 +316,7 @@ def conditions(files: dict[str, Any], page: Path) -> str:
 
 
 def rendered(kind: str, names: Sequence[str], folder: Path, page: Path) -> str:
-    """What stands between the marks of a page: the table, then what each file was measured on."""
+    """The text between the marks of a page: the table, then what each file was measured on."""
     table, script = TABLES[kind]
     absent = [name for name in names if not (folder / name).exists()]
     if absent:

@@ -1,10 +1,10 @@
-"""Host time of our ops, launched through our Python and Triton's, and repeated: as an op, and as Inductor's code calls them.
+"""Host time of our ops: launched through Python and Triton, repeated as an op, and repeated as Inductor's code calls them.
 
     python benchmarks/launch.py --json launch.json
 
-The time is that of the host alone, as a step without CUDA graphs or a short prompt waits for it: tensors are so small that the
-device keeps up, and it is waited for after every BURST calls. Medians over ROUNDS such bursts. The first is the bare
-function; the second includes torch's dispatcher, the third (kernels/launch/inductor.py) does not.
+This is the time of the host alone, for which a step without CUDA graphs or a short prompt waits. Tensors are so small that the
+device keeps up, and the host waits for it after every BURST calls. Figures are medians over ROUNDS such bursts. The first is the
+plain function. The second includes torch's dispatcher, and the third (kernels/launch/inductor.py) does not.
 """
 
 from __future__ import annotations

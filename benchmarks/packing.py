@@ -1,9 +1,10 @@
-"""Sibling linears apart against one linear on their packed weight, by number of rows, with cold weights.
+"""Separate sibling linears compared with one linear on their packed weight, by number of rows, with cold weights.
 
     python benchmarks/packing.py --json packing.json
 
-The linears are cuBLAS's on both sides; the parts of the packed weight are its row ranges, as the model's own Parameters are after
-packing. What decides `MAX_ROWS` in gdnfuse/passes/lift/packed_linear.py: where packing stops being faster. Timed as gemm.py does.
+Both sides use cuBLAS's linears. The parts of the packed weight are its row ranges, as the model's own Parameters are after
+packing. The result decides `MAX_ROWS` in gdnfuse/passes/lift/packed_linear.py: where packing is no longer faster. It is timed as
+in gemm.py.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""One plot for each of the benchmarks' JSON files, of the kinds in PLOTS. What was measured on is below.
+"""Draws one plot for each JSON file of the benchmarks, of the kinds in PLOTS, with what was measured on below.
 
     python benchmarks/plot.py --out plots
 
-Takes every decode*.json, prefill*.json, chunk*.json, mixer*.json, attention*.json and prefix*.json of --results, by default those
-that belong to this repository, and writes a PNG of the same name for each. Needs matplotlib (the extra `plot`). Files of older
-runs do not say at which rate a copy runs: their limits are an H200's.
+It takes every decode*.json, prefill*.json, chunk*.json, mixer*.json, attention*.json and prefix*.json in --results, by default
+those of this repository, and writes a PNG of the same name for each. It needs matplotlib (the extra `plot`). Files of older runs
+do not have the rate of a copy. Their limits are those of an H200.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""What two choices for prompts stand on: which of torch's attentions, and whose kernel for a residual sum and its norm.
+"""Two choices for prompts: which of torch's attentions to use, and whose kernel for a residual sum with its norm.
 
     python benchmarks/prompt.py --json prompt.json
 
-Attention is causal, of the 4B model's heads: FlashAttention-2 against cuDNN's, and how long the first call takes of a length that
-the process has not met, which cuDNN plans for. It decides LONG in gdnfuse/kernels/causal_attention.py. Sum and norm are of the 4B
-model's width: gdnfuse's add_rms_norm against what Inductor makes of them for any number of rows, as it compiles a prompt. Medians
+Attention is causal, with the heads of the 4B model. FlashAttention-2 is compared with cuDNN's, and the first call of a new length
+is timed, for which cuDNN makes a plan. The result decides LONG in gdnfuse/kernels/causal_attention.py. Sum and norm have the
+width of the 4B model. gdnfuse's add_rms_norm is compared with what Inductor makes for any number of rows. Figures are medians
 over REPLAYS replays of a CUDA graph, per call, over SETS sets of inputs in turn, so that none is in the L2 cache. The limit of
-sum and norm moves both inputs and both results once at the rate of a copy, which is measured on the same device.
+sum and norm is the time to move both inputs and both results once at the rate of a copy, which is measured on the same device.
 """
 
 from __future__ import annotations

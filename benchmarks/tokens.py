@@ -46,7 +46,7 @@ def answer(model: torch.nn.Module, side: str, prompt: torch.Tensor, new: int, sa
     """The tokens of one `generate`, exactly `new` of them.
 
     Raises:
-        GdnfuseError: it gave fewer.
+        GdnfuseError: there were fewer.
     """
     asked = {"max_new_tokens": new, "do_sample": sample, "cache_implementation": "static", "pad_token_id": 0}
     end = model.config.vocab_size - 1

@@ -1,9 +1,9 @@
-"""Draw one Gated DeltaNet layer as it is after each stage of the compiler: docs/decode.svg and docs/prefill.svg.
+"""Draw one Gated DeltaNet layer after each stage of the compiler: docs/decode.svg and docs/prefill.svg.
 
     python docs/draw.py
 
 A box is an operation that computes, in the order of the graph; views are left out. Blue ones are gdnfuse's. The decode step is
-drawn without capture, so that the rule and the convolution are seen as they are written.
+drawn without capture, so that it shows the original code of the rule and the convolution.
 """
 
 from __future__ import annotations

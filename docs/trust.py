@@ -1,9 +1,9 @@
-"""What is tested of the promise that no token is silently wrong: runs the tests, row by row, and writes the table in trust.md.
+"""Runs the tests for the promise that no token is silently wrong, row by row, and writes the table in trust.md.
 
     make trust                                        (CPU)
-    python docs/trust.py --gpu --json trust_gpu.json  (on a machine with a GPU: only its row, trust.md stays as it is)
+    python docs/trust.py --gpu --json trust_gpu.json  (on a machine with a GPU: only that row; trust.md does not change)
 
-Each row is a run of pytest of its own. The exit code is 1 if a test failed or a row ran none.
+Each row is a separate run of pytest. The exit code is 1 if a test failed or a row ran none.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ START, END = "<!-- table -->\n", "<!-- end of table -->\n"
 NEAR_MISSES = os.environ.get("GDNFUSE_FUZZ", "1000")
 
 ROWS: dict[str, list[str]] = {
-    "Both graphs on a real call's inputs; the rewrite that makes a difference is named": ["tests/passes/test_verify.py"],
+    "Both graphs on the inputs of a real call; a rewrite that makes a difference is named": ["tests/passes/test_verify.py"],
     "A proof fails where one constant, operand or cast of a match is changed": [
         "tests/models/test_proof_bites.py",
         "tests/rewrite",
@@ -46,20 +46,20 @@ ROWS: dict[str, list[str]] = {
         "tests/generation/test_compile.py",
         "tests/generation/test_wrappers.py",
     ],
-    "Drafts checked several in a step": ["tests/generation/test_speculation.py", "tests/generation/test_mtp.py"],
+    "Drafts, several checked in one step": ["tests/generation/test_speculation.py", "tests/generation/test_mtp.py"],
     "Recurrent states in half precision": ["tests/models/test_state_dtype.py"],
     "Quantised weights: formats, sizes, events": [
         "tests/models/test_quantized.py",
         "tests/models/test_quantized_pairs.py",
         "tests/models/test_bitsandbytes.py",
     ],
-    "Models shared out over two ranks, and four": ["tests/generation/test_shards.py"],
+    "Models split over two and four ranks": ["tests/generation/test_shards.py"],
     "Models over several devices in one process": ["tests/generation/test_device_map.py"],
-    "Prefixes of prompts, taken and left": ["tests/generation/test_prefixes.py", "tests/generation/test_prefix_tree.py"],
+    "Prefixes of prompts, used and kept": ["tests/generation/test_prefixes.py", "tests/generation/test_prefix_tree.py"],
     "Weights loaded, moved, replaced, copied, saved, shared, deleted": ["tests/test_packing.py", "tests/models/test_weights.py"],
     "Low-rank adapters merged, unmerged, switched": ["tests/models/test_adapters.py"],
     "Families, prompts and steps": ["tests/models/test_families.py"],
-    "Examples, a layer written by hand among them; pictures are those of the graphs": [
+    "Examples, with a layer written by hand; pictures match the graphs": [
         "tests/test_examples.py",
         "tests/test_docs.py",
         "-k",
@@ -68,7 +68,7 @@ ROWS: dict[str, list[str]] = {
     f"Near misses of real graphs ({NEAR_MISSES} of them), shapes and layouts": ["tests/fuzz"],
     "Operations' references": ["tests/dialect"],
     "Kernels compiled for sm_80, 86, 89, 90, 100, 120 and gfx942": ["tests/kernels/test_cross_compile.py"],
-    "Each stage's graph runs and gives the same; what is fused of whole models": [
+    "The graph of each stage runs and gives the same; what is fused in whole models": [
         "tests/passes/test_stages.py",
         "tests/passes/test_fuse_linears.py",
     ],
@@ -85,8 +85,8 @@ ROWS: dict[str, list[str]] = {
         "tests/kernels/test_interpreted.py",
         "tests/kernels/test_supports.py",
     ],
-    "Kernels read nothing early that the graph writes": ["tests/passes/test_lower.py"],
-    "A launch that is repeated is the launch, in every mode and layout": [
+    "Kernels read nothing early that the same graph writes": ["tests/passes/test_lower.py"],
+    "A repeated launch equals the launch, in every mode and layout": [
         "tests/kernels/test_replay.py",
         "tests/kernels/test_repeated_launches.py",
     ],
@@ -98,13 +98,13 @@ ROWS: dict[str, list[str]] = {
         "tests/kernels/test_causal_attention.py",
     ],
     "Rows of a prompt that nobody reads are not computed, all others are": ["tests/passes/test_last_rows.py"],
-    "What reviews found": ["tests/passes/test_reviewed.py"],
+    "Cases that reviews found": ["tests/passes/test_reviewed.py"],
     "Models, threads, recompilations, resets, failing passes, training, export": [
         "tests/test_process.py",
         "tests/test_backend.py",
     ],
     "Bit-identical from run to run": ["tests/models/test_determinism.py"],
-    "Benchmarks: no speed of what is wrong": [
+    "Benchmarks: no speed for wrong results": [
         *(f"tests/test_{name}.py" for name in ("benchmarks", "bench", "step", "engines")),
     ],
 }
@@ -120,7 +120,7 @@ def run(title: str, arguments: Sequence[str], workers: int) -> dict[str, Any]:
         env = os.environ | {"GDNFUSE_FUZZ": NEAR_MISSES, "GDNFUSE_SWEEP": "1"}
         run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
         if run.returncode:
-            print(run.stdout, file=sys.stderr)  # whole: of what was drawn at random the example is nowhere else
+            print(run.stdout, file=sys.stderr)  # all of it, because a random example appears nowhere else
         suite = ElementTree.parse(file).getroot().find("testsuite") if file.exists() else None
     counts = {name: int(suite.get(name, 0)) if suite is not None else 0 for name in ("tests", "failures", "errors", "skipped")}
     failed = counts["failures"] + counts["errors"]

@@ -1,4 +1,4 @@
-"""The one-liner for `generate()`: the model is compiled in place, everything else stays as it was."""
+"""Compile a model in place and call `generate()`. Nothing else changes."""
 
 from pretrained import arguments, load
 

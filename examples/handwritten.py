@@ -1,4 +1,4 @@
-"""A layer written by hand: gdnfuse matches what is computed, not what it is called, and eager results are its measure."""
+"""A layer written by hand. gdnfuse matches what it computes, not its names. Results are compared with the uncompiled layer."""
 
 import argparse
 

@@ -1,7 +1,7 @@
 """A Gated DeltaNet layer that shares no code with transformers, one token at a time.
 
-One matrix makes the gates, q, k and v of one key head after the other, and the output's gate, which is a sigmoid. The conv has
-neither bias nor activation, and its window no column to spare. Keys are divided by their length, and little has its usual order.
+One matrix computes the gates, then q, k and v of one key head after the other, and the output's gate, which is a sigmoid. The
+conv has neither bias nor activation. Keys are divided by their length, and few things are in their usual order.
 """
 
 import torch
@@ -13,7 +13,7 @@ CHANNELS = HEADS * sum(HEAD)
 
 
 class Memory(torch.nn.Module):
-    """x [B, WIDTH] → [B, WIDTH]; window [B, CHANNELS, TAPS − 1] and memory [B, VALUES, KEY, VALUE] are moved on."""
+    """x [B, WIDTH] → [B, WIDTH]. Updates window [B, CHANNELS, TAPS − 1] and memory [B, VALUES, KEY, VALUE]."""
 
     def __init__(self):
         super().__init__()

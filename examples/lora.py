@@ -1,6 +1,6 @@
-"""An adapter of peft under a compiled model: active, switched off, merged into the weights and taken out again.
+"""An adapter of peft with a compiled model: active, disabled, merged into the weights, and unmerged again.
 
-Merging writes the weights in place, and the packed weight that the kernels read is the same memory, so nothing is packed again.
+Merging writes the weights in place. The packed weight that the kernels read is the same memory, so nothing is packed again.
 """
 
 import peft
@@ -14,7 +14,7 @@ import gdnfuse
 def main(argv=None):
     args = arguments(__doc__, argv, tokens=16)
     model, tokenizer = load(args.model)
-    lora = peft.LoraConfig(target_modules=["out_proj"], init_lora_weights=False)  # as trained: not zero
+    lora = peft.LoraConfig(target_modules=["out_proj"], init_lora_weights=False)  # not zero, as after training
     model = gdnfuse.compile(peft.get_peft_model(model, lora), inner=args.inner)
     prompt = tokenizer("The delta rule", return_tensors="pt").to(model.device)
 

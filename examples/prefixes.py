@@ -1,4 +1,4 @@
-"""A document that is asked three questions: it is computed once, and each prompt takes what is known of it."""
+"""Three questions about one document. The document is computed once, and each prompt uses what is known of it."""
 
 from pretrained import arguments, load
 
@@ -19,7 +19,7 @@ def main(argv=None, document="All that is known of the delta rule. " * 40):
         prompt = tokenizer(document + question, return_tensors="pt").input_ids.to(model.device)
         model.generate(prompt, max_new_tokens=args.tokens, do_sample=False)
         taken.append(store.stats().tokens_taken - before)
-        print(f"{taken[-1]} of the prompt's {prompt.shape[1]} tokens were known")
+        print(f"{taken[-1]} of the {prompt.shape[1]} tokens of the prompt were known")
     return taken
 
 

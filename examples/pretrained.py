@@ -1,4 +1,4 @@
-"""A model and its tokenizer, or a small Qwen3.5 with random weights where neither the hub nor a folder has them."""
+"""Load a model and its tokenizer, or a small Qwen3.5 with random weights if they are neither on the hub nor in a folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def load(name: str):
         model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
         tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
     except OSError:
-        print(f"{name} cannot be loaded, so this is a small model with random weights.")
+        print(f"{name} cannot be loaded. Using a small model with random weights instead.")
         torch.manual_seed(0)
         config = Qwen3_5TextConfig(**SIZES, **HEADS, linear_key_head_dim=64, linear_value_head_dim=64, pad_token_id=0)
         model = Qwen3_5ForCausalLM(config)

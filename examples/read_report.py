@@ -1,4 +1,4 @@
-"""The report is data: which layers are fused, what each rule did, and why a layer was left alone."""
+"""The report as data: which layers are fused, what each rule did, and why a layer was not fused."""
 
 from pretrained import arguments, load
 

@@ -1,6 +1,6 @@
-"""What would be fused in a model of which there is only a config: no weights, no GPU.
+"""What would be fused in a model, from its config alone: no weights, no GPU.
 
-The same as `gdnfuse report CONFIG --batch 8`, in Python: a model without memory is traced for a GPU that need not be there.
+The same as `gdnfuse report CONFIG --batch 8`, in Python. The model has no memory and is traced for a GPU that need not be there.
 """
 
 import argparse

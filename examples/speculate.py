@@ -1,4 +1,4 @@
-"""Speculative decoding: tokens that stood in the prompt before are checked several in a step."""
+"""Speculative decoding: tokens that occurred in the prompt before are drafted, and one step checks several."""
 
 from pretrained import arguments, load
 

@@ -1,4 +1,4 @@
-"""A decode loop of one's own: eager prefill into a StaticCache, then one compiled graph for every token, on CUDA a CUDA graph."""
+"""A decode loop of your own: an eager prompt into a StaticCache, then one compiled graph for every token."""
 
 import torch
 from pretrained import arguments, load
@@ -13,13 +13,13 @@ def main(argv=None):
     model, tokenizer = load(args.model)
     prompt = tokenizer("The delta rule", return_tensors="pt").input_ids.to(model.device)
 
-    # torch takes `mode` or options: with options, CUDA graphs are one of Inductor's.
+    # torch takes either `mode` or options. With options, CUDA graphs are an option of Inductor.
     inductor = {"triton.cudagraphs": True} if model.device.type == "cuda" else {}
     options = {"inner": args.inner, "inductor": inductor, "strict": True}
     step = torch.compile(model, backend="gdnfuse", options=options, fullgraph=True)
     cache = StaticCache(config=model.config, max_cache_len=prompt.shape[1] + args.tokens)
-    # The prefill runs eagerly: it creates the cached states, which a CUDA graph can only write when they exist before it.
-    # The cache stands behind mask and positions; its keyword is cache=, before transformers 5.24 past_key_values=.
+    # The prompt runs eagerly. It creates the states, and a CUDA graph can write only states that exist before it.
+    # The cache comes after mask and positions. Its keyword is cache= since transformers 5.24, past_key_values= before.
     tokens = [model(prompt, None, None, cache).logits[:, -1:].argmax(-1)]
     for _ in range(args.tokens - 1):
         torch.compiler.cudagraph_mark_step_begin()

@@ -65,7 +65,7 @@ def test_generate_and_static_loop_agree(capsys):
     looped = main_of("static_loop")(["--tokens", "6", *QUICK])
     generated = main_of("generate")(["--tokens", "6", *QUICK])
     assert torch.equal(generated[:, -6:], looped)
-    assert "Qwen/Qwen3.5-0.8B cannot be loaded, so this is a small model with random weights." in capsys.readouterr().out
+    assert "Qwen/Qwen3.5-0.8B cannot be loaded. Using a small model with random weights instead." in capsys.readouterr().out
 
 
 def test_read_report(capsys):
