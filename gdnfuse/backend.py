@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from gdnfuse import cache_keys, capture, compat, kernels, versions
+from gdnfuse import breaks, cache_keys, capture, compat, kernels, versions
 from gdnfuse.errors import GdnfuseError, Refused, one_line
 from gdnfuse.kernels.launch.inductor import announce
 from gdnfuse.options import DISABLE, MEASURED, Options, disabled, parse
@@ -80,6 +80,7 @@ def _compiled(
     report.device = device
     report.inner = opts.inner
     report.phase = "draft" if RUNS.drafting else report.phase
+    report.cut = _cut(gm)
     done = rewritten_copy(gm, example_inputs, opts, report)
     if opts.verify and report.rewritten and report.all_records:
         _verify(gm, done.gm, example_inputs, opts, report)
@@ -91,6 +92,14 @@ def _compiled(
     if not report.rewritten or not report.all_records and not report.layers:
         return _inner(gm, example_inputs, opts, patches)
     return _finish(done, example_inputs, patches, noting(gm, report))
+
+
+def _cut(gm: GraphModule) -> str:
+    """The sentences of a report on the graph break that ended the graph."""
+    if (reason := compat.graph_break(gm)) is None:
+        return ""
+    where, cause, fix = breaks.told(reason.reason, reason.user_stack)
+    return f"A graph must go on to the end of its function, found a graph break at {where}. {cause} {fix}".rstrip()
 
 
 def noting(gm: GraphModule, report: GraphReport) -> Callable[[Sequence[Any]], None]:

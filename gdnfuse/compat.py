@@ -510,6 +510,14 @@ def compilation_notes(utils: Any, metrics: Any, reason: Any) -> tuple[list[Any],
     return list(utils.graph_break_reasons), list(utils.get_compilation_metrics())
 
 
+@private("torch._dynamo.output_graph:GraphCompileReason", instead=lambda gm: None)
+def graph_break(reason: Any, gm: Any) -> Any:
+    """Why Dynamo ended a graph before its function was done: `reason` and `user_stack`, or None. Without it: reports do not say
+    where a graph was cut."""
+    found = getattr(gm, "compile_subgraph_reason", None)
+    return found if isinstance(found, reason) and found.graph_break else None
+
+
 @private("torch._dynamo.utils", instead=lambda most: nullcontext(), level=logging.DEBUG)
 def remembering_compilations(utils: Any, most: int) -> Any:
     """A context in which Dynamo remembers more compilations. Without it: explain knows only the last 64."""

@@ -488,6 +488,22 @@ def compilation_notes(there):
 
 
 @case
+def graph_break(there):
+    def broken(x):
+        torch._dynamo.graph_break()
+        return x.cos()
+
+    def noting(gm, inputs):
+        found.append(compat.graph_break(gm))
+        return gm.forward
+
+    found = []
+    torch.compile(lambda x: broken(x.sin()), backend=noting)(torch.ones(3))
+    broke = [bool(reason and reason.reason and reason.user_stack) for reason in found]
+    assert broke == [there, *[False] * (len(found) - 1)] and len(found) > 1
+
+
+@case
 def remembering_compilations(there):
     before = torch._dynamo.utils._compilation_metrics.maxlen
     found, most = broken()

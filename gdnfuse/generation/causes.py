@@ -13,36 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from gdnfuse import compat
+from gdnfuse.breaks import BREAKS, HOOKS, function, remedy, sentence, told
 from gdnfuse.report.records import GraphReport
 
 METRICS = 4096  # how many compilations torch remembers during one call; its default is 64
 
-# A fragment of torch's message, and what to do about it. The first match is used, else torch's own hint.
-HOOKS = (  # of libraries that put hooks on every module
-    (
-        r"accelerate[/.]hooks|AlignDevicesHook",
-        "accelerate's hooks, which a device_map over several devices and offloading put around every module, are never traced: "
-        'load the model on one device, with device_map={"": 0} or none, or compile one on several GPUs with gdnfuse.compile.',
-    ),
-    (
-        r"compressed_tensors",
-        "Call gdnfuse.models.keep_compressed(model) before the model's first call, or load the weights decompressed: "
-        "CompressedTensorsConfig(dequantize=True), run_compressed=False in older versions.",
-    ),
-)
-BREAKS = (
-    *HOOKS,
-    (r"generic_jump|[Dd]ata-dependent", "Decide it outside the compiled call, or without a branch: torch.where, torch.cond."),
-    (
-        r"\.item|scalar",
-        "Keep the value in a tensor, or read it outside the compiled call; torch._dynamo.config.capture_scalar_outputs keeps it "
-        "in the graph.",
-    ),
-    (r"`print`|[Ll]ogg", "Take the output out of the call, or name it in torch._dynamo.config.reorderable_logging_functions."),
-    (r"fla\.|causal_conv1d", "Leave capture on: it takes our op in the place of the library's function."),
-    (r"graph_break\(\)", "Remove the call of torch._dynamo.graph_break from the code."),
-    (r"[Dd]isable", "Take the function that may not be traced out of the model's call, or lift its torch.compiler.disable."),
-)
+# A fragment of torch's message, and what to do about it. The first match is used.
 RECOMPILES = (
     (
         r"(?:keys|values)\S*' size mismatch",
@@ -126,17 +102,15 @@ class Found:
         """Graph breaks, each place once. Code after a break in an inner function is traced again, and breaks again."""
         found = {}
         for reason in self.reasons:
-            frame = reason.user_stack[-1] if reason.user_stack else None
-            where = f"{frame.filename}:{frame.lineno} in {_function(frame.name)}" if frame else "unknown"
-            cause = "Data-dependent branching." if reason.reason.startswith("generic_jump") else _cause(reason.reason)
-            found[where] = Finding(GRAPH_BREAK, cause, where, remedy(BREAKS, f"{where} {reason.reason}"))
+            where, cause, fix = told(reason.reason, reason.user_stack)
+            found[where] = Finding(GRAPH_BREAK, cause, where, fix)
         for m in self.metrics:
             if m.fail_reason and not _limit(m):
                 at = (m.fail_user_frame_filename, m.fail_user_frame_lineno)
                 file, line = at if all(at) else (m.co_filename, m.co_firstlineno)
-                where = f"{file}:{line} in {_function(m.co_name)}"
+                where = f"{file}:{line} in {function(m.co_name)}"
                 found[where] = Finding(
-                    "frame left eager", _cause(m.fail_reason), where, remedy(BREAKS, f"{where} {m.fail_reason}")
+                    "frame left eager", sentence(m.fail_reason), where, remedy(BREAKS, f"{where} {m.fail_reason}")
                 )
         return list(found.values())
 
@@ -223,30 +197,16 @@ def first_break(found: Found, kinds: Sequence[str] = (GRAPH_BREAK, LEFT_EAGER)) 
     return f"{first.kind.capitalize()} at {first.where}: {first.cause}{more}", first.fix
 
 
-def remedy(known: Sequence[tuple[str, str]], text: str) -> str:
-    """What one of these lists says about a text, or the hint in the text."""
-    hint = re.search(r"^ *Hint: (.+)", text, re.MULTILINE)
-    return next((fix for pattern, fix in known if re.search(pattern, text)), hint[1].strip() if hint else "")
-
-
 def _again(m: Any, names: dict[str, str]) -> Finding | None:
     """The recompilation that a metric describes, or the limit that torch hit there. None if the cause is not known."""
     reason = _reason(m.recompile_reason or "")
-    where = names.get(m.co_name) or f"{m.co_filename}:{m.co_firstlineno} in {_function(m.co_name)}"
+    where = names.get(m.co_name) or f"{m.co_filename}:{m.co_firstlineno} in {function(m.co_name)}"
     # For code that was compiled before, by somebody else, Dynamo gives no better cause.
     unknown = not reason or "BACKEND_MATCH" in reason or "Unable to find" in reason
     if limit := _limit(m):
         last = "" if unknown else f" Last cause: {reason}."
         return Finding("recompilation limit", f"torch left it eager at {limit}.{last}", where, LIMIT.format(limit))
     return None if unknown else Finding("recompilation", reason, where, remedy(RECOMPILES, reason))
-
-
-def _cause(text: str) -> str:
-    """The first line of torch's message, and its explanation."""
-    explanation = re.search(r"^ *Explanation: (.+)", text, re.MULTILINE)
-    lines = text.strip().splitlines() or ["unknown"]
-    first = (lines[1] if lines[1:] and lines[0].endswith("raised:") else lines[0]).rstrip(".")
-    return f"{first}. {explanation[1].strip().rstrip('.')}." if explanation else f"{first}."
 
 
 def _reason(text: str) -> str:
@@ -259,8 +219,3 @@ def _limit(m: Any) -> str:
     """The setting that stopped recompilation, or an empty string."""
     found = re.search(r"Limit type: (\w+)", m.fail_reason or "")
     return found[1] if found else ""
-
-
-def _function(name: str) -> str:
-    """The function that a name stands for. Dynamo gives the rest of a function after a break a name of its own."""
-    return re.sub(r"^torch_dynamo_resume_in_(.+)_at_\d+$", r"\1", name or "unknown")

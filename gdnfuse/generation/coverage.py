@@ -1,23 +1,27 @@
 """Coverage: checks at each call whether every Gated DeltaNet layer of a model ran fused, and says why if not.
 
 The graphs count the fused layers that they run (`gdnfuse.runs`), so a call only compares two numbers. The first call of each
-compilation is watched in full: which layers ran fused, and what Dynamo noted.
+compilation is watched in full: which layers ran fused, and what Dynamo noted. If its graph broke inside a layer, nothing is fused
+across the break, which is said even where all layers ran fused.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any
 
 import torch
 
 from gdnfuse import capture
+from gdnfuse.breaks import told
 from gdnfuse.errors import GdnfuseError
 from gdnfuse.generation.causes import GRAPH_BREAK, Found, first_break, likeliest, noted
 from gdnfuse.generation.collecting import old_objects_set_aside
-from gdnfuse.generation.wrappers import gdn_layers
+from gdnfuse.generation.wrappers import decoder_layers, gdn_layers
 from gdnfuse.options import Options, disabled
 from gdnfuse.report.records import GraphReport, reports
 from gdnfuse.runs import RUNS
@@ -96,7 +100,7 @@ class Coverage:
         Raises:
             GdnfuseError: from the call, if `strict` is set and a layer did not run fused.
         """
-        wanted, first = self._wanted[phase], True
+        wanted, first, cut = self._wanted[phase], True, ""
         if not wanted:
             return fn
 
@@ -105,7 +109,7 @@ class Coverage:
             return self._traced_for_another_backend()
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            nonlocal wanted, first
+            nonlocal wanted, first, cut
             if torch.compiler.is_dynamo_compiling():  # a torch.compile around the model: there this is an ordinary function
                 look()
                 return fn(*args, **kwargs)
@@ -113,12 +117,14 @@ class Coverage:
             watched = None
             if first:
                 out, watched = self._watched(fn, args, kwargs)
-                first = False
+                first, cut = False, self._cut(phase, watched.found)
             else:
                 out = fn(*args, **kwargs)
             if (ran := RUNS.fused - before) < wanted:
                 wanted = wanted if self.strict else ran
                 self._examine(phase, ran, watched, cause)
+            elif cut and phase not in self.missing:  # of what is missing the break may be the cause, and it has been said
+                self.say(cut, cut.partition(f" in a {phase}. ")[0])
             return out
 
         return call
@@ -174,6 +180,18 @@ class Coverage:
         name = type(self.model).__name__
         self.say(f"Every GDN layer of {name} must run fused, found {counts}. {why} {fix}".rstrip(), why)
 
+    def _cut(self, phase: str, found: Found) -> str:
+        """The sentence on graph breaks inside decoder layers, or empty. Those before and behind all layers cost no fusion."""
+        codes = decoder_layers(self.model)
+        inside = [r for r in found.reasons if any(frame_is_in(frame, codes) for frame in r.user_stack)]
+        if not inside:
+            return ""
+        where, cause, fix = told(inside[0].reason, inside[0].user_stack)
+        return (
+            f"Every layer of {type(self.model).__name__} must be traced as a whole, found that its graph breaks at {where} in a "
+            f"{phase}. {cause} Nothing is fused across it. {fix}"
+        ).rstrip()
+
     def say(self, sentence: str, cause: str = "") -> None:
         """Raise the sentence if `strict` is set. Otherwise log it, once for each cause."""
         if self.strict:
@@ -181,6 +199,15 @@ class Coverage:
         if cause not in self._said:
             self._said.add(cause)
             log.log(logging.DEBUG if self.quiet else logging.WARNING, sentence)
+
+
+def frame_is_in(frame: traceback.FrameSummary, codes: Iterable[CodeType]) -> bool:
+    """Whether a line of a stack is one of these functions'."""
+    for code in codes:
+        lines = [line for *_, line in code.co_lines() if line]
+        if frame.filename == code.co_filename and min(lines) <= (frame.lineno or 0) <= max(lines):
+            return True
+    return False
 
 
 def in_parentheses(layers: Sequence[str]) -> str:

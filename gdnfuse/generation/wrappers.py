@@ -6,7 +6,9 @@ peft, torch's DistributedDataParallel and classes of your own may pass their cal
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -29,6 +31,17 @@ def gdn_layers(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
             if "D" not in own:
                 found[path] = A_log
     return found
+
+
+def decoder_layers(model: torch.nn.Module) -> set[CodeType]:
+    """The code of the forwards of a model's decoder layers: of the list that its Gated DeltaNet layers stand in, or their own."""
+    found: set[type[torch.nn.Module]] = set()
+    for path in gdn_layers(model):
+        names = path.split(".")
+        above = [model.get_submodule(".".join(names[:i])) for i in range(len(names) + 1)]
+        stack = next((m for m in reversed(above) if isinstance(m, torch.nn.ModuleList | torch.nn.Sequential)), None)
+        found |= {type(above[-1])} if stack is None else {type(m) for m in stack}
+    return {f.__code__ for f in (inspect.unwrap(cls.forward) for cls in found) if isinstance(f, FunctionType)}
 
 
 def compiled_models(model: torch.nn.Module) -> list[torch.nn.Module]:

@@ -12,6 +12,7 @@ import gdnfuse
 from gdnfuse.generation import coverage
 from gdnfuse.generation.wrappers import gdn_layers
 from gdnfuse.options import Options
+from gdnfuse.runs import RUNS
 from tests.models import zoo
 
 X = torch.ones(1, 2, 4)
@@ -97,6 +98,65 @@ def test_collections_of_a_first_call_look_at_what_it_makes_alone(frozen):
         assert aside[0] > 1000 and (aside[1] > 1000) == frozen == (gc.get_freeze_count() > 1000) and not collected
     finally:
         gc.freeze()
+
+
+def dora(model):
+    """Of peft, which Dynamo does not trace."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["gate_proj"], use_dora=True, layers_to_transform=[0])
+    return peft.get_peft_model(model, config).base_model.model.requires_grad_(False)
+
+
+@torch.no_grad()
+def test_a_break_inside_a_layer_raises_under_strict_where_all_layers_are_fused():
+    """Norm, gate and up would be one launch; in pieces they are not, and no rule sees why."""
+    model, ids = dora(zoo.causal_lm(**zoo.SMALL)), zoo.prompt(1)[0]
+    gdnfuse.compile(model, inner="eager", strict=True)
+    for _ in range(2):
+        with pytest.raises(
+            gdnfuse.GdnfuseError, match="^strict: Every layer of Qwen3_5ForCausalLM must be traced as a whole"
+        ) as e:
+            model(ids)
+        assert " in dequantize_module_weight in a prompt. " in str(e.value) and "peft's merge_adapter()" in str(e.value)
+    assert sum(r.fused_layers for r in gdnfuse.reports()) == 1
+    cut = {r.cut for r in gdnfuse.reports()} - {""}
+    assert cut and all(" must go on to the end of its function, found a graph break at " in c for c in cut)
+    assert all("peft's merge_adapter()" in c for c in cut)
+
+
+class Decoder(torch.nn.Module):
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(layers)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        torch._dynamo.graph_break()
+        return x
+
+
+def test_a_break_is_said_once_inside_the_layers_alone(said):
+    """Behind them it costs nothing."""
+    for broken in (False, True):
+        torch._dynamo.reset()
+        model = Decoder(model_of_one()).requires_grad_(False)
+        if broken:
+            break_inside(model.layers)
+        run = torch.compile(model, backend="eager")
+
+        def as_if_fused(x, run=run):
+            RUNS.fused += 1
+            return run(x)
+
+        call = coverage.Coverage(model, Options()).checked(as_if_fused, coverage.STEP)
+        for _ in range(2):
+            call(X)
+        assert len(said()) == broken
+    sentence = said()[0]
+    assert sentence.startswith("Every layer of Decoder must be traced as a whole, found that its graph breaks at ")
+    assert " in a decode step. " in sentence
+    assert "Nothing is fused across it. Remove the call of torch._dynamo.graph_break" in sentence
 
 
 @pytest.mark.parametrize("cause", CAUSES)
