@@ -56,9 +56,10 @@ def gdnfuse(
     patches = _inductor_patches(mode, opts)
     if any(isinstance(x, torch.Tensor) and x.is_cuda for x in example_inputs):
         kernels.read_triton()
+    broken = _broken(gm)
     if pieces := pieces_of(gm, example_inputs):
-        return devices.joined(gm, pieces, example_inputs, lambda gm, inputs, on: _compiled(gm, inputs, opts, patches, on))
-    return _compiled(gm, example_inputs, opts, patches)
+        return devices.joined(gm, pieces, example_inputs, lambda gm, inputs, on: _compiled(gm, inputs, opts, patches, broken, on))
+    return _compiled(gm, example_inputs, opts, patches, broken)
 
 
 def pieces_of(gm: GraphModule, example_inputs: Sequence[Any]) -> list[devices.Piece]:
@@ -73,14 +74,13 @@ def pieces_of(gm: GraphModule, example_inputs: Sequence[Any]) -> list[devices.Pi
 
 
 def _compiled(
-    gm: GraphModule, example_inputs: Sequence[Any], opts: Options, patches: dict[str, Any], device: str = ""
+    gm: GraphModule, example_inputs: Sequence[Any], opts: Options, patches: dict[str, Any], broken: str, device: str = ""
 ) -> Callable[..., Any]:
     """A graph of one device, which is named if it is a piece, or one that has to stay as it came."""
     report = new_report()
-    report.device = device
+    report.device, report.graph_break = device, broken
     report.inner = opts.inner
     report.phase = "draft" if RUNS.drafting else report.phase
-    report.cut = _cut(gm)
     done = rewritten_copy(gm, example_inputs, opts, report)
     if opts.verify and report.rewritten and report.all_records:
         _verify(gm, done.gm, example_inputs, opts, report)
@@ -94,7 +94,7 @@ def _compiled(
     return _finish(done, example_inputs, patches, noting(gm, report))
 
 
-def _cut(gm: GraphModule) -> str:
+def _broken(gm: GraphModule) -> str:
     """The sentences of a report on the graph break that ended the graph."""
     if (reason := compat.graph_break(gm)) is None:
         return ""

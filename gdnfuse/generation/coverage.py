@@ -100,7 +100,7 @@ class Coverage:
         Raises:
             GdnfuseError: from the call, if `strict` is set and a layer did not run fused.
         """
-        wanted, first, cut = self._wanted[phase], True, ""
+        wanted, first, broken = self._wanted[phase], True, ""
         if not wanted:
             return fn
 
@@ -109,7 +109,7 @@ class Coverage:
             return self._traced_for_another_backend()
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            nonlocal wanted, first, cut
+            nonlocal wanted, first, broken
             if torch.compiler.is_dynamo_compiling():  # a torch.compile around the model: there this is an ordinary function
                 look()
                 return fn(*args, **kwargs)
@@ -117,14 +117,14 @@ class Coverage:
             watched = None
             if first:
                 out, watched = self._watched(fn, args, kwargs)
-                first, cut = False, self._cut(phase, watched.found)
+                first, broken = False, self._broken(phase, watched.found)
             else:
                 out = fn(*args, **kwargs)
             if (ran := RUNS.fused - before) < wanted:
                 wanted = wanted if self.strict else ran
                 self._examine(phase, ran, watched, cause)
-            elif cut and phase not in self.missing:  # of what is missing the break may be the cause, and it has been said
-                self.say(cut, cut.partition(f" in a {phase}. ")[0])
+            elif broken and phase not in self.missing:  # of what is missing the break may be the cause, and it has been said
+                self.say(broken, broken.partition(f" in a {phase}. ")[0])
             return out
 
         return call
@@ -180,7 +180,7 @@ class Coverage:
         name = type(self.model).__name__
         self.say(f"Every GDN layer of {name} must run fused, found {counts}. {why} {fix}".rstrip(), why)
 
-    def _cut(self, phase: str, found: Found) -> str:
+    def _broken(self, phase: str, found: Found) -> str:
         """The sentence on graph breaks inside decoder layers, or empty. Those before and behind all layers cost no fusion."""
         codes = decoder_layers(self.model)
         inside = [r for r in found.reasons if any(frame_is_in(frame, codes) for frame in r.user_stack)]

@@ -311,7 +311,7 @@ class GraphReport:
         records: records that belong to no GDN layer, such as those of an MLP.
         rewritten: False if the graph was handed on unchanged; `note` then says why.
         note: a sentence, or empty.
-        cut: sentences on the graph break that ended the graph before its function was done, or empty: nothing is fused across it.
+        graph_break: sentences on the one that ended the graph before its function was done, or empty: nothing is fused across it.
         inner: the backend that compiled the rest.
         device: where the graph runs, if it is one of those that a graph over several devices was cut into; empty otherwise.
         nodes_before, nodes_after: call nodes of the whole graph.
@@ -335,7 +335,7 @@ class GraphReport:
     records: list[Record] = field(default_factory=list)
     rewritten: bool = True
     note: str = ""
-    cut: str = ""
+    graph_break: str = ""
     inner: str = ""
     device: str = ""
     nodes_before: int = 0

@@ -168,15 +168,15 @@ def where(blocks: Iterable[BlockReport]) -> str:
 
 
 def left(report: GraphReport) -> list[str]:
-    """One line on where the graph was cut, and one for the GDN layers that are not fused, by what they lack."""
+    """One line on where the graph breaks, and one for the GDN layers that are not fused, by what they lack."""
     notes: dict[str, list[str]] = {}
     for layer in report.layers:
         if not layer.fused:
             declined = any(r.status in (Status.REFUSED, Status.UNMATCHED) for r in layer.records)
             note = layer.note or ("What is refused or not matched says why." if declined else layer.why_not)
             notes.setdefault(note, []).append(layer.path)
-    cut = [report.cut] if report.cut else []
-    return cut + [f"Not fused: {_paths(paths)}. {note}" for note, paths in notes.items()]
+    broken = [report.graph_break] if report.graph_break else []
+    return broken + [f"Not fused: {_paths(paths)}. {note}" for note, paths in notes.items()]
 
 
 def _paths(paths: list[str]) -> str:
