@@ -45,6 +45,7 @@ ROWS: dict[str, list[str]] = {
         "tests/models/test_generate.py",
         "tests/generation/test_compile.py",
         "tests/generation/test_wrappers.py",
+        "tests/generation/test_coverage.py",
     ],
     "Drafts, several checked in one step": ["tests/generation/test_speculation.py", "tests/generation/test_mtp.py"],
     "Recurrent states in half precision": ["tests/models/test_state_dtype.py"],
