@@ -38,23 +38,29 @@ def join(gm: GraphModule) -> int:
     return gone
 
 
-def _gathered(whole: Node) -> tuple[Node, Node] | None:
+def _gathered(whole: Node) -> tuple[Node, Any] | None:
     """Of a to_local the linear whose output it is, of all ranks side by side, and the mesh of these; or None."""
-    if op_name(whole) != "to_local" or whole.kwargs or len(whole.args) != 1:
+    chain = [whole]
+    for name in ("to_local", "redistribute", "from_local"):
+        node = chain[-1]
+        if op_name(node) != name or not node.args or not isinstance(node.args[0], Node):
+            return None
+        if node is not whole and len(node.users) != 1:
+            return None
+        chain.append(node.args[0])
+    _, everywhere, cut, x = chain
+    if (
+        op_name(x) != "linear"
+        or not is_tensor(x)
+        or value(x).requires_grad
+        or not all(map(compat.is_sharded, map(value, chain[1:3])))
+    ):
         return None
-    everywhere = whole.args[0]
-    if not isinstance(everywhere, Node) or op_name(everywhere) != "redistribute" or len(everywhere.users) != 1:
-        return None
-    cut = everywhere.args[0]
-    if not isinstance(cut, Node) or op_name(cut) != "from_local" or len(cut.users) != 1 or len(cut.args) != 3:
-        return None
-    x, mesh, _ = cut.args
-    if not is_tensor(x) or op_name(x) != "linear" or value(x).requires_grad or value(mesh).ndim != 1:
+    mesh, columns = value(cut).device_mesh, value(x).shape[-1]
+    if mesh.ndim != 1 or not isinstance(columns, int) or value(whole).shape[-1] != mesh.size() * columns:
         return None
     (of_ranks,), (result,) = value(cut).placements, value(everywhere).placements
-    columns = value(x).shape[-1]
-    even = isinstance(columns, int) and value(whole).shape[-1] == value(mesh).size() * columns
-    return (x, mesh) if even and of_ranks.is_shard(value(x).ndim - 1) and result.is_replicate() else None
+    return (x, mesh) if of_ranks.is_shard(value(x).ndim - 1) and result.is_replicate() else None
 
 
 def _movable(gm: GraphModule, group: list[tuple[Node, Node]]) -> list[tuple[Node, Node]]:
@@ -71,8 +77,8 @@ def _movable(gm: GraphModule, group: list[tuple[Node, Node]]) -> list[tuple[Node
     return together
 
 
-def _gather(gm: GraphModule, ops: tuple[Any, Any], mesh: Node, together: list[tuple[Node, Node]]) -> None:
-    (gather, wait), ranks, name = ops, value(mesh).size(), value(mesh).get_group().group_name
+def _gather(gm: GraphModule, ops: tuple[Any, Any], mesh: Any, together: list[tuple[Node, Node]]) -> None:
+    (gather, wait), ranks, name = ops, mesh.size(), mesh.get_group().group_name
     for (before, _), (x, _) in itertools.pairwise(together):
         before.append(x)
     last = together[-1][0]

@@ -29,6 +29,7 @@ SYNONYMS = {
     "concatenate": "cat",
     "permute": "transpose",
     # In torch 2.11 Dynamo makes functions for methods of DTensors.
+    "prim from_local": "from_local",
     "prim_to_local": "to_local",
     "prim_redistribute": "redistribute",
 }
