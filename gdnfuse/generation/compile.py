@@ -101,7 +101,9 @@ def compile(
         borders = [device_map.Borders(one) for one in models]
         kept = None if artifacts is None else files.read(artifacts)
     prefill = prefill or prefill is None and parsed.capture
-    if parsed.one_shot_bytes == gdnfuse_options.MEASURED:
+    if tensor_parallel == shards.HEADS:
+        options = {"one_shot_bytes": gdnfuse_options.MEASURED, **options}
+    if options.get("one_shot_bytes") == gdnfuse_options.MEASURED:
         options = {**options, "one_shot_bytes": links.one_shot_bytes(shards.device_of(models[0]))}
     settings = _Settings(mode, fullgraph, dynamic, prefill, state_dtype, prefixes, proposer, options)
     if kept is not None:
