@@ -258,8 +258,10 @@ def ranks(files: dict[str, Any]) -> Rows:
             for row in result["sides"]:
                 name, _, way = row["side"].partition(":")
                 found, calls = row.get("decode", {}), row.get("collectives", {})
+                layers = data["arguments"]["layers"]
+                model = named(data["arguments"]["model"]) + (f" ({layers} layers)" if layers else "")
                 yield (
-                    ", ".join([named(data["arguments"]["model"]), SIDES[name], *way.replace("_", "-").split(":")]).rstrip(", "),
+                    ", ".join([model, SIDES[name], *way.replace("_", "-").split(":")]).rstrip(", "),
                     str(row.get("ranks", 1)) if found else "",
                     number(found.get("ms"), 2, " ms") or f"no speed: {row.get('failed') or found['failed']}",
                     number(row.get("limit_ms", result["limit_ms"]), 2, " ms") if found else "",
