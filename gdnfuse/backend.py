@@ -15,12 +15,12 @@ from gdnfuse.errors import GdnfuseError, Refused, one_line
 from gdnfuse.kernels.launch.inductor import announce
 from gdnfuse.options import DISABLE, MEASURED, Options, disabled, parse
 from gdnfuse.packing import PackedWeights, taking
-from gdnfuse.passes import devices, verify
+from gdnfuse.passes import collectives, devices, verify
 from gdnfuse.passes.growing_keys import mark
 from gdnfuse.pipeline import Compilation, original, rewrite
 from gdnfuse.report.records import Comparison, GraphReport, Status, new_report, publish
 from gdnfuse.rewrite.graph import is_tensor, module_stack, value
-from gdnfuse.runs import RUNS
+from gdnfuse.runs import RANKS, RUNS
 
 log = logging.getLogger(__name__)
 
@@ -146,15 +146,20 @@ def rewritten_copy(
     if not report.rewritten:
         return as_it_came
     try:
-        return rewrite(original(gm), example_inputs, opts, report, plan)
+        done, why = rewrite(original(gm), example_inputs, opts, report, plan), ""
     except GdnfuseError:
         raise
     except Exception as e:
         # A bug of ours must not cost the user the model: it runs as it came, and says so.
         log.exception("gdnfuse failed on this graph, which is compiled by %s as it came", opts.inner)
-        report.rewritten, report.layers, report.records = False, [], []
-        report.note = f"A pass failed: {one_line(e)}."
-        return as_it_came
+        done, why = as_it_came, f"A pass failed: {one_line(e)}."
+    if RANKS.agree is not None and (sent := collectives.sent(gm)):
+        disagreed = RANKS.agree(sent, collectives.sent(done.gm))
+        why = why or disagreed
+    if not why:
+        return done
+    report.rewritten, report.layers, report.records, report.note = False, [], [], why
+    return as_it_came
 
 
 def _to_trace(report: GraphReport) -> None:

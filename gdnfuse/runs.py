@@ -1,9 +1,12 @@
-"""Counts how many fused Gated DeltaNet layers the graphs of a thread have run, so that a call can check whether it was fused."""
+"""Counts how many fused Gated DeltaNet layers the graphs of a thread have run, so that a call can check whether it was fused.
+
+And what the ranks of a process agree by before they compile a graph.
+"""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -27,4 +30,15 @@ class Runs(threading.local):
     drafting: bool = False
 
 
-RUNS = Runs()
+class Ranks:
+    """How ranks agree on a graph, for all threads.
+
+    Attributes:
+        agree: called with what a graph sends to other ranks as it came, and as it would be compiled. Its answer is why it must be
+            compiled as it came, on all ranks; or empty. None if ranks do not agree, as in a process alone.
+    """
+
+    agree: Callable[[Sequence[str], Sequence[str]], str] | None = None
+
+
+RUNS, RANKS = Runs(), Ranks()

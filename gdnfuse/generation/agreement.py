@@ -7,10 +7,13 @@ out, after half an hour by default.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import json
+import logging
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +22,10 @@ from gdnfuse import compat, versions
 from gdnfuse.errors import GdnfuseError, one_line
 
 SECONDS = 8.0  # how long a rank waits for the others
+OF_A_GRAPH = 120.0  # and while they compile one graph, for which ranks need different times
 _calls = itertools.count()  # each rank makes the same number of calls
+_graphs: Counter[str] = Counter()  # how often a graph that sends the same was compiled
+log = logging.getLogger("gdnfuse")
 
 
 class Alone:
@@ -80,6 +86,36 @@ class Agreement:
                 if heard[rank] is not None:
                     compat.heard_from_rank(f"{key}/{rank}/heard", 1.0)
         return heard
+
+
+def on_graph(before: Sequence[str], after: Sequence[str]) -> str:
+    """Compare with the other ranks what a graph would send, before it is compiled.
+
+    A rank that rewrites a graph while another cannot would wait for what the other one never sends. A rank that compiles nothing
+    now, while the others do, is waited for OF_A_GRAPH seconds. Then this rank compiles what it has.
+
+    Args:
+        before: the collectives of the graph as it came, in order, each with what it sends.
+        after: those of the graph as it would be compiled.
+
+    Returns:
+        Why all ranks must compile it as it came; empty if all would send the same.
+    """
+    if not torch.distributed.is_initialized():
+        return ""
+    same, sent = (hashlib.sha256(json.dumps(list(x)).encode()).hexdigest() for x in (before, after))
+    key, until = f"gdnfuse/graph/{same}/{_graphs[same]}", time.monotonic() + OF_A_GRAPH
+    _graphs[same] += 1
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    compat.say_to_ranks(f"{key}/{rank}", f"{sent} {len(after)}")
+    for other in range(ranks):
+        text = compat.heard_from_rank(f"{key}/{other}", max(until - time.monotonic(), 0.01))
+        if text is None:
+            log.warning("gdnfuse waits for rank %d to compile a graph with collectives, found that it compiles none.", other)
+        elif text.split()[0] != sent:
+            found = f"{len(after)} collectives on rank {rank} and {text.split()[1]} others on rank {other}"
+            return f"All ranks must send the same from a graph, found {found}: it stays as it came on all."
+    return ""
 
 
 def _versions() -> dict[str, Any]:

@@ -17,12 +17,13 @@ from gdnfuse import options as gdnfuse_options
 from gdnfuse.errors import GdnfuseError
 from gdnfuse.generation import artifacts as files
 from gdnfuse.generation import device_map, generate, links, shards, stages
+from gdnfuse.generation.agreement import on_graph
 from gdnfuse.generation.arguments import checking_arguments, parameters_of
 from gdnfuse.generation.caches import cache_finder, check_state_dtype, holds_states, mark_lengths, preparing_caches
 from gdnfuse.generation.coverage import PROMPT, SHORT, STEP, VERIFY, Coverage
 from gdnfuse.generation.hooks import Hooks
 from gdnfuse.generation.wrappers import compiled_models, handing_on
-from gdnfuse.runs import RUNS
+from gdnfuse.runs import RANKS, RUNS
 
 
 def compile(
@@ -108,6 +109,8 @@ def compile(
     settings = _Settings(mode, fullgraph, dynamic, prefill, state_dtype, prefixes, proposer, options)
     if kept is not None:
         files.load(kept, models[0])
+    if agreement.ranks > 1:
+        RANKS.agree = on_graph
     for one, (mesh, mixers) in zip(models, plans, strict=True):
         shards.prepare(one, mesh, mixers, agreement)
     with device_map.made(borders):

@@ -37,6 +37,13 @@ def collectives(gm: GraphModule) -> Iterator[Node]:
             yield node
 
 
+def sent(gm: GraphModule) -> list[str]:
+    """What a graph sends to other ranks, in order: each collective with the sizes and dtype of its result."""
+    found = [(op_name(n), value(n)) for n in collectives(gm)]
+    sizes = lambda x: [n if isinstance(n, int) else "any" for n in x.shape]  # noqa: E731  ranks may name symbols differently
+    return [f"{name} {sizes(x)} {x.dtype}" if isinstance(x, torch.Tensor) else name for name, x in found]
+
+
 def out_of_place(gm: GraphModule) -> None:
     """x.copy_(wait_tensor(all_reduce(x))) goes, and who read x behind it reads the result, where nobody could tell."""
     found = [n for n in gm.graph.nodes if op_name(n) == "copy_" and _in_place(n)]

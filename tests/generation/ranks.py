@@ -26,6 +26,7 @@ import gdnfuse
 from gdnfuse import backend, versions
 from gdnfuse.bench import run
 from gdnfuse.generation import agreement, shards, stages
+from gdnfuse.passes import gathers
 from gdnfuse.passes.collectives import ONE_SHOT, ONE_SHOT_NORM, SUM, collectives
 from gdnfuse.report.records import Status, between_ranks
 from gdnfuse.rewrite.graph import op_name
@@ -240,6 +241,28 @@ def a_rank_that_fails_in_a_layer_has_all_put_back_what_they_had():
     assert torch.equal(model(ids).logits, wanted) and not hasattr(model, shards.CUT)
     gdnfuse.compile(model, tensor_parallel="heads", inner="eager")
     close(model.forward(ids).logits, whole(ids).logits)
+
+
+@check
+def a_rank_whose_pass_fails_has_all_compile_the_graph_as_it_came():
+    """Here the others would gather four projections at once, which it would not."""
+    whole, model = loaded("causal_lm", **HEADS)
+    torch._dynamo.reset()
+    gdnfuse.clear_reports()
+    join = gathers.join
+    if rank() == 1:
+        gathers.join = lambda gm: 1 // 0
+    try:
+        with graphs() as found:
+            gdnfuse.compile(model, tensor_parallel="as_loaded", inner="eager")
+            ids, _ = zoo.prompt(2)
+            logits = [m(input_ids=ids, **zoo.held(zoo.new_cache(m, "static"))).logits for m in (model, whole)]
+            close(*logits)
+    finally:
+        gathers.join = join
+    (report,) = gdnfuse.reports()
+    assert not report.rewritten and found[0][GATHERS] == 7 and not found[0][GATHER], (report.note, found)
+    assert ("ZeroDivisionError" if rank() == 1 else "must send the same from a graph, found ") in report.note, report.note
 
 
 @check
