@@ -34,11 +34,11 @@ FUNCTIONS = (
 ON_GPU = FUNCTIONS[2:]
 # What a class may say about its weights: the value that the op expects, and the others.
 LAYOUT = {
-    "has_gate": (True, "a gate beside up"),
+    "has_gate": (True, "a gate with up"),
     "has_bias": (False, "no biases"),
     "is_transposed": (False, "weights of [experts, out, in]"),
     "is_concatenated": (True, "all rows of gate above those of up"),
-    "has_post_expert_norm": (False, "no norm behind an expert"),
+    "has_post_expert_norm": (False, "no norm after an expert"),
 }
 # (rows, experts per row, experts, columns, columns inside): one row, several, every expert, and one expert for all.
 SIZES = ((1, 2, 5, 6, 4), (7, 3, 5, 6, 4), (3, 4, 4, 3, 5), (4, 1, 3, 4, 2))

@@ -188,7 +188,7 @@ def _find_layers(gm: GraphModule, report: GraphReport) -> None:
             found[path].launches_before += survey.launches(n)
     for caller, body in _bodies(gm):
         for path in (module_stack(anchor)[-1] for anchor in gating.RULE.anchors(body.graph)):
-            note = f"A layer must stand in the graph itself, found it in a function that is given to {caller}."
+            note = f"A layer must be in the graph itself, found it in a function that is an argument of {caller}."
             found.setdefault(path, LayerReport(path, note=f"{note} {REMEDIES.get(caller, '')}".strip()))
     report.layers += found.values()
     if anchors:

@@ -249,12 +249,12 @@ def widen(model: torch.nn.Module) -> None:
             for w, data in narrow:
                 w.data = data.float()
 
-        def behind(*_: Any, narrow=narrow) -> None:
+        def narrow_again(*_: Any, narrow=narrow) -> None:
             for w, data in narrow:
                 w.data = data
 
         layer.register_forward_pre_hook(before)
-        layer.register_forward_hook(behind)
+        layer.register_forward_hook(narrow_again)
 
 
 def weights_of(module: torch.nn.Module) -> list[torch.Tensor]:

@@ -245,9 +245,7 @@ def tables(data: dict[str, Any]) -> str:
     for result in data["results"]:
         rows = [{"acceptance": PLAIN, **result["plain"], "speedup": 1.0}, *result["drafts"]]
         columns = (*SHOWN, "speedup")
-        shown = [
-            {"drafts that stand": str(r["acceptance"])} | {c.replace("_", " "): f"{r[c]:.3g}" for c in columns} for r in rows
-        ]
+        shown = [{"drafts accepted": str(r["acceptance"])} | {c.replace("_", " "): f"{r[c]:.3g}" for c in columns} for r in rows]
         title = f"{data['arguments']['model']}, {result['speculate']}, replay of all layers {result['replay_ms']:.3g} ms"
         parts.append("\n".join([title, table(shown), *result["graphs"]]))
     return "\n\n".join(parts)

@@ -25,7 +25,7 @@ def reference(
         activation: "silu" or "none".
         context: [B, D, S], the columns before x, oldest first, of which the last W − 1 are read; zero where there are fewer.
         cu_seqlens: [N + 1] integers, bounds of sequences packed into each row of x, the last of which ends with x: nothing before
-            an inner bound is seen behind it.
+            an inner bound is used after it.
 
     Returns:
         [B, D, T] in x's dtype, one rounding from the float32 sum; D is the innermost axis in memory.

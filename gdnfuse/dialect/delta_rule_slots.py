@@ -99,6 +99,6 @@ op = register(
     reference,
     fake,
     examples,
-    equation="fused_gating_delta_rule from states[slots[b, accepted − 1]], the state behind token t to states[slots[b, t]]!",
+    equation="fused_gating_delta_rule from states[slots[b, accepted − 1]], the state after token t to states[slots[b, t]]!",
     mutates=("states",),
 )

@@ -48,7 +48,7 @@ def reference(
         conv_offset: column of the first channel.
         activation: of the conv, "silu" or "none".
         parts: offset, stride and width of one part after the other, of which every key head has its own columns in the row, those
-            of head h from offset + h·stride: the result has the parts one behind the other, each with its heads side by side.
+            of head h from offset + h·stride: in the result the parts follow each other, each with adjacent heads.
             None where the row has them so.
         heads: how many key heads.
         scales, format, zeros, lora_A, lora_B, lora_parts, lora_scaling: as of fused_linear.

@@ -128,7 +128,7 @@ def load(artifacts: Artifacts, model: torch.nn.Module) -> bool:
     if other := [name for name in wanted if artifacts.about.get(name) != wanted[name]]:
         required, found = (", ".join(f"{name} {facts.get(name)}" for name in other) for facts in (wanted, artifacts.about))
         log.warning(
-            "Artifacts must be made for %s, found %s in %s, so all is compiled as without them: make them anew with "
+            "Artifacts must be made for %s, found %s in %s, so everything is compiled as without them: make them again with "
             "gdnfuse.warmup(model, save=…).",
             *(required, found, artifacts.file),
         )
@@ -143,8 +143,8 @@ def load(artifacts: Artifacts, model: torch.nn.Module) -> bool:
         reason = "torch does not take them"
     if kept is None:
         log.warning(
-            "Artifacts must go to the caches of torch and Triton on disk, found that those of %s do not (%s), so all that is "
-            "missing there is compiled: look for room and permissions, or make them anew.",
+            "Artifacts must be written to the caches of torch and Triton on disk, found that those of %s were not (%s), so what "
+            "is missing there is compiled: check free space and permissions, or make them again.",
             *(artifacts.file, reason),
         )
     return kept is not None

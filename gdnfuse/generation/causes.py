@@ -26,28 +26,28 @@ RECOMPILES = (
     ),
     (
         r"size mismatch|\.size\(\)\[|stride mismatch",
-        "Sizes that change get a graph for all of them at the second one; dynamic=True makes that one at once.",
+        "The second size compiles a graph for all sizes. With dynamic=True that happens at the first.",
     ),
     (r"GLOBAL_STATE|grad_mode|is_grad", "Run every call under the same mode: all of them under torch.no_grad()."),
     (
         r"dispatch key",
-        "Run every call under the same mode: tensors made under torch.inference_mode() are others than those of torch.no_grad().",
+        "Run every call under the same mode: tensors from torch.inference_mode() differ from those of torch.no_grad().",
     ),
-    (r"dtype|expected type|device", "Give every call inputs of the same kinds, dtypes and devices."),
+    (r"dtype|expected type|device", "Use inputs of the same kinds, dtypes and devices in every call."),
     (
         r"has_previous_state|is_initialized|_states|cumulative_length",
         "Compile prompts and decode steps separately, as gdnfuse.compile does: a filled cache needs another graph.",
     ),
-    (r"layer_idx|___check_obj_id|___check_type_id|ID_MATCH", "Compile the model as a whole rather than its layers one by one."),
+    (r"layer_idx|___check_obj_id|___check_type_id|ID_MATCH", "Compile the whole model, not its layers one by one."),
     (
         r" == \S+",
-        "A Python number is a constant of its graph: hand over one that changes as a tensor, or compile with dynamic=True.",
+        "A Python number is a constant in its graph: pass a number that changes as a tensor, or compile with dynamic=True.",
     ),
 )
-LIMIT = "Remove what compiles it again; if all of it is wanted, raise torch._dynamo.config.{}."
+LIMIT = "Remove the cause of the recompilations. If all are needed, raise torch._dynamo.config.{}."
 NOTES = (
     (r"without gradients", "Call under torch.no_grad() or torch.inference_mode(), or model.requires_grad_(False)."),
-    (r"autocast", "Leave autocast out and load the model in the dtype it should run in."),
+    (r"autocast", "Do not use autocast; load the model in the dtype that it should run in."),
     (r"one mode from start to end", "Enter autocast or inference mode around the compiled call, not inside it."),
     (r"leave graphs alone", "Unset GDNFUSE_DISABLE."),
     (r"on one device", 'Load the model on one device, with device_map={"": 0} or none.'),

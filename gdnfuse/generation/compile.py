@@ -276,7 +276,7 @@ def _check_mode(mode: str | None, parsed: gdnfuse_options.Options) -> None:
 
 
 def mode_or_options(mode: str | None, options: dict[str, Any]) -> dict[str, Any]:
-    """torch.compile refuses mode and options together, so beside options a mode becomes the Inductor options it stands for."""
+    """torch.compile does not accept mode and options together. So with options, a mode becomes its Inductor options."""
     if not options:
         return {"mode": mode, "options": None}
     if mode is not None and (settings := compat.modes()[mode]):

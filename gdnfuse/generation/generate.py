@@ -212,7 +212,9 @@ class Run:
         """Continue this run without the store."""
         self._left, self.why_not = True, why
         if self._keeps and self.prefixes.leave_out(why):
-            log.info("generate uses a prefix store for prompts of plain tokens, found that %s, so nothing is taken or kept.", why)
+            log.info(
+                "generate uses a prefix store only for prompts of plain tokens, found that %s, so the store is not used.", why
+            )
 
     def finish(self, out: Any, drafted: tuple[Any, list[torch.Tensor]] | None = None) -> None:
         """Keep the whole turn, if the cache has seen exactly what `generate` returned.

@@ -64,7 +64,7 @@ class Acceptance:
         return (
             f"{self.accepted} of {self.drafted} drafts accepted ({self.rate:.0%}), {self.tokens_per_step:.2f} tokens per step: "
             f"{self.rounds} steps with drafts and {self.plain_steps} plain ones"
-            f"{f', what stands replayed by delta_rule_commit ({self.replay})' if self.replay else ''}."
+            f"{f', accepted tokens replayed by delta_rule_commit ({self.replay})' if self.replay else ''}."
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -185,7 +185,7 @@ def _prompts(ids: torch.Tensor, every: int) -> list[torch.Tensor]:
     one, two = WARM_PROMPTS
     prompts = [ids[:, :one], ids[:, :two]]
     if every:
-        anew, known = ids.roll(1, 1), ids[:, :one]
+        new, known = ids.roll(1, 1), ids[:, :one]
         one, two = (LONG - 1) * every + one, LONG * every + two
-        prompts += [ids.flip(1)[:, :one], ids[:, :one], anew[:, :two], torch.cat([known, anew], 1)[:, :two]]
+        prompts += [ids.flip(1)[:, :one], ids[:, :one], new[:, :two], torch.cat([known, new], 1)[:, :two]]
     return prompts

@@ -324,7 +324,7 @@ def attend(
         overlap: whether both kernels may start while the kernel before them runs.
         new: k, v, q_norm_weight, k_norm_weight, cos, sin, position, norm_eps and norm_offset of attention_decode, norms
             contiguous; or None where q is normed and turned, and keys and values are complete.
-        longer: with `new`, whose position is then None, where keys and values go with the new ones behind them:
+        longer: with `new`, whose position is then None, where keys and values are stored with the new ones appended:
             [B, HKV, L + 1, D] each, contiguous.
 
     Returns:

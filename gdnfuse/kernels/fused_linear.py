@@ -239,7 +239,7 @@ def supports(
     if lora_A:
         _require_lora(x, weights, scales, lora_A, lora_B)
     if _rows(x) > 1:
-        around = {"norm or gate before": norm_weight, "residual behind": residual}
+        around = {"norm or gate before": norm_weight, "residual after": residual}
         if given := [name for name, t in around.items() if t is not None]:
             raise Refused(f"Several rows can have SwiGLU after their linear and nothing else, found a {given[0]} it.")
         quantized.config_of_rows(weight, format, _rows(x), swiglu, parts, devices.of(x.device))

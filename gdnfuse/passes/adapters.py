@@ -21,7 +21,7 @@ from gdnfuse.passes.rows import one_row
 from gdnfuse.rewrite.graph import foreign, is_tensor, op_name, peel, same_shape, value
 
 LINEARS = ("linear", "gdnfuse.packed_linear")
-MERGE = "Take that away, or merge the adapter."
+MERGE = "Remove that, or merge the adapter."
 
 
 @dataclass(frozen=True)

@@ -27,20 +27,20 @@ ARGUMENTS = (
 # By the prefix of the name of bitsandbytes' product: why a projection is left to it, and what to do about it.
 STAYS = {
     "bitsandbytes.gemm_4bit": (
-        "a format that no kernel here reads where bitsandbytes keeps it, so on a GPU it stays with bitsandbytes' own: for "
-        "projections that are fused call gdnfuse.models.keep_four_bit(model) before the first call"
+        "a format that no kernel here reads in bitsandbytes' own layout, so on a GPU bitsandbytes computes it: call "
+        "gdnfuse.models.keep_four_bit(model) before the first call"
     ),
     "bitsandbytes.gemv_4bit": (
-        "a format that nothing here reads, on a CPU a layout that the weight was turned to at a call: there set "
+        "a format that gdnfuse does not read, on a CPU a layout that bitsandbytes made at a call: there set "
         "support_avx512bf16_for_cpu = False on each Linear4bit before the first call"
     ),
     "bitsandbytes.int8": (
-        "a format of which bitsandbytes quantises activations too, but for outliers: load a checkpoint in int8 of "
+        "a format for which bitsandbytes also quantises activations, except outliers: load a checkpoint in int8 of "
         "compressed-tensors"
     ),
     # Ops that convert a weight to that format within the call.
     "bitsandbytes.dequantize_blockwise": (
-        "a format that nothing here reads, on a CPU turned to another layout at the first call: there set "
+        "a format that gdnfuse does not read, on a CPU in another layout since the first call: there set "
         "support_avx512bf16_for_cpu = False on each Linear4bit before that"
     ),
 }

@@ -22,8 +22,8 @@ from gdnfuse.rewrite.graph import is_tensor, kept_meta, op_name, value
 # Attributes of torchao's weights that mean more than a weight: activations are quantised or scaled too.
 MORE = ("act_quant_kwargs", "act_quant_scale", "act_quant_zero_point", "act_pre_scale")
 # What to do about other formats.
-INT4 = "torchao has a kernel's own order in each of its packings, so load int4 as compressed-tensors stores it (W4A16)"
-OTHER = "quantise to a scale per row, weights alone"
+INT4 = "each packing of torchao has the order of one of its kernels, so load int4 from a checkpoint of compressed-tensors (W4A16)"
+OTHER = "quantise only weights, with a scale per row"
 KINDS = {"Int8Tensor": "int8", "Float8Tensor": "fp8"}
 
 
@@ -46,7 +46,7 @@ def format_of(weight: torch.Tensor) -> str:
             f"A weight that is a subclass must be one of torchao's {known}, found {cls.__module__}.{cls.__name__}: {instead}."
         )
     if held := [name for name in MORE if getattr(weight, name, None) is not None]:
-        raise Refused(f"A weight of torchao's must be quantised alone, found {cls.__name__} with {held[0]}.")
+        raise Refused(f"A weight of torchao must have no quantised activations, found {cls.__name__} with {held[0]}.")
     kind, block, (M, N) = KINDS[cls.__name__], list(weight.block_size), weight.qdata.shape
     zero = getattr(weight, "zero_point", None)
     if block == [1, N]:

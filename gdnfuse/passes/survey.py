@@ -52,8 +52,8 @@ PRODUCTS = (
 )  # ops that a linear may call instead of linear
 # What to load instead, by a part of the name of the module's class.
 INSTEAD = {
-    "gptqmodel": "load a checkpoint that compressed-tensors stores (W4A16)",
-    "nvfp4": "load the checkpoint that is in FP8",
+    "gptqmodel": "load a checkpoint of compressed-tensors (W4A16)",
+    "nvfp4": "load a checkpoint in FP8",
 }
 GROUPED = ("_grouped_mm", "grouped_mm")
 WRITTEN = {"copy_": 1, "index_copy_": 3, "setitem": 2}  # they write as many bytes as this argument has

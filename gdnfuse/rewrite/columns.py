@@ -13,7 +13,7 @@ from gdnfuse.rewrite.evaluate import evaluate_node, hint
 from gdnfuse.rewrite.graph import is_cast, is_tensor, op_name, rearranges, value
 from gdnfuse.rewrite.pattern import Mismatch
 
-ROW = "gdnfuse_row"  # key of the meta of a tensor that is a row of its own, though its columns stand elsewhere in another order
+ROW = "gdnfuse_row"  # key in the meta of a tensor that is a row itself, although its columns come from elsewhere in another order
 
 
 class Columns:

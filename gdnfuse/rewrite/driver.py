@@ -111,7 +111,9 @@ def deciding(record: Record, outcome: Outcome) -> Iterator[None]:
 
 def failed(record: Record, error: Exception) -> Record:
     """The record of a bug in gdnfuse. The log has the whole error."""
-    log.error("the rule %s failed at %s, which stays as it was", record.rule, record.anchor or "all its anchors", exc_info=error)
+    log.error(
+        "the rule %s failed at %s, which is left unchanged", record.rule, record.anchor or "all its anchors", exc_info=error
+    )
     record.status, record.reason, record.at = Status.REFUSED, f"The rule {record.rule} failed: {one_line(error)}.", record.anchor
     record.failed = True
     return record

@@ -66,7 +66,7 @@ def nothing(model):
 
 
 CAUSES = {  # what is done to the model, settings of Dynamo, and words of the cause and of what to do about it
-    "disabled function": (disable, {}, "Graph break at", "lift its torch.compiler.disable"),
+    "disabled function": (disable, {}, "Graph break at", "remove its torch.compiler.disable"),
     "graph break": (break_inside, {}, "User-inserted graph break", "Remove the call of torch._dynamo.graph_break"),
     "gradients": (keep_gradients, {}, "must run without gradients", "Call under torch.no_grad()"),
     "errors suppressed": (keep_gradients, {"suppress_errors": True}, "must run without gradients", "Call under torch.no_grad()"),

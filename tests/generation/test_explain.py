@@ -135,7 +135,7 @@ def test_graph_breaks_have_place_cause_and_fix(broken):
     assert [b.where for b in found.breaks] == [f"{__file__}:{line + n} in branching" for n in (2, 4)]
     assert "torch.where" in found.breaks[0].fix and "reorderable_logging_functions" in found.breaks[1].fix
     assert "print" in found.breaks[1].cause
-    assert "2 graph breaks" in str(found) and "  → Decide it outside" in str(found)
+    assert "2 graph breaks" in str(found) and "  → Make the decision outside" in str(found)
 
 
 def test_gradients_leave_a_graph_as_it_came():
@@ -158,7 +158,7 @@ def calls_of(function, *calls):
 X = torch.ones(3)
 RECOMPILED = {
     "torch.no_grad()": [lambda step: step(X, 0), torch.no_grad()(lambda step: step(X, 0))],
-    "dynamic=True makes": [lambda step: step(X, 0), lambda step: step(torch.ones(4), 0)],
+    "With dynamic=True that happens": [lambda step: step(X, 0), lambda step: step(torch.ones(4), 0)],
     "inputs of the same kinds": [lambda step: step(X, 0), lambda step: step(X.double(), 0)],
     "A Python number": [lambda step: step(X, 0), lambda step: step(X, 1)],
     "torch.inference_mode()": [torch.no_grad()(lambda step, x=x: step(x, 0)) for x in (X, torch.inference_mode()(torch.ones)(3))],

@@ -117,7 +117,7 @@ REFUSED = [
     ("fused_linear", kernel_cases.linear(4, 8, lead=(1, 0)), "x must have at most 32 rows, found the sizes [1, 0, 8]."),
     ("fused_linear", kernel_cases.linear(4, 256, lead=(2, 1), norm=True), f"{SEVERAL_ROWS}, found a norm or gate before it."),
     ("fused_linear", kernel_cases.linear(4, 256, lead=(2, 1), head=16), f"{SEVERAL_ROWS}, found a norm or gate before it."),
-    ("fused_linear", kernel_cases.linear(4, 256, lead=(2, 1), residual=True), f"{SEVERAL_ROWS}, found a residual behind it."),
+    ("fused_linear", kernel_cases.linear(4, 256, lead=(2, 1), residual=True), f"{SEVERAL_ROWS}, found a residual after it."),
     ("fused_linear", kernel_cases.linear(4, 40, BF16, lead=(2, 1)), f"{STEPS} 32, found 40."),
     ("fused_linear", kernel_cases.linear(4, 40, lead=(32, 1), swiglu=True), f"{STEPS} 32, found 40."),
     (

@@ -103,7 +103,7 @@ def test_weights_may_be_exchanged():
         (
             lambda: quantization.Int8DynamicActivationInt8WeightConfig(version=2),
             5e-2,  # activations that differ in the last bit fall to other integers
-            "A weight of torchao's must be quantised alone, found Int8Tensor with act_quant_kwargs.",
+            "A weight of torchao must have no quantised activations, found Int8Tensor with act_quant_kwargs.",
         ),
         (
             lambda: quantization.Int8WeightOnlyConfig(granularity=quantization.PerGroup(32), version=2),
@@ -132,8 +132,8 @@ def test_int4_is_refused_by_name():
         subclasses.format_of(weight)
     assert e.value.reason == (
         "A weight that is a subclass must be one of torchao's Int8Tensor and Float8Tensor, found "
-        f"{int4.Int4Tensor.__module__}.Int4Tensor: torchao has a kernel's own order in each of its "
-        "packings, so load int4 as compressed-tensors stores it (W4A16)."
+        f"{int4.Int4Tensor.__module__}.Int4Tensor: each packing of torchao has the order of one of its "
+        "kernels, so load int4 from a checkpoint of compressed-tensors (W4A16)."
     )
 
 

@@ -172,7 +172,7 @@ UNMATCHED = {
     ),
     "a cache behind the token": (
         layer(keys_of=lambda a, b: longer(b, a), values_of=lambda a, b: longer(b, a)),
-        "keys of all tokens so far, [B, HKV, L, D], and behind them those of one",
+        "keys of all tokens so far, [B, HKV, L, D], followed by those of one",
     ),
     "two tokens": (
         layer(

@@ -83,7 +83,7 @@ def test_the_rule_takes_q_k_and_v_as_the_conv_leaves_them(order):
     graph = fused(lambda row, *rest: layer(*parts_of(row, ORDERS[0]), *rest, order=order), *arguments(torch.randn(B, 1, N)))
     record = graph.outcome.records[0]
     assert record.rule == "packed_decode" and (record.status == Status.FIRED) == (order == "qkv")
-    assert order == "qkv" or "q, k and v one behind the other as all 32 columns of one row" in record.reason
+    assert order == "qkv" or "q, k and v in order as all 32 columns of one row" in record.reason
 
 
 def test_heads_that_are_not_equally_far_apart():

@@ -31,7 +31,7 @@ def test_linears_of_gptq_and_awq_are_told(monkeypatch):
     (own,) = [p for p in gdnfuse.reports()[-1].projections if p.computed == OWN_LIBRARY]
     assert (own.format, own.bytes) == ("TorchQuantLinear", 32) and own.reason == (
         "A projection must be torch's linear on a weight of a known format, found TorchQuantLinear, which calls matmul: load a "
-        "checkpoint that compressed-tensors stores (W4A16)."
+        "checkpoint of compressed-tensors (W4A16)."
     )
 
 

@@ -276,7 +276,7 @@ nested = torch.compiler.nested_compile_region(inside)
 def test_a_layer_in_a_function_that_is_given_to_an_op_is_not_fused_and_that_is_said(op):
     same_as_eager(IN_FUNCTIONS[op], torch.randn(2, 3, 4))
     (layer,) = gdnfuse.reports()[0].layers
-    sentence = f"A layer must stand in the graph itself, found it in a function that is given to {op}."
+    sentence = f"A layer must be in the graph itself, found it in a function that is an argument of {op}."
     assert not layer.fused and layer.why_not.startswith(sentence) and ("eval()" in layer.why_not) == ("checkpoint" in op)
     with pytest.raises(Exception, match=f"strict: the GDN layer .* is not fused. {sentence}"), torch.no_grad():
         torch._dynamo.reset()

@@ -32,7 +32,7 @@ class FusePackedDecode(Rule[Step]):
         found = torch.cat([columns.of(bound[name], B) for name in ("q", "k", "v")])
         row, *others = columns.rows
         if others or columns.rows[row] != D or not torch.equal(found, torch.arange(D)):
-            raise Mismatch(anchor, f"q, k and v one behind the other as all {D} columns of one row", "others")
+            raise Mismatch(anchor, f"q, k and v in order as all {D} columns of one row", "others")
         operands = {"mixed_qkv": bring(row, (B, 1, D), "mixed_qkv"), **{name: bound[name] for name in GATES}}
         facts = Step(bound["scale"], bound["l2norm_eps"], bound["beta_scale"])
         m = Match(operands, [anchor], facts, writes={"recurrent_state": anchor})

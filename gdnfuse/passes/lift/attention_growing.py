@@ -69,7 +69,7 @@ def _longer(node, name):
     shapes = [value(t).shape for t in tensors]
     if len(shapes) != 2 or any(len(shape) != 4 for shape in shapes) or axis not in (2, -2) or not same(shapes[1][2], 1):
         found = f"{' and '.join(str(list(shape)) for shape in shapes)} along {axis}"
-        raise Mismatch(cat, f"{name} of all tokens so far, [B, HKV, L, D], and behind them those of one", found)
+        raise Mismatch(cat, f"{name} of all tokens so far, [B, HKV, L, D], followed by those of one", found)
     return cat, *tensors
 
 

@@ -78,7 +78,7 @@ class LiftDeltaRule(Rule[Facts]):
 
     def check(self, m):
         if len(m.facts.shape) == 3 and m.facts.T > 1:
-            raise Refused(f"The outputs of {m.facts.T} steps must be stacked, found that they stand alone.", at=m.outputs[0])
+            raise Refused(f"The outputs of {m.facts.T} steps must be stacked, found separate ones.", at=m.outputs[0])
 
     def rewrite(self, m, t):
         results = call(delta_rule.op.overload, t.q, t.k, t.v, t.g, t.beta, t.state, m.facts.scale)

@@ -53,7 +53,7 @@ class LiftExperts(Rule[Facts]):
     def match(self, anchor):
         _, root = _behind(anchor)
         if root is None:
-            raise Mismatch(anchor, "a sum over the choices of a row behind it", "none")
+            raise Mismatch(anchor, "a sum over the choices of a row after it", "none")
         env = PATTERN.match(root)
         x, indices = _rows(env["x"], env["gate_up"])
         gate_up, down = (_stored(env[name]) for name in ("gate_up", "down"))
