@@ -198,9 +198,9 @@ REFUSED = [
         "x and gate_up must have one dtype, found bfloat16",
     ),
     ("experts", with_argument("experts", "down", torch.zeros(6, 8, 24).mT), "down must have contiguous rows, found the strides"),
-    ("experts", with_argument("experts", "down", torch.zeros(6, 24, 9)), "gate_up must have the sizes [6, 18, 24], got"),
+    ("experts", with_argument("experts", "down", torch.zeros(6, 24, 9)), "gate_up must have the sizes [6, 18, 24], found"),
     ("experts", with_argument("experts", "shared_up", torch.zeros(8, 24)), "A shared expert must have gate, up and down"),
-    ("experts", two_rows_of_indices, "indices must have the sizes [1], got"),
+    ("experts", two_rows_of_indices, "indices must have the sizes [1], found"),
     ("experts", with_argument("experts", "routing_weights", torch.zeros(1, 2)), "indices must be of int64 and like"),
     (
         "experts",
