@@ -121,11 +121,11 @@ def hooked(where, hook):
 
 
 HOOKED = {
-    ("x of base", "must read what its projection reads, found mul before the projection. Take"): lambda t: t * 2,
+    ("x of base", "must read what its projection reads, found mul before the projection. Remove"): lambda t: t * 2,
     ("x of A", "must read what its projection reads, found dropout before A. Call model.eval"): lambda t: F.dropout(t, 1.0),
     ("A", "must read A·x directly, found relu in between. Remove"): torch.relu,
     ("B", "which nothing else reads, as LoRA does; found that clamp reads B·A·x"): lambda t: t.clamp(-1, 1),
-    ("base", "must be read by the sum with its adapter alone, found that exp reads it otherwise. Take"): torch.exp,
+    ("base", "must be read by the sum with its adapter alone, found that exp reads it otherwise. Remove"): torch.exp,
 }
 
 
