@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 HOOKS = (  # of libraries that put hooks on every module
     (
         r"accelerate[/.]hooks|AlignDevicesHook",
-        "accelerate's hooks, which a device_map over several devices and offloading put around every module, are never traced: "
+        "accelerate's hooks, which a device_map over several devices and offloading put on every module, cannot be traced: "
         'load the model on one device, with device_map={"": 0} or none, or compile one on several GPUs with gdnfuse.compile.',
     ),
     (
@@ -21,16 +21,19 @@ HOOKS = (  # of libraries that put hooks on every module
 )
 BREAKS = (
     *HOOKS,
-    (r"generic_jump|[Dd]ata-dependent", "Decide it outside the compiled call, or without a branch: torch.where, torch.cond."),
+    (
+        r"generic_jump|[Dd]ata-dependent",
+        "Make the decision outside the compiled call, or without a branch: torch.where, torch.cond.",
+    ),
     (
         r"\.item|scalar",
-        "Keep the value in a tensor, or read it outside the compiled call; torch._dynamo.config.capture_scalar_outputs keeps it "
+        "Keep the value in a tensor, or read it outside the compiled call. torch._dynamo.config.capture_scalar_outputs keeps it "
         "in the graph.",
     ),
-    (r"`print`|[Ll]ogg", "Take the output out of the call, or name it in torch._dynamo.config.reorderable_logging_functions."),
-    (r"fla\.|causal_conv1d", "Leave capture on: it takes our op in the place of the library's function."),
+    (r"`print`|[Ll]ogg", "Remove the output from the call, or name it in torch._dynamo.config.reorderable_logging_functions."),
+    (r"fla\.|causal_conv1d", "Leave capture on: it replaces the library's function by an op of gdnfuse."),
     (r"graph_break\(\)", "Remove the call of torch._dynamo.graph_break from the code."),
-    (r"[Dd]isable", "Take the function that may not be traced out of the model's call, or lift its torch.compiler.disable."),
+    (r"[Dd]isable", "Remove the disabled function from the model's call, or remove its torch.compiler.disable."),
 )
 # A file on the way to the break, where nothing above says more.
 THROUGH = (
