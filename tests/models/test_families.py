@@ -102,7 +102,7 @@ def assert_layers(phase, expected):
         assert Counter(op for op in layer.ops_after if op not in VIEWS) == Counter(expected)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", some(NAMES, *(n for n in NAMES if n != "qwen3_5, 27B's heads")))
 def test_a_prompt_and_its_steps(name):
     family = family_of(name)
     model = family.build()
@@ -113,7 +113,7 @@ def test_a_prompt_and_its_steps(name):
 
 
 # Those of the first with experts are in test_experts.
-@pytest.mark.parametrize("name", some(FAMILIES, *(n for n in FAMILIES if not n.startswith("qwen3_5"))))
+@pytest.mark.parametrize("name", some(FAMILIES, *(n for n in FAMILIES if not n.startswith(("qwen3_5", "lara")))))
 def test_steps_of_one_sequence(name):
     family = family_of(name)
     model = family.build()

@@ -13,6 +13,7 @@ from gdnfuse.formats import named
 from gdnfuse.passes import subclasses
 from gdnfuse.report.records import OWN_LIBRARY
 from tests.models import zoo
+from tests.sweeps import some
 
 quantization = pytest.importorskip("torchao.quantization")
 CONFIGS = {
@@ -49,7 +50,7 @@ def compiled(model):
     return torch.compile(model, backend="gdnfuse", fullgraph=True, options={"inner": "eager", "strict": True})
 
 
-@pytest.mark.parametrize("format", CONFIGS)
+@pytest.mark.parametrize("format", some(CONFIGS, "fp8"))
 def test_a_model_is_fused_as_a_plain_one(format):
     config, name = CONFIGS[format]
     model = quantized(config())
