@@ -98,7 +98,7 @@ def _broken(gm: GraphModule) -> str:
     """The sentences of a report on the graph break that ended the graph."""
     if (reason := compat.graph_break(gm)) is None:
         return ""
-    where, cause, fix = breaks.told(reason.reason, reason.user_stack)
+    where, cause, fix = breaks.describe(reason.reason, reason.user_stack)
     return f"A graph must go on to the end of its function, found a graph break at {where}. {cause} {fix}".rstrip()
 
 

@@ -58,8 +58,8 @@ class Break(NamedTuple):
     fix: str
 
 
-def told(reason: str, stack: Sequence[Any]) -> Break:
-    """What a break is in words.
+def describe(reason: str, stack: Sequence[Any]) -> Break:
+    """Describe a break in words.
 
     Args:
         reason: torch's message.
@@ -73,7 +73,7 @@ def told(reason: str, stack: Sequence[Any]) -> Break:
 
 
 def remedy(known: Sequence[tuple[str, str]], text: str, otherwise: str = "") -> str:
-    """What one of these lists says about a text, or else what is given, or the hint in the text."""
+    """The remedy of the first pattern that matches the text, else `otherwise`, else the hint in the text."""
     hint = re.search(r"^ *Hint: (.+)", text, re.MULTILINE)
     return next((fix for pattern, fix in known if re.search(pattern, text)), otherwise or (hint[1].strip() if hint else ""))
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gdnfuse import compat
-from gdnfuse.breaks import BREAKS, HOOKS, function, remedy, sentence, told
+from gdnfuse.breaks import BREAKS, HOOKS, describe, function, remedy, sentence
 from gdnfuse.report.records import GraphReport
 
 METRICS = 4096  # how many compilations torch remembers during one call; its default is 64
@@ -102,7 +102,7 @@ class Found:
         """Graph breaks, each place once. Code after a break in an inner function is traced again, and breaks again."""
         found = {}
         for reason in self.reasons:
-            where, cause, fix = told(reason.reason, reason.user_stack)
+            where, cause, fix = describe(reason.reason, reason.user_stack)
             found[where] = Finding(GRAPH_BREAK, cause, where, fix)
         for m in self.metrics:
             if m.fail_reason and not _limit(m):

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from gdnfuse import capture
-from gdnfuse.breaks import told
+from gdnfuse.breaks import describe
 from gdnfuse.errors import GdnfuseError
 from gdnfuse.generation.causes import GRAPH_BREAK, Found, first_break, likeliest, noted
 from gdnfuse.generation.collecting import old_objects_set_aside
@@ -186,7 +186,7 @@ class Coverage:
         inside = [r for r in found.reasons if any(frame_is_in(frame, codes) for frame in r.user_stack)]
         if not inside:
             return ""
-        where, cause, fix = told(inside[0].reason, inside[0].user_stack)
+        where, cause, fix = describe(inside[0].reason, inside[0].user_stack)
         return (
             f"Every layer of {type(self.model).__name__} must be traced as a whole, found that its graph breaks at {where} in a "
             f"{phase}. {cause} Nothing is fused across it. {fix}"
