@@ -27,14 +27,6 @@ if hasattr(torch._dynamo.config, "side_effect_replay_policy"):
 if hasattr(torch._dynamo.config, "run_gc_after_compile"):
     torch._dynamo.config.run_gc_after_compile = False
 torch._dynamo.guards.profile_guard_manager = lambda *args: 0.0
-# A setting is read by a function. These, which no test changes, are read at every instruction or node that Dynamo traces, and are
-# most of all that it reads.
-OFTEN_READ = (
-    "verbose", "nested_graph_breaks", "use_graph_deduplication", "track_nodes_for_deduplication",
-    "skip_tensor_guards_with_matching_dict_tags", "max_saved_pointers_for_recursive_dict_tags_check",
-)  # fmt: skip
-settings = torch._dynamo.config
-vars(settings).update({name: getattr(settings, name) for name in OFTEN_READ if hasattr(settings, name)})
 
 
 def pytest_collection_finish():
