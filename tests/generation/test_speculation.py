@@ -104,7 +104,7 @@ def test_tokens_are_greedys_in_200_cases(family, proposer):
     run(family, proposer, range(40))
 
 
-@pytest.mark.parametrize("proposer", PROPOSERS)
+@pytest.mark.parametrize("proposer", some(PROPOSERS, "draft"))
 def test_in_bfloat16_the_first_difference_is_a_near_tie(proposer):
     model = built().bfloat16()
     for seed in range(4):

@@ -48,7 +48,7 @@ def ops(report, block):
             marks=pytest.mark.sweep,
         ),
         pytest.param("lara_mini", SIZES, 1, False, marks=pytest.mark.sweep),
-        ("lara_mini", SIZES, 33, False),
+        pytest.param("lara_mini", SIZES, 33, False, marks=pytest.mark.sweep),  # of two sequences it is in test_families
     ],
 )
 @torch.no_grad()
