@@ -268,7 +268,7 @@ class _Chain:
         if hidden is None:
             raise GdnfuseError(
                 "MTP reads the model's last hidden states, found that its graphs were traced without them: "
-                "gdnfuse.compile(model, speculate=gdnfuse.MTP(...))."
+                "call gdnfuse.compile(model, speculate=gdnfuse.MTP(...))."
             )
         if self.in_parts and self.first is None and hidden.shape[0] == len(tokens) and hidden.shape[1] < tokens.shape[1]:
             self.parts = []  # so that there is no gap

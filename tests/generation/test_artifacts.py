@@ -148,7 +148,7 @@ def test_a_file_that_is_not_whole_is_one_sentence_and_nothing_is_loaded(saved, t
             GdnfuseError, match=r"^artifacts must be .*damaged is damaged or another kind of file: write it again\.$"
         ):
             gdnfuse.compile(model, artifacts=damaged)
-    for file, found in ((foreign, "has another schema"), (tmp_path / "none", "is not there"), (tmp_path, "cannot be read")):
+    for file, found in ((foreign, "has another schema"), (tmp_path / "none", "does not exist"), (tmp_path, "cannot be read")):
         with pytest.raises(GdnfuseError, match=rf"^artifacts must be [^.]*.*{found}[^.]*"):
             gdnfuse.compile(model, artifacts=file)
     assert not loaded and compat.compiled_call(model) is None
