@@ -218,7 +218,7 @@ def test_a_call_that_hands_nothing_on_is_said(tmp_path):
     of.check(model)
     chain = of.start(Run(model, None, 99, False))
     ids = zoo.prompt(1, 6)[0]
-    with pytest.raises(gdnfuse.GdnfuseError, match="graphs that were traced without them: call gdnfuse.compile"):
+    with pytest.raises(gdnfuse.GdnfuseError, match="graphs were traced without them: call gdnfuse.compile"):
         chain.hear(ids)
     with torch.no_grad():
         model(ids)
