@@ -25,7 +25,7 @@ from transformers.distributed.configuration_utils import DistributedConfig
 import gdnfuse
 from gdnfuse import backend, versions
 from gdnfuse.bench import run
-from gdnfuse.generation import agreement, shards, stages
+from gdnfuse.generation import agreement, links, shards, stages
 from gdnfuse.passes import gathers
 from gdnfuse.passes.collectives import ONE_SHOT, ONE_SHOT_NORM, SUM, collectives
 from gdnfuse.report.records import Status, between_ranks
@@ -175,6 +175,7 @@ def by_heads_a_mixer_has_one_all_reduce():
     assert mlps == [["fused_linear", "linear", "one_shot_all_reduce"]] * 2, mlps
     assert between_ranks(step)["one_shot_all_reduce"] == (4, 4 * 4 * 64)
     assert fired(step)["mixer_linears"] == 1
+    assert links._right(links.SIZES[0], dist.group.WORLD.group_name, "cpu")
 
 
 @check
