@@ -335,7 +335,9 @@ def test_a_model_on_a_cache_with_a_sliding_window_is_left_to_attention_alone():
         for report in gdnfuse.reports()
     ]
     assert first["attention_growing"] == "" and others
+    # Torch 2.11 and transformers 5.17 have the length of what stays as a symbol of its own.
+    older = versions.older("torch", (2, 12)) or versions.older("transformers", (5, 19))
     for reasons in others:
-        why = reasons["attention_growing"]  # torch 2.11 has the length of what stays as a symbol of its own
-        assert "must stay in the cache whole" in why or versions.older("torch", (2, 12)) and "must have the shape" in why
-        assert reasons["attention_few_queries"] == "" or versions.older("torch", (2, 12))
+        why = reasons["attention_growing"]
+        assert "must stay in the cache whole" in why or older and "must have the shape" in why
+        assert reasons["attention_few_queries"] == "" or older
