@@ -366,7 +366,7 @@ def _lines(rows: Sequence[dict[str, Any]]) -> str:
         figures = [f"{row['us']:.1f}", f"{100 * row['share']:.1f} %", *moved, f"{row['gap_us']:.1f}"]
         lines.append([where, row["kernel"][:NAME], row["count"], each, *figures])
     headers = ["what", "kernel", "count", "µs each", "µs a step", "share", "MB a step", "limit µs", "gap µs"]
-    align = ("left", "left", *["accurate"] * 7)
+    align = ("left", "left", *["right"] * 7)
     return tabulate(lines, headers, disable_numparse=True, colalign=align)
 
 

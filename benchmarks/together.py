@@ -21,11 +21,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-FOLDER, PLACE, COUNT = (
-    "GDNFUSE_TOGETHER",
-    "GDNFUSE_TOGETHER_PLACE",
-    "GDNFUSE_TOGETHER_COUNT",
-)  # environment of those beside others
+# In the environment of each: the folder that all share, its own number, and how many there are.
+FOLDER, PLACE, COUNT = "GDNFUSE_TOGETHER", "GDNFUSE_TOGETHER_PLACE", "GDNFUSE_TOGETHER_COUNT"
 POLL, SETTLED = 0.2, 3.0  # seconds: between looks at the others; and that a device has to finish what it was given
 
 

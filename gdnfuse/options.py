@@ -30,8 +30,8 @@ class Options:
         fuel: how many rewrites may be made; None for all. It helps to find the rewrite that causes a difference.
         checkpoint_every: 0, or a multiple of 64. The graph of a prompt then also leaves the states of its GDN layers after every
             so many tokens in `gdnfuse.runs.RUNS.checkpoints`, if somebody collects them. A prefix store sets this option.
-        one_shot_bytes: sums over ranks of at most so many bytes go through symmetric memory, in one launch that reads the parts
-            of all ranks. MEASURED is for `gdnfuse.compile` with `tensor_parallel`: it measures up to which size that is faster.
+        one_shot_bytes: sums over ranks of at most so many bytes go through symmetric memory, in one launch of each rank. MEASURED
+            is for `gdnfuse.compile` with `tensor_parallel`: it measures up to which size that is faster.
         target: the device type to choose kernels for, e.g. "cuda". None takes it from the tensors. For reports without a GPU.
     """
 

@@ -298,6 +298,32 @@ def test_weight_bytes_counts_the_experts_that_a_step_chooses():
     assert decode.weight_bytes(model, batch=2) == rest + experts * 7 // 16
 
 
+ALONE = """
+import json, sys, time
+sys.path.insert(0, sys.argv[1])
+import together
+together.SETTLED = 0.0
+rate = together.rate(time.time)
+together.turn()
+start = time.time()
+time.sleep(0.3)
+json.dump([rate, start, time.time()], open(sys.argv[3], "w"))
+"""
+
+
+def test_benchmarks_that_run_together_are_timed_one_after_the_other(tmp_path, capfd):
+    together = importlib.import_module("together")
+    script, broken = tmp_path / "one.py", tmp_path / "broken.py"
+    script.write_text(ALONE)
+    broken.write_text("raise SystemExit(3)")  # the others do not wait for it
+    files = [tmp_path / f"{i}.json" for i in range(3)]
+    lines = [f"{one} {ROOT / 'benchmarks'} --json {file}" for one, file in zip((script, script, broken), files, strict=True)]
+    assert together.main(lines) == 3 and together.quiet()
+    (rate, start, end), (same, later, last) = sorted((json.loads(f.read_text()) for f in files[:2]), key=lambda one: one[1])
+    assert rate == same and rate < start < end <= later < last
+    assert together.main([str(script)]) == 2 and "--json FILE" in capfd.readouterr().err
+
+
 @torch.no_grad()
 def test_routing_that_is_held_is_not_changed_by_roundings():
     routing = importlib.import_module("routing")

@@ -91,8 +91,8 @@ class Agreement:
 def on_graph(before: Sequence[str], after: Sequence[str]) -> str:
     """Compare with the other ranks what a graph would send, before it is compiled.
 
-    A rank that rewrites a graph while another cannot would wait for what the other one never sends. A rank that compiles nothing
-    now, while the others do, is waited for OF_A_GRAPH seconds. Then this rank compiles what it has.
+    If one rank rewrites a graph and another cannot, the first would wait for what the other never sends. If another rank does not
+    compile this graph within OF_A_GRAPH seconds, a warning says so, and this rank compiles its own.
 
     Args:
         before: the collectives of the graph as it came, in order, each with what it sends.
@@ -111,7 +111,8 @@ def on_graph(before: Sequence[str], after: Sequence[str]) -> str:
     for other in range(ranks):
         text = compat.heard_from_rank(f"{key}/{other}", max(until - time.monotonic(), 0.01))
         if text is None:
-            log.warning("gdnfuse waits for rank %d to compile a graph with collectives, found that it compiles none.", other)
+            needed = f"Every rank must compile a graph with collectives within {OF_A_GRAPH:g} s of the first"
+            log.warning("%s, found nothing from rank %d: call the model on all ranks with the same inputs.", needed, other)
         elif text.split()[0] != sent:
             found = f"{len(after)} collectives on rank {rank} and {text.split()[1]} others on rank {other}"
             return f"All ranks must send the same from a graph, found {found}: it stays as it came on all."
