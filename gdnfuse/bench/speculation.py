@@ -11,6 +11,7 @@ compiles, and records CUDA graphs on a GPU. Medians are over the other generatio
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -20,11 +21,13 @@ from typing import Any
 import torch
 
 import gdnfuse
-from gdnfuse.bench.measure import machine, seconds
+from gdnfuse.bench.measure import COLD_BYTES, bandwidth, machine, replayed, seconds, time_steps
 from gdnfuse.errors import GdnfuseError
 from gdnfuse.generation import mtp
 from gdnfuse.generation.caches import cache_argument
+from gdnfuse.generation.feeding import Fed, compiled_steps
 from gdnfuse.generation.proposers import MOST_DRAFTS, Always, Proposer, check_count
+from gdnfuse.generation.rollback import commit
 from gdnfuse.generation.speculation import Acceptance, Generation, Speculative
 from gdnfuse.models import load_config, random_model
 from gdnfuse.progress import announce
@@ -157,14 +160,48 @@ class Bench:
             "steps_with_drafts": sum(a.rounds for a in found) / sum(a.rounds + a.plain_steps for a in found),
         }
 
-    def replay_ms(self, of: Proposer) -> float:
-        """Milliseconds to replay all tokens of a step into the states of all layers, averaged over many replays."""
+    @torch.no_grad()
+    def steps_ms(self, T: int) -> float:
+        """Milliseconds of a step of T tokens, of many in a row: nothing is waited for, proposed or chosen between them.
+
+        Steps of several tokens are recorded, and taken back.
+        """
         self.fill()
-        with torch.no_grad():
-            T = of.n + 1
-            self.cache._commit(T, T)
-            many = lambda: [self.cache._commit(T, T) for _ in range(LAUNCHES)]  # noqa: E731
-            return 1e3 * statistics.median(seconds(many, self.settings.device) / LAUNCHES for _ in range(5))
+        if T == 1:
+            self.cache.stop_past_recording()
+        capacity, length = self.cache.capacity, self.settings.prompt
+        fed = Fed(self.model, self.cache, None, capacity, length, compiled_steps(self.model, True))
+
+        def step(tokens: torch.Tensor) -> None:
+            fed(tokens, last=T == 1)
+            if T > 1:
+                self.cache.crop(-T)
+                fed.length -= T
+
+        # Blocks of steps as long as the answers that are generated, so that steps of one token fit the cache.
+        tokens = self.ids[:, :1].repeat(1, T).expand(self.settings.new, -1, -1)
+        times = time_steps(step, tokens, self.settings.device, self.settings.new // 2)
+        return statistics.median(times)
+
+    @torch.no_grad()
+    def replay_ms(self, of: Proposer) -> float:
+        """Milliseconds to replay all tokens of a step into the states of all layers. On a GPU in a CUDA graph, on cold states."""
+        self.fill()
+        T = of.n + 1
+        arguments = self.cache.replay(T, T)
+        bytes_ = sum(x.nbytes for x in arguments if isinstance(x, torch.Tensor))
+        if torch.device(self.settings.device).type != "cuda":
+            return 1e3 * statistics.median(seconds(lambda: commit(*arguments), self.settings.device) for _ in range(5))
+        copies = [
+            [x.clone() if isinstance(x, torch.Tensor) else x for x in arguments] for _ in range(math.ceil(COLD_BYTES / bytes_))
+        ]
+        return 1e-3 * statistics.median(replayed(lambda each: commit(*each), copies, LAUNCHES))
+
+    def replay_bytes(self, of: Proposer) -> int:
+        """Bytes that a replay of all tokens of a step must move: states and windows of conv both ways, and what was recorded."""
+        *recorded, _counts, conv_weight, A_log, dt_bias, conv_state, recurrent_state, _, _ = self.cache.replay(of.n + 1, of.n + 1)
+        once = [*recorded, conv_weight, A_log, dt_bias, conv_state, recurrent_state, conv_state, recurrent_state]
+        return sum(x.nbytes for x in once)
 
 
 def run(
@@ -215,8 +252,10 @@ def run(
     plain_graphs, _ = compiled(PLAIN, of_plain)
     first = {kind: compiled(kind, Speculative(Always(of))) for kind, of in proposers.items()}
     before_timing()
+    rate = bandwidth(settings.device)
     plain = figures(PLAIN, "generations", of_plain)
     say(PLAIN, _line(plain))
+    of_one = bench.steps_ms(1)
     for kind, of in proposers.items():
         graphs, took = first[kind]
         result = {"speculate": kind, "plain": plain, "first_seconds": took, "graphs": [*plain_graphs, *graphs], "drafts": []}
@@ -227,9 +266,12 @@ def run(
             row["speedup"] = row["tokens_per_second"] / plain["tokens_per_second"]
             result["drafts"].append(row)
             say(kind, f"acceptance {acceptance}, {_line(row)}, speedup {row['speedup']:.3g}")
-        announce(f"{kind}, replay")
+        announce(f"{kind}, steps in a row and replay")
+        result["step_ms"], result["verify_ms"] = of_one, bench.steps_ms(of.n + 1)
         result["replay_ms"] = bench.replay_ms(of)
-        say(kind, f"replay of all layers {result['replay_ms']:.3g} ms")
+        result["replay_limit_ms"] = 1e3 * bench.replay_bytes(of) / rate
+        say(kind, f"steps in a row: {of_one:.3f} ms, {result['verify_ms']:.3f} with drafts")
+        say(kind, f"replay of all layers {result['replay_ms']:.3g} ms, limit {result['replay_limit_ms']:.3g} ms")
     return data
 
 
@@ -246,6 +288,9 @@ def tables(data: dict[str, Any]) -> str:
         rows = [{"acceptance": PLAIN, **result["plain"], "speedup": 1.0}, *result["drafts"]]
         columns = (*SHOWN, "speedup")
         shown = [{"drafts accepted": str(r["acceptance"])} | {c.replace("_", " "): f"{r[c]:.3g}" for c in columns} for r in rows]
-        title = f"{data['arguments']['model']}, {result['speculate']}, replay of all layers {result['replay_ms']:.3g} ms"
+        title = (
+            f"{data['arguments']['model']}, {result['speculate']}; steps in a row {result['step_ms']:.3f} ms, with drafts "
+            f"{result['verify_ms']:.3f}; replay of all layers {result['replay_ms']:.3g} ms, limit {result['replay_limit_ms']:.3g}"
+        )
         parts.append("\n".join([title, table(shown), *result["graphs"]]))
     return "\n\n".join(parts)

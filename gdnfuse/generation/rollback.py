@@ -304,14 +304,18 @@ class RollbackCache(Cache):
                 layer.crop(min(length - layer.get_seq_length(), 0))
 
     def _commit(self, keep: int, pending: int) -> None:
+        self.replayed_by = commit(*self.replay(keep, pending))
+
+    def replay(self, keep: int, pending: int) -> tuple[Any, ...]:
+        """The arguments of `delta_rule_commit` that put the first `keep` of `pending` recorded tokens into the states."""
         of = self._all
         windows, W = of["windows"], of["conv_weight"].shape[-1]
         mixer = next(iter(self._mixers.values()))
-        arguments = (
+        return (
             windows[:, :, : W + pending], of["a"][:, :, :pending], of["b"][:, :, :pending], of["counts"][keep],
             of["conv_weight"], of["A_log"], of["dt_bias"], of["conv_state"], of["recurrent_state"],
+            L2NORM_EPS, beta_scale_of(mixer),
         )  # fmt: skip
-        self.replayed_by = _commit(*arguments, L2NORM_EPS, beta_scale_of(mixer))
 
     def _unchanged(self) -> bool:
         """Whether the weights that tokens are replayed with are unchanged, by torch's version counters."""
@@ -395,7 +399,7 @@ def _with_its_own_storage(part: torch.Tensor) -> torch.Tensor:
     return part.new_empty(0).set_(storage, 0, part.shape, part.stride())
 
 
-def _commit(*arguments: Any) -> str:
+def commit(*arguments: Any) -> str:
     """Replay on a device, by our kernel if it supports the case, else by the reference. Returns which of them ran."""
     if arguments[0].device.type == "cuda":
         with contextlib.suppress(Refused):  # no Triton, or heads that are too wide for the kernel
