@@ -19,8 +19,9 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import cached_property
-from operator import attrgetter
+from functools import cached_property, partial
+from itertools import chain
+from operator import attrgetter, is_not, itemgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -1048,12 +1049,17 @@ def _copy_each(to: Sequence[Any], tensors: Sequence[Any]) -> None:
 
 @private("torch:_foreach_copy_", instead=_copy_each)
 def copy_all(copy: Any, to: Sequence[Any], tensors: Sequence[Any]) -> None:
-    """Copy many tensors into others in a few launches.
+    """Copy many tensors into others in a few launches, one for each dtype if they are contiguous.
 
     Without it: states of drafts and of known prefixes are copied one by one.
     """
-    if to:
-        copy(to, tensors)
+    pairs: dict[tuple[Any, ...], tuple[list[Any], list[Any]]] = {}
+    for x, y in zip(to, tensors, strict=True):
+        of_kind = pairs.setdefault((x.dtype, y.dtype, x.is_contiguous() and y.is_contiguous()), ([], []))
+        of_kind[0].append(x)
+        of_kind[1].append(y)
+    for of_kind in pairs.values():
+        copy(*of_kind)
 
 
 # torch: modules
@@ -1156,18 +1162,23 @@ def _everything_of(module: Any) -> tuple[list[Any], list[Any]]:
     return list(module.modules()), [*module.parameters(), *module.buffers()]
 
 
-@private(instead=_everything_of)
+@private(instead=_everything_of, gone=(*GONE, KeyError))
 def everything_of(module: Any) -> tuple[list[Any], list[Any]]:
     """All modules of a module, and all their parameters and buffers, with repetitions.
 
     Without it: a generate with a prefix store starts a millisecond later.
     """
-    modules, tensors = [module], []
-    for one in modules:  # the list grows during the loop
-        for held in (one._parameters, one._buffers):
-            tensors += [x for x in held.values() if x is not None]
-        modules += [x for x in one._modules.values() if x is not None]
-    return modules, tensors
+    level, modules = [module], []
+    while level:
+        modules += level
+        level = _values("_modules", level)
+    return modules, _values("_parameters", modules) + _values("_buffers", modules)
+
+
+def _values(name: str, modules: Sequence[Any]) -> list[Any]:
+    """What the dicts of this name hold, without None. Five hundred modules take a tenth of the time of a loop."""
+    dicts = filter(None, map(itemgetter(name), map(vars, modules)))
+    return list(filter(partial(is_not, None), chain.from_iterable(map(dict.values, dicts))))
 
 
 @private(instead=lambda tensors: [0] * len(tensors))
@@ -1176,7 +1187,10 @@ def version_counters(tensors: Sequence[Any]) -> list[int]:
 
     Without it: weights written in place are found only by samples.
     """
-    return [0 if x.is_inference() else x._version for x in tensors]
+    try:
+        return list(map(attrgetter("_version"), tensors))
+    except RuntimeError:  # a tensor of inference mode counts nothing
+        return [0 if x.is_inference() else x._version for x in tensors]
 
 
 def _of_wrapper(call: Any) -> Any:

@@ -6,6 +6,7 @@ begin: after every so many tokens, where prompts part, and where a turn ends (vL
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import weakref
@@ -535,62 +536,90 @@ class _Layout:
 
     def fill(self, cache: Any, entries: Sequence[Read], start: int) -> None:
         """Keys and values behind the first `start` tokens, and the states in place of those that are there."""
-        # Few launches: what a prompt takes is waited for before its first token.
-        read = {id(e): self._keys(e, start) for e in entries}
-        for place, (i, *_) in enumerate(self.attention):
-            pair = ([read[id(e)][2 * place + j] for e in entries] for j in range(2))
-            cache.layers[i].update(*(torch.stack(x) if x[1:] else x[0][None] for x in pair))
-        states = {id(e): self._states(e) for e in entries}
+        # Few launches, and nothing is zeroed that is written next: what a prompt takes is waited for before its first token.
         to, of = [], []
+        keys, n = {id(e): self._keys(e, start) for e in entries}, entries[0].length
+        for place, (i, heads, *columns) in enumerate(self.attention):
+            shapes = [(len(entries), heads, n, c) for c in columns]
+            for j, held in enumerate(self._room(cache.layers[i], shapes, keys[id(entries[0])][0][0].dtype, start)):
+                for row, e in enumerate(entries):
+                    at = start
+                    for x in keys[id(e)][2 * place + j]:
+                        length = x.shape[1:-1].numel()
+                        to.append(held[row, :, at : at + length].view(x.shape))
+                        at += length
+                    of += keys[id(e)][2 * place + j]
+        states = {id(e): self._states(e) for e in entries}
         for place, (i, kind, j, shape) in enumerate(self.states):
-            layer, x = cache.layers[i], [states[id(e)][place].view(shape) for e in entries]
+            layer, x = cache.layers[i], [states[id(e)][place] for e in entries]
             held = getattr(layer, kind)
             if held[j] is None:
-                layer.lazy_initialization(**{kind: x[0].expand(len(x), *shape)}, state_idx=j)
+                layer.lazy_initialization(**{kind: x[0].new_empty(0, *shape)}, state_idx=j)
+                held[j] = x[0].new_empty(len(x), *shape)
+                compat.mark_static_address(held[j])
             layer.has_previous_state[j] = True
-            to += held[j]
+            to += held[j].unbind()  # which an iteration calls too, after much else
             of += x
         compat.copy_all(to, of)
         for i, *_ in self.attention:
             if not cache.layers[i].is_compileable:
                 mark_lengths(cache.layers[i])
 
-    def _keys(self, entry: Read, start: int) -> list[torch.Tensor]:
-        """Keys and values of all layers [HKV, tokens, D], without the first `start`."""
+    def _room(self, layer: Any, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, start: int) -> list[torch.Tensor]:
+        """Keys and values of a layer, with the first `start` tokens of theirs and room for as many as these shapes have."""
+        like = torch.empty(0, dtype=dtype, device=self.device)
+        if layer.is_compileable:
+            if not layer.is_initialized:  # its length need not come from the host then
+                layer.cumulative_length = torch.zeros((), dtype=layer.cumulative_length.dtype, device=self.device)
+                layer.lazy_initialization(*(like.new_empty(B, heads, 0, c) for B, heads, _, c in shapes))
+            layer.cumulative_length.fill_(shapes[0][2])
+            return [layer.keys, layer.values]
+        if not layer.is_initialized:
+            layer.lazy_initialization(like, like)
+        made = [like.new_empty(shape) for shape in shapes]
+        for new, old in zip(made, (layer.keys, layer.values), strict=True):
+            if start:
+                new[:, :, :start] = old
+        layer.keys, layer.values = made
+        return made
+
+    def _keys(self, entry: Read, start: int) -> list[list[torch.Tensor]]:
+        """Keys and values of all layers behind the first `start` tokens, in parts [HKV, tokens, D] or [HKV, n, tokens, D]."""
         widths = [heads * c for _, heads, *columns in self.attention for c in columns]
         sizes = [(heads, c) for _, heads, *columns in self.attention for c in columns]
         first = start // BLOCK
         blocks, parts = entry.blocks[first:], [[] for _ in widths]
         if blocks:
             table = torch.stack([x.to(self.device) for x in blocks])
+            skipped = start - first * BLOCK
             for part, x, (heads, c) in zip(parts, table.split([w * BLOCK for w in widths], 1), sizes, strict=True):
-                part.append(x.reshape(len(blocks), heads, BLOCK, c).transpose(0, 1).reshape(heads, -1, c))
+                x = x.view(len(blocks), heads, BLOCK, c).transpose(0, 1)
+                part.append(x.reshape(heads, -1, c)[:, skipped:] if skipped else x)
         if entry.rest is not None:
             r = entry.length % BLOCK
             for part, x, (heads, c) in zip(parts, entry.rest.to(self.device).split([w * r for w in widths]), sizes, strict=True):
-                part.append(x.view(heads, r, c))
-        return [(torch.cat(part, 1) if part[1:] else part[0])[:, start - first * BLOCK :] for part in parts]
+                part.append(x.view(heads, r, c)[:, 0 if blocks else start - first * BLOCK :])
+        return parts
 
     def _states(self, entry: Read) -> list[torch.Tensor]:
-        found, sizes = [], {kind: [] for kind in ("recurrent_states", "conv_states")}
+        sizes = {kind: [] for kind in ("recurrent_states", "conv_states")}
         for _, kind, _, shape in self.states:
-            sizes[kind].append(torch.Size(shape).numel())
-        by_kind = {kind: iter(x.to(self.device).split(of)) for (kind, of), x in zip(sizes.items(), entry.states, strict=True)}
-        for _, kind, _, _ in self.states:
-            found.append(next(by_kind[kind]))
-        return found
+            sizes[kind].append(math.prod(shape))
+        parts = {kind: iter(x.to(self.device).split(of)) for (kind, of), x in zip(sizes.items(), entry.states, strict=True)}
+        return [next(parts[kind]).view(shape) for _, kind, _, shape in self.states]
 
 
 class _Row:
     """One row of a cache, as `prefix_tree.Source`."""
 
+    @torch.no_grad()  # without the graph that made them, which would be held as long
     def __init__(self, layout: _Layout, cache: Any, row: int, states: Sequence[torch.Tensor]):
-        # Without the graph that made them, which would be held as long.
-        self._held = [x.detach()[row] for x in layout.held(cache)]
-        states = [(kind, x.detach()[row]) for (_, kind, _, _), x in zip(layout.states, states, strict=True)]
-        self._states = [[x for of, x in states if of == kind] for kind in ("recurrent_states", "conv_states")]
-        self.token_bytes = sum(x[:, :1].nbytes for x in self._held)
-        self.state_bytes = sum(x.nbytes for of in self._states for x in of)
+        self._held = [x[row] for x in layout.held(cache)]
+        self._states = {kind: [] for kind in ("recurrent_states", "conv_states")}
+        for (_, kind, _, _), x in zip(layout.states, states, strict=True):
+            self._states[kind].append(x[row])
+        self.token_bytes = sum(x.nbytes // x.shape[1] for x in self._held)
+        self.state_bytes = sum(x.nbytes for of in self._states.values() for x in of)
 
     def blocks(self, first: int, last: int) -> list[torch.Tensor]:
         found = []
@@ -605,7 +634,7 @@ class _Row:
         return torch.cat([x[:, first:last].reshape(-1) for x in self._held])
 
     def states(self) -> tuple[torch.Tensor, ...]:
-        return tuple(torch.cat([x.reshape(-1) for x in of]) for of in self._states)
+        return tuple(torch.cat([x.reshape(-1) for x in of]) for of in self._states.values())
 
 
 def forget_rope_deltas(model: torch.nn.Module) -> None:

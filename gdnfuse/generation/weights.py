@@ -49,9 +49,11 @@ class Weights:
         """A digest of weights, buffers, adapters and config. It is the same in every process. Hooks are not part of it."""
         model = self._model()
         modules, tensors = compat.everything_of(model)
-        tensors = [plain for x in tensors for plain in _plain(x)]
+        if not set(map(type, tensors)) <= {torch.Tensor, torch.nn.Parameter}:
+            tensors = [plain for x in tensors for plain in _plain(x)]
         adapters = _adapters(modules)
-        seen = [list(map(id, modules)), [x.data_ptr() for x in tensors], compat.version_counters(tensors), adapters]
+        pointers = list(map(torch.Tensor.data_ptr, tensors))
+        seen = [list(map(id, modules)), pointers, compat.version_counters(tensors), adapters]
         if self._seen is None or seen != self._seen[:-1]:
             self._samples = _to_sample(modules)
             self._seen = None
@@ -74,19 +76,23 @@ class Weights:
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         return self.digest(), tuple(sorted(map(str, self.hooks()))), autocast
 
+    @torch.no_grad()
     def _sampled(self) -> list[int]:
-        parts = []
-        for module, name in self._samples:
-            for p in _plain(getattr(module(), name)):
-                middle = p.detach().view(-1)[p.numel() // 2 - TOGETHER // 2 :][:TOGETHER]
-                parts.append(middle.view(INTEGERS[middle.element_size()]))
-        return torch.cat(parts).tolist() if parts else []
+        # One launch and one copy to the host, whatever is sampled: each prompt waits for it.
+        parts = [_middle(x) for module, name in self._samples for x in _plain(getattr(module(), name))]
+        return torch.cat([x.view(INTEGERS[x.element_size()]) for x in parts]).tolist() if parts else []
+
+
+def _middle(x: torch.Tensor) -> torch.Tensor:
+    """The numbers in the middle of a contiguous tensor, as a view."""
+    n = min(TOGETHER, x.numel())
+    return x.as_strided((n,), (1,), x.storage_offset() + (x.numel() - n) // 2)
 
 
 def _adapters(modules: list[torch.nn.Module]) -> list[tuple[str, ...]]:
     """For each layer with adapters of peft: which are active, merged or disabled, and their scaling."""
     names = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
-    layers = [m for m in modules if "merged_adapters" in vars(m)]
+    layers = [m for m, of in zip(modules, map(vars, modules), strict=True) if "merged_adapters" in of]
     return [tuple(repr(getattr(m, name, None)) for name in names) for m in layers]
 
 

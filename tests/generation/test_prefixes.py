@@ -15,10 +15,11 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 import gdnfuse
-from gdnfuse import GdnfuseError, PrefixStore
+from gdnfuse import GdnfuseError, PrefixStore, compat
 from gdnfuse.generation import explain, generate
 from gdnfuse.generation.caches import cache_finder
 from gdnfuse.generation.generate import Run
+from gdnfuse.generation.prefixes import tokens
 from gdnfuse.passes import checkpoints
 from tests.models import zoo
 from tests.sweeps import some
@@ -424,6 +425,37 @@ def test_by_hand():
             store.close(head, prompt[:, :64])
     held = [x for e in store._tree.entries() for x in (*e.states, e.rest, *(node.block for node in e.node.path()))]
     assert held and not any(x.requires_grad for x in held if x is not None)  # nor is the graph that made them held
+
+
+@pytest.mark.parametrize("kind", [{}, {"max_cache_len": 210}], ids=["dynamic", "static"])
+def test_what_is_known_goes_behind_what_a_cache_holds(kind):
+    plain, ours, store = pair()
+    prompt = ids(201, rows=2)
+    ours.generate(prompt[:, :200], **ONE)
+    wanted = plain(input_ids=prompt[:, :200], use_cache=True)[zoo.CACHE]
+    n, entries = store.find(tokens(prompt), 200)
+    for start in (0, 64, 70, 195):
+        cache = store.open(prompt[:, :1], **kind)
+        if start:
+            plain(input_ids=prompt[:, :start], **zoo.held(cache))
+        store.fill(cache, entries, start)
+        assert cache.get_seq_length() == n == 200
+        pairs = zip(store._layout.held(cache), store._layout.held(wanted), strict=True)
+        assert all(zoo.relative(x[:, :, :n], y) < 1e-5 and not x[:, :, n:].any() for x, y in pairs)
+        pairs = zip(store._layout.states_of(cache), store._layout.states_of(wanted), strict=True)
+        assert all(zoo.relative(x, y) < 1e-5 for x, y in pairs)
+
+
+def test_what_a_prompt_waits_for_is_copied_in_few_launches_and_not_zeroed_before():
+    _, ours, store = pair()
+    ours.generate(ids(400), **ONE)
+    _, entries = store.find(tokens(ids(400)), 400)
+    cache, seen = store.open(ids(1)), []
+    with compat.seeing_ops(lambda op, result: seen.append((op.name(), result))):
+        store.fill(cache, entries, 0)
+    assert not any(x.numel() for name, x in seen if "zero" in name)
+    # Blocks are put together once, then keys, values, recurrent states and conv windows are copied: two of them need no loop.
+    assert sum(name in ("aten::stack", "aten::_foreach_copy_", "aten::copy_", "aten::cat") for name, _ in seen) <= 1 + 4
 
 
 def test_a_cache_of_other_tokens_is_refused():
