@@ -9,9 +9,10 @@ token by token. The conv state becomes the W rows that end with the last accepte
 
 Layout: windows [L, B, W + T, D] with D = 2·H·K + HV·V, a, b [L, B, T, HV], accepted [B], conv_weight [L, D, W], conv_state [L, B,
 D, W], recurrent_state [L, B, HV, K, V], with any strides. A program has some value columns of one head of one layer and sequence.
-It reads and writes its part of the state once, and computes k of the head's rows itself. The conv reads only the windows. Each
-channel of a conv state is written by one program: those of v by the programs of the head, those of q and k by the first program
-of the first value head of their key head. If n is 0, nothing is read or written. All maths is float32.
+It reads and writes its part of the state once, and computes k of the head's rows itself. The conv reads only the windows. The
+inputs of up to 8 tokens are loaded before the first is used, so a program waits for memory once. Each channel of a conv state is
+written by one program: those of v by the programs of the head, those of q and k by the first program of the first value head of
+their key head. If n is 0, nothing is read or written. All maths is float32.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import triton
 import triton.language as tl
 
 from gdnfuse.errors import Refused
-from gdnfuse.kernels.delta_rule import columns_of, log_decay, rule_step
+from gdnfuse.kernels.delta_rule import FEW_TOKENS, columns_of, log_decay, rule_step
 from gdnfuse.kernels.launch.implementation import kernel_of, register, require_dtypes, require_head_dims, require_static
 
 # Value columns per program (with 128 keys) and warps, as for the rule over several tokens. Not measured for this kernel.
@@ -29,13 +30,19 @@ COLUMNS, NUM_WARPS = 32, 2
 
 
 @triton.jit
-def _conv(rows, weights, stride_xt, stride_ww, live, W: tl.constexpr):
-    """silu of the conv of the W rows from `rows` on."""
-    y = tl.zeros(live.shape, tl.float32)
+def _conv(rows, weights, stride_xt, stride_ww, n, live, FEW: tl.constexpr, W: tl.constexpr):
+    """silu of the conv for each of FEW tokens, of which the first n matter. The rows of the others are not read."""
+    xs, ws, found = (), (), ()
+    for i in tl.static_range(FEW + W - 1):
+        xs = xs + (tl.load(rows + (i + 1) * stride_xt, mask=live & (i + 1 < n + W), other=0.0).to(tl.float32),)
     for w in tl.static_range(W):
-        x = tl.load(rows + w * stride_xt, mask=live, other=0.0).to(tl.float32)
-        y += x * tl.load(weights + w * stride_ww, mask=live, other=0.0).to(tl.float32)
-    return y * tl.sigmoid(y)
+        ws = ws + (tl.load(weights + w * stride_ww, mask=live, other=0.0).to(tl.float32),)
+    for t in tl.static_range(FEW):
+        y = xs[t] * ws[0]
+        for w in tl.static_range(1, W):
+            y += xs[t + w] * ws[w]
+        found = found + (y * tl.sigmoid(y),)
+    return found
 
 
 @triton.jit
@@ -53,8 +60,8 @@ def delta_rule_commit_kernel(
     stride_xl, stride_xb, stride_xt, stride_xd, stride_al, stride_ab, stride_at, stride_ah,
     stride_bl, stride_bb, stride_bt, stride_bh, stride_wl, stride_wd, stride_ww,
     stride_cl, stride_cb, stride_cd, stride_cw, stride_sl, stride_sb, stride_sh, stride_sk, stride_sv,
-    W: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    BETA_SCALE: tl.constexpr,
+    FEW: tl.constexpr, W: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr, BETA_SCALE: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     TILES: tl.constexpr = (V + BV - 1) // BV
@@ -83,15 +90,19 @@ def delta_rule_commit_kernel(
         k_weights, v_weights = weight_ptr + k_of * stride_wd, weight_ptr + v_of * stride_wd
 
         s = tl.load(state_ptrs, mask=live, other=0.0).to(tl.float32)  # [BK, BV]
-        for i in range(n):
-            t = tl.cast(i, tl.int64)
-            first = (t + 1) * stride_xt
-            k = _conv(k_rows + first, k_weights, stride_xt, stride_ww, live_k, W)  # [BK]
-            v = _conv(v_rows + first, v_weights, stride_xt, stride_ww, live_v, W)  # [BV]
-            k = k * tl.rsqrt(tl.sum(k * k, 0) + tl.cast(l2norm_eps, tl.float32))
-            decay = tl.exp(log_decay(tl.load(a_ptr + t * stride_at).to(tl.float32), A_log, dt_bias))
-            beta = BETA_SCALE * tl.sigmoid(tl.load(b_ptr + t * stride_bt).to(tl.float32))
-            s, _ = rule_step(s, k, k, v, decay, beta)
+        for start in range(0, n, FEW):
+            first, left = tl.cast(start, tl.int64), n - start
+            ks = _conv(k_rows + first * stride_xt, k_weights, stride_xt, stride_ww, left, live_k, FEW, W)
+            vs = _conv(v_rows + first * stride_xt, v_weights, stride_xt, stride_ww, left, live_v, FEW, W)
+            decays, betas = (), ()
+            for t in tl.static_range(FEW):  # a token that was not accepted decays nothing and adds nothing
+                a = tl.load(a_ptr + (first + t) * stride_at, mask=t < left, other=0.0).to(tl.float32)
+                b = tl.load(b_ptr + (first + t) * stride_bt, mask=t < left, other=0.0).to(tl.float32)
+                decays = decays + (tl.where(t < left, tl.exp(log_decay(a, A_log, dt_bias)), 1.0),)
+                betas = betas + (tl.where(t < left, BETA_SCALE * tl.sigmoid(b), 0.0),)
+            for t in tl.static_range(FEW):
+                k = ks[t] * tl.rsqrt(tl.sum(ks[t] * ks[t], 0) + tl.cast(l2norm_eps, tl.float32))
+                s, _ = rule_step(s, k, k, vs[t], decays[t], betas[t])
         tl.store(state_ptrs, s.to(state_ptr.dtype.element_ty), mask=live)
 
         last = n * stride_xt
@@ -135,7 +146,7 @@ def launch(
         windows, a, b, accepted, conv_weight, A_log.contiguous(), dt_bias.contiguous(), conv_state, recurrent_state,
         l2norm_eps, B,
         *windows.stride(), *a.stride(), *b.stride(), *conv_weight.stride(), *conv_state.stride(), *recurrent_state.stride(),
-        W=W, H=H, HV=HV, K=K, V=V, BK=triton.next_power_of_2(K), BV=BV, BETA_SCALE=beta_scale, num_warps=NUM_WARPS,
+        FEW=min(a.shape[2], FEW_TOKENS[-1]), W=W, H=H, HV=HV, K=K, V=V, BK=triton.next_power_of_2(K), BV=BV, BETA_SCALE=beta_scale, num_warps=NUM_WARPS,
     )  # fmt: skip
 
 

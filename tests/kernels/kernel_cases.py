@@ -124,10 +124,15 @@ def rule(
 def commit(
     L, B, T, W, H, HV, K, V, accepted, dtype=F32, state_dtype=F32, beta_scale=1.0, wrap=lambda x: x, wrap_state=lambda s: s
 ):
+    """A call of delta_rule_commit; what was not accepted is NaN."""
+
     def make():
         windows, a, b, accepted_, weight, *gates, conv_state, state = delta_rule_commit.example_tensors(
             L, B, T, W, H, HV, K, V, accepted, dtype, state_dtype
         )
+        for i, n in enumerate(accepted):
+            for rejected in (windows[:, i, W + n :], a[:, i, n:], b[:, i, n:]):
+                rejected.fill_(float("nan"))
         args = (wrap(windows), wrap(a), wrap(b), accepted_, weight, *gates, wrap_state(conv_state), wrap_state(state))
         return args, {"l2norm_eps": 1e-6, "beta_scale": beta_scale}
 
@@ -381,6 +386,7 @@ CASES = [
     Case("delta_rule_commit", "odd-head-dims", commit(3, 1, 3, 3, 1, 3, 24, 40, [2])),
     Case("delta_rule_commit", "bf16-state", commit(1, 2, 2, 4, 2, 6, 24, 24, [2, 1], BF16, BF16)),
     Case("delta_rule_commit", "beta-to-2", commit(1, 2, 8, 4, 1, 8, 16, 16, [8, 0], beta_scale=2.0)),
+    Case("delta_rule_commit", "many-tokens", commit(1, 2, 11, 4, 1, 2, 16, 16, [10, 3])),
     Case("delta_rule_commit", "strided", commit(2, 2, 3, 4, 2, 4, 16, 24, [3, 1], BF16, wrap=every_second, wrap_state=strided)),
     *(Case("fused_gating_delta_rule", f"{name(d)}-T{T}", rule(2, T, 2, 4, 16, 16, d)) for d in (F32, BF16, F16) for T in (1, 3)),
     Case("fused_gating_delta_rule", "many-tokens", rule(1, 9, 1, 2, 16, 16)),
