@@ -84,6 +84,42 @@ def rule_step(s, q, k, v, decay, beta):
 
 
 @triton.jit
+def few_tokens(s, qs, ks, vs, decays, betas, FEW: tl.constexpr, OUT: tl.constexpr, LAST: tl.constexpr):
+    """The rule over FEW tokens, with products of pairs of tokens in place of a new state after each.
+
+    With S the state before all tokens, c_t the product of the decays up to token t, and d_ts that of the tokens behind s up to t:
+
+        u_t = β_t(v_t − c_t·Sᵀk_t − Σ_{s<t} d_ts·(k_t·k_s)·u_s);  o_t = c_t·Sᵀq_t + Σ_{s≤t} d_ts·(q_t·k_s)·u_s
+
+    and the state after all is c_T·S + Σ_t d_Tt·k_t ⊗ u_t. Only the short sums wait for one another.
+
+    s: [BK, BV], qs, ks: [BK] each, vs: [BV] each, decays, betas: numbers. Returns s after all tokens if LAST, else before them, and
+    a tuple of o [BV] if OUT.
+    """
+    us, os, behind, c = (), (), (), 1.0
+    for t in tl.static_range(FEW):
+        c = c * decays[t]
+        now = ()
+        for i in tl.static_range(t):
+            now = now + (behind[i] * decays[t],)
+        u = vs[t] - c * tl.sum(s * ks[t][:, None], 0)  # [BV]
+        for i in tl.static_range(t):
+            u -= (now[i] * tl.sum(ks[t] * ks[i], 0)) * us[i]
+        us = us + (u * betas[t],)
+        if OUT:
+            o = c * tl.sum(s * qs[t][:, None], 0)  # [BV]
+            for i in tl.static_range(t):
+                o += (now[i] * tl.sum(qs[t] * ks[i], 0)) * us[i]
+            os = os + (o + tl.sum(qs[t] * ks[t], 0) * us[t],)
+        behind = now + (1.0,)
+    if LAST:
+        s = s * c
+        for t in tl.static_range(FEW):
+            s += ks[t][:, None] * (behind[t] * us[t])[None, :]
+    return s, os
+
+
+@triton.jit
 def load_qk(q_ptrs, k_ptrs, live, scale, l2norm_eps, L2NORM: tl.constexpr):
     q = tl.load(q_ptrs, mask=live, other=0.0).to(tl.float32)  # [BK]
     k = tl.load(k_ptrs, mask=live, other=0.0).to(tl.float32)  # [BK]
@@ -153,11 +189,15 @@ def delta_rule_kernel(
             vs = vs + (tl.load(v_ptrs + t * stride_vt, mask=live_v, other=0.0).to(tl.float32),)  # [BV]
             decays = decays + (tl.exp(log_decay(tl.load(a_ptr + t * stride_at).to(tl.float32), A_log, dt_bias)),)
             betas = betas + (BETA_SCALE * tl.sigmoid(tl.load(b_ptr + t * stride_bt).to(tl.float32)),)
-        for t in tl.static_range(FEW):
-            s, o = rule_step(s, qs[t], ks[t], vs[t], decays[t], betas[t])
-            tl.store(out_ptr + ((batch * FEW + t) * HV + hv) * V + i_v, o, mask=live_v)
-            if slots_ptr is not None:
+        if slots_ptr is not None:  # the state after each token is wanted
+            for t in tl.static_range(FEW):
+                s, o = rule_step(s, qs[t], ks[t], vs[t], decays[t], betas[t])
+                tl.store(out_ptr + ((batch * FEW + t) * HV + hv) * V + i_v, o, mask=live_v)
                 _store_slot(state_ptrs, s, slots_ptr + t, stride_sb, live, EVICT)
+        else:
+            s, os = few_tokens(s, qs, ks, vs, decays, betas, FEW, True, WRITE)
+            for t in tl.static_range(FEW):
+                tl.store(out_ptr + ((batch * FEW + t) * HV + hv) * V + i_v, os[t], mask=live_v)
     else:
         for i in range(T):
             t = tl.cast(i, tl.int64)

@@ -22,11 +22,12 @@ import triton
 import triton.language as tl
 
 from gdnfuse.errors import Refused
-from gdnfuse.kernels.delta_rule import FEW_TOKENS, columns_of, log_decay, rule_step
+from gdnfuse.kernels.delta_rule import columns_of, few_tokens, log_decay
 from gdnfuse.kernels.launch.implementation import kernel_of, register, require_dtypes, require_head_dims, require_static
 
 # Value columns per program (with 128 keys) and warps, as for the rule over several tokens. Not measured for this kernel.
-COLUMNS, NUM_WARPS = 32, 2
+COLUMNS, TILES, NUM_WARPS = 16, 2, 1
+AT_ONCE = 4  # tokens
 
 
 @triton.jit
@@ -46,6 +47,15 @@ def _conv(rows, weights, stride_xt, stride_ww, n, live, FEW: tl.constexpr, W: tl
 
 
 @triton.jit
+def _keys(rows, weights, stride_xt, stride_ww, n, live, eps, FEW: tl.constexpr, W: tl.constexpr):
+    """The keys of FEW tokens after the conv, of length one."""
+    ks, found = _conv(rows, weights, stride_xt, stride_ww, n, live, FEW, W), ()
+    for t in tl.static_range(FEW):
+        found = found + (ks[t] * tl.rsqrt(tl.sum(ks[t] * ks[t], 0) + tl.cast(eps, tl.float32)),)
+    return found
+
+
+@triton.jit
 def _move(state, rows, stride_cw, stride_xt, live, W: tl.constexpr):
     """Set columns of a conv state to the W rows from `rows` on."""
     for w in tl.static_range(W):
@@ -61,56 +71,62 @@ def delta_rule_commit_kernel(
     stride_bl, stride_bb, stride_bt, stride_bh, stride_wl, stride_wd, stride_ww,
     stride_cl, stride_cb, stride_cd, stride_cw, stride_sl, stride_sb, stride_sh, stride_sk, stride_sv,
     FEW: tl.constexpr, W: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
-    BV: tl.constexpr, BETA_SCALE: tl.constexpr,
+    BV: tl.constexpr, TILES: tl.constexpr, BETA_SCALE: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
-    TILES: tl.constexpr = (V + BV - 1) // BV
-    tile, head = pid % TILES, pid // TILES
+    PARTS: tl.constexpr = (V + BV * TILES - 1) // (BV * TILES)
+    part, head = pid % PARTS, pid // PARTS
     hv, of = head % HV, head // HV
     batch, layer = of % B, of // B
     n = tl.load(accepted_ptr + batch).to(tl.int32)
     if n > 0:
         h = hv // (HV // H)
         i_k = tl.arange(0, BK).to(tl.int64)  # [BK]
-        i_v = tile * BV + tl.arange(0, BV)  # [BV]
-        live_k, live_v = i_k < K, i_v < V
-        live = live_k[:, None] & live_v[None, :]  # [BK, BV]
-        k_of, v_of = (H + h) * K + i_k, 2 * H * K + hv * V + i_v  # channels [BK], [BV]
+        live_k = i_k < K
+        k_of = (H + h) * K + i_k  # channels [BK]
 
         x_ptr += layer * stride_xl + batch * stride_xb
         weight_ptr += layer * stride_wl
         conv_ptr += layer * stride_cl + batch * stride_cb
         a_ptr += layer * stride_al + batch * stride_ab + hv * stride_ah
         b_ptr += layer * stride_bl + batch * stride_bb + hv * stride_bh
-        state_ptrs = state_ptr + layer * stride_sl + batch * stride_sb + hv * stride_sh
-        state_ptrs += i_k[:, None] * stride_sk + i_v[None, :] * stride_sv  # [BK, BV]
+        state_ptr += layer * stride_sl + batch * stride_sb + hv * stride_sh
         A_log = tl.load(A_log_ptr + layer * HV + hv).to(tl.float32)
         dt_bias = tl.load(dt_bias_ptr + layer * HV + hv).to(tl.float32)
-        k_rows, v_rows = x_ptr + k_of * stride_xd, x_ptr + v_of * stride_xd
-        k_weights, v_weights = weight_ptr + k_of * stride_wd, weight_ptr + v_of * stride_wd
+        k_rows, k_weights = x_ptr + k_of * stride_xd, weight_ptr + k_of * stride_wd
+        last = n * stride_xt
 
-        s = tl.load(state_ptrs, mask=live, other=0.0).to(tl.float32)  # [BK, BV]
         for start in range(0, n, FEW):
             first, left = tl.cast(start, tl.int64), n - start
-            ks = _conv(k_rows + first * stride_xt, k_weights, stride_xt, stride_ww, left, live_k, FEW, W)
-            vs = _conv(v_rows + first * stride_xt, v_weights, stride_xt, stride_ww, left, live_v, FEW, W)
+            ks = _keys(k_rows + first * stride_xt, k_weights, stride_xt, stride_ww, left, live_k, l2norm_eps, FEW, W)
             decays, betas = (), ()
             for t in tl.static_range(FEW):  # a token that was not accepted decays nothing and adds nothing
                 a = tl.load(a_ptr + (first + t) * stride_at, mask=t < left, other=0.0).to(tl.float32)
                 b = tl.load(b_ptr + (first + t) * stride_bt, mask=t < left, other=0.0).to(tl.float32)
                 decays = decays + (tl.where(t < left, tl.exp(log_decay(a, A_log, dt_bias)), 1.0),)
                 betas = betas + (tl.where(t < left, BETA_SCALE * tl.sigmoid(b), 0.0),)
-            for t in tl.static_range(FEW):
-                k = ks[t] * tl.rsqrt(tl.sum(ks[t] * ks[t], 0) + tl.cast(l2norm_eps, tl.float32))
-                s, _ = rule_step(s, k, k, vs[t], decays[t], betas[t])
-        tl.store(state_ptrs, s.to(state_ptr.dtype.element_ty), mask=live)
+            for i in range(TILES):
+                i_v = (part * TILES + i) * BV + tl.arange(0, BV)  # [BV]
+                v_of, live_v = 2 * H * K + hv * V + i_v, i_v < V
+                live = live_k[:, None] & live_v[None, :]  # [BK, BV]
+                state_ptrs = state_ptr + i_k[:, None] * stride_sk + i_v[None, :] * stride_sv  # [BK, BV]
+                s = tl.load(state_ptrs, mask=live, other=0.0).to(tl.float32)  # [BK, BV]
+                v_rows, v_weights = x_ptr + v_of * stride_xd, weight_ptr + v_of * stride_wd
+                vs = _conv(v_rows + first * stride_xt, v_weights, stride_xt, stride_ww, left, live_v, FEW, W)
+                s, _ = few_tokens(s, ks, ks, vs, decays, betas, FEW, False, True)
+                tl.store(state_ptrs, s.to(state_ptr.dtype.element_ty), mask=live)
+                if start + FEW >= n:
+                    _move(conv_ptr + v_of * stride_cd, v_rows + last, stride_cw, stride_xt, live_v, W)
 
-        last = n * stride_xt
-        _move(conv_ptr + v_of * stride_cd, v_rows + last, stride_cw, stride_xt, live_v, W)
-        first_of_key_head = (hv % (HV // H) == 0) & (tile == 0)
-        _move(conv_ptr + k_of * stride_cd, k_rows + last, stride_cw, stride_xt, live_k & first_of_key_head, W)
-        q_of = k_of - H * K
-        _move(conv_ptr + q_of * stride_cd, x_ptr + q_of * stride_xd + last, stride_cw, stride_xt, live_k & first_of_key_head, W)
+        if (hv % (HV // H) == 0) & (part == 0):  # the first of its key head
+            q_of = k_of - H * K
+            _move(conv_ptr + k_of * stride_cd, k_rows + last, stride_cw, stride_xt, live_k, W)
+            _move(conv_ptr + q_of * stride_cd, x_ptr + q_of * stride_xd + last, stride_cw, stride_xt, live_k, W)
+
+
+def few(T: int) -> int:
+    """How many of T tokens are replayed at once: as many each time, and at most AT_ONCE."""
+    return -(-T // -(-T // AT_ONCE))
 
 
 def launch(
@@ -142,11 +158,12 @@ def launch(
     L, B, HV, K, V = recurrent_state.shape
     D, W = conv_weight.shape[1:]
     H, BV = (D - HV * V) // (2 * K), columns_of(COLUMNS, K, V)
-    kernel_of(delta_rule_commit_kernel)[(L * B * HV * -(-V // BV),)](
+    kernel_of(delta_rule_commit_kernel)[(L * B * HV * -(-V // (BV * TILES)),)](
         windows, a, b, accepted, conv_weight, A_log.contiguous(), dt_bias.contiguous(), conv_state, recurrent_state,
         l2norm_eps, B,
         *windows.stride(), *a.stride(), *b.stride(), *conv_weight.stride(), *conv_state.stride(), *recurrent_state.stride(),
-        FEW=min(a.shape[2], FEW_TOKENS[-1]), W=W, H=H, HV=HV, K=K, V=V, BK=triton.next_power_of_2(K), BV=BV, BETA_SCALE=beta_scale, num_warps=NUM_WARPS,
+        FEW=few(a.shape[2]), W=W, H=H, HV=HV, K=K, V=V, BK=triton.next_power_of_2(K), BV=BV, TILES=TILES,
+        BETA_SCALE=beta_scale, num_warps=NUM_WARPS,
     )  # fmt: skip
 
 
