@@ -231,7 +231,7 @@ REMEDIES = {"tag_activation_checkpoint": "Checkpointing saves memory in training
 
 # A prefill layer is fused when each of these is one op.
 PREFILL = {
-    "causal conv": {"causal_conv", "causal_conv_update"},
+    "causal conv": {"causal_conv", "causal_conv_update", "causal_conv_record"},
     "chunk rule": {"chunk_delta_rule", "fused_gating_chunk_delta_rule", "delta_rule_verify", "fused_gating_delta_rule"},
     "gated norm": {"gated_rms_norm"},
 }

@@ -6,7 +6,8 @@ tokens instead, a few kilobytes each. `crop` then replays the accepted tokens, i
 layers at once (`delta_rule_commit`; checkpoint and replay as in SGLang's PR 28695).
 
 `update_conv_state` gives the cache what enters the conv. Nothing gives it the inputs of the gates. So two forward hooks on each
-GDN layer do. They do nothing on any other cache.
+GDN layer do. They do nothing on any other cache. When the layer ends, all that was given is recorded at once (`record`), so that
+one kernel can do it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAt
 
 from gdnfuse import compat, kernels
 from gdnfuse.capture_fp8 import dequantized_calls
-from gdnfuse.dialect import delta_rule_commit
+from gdnfuse.dialect import delta_rule_commit, record
 from gdnfuse.errors import GdnfuseError, Refused
 from gdnfuse.generation.caches import cache_finder, mark_lengths, rope_that_looks_ahead
 from gdnfuse.generation.wrappers import gdn_layers
@@ -35,7 +36,8 @@ class RollbackLayer(LinearAttentionLayer):
 
     Attributes:
         pending: how many tokens are recorded.
-        heard: which gates were recorded: 1 for `a`, 2 for `b`, 3 for both.
+        given: of the current call, what enters the conv ("x") and the gates ("a" and "b").
+        recorded: whether all of it was recorded.
         windows: [B, W + tokens, D], the conv state, followed by the recorded rows before the conv.
         a, b: [B, tokens, HV], the inputs of the recorded tokens' gates.
     """
@@ -45,7 +47,8 @@ class RollbackLayer(LinearAttentionLayer):
 
     def __init__(self) -> None:
         super().__init__()
-        self.pending, self.heard = 0, 0
+        self.pending, self.recorded = 0, False
+        self.given: dict[str, torch.Tensor] = {}
         self.windows: torch.Tensor | None = None
         self.a: torch.Tensor | None = None
         self.b: torch.Tensor | None = None
@@ -72,13 +75,18 @@ class RollbackLayer(LinearAttentionLayer):
                 f"A RollbackCache that records takes up to {most} tokens of {held} sequences in a call, found {tokens} of "
                 f"{rows}: make it with more tokens, or call stop_past_recording first."
             )
-        self.pending, self.heard = tokens, 0
+        self.pending, self.recorded, self.given = tokens, False, {}
 
-    def hear(self, **gates: torch.Tensor) -> None:
-        """Record `a`, `b` or both, [B, T, HV], of the current call."""
-        for name, x in gates.items():
-            getattr(self, name)[:, : x.shape[1]].copy_(x)
-            self.heard |= 1 if name == "a" else 2  # the layer of an adapter gives it a second time, which is the final value
+    def hear(self, name: str, gate: torch.Tensor) -> None:
+        """Take `a` or `b`, [B, T, HV], of the current call."""
+        self.given[name] = gate  # the layer of an adapter gives it a second time, which is the final value
+
+    def record(self) -> None:
+        """Record what was given of the current call, if it is complete."""
+        given, self.given = self.given, {}
+        if len(given) == 3:
+            record.op.overload(given["x"], self.conv_states[0], given["a"], given["b"], self.windows, self.a, self.b)
+            self.recorded = True
 
     def update_conv_state(self, conv_states: torch.Tensor, state_idx: int = 0, **kwargs: Any) -> torch.Tensor:
         """The window and the new rows [B, D, W + T]. While recording, the window does not change."""
@@ -89,9 +97,8 @@ class RollbackLayer(LinearAttentionLayer):
                 "A RollbackCache must be used with the model that it was made for, or a copy of it, found a model that does not "
                 "give it its gates: make a RollbackCache for this model."
             )
-        full = torch.cat([self.conv_states[0], conv_states], -1)
-        self.windows[:, : full.shape[-1]].copy_(full.mT)
-        return full
+        self.given["x"] = conv_states
+        return torch.cat([self.conv_states[0], conv_states], -1)
 
     def update_recurrent_state(self, recurrent_states: torch.Tensor, state_idx: int = 0, **kwargs: Any) -> torch.Tensor:
         """Write the state. While recording, the state does not change."""
@@ -106,11 +113,11 @@ class RollbackLayer(LinearAttentionLayer):
 
     def reset(self) -> None:
         super().reset()
-        self.pending, self.record_past = 0, False
+        self.pending, self.given, self.record_past = 0, {}, False
 
     def __getstate__(self) -> dict[str, Any]:
         # These buffers are parts of tensors over all layers. Those of a copy would not be.
-        return {**vars(self), "windows": None, "a": None, "b": None, "record_past": False}
+        return {**vars(self), "windows": None, "a": None, "b": None, "given": {}, "record_past": False}
 
 
 class CroppableStaticLayer(StaticLayer):
@@ -268,7 +275,7 @@ class RollbackCache(Cache):
                 f"All layers of a RollbackCache must have recorded the same call, found layers with "
                 f"{sorted(counts)} tokens: the call did not run to its end, so call cache.abandon(length)."
             )
-        if pending and {layer.heard for layer in linear} != {3}:
+        if pending and not all(layer.recorded for layer in linear):
             raise GdnfuseError(
                 "Both gates of a recorded call must be handed to its RollbackCache, found layers without: their hooks are gone, "
                 "or threads share a model whose graphs break inside a layer. cache.abandon(length) forgets the call."
@@ -296,7 +303,7 @@ class RollbackCache(Cache):
             length: how many tokens the cache held before the call.
         """
         for layer in self._linear():
-            layer.pending = 0
+            layer.pending, layer.given = 0, {}
         for layer in self.layers:
             if isinstance(layer, StaticLayer):
                 layer.cumulative_length.fill_(length)
@@ -493,6 +500,8 @@ class Recorder:
             self._of_thread.layer = layer
 
     def leave(self, mixer: torch.nn.Module, args: Any, out: Any) -> None:
+        if (layer := self.layer()) is not None:
+            layer.record()
         self.traced = None
         if not torch.compiler.is_dynamo_compiling():
             vars(self._of_thread).clear()
@@ -503,20 +512,21 @@ class Recorder:
 
     def b(self, linear: torch.nn.Module, args: Any, out: torch.Tensor) -> None:
         if (layer := self.layer()) is not None:
-            layer.hear(b=out)
+            layer.hear("b", out)
 
     def a(self, linear: torch.nn.Module, args: Any, out: torch.Tensor) -> None:
         if (layer := self.layer()) is not None:
-            layer.hear(a=out)
+            layer.hear("a", out)
 
     def ba(self, linear: torch.nn.Module, args: Any, out: torch.Tensor) -> None:
-        """Record both gates from a linear that computes both, ordered by key head."""
+        """Take both gates from a linear that computes both, ordered by key head."""
         if (layer := self.layer()) is not None:
             HV = layer.b.shape[-1]
             heads = out.shape[-1] - HV  # as many columns as value heads, twice
             B, T, _ = out.shape
             parts = out.view(B, T, self.key_heads, 2, heads // self.key_heads)
-            layer.hear(b=parts[..., 0, :].reshape(B, T, HV), a=parts[..., 1, :].reshape(B, T, HV))
+            layer.hear("b", parts[..., 0, :].reshape(B, T, HV))
+            layer.hear("a", parts[..., 1, :].reshape(B, T, HV))
 
 
 def _install(mixer: torch.nn.Module) -> None:

@@ -269,7 +269,7 @@ COLUMNS = {
     "quantised": ("dequantize",),
     "packed": ("packed_linear",),
     "adapters": ("lora_linear",),
-    "conv": ("causal_conv", "causal_conv_update", "conv_context"),
+    "conv": ("causal_conv", "causal_conv_update", "conv_context", "record", "record_conv"),
     "gates": ("gating", "gating_delta_rule", "gating_chunk_delta_rule"),
     "l2norm": ("l2norm", "l2norm_delta_rule"),
     "rule": ("delta_rule", "chunk_delta_rule", "repeat_delta_rule", "packed_decode", "verify_delta_rule", "short_delta_rule"),

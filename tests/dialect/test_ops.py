@@ -28,6 +28,7 @@ from gdnfuse.dialect import (
     op_of,
     packed_decode,
     packed_linear,
+    record,
     rms_norm,
     route,
 )
@@ -397,6 +398,18 @@ def test_experts_are_transformers_loop_over_them(N, E, H, data, masked):
     for most in (0, experts.FEW):  # choices that are computed one by one
         with mock.patch.object(experts, "FEW", most):
             close(experts.reference(x, indices, weights, gate_up, down), wanted)
+
+
+def test_what_is_recorded_are_the_columns_and_gates_of_its_tokens():
+    x, context, a, b, windows, recorded_a, recorded_b = record.example_tensors(2, 3, 5, 4, 2, more=2)
+    was = windows.clone(), recorded_a.clone()
+    record.reference(x, context, a, b, windows, recorded_a, recorded_b)
+    for row in range(2):
+        assert all(torch.equal(windows[row, i], context[row, :, i]) for i in range(4))
+        for t in range(3):
+            assert torch.equal(windows[row, 4 + t], x[row, :, t])
+            assert torch.equal(recorded_a[row, t], a[row, t]) and torch.equal(recorded_b[row, t], b[row, t])
+    assert torch.equal(windows[:, 7:], was[0][:, 7:]) and torch.equal(recorded_a[:, 3:], was[1][:, 3:])
 
 
 def test_conv_windows_are_the_columns_before_each_place():

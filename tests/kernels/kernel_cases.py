@@ -25,6 +25,7 @@ from gdnfuse.dialect import (
     in_proj_conv,
     mixer_decode,
     packed_decode,
+    record,
 )
 
 # Largest error relative to the largest value: a few roundings of float32 maths, and one more where the result is stored narrower.
@@ -87,6 +88,18 @@ def prompt_conv(B, D, T, W, dtype=F32, S=0, bias=False, act="silu", wrap=lambda 
     def make():
         x, context = wrap(torch.randn(B, D, T).to(dtype)), torch.randn(B, D, S).to(context_dtype or dtype) if S else None
         return (x, torch.randn(D, W).to(dtype), torch.randn(D).to(dtype) if bias else None, act, context, bounds), {}
+
+    return make
+
+
+def recording_conv(B, D, T, S, HV, dtype=F32, recorded_dtype=None, bias=False, more=0, act="silu", wrap=lambda x: x):
+    """`wrap` lays out x and the gates, and what is recorded by channel."""
+
+    def make():
+        x, context, a, b, *room = record.example_tensors(B, T, D, S, HV, more, dtype)
+        weight, bias_ = torch.randn(D, 4).to(dtype), torch.randn(D).to(dtype) if bias else None
+        room = [wrap(r.to(recorded_dtype or dtype)) for r in room]
+        return (wrap(x.mT).mT, weight, bias_, act, context.to(recorded_dtype or dtype), wrap(a), wrap(b), *room), {}
 
     return make
 
@@ -352,6 +365,11 @@ CASES = [
     Case("causal_conv", "sequences-at-end", prompt_conv(2, 40, 9, 4, BF16, bounds=torch.tensor([0, 2, 5], dtype=torch.int32))),
     Case("causal_conv", "wider-context", prompt_conv(1, 24, 5, 4, BF16, S=4, context_dtype=F32)),
     Case("causal_conv", "short-context", prompt_conv(3, 5, 1, 4, S=2)),
+    Case("causal_conv", "long-context", prompt_conv(1, 5, 3, 4, S=9)),
+    Case("causal_conv_record", "fp32", recording_conv(2, 70, 5, 4, 3)),
+    Case("causal_conv_record", "bf16-more", recording_conv(2, 130, 8, 4, 66, BF16, more=3, wrap=lambda x: strided(x, pad=9))),
+    Case("causal_conv_record", "fp16-bias-none", recording_conv(1, 40, 2, 2, 6, F16, bias=True, act="none", wrap=every_second)),
+    Case("causal_conv_record", "wider-records", recording_conv(1, 24, 3, 4, 70, BF16, F32)),
     *(Case("chunk_delta_rule", f"{name(d)}-{T}", chunked(2, T, 1, 2, 16, 16, d)) for d in (F32, BF16, F16) for T in (1, 63, 130)),
     Case("chunk_delta_rule", "no-state", chunked(1, 65, 2, 2, 16, 24, state=False)),
     Case("chunk_delta_rule", "no-l2norm", chunked(1, 70, 2, 4, 24, 16, BF16, eps=None)),

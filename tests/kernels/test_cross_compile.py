@@ -126,6 +126,10 @@ def calls(B, HV, K=128, V=128, state_dtype=torch.float32):
             1 / 16,
         ),
         "causal_conv": (many[..., :D].mT, of(D, W), None, "silu"),
+        "causal_conv_record": (
+            *(many[:, :5, :D].mT, of(D, W), None, "silu", of(B, D, W), *(x[:, :5] for x in many_gates)),
+            *(of(B, W + 8, D), of(B, 8, HV), of(B, 8, HV)),
+        ),
         "chunk_delta_rule": (
             *many_heads,
             of(B, 1000, HV, dtype=torch.float32),

@@ -12,6 +12,7 @@ from kernel_cases import BF16, F16, Case
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gdnfuse import compat, dialect
+from gdnfuse.dialect import delta_rule, record
 from gdnfuse.kernels import chunk_delta_rule, implementations, loaded, skinny_linear
 from gdnfuse.kernels.launch import replay
 from gdnfuse.kernels.launch.replay import Recorded
@@ -24,6 +25,7 @@ REAL = [
     for B in (1, 2, 5, 33)
     for case in (
         Case("causal_conv_update", f"real-B{B}", kernel_cases.conv(B, 8192, 4, 4, BF16, wrap=kernel_cases.row_slice)),
+        Case("causal_conv_record", f"real-B{B}", kernel_cases.recording_conv(B, 8192, 5, 4, HV, BF16, more=3)),
         Case("fused_gating_delta_rule", f"real-B{B}", kernel_cases.rule(B, 3, H, HV, K, V, BF16)),
         Case("delta_rule_verify", f"real-B{B}", kernel_cases.rule(B, 5, H, HV, K, V, BF16)),
         Case(
@@ -481,6 +483,37 @@ def test_overlapping_mixers_wait_for_each_other(B, heads, dtype, tolerance):
         return x
 
     check_overlap(chain, inputs, states, tolerance)
+
+
+@pytest.mark.parametrize(("B", "T"), [(1, 5), (3, 2)])
+def test_overlapping_mixers_of_verify_steps_wait_for_each_other(B, T):
+    """Conv and rule read windows and states early that they do not write; what is recorded is whole."""
+    heads, width, count = 4, 512, 12
+    D = 2 * heads * K + 2 * heads * V
+    torch.manual_seed(0)
+    layers, states = [], []
+    for _ in range(count):
+        _, context, _, _, *room = record.example_tensors(B, T, D, 4, 2 * heads, more=3, dtype=BF16)
+        *_, A_log, dt_bias, state = delta_rule.example_tensors(B, T, heads, 2 * heads, K, V, BF16)
+        layers.append((context, torch.randn(D, 4).to(BF16) / 2, A_log, dt_bias, state, torch.rand(V).to(BF16)))
+        states += room
+    inner = 2 * heads * V
+    in_proj, out_proj = weights(count, D + inner + 4 * heads, width, BF16), weights(count, width, inner, BF16)
+    inputs = torch.randn(B, T, width).to(BF16), in_proj, out_proj, layers
+
+    def chain(call, inputs, states):
+        x, in_proj, out_proj, layers = inputs
+        for i, (context, taps, A_log, dt_bias, state, norm) in enumerate(layers):
+            row, z, b, a = call("fused_linear", x, [in_proj[i]]).split([D, inner, 2 * heads, 2 * heads], -1)
+            row = call("causal_conv_record", row.mT, taps, None, "silu", context, a, b, *states[3 * i : 3 * i + 3])
+            q, k, v = row.mT.split([heads * K, heads * K, inner], -1)
+            heads_of = q.unflatten(-1, (heads, K)), k.unflatten(-1, (heads, K)), v.unflatten(-1, (2 * heads, V))
+            o = call("delta_rule_verify", *heads_of, a, b, A_log, dt_bias, state, K**-0.5, 1e-6)
+            y = call("gated_rms_norm", o, z.unflatten(-1, (2 * heads, V)), norm, 1e-6)
+            x = call("fused_linear", y.flatten(2), [out_proj[i]])
+        return x
+
+    check_overlap(chain, inputs, states, 5e-2)
 
 
 @pytest.mark.parametrize("B", [1, 4])

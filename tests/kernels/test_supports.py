@@ -66,6 +66,21 @@ def two_rows_of_indices():
 REFUSED = [
     ("causal_conv", kernel_cases.prompt_conv(1, 4, 4, 4, F64), "x must be float32, bfloat16 or float16, found float64."),
     ("causal_conv", kernel_cases.prompt_conv(1, 4, 4, 4, act="gelu"), "activation must be one of silu, none, found gelu."),
+    (
+        "causal_conv_record",
+        kernel_cases.recording_conv(1, 4, 9, 4, 2),
+        "T must be at most 8 and S at most 8, found T = 9 and S = 4.",
+    ),
+    (
+        "causal_conv_record",
+        kernel_cases.recording_conv(1, 4, 8, 9, 2),
+        "T must be at most 8 and S at most 8, found T = 8 and S = 9.",
+    ),
+    (
+        "causal_conv_record",
+        kernel_cases.recording_conv(1, 4, 2, 4, 2, kernel_cases.F32, F64),
+        "context must be float32, bfloat16 or float16, ",
+    ),
     ("chunk_delta_rule", kernel_cases.chunked(1, 3, 1, 1, 257, 8), "K must be at most 256, found 257."),
     ("chunk_delta_rule", kernel_cases.chunked(1, 3, 1, 1, 256, 8), WIDE_K),
     ("chunk_delta_rule", kernel_cases.chunked(1, 3, 1, 1, 256, 8, BF16, beta_scale=2.0), WIDE_K),

@@ -22,6 +22,7 @@ CALLS = {
         {"scale": 0.3},
     ),
     "causal_conv": kernel_cases.prompt_conv(6, 12, 7, 4, bias=True),
+    "causal_conv_record": kernel_cases.recording_conv(6, 12, 3, 4, 5, more=2),
     "chunk_delta_rule": kernel_cases.chunked(6, 70, 2, 4, 24, 16),
     "fused_gating_chunk_delta_rule": kernel_cases.chunked(6, 70, 2, 4, 24, 16, gated=True),
     "causal_conv_update": kernel_cases.conv(6, 12, 4, 4, bias=True),

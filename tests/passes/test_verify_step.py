@@ -5,9 +5,9 @@ import torch
 
 import gdnfuse
 from gdnfuse.backend import rewritten_copy
-from gdnfuse.dialect import delta_rule
+from gdnfuse.dialect import delta_rule, record
 from gdnfuse.options import Options
-from gdnfuse.passes.fuse import conv_context, short_delta_rule, verify_delta_rule
+from gdnfuse.passes.fuse import conv_context, record_conv, short_delta_rule, verify_delta_rule
 from gdnfuse.report.records import GraphReport, Status
 from tests.models import zoo
 from tests.rewrite.captured import Captured
@@ -113,6 +113,51 @@ def test_a_window_that_stays_is_the_convs_context():
     assert found.record.status is Status.REFUSED and "must not be written in place" in found.record.reason
 
 
+def test_what_enters_a_conv_and_is_recorded_is_read_once():
+    tensors = record.example_tensors(B, 5, 12, 4, HV, more=3)
+    weight = torch.randn(12, 4)
+
+    def conv(x, context, weight, **more):
+        return ops.causal_conv.default(x, weight, None, "silu", context, **more)
+
+    def step(x, context, a, b, *room_and_weight):
+        *room, weight = room_and_weight
+        y = conv(x, context, weight)
+        ops.record.default(x, context, a.mul(2), b, *room)
+        return y
+
+    def read(*tensors):
+        y = step(*tensors)
+        return y, tensors[4] + 1
+
+    def another_window(x, context, a, b, *room_and_weight):
+        *room, weight = room_and_weight
+        ops.record.default(x, context, a, b, *room)
+        return conv(x, context * 2, weight)
+
+    def no_conv(x, context, a, b, *room_and_weight):
+        ops.record.default(x, context, a, b, *room_and_weight[:3])
+        return x + 1
+
+    def gates_after(x, context, a, b, *room_and_weight):
+        *room, weight = room_and_weight
+        y = conv(x, context, weight).mul(2)
+        ops.record.default(x, context, a + y[:, :1, :1], b, *room)
+        return y
+
+    found = fused(step, *tensors, weight, rule=record_conv.RULE)
+    assert found.record.status is Status.FIRED and found.ops() == ["mul", "gdnfuse.causal_conv_record"]
+    for f, sentence in (
+        (read, "windows must be read and written here alone, found that add uses it too"),
+        (another_window, "must have the recorded window as its context, found another"),
+        (no_conv, "must enter one causal conv, found 0"),
+        (gates_after, "causal_conv_default must not be read before all operands exist"),
+    ):
+        found = fused(f, *tensors, weight, rule=record_conv.RULE)
+        assert found.record.status is Status.REFUSED and sentence in found.record.reason, found.record.reason
+        assert "gdnfuse.record" in found.ops()
+
+
 def traced(model, cache, tokens):
     """The report of a call's graph as a GPU would have it. With some versions of transformers masks are a graph before it."""
     reports = []
@@ -142,7 +187,8 @@ def test_what_a_layer_of_a_verify_and_of_a_short_step_becomes():
         report = traced(model, cache, zoo.tokens_for(1, 5))
         assert report.phase == phase and report.fused_layers == 1
         chosen = [(r.rule, r.chosen) for r in report.all_records if r.stage == "lower"]
-        assert {("causal_conv", "triton"), (rule, "triton"), ("gated_rms_norm", "triton")} <= {*chosen}
+        conv = "causal_conv_record" if phase == "verify" else "causal_conv"
+        assert {(conv, "triton"), (rule, "triton"), ("gated_rms_norm", "triton")} <= {*chosen}
         assert ("attention_few_queries", "triton") in chosen
         linears = [how for what, how in chosen if what in ("linear", "packed_linear", "fused_linear")]
         assert linears.count("triton") == len(linears) >= 6
