@@ -46,8 +46,11 @@ gdc_launch_dependents, gdc_wait = compat.dependent_launch()
 # benchmarks/mixer.py --sweep compares these.
 RULE_CONFIGS = ((512, (32, 1)), (float("inf"), (64, 2)))
 GATED_CONFIGS = ((128, (128, 4, False)), (512, (64, 4, True)), (float("inf"), (64, 4, False)))
-LOOP_CONFIG = (32, 2)  # for the rule over several tokens; more columns per warp would spill
 FEW_TOKENS = range(2, 9)  # numbers of tokens that the kernel is compiled for
+# The same for so many tokens. A program of one warp has no barrier in its sums over K.
+FEW_CONFIGS = ((64, (8, 1)), (float("inf"), (16, 1)))
+TWO_CONFIG = (16, 1)
+LOOP_CONFIG = (32, 2)  # for more tokens; more columns per warp would spill
 SMALL = 512  # heads of 128×128 states in float32, 32 MiB
 
 
@@ -81,42 +84,6 @@ def rule_step(s, q, k, v, decay, beta):
     delta = (v - tl.sum(s * k[:, None], 0)) * beta  # [BV]
     s = s + k[:, None] * delta[None, :]  # [BK, BV]
     return s, tl.sum(s * q[:, None], 0)
-
-
-@triton.jit
-def few_tokens(s, qs, ks, vs, decays, betas, FEW: tl.constexpr, OUT: tl.constexpr, LAST: tl.constexpr):
-    """The rule over FEW tokens, with products of pairs of tokens in place of a new state after each.
-
-    With S the state before all tokens, c_t the product of the decays up to token t, and d_ts that of the tokens behind s up to t:
-
-        u_t = β_t(v_t − c_t·Sᵀk_t − Σ_{s<t} d_ts·(k_t·k_s)·u_s);  o_t = c_t·Sᵀq_t + Σ_{s≤t} d_ts·(q_t·k_s)·u_s
-
-    and the state after all is c_T·S + Σ_t d_Tt·k_t ⊗ u_t. Only the short sums wait for one another.
-
-    s: [BK, BV], qs, ks: [BK] each, vs: [BV] each, decays, betas: numbers. Returns s after all tokens if LAST, else before them, and
-    a tuple of o [BV] if OUT.
-    """
-    us, os, behind, c = (), (), (), 1.0
-    for t in tl.static_range(FEW):
-        c = c * decays[t]
-        now = ()
-        for i in tl.static_range(t):
-            now = now + (behind[i] * decays[t],)
-        u = vs[t] - c * tl.sum(s * ks[t][:, None], 0)  # [BV]
-        for i in tl.static_range(t):
-            u -= (now[i] * tl.sum(ks[t] * ks[i], 0)) * us[i]
-        us = us + (u * betas[t],)
-        if OUT:
-            o = c * tl.sum(s * qs[t][:, None], 0)  # [BV]
-            for i in tl.static_range(t):
-                o += (now[i] * tl.sum(qs[t] * ks[i], 0)) * us[i]
-            os = os + (o + tl.sum(qs[t] * ks[t], 0) * us[t],)
-        behind = now + (1.0,)
-    if LAST:
-        s = s * c
-        for t in tl.static_range(FEW):
-            s += ks[t][:, None] * (behind[t] * us[t])[None, :]
-    return s, os
 
 
 @triton.jit
@@ -189,15 +156,11 @@ def delta_rule_kernel(
             vs = vs + (tl.load(v_ptrs + t * stride_vt, mask=live_v, other=0.0).to(tl.float32),)  # [BV]
             decays = decays + (tl.exp(log_decay(tl.load(a_ptr + t * stride_at).to(tl.float32), A_log, dt_bias)),)
             betas = betas + (BETA_SCALE * tl.sigmoid(tl.load(b_ptr + t * stride_bt).to(tl.float32)),)
-        if slots_ptr is not None:  # the state after each token is wanted
-            for t in tl.static_range(FEW):
-                s, o = rule_step(s, qs[t], ks[t], vs[t], decays[t], betas[t])
-                tl.store(out_ptr + ((batch * FEW + t) * HV + hv) * V + i_v, o, mask=live_v)
+        for t in tl.static_range(FEW):
+            s, o = rule_step(s, qs[t], ks[t], vs[t], decays[t], betas[t])
+            tl.store(out_ptr + ((batch * FEW + t) * HV + hv) * V + i_v, o, mask=live_v)
+            if slots_ptr is not None:
                 _store_slot(state_ptrs, s, slots_ptr + t, stride_sb, live, EVICT)
-        else:
-            s, os = few_tokens(s, qs, ks, vs, decays, betas, FEW, True, WRITE)
-            for t in tl.static_range(FEW):
-                tl.store(out_ptr + ((batch * FEW + t) * HV + hv) * V + i_v, os[t], mask=live_v)
     else:
         for i in range(T):
             t = tl.cast(i, tl.int64)
@@ -340,7 +303,7 @@ def launch_rule(
     """`launch` without writing the state, or with states in slots as in `delta_rule_slots`."""
     B, T, HV, V = v.shape
     H, K = q.shape[2:]
-    columns, num_warps = _config(RULE_CONFIGS, state) if T == 1 else LOOP_CONFIG
+    columns, num_warps = _config_of_rule(T, state)
     BV = columns_of(columns, K, V)
     out = torch.empty((B, T, HV, V), dtype=torch.float32, device=v.device)
     options = overlap_options(v, A_log, dt_bias) if overlap and fits(state) else {}
@@ -449,6 +412,15 @@ def launch_gated(
         ANNOUNCE=bool(able), OVERLAP=bool(options), num_warps=num_warps, **options,
     )  # fmt: skip
     return out
+
+
+def _config_of_rule(T: int, state: torch.Tensor) -> tuple[int, int]:
+    """Columns per program and warps for so many tokens."""
+    if T == 1:
+        return _config(RULE_CONFIGS, state)
+    if T not in FEW_TOKENS:
+        return LOOP_CONFIG
+    return TWO_CONFIG if T == 2 else _config(FEW_CONFIGS, state)
 
 
 def _config(table: tuple[Any, ...], recurrent_state: torch.Tensor) -> Any:

@@ -4,15 +4,15 @@ For each layer and sequence, with n accepted tokens: k, v = silu(conv) of rows 1
 
     S ← e^g·S;  S ← S + k ⊗ β(v − Sᵀk)   (Yang et al. 2024, arXiv:2412.06464)
 
-token by token. The conv state becomes the W rows that end with the last accepted one. Checkpoint and replay are as in SGLang's PR
+for each token. The conv state becomes the W rows that end with the last accepted one. Checkpoint and replay are as in SGLang's PR
 28695.
 
 Layout: windows [L, B, W + T, D] with D = 2·H·K + HV·V, a, b [L, B, T, HV], accepted [B], conv_weight [L, D, W], conv_state [L, B,
 D, W], recurrent_state [L, B, HV, K, V], with any strides. A program has some value columns of one head of one layer and sequence.
-It reads and writes its part of the state once, and computes k of the head's rows itself. The conv reads only the windows. The
-inputs of up to 8 tokens are loaded before the first is used, so a program waits for memory once. Each channel of a conv state is
-written by one program: those of v by the programs of the head, those of q and k by the first program of the first value head of
-their key head. If n is 0, nothing is read or written. All maths is float32.
+It computes k of the head's rows itself, and the conv reads only the windows. The inputs of a few tokens are loaded before the
+first is used, and the state is read and written once for these. Each channel of a conv state is written by one program: those of
+v by the programs of the head, those of q and k by the first program of the first value head of their key head. If n is 0, nothing
+is read or written. All maths is float32.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ import triton
 import triton.language as tl
 
 from gdnfuse.errors import Refused
-from gdnfuse.kernels.delta_rule import columns_of, few_tokens, log_decay
+from gdnfuse.kernels.delta_rule import columns_of, log_decay
 from gdnfuse.kernels.launch.implementation import kernel_of, register, require_dtypes, require_head_dims, require_static
 
-# Value columns per program (with 128 keys) and warps, as for the rule over several tokens. Not measured for this kernel.
+# Value columns of a tile (with 128 keys), tiles per program, and warps; and the most tokens at once. More would spill.
 COLUMNS, TILES, NUM_WARPS = 16, 2, 1
-AT_ONCE = 4  # tokens
+AT_ONCE = 4
 
 
 @triton.jit
@@ -53,6 +53,33 @@ def _keys(rows, weights, stride_xt, stride_ww, n, live, eps, FEW: tl.constexpr, 
     for t in tl.static_range(FEW):
         found = found + (ks[t] * tl.rsqrt(tl.sum(ks[t] * ks[t], 0) + tl.cast(eps, tl.float32)),)
     return found
+
+
+@triton.jit
+def _after(s, ks, vs, decays, betas, FEW: tl.constexpr):
+    """The state after FEW tokens, with products of pairs of keys in place of a state after each token.
+
+    With S the state before all, c_t the product of the decays up to token t, and d_ts that of the tokens behind s up to t:
+
+        u_t = β_t(v_t − c_t·Sᵀk_t − Σ_{s<t} d_ts·(k_t·k_s)·u_s), and the state after all is c_T·S + Σ_t d_Tt·k_t ⊗ u_t
+
+    So only short sums wait for one another. s: [BK, BV], ks: [BK] each, vs: [BV] each, decays, betas: numbers.
+    """
+    us, behind, c = (), (), 1.0
+    for t in tl.static_range(FEW):
+        c = c * decays[t]
+        now = ()
+        for i in tl.static_range(t):
+            now = now + (behind[i] * decays[t],)
+        u = vs[t] - c * tl.sum(s * ks[t][:, None], 0)  # [BV]
+        for i in tl.static_range(t):
+            u -= (now[i] * tl.sum(ks[t] * ks[i], 0)) * us[i]
+        us = us + (u * betas[t],)
+        behind = now + (1.0,)
+    s = s * c
+    for t in tl.static_range(FEW):
+        s += ks[t][:, None] * (behind[t] * us[t])[None, :]
+    return s
 
 
 @triton.jit
@@ -113,7 +140,7 @@ def delta_rule_commit_kernel(
                 s = tl.load(state_ptrs, mask=live, other=0.0).to(tl.float32)  # [BK, BV]
                 v_rows, v_weights = x_ptr + v_of * stride_xd, weight_ptr + v_of * stride_wd
                 vs = _conv(v_rows + first * stride_xt, v_weights, stride_xt, stride_ww, left, live_v, FEW, W)
-                s, _ = few_tokens(s, ks, ks, vs, decays, betas, FEW, False, True)
+                s = _after(s, ks, vs, decays, betas, FEW)
                 tl.store(state_ptrs, s.to(state_ptr.dtype.element_ty), mask=live)
                 if start + FEW >= n:
                     _move(conv_ptr + v_of * stride_cd, v_rows + last, stride_cw, stride_xt, live_v, W)
