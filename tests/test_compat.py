@@ -1023,6 +1023,14 @@ def hooks_of(there):
 
 
 @case
+def subtract_from_all(there):
+    tensors = [torch.tensor(7), torch.tensor(9)]
+    compat.subtract_from_all(tensors, 3)
+    assert tensors == [4, 6]
+    compat.subtract_from_all([], 3)
+
+
+@case
 def copy_all(there):
     to, tensors = [torch.zeros(2), torch.zeros(3, 1)], [torch.rand(2), torch.rand(3, 1)]
     compat.copy_all(to, tensors)

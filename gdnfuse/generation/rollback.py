@@ -291,10 +291,7 @@ class RollbackCache(Cache):
             self._commit(keep, pending)
         for layer in linear:
             layer.pending = 0
-        if tokens_to_remove:
-            for layer in self.layers:
-                if not isinstance(layer, RollbackLayer):
-                    layer.crop(tokens_to_remove)
+        take_back(self.layers, -tokens_to_remove)
 
     def abandon(self, length: int) -> None:
         """Forget the recorded call, even if it did not run to its end. The cache is as before the call.
@@ -605,8 +602,9 @@ def _prove(mixer: torch.nn.Module) -> None:
 
 def take_back(layers: Sequence[Any], tokens: int) -> None:
     """Crop the keys and values of attention layers by so many tokens, in any cache of transformers."""
-    for layer in layers if tokens else ():
-        if isinstance(layer, StaticLayer):
-            CroppableStaticLayer.crop(layer, tokens)
-        elif not isinstance(layer, LinearAttentionLayer):
+    if not tokens:
+        return
+    compat.subtract_from_all([layer.cumulative_length for layer in layers if isinstance(layer, StaticLayer)], tokens)
+    for layer in layers:
+        if not isinstance(layer, StaticLayer | LinearAttentionLayer):
             layer.crop(-tokens)

@@ -11,6 +11,7 @@ import torch
 import transformers
 
 import gdnfuse
+from gdnfuse import compat
 from gdnfuse.generation import rollback
 from gdnfuse.generation.rollback import RollbackCache
 from tests.models import zoo
@@ -61,6 +62,17 @@ def test_states_after_every_count_are_those_of_steps(family, capacity):
         cache.stop_past_recording()
         again = [model(tokens[:, :1], **zoo.held(x)).logits for x in (cache, wanted)]
         assert zoo.relative(*again) < 1e-4
+
+
+@torch.no_grad()
+def test_lengths_of_all_layers_are_cropped_in_one_launch():
+    model = zoo.causal_lm(num_hidden_layers=4, layer_types=["linear_attention", *["full_attention"] * 3])
+    cache, seen = filled(model, 32), []
+    model(zoo.tokens_for(2, 3), **zoo.held(cache))
+    with compat.seeing_ops(lambda op, result: seen.append(op.name())):
+        cache.crop(-2)
+    assert [name for name in seen if "sub_" in name] == ["aten::_foreach_sub_.Scalar"]
+    assert [int(layer.get_seq_length()) for layer in cache.layers[1:]] == [10] * 3
 
 
 @torch.no_grad()
