@@ -6,27 +6,37 @@ weight's rows as the product's rows). Every multiprocessor has equally many rows
 are neither copied nor stored. The ring is full of weights before the kernel waits for the one that makes x. few_rows_linear has
 one step by then.
 
+What low-rank adapters add (see few_rows_linear.py) is multiplied in float32, without tensor cores, when the columns are done. Then
+the registers and the memory of the ring are free.
+
 Layout: as in few_rows_linear.py; x and weight have rows at multiples of 16 elements. Products and sums are float32. There is one
 rounding, to the weight's dtype, and none for split_linear.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from gdnfuse import compat
 from gdnfuse.kernels.launch.implementation import kernel_of, launching, overlap_options
 from gdnfuse.kernels.linear_configs import STEP, RingConfig, columns_of, rings, rows_and_out
+from gdnfuse.kernels.skinny_linear import MAX_LORA
 
 gluon, gl, async_copy, hopper, _, copy_to_shared = compat.gluon()  # callers check that it exists
 fence_async_shared, warpgroup_mma, warpgroup_mma_wait = hopper.fence_async_shared, hopper.warpgroup_mma, hopper.warpgroup_mma_wait
 gdc_launch_dependents, gdc_wait = compat.dependent_launch()
+dot_fma = compat.dot_fma()
 
 SLICE = gl.constexpr(64)  # columns of half a step: 128 bytes, the width of the swizzle of shared memory
 RING = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
 COPIED = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # of [rows, SLICE]: 16 bytes a thread
 STORED = gl.constexpr(gl.BlockedLayout([1, 1], [32, 1], [1, 4], [0, 1]))  # of [rows of the weight, rows of x]
 SCRATCH = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, order=[0, 1]))
+WIDTH = gl.constexpr(16)  # columns of an adapter's B at once
+UP = gl.constexpr(gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0]))  # of [rows of the weight, WIDTH]: 16 bytes a thread of float32
+LOW = gl.constexpr(gl.BlockedLayout([4, 1], [4, 8], [1, 4], [0, 1]))  # of [WIDTH, rows of x]: likewise
 
 
 @gluon.jit
@@ -70,10 +80,69 @@ def store_tiles(acc, out_ptr, first, part, B, M, width, live_rows, SWIGLU: gl.co
 
 
 @gluon.jit
+def _of_adapter(k, LORA: gl.constexpr, i: gl.constexpr, j: gl.constexpr):
+    """As in few_rows_linear."""
+    COUNT: gl.constexpr = LORA[i][1]
+    found = LORA[i][2 + j]
+    for n in gl.static_range(1, COUNT):
+        found = gl.where(k == n, LORA[i][2 + 5 * n + j], found)
+    return found
+
+
+@gluon.jit
+def _add_of_tensor(
+    total, first, end_row, row, B, low_ptr, low_columns, b_ptr, part,
+    BB: gl.constexpr, LORA: gl.constexpr, i: gl.constexpr, LOW_PARTS: gl.constexpr,
+):  # fmt: skip
+    """As in few_rows_linear."""
+    RANK: gl.constexpr = LORA[i][0]
+    COUNT: gl.constexpr = LORA[i][1]
+    b = gl.arange(0, BB, layout=gl.SliceLayout(0, LOW))
+    for k in range(gl.where(part == 0, COUNT, 0)):
+        begin, end = _of_adapter(k, LORA, i, 0), _of_adapter(k, LORA, i, 1)
+        if (end_row > begin) & (first < end):
+            start, low_row, scaling = _of_adapter(k, LORA, i, 2), _of_adapter(k, LORA, i, 3), _of_adapter(k, LORA, i, 4)
+            inside = (row >= begin) & (row < end)
+            at = gl.where(inside, row - begin + start, 0)
+            for column in range(0, RANK, WIDTH):
+                j = column + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, UP))
+                up_ptrs = b_ptr + (at.to(gl.int64)[:, None] * RANK + j[None, :])
+                up = gl.load(up_ptrs, mask=inside[:, None] & (j < RANK)[None, :], other=0.0).to(gl.float32)
+                j = column + gl.arange(0, WIDTH, layout=gl.SliceLayout(1, LOW))
+                low_ptrs = low_ptr + (b[None, :] * low_columns + (low_row + j)[:, None])
+                live = (j < RANK)[:, None] & (b < B)[None, :]
+                low = gl.zeros([WIDTH, BB], gl.float32, LOW)
+                for p in gl.static_range(LOW_PARTS):
+                    low += gl.load(low_ptrs + p * B * low_columns, mask=live, other=0.0)
+                up = gl.convert_layout(up, gl.DotOperandLayout(0, total.type.layout, 0))
+                low = gl.convert_layout(low * scaling, gl.DotOperandLayout(1, total.type.layout, 0))
+                total = dot_fma(up, low, total)
+    return total
+
+
+@gluon.jit
+def _add_lora(
+    acc, first, live_rows, M, B, low_ptr, low_columns, b_ptrs, part,
+    SWIGLU: gl.constexpr, BB: gl.constexpr, LORA: gl.constexpr, LOW_PARTS: gl.constexpr,
+):  # fmt: skip
+    """As in few_rows_linear, for the tile [64, BB] of `live_rows` rows from `first` on."""
+    ROWS: gl.constexpr = 32 if SWIGLU else 64
+    r = gl.arange(0, 64, layout=gl.SliceLayout(1, UP))
+    out_row = first + r % ROWS
+    row = gl.where((r % ROWS < live_rows) & (out_row < M), out_row + gl.where(r < ROWS, 0, M), -1)
+    end_row = first + live_rows + (M if SWIGLU else 0)
+    total = gl.zeros([64, BB], gl.float32, gl.BlockedLayout([4, BB // 8], [4, 8], [4, 1], [1, 0]))
+    for i in gl.static_range(len(LORA)):
+        total = _add_of_tensor(total, first, end_row, row, B, low_ptr, low_columns, b_ptrs[i], part, BB, LORA, i, LOW_PARTS)
+    return acc + gl.convert_layout(total, acc.type.layout)
+
+
+@gluon.jit
 def program(
-    x_ptr, weight_ptr, out_ptr,
-    index, part, B, M, width, live_rows, steps, stride_xb, stride_wm,
+    x_ptr, weight_ptr, low_ptr, b_ptrs, out_ptr,
+    index, part, B, M, width, live_rows, steps, low_columns, stride_xb, stride_wm,
     SWIGLU: gl.constexpr, TILES: gl.constexpr, BB: gl.constexpr, STAGES: gl.constexpr, OVERLAP: gl.constexpr,
+    LORA: gl.constexpr, LOW_PARTS: gl.constexpr,
 ):  # fmt: skip
     """The work of the index-th program of a part of the columns. `width` is the distance of rows of the result."""
     # With SwiGLU the second half of a tile has the rows of up that belong to the rows of gate in the first.
@@ -134,25 +203,36 @@ def program(
         slot = gl.where(slot == STAGES - 1, 0, slot + 1)
 
     async_copy.wait_group(0)
+    if LORA is not None:
+        without = acc
+        acc = ()
+        for t in gl.static_range(TILES):
+            tile = first + t * live_rows
+            added = _add_lora(
+                without[t], tile, live_rows, M, B, low_ptr, low_columns, b_ptrs, part, SWIGLU, BB, LORA, LOW_PARTS
+            )
+            acc = acc + (added,)
     store_tiles(acc, out_ptr, first, part, B, M, width, live_rows, SWIGLU, TILES, BB)
 
 
-@gluon.jit(do_not_specialize=["B", "M", "live_rows", "steps"])
+@gluon.jit(do_not_specialize=["B", "M", "live_rows", "steps", "low_columns"])
 def few_rows_hopper_kernel(
-    x_ptr, weight_ptr, out_ptr,
-    B, M, live_rows, steps, stride_xb, stride_wm,
+    x_ptr, weight_ptr, low_ptr, b0_ptr, b1_ptr, b2_ptr, b3_ptr, out_ptr,
+    B, M, live_rows, steps, low_columns, stride_xb, stride_wm,
     SWIGLU: gl.constexpr, TILES: gl.constexpr, BB: gl.constexpr, STAGES: gl.constexpr, OVERLAP: gl.constexpr,
+    LORA: gl.constexpr, LOW_PARTS: gl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
         gdc_launch_dependents()
     program(
-        x_ptr, weight_ptr, out_ptr, gl.program_id(0), gl.program_id(1), B, M, M, live_rows, steps, stride_xb, stride_wm,
-        SWIGLU, TILES, BB, STAGES, OVERLAP,
+        x_ptr, weight_ptr, low_ptr, (b0_ptr, b1_ptr, b2_ptr, b3_ptr), out_ptr,
+        gl.program_id(0), gl.program_id(1), B, M, M, live_rows, steps, low_columns, stride_xb, stride_wm,
+        SWIGLU, TILES, BB, STAGES, OVERLAP, LORA, LOW_PARTS,
     )  # fmt: skip
 
 
-def supports_here(rows: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether this kernel supports these rows [B, N].
+def supports_here(rows: torch.Tensor, weight: torch.Tensor, lora: bool = False) -> bool:
+    """Whether this kernel supports these rows [B, N], with adapters if `lora`.
 
     It needs half precision, a Hopper GPU, and rows that can be copied 16 bytes at a time.
     """
@@ -161,12 +241,14 @@ def supports_here(rows: torch.Tensor, weight: torch.Tensor) -> bool:
         and not compat.interpreting()
         and rows.dtype == weight.dtype
         and all(t.stride(0) % 16 == 0 and (not launching() or t.data_ptr() % 16 == 0) for t in (rows, weight))
+        and not (lora and dot_fma is None)
     )
 
 
 def launch_with(
-    chosen: RingConfig, x: torch.Tensor, weight: torch.Tensor, swiglu: bool = False, overlap: bool = False
-) -> torch.Tensor:
+    chosen: RingConfig, x: torch.Tensor, weight: torch.Tensor, swiglu: bool = False, overlap: bool = False,
+    lora: tuple[torch.Tensor, list[torch.Tensor], tuple[Any, ...]] | None = None,
+) -> torch.Tensor:  # fmt: skip
     """The parts of a linear, [parts, ..., M], without the first axis if there is only one.
 
     Args:
@@ -175,14 +257,17 @@ def launch_with(
         weight: [M, N], with `swiglu` [2·M, N].
         swiglu: whether the weight is of gate and up.
         overlap: whether the weight may be read while kernels before this one run.
+        lora: as in few_rows_linear.
     """
     tiles, live, stages, parts = chosen
     rows, out = rows_and_out(x, weight.shape[0] // (2 if swiglu else 1), weight.dtype, parts)
     (B, N), M = rows.shape, out.shape[-1]
     options = overlap_options(x) if overlap else {}
+    low, up, table = lora or (None, (), None)
     kernel_of(few_rows_hopper_kernel)[(-(-M // (live * tiles)), parts)](
-        rows, weight, out, B, M, live, N // parts // STEP, rows.stride(0), weight.stride(0),
+        rows, weight, low, *up, *[None] * (MAX_LORA - len(up)), out,
+        B, M, live, N // parts // STEP, 0 if low is None else low.shape[-1], rows.stride(0), weight.stride(0),
         SWIGLU=swiglu, TILES=tiles, BB=columns_of(B), STAGES=stages,
-        OVERLAP=bool(options), num_warps=4, **options,
+        OVERLAP=bool(options), LORA=table, LOW_PARTS=1 if low is None else low.shape[0], num_warps=4, **options,
     )  # fmt: skip
     return out

@@ -148,9 +148,9 @@ def few_rows_hopper_quantized_kernel(
         )  # fmt: skip
     elif plain_ptr is not None:
         few_rows_hopper.program(
-            x_ptr, plain_ptr, out_ptr + stored,
-            index + plain_programs, part, B, M - stored, M, plain_rows, steps, stride_xb, stride_pm,
-            False, 1, BB, PLAIN_STAGES, OVERLAP,
+            x_ptr, plain_ptr, None, None, out_ptr + stored,
+            index + plain_programs, part, B, M - stored, M, plain_rows, steps, 0, stride_xb, stride_pm,
+            False, 1, BB, PLAIN_STAGES, OVERLAP, None, 1,
         )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from gdnfuse.kernels import devices, few_rows_linear, quantized, skinny_linear
 from gdnfuse.kernels.causal_conv_update import ACTIVATIONS
 from gdnfuse.kernels.gated_rms_norm import require_gate
 from gdnfuse.kernels.launch.implementation import register, require_dtypes, require_static
-from gdnfuse.kernels.linear_configs import MAX_ROWS, tensor_cores_config
+from gdnfuse.kernels.linear_configs import MAX_ROWS, adapters_config, tensor_cores_config
 
 if compat.gluon() and compat.mma_v2():
     from gdnfuse.kernels import skinny_tensor_cores
@@ -51,7 +51,7 @@ def launch(
     Args:
         x, weights, norm_weight, norm_eps, norm_offset, gate, swiglu, residual, gate_activation, scales, format, zeros: as
             in the dialect.
-        lora_A, lora_B, lora_parts, lora_scaling: as in the dialect, of one row, with one A.
+        lora_A, lora_B, lora_parts, lora_scaling: as in the dialect, with one A.
         overlap: whether weights may be read while kernels before this one run: what came before the step must have ended.
 
     Returns:
@@ -60,7 +60,8 @@ def launch(
     dtype = weight_dtype(x, weights, scales, residual, norm_weight, gate)
     weight, stored = weights[0], _stored(weights, scales, format, dtype, zeros)
     if _rows(x) > 1:
-        return few_rows_linear.launch(x, weight, swiglu, overlap=overlap, **stored)
+        lora = (lora_A, lora_B, lora_parts, lora_scaling)
+        return few_rows_linear.launch(x, weight, swiglu, overlap=overlap, lora=lora, **stored)
     around = {"gate": gate, "swiglu": swiglu, "residual": residual, "gate_activation": gate_activation}
     kind = skinny_linear.kind(norm_weight, gate, swiglu)
     before = {"gate": gate, "gate_activation": gate_activation, "overlap": overlap}
@@ -176,6 +177,10 @@ def launch_split(
     scales: list[torch.Tensor] | None = None,
     format: str = "",
     zeros: list[torch.Tensor] | None = None,
+    lora_A: list[torch.Tensor] | None = None,
+    lora_B: list[torch.Tensor] | None = None,
+    lora_parts: list[int] | None = None,
+    lora_scaling: list[float] | None = None,
     *,
     overlap: bool = False,
 ) -> torch.Tensor:
@@ -183,13 +188,15 @@ def launch_split(
 
     Args:
         x, weights, parts, scales, format, zeros: as in the dialect.
+        lora_A, lora_B, lora_parts, lora_scaling: as for `launch`.
         overlap: as for `launch`.
 
     Returns:
         [parts, ..., M] in float32, contiguous.
     """
     (weight,) = weights
-    return few_rows_linear.launch(x, weight, parts=parts, overlap=overlap, **_stored(weights, scales, format, x.dtype, zeros))
+    lora, stored = (lora_A, lora_B, lora_parts, lora_scaling), _stored(weights, scales, format, x.dtype, zeros)
+    return few_rows_linear.launch(x, weight, parts=parts, overlap=overlap, lora=lora, **stored)
 
 
 def _rows(x: torch.Tensor) -> int:
@@ -253,9 +260,10 @@ def supports(
 
 
 def _require_lora(x, weights, scales, A, B) -> None:
-    """Refuse adapters that the kernel of one row does not support."""
-    if _rows(x) > 1 or scales or len(weights) > 1:
-        raise Refused(f"Adapters must be on one row and one plain weight, found {_rows(x)} rows and {len(weights)} weights.")
+    """Refuse adapters that the kernels do not support."""
+    if scales or len(weights) > 1:
+        found = f"{len(scales or ())} quantised and {len(weights) - len(scales or ())} plain ones"
+        raise Refused(f"Adapters must be on one plain weight, found {found}.")
     if len(A) != 1 or not 0 < len(B) <= skinny_linear.MAX_LORA:
         raise Refused(f"Adapters must have one A and 1 to {skinny_linear.MAX_LORA} B, packed, found {len(A)} and {len(B)}.")
     require_dtypes(lora_A=A[0], **{f"lora_B {i}": b for i, b in enumerate(B)})
@@ -263,6 +271,8 @@ def _require_lora(x, weights, scales, A, B) -> None:
         require_static(rows=t.shape[0], columns=t.shape[1])
         if not compat.is_contiguous(t):
             raise Refused(f"A and B of adapters must be contiguous, found the strides {list(t.stride())}.")
+    if _rows(x) > 1:
+        adapters_config(*A[0].shape)
 
 
 def _require_beside(weights, format, rows, swiglu, gate, residual, parts) -> None:
@@ -320,9 +330,11 @@ def supports_in_proj_conv(
         raise Refused(f"activation must be one of {', '.join(ACTIVATIONS)}, found {activation}.")
 
 
-def supports_split(x, weights, parts, scales=None, format="", zeros=None) -> None:
+def supports_split(
+    x, weights, parts, scales=None, format="", zeros=None, lora_A=None, lora_B=None, lora_parts=None, lora_scaling=None
+) -> None:
     """Raise Refused for the same reasons as `supports`, and unless there are at least two rows and two parts."""
-    supports(x, weights, parts=parts, scales=scales, format=format, zeros=zeros)
+    supports(x, weights, parts=parts, scales=scales, format=format, zeros=zeros, lora_A=lora_A, lora_B=lora_B)
     if _rows(x) < 2 or parts < 2:
         raise Refused(f"Parts of a linear need at least two rows and two parts, found {_rows(x)} and {parts}.")
 
@@ -331,4 +343,4 @@ GEMM = "benchmarks/gemm.py"
 EARLY = ("weights", "scales", "zeros", "norm_weight", "lora_A", "lora_B")
 fused_linear = register("fused_linear", launch, supports, early=EARLY, measured=GEMM)
 in_proj_conv = register("in_proj_conv", launch_in_proj_conv, supports_in_proj_conv, early=EARLY, measured=GEMM)
-split_linear = register("split_linear", launch_split, supports_split, early=("weights", "scales", "zeros"), measured=GEMM)
+split_linear = register("split_linear", launch_split, supports_split, early=EARLY, measured=GEMM)

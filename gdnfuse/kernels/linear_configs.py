@@ -71,6 +71,8 @@ WAVES = 2  # waves of programs; weights with more rows, such as the head, stream
 LEAST_ROWS = 16  # the fewest rows per program, because x is copied for each program
 SPLIT_ROWS = 48  # the most rows per program if columns are split
 RESIDENT = 3  # programs per multiprocessor of a quantised weight
+# For the A's of adapters: rows per tile, the fewest columns per step, and parts of the columns.
+LORA_TILE, LORA_STEP, LORA_PARTS = 16, 32, (16, 8, 4, 2)
 
 
 def rings(weight: torch.Tensor) -> bool:
@@ -190,6 +192,22 @@ def few_rows_config(
         config = config._replace(stages=config.stages - 1)
     require_shared("few_rows_linear", config.shared_memory(rows, itemsize), device)
     return config
+
+
+def adapters_config(R: int, N: int) -> FewRowsConfig:
+    """The config of few_rows_linear for the A's of adapters, [R, N] in all, in float32. Not measured.
+
+    These are few rows, so their columns are in many parts, which the launch of the linear adds up. The programs fill at most one
+    wave. What they take of shared memory fits every card.
+
+    Raises:
+        Refused: N does not fill the steps over columns.
+    """
+    if N % LORA_STEP:
+        raise Refused(f"The columns of adapters for several rows must be a multiple of {LORA_STEP}, found {N}.")
+    tiles = -(-R // LORA_TILE)
+    parts = next((n for n in LORA_PARTS if N % (n * LORA_STEP) == 0 and tiles * n <= MULTIPROCESSORS), 1)
+    return FewRowsConfig(LORA_TILE, LORA_STEP if N // parts % (2 * LORA_STEP) else 2 * LORA_STEP, 4, 4, parts, True)
 
 
 def split(M: int, N: int, rows: int, ring: bool = False, quantised: bool = False) -> int:

@@ -17,7 +17,7 @@ from torch.fx import Graph, Node
 from gdnfuse.dialect import packed_linear
 from gdnfuse.errors import Refused
 from gdnfuse.passes.quantized import INPUTS, is_weight
-from gdnfuse.passes.rows import one_row
+from gdnfuse.passes.rows import few_rows
 from gdnfuse.rewrite.graph import foreign, is_tensor, op_name, peel, same_shape, value
 
 LINEARS = ("linear", "gdnfuse.packed_linear")
@@ -35,7 +35,7 @@ class Loose:
 
 
 def loose(graph: Graph, taken: Set[Node]) -> Iterator[Loose]:
-    """Adapters on one row, except those whose A·x are in `taken`. Each once."""
+    """Adapters on few rows, except those whose A·x are in `taken`. Each once."""
     found: set[Node] = set()
     for x in _inputs(graph):
         for adapter in _sums(x):
@@ -105,13 +105,13 @@ def is_scaled(node: Node) -> bool:
 
 
 def _inputs(graph: Graph) -> dict[Node, None]:
-    """What linears of one row read.
+    """What linears of few rows read.
 
     And what that is made from by an operation on one tensor, such as a hook before the linear.
     """
     found: dict[Node, None] = {}
     for node in graph.nodes:
-        if op_name(node) in LINEARS and one_row(node):
+        if op_name(node) in LINEARS and few_rows(node):
             x = peel(input_of(node))
             found[x] = None
             given = [n for n in x.all_input_nodes if is_tensor(n)]

@@ -27,6 +27,7 @@ from gdnfuse.rewrite.graph import held, is_plain, kept_meta, op_name, storage, v
 
 EQUATIONS = {"linear": "x·Wᵀ", "scaled_dot_product_attention": causal_attention.op.equation}  # equations of torch's ops
 QUANTIZED = ("scales", "format", "zeros")  # arguments of an op that describe quantised weights
+LORA = ("lora_A", "lora_B", "lora_parts", "lora_scaling")  # those that describe adapters
 MAX_SUM = 7  # terms; Inductor turns a longer sum into a loop with its own kernel
 
 
@@ -121,7 +122,7 @@ def _chosen(name: str, device: str, call: dict[str, Any]) -> tuple[Any, dict[str
     stored = _as_stored(call)
     calls = [(name, stored)]
     if name == "fused_linear" and device == "cuda" and (parts := _parts(stored)) > 1:
-        split = {k: v for k, v in stored.items() if k in ("x", "weights", *QUANTIZED)} | {"parts": parts}
+        split = {k: v for k, v in stored.items() if k in ("x", "weights", *QUANTIZED, *LORA)} | {"parts": parts}
         calls = [("split_linear", split), *(calls if "scales" in stored else [])]
     for attempt, (kind, arguments) in enumerate(calls, 1):
         try:
@@ -192,8 +193,12 @@ def _linear(node: Node) -> tuple[str, dict[str, Any], str]:
 
 
 def _parts(call: dict[str, Any]) -> int:
-    """Into how many parts to split the columns of a linear, so that it has enough programs. 1 if something is fused around it."""
-    if len(call["weights"]) > 1 or any(given for name, given in call.items() if name not in ("x", "weights", *QUANTIZED)):
+    """Into how many parts to split the columns of a linear, so that it has enough programs.
+
+    1 if something else than adapters is fused around it.
+    """
+    beside = ("x", "weights", "gate_activation", *QUANTIZED, *LORA)  # the gate itself is not among them
+    if len(call["weights"]) > 1 or any(given for name, given in call.items() if name not in beside):
         return 1
     x, (weight,) = value(call["x"]), map(value, call["weights"])
     if weight.dim() != 2 or not all(isinstance(n, int) for n in (*x.shape, *weight.shape)):

@@ -1,4 +1,4 @@
-"""x·Wᵀ + s·(x·Aᵀ)·Bᵀ, a projection with active low-rank adapters  →  fused_linear(x, W, lora_A, lora_B), for one row
+"""x·Wᵀ + s·(x·Aᵀ)·Bᵀ, a projection with active low-rank adapters  →  fused_linear(x, W, lora_A, lora_B), for few rows
 
 Siblings become one linear, as without adapters, and everything around linears is fused as without them. The A's of adapters
 become another linear. So the weights of the base are packed alone, whichever adapters are active.
@@ -18,7 +18,7 @@ from gdnfuse.dialect import fused_linear, packed_linear
 from gdnfuse.errors import Refused
 from gdnfuse.passes.adapters import biased, input_of, is_scaled, loose, why
 from gdnfuse.passes.quantized import is_quantized, is_weight
-from gdnfuse.passes.rows import one_row
+from gdnfuse.passes.rows import few_rows
 from gdnfuse.rewrite.edit import call
 from gdnfuse.rewrite.evaluate import hint
 from gdnfuse.rewrite.graph import is_cast, is_tensor, op_name, peel, value
@@ -72,7 +72,7 @@ class LiftLoRALinear(Rule[Facts]):
     name, stage, equation = "lora_linear", "lift", "x·Wᵀ + s·(x·Aᵀ)·Bᵀ = fused_linear(x, W, A, B, s)"
 
     def anchors(self, graph):
-        """Linears of one row with LoRA adapters, and B·A·x of each adapter of another kind."""
+        """Linears of few rows with LoRA adapters, and B·A·x of each adapter of another kind."""
         taken = set()
         for node in [n for n in graph.nodes if _is_base(n)]:
             if lows := {a.low for p in _projections(node) for a in p.adapters}:
@@ -123,8 +123,8 @@ class LiftLoRALinear(Rule[Facts]):
 
 
 def _is_base(node: Any) -> bool:
-    """Whether a node is a linear of one row, or several packed ones."""
-    return (op_name(node) == "gdnfuse.packed_linear" or _is_plain(node)) and one_row(node)
+    """Whether a node is a linear of few rows, or several packed ones."""
+    return (op_name(node) == "gdnfuse.packed_linear" or _is_plain(node)) and few_rows(node)
 
 
 def _is_plain(node: Any) -> bool:
