@@ -47,9 +47,7 @@ def reference(
     return torch.stack([first, *others])
 
 
-def fake(
-    x, weights, parts, scales=None, format="", zeros=None, lora_A=None, lora_B=None, lora_parts=None, lora_scaling=None
-):
+def fake(x, weights, parts, scales=None, format="", zeros=None, lora_A=None, lora_B=None, lora_parts=None, lora_scaling=None):
     (weight,) = weights
     acc = torch.promote_types(acc_dtype(x), weight_dtype(x, weights, scales))
     return torch.empty((parts, *x.shape[:-1], weight.shape[0]), dtype=acc, device=x.device)
@@ -61,7 +59,10 @@ def examples():
         ((torch.randn(3, 1, 12), [torch.randn(5, 12)], 4), {}),
         ((torch.randn(2, 8), [torch.randn(3, 8)], 2), {}),
         ((torch.randn(2, 256).bfloat16(), [data], 2, [scale], "fp8_block128"), {}),
-        ((torch.randn(2, 12).bfloat16(), [torch.randn(7, 12).bfloat16()], 3), example_adapters([4, 3], 12, (2, 3), torch.float32)),
+        (
+            (torch.randn(2, 12).bfloat16(), [torch.randn(7, 12).bfloat16()], 3),
+            example_adapters([4, 3], 12, (2, 3), torch.float32),
+        ),
     ]
 
 

@@ -6,8 +6,8 @@ weight's rows as the product's rows). Every multiprocessor has equally many rows
 are neither copied nor stored. The ring is full of weights before the kernel waits for the one that makes x. few_rows_linear has
 one step by then.
 
-What low-rank adapters add (see few_rows_linear.py) is multiplied in float32, without tensor cores, when the columns are done. Then
-the registers and the memory of the ring are free.
+What low-rank adapters add (see few_rows_linear.py) is multiplied in float32, without tensor cores, when the columns are done.
+Then the registers and the memory of the ring are free.
 
 Layout: as in few_rows_linear.py; x and weight have rows at multiples of 16 elements. Products and sums are float32. There is one
 rounding, to the weight's dtype, and none for split_linear.
@@ -35,8 +35,9 @@ COPIED = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # of [r
 STORED = gl.constexpr(gl.BlockedLayout([1, 1], [32, 1], [1, 4], [0, 1]))  # of [rows of the weight, rows of x]
 SCRATCH = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, order=[0, 1]))
 WIDTH = gl.constexpr(16)  # columns of an adapter's B at once
-UP = gl.constexpr(gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0]))  # of [rows of the weight, WIDTH]: 16 bytes a thread of float32
-LOW = gl.constexpr(gl.BlockedLayout([4, 1], [4, 8], [1, 4], [0, 1]))  # of [WIDTH, rows of x]: likewise
+# Of [rows of the weight, WIDTH] and of [WIDTH, rows of x]: 16 bytes a thread of float32.
+UP = gl.constexpr(gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0]))
+LOW = gl.constexpr(gl.BlockedLayout([4, 1], [4, 8], [1, 4], [0, 1]))
 
 
 @gluon.jit
@@ -208,9 +209,7 @@ def program(
         acc = ()
         for t in gl.static_range(TILES):
             tile = first + t * live_rows
-            added = _add_lora(
-                without[t], tile, live_rows, M, B, low_ptr, low_columns, b_ptrs, part, SWIGLU, BB, LORA, LOW_PARTS
-            )
+            added = _add_lora(without[t], tile, live_rows, M, B, low_ptr, low_columns, b_ptrs, part, SWIGLU, BB, LORA, LOW_PARTS)
             acc = acc + (added,)
     store_tiles(acc, out_ptr, first, part, B, M, width, live_rows, SWIGLU, TILES, BB)
 

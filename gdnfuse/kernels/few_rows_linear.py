@@ -6,10 +6,11 @@ The weight's rows are the products' rows, so a tile needs no more sequences than
 load its first weights, while the kernel before it still runs (programmatic dependent launch). It only waits for x.
 
 Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) take one launch more: A·x of all adapters, in parts over the columns. The
-launch of the linear then adds B·(A·x), before SwiGLU. If the linear is in parts, its first part has it. Both products are float32.
+launch of the linear then adds B·(A·x), before SwiGLU. If the linear is in parts, its first part has it. Both products are of
+float32 operands.
 
-Layout: x [..., N] and weight [M, N] with contiguous rows at any distance; A and B contiguous; output contiguous. Products and sums
-are float32. There is one rounding, to the weight's dtype, and none for split_linear.
+Layout: x [..., N] and weight [M, N] with contiguous rows at any distance; A and B contiguous; output contiguous. Products and
+sums are float32. There is one rounding, to the weight's dtype, and none for split_linear.
 """
 
 from __future__ import annotations
@@ -105,9 +106,7 @@ def _add_lora(
     The tile's rows are between `first_row` and `end_row`. `low_ptr` is A·x, [LOW_PARTS, B, low_columns].
     """
     for i in tl.static_range(len(LORA)):
-        acc = _add_of_tensor(
-            acc, first_row, end_row, row, b, B, low_ptr, low_columns, b_ptrs[i], part, BB, LORA, i, LOW_PARTS
-        )
+        acc = _add_of_tensor(acc, first_row, end_row, row, b, B, low_ptr, low_columns, b_ptrs[i], part, BB, LORA, i, LOW_PARTS)
     return acc
 
 
@@ -240,7 +239,8 @@ def launch_with(
     low, up, table = lora or (None, (), None)
     kernel_of(few_rows_linear_kernel)[(-(-stored // tile) + -(-(M - stored) // tile), parts)](
         rows, pairs, data, scale, zero, plain, low, *up, *[None] * (MAX_LORA - len(up)), out,
-        B, M, stored, N // parts, 0 if low is None else low.shape[-1], rows.stride(0), 0 if pairs is None else pairs.stride(0), data.stride(0),
+        B, M, stored, N // parts, 0 if low is None else low.shape[-1],
+        rows.stride(0), 0 if pairs is None else pairs.stride(0), data.stride(0),
         0 if scale is None else scale.stride(0), 0 if zero is None else zero.stride(0), 0 if plain is None else plain.stride(0),
         SWIGLU=swiglu, OPERAND=OPERANDS[dtype], BM=BM, BK=BK, BB=columns_of(B),
         STAGES=stages, EARLY=early, OVERLAP=bool(options), KIND=how and how.kind, ROWS=how.rows if how else 1,

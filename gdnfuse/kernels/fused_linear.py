@@ -18,7 +18,7 @@ from gdnfuse.kernels import devices, few_rows_linear, quantized, skinny_linear
 from gdnfuse.kernels.causal_conv_update import ACTIVATIONS
 from gdnfuse.kernels.gated_rms_norm import require_gate
 from gdnfuse.kernels.launch.implementation import register, require_dtypes, require_static
-from gdnfuse.kernels.linear_configs import MAX_ROWS, adapters_config, tensor_cores_config
+from gdnfuse.kernels.linear_configs import MAX_ROWS, tensor_cores_config
 
 if compat.gluon() and compat.mma_v2():
     from gdnfuse.kernels import skinny_tensor_cores
@@ -271,8 +271,6 @@ def _require_lora(x, weights, scales, A, B) -> None:
         require_static(rows=t.shape[0], columns=t.shape[1])
         if not compat.is_contiguous(t):
             raise Refused(f"A and B of adapters must be contiguous, found the strides {list(t.stride())}.")
-    if _rows(x) > 1:
-        adapters_config(*A[0].shape)
 
 
 def _require_beside(weights, format, rows, swiglu, gate, residual, parts) -> None:

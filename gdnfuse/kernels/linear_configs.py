@@ -198,13 +198,8 @@ def adapters_config(R: int, N: int) -> FewRowsConfig:
     """The config of few_rows_linear for the A's of adapters, [R, N] in all, in float32. Not measured.
 
     These are few rows, so their columns are in many parts, which the launch of the linear adds up. The programs fill at most one
-    wave. What they take of shared memory fits every card.
-
-    Raises:
-        Refused: N does not fill the steps over columns.
+    wave. What they take of shared memory fits every card. N is a multiple of 32, as it is of the steps of `few_rows_config`.
     """
-    if N % LORA_STEP:
-        raise Refused(f"The columns of adapters for several rows must be a multiple of {LORA_STEP}, found {N}.")
     tiles = -(-R // LORA_TILE)
     parts = next((n for n in LORA_PARTS if N % (n * LORA_STEP) == 0 and tiles * n <= MULTIPROCESSORS), 1)
     return FewRowsConfig(LORA_TILE, LORA_STEP if N // parts % (2 * LORA_STEP) else 2 * LORA_STEP, 4, 4, parts, True)

@@ -252,7 +252,8 @@ def adapters(options):
 def split(n_out, n_in, parts, dtype, lead, wrap=lambda x: x, **extras):
     def make():
         (x, weights), options = fused_linear.example_call(n_out, n_in, dtype, lead, **extras)
-        return (wrap(x), weights, parts), {name: options[name] for name in ("scales", "format", "zeros") if name in options}
+        stored = {name: options[name] for name in ("scales", "format", "zeros") if name in options}
+        return (wrap(x), weights, parts, *adapters(options)), stored
 
     return make
 
@@ -464,6 +465,12 @@ CASES = [
     *(Case("fused_linear", f"{b}-rows-{name(d)}", linear(70, 512, d, (b, 1))) for b in (2, 3, 32) for d in (F32, BF16, F16)),
     Case("fused_linear", "9-rows-swiglu", linear(70, 256, BF16, (3, 3), swiglu=True)),
     Case("fused_linear", "2-rows-swiglu", linear(33, 512, swiglu=True, lead=(2, 1), wrap=padded, wrap_weight=padded)),
+    # One adapter whose B fills no product, two of different ranks on each of three projections, and beside a wider B.
+    Case("fused_linear", "lora-3-rows", linear(70, 256, BF16, (3, 1), lora=(8,), lora_dtype=F32)),
+    Case("fused_linear", "lora-F32-5-rows", linear(70, 256, F32, (5, 1), parts=3, lora=(40, 3, 3))),
+    Case("fused_linear", "lora-F16-32-rows", linear(97, 512, F16, (32, 1), wrap=padded, lora=(16, 4))),
+    Case("fused_linear", "lora-2-rows-swiglu", linear(33, 512, BF16, (2, 1), swiglu=True, parts=2, lora=(16, 4), lora_dtype=F32)),
+    Case("split_linear", "lora-9-rows", split(70, 1536, 3, BF16, (3, 3), lora=(8, 20), lora_dtype=F32)),
     *(Case("split_linear", f"{b}-rows-{n}", split(40, 1536, n, BF16, (b, 1))) for b in (2, 17) for n in (2, 3)),
     *(Case("add_rms_norm", f"{name(d)}-{p}", added(300, d, (3, 1), parts=p)) for d in (F32, BF16, F16) for p in (1, 8)),
     Case("add_rms_norm", "one-row", added(16, BF16, (1,), parts=2)),

@@ -19,6 +19,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from gdnfuse import formats
+from gdnfuse.dialect import fused_linear
 from gdnfuse.dialect.mixer_decode import layout, part_sizes
 from gdnfuse.kernels import (
     chunk_scan_hopper,
@@ -32,8 +33,16 @@ from gdnfuse.kernels import (
 )
 from gdnfuse.kernels.chunk_delta_rule import prepare_bytes, scan_bytes
 from gdnfuse.kernels.devices import H200, Device
+from gdnfuse.kernels.few_rows_linear import adapters_table
 from gdnfuse.kernels.launch.implementation import launched_by
-from gdnfuse.kernels.linear_configs import FewRowsConfig, few_rows_config, quantized_ring_config, ring_config, split
+from gdnfuse.kernels.linear_configs import (
+    FewRowsConfig,
+    adapters_config,
+    few_rows_config,
+    quantized_ring_config,
+    ring_config,
+    split,
+)
 from gdnfuse.kernels.one_shot_all_reduce import Home
 from tests.sweeps import pairs
 
@@ -50,6 +59,13 @@ MAX_THREADS = 1024  # of a program
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 H, W = 16, 4
 BF16, F32 = torch.bfloat16, torch.float32
+
+
+def lora(sizes, N, ranks, dtype=torch.float32):
+    """The last arguments of fused_linear: adapters of these ranks on projections with so many rows each."""
+    adapters = fused_linear.example_adapters(sizes, N, ranks, dtype)
+    A, B, *rest = adapters.values()
+    return (None, "", None, *([t.to("meta") for t in of] for of in (A, B)), *rest)
 
 
 def calls(B, HV, K=128, V=128, state_dtype=torch.float32):
@@ -75,6 +91,7 @@ def calls(B, HV, K=128, V=128, state_dtype=torch.float32):
     heads = (of(B, 7, H, K), of(B, 7, H, K), of(B, 7, HV, V), of(B, 7, HV), of(B, 7, HV))
     norm = of(2560), 1e-6, 1.0
     in_proj = (of(1, 1, 2560), [of(D + F + 2 * HV, 2560)], *norm, of(1, D, W), of(D, 1, W), None, 0, "silu")
+    plain = (None, 0.0, 0.0, None, False, None, "silu")
     return {
         "attention_decode": (
             of(B, 1, 16, 512)[..., :256],
@@ -172,6 +189,9 @@ def calls(B, HV, K=128, V=128, state_dtype=torch.float32):
         "mixer_decode head by head": (row, *conv, *gates, state, of(V), *head_by_head, "silu", K**-0.5, 1e-6, 1e-6, 2.0),
         "fused_linear of rows": (of(rows, 1, 2560), [of(12352, 2560)]),
         "fused_linear of rows and swiglu": (of(rows, 1, 2560), [of(18432, 2560)], None, 0.0, 0.0, None, True),
+        "fused_linear of rows with adapters": (
+            *(of(rows, 1, 2560), [of(D + F + 2 * HV, 2560)], *plain, *lora([D, F, HV, HV], 2560, (16, 16))),
+        ),
         "split_linear": (of(rows, 1, F), [of(2560, F)], split(2560, F, rows)),
         "add_rms_norm": (of(rows, 1, 2560), of(rows, 1, 2560), of(2560), 1e-6, 1.0),
         "add_rms_norm of parts": (of(7, rows, 1, 5120, dtype=torch.float32), of(rows, 1, 5120), of(5120), 1e-6, 1.0),
@@ -180,6 +200,7 @@ def calls(B, HV, K=128, V=128, state_dtype=torch.float32):
 
 LAUNCHES = {
     "fused_linear with adapters": 2,
+    "fused_linear of rows with adapters": 2,
     "attention_decode": 2,
     "attention_growing": 2,
     "attention_few_queries": 2,
@@ -415,12 +436,27 @@ RINGS = [
 ]
 
 
-@pytest.mark.parametrize("rows", [8, 32])
-@pytest.mark.parametrize(("swiglu", "m", "n", "parts"), RINGS)
-def test_the_ring_of_weights_is_full_before_the_wait_and_nothing_spills(swiglu, m, n, parts, rows, tmp_path, record_property):
+# Some of them with adapters: of one rank on up to four projections, and of four ranks.
+RINGS = [(*ring, (), rows) for ring in RINGS for rows in (8, 32)]
+RINGS += [(*ring[:4], ranks, rows) for ring, ranks, rows in [(RINGS[2], (16, 16), 8), (RINGS[2], (64, 8, 32, 16), 32),
+    (RINGS[8], (16,), 32), (RINGS[10], (8, 64), 8)]]  # fmt: skip
+
+
+@pytest.mark.parametrize(("swiglu", "m", "n", "parts", "ranks", "rows"), RINGS)
+def test_the_ring_of_weights_is_full_before_the_wait_and_nothing_spills(
+    swiglu, m, n, parts, ranks, rows, tmp_path, record_property
+):
     kernel, (tiles, _, stages, _) = few_rows_hopper.few_rows_hopper_kernel, ring_config(m, n, swiglu, parts)
     constexprs = {"SWIGLU": swiglu, "TILES": tiles, "BB": rows, "STAGES": stages, "OVERLAP": True}
     pointers = {"x_ptr": "*bf16", "weight_ptr": "*bf16", "out_ptr": "*fp32" if parts > 1 else "*bf16"}
+    constexprs |= {"LORA": None, "LOW_PARTS": 1, "low_ptr": None, **{f"b{i}_ptr": None for i in range(4)}}
+    if ranks:
+        sizes = [m, m] if swiglu else [m] if parts > 1 else [8192, m - 8192 - 64, 32, 32]
+        *_, A, B, where, scaling = lora(sizes, n, ranks)
+        low = {"low_ptr": "*fp32", **{f"b{i}_ptr": "*fp32" for i in range(len(B))}}
+        constexprs = {name: x for name, x in constexprs.items() if name not in low}
+        pointers |= low
+        constexprs |= {"LORA": adapters_table(B, where, scaling), "LOW_PARTS": adapters_config(*A[0].shape).parts}
     signature = dict.fromkeys(kernel.arg_names, "i32") | pointers | dict.fromkeys(constexprs, "constexpr")
     aligned = (*pointers, "stride_xb", "stride_wm")
     attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name in aligned}

@@ -109,6 +109,20 @@ FEW_ROWS += [
         Case("add_rms_norm", f"real-{rows}-rows", kernel_cases.added(5120, dtype=BF16, lead=(rows, 1), parts=7)),
     )
 ]
+F32 = torch.float32
+FEW_ROWS += [
+    case
+    for rows, ranks, dtype in ((2, (16,), F32), (8, (16, 16), BF16), (17, (8, 64), F32), (32, (64, 8, 16, 24), F32))
+    for under in ({"lead": (rows, 1), "lora": ranks, "lora_dtype": dtype},)
+    for name, make in (
+        ("real", kernel_cases.linear(12352, 2560, BF16, parts=4, **under)),
+        ("real-swiglu", kernel_cases.linear(9216, 2560, BF16, swiglu=True, parts=2, **under)),
+        ("real-F16-0.8B", kernel_cases.linear(8224, 1024, F16, parts=4, **under)),
+        ("apart-by-3", kernel_cases.linear(300, 512, BF16, wrap=kernel_cases.strided, **under)),
+        ("real-split", kernel_cases.split(2560, 9216, 4, BF16, **under)),
+    )
+    for case in (Case("split_linear" if "split" in name else "fused_linear", f"{name}-lora-{rows}-rows", make),)
+]
 # Qwen3.5-35B-A3B's sizes, of fewer experts.
 SIZES = {"shared": 512, "gated": True, "residual": True}
 EXPERTS = [

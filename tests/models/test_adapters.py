@@ -1,5 +1,7 @@
 """Low-rank adapters around the projections, as peft puts them there: whatever is done to them, results are eager's."""
 
+import copy
+
 import pytest
 import torch
 
@@ -85,8 +87,7 @@ def test_adapters_stay_effective(where, batch):
     found = {
         rule: [r.status for r in gdnfuse.reports()[-1].all_records if r.rule == rule] for rule in ("lora_linear", "mixer_linears")
     }
-    of_one_row = {"GDN projections": 2, "one gate": 1, "MLP and attention": 5}[where]
-    assert found["lora_linear"] == [Status.FIRED] * (of_one_row if batch == 1 else 0)
+    assert found["lora_linear"] == [Status.FIRED] * {"GDN projections": 2, "one gate": 1, "MLP and attention": 5}[where]
     assert found["mixer_linears"] == [Status.FIRED] * (batch == 1)
     for lora in wrapped:
         lora.merge()
@@ -108,3 +109,21 @@ def test_adapters_stay_effective(where, batch):
     first, merged, unmerged, second, again, none = seen
     assert all(zoo.relative(x, first) < 1e-4 for x in (merged, unmerged, again))
     assert all(zoo.relative(x, first) > 1e-3 for x in (second, none))
+
+
+@torch.no_grad()
+def test_adapters_are_fused_in_a_short_step():
+    """Of several tokens, as of several sequences: float64 adapters on all projections, two of the MLP's active at once."""
+    model, wrapped = adapted({name for names in TARGETS.values() for name in names}, torch.float64)
+    for lora in wrapped:
+        if lora.base_layer.out_features == zoo.text_config(model).intermediate_size:
+            lora.add("second", rank=2, beside=True)
+    tokens, plain = zoo.tokens_for(2, 3), copy.deepcopy(model)
+    gdnfuse.compile(model, inner="eager", strict=True)
+    caches = [zoo.prefill(plain, 2, "dynamic")[0] for _ in "12"]
+    found, wanted = (m(tokens, **zoo.held(cache)).logits for m, cache in zip((model, plain), caches, strict=True))
+    assert zoo.relative(found, wanted) < 1e-5
+    report = gdnfuse.reports()[-1]
+    # Linear attention's two inputs, full attention's one, whose o_proj has none, and two of each MLP.
+    assert report.phase == "short" and report.fused_layers == 1
+    assert [r.status for r in report.all_records if r.rule == "lora_linear"] == [Status.FIRED] * 7

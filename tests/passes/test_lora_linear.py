@@ -1,11 +1,11 @@
-"""Active low-rank adapters around linears of one row, on code written by hand: what fires, what is declined, what is packed."""
+"""Active low-rank adapters around linears of few rows, on code written by hand: what fires, what is declined, what is packed."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from gdnfuse.passes import lower
-from gdnfuse.passes.fuse import norm_linear, residual_linear, swiglu_linear
+from gdnfuse.passes.fuse import add_rms_norm, norm_linear, residual_linear, swiglu_linear
 from gdnfuse.passes.lift import gating, lora_linear, packed_linear, rms_norm
 from gdnfuse.report.records import Status
 from gdnfuse.rewrite.graph import op_name
@@ -48,12 +48,11 @@ def declines(f, *args):
     return record.reason
 
 
-@pytest.mark.parametrize("wide", [False, True], ids=["one dtype", "float32 adapters"])
-@pytest.mark.parametrize("ranks", [(2,), (3, 3), (2, 4)])
-def test_siblings(wide, ranks):
+@pytest.mark.parametrize("low", [BF16, torch.float32], ids=str)
+@pytest.mark.parametrize(("ranks", "lead"), [((2,), (1, 1)), ((3, 3), (5, 1)), ((2, 4), (1, 1)), ((2, 4, 4), (4, 8))])
+def test_siblings(ranks, low, lead):
     """Two of three have adapters, in the base's dtype or in float32 on bfloat16; all are one linear."""
-    low = torch.float32 if wide else BF16
-    pairs = [[pair(r, rows, dtype=low) for r in ranks] for rows in (6, 4)]
+    adapters = [[pair(r, rows, dtype=low) for r in ranks] for rows in (6, 4)]
 
     def f(x, w, v, u, *flat):
         first, second = flat[: 2 * len(ranks)], flat[2 * len(ranks) :]
@@ -61,7 +60,7 @@ def test_siblings(wide, ranks):
         return adapted(x, w, *of_w), F.linear(x, v).exp(), adapted(x, u, *of_u, scaling=2.0)
 
     weights = [of(rows, N, dtype=BF16) for rows in (6, 5, 4)]
-    graph = fires(f, of(1, 1, N, dtype=BF16), *weights, *(t for several in pairs for p in several for t in p))
+    graph = fires(f, of(*lead, N, dtype=BF16), *weights, *(t for several in adapters for p in several for t in p))
     found = call_in(graph)
     assert len(found["weights"]) == 3 and len(found["lora_A"]) == len(found["lora_B"]) == 2 * len(ranks)
     assert found["lora_scaling"] == [s for i in range(len(ranks)) for s in (0.5 + i, 2.0 + i)]
@@ -75,11 +74,24 @@ def test_between_a_norm_and_what_is_behind_it():
         y = F.silu(adapted(y, w, flat[:2])) * adapted(y, v, flat[2:4])
         return x + adapted(y, u, flat[4:])
 
-    args = (*pair(2, 6), *pair(2, 6), *pair(3, N, 6))
-    graph = lifted(
-        f, of(1, 1, N), of(N), of(6, N), of(6, N), of(N, 6), *args, fusions=(norm_linear, swiglu_linear, residual_linear)
-    )
+    args = (of(N), of(6, N), of(6, N), of(N, 6), *pair(2, 6), *pair(2, 6), *pair(3, N, 6))
+    graph = lifted(f, of(1, 1, N), *args, fusions=(norm_linear, swiglu_linear, residual_linear))
     assert [op for op in graph.ops() if op not in ("reshape", "to")] == ["gdnfuse.fused_linear"] * 2
+    assert all(r.status is Status.FIRED for r in graph.outcome.records)
+
+
+def test_between_the_norms_of_several_rows():
+    """SwiGLU, and the norm of a residual's sum, are fused as without adapters."""
+
+    def f(x, norm, w, v, u, *flat):
+        y = F.silu(adapted(x, w, flat[:2])) * adapted(x, v, flat[2:4])
+        y = x + adapted(y, u, flat[4:])
+        return y, qwen(y, norm)
+
+    args = (of(N), of(6, N), of(6, N), of(N, 6), *pair(2, 6), *pair(2, 6), *pair(3, N, 6))
+    graph = lifted(f, of(3, 1, N), *args, fusions=(norm_linear, swiglu_linear, residual_linear, add_rms_norm))
+    ops = [op for op in graph.ops() if op not in ("reshape", "to", "getitem")]
+    assert ops == ["gdnfuse.fused_linear", "gdnfuse.fused_linear", "gdnfuse.add_rms_norm"]
     assert all(r.status is Status.FIRED for r in graph.outcome.records)
 
 
@@ -96,7 +108,7 @@ def test_wider_adapters_on_what_a_gate_is_of():
 
 
 def test_what_is_no_adapter_has_no_anchor():
-    """Of more rows, a gate, an MLP between residuals, or nothing but two linears in a chain."""
+    """Of many rows, a gate, an MLP between residuals, or nothing but two linears in a chain."""
     x, w, (A, B), down = of(1, 1, N), of(6, N), pair(2, 6), of(N, 6)
     for f in (
         lambda x, w, A, B, down: F.linear(x, w) * F.linear(F.linear(x, A), B),
@@ -104,7 +116,7 @@ def test_what_is_no_adapter_has_no_anchor():
         lambda x, w, A, B, down: F.linear(F.linear(x, A), B),
     ):
         assert not records(lifted(f, x, w, A, B, down), lora_linear)
-    assert not records(lifted(lambda x, w, A, B: adapted(x, w, (A, B)), of(2, 1, N), w, A, B), lora_linear)
+    assert not records(lifted(lambda x, w, A, B: adapted(x, w, (A, B)), of(33, 1, N), w, A, B), lora_linear)
 
 
 def hooked(where, hook):
@@ -199,9 +211,9 @@ def test_packing():
         torch.testing.assert_close(got, want)
 
 
-def test_more_rows_have_base_weights_and_adapters_side_by_side():
+def test_many_rows_have_base_weights_and_adapters_side_by_side():
     """So a prompt and a step find their packed weights in one memory, adapters on or off."""
-    args = of(3, 1, N), of(6, N), of(4, N), *pair(2, 6), *pair(3, 4)
+    args = of(33, 1, N), of(6, N), of(4, N), *pair(2, 6), *pair(3, 4)
     graph = lifted(lambda x, w, v, *a: (adapted(x, w, a[:2]), adapted(x, v, a[2:])), *args)
     (node,) = [n for n in graph.gm.graph.nodes if op_name(n) == "gdnfuse.packed_linear"]
     assert [n.meta["example_value"].shape[0] for n in node.args[1]] == [6, 4, 2, 3]

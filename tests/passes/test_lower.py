@@ -248,6 +248,29 @@ def test_where_weights_come_through_a_ring_its_parts_are_taken(monkeypatch):
     assert graph.names == ["split_linear"] and graph.kernels[0].kwargs["parts"] == 4 != split(2560, 4096, 2)
 
 
+@pytest.mark.parametrize("parts", [3], indirect=True)
+def test_a_linear_with_adapters_is_split_and_its_norm_adds_up(parts):
+    """As without them: the first part has what they add. With SwiGLU behind it, it is whole."""
+
+    def under(x, w, A, B, C, D):
+        return F.linear(x, w) + 0.5 * F.linear(F.linear(x, A), B) + 2.0 * F.linear(F.linear(x, C), D)
+
+    def f(x, r, n, w, u, *adapters):
+        h = r + under(x, w, *adapters[:4])
+        y = under(norm(h, n), u, *adapters[4:])
+        return F.silu(y.narrow(-1, 0, width)) * y.narrow(-1, width, width), h
+
+    width = 64
+    of_w = weight(4, 1536), weight(width, 4), weight(2, 1536), weight(width, 2)
+    of_u = weight(4, width), weight(2 * width, 4), weight(4, width), weight(2 * width, 4)
+    args = of(9, 1, 1536), of(9, 1, width), of(width), weight(width, 1536), weight(2 * width, width)
+    graph = Lowered(f, *args, *of_w, *of_u).right()
+    split, add, whole = graph.kernels
+    assert graph.names == ["split_linear", "add_rms_norm", "fused_linear"] and add.kwargs["x"] is split
+    assert split.kwargs["parts"] == 3 and split.kwargs["lora_scaling"] == whole.kwargs["lora_scaling"] == [0.5, 2.0]
+    assert whole.kwargs["swiglu"] and graph.overlaps == [False, True, True]
+
+
 WIDE = 64 * FILLED  # rows of a weight with programs enough
 WHOLE = {
     "one row": (lambda x, w: F.linear(x, w), (1, 1, 1024), (M, 1024)),
