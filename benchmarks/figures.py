@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from gdnfuse.bench.plot import VERSIONS
+from gdnfuse.bench.speculation import OWN
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -272,6 +273,28 @@ def ranks(files: dict[str, Any]) -> Rows:
                 )
 
 
+def speculation(files: dict[str, Any]) -> Rows:
+    """Of each kind of drafts: steps in a row, the replay, and how many times as many tokens a second as plain steps."""
+    data = [result for file in files.values() for result in file["results"]]
+    shares = list(
+        dict.fromkeys(row["acceptance"] for d in data for r in d["results"] for row in r["drafts"] if row["acceptance"] != OWN)
+    )
+    heads = ("plain step", "step with drafts", "replay", "limit")
+    yield ("model", "drafts", *heads, *(f"{s:g}" for s in shares))
+    for d in data:
+        for r in d["results"]:
+            ms = [number(r[name], 2, " ms") for name in ("step_ms", "verify_ms")]
+            us = [number(1e3 * r[name], 0, " µs") for name in ("replay_ms", "replay_limit_ms")]
+            speeds = {row["acceptance"]: row["speedup"] for row in r["drafts"]}
+            yield (
+                named(d["arguments"]["model"]),
+                f"`{r['speculate']}`",
+                *ms,
+                *us,
+                *(number(speeds.get(s), 2, " ×") for s in shares),
+            )
+
+
 TABLES: dict[str, tuple[Callable[[dict[str, Any]], Rows], str]] = {
     "results": (results, "decode.py, step.py, prefill.py and engines.py"),
     "decode": (decode, "decode.py"),
@@ -290,6 +313,7 @@ TABLES: dict[str, tuple[Callable[[dict[str, Any]], Rows], str]] = {
     "engines": (engines, "engines.py"),
     "tokens": (tokens, "tokens.py"),
     "ranks": (ranks, "gdnfuse bench --tensor-parallel"),
+    "speculation": (speculation, "speculation.py"),
 }
 
 

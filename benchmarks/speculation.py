@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,12 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_writable(args.json)
     transformers.utils.logging.set_verbosity_error()
     done: list[dict[str, Any]] = []
+    command = shlex.join(["python", "benchmarks/speculation.py", *(sys.argv[1:] if argv is None else argv)])
 
     def finished(data: dict[str, Any], line: str) -> None:
         print(line, file=sys.stderr, flush=True)
         if args.json:
             with replacing(args.json) as file:
-                file.write_text(json.dumps([*done, data], indent=1))
+                file.write_text(json.dumps({"command": command, "machine": data["machine"], "results": [*done, data]}, indent=1))
 
     for model in args.models.split(","):
         acceptances = tuple(map(float, args.acceptances.split(",")))

@@ -135,7 +135,7 @@ def test_speculation_benchmark(tmp_path, monkeypatch, capsys):
     model, file = str(tmp_path / "config.json"), tmp_path / "speculation.json"
     how = ["--acceptances", "0.5", "--prompt", "12", "--new", "10", "--dtype", "float32", "--device", "cpu", "--inner", "eager"]
     assert benchmark.main(["--models", model, "--speculate", f"draft:2:{model},mtp:2", *how, "--json", str(file)]) == 0
-    ((result, head),) = (data["results"] for data in json.loads(file.read_text()))
+    ((result, head),) = (data["results"] for data in json.loads(file.read_text())["results"])
     assert [row["tokens_per_step"] for row in head["drafts"]][1] > 1 and head["speculate"] == "mtp:2"
     # One model drafts for the other, and both are of one seed.
     assert result["drafts"][0]["accepted"] == 1 and result["drafts"][1]["accepted"] < 1

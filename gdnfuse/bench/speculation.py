@@ -34,7 +34,7 @@ from gdnfuse.progress import announce
 
 SCHEMA = "gdnfuse.bench.speculation/1"
 ACCEPTANCES = (0.0, 0.5, 0.7, 0.9, 1.0)
-GENERATIONS, LAUNCHES = 3, 20
+GENERATIONS, LAUNCHES, UNTIMED = 3, 20, 4
 PLAIN, OWN = "plain steps", "its own"
 SHOWN = ("ms_per_step", "tokens_per_step", "tokens_per_second")
 
@@ -72,8 +72,8 @@ def check(settings: Settings) -> None:
         if len(rest) != KINDS.get(name) or not rest[0].isdigit():
             raise GdnfuseError(f"Drafts are lookup:N, mtp:N or draft:N:MODEL, found {kind!r}.")
         check_count(int(rest[0]), name, 4 if name == "mtp" else MOST_DRAFTS)
-    if settings.new < 2:
-        raise GdnfuseError(f"At least two tokens must be generated, found {settings.new}.")
+    if settings.new < 2 * UNTIMED:
+        raise GdnfuseError(f"At least {2 * UNTIMED} tokens must be generated, found {settings.new}.")
     if wrong := [p for p in settings.acceptances if not 0 <= p <= 1]:
         raise GdnfuseError(f"An acceptance must be from 0 to 1, found {wrong[0]}.")
 
@@ -178,9 +178,11 @@ class Bench:
                 self.cache.crop(-T)
                 fed.length -= T
 
-        # Blocks of steps as long as the answers that are generated, so that steps of one token fit the cache.
+        # The first steps compile and record CUDA graphs. All fit a cache that is long enough for an answer.
         tokens = self.ids[:, :1].repeat(1, T).expand(self.settings.new, -1, -1)
-        times = time_steps(step, tokens, self.settings.device, self.settings.new // 2)
+        for each in tokens[:UNTIMED]:
+            step(each)
+        times = time_steps(step, tokens[UNTIMED:], self.settings.device, max((self.settings.new - UNTIMED) // 2, 1))
         return statistics.median(times)
 
     @torch.no_grad()

@@ -15,7 +15,7 @@ from gdnfuse import compat
 from gdnfuse.errors import GdnfuseError
 from gdnfuse.generation.feeding import Fed, compiled_steps
 
-MOST_DRAFTS = 7
+MOST_DRAFTS, LONGEST_PAUSE = 7, 16
 TOKENS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -133,15 +133,26 @@ class PromptLookup:
 
 
 class _Lookup:
+    """The drafter of one generation. After drafts of which not one token was right, it proposes nothing for 1, 2, 4, 8 and then
+    LONGEST_PAUSE tokens, because a step with drafts takes longer than a plain one."""
+
     def __init__(self, of: PromptLookup):
         self.of, self._rows = of, []
+        self._proposed: list[tuple[int, int]] = []  # of each row how long it was, and the first draft
+        self._failures, self._wait = 0, 0
 
     def propose(self, ids: torch.Tensor, rows: Sequence[Sequence[int]]) -> Drafts | None:
         if not self._rows:
             self._rows = [_Places(self.of.ngram) for _ in rows]
         found = [places.after(row, self.of.n) for places, row in zip(self._rows, rows, strict=True)]
-        if not any(found):
+        if self._proposed:
+            right = [len(row) > at and row[at] == draft for row, (at, draft) in zip(rows, self._proposed, strict=True)]
+            self._failures = 0 if any(right) else self._failures + 1
+            self._wait = len(rows[0]) + min(2 ** (self._failures - 1), LONGEST_PAUSE) if self._failures else 0
+            self._proposed = []
+        if not any(found) or len(rows[0]) < self._wait:
             return None
+        self._proposed = [(len(row), draft[0] if draft else -1) for draft, row in zip(found, rows, strict=True)]
         filled = [draft or [row[-1]] * self.of.n for draft, row in zip(found, rows, strict=True)]
         return Drafts(torch.tensor(filled, device=ids.device))
 

@@ -79,6 +79,7 @@ class _Noted(threading.local):
 
 
 NOTED = _Noted()
+EARLY = ("cuda",)  # kinds of devices that work while the host goes on
 
 
 @contextlib.contextmanager
@@ -160,6 +161,12 @@ class Generation:
         self.rows = _without_padding(ids, mask)
         self.done = [False] * len(self.rows)
         self.seen: list[torch.Tensor] = []
+        # A plain step may be launched before its token is read, so that the host prepares it while the device still works. Nobody
+        # may see the cache, which then holds the last token too, and no row may end and be padded.
+        given = cache_finder()(kwargs.values())
+        hidden = self.cache is not given and not config.return_dict_in_generate
+        self.early = hidden and len(ids) == 1 and ids.device.type in EARLY and not self.careful
+        self._plain, self._ahead = False, None  # whether the next step is taken to be a plain one, and its logits
         self.pad = config.pad_token_id if config.pad_token_id is not None else next(iter(self.stop.eos), 0)
         wanted = config.return_dict_in_generate
         self.scores: list[torch.Tensor] | None = [] if wanted and config.output_scores else None
@@ -193,13 +200,13 @@ class Generation:
             if over:
                 break
             # If one token is left, drafts would not help.
-            left = self.stop.most - self.ids.shape[1] if self.stop.most is not None else 2
-            drafts = self._drafts() if left > 1 else None
+            drafts = self._drafts() if self._left > 1 else None
+            self._plain = drafts is None
+            if self._ahead is not None:  # drafts come a step later then
+                logits, drafts, self._ahead = self._ahead, None, None
+                continue
             if drafts is None:
-                self.counts.plain_steps += 1
-                self.cache.stop_past_recording()
-                self.seen.append(self.ids[:, -1:])
-                logits = self.fed(self.seen[-1], last=True).logits
+                logits = self._plain_step(self.ids[:, -1:])
                 continue
             self.counts.rounds += 1
             self.counts.drafted += drafts.tokens.shape[1]
@@ -214,6 +221,18 @@ class Generation:
         if self.streamer is not None:
             self.streamer.end()
         return self._answer()
+
+    @property
+    def _left(self) -> int:
+        """How many tokens may still come; 2 if that is not known."""
+        return self.stop.most - self.ids.shape[1] if self.stop.most is not None else 2
+
+    def _plain_step(self, token: torch.Tensor) -> torch.Tensor:
+        """The logits after one more token [B, 1]."""
+        self.counts.plain_steps += 1
+        self.cache.stop_past_recording()
+        self.seen.append(token)
+        return self.fed(token, last=True).logits
 
     def _drafts(self) -> Drafts | None:
         drafts = self.drafting.propose(self.ids, self.rows)
@@ -256,6 +275,8 @@ class Generation:
             stands = [row[0] for row, padded in zip(read, self._padded, strict=True) if not padded]
             accepted, host = min(stands), [row[1:] for row in read]
         else:
+            if self.early and self._plain and self._left > 1:
+                self._ahead = self._plain_step(picked)
             accepted, host = 0, picked.tolist()
         before = self.ids
         self.ids = torch.cat([before, picked[:, : accepted + 1]], 1)

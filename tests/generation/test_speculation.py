@@ -14,6 +14,7 @@ from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 import gdnfuse
 from gdnfuse import Callback, Draft, PromptLookup, models
+from gdnfuse.generation import speculation
 from gdnfuse.generation.generate import OTHERS
 from gdnfuse.generation.proposers import Drafts, Run
 from tests.models import zoo
@@ -675,6 +676,48 @@ def test_lookup_finds_the_longest_and_last_and_goes_on_with_a_period():
         row.append(token)
         found = lookup.propose(torch.tensor([row]), [row])
         assert (found and found.tokens.tolist()) == wanted
+
+
+def test_lookup_pauses_after_drafts_that_were_wrong():
+    """Each step adds two tokens, and what followed the last 7 is drafted. From step 40 on the drafts come true."""
+    lookup, row, proposed = PromptLookup(2).start(Run(None, None, 99, False)), [7, 6, 7], []
+    for step in range(60):
+        drafts = lookup.propose(torch.tensor([row]), [row])
+        if drafts is not None:
+            proposed.append(step)
+        row += drafts.tokens[0].tolist() if step >= 40 and drafts else [100 + step, 7]
+    assert [b - a for a, b in itertools.pairwise(proposed)] == [2, 2, 3, 5, 9, 9, 9, 9, *[1] * 11]
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_plain_steps_may_be_launched_before_their_token_is_read(sampled, monkeypatch):
+    """Where nobody sees the cache. Ends of text, criteria and the length end it as before, and what is drawn is the same."""
+    model = built()
+    ids = zoo.prompt(1, 8)[0]
+    asked = {**GREEDY, "do_sample": sampled, "max_new_tokens": 24}
+    # Where drafts come a step later, other numbers are drawn for them.
+    drafts = Callback(lambda ids: ids[:, -2:] if ids.shape[1] % 7 == 0 and not sampled else None, 2)
+    tokens = model.generate(ids, **{**asked, "do_sample": False})[0, 8:].tolist()
+
+    def generated(early, **more):
+        monkeypatch.setattr(speculation, "EARLY", ("cpu",) if early else ())
+        torch.manual_seed(0)
+        loop = gdnfuse.speculative(drafts)
+        return model.generate(ids, **{**asked, **more}, custom_generate=loop), loop
+
+    odd = lambda ids, scores, **_: torch.tensor([ids.shape[1] == 19])  # noqa: E731
+    for more in ({}, {"eos_token_id": tokens[9]}, {"stopping_criteria": [odd]}, {"max_new_tokens": 2}):
+        (wanted, waited), (found, loop) = generated(False, **more), generated(True, **more)
+        assert torch.equal(found, wanted), more
+        cache, fed = loop.seen
+        assert cache.get_seq_length() == ids.shape[1] + sum(x.shape[1] for x in fed)
+        assert loop.acceptance.rounds <= waited.acceptance.rounds and loop.acceptance.plain_steps >= waited.acceptance.plain_steps
+        if "stopping_criteria" in more:  # the last token is in it
+            assert found.shape[1] == cache.get_seq_length() == 19
+    # A cache that is returned or was passed holds all tokens but the last.
+    for more in ({"return_dict_in_generate": True}, {zoo.CACHE: gdnfuse.RollbackCache(model, 64)}):
+        _, loop = generated(True, **more)
+        assert loop.seen[0].get_seq_length() == 8 + 24 - 1
 
 
 def test_nothing_is_logged(caplog):
