@@ -121,17 +121,23 @@ def _known(name: str, data: tuple[int, ...], scale: tuple[int, ...], data_dtype:
 
 
 @contextlib.contextmanager
-def dequantized_calls(model: torch.nn.Module) -> Iterator[None]:
+def dequantized_calls(model: torch.nn.Module, activations: str | None = None) -> Iterator[None]:
     """Let the FP8 linears and experts of a model compute in eager calls what compiled calls compute, on any device.
 
     transformers' own code for them needs a kernel from the hub and a GPU.
+
+    Args:
+        model: its modules' calls are replaced inside the block.
+        activations: as of `gdnfuse.options.Options`. With "fp8" linears also quantise their input, whatever its rows, as
+            transformers' do.
     """
     names = vars(sys.modules[MODULE]) if MODULE in sys.modules else {}
     linear, of_experts = names.get("FP8Linear", ()), names.get("FP8Experts", ())  # an empty tuple matches no class
     found = [m for m in model.modules() if isinstance(m, (linear, of_experts))]
     before = [vars(m).pop("forward", None) for m in found]
     for m in found:
-        m.forward = functools.partial(_linear if isinstance(m, linear) else _experts, m)
+        of_linear = _linear_of_e4m3 if activations else _linear
+        m.forward = functools.partial(of_linear if isinstance(m, linear) else _experts, m)
     try:
         yield
     finally:
@@ -143,6 +149,15 @@ def dequantized_calls(model: torch.nn.Module) -> Iterator[None]:
 
 def _linear(self: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
     return call(x, self.weight, self.weight_scale_inv, self.block_size, self.bias)
+
+
+def _linear_of_e4m3(self: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    name, columns = ("fp8_tensor", x.shape[-1]) if self.block_size is None else ("fp8_block128", self.block_size[1])
+    if x.shape[-1] % formats.fp8_block128.BLOCK:
+        return _linear(self, x)
+    data, x_scale = torch.ops.gdnfuse.quantize_rows.default(x, columns)
+    y = torch.ops.gdnfuse.fp8_linear.default(data, x_scale, self.weight, self.weight_scale_inv, name, x.dtype)
+    return y if self.bias is None else (y + self.bias).to(x.dtype)
 
 
 def _experts(self: torch.nn.Module, x: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ from gdnfuse.errors import GdnfuseError
 STAGES = ("normalize", "lift", "fuse", "lay_out", "lower")
 DISABLE = "GDNFUSE_DISABLE"
 INNER = ("inductor", "aot_eager", "eager")
+ACTIVATIONS = (None, "fp8")
 ONE_SHOT_MOST, MEASURED = 2**20, "measured"  # largest value of one_shot_bytes, and the value to measure it
 
 
@@ -27,6 +28,8 @@ class Options:
         stop_after: the stage to stop after, one of STAGES. The graph of that stage runs and is in the report.
         verify: run the rewritten and the original graph on copies of the first call's inputs, and compile the original one if the
             rewritten one is less accurate.
+        activations: "fp8" to quantise the activations of prompts to e4m3 before linears whose weights are e4m3 (W8A8), as
+            transformers does. None leaves them in the model's dtype (W8A16), which is more accurate. Steps are always W8A16.
         fuel: how many rewrites may be made; None for all. It helps to find the rewrite that causes a difference.
         checkpoint_every: 0, or a multiple of 64. The graph of a prompt then also leaves the states of its GDN layers after every
             so many tokens in `gdnfuse.runs.RUNS.checkpoints`, if somebody collects them. A prefix store sets this option.
@@ -41,6 +44,7 @@ class Options:
     capture: bool = True
     stop_after: str | None = None
     verify: bool = False
+    activations: str | None = None
     fuel: int | None = None
     checkpoint_every: int = 0
     one_shot_bytes: int | str = 0
@@ -69,11 +73,17 @@ def parse(given: dict[str, Any] | None) -> Options:
     options = Options(**given)
     _one_of("inner", options.inner, INNER)
     _one_of("stop_after", options.stop_after, (None, *STAGES))
+    _one_of("activations", options.activations, ACTIVATIONS)
     for name in ("strict", "capture", "verify"):
         if not isinstance(getattr(options, name), bool):
             raise GdnfuseError(f"Option {name} must be True or False, found {getattr(options, name)!r}.")
     if options.fuel is not None and (type(options.fuel) is not int or options.fuel < 0):
         raise GdnfuseError(f"Option fuel must be a number of rewrites or None, found {options.fuel!r}.")
+    if options.activations and options.verify:
+        raise GdnfuseError(
+            "Option verify compares with activations in the model's dtype, so it cannot be used with activations="
+            f"{options.activations!r}: leave one of them out."
+        )
     every = options.checkpoint_every
     if type(every) is not int or every < 0 or every % 64:
         raise GdnfuseError(f"Option checkpoint_every must be 0 or a multiple of 64 tokens, found {every!r}.")

@@ -17,6 +17,7 @@ from gdnfuse.dialect import chunk_delta_rule, op_of
 from gdnfuse.options import Options
 from gdnfuse.packing import Inner, PackedWeight
 from gdnfuse.passes import (
+    activations,
     bitsandbytes,
     checkpoints,
     collectives,
@@ -143,6 +144,8 @@ def _stages(c: Compilation) -> Iterator[tuple[str, list[Callable[[GraphModule], 
         c.checkpoints, made = checkpoints.hand_back(gm, c.options.checkpoint_every, len(c.report.layers))
         outcome.records += made
     c.packed += lower.pack_weights(gm, c.real, c.plan)
+    if c.options.activations:
+        outcome.records += activations.to_e4m3(gm, c.report.phase in STEPS, c.options.target)
     collectives.one_shot(gm, c.options.one_shot_bytes)
     outcome.records += lower.lower(gm, c.options.target, linears=c.report.phase in STEPS, ahead=not c.plan)
     yield "lower", [lower.check]

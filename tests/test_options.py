@@ -16,6 +16,7 @@ BAD = {
     "capture": [1, "no", None],
     "stop_after": ["lifting", 3, True],
     "verify": [1, "yes", None],
+    "activations": ["bf16", "e4m3", True, torch.float8_e4m3fn],
     "fuel": [-1, True, 1.5, "all"],
     "checkpoint_every": [-64, 100, 64.0, None],
     "one_shot_bytes": [-1, 2**21, 4096.0, True, None, "all"],

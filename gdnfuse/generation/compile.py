@@ -16,7 +16,7 @@ from gdnfuse import compat, versions
 from gdnfuse import options as gdnfuse_options
 from gdnfuse.errors import GdnfuseError
 from gdnfuse.generation import artifacts as files
-from gdnfuse.generation import device_map, generate, links, shards, stages
+from gdnfuse.generation import device_map, generate, links, shards, stages, weights
 from gdnfuse.generation.agreement import on_graph
 from gdnfuse.generation.arguments import checking_arguments, parameters_of
 from gdnfuse.generation.caches import cache_finder, check_state_dtype, holds_states, mark_lengths, preparing_caches
@@ -91,6 +91,11 @@ def compile(
             check_state_dtype(state_dtype)
         models = compiled_models(model)
         for one in models:
+            if parsed.activations and not weights.holds(one, torch.float8_e4m3fn):
+                raise GdnfuseError(
+                    f"activations={parsed.activations!r} needs weights in e4m3, found none in the model: load an FP8 checkpoint, "
+                    "or leave the option out."
+                )
             stages.check(one, prefixes=prefixes, speculate=speculate, tensor_parallel=tensor_parallel)
         plans = [shards.plan(tensor_parallel, one, prefixes=prefixes, speculate=speculate) for one in models]
         terms["layers"] = [mixer.facts for _, mixers in plans for mixer in mixers]

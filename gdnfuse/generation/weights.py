@@ -107,6 +107,11 @@ def _to_sample(modules: list[torch.nn.Module]) -> list[tuple[weakref.ref[torch.n
     return [(weakref.ref(m), name) for m, name in chosen[:: max(1, len(chosen) // SAMPLED)]]
 
 
+def holds(model: torch.nn.Module, dtype: torch.dtype) -> bool:
+    """Whether a parameter or buffer of a model is of a dtype, or has an inner tensor of it."""
+    return any(plain.dtype == dtype for x in (*model.parameters(), *model.buffers()) for plain in _plain(x))
+
+
 def _plain(x: torch.Tensor) -> Iterator[torch.Tensor]:
     """A tensor, or the inner tensors of a tensor subclass, such as a quantized weight."""
     if hasattr(x, "__tensor_flatten__"):

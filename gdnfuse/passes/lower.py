@@ -142,7 +142,7 @@ def _as_stored(call: dict[str, Any]) -> dict[str, Any]:
     weights = call.get("weights", ())
     found = [quantized.bind(w) for w in weights if quantized.is_quantized(w)]
     if not found:
-        return call if call.get("scales") else {k: v for k, v in call.items() if k not in QUANTIZED}
+        return call if call.get("scales") or "weights" not in call else {k: v for k, v in call.items() if k not in QUANTIZED}
     more, about = [b["more"] or () for b in found], formats.named(found[0]["format"])
     if about.more not in ((), ("zero points",)):
         raise Refused(f"Kernels can read data, scales and zero points only, found {about.about}, with {', '.join(about.more)}.")

@@ -248,10 +248,15 @@ def judge(gm: GraphModule, projections: list[tuple[Projection, list[Node]]]) -> 
     for p, weights in projections:
         if not p.computed:
             products = [r for w in weights[:1] for r in readers.get(w, ()) if CHOSEN in r.meta or op_name(r) == "linear"]
-            p.computed = ", ".join(dict.fromkeys(r.meta.get(CHOSEN, "library") for r in products)) or "library"
+            p.computed = ", ".join(dict.fromkeys(map(_computed_by, products))) or "library"
         key = (p.name, p.format, p.rows, p.columns, p.bytes, p.computed, p.reason)
         kinds.setdefault(key, replace(p, paths=[])).paths += p.paths
     return list(kinds.values())
+
+
+def _computed_by(product: Node) -> str:
+    quantised = " (activations in e4m3)" if op_label(product) == "fp8_linear" else ""
+    return product.meta.get(CHOSEN, "library") + quantised
 
 
 def _tensors_of_call(node: Node) -> list[Node]:

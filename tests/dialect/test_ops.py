@@ -20,6 +20,7 @@ from gdnfuse.dialect import (
     conv_windows,
     delta_rule,
     experts,
+    fp8_linear,
     fused_gating_delta_rule,
     gated_rms_norm,
     gating,
@@ -28,6 +29,7 @@ from gdnfuse.dialect import (
     op_of,
     packed_decode,
     packed_linear,
+    quantize_rows,
     record,
     rms_norm,
     route,
@@ -78,8 +80,8 @@ def test_float64_in_float64_out_and_states_alike(name, i):
     before = {k: v.clone() for k, v in bound.items() if isinstance(v, torch.Tensor)}
     results = op.overload(**bound)
     for r in all_of(results):
-        assert r.dtype == torch.float64 or not r.is_floating_point()
-        assert r.isfinite().all()
+        assert r.dtype in (torch.float64, E4M3) or not r.is_floating_point()
+        assert r.to(torch.float64).isfinite().all()
     for k, was in before.items():
         assert torch.equal(bound[k], was) == (k not in op.mutates), k
         assert bound[k].dtype == double(was).dtype
@@ -483,3 +485,39 @@ def test_references_never_alias_an_input():
     assert l2norm.reference(x, 1.0).data_ptr() != x.data_ptr()
     row = packed_linear.reference(x, [torch.eye(4)])
     assert row.data_ptr() != x.data_ptr()
+
+
+def test_rows_are_quantised_as_by_hand():
+    """Scales per group of columns; ties to even; groups of zeros and of tiny numbers; NaN and infinity stay in their group."""
+    x = torch.randn(4, 256).bfloat16()
+    x[0, :128], x[1, 128:], x[2, 5], x[3, 200] = 0, 1e-38, float("nan"), float("inf")
+    x[0, 128:131] = torch.tensor([448.0, 17.0, 19.0])  # with a scale of 1, e4m3 has 16, 18 and 20 there
+    x[0, 131:] = 0.25
+    data, scale = quantize_rows.reference(x, 128)
+    assert data.dtype == E4M3 and scale.shape == (2, 4) and scale.dtype == torch.float32
+    for row, group in ((r, g) for r in range(4) for g in range(2)):
+        part = x[row, 128 * group : 128 * (group + 1)].float()
+        of, s = data[row, 128 * group : 128 * (group + 1)].float(), scale[group, row]
+        if (row, group) in ((2, 0), (3, 1)):
+            assert not of.isfinite().all()
+            continue
+        s_by_hand = max(part.abs().max().item() / 448, 2.0**-126)
+        assert s.item() == pytest.approx(s_by_hand, rel=1e-6)
+        spacing = 2.0 ** (torch.frexp(part / s).exponent - 4).clamp(min=-9)  # three bits of fraction, or the smallest number
+        assert ((of - part / s).abs() <= spacing / 2 * (1 + 1e-5)).all()
+    assert not data[0, :128].float().any() and data[0, 128:132].tolist() == [448.0, 16.0, 20.0, 0.25]
+    assert data.float().isfinite().sum() >= 4 * 256 - 256 and data[2, 128:].float().isfinite().all()
+
+
+@pytest.mark.parametrize(("format", "columns"), [("fp8_block128", 128), ("fp8_channel", 256), ("fp8_tensor", 256)])
+def test_an_fp8_linear_is_the_loop_over_groups(format, columns):
+    """Integer sums of products are exact, so the loop differs by the scales' roundings alone."""
+    (x, x_scale, data, scale, *_), _ = fp8_linear.example_call(140, 256, format, lead=(3,))
+    found = fp8_linear.reference(x, x_scale, data, scale, format, torch.float32)
+    wanted = torch.zeros(3, 140, dtype=torch.float64)
+    for g in range(256 // columns):
+        part = slice(g * columns, (g + 1) * columns)
+        products = x[:, part].double() @ data[:, part].double().T
+        of_weight = {"fp8_block128": lambda g: scale[:, g].repeat_interleave(128)[:140], "fp8_channel": lambda g: scale[:, 0]}
+        wanted += products * x_scale[g, :, None].double() * of_weight.get(format, lambda g: scale)(g).double()
+    close(found.double(), wanted, 1e-5)

@@ -22,6 +22,7 @@ from gdnfuse.kernels import (
     devices,
     experts,
     few_rows_linear,
+    fp8_linear,
     grouped_experts,
     implementations,
     one_shot_all_reduce,
@@ -34,6 +35,7 @@ from tests.sweeps import ALL, pairs
 # The interpreter multiplies the bits of bfloat16 as integers, so products get float32 operands here.
 chunk_delta_rule.OPERANDS.clear()
 few_rows_linear.OPERANDS[torch.bfloat16] = few_rows_linear.OPERANDS[torch.float32]
+fp8_linear.OPERAND = tl.float32  # it multiplies no e4m3
 # It runs one program after another; of few splits each has several blocks of keys, and with more heads there is but one.
 attention_decode.PROGRAMS = attention_few_queries.PROGRAMS = 16
 

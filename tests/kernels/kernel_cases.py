@@ -21,6 +21,7 @@ from gdnfuse.dialect import (
     delta_rule_commit,
     delta_rule_slots,
     experts,
+    fp8_linear,
     fused_linear,
     in_proj_conv,
     mixer_decode,
@@ -268,6 +269,14 @@ WIDTHS = dict.fromkeys(FORMATS, 272) | {"int4_group32": 288, ZERO: 288, NF4: 320
 def of(format, plain=0):
     """Options of a linear whose weight is quantised, the last of two being plain or not."""
     return {"format": format, "plain": plain, "parts": 1 + plain}
+
+
+def fp8(M, N, format, dtype, lead, scale_dtype=F32):
+    def make():
+        (x, x_scale, data, scale, *_), _ = fp8_linear.example_call(M, N, format, dtype, lead)
+        return (x, x_scale, data, scale.to(scale_dtype), format, dtype), {}
+
+    return make
 
 
 def routed(N, H, E, k, dtype=F32, normalize=True, wide_logits=False, wide_weights=False, norm=False, wrap=lambda x: x):
@@ -558,6 +567,10 @@ CASES = [
     Case("experts", "prompt-of-few-choices", chosen(66, 48, 20, 3, 16, BF16, wrap=padded, wrap_weight=padded)),
     Case("experts", "prompt-one-expert-of-all", chosen(70, 16, 3, 2, 16, F16, lambda i: torch.tensor([[1, 2]]).repeat(70, 1))),
     Case("experts", "prompt-none", chosen(65, 16, 3, 1, 16, choose=lambda i: i * 0 + 3, shared=16)),
+    Case("fp8_linear", "blocks", fp8(160, 384, "fp8_block128", BF16, (1, 150))),
+    Case("fp8_linear", "blocks-ragged-rows", fp8(135, 128, "fp8_block128", F16, (2, 33), BF16)),
+    Case("fp8_linear", "rows", fp8(144, 256, "fp8_channel", BF16, (1, 34), BF16)),
+    Case("fp8_linear", "one-scale", fp8(48, 256, "fp8_tensor", F32, (35,))),
     Case("route", "prompt", routed(65, 64, 12, 3, BF16)),
     Case("route", "prompt-wide", routed(65, 64, 12, 3, BF16, wide_logits=True, wide_weights=True)),
     Case("experts", "64-rows", chosen(64, 16, 9, 3, 16, masked=True, shared=16, residual=True)),

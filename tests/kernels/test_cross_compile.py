@@ -21,6 +21,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from gdnfuse import formats
 from gdnfuse.dialect import fused_linear
 from gdnfuse.dialect.mixer_decode import layout, part_sizes
+from gdnfuse.errors import Refused
 from gdnfuse.kernels import (
     chunk_scan_hopper,
     devices,
@@ -363,6 +364,35 @@ def needs(spec, amd):
     if spec.kernel.__name__ == "chunk_prepare_kernel":
         return prepare_bytes(c["BK"], amd)
     return scan_bytes(c["BK"], c["BV"], c["STAGES"], amd)
+
+
+FP8 = {"4B's in_proj": (12288, 2560, "fp8_block128"), "a row's scale": (1000, 384, "fp8_channel"), "one": (72, 128, "fp8_tensor")}
+FP8_TARGETS = {"4B's in_proj": ("sm_89", "sm_90", "sm_100", "sm_120"), "a row's scale": ("sm_89",), "one": ("sm_90",)}
+
+
+def fp8_call(M, N, format):
+    scales = {"fp8_block128": (-(-M // 128), N // 128), "fp8_channel": (M, 1), "fp8_tensor": ()}
+    of = lambda dtype, *shape: torch.empty(shape, dtype=dtype, device="meta")  # noqa: E731
+    e4m3, groups = torch.float8_e4m3fn, N // 128 if format == "fp8_block128" else 1
+    return of(e4m3, 1, 1000, N), of(F32, groups, 1000), of(e4m3, M, N), of(F32, *scales[format]), format, BF16
+
+
+@pytest.mark.parametrize(("what", "target"), [(what, t) for what in FP8 for t in FP8_TARGETS[what]])
+def test_a_product_of_e4m3_compiles_to_tensor_cores_for_it(what, target, on, tmp_path):
+    on(target)
+    (spec,) = supported("fp8_linear", *fp8_call(*FP8[what]))
+    kernel = compile_for(target, spec)
+    assert kernel.metadata.shared <= CARDS[target].shared_memory
+    instruction = {"sm_90": "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3", "sm_100": "tcgen05.mma"}
+    assert instruction.get(target, "e4m3.e4m3.f32") in kernel.asm["ptx"]
+    assert resources(kernel.asm["cubin"], tmp_path)["LOCAL"] == 0
+
+
+@pytest.mark.parametrize(("target", "found"), [("sm_80", "an older GPU"), ("sm_86", "an older GPU"), ("gfx942", "a GPU of AMD")])
+def test_a_product_of_e4m3_is_refused_where_tensor_cores_have_none(target, found, on):
+    on(target)
+    with pytest.raises(Refused, match=f"^Tensor cores must multiply e4m3.* found {found}"):
+        supported("fp8_linear", *fp8_call(*FP8["one"]))
 
 
 WIDER = [(torch.float16, "gfx942"), (torch.float32, "sm_90")]
