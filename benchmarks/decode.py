@@ -143,12 +143,13 @@ def build(
     return adapted(model, lora) if lora else model
 
 
-def own_calls(side: str, model: torch.nn.Module) -> AbstractContextManager[None]:
+def own_calls(side: str, model: torch.nn.Module, activations: str | None = None) -> AbstractContextManager[None]:
     """Of a quantised model, the calls that a side compiles: gdnfuse's are those that users have, which it captures.
 
     For others, FP8 modules compute what such a captured call does: transformers' own code for them needs a kernel from the hub.
+    With `activations` their linears quantise them.
     """
-    return nullcontext() if side == "gdnfuse" else dequantized_calls(model)
+    return nullcontext() if side == "gdnfuse" else dequantized_calls(model, activations)
 
 
 def compiled(side: str, model: torch.nn.Module, mode: str | None) -> Callable[..., Any]:

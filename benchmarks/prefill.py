@@ -1,6 +1,7 @@
 """The whole prefill: milliseconds per prompt of eager, eager with flash-linear-attention, Inductor and gdnfuse.
 
     python benchmarks/prefill.py --models 4b --lengths 4096,16384 --json prefill.json
+    python benchmarks/prefill.py --models 4b --lengths 4096 --sides gdnfuse --quantize fp8 --activations fp8
     python benchmarks/prefill.py --models tiny --lengths 70,300 --dtype float32 --device cpu --sides eager,gdnfuse
 
 Weights are random, of the published shapes. Each side runs in a process of its own (see gdnfuse/bench/workers.py). A prompt goes
@@ -10,6 +11,13 @@ cold figures. Times are medians over PROMPTS prompts of one length, each waited 
 lengths that this process has not met, one token apart. No speed is reported for a side whose logits on CHECKED
 tokens are off float32's by more than SLACK times eager's (see gdnfuse/bench/measure.py). For that the routing of a mixture of
 experts is held fixed (see benchmarks/routing.py); the prompts that are timed have random routers.
+
+With --quantize the linears have quantised weights, and logits are compared with those of the dequantised weights. With
+--activations fp8 linears also quantise their input, as transformers' FP8Linear does. Then float32's logits and eager's are of a
+model whose linears do that too. So eager's error is that of the roundings of bfloat16 ahead of those to e4m3: a number that is
+rounded the other way differs by a step of e4m3. This error is many times that of a model which leaves activations in bfloat16,
+and "off_unquantised" is the distance of a side to such a model in float32. The row of a side says how many of its linears are
+computed by what.
 """
 
 from __future__ import annotations
@@ -19,6 +27,7 @@ import json
 import shlex
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +35,7 @@ from typing import Any
 import routing
 import torch
 import transformers
-from decode import SHARED, build
+from decode import SHARED, build, own_calls
 from tabulate import tabulate
 from torch._inductor.utils import fresh_cache
 
@@ -34,6 +43,8 @@ import gdnfuse
 from gdnfuse.bench.measure import compare_logits, difference, machine, seconds, widen
 from gdnfuse.bench.workers import answer, fla_version, run_sides, show_fla
 from gdnfuse.generation.caches import cache_argument
+from gdnfuse.models import OF_TRANSFORMERS, QUANTIZED, dequantized_calls
+from gdnfuse.report.records import GraphReport
 
 SIDES = ("eager", "fla", "inductor", "gdnfuse")
 CHECKED = 300
@@ -47,11 +58,18 @@ def prompt(model: torch.nn.Module, call: Callable[..., Any], tokens: torch.Tenso
     return call(tokens, **held, use_cache=True, logits_to_keep=keep).logits
 
 
+def compiled(side: str, model: torch.nn.Module, activations: str | None) -> Callable[..., Any]:
+    if side in ("eager", "fla"):
+        return model
+    options = {"activations": activations} if side == "gdnfuse" and activations else None
+    return torch.compile(model, backend=side, options=options, fullgraph=side == "gdnfuse")
+
+
 def worker(side: str, name: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """The row of a side. For "reference" the machine, and in `folder` the logits that sides are compared with."""
     show_fla(side)
     transformers.utils.logging.set_verbosity_error()
-    model = build(name, getattr(torch, args.dtype), args.device, hold_routing=True)
+    model = build(name, getattr(torch, args.dtype), args.device, args.quantize, hold_routing=True)
     generator = torch.Generator(args.device).manual_seed(1)
     longest = max(*args.lengths, *SHORT, CHECKED)
     tokens = torch.randint(0, model.config.vocab_size, (args.batch, longest), device=args.device, generator=generator)
@@ -60,21 +78,30 @@ def worker(side: str, name: str, args: argparse.Namespace, folder: Path) -> dict
         return prompt(model, call, tokens[:, :length], keep)
 
     if side == "reference":
-        eager = run(model, CHECKED, CHECKED)
-        widen(model)
-        exact = run(model, CHECKED, CHECKED)
-        torch.save({"exact": exact, "eager_error": difference(eager, exact)}, folder / SHARED)
+        with dequantized_calls(model, args.activations):
+            eager = run(model, CHECKED, CHECKED)
+            widen(model)
+            exact = run(model, CHECKED, CHECKED)
+        shared = {"exact": exact, "eager_error": difference(eager, exact)}
+        if args.activations:
+            with dequantized_calls(model):
+                shared["unquantised"] = run(model, CHECKED, CHECKED)
+        torch.save(shared, folder / SHARED)
         return {"machine": machine()}
-    call = model if side in ("eager", "fla") else torch.compile(model, backend=side, fullgraph=side == "gdnfuse")
+    call = compiled(side, model, args.activations)
     row: dict[str, Any] = {"side": side}
     if side == "fla":
         row["fla"] = fla_version()
-    with fresh_cache():
+    with fresh_cache(), own_calls(side, model, args.activations):
         row["first_calls_seconds"] = [seconds(lambda n=n: run(call, n), args.device) for n in SHORT]
         saved = torch.load(folder / SHARED)
-        found = compare_logits(run(call, CHECKED, CHECKED), saved["exact"], saved["eager_error"])
+        logits = run(call, CHECKED, CHECKED)
+        found = compare_logits(logits, saved["exact"], saved["eager_error"])
         row["error"], row["eager_error"] = found["error"], saved["eager_error"]
+        if "unquantised" in saved:
+            row["off_unquantised"] = difference(logits, saved["unquantised"])
         row["graphs"] = [report.summary() for report in gdnfuse.reports()]
+        row["linears"] = computed_by(gdnfuse.reports())
         routing.put_back(model)
         if found["accurate"]:
             row["ms"], row["ms_new_length"] = {}, {}
@@ -88,6 +115,14 @@ def worker(side: str, name: str, args: argparse.Namespace, folder: Path) -> dict
     if args.device == "cuda":
         row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     return row
+
+
+def computed_by(reports: Sequence[GraphReport]) -> dict[str, int]:
+    """How many linears of the last prompt's graph are computed by what."""
+    found: Counter[str] = Counter()
+    for projection in [p for report in reports[-1:] for p in report.projections]:
+        found[projection.computed] += len(projection.paths)
+    return dict(found)
 
 
 def table(name: str, rows: Sequence[dict[str, Any]], lengths: Sequence[int]) -> str:
@@ -120,6 +155,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--lengths", default="4096,16384", help="tokens per prompt, by comma")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--quantize", choices=[*QUANTIZED], help="quantise the linears to this format first")
+    parser.add_argument("--activations", choices=["fp8"], help="quantise the activations too, of linears in fp8 or fp8-tensor")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", metavar="FILE", help="write the figures, the machine and the versions here")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
@@ -127,6 +164,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     sides, args.lengths = args.sides.split(","), [int(n) for n in args.lengths.split(",")]
     if unknown := set(sides) - set(SIDES):
         parser.error(f"unknown sides {', '.join(sorted(unknown))}; the valid ones are {', '.join(SIDES)}")
+    if args.activations and QUANTIZED.get(args.quantize) not in OF_TRANSFORMERS:
+        parser.error(f"--activations needs --quantize fp8 or fp8-tensor, found {args.quantize}")
     if args.worker:
         side, name, folder = args.worker
         answer(lambda: worker(side, name, args, Path(folder)))
@@ -141,8 +180,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in args.models.split(","):
         first, rows = run_sides([__file__], name, sides, argv)
         data["machine"] |= first["machine"]
-        data["results"].append({"model": name, "batch": args.batch, "sides": rows})
-        print(table(name, rows, args.lengths), end="\n\n", flush=True)
+        about = {"quantize": args.quantize, "activations": args.activations}
+        data["results"].append({"model": name, "batch": args.batch, **about, "sides": rows})
+        title = ", ".join([name, *(f"{option} {value}" for option, value in about.items() if value)])
+        print(table(title, rows, args.lengths), end="\n\n", flush=True)
         if args.json:
             Path(args.json).write_text(json.dumps(data, indent=1))
     return 0 if all("ms" in row for result in data["results"] for row in result["sides"]) else 1

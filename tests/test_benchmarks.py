@@ -195,6 +195,36 @@ def test_decode_benchmark_takes_the_best_of_inductor(mode, graphs, monkeypatch):
     assert given == [{"options": options, "fullgraph": True}]
 
 
+def test_prefill_benchmark_of_quantised_weights_and_activations(workers, tmp_path, monkeypatch, capsys):
+    """One process for all sides, so a side's graphs are those after the last cleared."""
+    prefill, file = importlib.import_module("prefill"), tmp_path / "figures.json"
+
+    def quickly(side, model, activations):
+        torch.compiler.reset()
+        options = {"inner": "eager", **({"activations": activations} if activations else {})}
+        return model if side == "eager" else torch.compile(model, backend="gdnfuse", options=options, fullgraph=True)
+
+    monkeypatch.setattr(prefill, "compiled", quickly)
+    monkeypatch.setattr(prefill, "PROMPTS", 1)
+    monkeypatch.setattr(prefill, "SHORT", (70,))
+    how = ["--dtype", "bfloat16", "--sides", "eager,gdnfuse", "--json", str(file)]
+    errors = {}
+    for given in (["--quantize", "fp8"], ["--quantize", "fp8", "--activations", "fp8"]):
+        assert prefill.main([*PREFILL, *how, *given]) == 0
+        (result,) = json.loads(file.read_text())["results"]
+        eager, ours = result["sides"]
+        assert result["quantize"] == "fp8" and ours["ms"]["70"] > 0 and eager["error"] == eager["eager_error"] > 0
+        in_e4m3 = {what: count for what, count in ours["linears"].items() if "e4m3" in what}
+        # Four of down and three of out have 128 columns; all others have 64.
+        assert in_e4m3 == ({"reference inlined (activations in e4m3)": 7} if len(given) == 4 else {})
+        errors[len(given)] = eager["error"], ours.get("off_unquantised")
+    assert errors[4][0] > 1.2 * errors[2][0] and errors[4][1] > errors[2][0] and errors[2][1] is None
+    assert "tiny, quantize fp8, activations fp8" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        prefill.main([*PREFILL, "--quantize", "int8", "--activations", "fp8"])
+    assert "--activations needs --quantize fp8 or fp8-tensor, found int8" in capsys.readouterr().err
+
+
 def test_decode_benchmark_refuses_a_wrong_side(workers, monkeypatch, capsys):
     decode = importlib.import_module("decode")
     monkeypatch.setattr(decode, "compiled", lambda side, model, mode: lambda *a, **k: _doubled(model(*a, **k)))

@@ -13,6 +13,7 @@ from transformers.integrations import finegrained_fp8
 
 import gdnfuse
 from gdnfuse import formats, models, packing
+from gdnfuse.capture_fp8 import dequantized_calls
 from gdnfuse.errors import GdnfuseError
 from gdnfuse.report.page import page
 from gdnfuse.report.records import OWN_LIBRARY
@@ -317,3 +318,35 @@ def test_a_model_is_quantised_to_known_formats(format):
 def test_a_model_without_linears_has_nothing_to_quantise():
     with pytest.raises(GdnfuseError, match="must have linears other than its head with whole groups of columns, found none"):
         models.quantized(torch.nn.Sequential(torch.nn.LayerNorm(2)))
+
+
+@torch.no_grad()
+def test_prompts_quantise_their_activations_if_asked_to_and_steps_do_not():
+    """In float32 they do what eager does whose linears quantise; a number that is rounded the other way shows a little."""
+    model, ids, tokens = quantized(zoo.FILLED, torch.float32), zoo.prompt(1, length=40)[0], zoo.tokens_for(1, 3)
+    run = lambda call, cache: call(input_ids=ids, **zoo.held(cache)).logits  # noqa: E731
+    caches = [zoo.new_cache(model, "static", length=48) for _ in range(3)]
+    with dequantized_calls(model, activations="fp8"):
+        wanted = run(model, caches[0])
+    with dequantized_calls(model):
+        exact, steps = run(model, caches[1]), zoo.decode(model, caches[0], None, tokens)
+    since, call = next_report(), compiled(model, activations="fp8")
+    found = run(call, caches[2])
+    assert zoo.relative(found, wanted) < 2e-3 and zoo.relative(wanted, exact) > 2e-2
+    assert zoo.relative(zoo.decode(call, caches[2], None, tokens), steps) < 2e-3
+    prefill, decode = new_reports(since)
+    assert [r.fused_layers for r in (prefill, decode)] == [1, 1]
+    of_linears = {p.computed for p in prefill.projections if p.format == "fp8_block128"}
+    assert of_linears == {"reference inlined (activations in e4m3)"}
+    assert {p.computed for p in decode.projections if p.format == "fp8_block128"} <= {"reference inlined", "library"}
+    (said,) = [r.reason for r in decode.all_records if r.rule == "activations"]
+    assert said.startswith("A step of few rows is as fast as its weights are read")
+
+
+def test_a_model_without_weights_in_e4m3_cannot_quantise_activations():
+    sentence = (
+        r"^activations='fp8' needs weights in e4m3, found none in the model: load an FP8 checkpoint, or leave the option out\.$"
+    )
+    for model in (zoo.causal_lm(**zoo.FILLED), quantized(zoo.FILLED, format="int8_channel")):
+        with pytest.raises(GdnfuseError, match=sentence):
+            gdnfuse.compile(model, activations="fp8")
