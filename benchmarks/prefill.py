@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import routing
+import together
 import torch
 import transformers
 from decode import SHARED, build, own_calls
@@ -93,7 +94,9 @@ def worker(side: str, name: str, args: argparse.Namespace, folder: Path) -> dict
     if side == "fla":
         row["fla"] = fla_version()
     with fresh_cache(), own_calls(side, model, args.activations):
-        row["first_calls_seconds"] = [seconds(lambda n=n: run(call, n), args.device) for n in SHORT]
+        first = [seconds(lambda n=n: run(call, n), args.device) for n in SHORT]
+        if together.quiet():
+            row["first_calls_seconds"] = first
         saved = torch.load(folder / SHARED)
         logits = run(call, CHECKED, CHECKED)
         found = compare_logits(logits, saved["exact"], saved["eager_error"])
@@ -104,6 +107,7 @@ def worker(side: str, name: str, args: argparse.Namespace, folder: Path) -> dict
         row["linears"] = computed_by(gdnfuse.reports())
         routing.put_back(model)
         if found["accurate"]:
+            together.turn()
             row["ms"], row["ms_new_length"] = {}, {}
             for length in args.lengths:
                 new = [1e3 * seconds(lambda n=length - i: run(call, n), args.device) for i in range(1, NEW + 1)]

@@ -10,16 +10,20 @@ Layout: x [rows, N] and weight [M, N] contiguous; scales of x [groups, rows], of
 
 from __future__ import annotations
 
+import logging
+
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 
 from gdnfuse.dialect import fp8_linear
-from gdnfuse.errors import Refused
+from gdnfuse.errors import Refused, one_line
 from gdnfuse.kernels import devices
 from gdnfuse.kernels.launch.implementation import kernel_of, launching, register, require_dtypes, require_static
 from gdnfuse.kernels.quantized import SCALES, widen
+
+log = logging.getLogger(__name__)
 
 COLUMNS = 128  # that are added up before they are multiplied with scales
 # Of a program: rows of x, rows of the weight, warps. Not measured, because cuBLAS is used where there was a device to measure.
@@ -30,6 +34,8 @@ HOPPER, CUDA = (9, 0), (12, 9)
 ALIGNED = 16  # rows and columns: cuBLAS needs multiples of it
 SCALES_ALIGNED = 4  # cuBLAS reads scales of a weight in columns of multiples of it
 ROWS = {"fp8_block128": 128, "fp8_channel": 1, "fp8_tensor": 0}  # of a weight that share a scale; 0 for all
+
+_failed: set[torch.device] = set()  # devices on which torch's scaled product raised an error
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -76,61 +82,56 @@ def launch(
     Returns:
         [..., M] in `dtype`.
     """
-    library = by_library(x, data, dtype)
-    if library and not launching():
-        return fp8_linear.fake(x, x_scale, data, scale, format, dtype)
-    (M, N), blocks = data.shape, ROWS[format] == COLUMNS
-    rows, x_scale = x.reshape(-1, N), x_scale.contiguous()
-    out = (_by_library if library else _by_kernel)(rows.contiguous(), x_scale, data.contiguous(), scale, format, dtype, blocks)
+    if by_library(x, data, dtype):
+        if not launching():
+            return fp8_linear.fake(x, x_scale, data, scale, format, dtype)
+        try:
+            return by_torch(x, x_scale, data, scale, format, dtype)
+        except RuntimeError as e:  # another cuBLAS than torch was built with, for one
+            _failed.add(x.device)
+            log.warning("torch's scaled product failed, so a kernel of gdnfuse computes linears of e4m3. %s", one_line(e))
+    return by_kernel(x, x_scale, data, scale, format, dtype)
+
+
+def by_kernel(
+    x: torch.Tensor, x_scale: torch.Tensor, data: torch.Tensor, scale: torch.Tensor, format: str, dtype: torch.dtype
+) -> torch.Tensor:
+    """The same by the kernel of this file, on any device that it supports."""
+    M, N = data.shape
+    rows = x.reshape(-1, N).contiguous()
+    T = rows.shape[0]
+    out = torch.empty((T, M), dtype=dtype, device=x.device)
+    scale = (scale if scale.dtype in SCALES else scale.float()).contiguous()  # Triton has no pointers to e8m0
+    kernel_of(fp8_linear_kernel)[(-(-T // BT) * -(-M // BM),)](
+        rows.view(torch.uint8), x_scale.contiguous(), data.contiguous().view(torch.uint8), scale, out, T,
+        M=M, N=N, BLOCKS=ROWS[format] == COLUMNS, ROWS=ROWS[format], OPERAND=OPERAND, TOGETHER=SIDE_BY_SIDE,
+        BT=BT, BM=BM, BK=COLUMNS, num_warps=NUM_WARPS, num_stages=_stages(devices.of(x.device)),
+    )  # fmt: skip
     return out.view(*x.shape[:-1], M)
 
 
-def _by_kernel(
-    x: torch.Tensor,
-    x_scale: torch.Tensor,
-    data: torch.Tensor,
-    scale: torch.Tensor,
-    format: str,
-    dtype: torch.dtype,
-    blocks: bool,
+def by_torch(
+    x: torch.Tensor, x_scale: torch.Tensor, data: torch.Tensor, scale: torch.Tensor, format: str, dtype: torch.dtype
 ) -> torch.Tensor:
-    (T, N), M = x.shape, data.shape[0]
-    out = torch.empty((T, M), dtype=dtype, device=x.device)
-    scale = scale if scale.dtype in SCALES else scale.float()  # Triton has no pointers to e8m0
-    grid = (-(-T // BT) * -(-M // BM),)
-    kernel_of(fp8_linear_kernel)[grid](
-        x.view(torch.uint8), x_scale, data.view(torch.uint8), scale.contiguous(), out, T,
-        M=M, N=N, BLOCKS=blocks, ROWS=ROWS[format], OPERAND=OPERAND, TOGETHER=SIDE_BY_SIDE, BT=BT, BM=BM, BK=COLUMNS,
-        num_warps=NUM_WARPS, num_stages=_stages(devices.of(x.device)),
-    )  # fmt: skip
-    return out
-
-
-def _by_library(
-    x: torch.Tensor,
-    x_scale: torch.Tensor,
-    data: torch.Tensor,
-    scale: torch.Tensor,
-    format: str,
-    dtype: torch.dtype,
-    blocks: bool,
-) -> torch.Tensor:
-    kinds = F.ScalingType
-    if not blocks:
-        scale = scale.float().reshape(1, -1).expand(1, data.shape[0]).contiguous()
-        return F.scaled_mm(x, data.T, x_scale.T, kinds.RowWise, scale, kinds.RowWise, output_dtype=dtype)
+    """The same by torch's scaled product, where `by_library`."""
+    M, N = data.shape
+    lead, x, kinds = x.shape[:-1], x.reshape(-1, N), F.ScalingType
+    if ROWS[format] != COLUMNS:
+        scale = scale.float().reshape(1, -1).expand(1, M).contiguous()
+        out = F.scaled_mm(x, data.T, x_scale.T, kinds.RowWise, scale, kinds.RowWise, output_dtype=dtype)
+        return out.view(*lead, M)
     T = x.shape[0]
     if more := -T % SCALES_ALIGNED:  # scales of a group are a row in memory, and rows start at multiples of 16 bytes
         x = F.pad(x.view(torch.uint8), (0, 0, 0, more)).view(x.dtype)
         x_scale = F.pad(x_scale, (0, more))
     scale = F.pad(scale.float(), (0, -scale.shape[1] % SCALES_ALIGNED)).contiguous()
     out = F.scaled_mm(x, data.T, x_scale.T, kinds.BlockWise1x128, scale.T, kinds.BlockWise128x128, output_dtype=dtype)
-    return out[:T]
+    return out[:T].view(*lead, M)
 
 
 def by_library(x: torch.Tensor, data: torch.Tensor, dtype: torch.dtype) -> bool:
     """Whether torch's scaled product computes a call: on Hopper with CUDA 12.9, for bfloat16 and sizes in multiples of 16."""
-    on_device = x.device.type == "cuda" and torch.cuda.is_available()
+    on_device = x.device.type == "cuda" and torch.cuda.is_available() and x.device not in _failed
     if not on_device or torch.version.cuda is None or not hasattr(F, "scaled_mm"):
         return False
     version = tuple(int(n) for n in torch.version.cuda.split(".")[:2])
