@@ -261,14 +261,17 @@ def test_what_is_plain_is_compared_with_its_class(monkeypatch):
         (torch.ones(3), [5, 1], True),
     ):
         assert match(x, y, plain, sizes, flag=flag) is replay.MISSED
+    match = codegen.repeating_function((x, y, torch.bfloat16), {}, [x, y], -1, NOTHING)
+    assert match(x, y, torch.bfloat16).shape == (1,)
+    assert match(x, y, torch.float16) is match(x, y, "torch.bfloat16") is replay.MISSED
 
 
 def test_an_argument_of_another_kind_is_read_off(monkeypatch):
     monkeypatch.setattr(replay, "OFTEN", 1)
     op = add(Kernel())
-    for dtype in (torch.float32, torch.float32, torch.float32, torch.float32):
+    for device in [torch.device("cpu")] * 4:
         x, y = some(), some()
-        torch.testing.assert_close(op(x, y, 1.0, [], overlap=dtype), x + y)
+        torch.testing.assert_close(op(x, y, 1.0, [], overlap=device), x + y)
     assert not op.matches
 
 

@@ -32,7 +32,7 @@ def repeating_function(
 ) -> Callable[..., Any] | None:
     """A function that repeats what was recorded if its arguments have this layout and are aligned. Else it returns MISSED.
 
-    None if an argument is neither plain, a tensor nor a list of these, if two arguments are the same tensor, or if a machine code
+    None if an argument is neither plain, a dtype, a tensor nor a list of these, if two arguments are the same tensor, or if a machine code
     is chosen by something that the function does not compare.
 
     Args:
@@ -58,6 +58,9 @@ def repeating_function(
             names.append(name)
         elif x is None:
             tests.append(f"{name} is None")
+        elif kind is torch.dtype:
+            known[f"IS_{name}"] = x
+            tests.append(f"{name} is IS_{name}")
         elif kind in PLAIN or kind in (list, tuple) and PLAIN.issuperset(map(type, x)):
             known[f"IS_{name}"] = kind(x)  # a list is copied
             tests.append(f"{name}.__class__ is {kind.__name__} and {name} == IS_{name}")
