@@ -32,8 +32,8 @@ def repeating_function(
 ) -> Callable[..., Any] | None:
     """A function that repeats what was recorded if its arguments have this layout and are aligned. Else it returns MISSED.
 
-    None if an argument is neither plain, a dtype, a tensor nor a list of these, if two arguments are the same tensor, or if a machine code
-    is chosen by something that the function does not compare.
+    None if an argument is neither plain, a dtype, a tensor nor a list of these, if two arguments are the same tensor, or if a
+    machine code is chosen by something that the function does not compare.
 
     Args:
         args, kwargs: of a call.
