@@ -332,8 +332,8 @@ def test_prompts_quantise_their_activations_if_asked_to_and_steps_do_not():
         exact, steps = run(model, caches[1]), zoo.decode(model, caches[0], None, tokens)
     since, call = next_report(), compiled(model, activations="fp8")
     found = run(call, caches[2])
-    assert zoo.relative(found, wanted) < 2e-3 and zoo.relative(wanted, exact) > 2e-2
-    assert zoo.relative(zoo.decode(call, caches[2], None, tokens), steps) < 2e-3
+    assert zoo.relative(found, wanted) < 1e-2 and zoo.relative(wanted, exact) > 5e-2
+    assert zoo.relative(zoo.decode(call, caches[2], None, tokens), steps) < 1e-2
     prefill, decode = new_reports(since)
     assert [r.fused_layers for r in (prefill, decode)] == [1, 1]
     of_linears = {p.computed for p in prefill.projections if p.format == "fp8_block128"}
