@@ -168,8 +168,8 @@ def prompts(files: dict[str, Any]) -> Rows:
             for length in data["arguments"]["lengths"]:
                 for row in result["sides"]:
                     ms = [number(row.get(name, {}).get(str(length)), 1, " ms") for name in ("ms", "ms_new_length")]
-                    first = ", ".join(number(s, 1) for s in row["first_calls_seconds"])
-                    yield (named(result["model"]), str(length), SIDES[row["side"]], *ms, f"{first} s")
+                    first = ", ".join(number(s, 1) for s in row.get("first_calls_seconds", ()))
+                    yield (named(result["model"]), str(length), SIDES[row["side"]], *ms, f"{first} s" if first else "")
 
 
 def prompt(files: dict[str, Any]) -> Rows:
@@ -227,10 +227,12 @@ def drift(files: dict[str, Any]) -> Rows:
 
 def accuracy(files: dict[str, Any]) -> Rows:
     percent = lambda value: number(None if value is None else 100 * value, 1, " %")  # noqa: E731
-    yield ("format", "gdnfuse", "weights dequantised, eager", "activations in eight bits too, eager")
+    quantised = 'gdnfuse, `activations="fp8"`', "activations in eight bits too, eager"
+    yield ("format", "gdnfuse", "weights dequantised, eager", *quantised)
+    sides = ("gdnfuse", "dequantised", "gdnfuse_fp8", "w8a8")
     for data in files.values():
         for r in data["results"]:
-            yield (f"`{r['format']}`", *(percent(r["errors"].get(side)) for side in ("gdnfuse", "dequantised", "w8a8")))
+            yield (f"`{r['format']}`", *(percent(r["errors"].get(side)) for side in sides))
 
 
 def engines(files: dict[str, Any]) -> Rows:

@@ -738,11 +738,13 @@ def test_accuracy_of_formats(tmp_path, capsys):
         "--layers",
         "2",
         "--tokens",
-        "9",
+        "40",
         "--formats",
-        "int8_channel,int4_group32_zero",
+        "int8_channel,int4_group32_zero,fp8_channel",
     ]
     assert main_of("accuracy")([*argv, "--json", str(tmp_path / "out.json")]) == 0
-    int8, int4 = json.loads((tmp_path / "out.json").read_text())["results"]
+    int8, int4, fp8 = json.loads((tmp_path / "out.json").read_text())["results"]
+    of_fp8 = fp8["errors"]
+    assert of_fp8["gdnfuse_fp8"] == pytest.approx(of_fp8["w8a8"], rel=0.2) and of_fp8["gdnfuse_fp8"] > 3 * of_fp8["gdnfuse"]
     assert int8["errors"].keys() == {"gdnfuse", "dequantised", "w8a8"} and int4["errors"].keys() == {"gdnfuse", "dequantised"}
     assert all(0 < error < 0.2 for row in (int8, int4) for error in row["errors"].values())

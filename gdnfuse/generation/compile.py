@@ -154,6 +154,7 @@ def _compile(
     first = plain
     if settings.prefixes is not None:
         settings.prefixes.in_pieces, settings.prefixes.state_dtype = True, settings.state_dtype
+        settings.prefixes.activations = parsed.activations
     if settings.prefill:
         first = torch.compile(with_own_code(plain), **shared, **_no_cuda_graphs(mode, options))
         first = coverage.checked(preparing_caches(first, fullgraph, settings.state_dtype, any_length), PROMPT)

@@ -95,6 +95,7 @@ class PrefixStore:
         self.in_pieces = True
         # Of recurrent states, as `gdnfuse.compile` was told: states that were rounded are others.
         self.state_dtype: torch.dtype | None = None
+        self.activations: str | None = None  # option of `gdnfuse.compile`: states of quantised activations are others too
         self.every, self.max_bytes, self.host_bytes = every, max_bytes, host_bytes
         self._model = weakref.ref(models[0])
         self._layout = _Layout.of(models[0])
@@ -323,6 +324,8 @@ class PrefixStore:
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
         known = {name: versions.version(name) or "" for name in ("gdnfuse", "torch", "transformers")}
         states = {} if self.state_dtype is None else {"state_dtype": str(self.state_dtype).removeprefix("torch.")}
+        if self.activations:
+            states["activations"] = self.activations
         return {"model": type(model).__name__, "dtype": dtype, **states, **known, "weights": self._weights.digest()}
 
     def clear(self) -> None:
@@ -338,7 +341,7 @@ class PrefixStore:
             if (device := next(self.model.parameters()).device) != self._layout.device:
                 where = f"on {self._layout.device}, where it was, found it on {device}"
                 raise GdnfuseError(f"A PrefixStore must be used while its model is {where}: make one anew.")
-            return self._weights.key(), self.state_dtype
+            return self._weights.key(), self.state_dtype, self.activations
 
     def moment(self) -> tuple[Hashable, int]:
         """By what prefixes are kept now, and how often that was found changed: what was the same all the while has one moment."""
