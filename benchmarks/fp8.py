@@ -46,7 +46,7 @@ SHAPES = {
     "small": (256, 384),
 }
 COLUMNS = {"fp8_block128": 128, "fp8_channel": 0}  # of x that share a scale; 0 for a whole row
-ODD = (33, 1001, 4095)  # rows, of which no multiple of 4 is
+ODD = (33, 1001, 4095)  # rows, none of which is a multiple of 16
 TOLERANCE = 2.0**-8 + 1e-3  # of bfloat16, and of what tensor cores lose in a sum of 128 products
 SIDES = ("bf16", "w8a16", "w8a8", "triton")
 

@@ -31,8 +31,8 @@ BT, BM, NUM_WARPS = 128, 128, 8
 SIDE_BY_SIDE = 8  # blocks of rows of x that read one block of the weight at about the same time
 OPERAND = tl.float8e4nv
 HOPPER, CUDA = (9, 0), (12, 9)
-ALIGNED = 16  # rows and columns: cuBLAS needs multiples of it
-SCALES_ALIGNED = 4  # cuBLAS reads scales of a weight in columns of multiples of it
+ALIGNED = 16  # cuBLAS needs multiples of it: rows and columns of a weight, and rows of x, of which 33 and 4094 were refused
+SCALES_ALIGNED = 4  # the same for columns of a weight's scales (https://docs.nvidia.com/cuda/cublas/#scaling-factors-layouts)
 ROWS = {"fp8_block128": 128, "fp8_channel": 1, "fp8_tensor": 0}  # of a weight that share a scale; 0 for all
 
 _failed: set[torch.device] = set()  # devices on which torch's scaled product raised an error
@@ -121,7 +121,7 @@ def by_torch(
         out = F.scaled_mm(x, data.T, x_scale.T, kinds.RowWise, scale, kinds.RowWise, output_dtype=dtype)
         return out.view(*lead, M)
     T = x.shape[0]
-    if more := -T % SCALES_ALIGNED:  # scales of a group are a row in memory, and rows start at multiples of 16 bytes
+    if more := -T % ALIGNED:
         x = F.pad(x.view(torch.uint8), (0, 0, 0, more)).view(x.dtype)
         x_scale = F.pad(x_scale, (0, more))
     scale = F.pad(scale.float(), (0, -scale.shape[1] % SCALES_ALIGNED)).contiguous()

@@ -24,7 +24,7 @@ def scaled_mm(a, b, scale_a, kind_a, scale_b, kind_b, output_dtype):
         return ((a.float() * scale_a) @ (b.float() * scale_b)).to(output_dtype)
     assert (kind_a, kind_b) == (kinds.BlockWise1x128, kinds.BlockWise128x128)
     groups, padded = N // 128, -(-N // 512) * 4
-    assert scale_a.shape == (T, groups) and scale_a.stride() == (1, T) and T % 4 == 0
+    assert scale_a.shape == (T, groups) and scale_a.stride() == (1, T) and T % 16 == 0
     assert scale_b.shape == (padded, -(-M // 128)) and scale_b.stride() == (1, padded)
     wide_a = a.float() * scale_a.repeat_interleave(128, 1)
     wide_b = b.float() * scale_b[:groups].repeat_interleave(128, 0).repeat_interleave(128, 1)[:, :M]
