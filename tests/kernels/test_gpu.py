@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gdnfuse import compat, dialect
 from gdnfuse.dialect import delta_rule, record
-from gdnfuse.kernels import chunk_delta_rule, implementations, loaded, skinny_linear
+from gdnfuse.kernels import chunk_delta_rule, fp8_linear, implementations, loaded, skinny_linear
 from gdnfuse.kernels.launch import replay
 from gdnfuse.kernels.launch.replay import Recorded
 
@@ -600,3 +600,13 @@ def test_state_is_written_in_place_by_compiled_code():
     torch.cuda.synchronize()
     state = args[6]
     assert torch.cuda.max_memory_allocated() - before < state.numel() * state.element_size()
+
+
+@pytest.mark.parametrize("rows", [33, 144, 1001, 4095])
+@pytest.mark.parametrize("format", ["fp8_block128", "fp8_channel"])
+def test_products_of_e4m3_are_torchs_on_hopper(rows, format):
+    """If cuBLAS refused one, the kernel of this project would compute it, and all that follow."""
+    if torch.cuda.get_device_capability() != fp8_linear.HOPPER:
+        pytest.skip("cuBLAS multiplies blocks of e4m3 on Hopper alone")
+    kernel_cases.check(Case("fp8_linear", "", kernel_cases.fp8(256, 640, format, BF16, (rows,))), fp8_linear.launch, "cuda")
+    assert not fp8_linear._failed
