@@ -10,6 +10,7 @@ Layout: x [rows, N] and weight [M, N] contiguous; scales of x [groups, rows], of
 
 from __future__ import annotations
 
+import functools
 import logging
 
 import torch
@@ -131,12 +132,17 @@ def by_torch(
 
 def by_library(x: torch.Tensor, data: torch.Tensor, dtype: torch.dtype) -> bool:
     """Whether torch's scaled product computes a call: on Hopper with CUDA 12.9, for bfloat16 and sizes in multiples of 16."""
-    on_device = x.device.type == "cuda" and torch.cuda.is_available() and x.device not in _failed
-    if not on_device or torch.version.cuda is None or not hasattr(F, "scaled_mm"):
+    sizes = data.shape[0] % ALIGNED == 0 and data.shape[1] % ALIGNED == 0
+    return sizes and dtype == torch.bfloat16 and x.device.type == "cuda" and x.device not in _failed and _has_blocks(x.device)
+
+
+@functools.cache
+def _has_blocks(device: torch.device) -> bool:
+    """Whether torch's scaled product takes blocks of 128 × 128 on a GPU."""
+    if not torch.cuda.is_available() or torch.version.cuda is None or not hasattr(F, "scaled_mm"):
         return False
     version = tuple(int(n) for n in torch.version.cuda.split(".")[:2])
-    sizes = data.shape[0] % ALIGNED == 0 and data.shape[1] % ALIGNED == 0
-    return sizes and dtype == torch.bfloat16 and version >= CUDA and torch.cuda.get_device_capability(x.device) == HOPPER
+    return version >= CUDA and torch.cuda.get_device_capability(device) == HOPPER
 
 
 def _stages(device: devices.Device) -> int:
