@@ -407,6 +407,9 @@ COMMANDS = [
     "gemm --rows 33",
     "decode --batch 0",
     "prefill --sides jax",
+    "fp8 --shapes jax",
+    "fp8 --formats jax",
+    "fp8 --rows jax",
 ]
 COMMANDS += ["experts --sides jax", "experts --rows 0", "experts --rows many"]
 COMMANDS += [
@@ -727,6 +730,19 @@ def test_plots_need_matplotlib(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main_of("plot")(["--out", str(tmp_path)]) == 1
     assert capsys.readouterr().err == "plot.py needs matplotlib, which is not installed: pip install 'gdnfuse[plot]'\n"
+
+
+def test_linears_of_a_prompt_on_fp8_weights(tmp_path, monkeypatch, capsys):
+    """On a CPU only whether results are right; one that is wrong has no figure, and the script fails."""
+    fp8, file = importlib.import_module("fp8"), tmp_path / "fp8.json"
+    how = ["--rows", "70", "--shapes", "small", "--formats", "fp8_block128,fp8_channel", "--device", "cpu", "--json", str(file)]
+    assert fp8.main(how) == 0
+    results = json.loads(file.read_text())["results"]
+    assert [(r["format"], r["rows"], r["us"]) for r in results] == [("fp8_block128", 70, {}), ("fp8_channel", 70, {})]
+    assert all(r["errors"]["quantize"] == 0 < r["errors"]["w8a8"] < fp8.TOLERANCE for r in results)
+    right = fp8.product
+    monkeypatch.setattr(fp8, "product", lambda *given: 1.01 * right(*given))
+    assert fp8.main(how) == 1 and "small" in capsys.readouterr().out
 
 
 def test_accuracy_of_formats(tmp_path, capsys):
