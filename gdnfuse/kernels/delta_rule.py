@@ -50,6 +50,7 @@ FEW_TOKENS = range(2, 9)  # numbers of tokens that the kernel is compiled for
 # The same for so many tokens. A program of one warp has no barrier in its sums over K.
 FEW_CONFIGS = ((64, (8, 1)), (float("inf"), (16, 1)))
 TWO_CONFIG = (16, 1)
+SLOTS_CONFIG = (8, 1)  # for several tokens whose states go to slots; more columns would spill
 LOOP_CONFIG = (32, 2)  # for more tokens; more columns per warp would spill
 SMALL = 512  # heads of 128×128 states in float32, 32 MiB
 
@@ -303,7 +304,7 @@ def launch_rule(
     """`launch` without writing the state, or with states in slots as in `delta_rule_slots`."""
     B, T, HV, V = v.shape
     H, K = q.shape[2:]
-    columns, num_warps = _config_of_rule(T, state)
+    columns, num_warps = _config_of_rule(T, state) if slots is None or T == 1 else SLOTS_CONFIG
     BV = columns_of(columns, K, V)
     out = torch.empty((B, T, HV, V), dtype=torch.float32, device=v.device)
     options = overlap_options(v, A_log, dt_bias) if overlap and fits(state) else {}
