@@ -1,4 +1,4 @@
-"""attention_decode: all of a full-attention layer between qkv and o_proj, for one token on a static cache, in one op."""
+"""attention_decode: all of a full-attention layer between qkv and o_proj, for 1 to 8 tokens on a static cache, in one op."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ def normed_and_turned(
     cos: torch.Tensor,
     sin: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """rope(norm(q)) and rope(norm(k)) of one token.
+    """rope(norm(q)) and rope(norm(k)).
 
     Args:
-        q: [B, 1, H, D].
-        k: [B, 1, HKV, D].
+        q: [B, T, H, D].
+        k: [B, T, HKV, D].
         q_norm_weight, k_norm_weight, norm_eps, norm_offset, cos, sin: as in `reference`.
 
     Returns:
-        [B, H, 1, D] and [B, HKV, 1, D], in q's and k's dtype.
+        [B, H, T, D] and [B, HKV, T, D], in q's and k's dtype.
     """
     if q_norm_weight is not None:
         q, k = rms_norm(q, q_norm_weight, norm_eps, norm_offset), rms_norm(k, k_norm_weight, norm_eps, norm_offset)
@@ -71,19 +71,19 @@ def reference(
     """RMSNorm and rotary embedding of q and k, k and v into the cache, attention, and its output times σ(gate).
 
     Args:
-        q: [B, 1, H, D].
-        k, v: [B, 1, HKV, D].
-        gate: [B, 1, H, D], before the sigmoid, or None.
+        q: [B, T, H, D].
+        k, v: [B, T, HKV, D].
+        gate: [B, T, H, D], before the sigmoid, or None.
         q_norm_weight, k_norm_weight: [D], or both None for no norm.
         norm_eps, norm_offset: as for rms_norm.
-        cos, sin: [B or 1, 1, R], R ≤ D.
+        cos, sin: [B or 1, T, R], R ≤ D.
         keys, values: [B, HKV, L, D], written in place.
-        position: [1] of int64, where in the cache this token goes.
-        mask: [B or 1, 1, 1, L] of bool, what may be attended to, or None for all.
+        position: [T] of int64, where in the cache each token goes.
+        mask: [B or 1, 1, T, L] of bool, what may be attended to, or None for all.
         scale: factor on the scores.
 
     Returns:
-        [B, 1, H·D] in q's dtype.
+        [B, T, H·D] in q's dtype.
     """
     q, k = normed_and_turned(q, k, q_norm_weight, k_norm_weight, norm_eps, norm_offset, cos, sin)
     keys.index_copy_(2, position, k.to(keys.dtype))
@@ -94,21 +94,27 @@ def reference(
 def fake(
     q, k, v, gate, q_norm_weight, k_norm_weight, norm_eps, norm_offset, cos, sin, keys, values, position, mask, scale
 ):  # fmt: skip
-    B, _, H, D = q.shape
-    return torch.empty((B, 1, H * D), dtype=q.dtype, device=q.device)
+    B, T, H, D = q.shape
+    return torch.empty((B, T, H * D), dtype=q.dtype, device=q.device)
 
 
-def example_call(B, H, HKV, D, L, dtype=torch.float32, *, R=None, gate=True, norm=True, filled=None, mask=True, padded=0):
-    """A call with random inputs: `filled` positions hold tokens, this one included, of which the first `padded` are hidden."""
+def example_call(
+    B, H, HKV, D, L, dtype=torch.float32, *, T=1, R=None, gate=True, norm=True, filled=None, mask=True, padded=0, wrap=lambda x: x
+):  # fmt: skip
+    """A call with random inputs: `filled` positions hold tokens, these included, of which the first `padded` are hidden.
+
+    `wrap` lays q, k, v and the gate out in memory.
+    """
     filled = L if filled is None else filled
-    angles = torch.rand(1, 1, R or D) * 6
-    at = torch.arange(L)
-    seen = ((at < filled) & (at >= padded)).expand(B, 1, 1, L).clone()
+    angles = torch.rand(1, T, R or D) * 6
+    at, last = torch.arange(L), torch.arange(filled - T, filled)[:, None]
+    seen = ((at <= last) & (at >= padded)).expand(B, 1, T, L).clone()
+    draw = lambda *shape: wrap(torch.randn(shape).to(dtype))  # noqa: E731
     return (
-        torch.randn(B, 1, H, D).to(dtype),
-        torch.randn(B, 1, HKV, D).to(dtype),
-        torch.randn(B, 1, HKV, D).to(dtype),
-        torch.randn(B, 1, H, D).to(dtype) if gate else None,
+        draw(B, T, H, D),
+        draw(B, T, HKV, D),
+        draw(B, T, HKV, D),
+        draw(B, T, H, D) if gate else None,
         torch.randn(D).to(dtype) if norm else None,
         torch.randn(D).to(dtype) if norm else None,
         1e-6,
@@ -117,14 +123,18 @@ def example_call(B, H, HKV, D, L, dtype=torch.float32, *, R=None, gate=True, nor
         angles.sin().to(dtype),
         torch.randn(B, HKV, L, D).to(dtype),
         torch.randn(B, HKV, L, D).to(dtype),
-        torch.tensor([filled - 1]),
+        last.flatten(),
         seen if mask else None,
         D**-0.5,
     ), {}
 
 
 def examples():
-    return [example_call(2, 4, 2, 8, 5, R=4, filled=3, padded=1), example_call(1, 2, 2, 8, 3, gate=False, norm=False, mask=False)]
+    return [
+        example_call(2, 4, 2, 8, 5, R=4, filled=3, padded=1),
+        example_call(1, 2, 2, 8, 3, gate=False, norm=False, mask=False),
+        example_call(2, 4, 2, 8, 9, T=3, R=6, filled=7, padded=1),
+    ]
 
 
 op = register(

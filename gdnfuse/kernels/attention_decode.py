@@ -1,9 +1,17 @@
-"""One token of a full-attention layer on a static cache, between qkv and o_proj: two launches, or one.
+"""1 to 8 tokens of a full-attention layer on a static cache, between qkv and o_proj: one to three launches.
+
+One token:
 
     split     q ← rope(norm(q)); keys[position] ← rope(norm(k)); values[position] ← v;
               softmax(q·Kᵀ·scale)·V over some of the cache's blocks  programs per up to four queries of a key head × SPLITS
     combine   the splits' sums rescaled to one maximum, times σ(gate);
               not launched if SPLITS is 1                            programs per head and some of its columns
+
+Several tokens:
+
+    turn      q' ← rope(norm(q)); keys[position] ← rope(norm(k)); values[position] ← v
+                                                                     programs per token and head of queries and of keys
+              then the kernels of attention_tile.py with q', and the combining kernel, which is there too
 
 Splitting the cache over programs and rescaling follows Flash-Decoding (Dao et al. 2023). The norm is RMSNorm. The rotary
 embedding is that of Su et al. (arXiv:2104.09864) on the first R columns, in halves.
@@ -17,9 +25,10 @@ blocks at both ends that the query may not see. So the time depends on what is f
 attention_few_queries and attention_growing use both kernels too. In the latter, the programs of the first queries of a key head
 also copy what they read.
 
-Layout: q, k, v, gate [B, 1, heads, D], keys and values [B, HKV, L, D], mask [B or 1, 1, 1, L], or L + 1 if keys grow, all with
+Layout: q, k, v, gate [B, T, heads, D], keys and values [B, HKV, L, D], mask [B or 1, 1, T, L], or L + 1 if keys grow, all with
 any strides. Products, sums and the rotation are float32. q and the new key are rounded once, to their dtype, as the cache stores
-them. If nothing may be seen, the output is zero. If `position` is outside the cache, nothing is written and the output is NaN.
+them. If nothing may be seen, the output is zero. If a token's `position` is outside the
+cache, nothing is written and its output is NaN.
 """
 
 from __future__ import annotations
@@ -32,13 +41,13 @@ import triton.language as tl
 
 from gdnfuse import compat
 from gdnfuse.errors import Refused
+from gdnfuse.kernels.attention_tile import attend_tiles, combine, require_few, strides
 from gdnfuse.kernels.launch.implementation import (
     kernel_of,
     overlap_options,
     register,
     require_dtypes,
     require_head_dims,
-    require_one_token,
     require_static,
 )
 
@@ -50,7 +59,6 @@ GROWING_SPLITS, STATIC_SPLITS, PROGRAMS = 128, 256, 1024
 QUERIES, BLOCK = 4, 4  # queries of one key head, and keys that a program has at once; half as many keys in float32
 AT_ONCE = 64  # blocks whose mask a program reads at once
 GROWS = {"keys": 2, "values": 2, "mask": 3}  # the axes that grow with the keys
-COMBINED, COMBINE_WARPS = 2048, 2  # how many sums a program of combine adds up, and its warps
 
 
 @triton.jit
@@ -229,30 +237,44 @@ def attention_split_kernel(
 
 
 @triton.jit
-def attention_combine_kernel(
-    sums_ptr, largest_ptr, total_ptr, gate_ptr, out_ptr, stride_gb, stride_gt, stride_gh, stride_gd,
-    T: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, SPLITS: tl.constexpr, OVERLAP: tl.constexpr,
+def attention_turn_kernel(
+    q_ptr, k_ptr, v_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, position_ptr, keys_ptr, values_ptr, out_ptr,
+    norm_eps, norm_offset, L,
+    stride_qb, stride_qt, stride_qh, stride_qd, stride_kb, stride_kt, stride_kh, stride_kd,
+    stride_vb, stride_vt, stride_vh, stride_vd, stride_cb, stride_ct, stride_cd, stride_sb, stride_st, stride_sd, stride_p,
+    stride_yb, stride_yh, stride_yl, stride_yd, stride_ub, stride_uh, stride_ul, stride_ud,
+    T: tl.constexpr, H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, ROTARY: tl.constexpr, BD: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
         gdc_launch_dependents()
-    row = tl.program_id(0).to(tl.int64)
-    batch, t, head = row // (T * H), row // H % T, row % H
-    split = tl.arange(0, SPLITS)  # [SPLITS]
-    d = tl.program_id(1) * BD + tl.arange(0, BD)  # [BD]
-    live = d < D
+    token, head = (tl.program_id(0) // (H + HKV)).to(tl.int64), tl.program_id(0) % (H + HKV)
+    batch, t = token // T, token % T
+    d = tl.arange(0, BD)  # [BD]
+    turned = d < ROTARY
+    # Nothing is written before this: newly allocated memory may still be read by a kernel before this one.
     if OVERLAP:
         gdc_wait()
-    largest = tl.load(largest_ptr + row * SPLITS + split)  # [SPLITS]
-    total = tl.load(total_ptr + row * SPLITS + split)
-    sums = tl.load(sums_ptr + (row * SPLITS + split)[:, None] * D + d[None, :], mask=live[None, :], other=0.0)  # [SPLITS, BD]
-    top = tl.max(largest, 0)
-    weight = tl.exp(largest - tl.where(top == float("-inf"), 0.0, top))  # [SPLITS]
-    whole = tl.sum(weight * total, 0)
-    o = tl.sum(sums * weight[:, None], 0) / tl.where(whole == 0.0, 1.0, whole)  # [BD]
-    if gate_ptr is not None:
-        gate_ptr += batch * stride_gb + t * stride_gt + head * stride_gh
-        o = o * tl.sigmoid(tl.load(gate_ptr + d * stride_gd, mask=live, other=0.0).to(tl.float32))
-    tl.store(out_ptr + row * D + d, o.to(out_ptr.dtype.element_ty), mask=live)
+    cos = tl.load(cos_ptr + batch * stride_cb + t * stride_ct + d * stride_cd, mask=turned, other=1.0).to(tl.float32)  # [BD]
+    sin = tl.load(sin_ptr + batch * stride_sb + t * stride_st + d * stride_sd, mask=turned, other=0.0).to(tl.float32)
+    position = tl.load(position_ptr + t * stride_p).to(tl.int64)
+    inside = (position >= 0) & (position < L)
+    if head < H:
+        q_row = q_ptr + batch * stride_qb + t * stride_qt + head * stride_qh
+        q = _norm_and_turn(q_row, stride_qd, True, q_norm_ptr, norm_eps, norm_offset, cos, sin, D, ROTARY, BD)
+        # A token after the end of the cache has no place. torch would stop the device. Here its output is NaN.
+        q = tl.where(inside, q, float("nan"))
+        out_ptrs = out_ptr + ((batch * H + head) * T + t) * D + d  # [BD]
+        tl.store(out_ptrs, q.to(out_ptr.dtype.element_ty), mask=d < D)
+    else:
+        h = head - H
+        k_row = k_ptr + batch * stride_kb + t * stride_kt + h * stride_kh
+        k = _norm_and_turn(k_row, stride_kd, True, k_norm_ptr, norm_eps, norm_offset, cos, sin, D, ROTARY, BD)
+        v = tl.load(v_ptr + batch * stride_vb + t * stride_vt + h * stride_vh + d * stride_vd, mask=d < D, other=0.0)  # [BD]
+        k_ptrs = keys_ptr + batch * stride_yb + h * stride_yh + position * stride_yl + d * stride_yd  # [BD]
+        v_ptrs = values_ptr + batch * stride_ub + h * stride_uh + position * stride_ul + d * stride_ud
+        tl.store(k_ptrs, k.to(keys_ptr.dtype.element_ty), mask=inside & (d < D))
+        tl.store(v_ptrs, v.to(values_ptr.dtype.element_ty), mask=inside & (d < D))
 
 
 def splits_of(programs: int, blocks: int | None) -> int:
@@ -292,14 +314,26 @@ def launch(
     Args:
         q, k, v, gate, q_norm_weight, k_norm_weight, norm_eps, norm_offset, cos, sin, position, mask, scale: as in the dialect.
         keys, values: [B, HKV, L, D], any strides; written in place.
-        overlap: whether both kernels may start while the kernel before them runs.
+        overlap: whether all kernels may start while the kernel before them runs.
 
     Returns:
-        [B, 1, H·D] in q's dtype.
+        [B, T, H·D] in q's dtype.
     """
     norms = [None if w is None else w.contiguous() for w in (q_norm_weight, k_norm_weight)]
-    new = (k, v, *norms, cos, sin, position, norm_eps, norm_offset)
-    return attend(q.transpose(1, 2), keys, values, gate, mask, scale, overlap, new)
+    B, T, H, D = q.shape
+    if T == 1:
+        new = (k, v, *norms, cos, sin, position, norm_eps, norm_offset)
+        return attend(q.transpose(1, 2), keys, values, gate, mask, scale, overlap, new)
+    HKV, L = keys.shape[1:3]
+    turned = torch.empty((B, H, T, D), dtype=q.dtype, device=q.device)
+    options = overlap_options(q) if overlap else {}
+    kernel_of(attention_turn_kernel)[(B * T * (H + HKV),)](
+        q, k, v, *norms, cos, sin, position, keys, values, turned, norm_eps, norm_offset, L,
+        *q.stride(), *k.stride(), *v.stride(), *strides(cos, 0, 1, 2), *strides(sin, 0, 1, 2), position.stride(0),
+        *keys.stride(), *values.stride(),
+        T=T, H=H, HKV=HKV, D=D, ROTARY=cos.shape[-1], BD=triton.next_power_of_2(D), num_warps=1, OVERLAP=bool(options), **options,
+    )  # fmt: skip
+    return attend_tiles(turned, keys, values, gate, mask, scale, overlap)
 
 
 def attend(
@@ -368,28 +402,6 @@ def attend(
     return out
 
 
-def strides(t: torch.Tensor | None, *axes: int) -> list[int]:
-    """The strides of these axes of a tensor. Zero for an axis that all sequences share, or if the tensor is absent."""
-    return [0 if t is None or i == 0 and t.shape[0] == 1 else t.stride(i) for i in axes]
-
-
-def combine(
-    sums: torch.Tensor,
-    largest: torch.Tensor,
-    total: torch.Tensor,
-    gate: torch.Tensor | None,
-    out: torch.Tensor,
-    early: dict[str, Any],
-) -> None:
-    """Combine the splits' sums [B, T, H, SPLITS, D], largest scores and totals [B, T, H, SPLITS] into `out` [B, T, H·D]."""
-    B, T, H, splits, D = sums.shape
-    columns = min(triton.next_power_of_2(D), max(COMBINED // splits, 1))
-    kernel_of(attention_combine_kernel)[(B * T * H, -(-D // columns))](
-        sums, largest, total, gate, out, *strides(gate, 0, 1, 2, 3),
-        T=T, H=H, D=D, BD=columns, SPLITS=splits, num_warps=COMBINE_WARPS, **early,
-    )  # fmt: skip
-
-
 def require_attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, gate: torch.Tensor | None) -> None:
     """Refuse arguments that `attend` does not support."""
     require_dtypes(q=q, keys=keys, values=values, gate=gate)
@@ -413,10 +425,9 @@ def require_new(
     keys: torch.Tensor,
     values: torch.Tensor,
 ) -> None:
-    """Refuse a new token, q [B, 1, H, D], that `attend` does not support."""
+    """Refuse new tokens, q [B, T, H, D], that the kernels do not support."""
     require_dtypes(q=q, k=k, v=v, q_norm_weight=q_norm_weight, cos=cos, sin=sin)
     require_static(R=cos.shape[-1])
-    require_one_token(q.shape[1])
     require_attention(q.transpose(1, 2), keys, values, gate)
     if cos.shape[-1] % 2:
         raise Refused(f"R must be even, found {cos.shape[-1]}.")
@@ -427,8 +438,12 @@ def require_new(
 def supports(
     q, k, v, gate, q_norm_weight, k_norm_weight, norm_eps, norm_offset, cos, sin, keys, values, position, mask, scale
 ) -> None:  # fmt: skip
-    """Raise Refused unless dtypes are float32, bfloat16 or float16, heads and cache length are static, D ≤ 256 and R is even."""
+    """Raise Refused unless the kernels support the arguments.
+
+    T must be static and at most 8, dtypes float32, bfloat16 or float16, heads and cache length static, D ≤ 256 and R even.
+    """
     require_static(L=keys.shape[2])
+    require_few(q.shape[1])
     require_new(q, k, v, gate, q_norm_weight, cos, sin, keys, values)
 
 

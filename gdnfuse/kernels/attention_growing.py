@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from gdnfuse.kernels.attention_decode import GROWS, attend, require_new
-from gdnfuse.kernels.launch.implementation import register
+from gdnfuse.kernels.launch.implementation import register, require_one_token
 
 
 def launch(
@@ -56,6 +56,7 @@ def supports(
     q, k, v, gate, q_norm_weight, k_norm_weight, norm_eps, norm_offset, cos, sin, keys, values, mask, scale
 ) -> None:  # fmt: skip
     """Raises Refused unless dtypes are float32, bfloat16 or float16, heads static, H a multiple of HKV, D ≤ 256 and R even."""
+    require_one_token(q.shape[1])
     require_new(q, k, v, gate, q_norm_weight, cos, sin, keys, values)
 
 

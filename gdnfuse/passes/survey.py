@@ -328,7 +328,7 @@ def _written(node: Node) -> dict[Node, int]:
         in_place = name.endswith("_") and writes(node)
         return {node.args[0]: _nbytes(node.args[0])} if in_place else made
     call = op.bind(node.args, node.kwargs)
-    if op.name == "attention_decode":  # the row of one token in each
+    if op.name == "attention_decode":  # the rows of the tokens in each
         return made | {call["keys"]: _nbytes(call["k"]), call["values"]: _nbytes(call["v"])}
     return made | {call[name]: _nbytes(call[name]) for name in op.mutates if isinstance(call.get(name), Node)}
 

@@ -15,7 +15,7 @@ from gdnfuse import versions
 from gdnfuse.dialect import add_rms_norm
 from gdnfuse.kernels import (
     attention_decode,
-    attention_few_queries,
+    attention_tile,
     causal_conv_update,
     chunk_delta_rule,
     delta_rule,
@@ -37,7 +37,7 @@ chunk_delta_rule.OPERANDS.clear()
 few_rows_linear.OPERANDS[torch.bfloat16] = few_rows_linear.OPERANDS[torch.float32]
 fp8_linear.OPERAND = tl.float32  # it multiplies no e4m3
 # It runs one program after another; of few splits each has several blocks of keys, and with more heads there is but one.
-attention_decode.PROGRAMS = attention_few_queries.PROGRAMS = 16
+attention_decode.PROGRAMS = attention_tile.PROGRAMS = 16
 
 
 def spread(self, block, x):
@@ -223,6 +223,13 @@ def test_attention_decode_behind_the_end_of_the_cache_writes_nothing_and_shows(p
     keys, values = args[10].clone(), args[11].clone()
     assert implementations()["attention_decode"].launch(*args).isnan().all()
     assert torch.equal(args[10], keys) and torch.equal(args[11], values)
+    args, _ = kernel_cases.attention(2, 2, 1, 16, 40, T=3)()
+    args[12][2] = position
+    keys, values = args[10].clone(), args[11].clone()
+    o = implementations()["attention_decode"].launch(*args)
+    assert o[:, 2].isnan().all() and o[:, :2].isfinite().all()
+    changed = (args[10] != keys).any(3), (args[11] != values).any(3)
+    assert all(where.nonzero()[:, 2].unique().tolist() == [37, 38] for where in changed)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=kernel_cases.name)

@@ -111,6 +111,11 @@ def calls(B, HV, K=128, V=128, state_dtype=torch.float32):
             of(B, 1, 1, 4096, dtype=torch.bool),
             1 / 16,
         ),
+        "attention_decode of five": (
+            *(of(B, 5, 16, 512)[..., :256], of(B, 5, 4, 256), of(B, 5, 4, 256), of(B, 5, 16, 512)[..., 256:]),
+            *(of(256), of(256), 1e-6, 1.0, of(1, 5, 64), of(1, 5, 64), of(B, 4, 4096, 256), of(B, 4, 4096, 256)),
+            *(of(5, dtype=torch.int64), of(B, 1, 5, 4096, dtype=torch.bool), 1 / 16),
+        ),
         "attention_growing": (
             of(B, 1, 16, 512)[..., :256],
             of(B, 1, 4, 256),
@@ -203,6 +208,7 @@ LAUNCHES = {
     "fused_linear with adapters": 2,
     "fused_linear of rows with adapters": 2,
     "attention_decode": 2,
+    "attention_decode of five": 3,
     "attention_growing": 2,
     "attention_few_queries": 2,
     "mixer_decode": 2,

@@ -42,6 +42,9 @@ REAL = [
         Case(
             "gated_rms_norm", f"real-B{B}", kernel_cases.norm((B, 1, HV, V), torch.float32, BF16, wrap=kernel_cases.gate_of_row)
         ),
+        Case(
+            "attention_decode", f"real-T5-B{B}", kernel_cases.attention(B, 16, 4, 256, 300, BF16, T=5, R=64, filled=90, padded=7)
+        ),
         Case("attention_growing", f"real-B{B}", kernel_cases.growing(B, 16, 4, 256, 300, BF16, R=64, hidden=7)),
         Case("attention_few_queries", f"real-T5-B{B}", kernel_cases.few_queries(B, 16, 4, 256, 300, BF16, T=5, hidden=7)),
         Case("attention_few_queries", f"real-B{B}", kernel_cases.few_queries(B, 16, 4, 256, 300, BF16, hidden=7)),
@@ -549,6 +552,25 @@ def test_overlapping_attention_copies_a_cache_that_grows_into_memory_that_was_ju
         return torch.cat([t.flatten() for t in longer])
 
     check_overlap(chain, inputs, [], 5e-2)
+
+
+@pytest.mark.parametrize(("B", "T"), [(1, 5), (3, 2)])
+def test_overlapping_attention_of_a_few_tokens_reads_what_its_first_kernel_writes(B, T):
+    H, HKV, D, L, count = 8, 2, 128, 700, 12
+    torch.manual_seed(0)
+    calls = [kernel_cases.attention(B, H, HKV, D, L, BF16, T=T, R=64, filled=600, padded=5)()[0] for _ in range(count)]
+    # gate, norms, eps, offset, cosine and sine; position, mask and scale; keys and values
+    layers, states = [(call[3:10], call[12:]) for call in calls], [t for call in calls for t in call[10:12]]
+    inputs = torch.randn(B, T, H * D).to(BF16), weights(count, (H + 2 * HKV) * D, H * D, BF16), layers
+
+    def chain(call, inputs, states):
+        x, projections, layers = inputs
+        for i, (w, (before, after)) in enumerate(zip(projections, layers, strict=True)):
+            q, k, v = call("fused_linear", x, [w]).unflatten(-1, (-1, D)).split([H, HKV, HKV], 2)
+            x = call("attention_decode", q, k, v, *before, *states[2 * i : 2 * i + 2], *after)
+        return x
+
+    check_overlap(chain, inputs, states, 5e-2)
 
 
 def test_overlapping_experts_know_their_choices():

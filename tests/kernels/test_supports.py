@@ -154,6 +154,7 @@ REFUSED = [
         "weight must have contiguous rows, found the strides [1, 4].",
     ),
     ("fused_linear", kernel_cases.linear(4, 8, head=3, lead=(1, 1)), "Heads must fill steps of 8 columns"),
+    ("attention_decode", kernel_cases.attention(1, 2, 2, 8, 9, T=9), "T must be at most 8, found 9."),
     ("attention_decode", kernel_cases.attention(1, 3, 2, 8, 4), "H must be a multiple of HKV, found H = 3 and HKV = 2."),
     ("attention_decode", kernel_cases.attention(1, 2, 2, 300, 4), "D must be at most 256, found 300."),
     ("attention_decode", kernel_cases.attention(1, 2, 2, 8, 4, R=3), "R must be even, found 3."),

@@ -87,9 +87,9 @@ def calls(graph):
 
 @pytest.mark.parametrize(("op", "dynamic"), [(op, False) for op in CALLS] + [(op, True) for op in BATCHED])
 def test_fake_output_is_the_references(op, dynamic):
-    mode, args, kwargs = faked(op, dynamic)
+    (mode, args, kwargs), kernel = faked(op, dynamic), implementations()[op]
     with mode:
-        got = implementations()[op].op(*args, **kwargs)
+        got = kernel.op(*args, **kwargs)
         want = kernel_cases.meaning(op).overload(*args, **kwargs)
     for mine, theirs in zip(kernel_cases.tensors(got), kernel_cases.tensors(want), strict=True):
         assert (mine.dtype, mine.device) == (theirs.dtype, theirs.device)
@@ -98,10 +98,10 @@ def test_fake_output_is_the_references(op, dynamic):
 
 @pytest.mark.parametrize("op", BATCHED)
 def test_symbolic_sizes_add_no_guard(op):
-    mode, args, kwargs = faked(op, dynamic=True)
+    (mode, args, kwargs), kernel = faked(op, dynamic=True), implementations()[op]
     with mode:
-        implementations()[op].supports(*args, **kwargs)
-        graph = make_fx(lambda *a: implementations()[op].op(*a, **kwargs))(*args).graph
+        kernel.supports(*args, **kwargs)
+        graph = make_fx(lambda *a: kernel.op(*a, **kwargs))(*args).graph
     assert not mode.shape_env.guards
     assert len(calls(graph)) == len(nodes_of(op, graph)) == 1
 

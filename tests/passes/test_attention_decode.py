@@ -56,13 +56,24 @@ def test_a_cache_that_grows_is_left_to_another_rule():
     assert [r.status for r in records(gdnfuse.reports()[0], "attention_growing")] == [Status.FIRED] * len(found)
 
 
+@pytest.mark.parametrize(("T", "batch"), [(2, 1), (5, 3), pytest.param(4, 2, marks=pytest.mark.sweep), (8, 1)])
 @torch.no_grad()
-def test_several_tokens_are_left_alone():
+def test_few_tokens_are_one_op_too_and_more_are_left_alone(T, batch):
     model = zoo.causal_lm(**zoo.SMALL)
-    cache, _ = zoo.prefill(model, 1, "static")
+    cache, _ = zoo.prefill(model, batch, "static")
+    other = copy.deepcopy(cache)
     call = compiled(model, fullgraph=not zoo.FILLED_STATIC_CACHE_BREAKS)
-    call(input_ids=torch.tensor([[1, 2]]), **zoo.held(cache))
-    assert records(gdnfuse.reports()[0]) == []
+    tokens = zoo.tokens_for(batch, T)
+    found, wanted = (f(input_ids=tokens, **zoo.held(x)).logits for f, x in ((call, cache), (model, other)))
+    assert zoo.relative(found, wanted) < 1e-5
+    for mine, theirs in zip(cache.layers, other.layers, strict=True):
+        if hasattr(mine, "keys") and isinstance(mine.keys, torch.Tensor):
+            assert zoo.relative(mine.keys, theirs.keys) < 1e-5 and zoo.relative(mine.values, theirs.values) < 1e-5
+    done = [r for report in gdnfuse.reports() for r in records(report)]
+    assert [r.status for r in done] == [Status.FIRED] * model.config.layer_types.count("full_attention") and done
+    gdnfuse.clear_reports()
+    call(input_ids=zoo.tokens_for(batch, 9), **zoo.held(cache))
+    assert all(records(report) == [] for report in gdnfuse.reports()) and gdnfuse.reports()
 
 
 @pytest.mark.parametrize(

@@ -189,7 +189,7 @@ def test_what_a_layer_of_a_verify_and_of_a_short_step_becomes():
         chosen = [(r.rule, r.chosen) for r in report.all_records if r.stage == "lower"]
         conv = "causal_conv_record" if phase == "verify" else "causal_conv"
         assert {(conv, "triton"), (rule, "triton"), ("gated_rms_norm", "triton")} <= {*chosen}
-        assert ("attention_few_queries", "triton") in chosen
+        assert ("attention_decode", "triton") in chosen
         linears = [how for what, how in chosen if what in ("linear", "packed_linear", "fused_linear")]
         assert linears.count("triton") == len(linears) >= 6
         assert ("add_rms_norm", "triton") in chosen

@@ -1,8 +1,7 @@
-"""norm, rotary embedding, cache write, attention and output gate of one token  →  gdnfuse.attention_decode"""
+"""norm, rotary embedding, cache write, attention and output gate of 1 to 8 tokens  →  gdnfuse.attention_decode"""
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +14,9 @@ from gdnfuse.passes.sdpa import (
     SEEN_EVERY,
     OneQuery,
     back_to,
+    few_queries,
     gated,
     mask_of,
-    one_query,
     random_mask,
     require_dtype_of_q,
     require_plain,
@@ -27,7 +26,7 @@ from gdnfuse.passes.sdpa import (
 from gdnfuse.rewrite.edit import call
 from gdnfuse.rewrite.graph import is_tensor, op_name, peel, value
 from gdnfuse.rewrite.pattern import Mismatch, Op, Var
-from gdnfuse.rewrite.rule import Match, Operand, Rule, bring, shown
+from gdnfuse.rewrite.rule import Match, Operand, Rule, Sampler, bring, shown
 
 TURN = Op("add", Op("mul", Var("x"), Var("cos")), Op("mul", Op("cat"), Var("sin")))
 
@@ -36,7 +35,7 @@ PROVED = 2**24  # the most elements of a cache in a proof
 
 
 @dataclass(frozen=True)
-class OneToken(OneQuery):
+class FewTokens(OneQuery):
     """What is also known about norms of q and k, if there are any."""
 
     norm_eps: float
@@ -48,32 +47,33 @@ class OneToken(OneQuery):
         return {"scale": self.scale, "norm_eps": self.norm_eps, "norm_offset": self.norm_offset}
 
 
-class LiftAttentionDecode(Rule[OneToken]):
+class LiftAttentionDecode(Rule[FewTokens]):
     name, stage, equation = "attention_decode", "lift", attention_decode.op.equation
 
     def anchors(self, graph):
-        """Attention with one query."""
-        yield from one_query(graph)
+        """Attention with few queries."""
+        yield from few_queries(graph)
 
     def match(self, anchor):
         keys, values = (_cache(anchor.args[i], name) for i, name in ((1, "keys"), (2, "values")))
         wrote_k, wrote_v = (write_into(cache, name) for cache, name in ((keys, "keys"), (values, "values")))
         if wrote_v.args[2] is not wrote_k.args[2]:
             raise Mismatch(wrote_v, f"values written at {wrote_k.args[2]}, as keys are", str(wrote_v.args[2]))
-        operands, out, facts = one_token(anchor, wrote_k.args[3], wrote_v.args[3], value(keys).shape[1])
+        operands, out, facts = few_tokens(anchor, wrote_k.args[3], wrote_v.args[3], value(keys).shape[1])
         return Match(
             {**operands, "keys": keys, "values": values, "position": wrote_k.args[2]},
             [out],
             facts,
             writes={"keys": wrote_k, "values": wrote_v},
-            samplers={"mask": random_mask, "position": functools.partial(_anywhere, value(keys).shape[2])},
+            samplers={"mask": random_mask, "position": different_positions(value(keys).shape[2])},
         )
 
     def check(self, m):
         anchor = m.facts.anchor
         require_plain(anchor, m)
-        if value(m.inputs["position"]).shape != (1,):
-            raise Refused(f"One token must be written, found {list(value(m.inputs['position']).shape)}.", at=anchor)
+        T, written = value(anchor.args[0]).shape[2], value(m.inputs["position"]).shape
+        if written != (T,):
+            raise Refused(f"As many tokens as queries must be written, {T}, found {shown(written)}.", at=anchor)
         if not isinstance(size := value(m.inputs["keys"]).numel(), int):
             found = shown(value(m.inputs["keys"]).shape)
             raise Refused(f"The cache must have a length and a number of sequences that are known, found {found}.", at=anchor)
@@ -85,11 +85,11 @@ class LiftAttentionDecode(Rule[OneToken]):
         return m.facts.back(call(attention_decode.op.overload, **vars(t), **m.facts.numbers))
 
 
-def one_token(anchor: Node, new_k: Node, new_v: Node, HKV: Any) -> tuple[dict[str, Operand | Node | None], Node, OneToken]:
-    """The parts of attention of one token, up to its cache.
+def few_tokens(anchor: Node, new_k: Node, new_v: Node, HKV: Any) -> tuple[dict[str, Operand | Node | None], Node, FewTokens]:
+    """The parts of attention of few tokens, up to their cache.
 
     Args:
-        anchor: attention with one query.
+        anchor: attention with few queries.
         new_k, new_v: what is written to the cache; k with its rotary embedding.
         HKV: number of key heads.
 
@@ -99,7 +99,7 @@ def one_token(anchor: Node, new_k: Node, new_v: Node, HKV: Any) -> tuple[dict[st
     Raises:
         Mismatch, Refused: q and k do not have equal norms and rotary embeddings.
     """
-    B, H, _, D = value(anchor.args[0]).shape
+    B, H, T, D = value(anchor.args[0]).shape
     k, cos, sin = _rope(new_k, "k")
     q, q_cos, q_sin = _rope(anchor.args[0], "q")
     for name, mine, other in (("cos", q_cos, cos), ("sin", q_sin, sin)):
@@ -117,23 +117,29 @@ def one_token(anchor: Node, new_k: Node, new_v: Node, HKV: Any) -> tuple[dict[st
     out, gate = gated(anchor)
     R = value(cos).shape[-1]
     operands = {
-        "q": bring(norms["q"]["x"] if norms else q, (B, 1, H, D), "q"),
-        "k": bring(norms["k"]["x"] if norms else k, (B, 1, HKV, D), "k"),
-        "v": bring(new_v, (B, 1, HKV, D), "v"),
-        "cos": bring(cos, (value(cos).shape[0], 1, R), "cos"),
-        "sin": bring(sin, (value(sin).shape[0], 1, R), "sin"),
-        "gate": None if gate is None else bring(gate, (B, 1, H, D), "gate"),
+        "q": bring(norms["q"]["x"] if norms else q, (B, T, H, D), "q"),
+        "k": bring(norms["k"]["x"] if norms else k, (B, T, HKV, D), "k"),
+        "v": bring(new_v, (B, T, HKV, D), "v"),
+        "cos": bring(cos, (value(cos).shape[0], T, R), "cos"),
+        "sin": bring(sin, (value(sin).shape[0], T, R), "sin"),
+        "gate": None if gate is None else bring(gate, (B, T, H, D), "gate"),
         "q_norm_weight": norms["q"]["weight"] if norms else None,
         "k_norm_weight": norms["k"]["weight"] if norms else None,
         "mask": mask if is_tensor(mask := mask_of(anchor)) else None,
     }
     eps, offset = (norms["q"]["eps"], norms["q"]["offset"]) if norms else (0.0, 0.0)
-    return operands, out, OneToken(anchor, scale_of(anchor), back_to(out, 1, H, D), eps, offset)
+    return operands, out, FewTokens(anchor, scale_of(anchor), back_to(out, T, H, D), eps, offset)
 
 
-def _anywhere(length, shape, generator):
-    """A position in a cache that no mask hides."""
-    return SEEN_EVERY * torch.randint(0, -(-length // SEEN_EVERY), shape, generator=generator)
+def different_positions(length: int) -> Sampler:
+    """Samples different positions in a cache. No mask hides them, if there are enough of those."""
+
+    def sample(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+        (T,) = shape
+        step = SEEN_EVERY if T * SEEN_EVERY <= length + SEEN_EVERY - 1 else 1
+        return step * torch.randperm(-(-length // step), generator=generator)[:T]
+
+    return sample
 
 
 def _cache(node, name):

@@ -6,14 +6,9 @@ time. In a cache of fixed length, new keys and values are written before attenti
 
 from __future__ import annotations
 
-import functools
-
-import torch
-
 from gdnfuse.dialect import attention_few_queries
-from gdnfuse.passes.lift.attention_decode import PROVED, write_into
+from gdnfuse.passes.lift.attention_decode import PROVED, different_positions, write_into
 from gdnfuse.passes.sdpa import (
-    SEEN_EVERY,
     SMALL,
     OneQuery,
     back_to,
@@ -64,7 +59,7 @@ class LiftAttentionFewQueries(Rule[OneQuery]):
         )
         if new:
             m.writes |= {name: write_into(cache, name) for name, cache in (("keys", keys), ("values", values))}
-            m.samplers["position"] = functools.partial(_different_positions, L)
+            m.samplers["position"] = different_positions(L)
         return m
 
     def check(self, m):
@@ -91,13 +86,6 @@ def _written(keys, values):
     if peel(wrote_v.args[2]) is not peel(wrote_k.args[2]):
         raise Mismatch(wrote_v, f"values written at {wrote_k.args[2]}, as keys are", str(wrote_v.args[2]))
     return {"new_keys": wrote_k.args[3], "new_values": wrote_v.args[3], "position": wrote_k.args[2]}
-
-
-def _different_positions(length, shape, generator):
-    """Different positions in a cache. No mask hides them, if there are enough of those."""
-    (T,) = shape
-    step = SEEN_EVERY if T * SEEN_EVERY <= length else 1
-    return step * torch.randperm(length // step, generator=generator)[:T]
 
 
 RULE = LiftAttentionFewQueries()

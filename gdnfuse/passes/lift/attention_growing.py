@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gdnfuse.dialect import attention_growing
 from gdnfuse.errors import Refused
-from gdnfuse.passes.lift.attention_decode import OneToken, one_token
+from gdnfuse.passes.lift.attention_decode import FewTokens, few_tokens
 from gdnfuse.passes.sdpa import (
     SMALL,
     one_query,
@@ -21,7 +21,7 @@ from gdnfuse.rewrite.pattern import Mismatch
 from gdnfuse.rewrite.rule import Match, Rule
 
 
-class LiftAttentionGrowing(Rule[OneToken]):
+class LiftAttentionGrowing(Rule[FewTokens]):
     name, stage, equation = "attention_growing", "lift", attention_growing.op.equation
 
     def anchors(self, graph):
@@ -30,7 +30,7 @@ class LiftAttentionGrowing(Rule[OneToken]):
 
     def match(self, anchor):
         (keys, old_k, new_k), (values, old_v, new_v) = (_longer(anchor.args[i], name) for i, name in ((1, "keys"), (2, "values")))
-        operands, out, facts = one_token(anchor, new_k, new_v, value(old_k).shape[1])
+        operands, out, facts = few_tokens(anchor, new_k, new_v, value(old_k).shape[1])
         L, mask = value(old_k).shape[2], operands["mask"]
         lengths = [(L, value(old_v).shape[2])]
         if mask is not None:

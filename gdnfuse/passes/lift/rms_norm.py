@@ -1,4 +1,4 @@
-"""x · rsqrt(mean(x²) + eps) · (offset + w)  →  gdnfuse.rms_norm(x, w, eps, offset), of one token or of a sum"""
+"""x · rsqrt(mean(x²) + eps) · (offset + w)  →  gdnfuse.rms_norm(x, w, eps, offset), of one token, of a sum, or of heads"""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch.fx import Node
 from gdnfuse.dialect import rms_norm
 from gdnfuse.errors import Refused
 from gdnfuse.passes.rows import one_row
+from gdnfuse.passes.sdpa import MOST_QUERIES
 from gdnfuse.rewrite.edit import call
 from gdnfuse.rewrite.evaluate import hint
 from gdnfuse.rewrite.graph import is_tensor, op_name, peel, real_users, same, value
@@ -26,6 +27,12 @@ def _squared(mean: Node) -> Node:
     return next(map(peel, square.all_input_nodes), square)
 
 
+def _of_few_tokens(node: Node) -> bool:
+    """Whether a norm is of one token, or by heads of so few that attention takes it in, for all inputs."""
+    shape = value(node).shape if is_tensor(node) else ()
+    return len(shape) > 2 and (same(shape[1], 1) or len(shape) == 4 and isinstance(shape[1], int) and shape[1] <= MOST_QUERIES)
+
+
 @dataclass(frozen=True)
 class Facts:
     eps: float
@@ -36,14 +43,13 @@ class LiftRMSNorm(Rule[Facts]):
     name, stage, equation = "rms_norm", "lift", rms_norm.op.equation
 
     def anchors(self, graph):
-        """The inverse square root of a mean, for one token or for a sum.
+        """The inverse square root of a mean, for one token, for a sum, or for heads of few tokens.
 
         Other norms of a prompt are left to the compiler: nothing is fused with them.
         """
         for node in graph.nodes:
             if op_name(node) == "rsqrt" and op_name(add := peel(node.args[0])) == "add" and op_name(peel(add.args[0])) == "mean":
-                one = one_row(node) or is_tensor(node) and value(node).ndim > 2 and same(value(node).shape[1], 1)
-                if one or op_name(_squared(peel(add.args[0]))) == "add":
+                if one_row(node) or _of_few_tokens(node) or op_name(_squared(peel(add.args[0]))) == "add":
                     yield node
 
     def match(self, anchor):
