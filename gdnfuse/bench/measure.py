@@ -31,6 +31,7 @@ FLOOR = 1e-5  # relative error that is always allowed, because a float32 model i
 BLOCK = 8
 COPIED = {"cuda": 2**30, "cpu": 2**28}  # bytes, more than caches hold
 REDUCED = {"cuda": 2**28, "cpu": 2**20}  # bytes of a large all-reduce
+SETTLING = 0.03  # seconds of untimed replays: without them the first config of a sweep took up to a tenth longer than later
 COLD_BYTES = 4 * 60e6  # four times the L2 of an H200: after reading so many other bytes, data come from memory
 COPIES, ROUNDS = {"cuda": 10, "cpu": 1}, 10  # how many copies are timed together, and how often
 
@@ -163,7 +164,7 @@ def replayed(
         call: a function of a set.
         sets: sets of arguments, used in turn.
         launches: the least number of calls in the graph. All sets are used equally often.
-        replays: timed replays, after an untimed one.
+        replays: timed replays. Untimed ones come before, for SETTLING seconds: after other work a device is slower at first.
         keep: whether each result has its own memory. Otherwise a call may write where an earlier result was.
     """
     for each in sets:
@@ -177,15 +178,20 @@ def replayed(
             kept.append(call(each))
             if not keep:
                 kept.clear()
-    times = []
-    for _ in range(replays + 1):
+    times, begin = [], time.perf_counter()
+    graph.replay()
+    torch.cuda.synchronize()
+    while time.perf_counter() - begin < SETTLING:
+        graph.replay()
+        torch.cuda.synchronize()
+    for _ in range(replays):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         graph.replay()
         end.record()
         end.synchronize()
         times.append(1e3 * start.elapsed_time(end) / (passes * len(sets)))
-    return times[1:]
+    return times
 
 
 def synchronize(device: str) -> None:
