@@ -125,8 +125,13 @@ class Linear:
     def size(self) -> int:
         """Bytes of the weight, and of its scales."""
         quantised = self.rows - self.plain
-        scales = 4 * math.prod(self.scales) if self.format else 0
+        scales = self.scale_dtype.itemsize * math.prod(self.scales) if self.format else 0
         return (quantised * self.bits // 8 + 2 * self.plain) * self.columns + scales
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """What checkpoints of the format have."""
+        return torch.bfloat16 if quantized.stored(self.format).kind == "int4" else torch.float32
 
     @property
     def scales(self) -> tuple[int, int]:
@@ -165,6 +170,7 @@ LINEARS = [
     Linear("swiglu", "4B gate and up", 18432, 2560, 0, ("4b",)),
     Linear("swiglu", "9B gate and up", 24576, 4096, 0, ("9b",)),
     Linear("plain", "0.8B down", 1024, 3584, 0, ("0.8b",)),
+    Linear("plain", "4B attention o_proj", 2560, 4096, 0, ("4b",)),
     Linear("plain", "4B down", 2560, 9216, 0, ("4b",)),
     Linear("plain", "9B down", 4096, 12288, 0, ("9b",)),
 ]
@@ -194,8 +200,8 @@ PROGRAMS_PER_SM, RING_TILES, RING_STAGES, RING_BYTES = (1, 2, 3, 4), (1, 2, 3), 
 
 Config = skinny_linear.Config | TensorCoresConfig | FewRowsConfig | RingConfig
 
-# For one row of a quantised weight on tensor cores: warps, and steps loaded ahead.
-TENSOR_WARPS, AHEAD = (4, 8, 16), (4, 6, 8, 10, 12, 16)
+# For one row of a quantised weight on tensor cores: rows of a tile, warps, steps loaded ahead, and the most registers for them.
+TENSOR_ROWS, TENSOR_WARPS, AHEAD, HELD = (16, 32), (2, 4, 8, 16), (2, 4, 6, 8, 10, 12, 16, 20), 128
 
 
 def on_a_ring() -> bool:
@@ -209,10 +215,20 @@ def ring_takes(of: Linear) -> bool:
     return how is None or (how.kind, how.columns) == ("e4m3", STEP)
 
 
+def kind_on_tensor_cores(of: Linear) -> str:
+    """The kind of data of one row that there is skinny_tensor_cores for, or nothing."""
+    how = quantized.stored(of.format)
+    if how is None or how.kind == "int8" or not on_a_ring():
+        return ""
+    exact = how.kind in ("e4m3", "int4") or of.role != "conv"  # a conv's result is float32
+    return how.kind if how.columns and exact else ""
+
+
 def chosen(of: Linear) -> Config:
     """The config that a decode step takes."""
     if of.sequences == 1:
-        taken = tensor_cores_config(of.role, of.columns) if of.format and on_a_ring() and ring_takes(of) else None
+        kind = kind_on_tensor_cores(of)
+        taken = tensor_cores_config(of.role, of.columns, kind) if kind else None
         return taken or skinny_linear.config_of(of.role, one_of(of), of.format)
     ring = on_a_ring() and ring_takes(of)
     quantised = bool(of.format)
@@ -286,7 +302,7 @@ def ring_configs(of: Linear) -> Iterator[RingConfig]:
 
 def one_row_configs(of: Linear) -> Iterator[skinny_linear.Config]:
     """Whole loads, no spills, little padding, one tile per program or more."""
-    if of.format and on_a_ring() and ring_takes(of):
+    if kind_on_tensor_cores(of):
         yield from tensor_cores_configs(of)
     groups = ((),) if not of.format else ((8,), (16,), (32,)) if of.bits == 4 else ((8,), (16,))
     for rows, block, warps, per_sm, group in itertools.product(ROWS, BLOCKS, WARPS, PER_SM, groups):
@@ -303,10 +319,14 @@ def one_row_configs(of: Linear) -> Iterator[skinny_linear.Config]:
 
 
 def tensor_cores_configs(of: Linear) -> Iterator[TensorCoresConfig]:
-    """As many steps ahead as registers hold, where there are so many."""
-    for warps, ahead in itertools.product(TENSOR_WARPS, AHEAD):
-        if ahead <= -(-of.columns // (64 * warps)) and 8 * ahead * 32 * warps < 65536:
-            yield TensorCoresConfig(warps, ahead)
+    """As many steps ahead as registers hold, where there are so many, and no more columns than fill a step."""
+    width = 64 * (2 if of.bits == 4 else 1)
+    for rows, warps, ahead in itertools.product(TENSOR_ROWS, TENSOR_WARPS, AHEAD):
+        steps = -(-of.columns // (width * warps))
+        held = 8 * rows // 16 * min(ahead, steps)  # registers
+        if steps * width * warps <= PADDING * of.columns and held <= HELD and held * 32 * warps < 65536:
+            if ahead <= steps or ahead == min((a for a in AHEAD if a >= steps), default=0):  # the first that loads all ahead
+                yield TensorCoresConfig(warps, ahead, rows)
 
 
 def operands(of: Linear, copies: int) -> tuple[torch.Tensor, list[dict[str, Any]]]:
@@ -318,7 +338,7 @@ def operands(of: Linear, copies: int) -> tuple[torch.Tensor, list[dict[str, Any]
     weights = weights_like(of, copies, DEVICE)
     sets: list[dict[str, Any]] = [{"weight": w} for w in weights]
     for each in sets if of.format else ():
-        scale = make(of.scales)
+        scale = make(of.scales, dtype=of.scale_dtype)
         each |= {"scale": scale, "format": of.format, "dtype": torch.bfloat16}
         if of.plain:
             each["plain"] = make(of.plain, of.columns, **bf16)
@@ -353,6 +373,8 @@ def fill(x: torch.Tensor, sets: Sequence[dict[str, Any]]) -> None:
             for tensor in value if name == "conv" else (value,):
                 if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.int32:
                     tensor.random_(-(2**31), 2**31)
+                elif isinstance(tensor, torch.Tensor) and tensor.dtype == torch.uint8:
+                    tensor.random_(0, 256)
                 elif isinstance(tensor, torch.Tensor) and tensor.itemsize == 1:
                     tensor.copy_(torch.randn_like(tensor, dtype=torch.float16))
                 elif isinstance(tensor, torch.Tensor):
@@ -416,7 +438,7 @@ def exact(x: torch.Tensor, each: dict[str, Any]) -> list[torch.Tensor]:
     """Float64's output, and conv state if there is one, by the dialect's reference."""
 
     def wide(value: Any) -> Any:
-        return value.double() if isinstance(value, torch.Tensor) and value.dtype != torch.int32 else value
+        return value.double() if isinstance(value, torch.Tensor) and value.dtype not in (torch.int32, torch.uint8) else value
 
     stored = ("scale", "format", "dtype", "plain")
     given = {name: wide(value) for name, value in each.items() if name not in ("weight", "conv", *stored)}

@@ -88,6 +88,7 @@ ROWS: dict[str, list[str]] = {
         "tests/kernels/test_interpreted.py",
         "tests/kernels/test_supports.py",
     ],
+    "Kernels written in Gluon against float64, their PTX run on a CPU": ["tests/kernels/test_ptx.py"],
     "Kernels read nothing early that the same graph writes": ["tests/passes/test_lower.py"],
     "A repeated launch equals the launch, in every mode and layout": [
         "tests/kernels/test_replay.py",

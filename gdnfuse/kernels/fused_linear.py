@@ -1,7 +1,7 @@
 """The linears of a decode step with what is around them, for one row or a few. This file chooses the kernel.
 
-One row uses `skinny_linear`, which fuses on both sides of the product, or `skinny_tensor_cores` for FP8, which does so too. Two
-to 32 rows use `few_rows_linear`, on tensor cores.
+One row uses `skinny_linear`, which fuses on both sides of the product, or `skinny_tensor_cores` for FP8 and four bits, which does
+so too. Two to 32 rows use `few_rows_linear`, on tensor cores.
 """
 
 from __future__ import annotations
@@ -98,9 +98,10 @@ def _one_row(
     **kwargs: Any,
 ) -> torch.Tensor:
     """skinny_linear, or skinny_tensor_cores instead, with the config for what is around the linear."""
-    if format and skinny_tensor_cores and (chosen := tensor_cores_config(kind, quantized.width(weight, format))):
+    width = quantized.width(weight, format)
+    if format and skinny_tensor_cores and (chosen := tensor_cores_config(kind, width, quantized.stored(format).kind)):
         head = norm_weight.shape[0] if kind == "gate" else 1
-        if skinny_tensor_cores.supports_here(x, weight, format, head, chosen.warps):
+        if skinny_tensor_cores.supports_here(x, weight, format, head, chosen.warps, kwargs["dtype"]):
             return skinny_tensor_cores.launch_with(chosen, x, weight, norm_weight, *args, format=format, **kwargs)
     chosen = skinny_linear.config_of(kind, weight, format)
     return skinny_linear.launch_with(chosen, x, weight, norm_weight, *args, format=format, **kwargs)

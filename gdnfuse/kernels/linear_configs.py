@@ -57,10 +57,11 @@ class RingConfig(NamedTuple):
 
 
 class TensorCoresConfig(NamedTuple):
-    """Warps of a program, and how many steps of weights it loads before the row arrives."""
+    """Warps of a program, how many steps of weights it loads before the row arrives, and the rows of its tile."""
 
     warps: int
     ahead: int
+    rows: int = 16
 
 
 SCALED = 128  # columns of a quantised weight that share a scale
@@ -125,25 +126,41 @@ def quantized_ring_config(M: int, N: int, rows: int, swiglu: bool = False, parts
     return RingConfig(1, max(-(-M // programs), LEAST_ROWS), 3 if steps < 6 else min(6 if rows <= 8 else 4, steps + 1), parts)
 
 
-# For what is fused around the linear of one row: the largest N, and the config. If no line fits, skinny_linear is better. Chosen
-# on an H200 with benchmarks/gemm.py --format fp8_block128.
+# For the kind of data and what is fused around the linear of one row: the largest N, and the config. If no line fits,
+# skinny_linear is better. Chosen on an H200 with benchmarks/gemm.py --format, for four bits at a 4B model's sizes alone.
 TENSOR_CORES = {
-    "conv": ((3072, TensorCoresConfig(4, 4)), (8192, TensorCoresConfig(4, 10))),
-    "norm": ((8192, TensorCoresConfig(4, 6)),),
-    "gate": ((8192, TensorCoresConfig(4, 16)),),
-    "swiglu": ((3072, TensorCoresConfig(4, 6)), (8192, TensorCoresConfig(4, 16))),
-    "plain": (),
+    "e4m3": {
+        "conv": ((3072, TensorCoresConfig(4, 4)), (8192, TensorCoresConfig(4, 10))),
+        "norm": ((8192, TensorCoresConfig(4, 6)),),
+        "gate": ((8192, TensorCoresConfig(4, 16)),),
+        "swiglu": ((3072, TensorCoresConfig(4, 6)), (8192, TensorCoresConfig(4, 16))),
+    },
+    "int4": {
+        "conv": ((3072, TensorCoresConfig(2, 4, 32)), (16384, TensorCoresConfig(4, 4, 32))),
+        "norm": ((16384, TensorCoresConfig(4, 4, 32)),),
+        "gate": ((16384, TensorCoresConfig(8, 4, 32)),),
+        "swiglu": ((16384, TensorCoresConfig(4, 4, 32)),),
+        "plain": ((6144, TensorCoresConfig(8, 4)), (16384, TensorCoresConfig(4, 10))),
+    },
+    # Values of nf4 and fp4 are rounded to float16, which is not enough for a conv, because its result is float32.
+    "nf4": {
+        "norm": ((8192, TensorCoresConfig(4, 8)),),
+        "swiglu": ((8192, TensorCoresConfig(4, 6)),),
+        "plain": ((6144, TensorCoresConfig(8, 4)),),
+    },
 }
+TENSOR_CORES["fp4"] = TENSOR_CORES["nf4"]
 
 
-def tensor_cores_config(kind: str, N: int) -> TensorCoresConfig | None:
+def tensor_cores_config(kind: str, N: int, of: str) -> TensorCoresConfig | None:
     """The config of skinny_tensor_cores for a weight of N columns, or None if skinny_linear is better.
 
     Args:
         kind: what is fused around the linear, named as in `skinny_linear.kind`.
         N: columns of the weight.
+        of: the kind of data, as in `quantized.Stored`.
     """
-    return next((chosen for width, chosen in TENSOR_CORES[kind] if N <= width), None)
+    return next((chosen for width, chosen in TENSOR_CORES.get(of, {}).get(kind, ()) if N <= width), None)
 
 
 def columns_of(rows: int) -> int:

@@ -77,6 +77,11 @@ def words(data: torch.Tensor, how: Stored | None) -> torch.Tensor:
     return data.view(torch.int32) if how.packed > 1 else raw(data)
 
 
+def octets(data: torch.Tensor, how: Stored) -> torch.Tensor:
+    """The data as bytes. A format of four bits has two columns in each."""
+    return data.view(torch.uint8) if how.packed > 1 else raw(data)
+
+
 def width(weight: torch.Tensor, format: str) -> int:
     """The number of columns of a weight, which is data if there is a format."""
     return formats.named(format).shape(weight)[-1] if format else weight.shape[-1]

@@ -1,19 +1,27 @@
-"""skinny_linear for weights of e4m3 with a scale per block, on tensor cores, in Gluon.
+"""skinny_linear for e4m3 and four bits with a scale per block of columns, on tensor cores, in Gluon.
 
-With one row and one byte per weight, the instructions per weight take longer than loading it: unpack two, widen each, multiply
-each. Tensor cores multiply e4m3 that was unpacked to float16, two weights per instruction, without widening. The row is one or
+With one row and one byte or half a byte per weight, the instructions per weight take longer than loading it: unpack, widen and
+multiply each. Tensor cores multiply float16, which takes one instruction for two weights of e4m3 or of int4. The row is one or
 two of the eight columns of the product. The other columns repeat it.
 
-A tile is 16 rows, or with SwiGLU 8 of gate and the 8 of up that belong to them. The warps of a program share the columns of a
-tile, 64 each per step. A sum does not depend on which columns a product takes. So each thread's 16 bytes of a row, as they were
-loaded, are its operands of four products. Only the row itself goes through shared memory.
+A tile is 16 rows, or with SwiGLU 8 of gate and the 8 of up that belong to them, or twice as many. The warps of a program share
+the columns of a tile, 64 bytes of each row per step. A sum does not depend on which columns a product takes. So each thread's 16
+bytes of a row, as they were loaded, are its operands of four or eight products. Only the row itself goes through shared memory.
+
+The four bits of an int4 are used where they are: as the lowest bits of a float16 they are 2^-24 times the number plus 8, and four
+places higher 2^-20 times it. Tensor cores take such subnormal numbers. The row's odd columns are divided by 16. The 8, or the
+zero point, times the sum of the row over a group is where the sum of products starts. nf4 and fp4 choose float16 from a table
+(four_bit.py).
+
+If groups are smaller than the 128 columns of a warp's step, each group has its own columns of the product: there the row is zero
+outside the group.
 
 For the product the row is float16, times a power of two for which its largest element is about 2^14. That is eight times as close
 as bfloat16, to which the result is rounded. If the result is more precise, the row is the sum of two float16, with 22 bits
 together. Sums are float32. The product of each step is multiplied with its scale and added to the sum.
 
 Layout: as for skinny_linear; data at multiples of 16 bytes, with as many columns as fill 16 bytes; scales [⌈M/ROWS⌉,
-⌈N/COLUMNS⌉].
+⌈N/COLUMNS⌉]; zero points [⌈M/8⌉, N/COLUMNS].
 """
 
 from __future__ import annotations
@@ -22,15 +30,24 @@ import torch
 
 from gdnfuse import compat
 from gdnfuse.kernels import quantized
+from gdnfuse.kernels.four_bit import FACTORS, FP4_F16, NF4_F16
 from gdnfuse.kernels.launch.implementation import kernel_of, launching, overlap_options
 
 gluon, gl, *_ = compat.gluon()  # callers check that it exists
 mma_v2 = compat.mma_v2()
 gdc_launch_dependents, gdc_wait = compat.dependent_launch()
 
-TILE = gl.constexpr(16)  # rows
 PLAIN_ROWS = gl.constexpr(4)  # rows per program, for rows that are not quantised
 ROW = gl.constexpr(gl.SwizzledSharedLayout(8, 1, 2, order=[1, 0]))  # so that both float16 of a column come from different banks
+SUMS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0]))
+OFFSET = gl.constexpr(8)  # that is added to integers of four bits where they are stored
+SMALLEST = gl.constexpr(2.0**-24)  # of float16: the value of its lowest bit
+# The eight integers in a word, times SMALLEST or, in odd columns, 16 times that: columns 0, 4, 2, 6 and 1, 5, 3, 7.
+INT4 = gl.constexpr(
+    "{\n.reg .b32 low, high;\nmov.b32 low, $4;\nshr.u32 high, low, 8;\n"
+    "and.b32 $0, low, 0x000F000F;\nand.b32 $1, high, 0x000F000F;\n"
+    "and.b32 $2, low, 0x00F000F0;\nand.b32 $3, high, 0x00F000F0;\n}"
+)
 
 
 @gluon.jit
@@ -102,24 +119,119 @@ def _prepared(
 
 
 @gluon.jit
-def _operand(parts, largest, PART: gl.constexpr, HALVES: gl.constexpr):
+def _even_and_odd(x):
+    """The even and the odd elements of x [C]: [C / 2] each."""
+    return gl.split(gl.reshape(x, (x.shape[0] // 2, 2)))
+
+
+@gluon.jit
+def _as_taken(x, KIND: gl.constexpr, WARPS: gl.constexpr):
+    """Columns of two steps in the order in which the products of four bits take them.
+
+    Words are in the order step, word of a thread, warp, thread, so that threads read from different banks. In a word, two columns
+    of one register are adjacent.
+    """
+    x = gl.reshape(x, (2, WARPS, 4, 4, 2, 2, 2))
+    return gl.reshape(gl.permute(x, (0, 3, 1, 2, 5, 6, 4) if KIND == "int4" else (0, 3, 1, 2, 4, 6, 5)), (256 * WARPS,))
+
+
+@gluon.jit
+def _sums(x, COLUMNS: gl.constexpr, GROUPS: gl.constexpr):
+    """Sums over groups of C columns, for the sums of even and odd ones, [C / 2]: [C / 128, GROUPS].
+
+    They are repeated if 128 columns have fewer groups.
+    """
+    OF: gl.constexpr = COLUMNS if COLUMNS < 128 else 128
+    STEPS: gl.constexpr = x.shape[0] // 64
+    sums = gl.sum(gl.reshape(x, (STEPS * 128 // OF, OF // 2)), 1)
+    sums = gl.reshape(sums, (STEPS, 128 // OF, 1))
+    if GROUPS * OF > 128:
+        layout: gl.constexpr = sums.type.layout
+        sums, _ = gl.broadcast(sums, gl.zeros([STEPS, 128 // OF, GROUPS * OF // 128], gl.float32, layout))
+    return gl.reshape(sums, (STEPS, GROUPS))
+
+
+@gluon.jit
+def _operand(
+    parts, largest, PART: gl.constexpr, HALVES: gl.constexpr, KIND: gl.constexpr, COLUMNS: gl.constexpr, GROUPS: gl.constexpr,
+    WARPS: gl.constexpr, OFF: gl.constexpr,
+):  # fmt: skip
     """The row times a power of two in shared memory, in parts [HALVES, PART]: its float16, and the float16 of the rest.
 
-    Also returns the factor that undoes the power of two.
+    Also returns the sums of groups of columns times OFF, for int4, and the factor that undoes the power of two.
     """
     exponent = gl.maximum((largest.to(gl.int32, bitcast=True) >> 23) & 255, 15)
     up = ((268 - exponent) << 23).to(gl.float32, bitcast=True)
     shared = ()
+    sums = ()
     for i in gl.static_range(len(parts)):
-        whole = parts[i] * up
+        if KIND == "int4":
+            even, odd = _even_and_odd(parts[i])
+            whole = gl.reshape(gl.join(even * up, odd * (up * (1 / 16))), (PART,))
+        else:
+            whole = parts[i] * up
         high = whole.to(gl.float16)
         if HALVES == 2:
-            stored = gl.permute(gl.join(high, (whole - high.to(gl.float32)).to(gl.float16)), (1, 0))
+            low = (whole - high.to(gl.float32)).to(gl.float16)
+        if KIND == "int4":
+            even, odd = _even_and_odd(high)
+            both = even.to(gl.float32) + odd.to(gl.float32) * 16
+            if HALVES == 2:
+                even, odd = _even_and_odd(low)
+                both += even.to(gl.float32) + odd.to(gl.float32) * 16
+            of_groups = _sums(both, COLUMNS, GROUPS) * OFF
+            sums = sums + (gl.allocate_shared_memory(gl.float32, [2 * WARPS, GROUPS], SUMS, of_groups),)
+        if KIND != "e4m3":
+            high = _as_taken(high, KIND, WARPS)
+            if HALVES == 2:
+                low = _as_taken(low, KIND, WARPS)
+        if HALVES == 2:
+            stored = gl.permute(gl.join(high, low), (1, 0))
         else:
             stored = gl.reshape(high, (1, PART))
         # Each part has its own memory. Otherwise it would wait for the part before.
         shared = shared + (gl.allocate_shared_memory(gl.float16, [HALVES, PART], ROW, stored),)
-    return shared, ((exponent - 14) << 23).to(gl.float32, bitcast=True)
+    return shared, sums, ((exponent - 14) << 23).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def _row_operand(
+    part, KIND: gl.constexpr, COPIES: gl.constexpr, HALVES: gl.constexpr, WARPS: gl.constexpr, COLUMNS: gl.constexpr,
+    GROUPS: gl.constexpr, repeated: gl.constexpr,
+):  # fmt: skip
+    """The columns of a step of the row as a product takes them: [WARPS, columns, 8]. part is [HALVES, STEP]."""
+    STEP: gl.constexpr = part.shape[1]
+    b, _ = gl.broadcast(gl.expand_dims(part, 0), gl.zeros([COPIES, HALVES, STEP], gl.float16, repeated))
+    if KIND == "e4m3":
+        b = gl.permute(gl.reshape(b, (COPIES, HALVES, WARPS, 4, 4, 2, 2)), (2, 4, 5, 3, 6, 0, 1))
+    else:
+        if GROUPS > 1:
+            # A thread's columns are all of one group. It keeps them for the columns of the product that are for this group.
+            c = gl.arange(0, COPIES, layout=gl.SliceLayout(1, gl.SliceLayout(2, repeated)))
+            of_copy = gl.expand_dims(gl.expand_dims(c * HALVES // 2, 1), 2)
+            k = gl.arange(0, STEP, layout=gl.SliceLayout(0, gl.SliceLayout(0, repeated)))
+            of_column = gl.expand_dims(gl.expand_dims(k // 8 % 4, 0), 0)
+            same = (of_copy * 32 // COLUMNS) == (of_column * 32 // COLUMNS)
+            mask, _ = gl.broadcast(gl.where(same, -1, 0).to(gl.int16), b)
+            b = gl.inline_asm_elementwise("and.b32 $0, $1, $2;", "=r,r,r", [b, mask], gl.float16, is_pure=True, pack=2)
+        b = gl.permute(gl.reshape(b, (COPIES, HALVES, 4, WARPS, 4, 2, 2, 2)), (3, 2, 5, 6, 4, 7, 0, 1))
+    return gl.reshape(b, (WARPS, STEP // WARPS, 8))
+
+
+@gluon.jit
+def _weights_operand(w, KIND: gl.constexpr, WARPS: gl.constexpr):
+    """The bytes of a step as a product takes them: [WARPS, rows, columns], float16."""
+    TILE: gl.constexpr = w.shape[0]
+    if KIND == "e4m3":
+        a = w.to(gl.float8e4nv, bitcast=True).to(gl.float16)
+        a = gl.permute(gl.reshape(a, (TILE, WARPS, 4, 4, 2, 2)), (1, 0, 3, 4, 2, 5))
+    else:
+        TAKE: gl.constexpr = INT4 if KIND == "int4" else NF4_F16 if KIND == "nf4" else FP4_F16
+        even, odd = gl.inline_asm_elementwise(
+            TAKE, "=r,=r,=r,=r,r", [w], (gl.float16, gl.float16), is_pure=True, pack=4
+        )  # fmt: skip
+        a = gl.permute(gl.reshape(gl.join(even, odd), (TILE, WARPS, 4, 4, 2, 2, 2)), (1, 0, 3, 4, 6, 2, 5))
+    return gl.reshape(a, (WARPS, TILE, w.shape[1] // WARPS * (1 if KIND == "e4m3" else 2)))
 
 
 @gluon.jit
@@ -132,36 +244,53 @@ def _load_weights(w_ptrs, step, live, column, N: gl.constexpr, STEP: gl.constexp
 
 
 @gluon.jit
-def _load_scales(scale_ptrs, warp, step, N: gl.constexpr, STEP: gl.constexpr, COLUMNS: gl.constexpr):
-    return gl.load(scale_ptrs + gl.minimum(step * STEP + warp * 64, N - 1) // COLUMNS)
+def _load_scales(scale_ptrs, column, step, N: gl.constexpr, STEP: gl.constexpr, COLUMNS: gl.constexpr):
+    return gl.load(scale_ptrs + gl.minimum(step * STEP + column, N - 1) // COLUMNS)
+
+
+@gluon.jit
+def _spread(values, GROUPS: gl.constexpr, layout: gl.constexpr):
+    """Values for rows, or for rows and groups, as values for the columns of the product: [WARPS, rows, 1 or 8]."""
+    if GROUPS > 1:
+        both = gl.join(values, values)
+        values = gl.convert_layout(gl.reshape(both, (both.shape[0], both.shape[1], 8)), layout)
+    else:
+        values = gl.expand_dims(values, 2)
+    return values
 
 
 @gluon.jit
 def skinny_tensor_cores_kernel(
-    x_ptr, weight_ptr, scale_ptr, plain_ptr, norm_weight_ptr, gate_ptr, residual_ptr,
+    x_ptr, weight_ptr, scale_ptr, zero_ptr, plain_ptr, norm_weight_ptr, gate_ptr, residual_ptr,
     conv_state_ptr, conv_weight_ptr, conv_bias_ptr, out_ptr,
     norm_eps, norm_offset, M, stored, plain_programs, conv_offset, D,
-    stride_wm, stride_pm, stride_sm, stride_sd, stride_ss, stride_cd, stride_cw,
+    stride_wm, stride_pm, stride_sm, stride_zm, stride_sd, stride_ss, stride_cd, stride_cw,
     N: gl.constexpr, V: gl.constexpr, S: gl.constexpr, W: gl.constexpr, SILU: gl.constexpr, SWIGLU: gl.constexpr,
     GATE_SILU: gl.constexpr, AHEAD: gl.constexpr, HALVES: gl.constexpr, OVERLAP: gl.constexpr,
     PARTS: gl.constexpr, HEADS: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr,
+    KIND: gl.constexpr, PACKED: gl.constexpr, TILE: gl.constexpr, FACTOR: gl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
         gdc_launch_dependents()
     WARPS: gl.constexpr = gl.num_warps()
-    STEP: gl.constexpr = 64 * WARPS
+    BYTES: gl.constexpr = 64 * WARPS  # of a row in a step
+    STEP: gl.constexpr = PACKED * BYTES
     STEPS: gl.constexpr = (N + STEP - 1) // STEP
     PART: gl.constexpr = 2 * STEP
     COUNT: gl.constexpr = (N + PART - 1) // PART
-    loaded: gl.constexpr = gl.BlockedLayout([1, 16], [8, 4], [1, WARPS], [1, 0])  # of [rows, STEP]: 16 bytes a thread
+    loaded: gl.constexpr = gl.BlockedLayout([1, 16], [8, 4], [1, WARPS], [1, 0])  # of [rows, BYTES]: 16 bytes a thread
     COPIES: gl.constexpr = 8 // HALVES
-    repeated: gl.constexpr = gl.BlockedLayout([1, 1, 16], [COPIES, HALVES, 4], [1, 1, WARPS], [2, 1, 0])  # [COPIES, HALVES, STEP]
-    of_row: gl.constexpr = gl.BlockedLayout([4], [32], [WARPS], [0])
+    # [COPIES, HALVES, STEP]
+    repeated: gl.constexpr = gl.BlockedLayout([1, 1, 16 // PACKED], [COPIES, HALVES, 4], [1, 1, WARPS], [2, 1, 0])
+    of_row: gl.constexpr = gl.BlockedLayout([4 * PACKED], [32], [WARPS], [0])
+    GROUPS: gl.constexpr = 4 if PACKED > 1 and COLUMNS < 128 else 1  # per warp and step, which may repeat
     products: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[WARPS, 1, 1], instr_shape=[1, 16, 8])
     first_operand: gl.constexpr = gl.DotOperandLayout(0, products, 2)
     second_operand: gl.constexpr = gl.DotOperandLayout(1, products, 2)
     of_sums: gl.constexpr = gl.SliceLayout(2, products)  # [WARPS, TILE]
     of_tile: gl.constexpr = gl.SliceLayout(0, of_sums)  # [TILE]
+    pairs = gl.reshape(gl.zeros([WARPS, TILE, 8], gl.float32, products), (WARPS, TILE, 4, 2))
+    of_groups: gl.constexpr = gl.split(pairs)[0].type.layout  # [WARPS, TILE, GROUPS], if there are several
     eps = gl.to_tensor(norm_eps).to(gl.float32)
     offset = gl.to_tensor(norm_offset).to(gl.float32)
 
@@ -189,11 +318,12 @@ def skinny_tensor_cores_kernel(
                 gl.store(out_ptr + place, (gl.sum(acc, 0) * factor).to(out_ptr.dtype.element_ty), mask=(row < M) & (place >= 0))
             return
 
-    # Each four of a thread's 16 bytes go to one of four products: column t·16 + j·4 + h·2 + i to product j as h·8 + t·2 + i.
+    # Each four of a thread's 16 bytes of e4m3 go to one of four products: column t·16 + j·4 + h·2 + i to product j as
+    # h·8 + t·2 + i. Of four bits, each four bytes go to two of eight products.
     HALF: gl.constexpr = TILE // 2
     LIVE: gl.constexpr = HALF if SWIGLU else TILE
     r = gl.arange(0, TILE, layout=gl.SliceLayout(1, loaded))
-    column = gl.arange(0, STEP, layout=gl.SliceLayout(0, loaded))
+    column = gl.arange(0, BYTES, layout=gl.SliceLayout(0, loaded))
     taken = index * LIVE + r % LIVE
     live = (taken < stored)[:, None]
     w_row = gl.minimum(taken, stored - 1)
@@ -202,7 +332,7 @@ def skinny_tensor_cores_kernel(
     w_ptrs = weight_ptr + w_row.to(gl.int64)[:, None] * stride_wm + column[None, :]
     weights = ()
     for s in gl.static_range(AHEAD if AHEAD < STEPS else STEPS):
-        weights = weights + (_load_weights(w_ptrs, s, live, column[None, :], N, STEP),)
+        weights = weights + (_load_weights(w_ptrs, s, live, column[None, :], N // PACKED, BYTES),)
 
     t = gl.arange(0, TILE, layout=of_tile)
     row = index * LIVE + t % LIVE
@@ -210,11 +340,24 @@ def skinny_tensor_cores_kernel(
     s_row = gl.minimum(row, stored - 1)
     if SWIGLU:
         s_row = s_row + gl.where(t < HALF, 0, stored)
-    warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, of_sums))
+    if GROUPS > 1:
+        s_row = gl.expand_dims(gl.convert_layout(s_row, gl.SliceLayout(1, gl.SliceLayout(0, of_groups))), 1)  # [TILE, 1]
+        warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, of_groups)))
+        group = gl.arange(0, GROUPS, layout=gl.SliceLayout(0, gl.SliceLayout(0, of_groups)))
+        first = gl.expand_dims(gl.expand_dims(warp * 128, 1), 2) + gl.expand_dims(gl.expand_dims(group * 32, 0), 0)
+    else:
+        warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, of_sums))
+        first = gl.expand_dims(warp * (64 * PACKED), 1)  # [WARPS, 1], the first columns of scales
     scale_ptrs = gl.expand_dims(scale_ptr + (s_row // ROWS).to(gl.int64) * stride_sm, 0)  # [1, TILE]
+    if zero_ptr is not None:
+        zero_ptrs = gl.expand_dims(zero_ptr + (s_row // 8).to(gl.int64) * stride_zm, 0)
+        shift = gl.expand_dims(s_row % 8 * 4, 0)
     scales = ()
+    zeros = ()
     for s in gl.static_range(AHEAD if AHEAD < STEPS else STEPS):
-        scales = scales + (_load_scales(scale_ptrs, gl.expand_dims(warp, 1), s, N, STEP, COLUMNS),)
+        scales = scales + (_load_scales(scale_ptrs, first, s, N, STEP, COLUMNS),)
+        if zero_ptr is not None:
+            zeros = zeros + (_load_scales(zero_ptrs, first, s, N, STEP, COLUMNS),)
 
     norm_weight = None
     if norm_weight_ptr is not None and gate_ptr is None:
@@ -241,24 +384,34 @@ def skinny_tensor_cores_kernel(
         residual = gl.load(residual_ptr + row, mask=there, other=0.0)
 
     x, factor, largest = _prepared(x_ptr, norm_weight, gate_ptr, norm_weight_ptr, eps, offset, N, V, GATE_SILU, PART, of_row)
-    shared, undone = _operand(x, largest, PART, HALVES)
+    OFF: gl.constexpr = -SMALLEST / HALVES if zero_ptr is not None else -OFFSET * SMALLEST / HALVES
+    shared, sums, undone = _operand(x, largest, PART, HALVES, KIND, COLUMNS, GROUPS, WARPS, OFF)
     undone *= factor
     acc = gl.zeros([WARPS, TILE, 8], gl.float32, products)
     for s in gl.static_range(STEPS):
         part = shared[s // 2].slice(s % 2 * STEP, STEP, dim=1).load(gl.SliceLayout(0, repeated))
-        b, _ = gl.broadcast(gl.expand_dims(part, 0), gl.zeros([COPIES, HALVES, STEP], gl.float16, repeated))
-        b = gl.permute(gl.reshape(b, (COPIES, HALVES, WARPS, 4, 4, 2, 2)), (2, 4, 5, 3, 6, 0, 1))
-        b = gl.convert_layout(gl.reshape(b, (WARPS, 64, 8)), second_operand)
-        a = weights[s].to(gl.float8e4nv, bitcast=True).to(gl.float16)
-        a = gl.permute(gl.reshape(a, (TILE, WARPS, 4, 4, 2, 2)), (1, 0, 3, 4, 2, 5))
-        a = gl.convert_layout(gl.reshape(a, (WARPS, TILE, 64)), first_operand)
+        b = _row_operand(part, KIND, COPIES, HALVES, WARPS, COLUMNS, GROUPS, repeated)
+        a = _weights_operand(weights[s], KIND, WARPS)
         if s + AHEAD < STEPS:
-            weights = weights + (_load_weights(w_ptrs, s + AHEAD, live, column[None, :], N, STEP),)
-            scales = scales + (_load_scales(scale_ptrs, gl.expand_dims(warp, 1), s + AHEAD, N, STEP, COLUMNS),)
-        product = mma_v2(a, b, gl.zeros([WARPS, TILE, 8], gl.float32, products))
-        acc += product * gl.expand_dims(scales[s].to(gl.float32), 2)
-    # The sum has the product of the row's float16 exactly COPIES times: a thread has two columns, and the others have the same.
-    y = gl.sum(gl.sum(acc, 2) / COPIES, 0) * undone  # [TILE]
+            weights = weights + (_load_weights(w_ptrs, s + AHEAD, live, column[None, :], N // PACKED, BYTES),)
+            scales = scales + (_load_scales(scale_ptrs, first, s + AHEAD, N, STEP, COLUMNS),)
+            if zero_ptr is not None:
+                zeros = zeros + (_load_scales(zero_ptrs, first, s + AHEAD, N, STEP, COLUMNS),)
+        product = gl.zeros([WARPS, TILE, 8], gl.float32, products)
+        if KIND == "int4":
+            off = sums[s // 2].slice(s % 2 * WARPS, WARPS, dim=0)
+            if GROUPS > 1:
+                off = gl.expand_dims(off.load(gl.SliceLayout(1, of_groups)), 1)  # [WARPS, 1, GROUPS]
+            else:
+                off = off.load(of_sums)  # [WARPS, 1]
+            if zero_ptr is not None:
+                off = off * ((zeros[s] >> shift) & 15).to(gl.float32)
+            product, _ = gl.broadcast(_spread(off, GROUPS, products), product)
+        product = mma_v2(gl.convert_layout(a, first_operand), gl.convert_layout(b, second_operand), product)
+        acc += product * _spread(scales[s].to(gl.float32), GROUPS, products)
+    # The sum has the product of the row's float16 exactly so many times: a thread has two columns, and others have the same.
+    TIMES: gl.constexpr = COPIES if GROUPS == 1 else COLUMNS // 16 // HALVES
+    y = gl.sum(gl.sum(acc, 2) * (FACTOR / TIMES), 0) * undone  # [TILE]
 
     if SWIGLU:
         both = gl.permute(gl.reshape(y, (2, HALF)), (1, 0))
@@ -298,56 +451,59 @@ def _regrouped(row, PARTS: gl.constexpr, HEADS: gl.constexpr):
     return column
 
 
-def supports_here(x: torch.Tensor, weight: torch.Tensor, format: str, head: int, warps: int) -> bool:
+def supports_here(x: torch.Tensor, weight: torch.Tensor, format: str, head: int, warps: int, dtype: torch.dtype) -> bool:
     """Whether this kernel supports a row x [..., N].
 
-    It needs e4m3 in blocks of at least 64 columns on a GPU that unpacks it, and rows that can be loaded 16 bytes at a time. Under
-    a gate, heads must fill the parts of a row.
+    It needs e4m3 in blocks of at least 64 columns on a GPU that unpacks it, or four bits in blocks of at least 32 on NVIDIA's,
+    and rows that can be loaded 16 bytes at a time. Under a gate, heads must fill the parts of a row. Values of a table are
+    rounded to float16, so their result's dtype must be half precision.
     """
     how = quantized.stored(format)
+    data = quantized.octets(weight, how)
     return (
         x.is_cuda
         and torch.version.hip is None
         and quantized.converts(x.device, how)
-        and how.kind == "e4m3"
         and how.columns > 0
-        and how.columns % 64 == 0
-        and weight.shape[1] % 16 == 0
-        and 128 * warps % head == 0
-        and weight.stride(0) % 16 == 0
-        and (not launching() or weight.data_ptr() % 16 == 0)
+        and (how.columns % 64 == 0 if how.kind == "e4m3" else how.columns % 128 == 0 or how.columns in (32, 64))
+        and (how.kind in ("e4m3", "int4") or how.packed > 1 and dtype != torch.float32)
+        and data.shape[1] % 16 == 0
+        and (256 if how.packed > 1 else 128) * warps % head == 0
+        and data.stride(0) % 16 == 0
+        and (not launching() or data.data_ptr() % 16 == 0)
     )
 
 
 def launch_with(
     chosen, x, weight, norm_weight=None, norm_eps=0.0, norm_offset=0.0, gate=None, swiglu=False, residual=None,
-    gate_activation="silu", conv=None, parts=None, heads=1, scale=None, format="", plain=None, dtype=None, overlap=False,
+    gate_activation="silu", conv=None, parts=None, heads=1, scale=None, format="", zero=None, plain=None, dtype=None,
+    overlap=False,
 ) -> torch.Tensor:  # fmt: skip
-    """As skinny_linear.launch_with.
-
-    `chosen` is the number of warps, and of steps of weights to load before waiting for the row.
-    """
-    num_warps, ahead = chosen
-    N = weight.shape[1]
+    """As skinny_linear.launch_with. `chosen` is a TensorCoresConfig."""
+    num_warps, ahead, tile = chosen
+    N = quantized.width(weight, format)
     stored = weight.shape[0] // (2 if swiglu else 1)
     M = stored + (0 if plain is None else plain.shape[0])
     how = quantized.stored(format)
+    data = quantized.octets(weight, how)
+    factor = {"int4": 1 / SMALLEST.value}.get(how.kind) or 1 / FACTORS.get((how.kind, torch.float16), 1.0)
     plain_programs = -(-(M - stored) // PLAIN_ROWS.value)
-    programs = -(-stored // (8 if swiglu else 16))
+    programs = -(-stored // (tile // 2 if swiglu else tile))
     state, taps, bias, conv_offset, activation = (None, None, None, 0, "none") if conv is None else conv
     columns = M if parts is None else heads * sum(width for _, width, *_ in parts)
     out = torch.empty((*x.shape[:-1], columns), dtype=dtype if conv is None else torch.float32, device=x.device)
     options = overlap_options(x, norm_weight, bias) if overlap else {}
     kernel_of(skinny_tensor_cores_kernel)[(plain_programs + programs,)](
-        x, quantized.raw(weight), scale, plain,
+        x, data, scale, zero, plain,
         None if norm_weight is None else norm_weight.contiguous(), gate, residual, state, taps,
         None if bias is None else bias.contiguous(), out,
         norm_eps, norm_offset, M, stored, plain_programs, conv_offset, 0 if state is None else state.shape[1],
-        weight.stride(0), 0 if plain is None else plain.stride(0), scale.stride(0),
+        data.stride(0), 0 if plain is None else plain.stride(0), scale.stride(0), 0 if zero is None else zero.stride(0),
         *((0, 0, 0, 0) if conv is None else (*state.stride()[1:], taps.stride(0), taps.stride(2))),
         N=N, V=1 if gate is None else norm_weight.shape[0], S=1 if state is None else state.shape[2],
         W=1 if taps is None else taps.shape[2], SILU=activation == "silu", SWIGLU=swiglu,
         GATE_SILU=gate_activation == "silu", AHEAD=ahead, HALVES=1 if out.dtype == torch.bfloat16 else 2, OVERLAP=bool(options),
-        PARTS=parts, HEADS=heads, ROWS=how.rows, COLUMNS=how.columns, num_warps=num_warps, **options,
+        PARTS=parts, HEADS=heads, ROWS=how.rows, COLUMNS=how.columns, KIND=how.kind, PACKED=2 if how.packed > 1 else 1,
+        TILE=tile, FACTOR=factor, num_warps=num_warps, **options,
     )  # fmt: skip
     return out
