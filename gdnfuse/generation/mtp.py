@@ -258,6 +258,7 @@ class _Chain:
         self.at_once = run.compiled is not None and run.static and run.scores is None
         self.known = 0  # accepted tokens that the cache holds
         self.first: int | None = None  # index of the first token that the head has seen
+        self.ahead: torch.Tensor | None = None  # drafts [B, n] that were made before the host knew what they follow
         # A prompt may begin after a known prefix and run in several calls. These are the states of the last call.
         self.in_parts = getattr(vars(run.model).get("generate"), "prefixes", None) is not None
         self.tap.open()
@@ -283,7 +284,21 @@ class _Chain:
     def close(self) -> None:
         self.tap.close()
 
+    def draft_ahead(self, picked: torch.Tensor, standing: torch.Tensor) -> None:
+        """Make the next drafts of one row while the host does not know yet how many drafts are accepted.
+
+        Args:
+            picked: [1, n + 1], the tokens after each place of a verify step.
+            standing: [1, 1], how many of its drafts are accepted.
+        """
+        if self.at_once and self.first is not None and [x.shape[1] for x in self.parts] == [self.n + 1] == [picked.shape[1]]:
+            (hidden,), self.parts = self.parts, []
+            self.ahead = self._all(picked, hidden, standing.reshape(1).clone())
+
     def propose(self, ids: torch.Tensor, rows: Sequence[Sequence[int]]) -> Drafts | None:
+        if self.ahead is not None:
+            ahead, self.ahead, self.known = self.ahead, None, ids.shape[1] - 1 - self.first
+            return Drafts(ahead)
         hidden, self.parts = torch.cat(self.parts, 1), []
         prompt = self.first is None
         if prompt:
@@ -296,7 +311,9 @@ class _Chain:
         else:
             hidden = hidden[:, :new]
         if self.at_once and not prompt:
-            return Drafts(self._all(tokens, hidden, new))
+            drafts = self._all(tokens, hidden, torch.full((1,), new - 1, device=tokens.device))
+            self.known += new
+            return Drafts(drafts)
         done = 0
         while tokens.shape[1] - done > PIECE:  # the mask of a long prompt is as wide as the prompt
             piece = slice(done, done + PIECE)
@@ -316,12 +333,11 @@ class _Chain:
         self._crop(self.n - 1)  # they were made from its own hidden states
         return Drafts(torch.cat(drafts, 1), torch.stack(probabilities, 1) if probabilities else None)
 
-    def _all(self, tokens: torch.Tensor, hidden: torch.Tensor, new: int) -> torch.Tensor:
-        """The drafts [B, n] after the first `new` of the tokens [B, T]."""
+    def _all(self, tokens: torch.Tensor, hidden: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+        """The drafts [B, n] after one of the tokens [B, T], whose index is `last` [1]."""
         steps = _AllSteps(self.steps.model, self.steps.head, self.n)
         call = self.run.compiled(f"mtp_{id(steps.head)}_{tokens.shape[1]}_{self.n}", steps)
-        drafts = call(*self._step_arguments(tokens, hidden, self.known, new - 1), self.cache, self.capacity)
-        self.known += new
+        drafts = call(*self._step_arguments(tokens, hidden, self.known, last), self.cache, self.capacity)
         return drafts.clone()  # the next run of a CUDA graph overwrites its results
 
     def _begin(self, ids: torch.Tensor, first: int) -> None:
@@ -345,12 +361,13 @@ class _Chain:
         T, step = tokens.shape[1], self.steps
         if self.run.compiled is not None and self.capacity is not None and not prompt:
             step = self.run.compiled(f"mtp_{id(step.head)}_{T}", step)
-        x, logits = step(*self._step_arguments(tokens, hidden, known, last), self.cache, self.capacity or known + T)
+        place = torch.full((1,), last, device=tokens.device)
+        x, logits = step(*self._step_arguments(tokens, hidden, known, place), self.cache, self.capacity or known + T)
         # The next run of a CUDA graph overwrites its results.
         return (x, logits.float()) if step is self.steps else (x.clone(), logits.to(torch.float32, copy=True))
 
     def _step_arguments(
-        self, tokens: torch.Tensor, hidden: torch.Tensor, known: int, last: int
+        self, tokens: torch.Tensor, hidden: torch.Tensor, known: int, last: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
         """The arguments of a step, except cache and length."""
         B, T = tokens.shape
@@ -358,9 +375,8 @@ class _Chain:
         if real is not None and real.shape[1] < L:
             real = torch.cat([real, real.new_ones(B, L - real.shape[1])], 1)
         at = torch.full((1,), known, device=tokens.device)
-        place = torch.full((1,), last, device=tokens.device)
         tokens, hidden = tokens.clone(memory_format=torch.contiguous_format), hidden.contiguous()
-        return tokens, hidden, at, place, self.shift, None if real is None else real[:, :L]
+        return tokens, hidden, at, last, self.shift, None if real is None else real[:, :L]
 
 
 class _Steps:

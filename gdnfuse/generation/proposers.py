@@ -370,7 +370,8 @@ class Always:
 
     def start(self, run: Run) -> Always:
         self.drafting = self.of.start(run) if self.ever else None
-        self.hear, self.close = (getattr(self.drafting, name, lambda *_: None) for name in ("hear", "close"))
+        optional = ("hear", "close", "draft_ahead")
+        self.hear, self.close, self.draft_ahead = (getattr(self.drafting, name, lambda *_: None) for name in optional)
         return self
 
     def propose(self, ids: torch.Tensor, rows: Sequence[Sequence[int]]) -> Drafts | None:

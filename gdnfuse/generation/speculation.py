@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -269,15 +269,20 @@ class Generation:
         logits = logits.to(self.ids.device)
         picked, scores = self._pick(logits, drafts)
         columns = picked.shape[1]
+        # What is launched between the two parts of a read, the device does while the host goes on with what it has read.
         if columns > 1:
             standing = self._standing(picked, drafts.tokens)
-            read = torch.cat([standing, picked], 1).tolist()  # the only place in a round where the host waits
+            read = reading(torch.cat([standing, picked], 1))
+            if len(self.rows) == 1 and self._left > columns:
+                getattr(self.drafting, "draft_ahead", lambda *_: None)(picked, standing)
+            read = read()  # the only place in a round where the host waits
             stands = [row[0] for row, padded in zip(read, self._padded, strict=True) if not padded]
             accepted, host = min(stands), [row[1:] for row in read]
         else:
+            read = reading(picked)
             if self.early and self._plain and self._left > 1:
                 self._ahead = self._plain_step(picked)
-            accepted, host = 0, picked.tolist()
+            accepted, host = 0, read()
         before = self.ids
         self.ids = torch.cat([before, picked[:, : accepted + 1]], 1)
         emitted, over = 0, False
@@ -364,6 +369,20 @@ class Generation:
             **{k: tuple(v) for k, v in found.items() if v is not None},
             **cache_argument(self.model, self.cache),
         )
+
+
+def reading(x: torch.Tensor) -> Callable[[], list[Any]]:
+    """Begin to read a tensor. The function that is returned waits for it, but not for what is launched meanwhile."""
+    if x.device.type != "cuda":
+        return x.tolist
+    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+    there = torch.cuda.current_stream(x.device).record_event()
+
+    def read() -> list[Any]:
+        there.synchronize()
+        return host.tolist()
+
+    return read
 
 
 Speculative.loop = Generation

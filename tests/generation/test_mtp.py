@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import gdnfuse
 from gdnfuse import MTP
+from gdnfuse.bench.speculation import forced
 from gdnfuse.generation import mtp
 from gdnfuse.generation.proposers import Run
 from tests.models import zoo
@@ -185,6 +186,25 @@ def test_a_compiled_model_hands_its_hidden_states_on_and_copies_want_none(tmp_pa
         tap = mtp.tap_of(copied)
         assert tap is not mtp.tap_of(model) and not tap.wanted and tap.hidden is None
     assert mtp.tap_of(model).hidden is None and not mtp.tap_of(model).wanted
+
+
+def test_drafts_are_made_before_the_host_knows_how_many_are_accepted(tmp_path, monkeypatch):
+    """They are the same as after it: with acceptances that are drawn, all later tokens depend on each draft."""
+    torch.compiler.reset()
+    model = zoo.causal_lm(**SMALL)
+    model.generation_config.pad_token_id = 0
+    checkpoint(model, tmp_path, weights_of(model))
+    gdnfuse.compile(model, inner="eager", strict=True, speculate=MTP(3, tmp_path))
+    ids, ahead, made = zoo.prompt(1, 8)[0] % 7 + 1, mtp._Chain.draft_ahead, []
+
+    def generated(draft_ahead):
+        monkeypatch.setattr(mtp._Chain, "draft_ahead", draft_ahead)
+        loop = forced(MTP(3, tmp_path), 0.6)
+        return model.generate(ids, **GREEDY, cache_implementation="static", custom_generate=loop), loop.acceptance
+
+    wanted, _ = generated(lambda *_: None)
+    found, counts = generated(lambda self, *args: (ahead(self, *args), made.append(self.ahead.clone())))
+    assert torch.equal(found, wanted) and 0 < counts.accepted < counts.drafted and len(made) >= counts.rounds - 3 > 0
 
 
 @pytest.mark.sweep
