@@ -50,7 +50,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeRMSNorm, Qwen3_5MoeSparseMoeBlock
 
-from gdnfuse.bench.measure import bandwidth, machine, replayed
+from gdnfuse.bench.measure import SETTLING, bandwidth, machine, replayed
 from gdnfuse.dialect import routed_experts
 from gdnfuse.errors import Refused
 from gdnfuse.kernels import devices, experts, few_rows_hopper, few_rows_linear, grouped_experts, implementations, route
@@ -195,7 +195,7 @@ def sets_for(blocks: Sequence[Block], N: int) -> Sets:
 def timed(call: Callable[[Block, torch.Tensor], torch.Tensor], sets: Sets, wanted: torch.Tensor) -> dict[str, Any]:
     row: dict[str, Any] = {"error": error(call, *sets[0], wanted)}
     if row["error"] <= TOLERANCE:
-        times = replayed(lambda each: call(*each), sets)
+        times = replayed(lambda each: call(*each), sets, untimed=SETTLING)
         row |= {"us": statistics.median(times), "us_min": min(times), "us_max": max(times)}
     return row
 

@@ -58,7 +58,7 @@ from torch.nn.functional import linear
 from tqdm import tqdm
 
 from gdnfuse import formats
-from gdnfuse.bench.measure import COLD_BYTES, bandwidth, machine, replayed
+from gdnfuse.bench.measure import COLD_BYTES, SETTLING, bandwidth, machine, replayed
 from gdnfuse.dialect import fused_linear, in_proj_conv
 from gdnfuse.kernels import (
     devices,
@@ -419,7 +419,7 @@ def compile_all(linears: Sequence[Linear], sweep: bool) -> None:
 
 def microseconds(function: Callable[[Any, Any], Any], x: Any, sets: Sequence[Any]) -> float:
     """Median time of function(x, each) over the rotated sets, such as weights."""
-    return statistics.median(replayed(partial(function, x), sets, LAUNCHES, REPLAYS))
+    return statistics.median(replayed(partial(function, x), sets, LAUNCHES, REPLAYS, untimed=SETTLING))
 
 
 def conv_of(each: dict[str, Any]) -> torch.Tensor | None:

@@ -414,9 +414,9 @@ def test_plot(here, folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("keep", [False, True])
-@pytest.mark.parametrize(("launches", "passes"), [(1, 1), (3, 1), (4, 2), (7, 3)])
-def test_calls_of_a_graph_go_through_all_sets_in_turn(launches, passes, keep, monkeypatch):
-    """And are timed by replays behind one that is not, whose results are there all along where they are kept."""
+@pytest.mark.parametrize(("launches", "passes", "untimed"), [(1, 1, 1), (3, 1, 2), (4, 2, 1), (7, 3, 1)])
+def test_calls_of_a_graph_go_through_all_sets_in_turn(launches, passes, untimed, keep, monkeypatch):
+    """And are timed by replays behind some that are not, whose results are there all along where they are kept."""
     events, alive = [], []
 
     class Result:
@@ -440,6 +440,6 @@ def test_calls_of_a_graph_go_through_all_sets_in_turn(launches, passes, keep, mo
         "Event": event,
     }.items():
         monkeypatch.setattr(torch.cuda, name, stub)
-    times = measure.replayed(Result, "abc", launches, replays=2, keep=keep)
-    assert events == [*"abc", "waited", *"abc" * passes, *3 * ["replay"]]
-    assert times == [1e3 * n / (3 * passes) for n in (2, 3)]
+    times = measure.replayed(Result, "abc", launches, replays=2, keep=keep, untimed=untimed)
+    assert events == [*"abc", "waited", *"abc" * passes, *(untimed + 2) * ["replay"]]
+    assert times == [1e3 * (untimed + n) / (3 * passes) for n in (1, 2)]

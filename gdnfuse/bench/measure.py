@@ -31,7 +31,7 @@ FLOOR = 1e-5  # relative error that is always allowed, because a float32 model i
 BLOCK = 8
 COPIED = {"cuda": 2**30, "cpu": 2**28}  # bytes, more than caches hold
 REDUCED = {"cuda": 2**28, "cpu": 2**20}  # bytes of a large all-reduce
-SETTLING = 0.03  # seconds of untimed replays: without them the first config of a sweep took up to a tenth longer than later
+SETTLING = 40  # untimed replays in a sweep: after one, what was measured first took up to a tenth longer than later
 COLD_BYTES = 4 * 60e6  # four times the L2 of an H200: after reading so many other bytes, data come from memory
 COPIES, ROUNDS = {"cuda": 10, "cpu": 1}, 10  # how many copies are timed together, and how often
 
@@ -154,7 +154,7 @@ def link(device: str, shape: Sequence[int], dtype: torch.dtype) -> dict[str, flo
 
 
 def replayed(
-    call: Callable[[Any], Any], sets: Sequence[Any], launches: int = 1, replays: int = 15, keep: bool = False
+    call: Callable[[Any], Any], sets: Sequence[Any], launches: int = 1, replays: int = 15, keep: bool = False, untimed: int = 1
 ) -> list[float]:
     """Microseconds per call, for each replay of a CUDA graph that calls with one set of arguments after another.
 
@@ -164,8 +164,10 @@ def replayed(
         call: a function of a set.
         sets: sets of arguments, used in turn.
         launches: the least number of calls in the graph. All sets are used equally often.
-        replays: timed replays. Untimed ones come before, for SETTLING seconds: after other work a device is slower at first.
+        replays: timed replays.
         keep: whether each result has its own memory. Otherwise a call may write where an earlier result was.
+        untimed: replays before them, at least one. After other work a device is slower at first. Their number is given, and not
+            their time, because ranks that send to each other must all do as many.
     """
     for each in sets:
         call(each)
@@ -178,20 +180,15 @@ def replayed(
             kept.append(call(each))
             if not keep:
                 kept.clear()
-    times, begin = [], time.perf_counter()
-    graph.replay()
-    torch.cuda.synchronize()
-    while time.perf_counter() - begin < SETTLING:
-        graph.replay()
-        torch.cuda.synchronize()
-    for _ in range(replays):
+    times = []
+    for _ in range(untimed + replays):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         graph.replay()
         end.record()
         end.synchronize()
         times.append(1e3 * start.elapsed_time(end) / (passes * len(sets)))
-    return times
+    return times[untimed:]
 
 
 def synchronize(device: str) -> None:
