@@ -2,6 +2,7 @@
 
     python benchmarks/figures.py            # after a new JSON file was put into results/
     python benchmarks/figures.py --check    # only says which pages differ from their JSON files
+    python benchmarks/figures.py --older    # prints the commands of JSON files that are of an older version, or of none
 
 A page asks for a table by a comment. This script writes everything between the comment and the end mark:
 
@@ -24,6 +25,7 @@ from typing import Any
 
 from gdnfuse.bench.plot import VERSIONS
 from gdnfuse.bench.speculation import OWN
+from gdnfuse.versions import version
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -376,11 +378,27 @@ def draw(pages: Sequence[Path], folder: Path) -> None:
         plot.plot(kind, folder / f"{stem}.json", folder / "plots" / f"{stem}.png")
 
 
+def older(folder: Path) -> list[str]:
+    """The command of each result that another version of gdnfuse has measured, so that all can be of one."""
+    found = []
+    for file in sorted(folder.glob("*.json")):
+        data = json.loads(file.read_text(encoding="utf-8"))
+        if "engine" not in data and data["machine"].get("gdnfuse") != version("gdnfuse"):
+            found.append(data.get("command") or f"# {file.name} has no command")
+    return found
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing, and fail if a page differs")
     parser.add_argument("--no-plots", action="store_true", help="write the tables alone")
+    parser.add_argument(
+        "--older", action="store_true", help="print how results of other versions were measured, and write nothing"
+    )
     args = parser.parse_args(argv)
+    if args.older:
+        print("\n".join(older(RESULTS)))
+        return 0
     stale = [page for page in PAGES if filled(page, RESULTS) != page.read_text(encoding="utf-8")]
     if args.check:
         for page in stale:

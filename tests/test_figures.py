@@ -42,6 +42,15 @@ def test_results_are_of_one_card_and_each_is_on_a_page(figures):
     for file in RESULTS.glob("*.json"):
         assert file.name in text, file
         assert json.loads(file.read_text())["machine"]["gpu"] in ("NVIDIA H200", None), file
+        assert not re.search(r"""["' =]/\w+/""", file.read_text()), f"{file} has a path of the machine that measured it"
+
+
+def test_results_of_other_versions_say_how_to_measure_them_again(figures, tmp_path, capsys):
+    machines = {"new": {"gdnfuse": figures.version("gdnfuse")}, "old": {"gdnfuse": "0.0.1"}, "unknown": {}}
+    for name, machine in machines.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps({"command": f"measure {name}", "machine": machine}))
+    assert figures.older(tmp_path) == ["measure old", "measure unknown"]
+    assert figures.main(["--older"]) == 0 and len(capsys.readouterr().out.splitlines()) == len(figures.older(RESULTS) or [""])
 
 
 def test_the_page_of_trust_has_the_figures_of_its_run_on_a_gpu():
