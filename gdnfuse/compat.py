@@ -1086,6 +1086,15 @@ def subtract_from_all(subtract: Any, tensors: Sequence[Any], n: int) -> None:
         subtract(tensors, n)
 
 
+@private("torch:_foreach_add_", instead=nothing)
+def add_to_all(add: Any) -> Any:
+    """The function that adds a number to many tensors in place, in one launch. None if there is none.
+
+    Without it: the lengths of a static cache's layers are written one by one.
+    """
+    return add
+
+
 # torch: modules
 
 

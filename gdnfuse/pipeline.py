@@ -32,6 +32,7 @@ from gdnfuse.passes import (
     normalize,
     packed,
     quantized,
+    step_inputs,
     subclasses,
     survey,
 )
@@ -137,6 +138,8 @@ def _stages(c: Compilation) -> Iterator[tuple[str, list[Callable[[GraphModule], 
     yield "fuse", [spec.check]
     with _costing_no_fusion("could not lay out the results of a prompt that grow; its first step may be compiled twice"):
         growing_keys.lay_out(gm, c.growing)
+    if c.report.phase in STEPS:
+        step_inputs.join(gm)
     yield "lay_out", [spec.check]
     announce("lower")
     # To compare a graph with the original one, both must return the same.
@@ -148,6 +151,8 @@ def _stages(c: Compilation) -> Iterator[tuple[str, list[Callable[[GraphModule], 
         outcome.records += activations.to_e4m3(gm, c.report.phase in STEPS, c.options.target)
     collectives.one_shot(gm, c.options.one_shot_bytes)
     outcome.records += lower.lower(gm, c.options.target, linears=c.report.phase in STEPS, ahead=not c.plan)
+    if c.report.phase in STEPS:
+        step_inputs.keep(gm)
     yield "lower", [lower.check]
 
 

@@ -1028,6 +1028,15 @@ def hooks_of(there):
 
 
 @case
+def add_to_all(there):
+    tensors, add = [torch.tensor(7), torch.tensor(9)], compat.add_to_all()
+    assert (add is not None) == there
+    if there:
+        add(tensors, 3)
+        assert tensors == [10, 12]
+
+
+@case
 def subtract_from_all(there):
     tensors = [torch.tensor(7), torch.tensor(9)]
     compat.subtract_from_all(tensors, 3)

@@ -326,7 +326,8 @@ def _written(node: Node) -> dict[Node, int]:
     made = {node: _nbytes(node)}
     if op is None:
         in_place = name.endswith("_") and writes(node)
-        return {node.args[0]: _nbytes(node.args[0])} if in_place else made
+        targets = node.args[0] if isinstance(node.args[0], list | tuple) else node.args[:1]
+        return {target: _nbytes(target) for target in targets} if in_place else made
     call = op.bind(node.args, node.kwargs)
     if op.name == "attention_decode":  # the rows of the tokens in each
         return made | {call["keys"]: _nbytes(call["k"]), call["values"]: _nbytes(call["v"])}

@@ -277,7 +277,7 @@ def computes(node: Node) -> bool:
     name = op_name(node)
     gather = name == "getitem" and any(map(is_tensor, node.all_input_nodes[1:]))
     view = name in _REARRANGING and name not in ("stack", "contiguous", "clone") and not gather
-    if node.op not in ("call_function", "call_method") or view or name in ("empty", "empty_like"):
+    if node.op not in ("call_function", "call_method") or view or name in ("empty", "empty_like", "as_strided"):
         return False
     return not held(node) <= _held(node.all_input_nodes) or bool(writes(node))
 
