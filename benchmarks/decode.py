@@ -77,11 +77,14 @@ SHARED = "reference.pt"  # tokens, logits and a copy's rate that all sides of a 
 
 
 class LoRALinear(torch.nn.Module):
-    """A linear under active adapters, which computes what peft's does: base(x) + scaling · B·A·x of one after the other."""
+    """A linear under active adapters, which computes what peft's does: base(x) + scaling · B·A·x of one after the other.
 
-    def __init__(self, base: torch.nn.Linear, rank: int, adapters: int):
+    Adapters have the dtype of the base, or another one: peft's are float32 unless it is told otherwise.
+    """
+
+    def __init__(self, base: torch.nn.Linear, rank: int, adapters: int, dtype: str | None = None):
         super().__init__()
-        factory = {"bias": False, "device": base.weight.device, "dtype": base.weight.dtype}
+        factory = {"bias": False, "device": base.weight.device, "dtype": getattr(torch, dtype) if dtype else base.weight.dtype}
         self.base_layer, self.scaling = base, 2.0  # as with lora_alpha = 2 · rank
         self.lora_A = torch.nn.ModuleList(torch.nn.Linear(base.in_features, rank, **factory) for _ in range(adapters))
         self.lora_B = torch.nn.ModuleList(torch.nn.Linear(rank, base.out_features, **factory) for _ in range(adapters))
@@ -89,27 +92,27 @@ class LoRALinear(torch.nn.Module):
             torch.nn.init.normal_(up.weight, std=0.02 * rank**-0.5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        result = self.base_layer(x)
+        result = y = self.base_layer(x)
         for down, up in zip(self.lora_A, self.lora_B, strict=True):
-            result = result + up(down(x)) * self.scaling
-        return result
+            result = result + up(down(x.to(self.lora_A[0].weight.dtype))) * self.scaling
+        return result.to(y.dtype)
 
 
-def adapted(model: torch.nn.Module, lora: tuple[int, int]) -> torch.nn.Module:
-    """Put so many adapters of a rank on every projection of a model's layers, in place."""
+def adapted(model: torch.nn.Module, lora: tuple[Any, ...]) -> torch.nn.Module:
+    """Put adapters on every projection of a model's layers, in place: `lora` is what `rank_and_adapters` returns."""
     for name, linear in list(model.named_modules()):
         if isinstance(linear, torch.nn.Linear) and "_proj" in name.rpartition(".")[2]:
             model.set_submodule(name, LoRALinear(linear, *lora))
     return model.eval().requires_grad_(False)
 
 
-def rank_and_adapters(given: str) -> tuple[int, int]:
-    """RANK or RANK:ADAPTERS of an argument, as numbers."""
-    rank, _, adapters = given.partition(":")
-    found = int(rank), int(adapters or 1)
-    if min(found) < 1:
+def rank_and_adapters(given: str) -> tuple[Any, ...]:
+    """RANK, RANK:ADAPTERS or RANK:ADAPTERS:DTYPE of an argument: two numbers, and the dtype if it is given."""
+    rank, adapters, *dtype = *given.split(":"), *("1" if ":" not in given else ())
+    found = int(rank), int(adapters)
+    if min(found) < 1 or len(dtype) > 1 or not {*dtype} <= {*DTYPES}:
         raise ValueError(given)
-    return found
+    return *found, *dtype
 
 
 def build(
@@ -117,13 +120,13 @@ def build(
     dtype: torch.dtype,
     device: str,
     quantize: str | None = None,
-    lora: tuple[int, int] | None = None,
+    lora: tuple[Any, ...] | None = None,
     hold_routing: bool = False,
 ) -> torch.nn.Module:
-    """A model with random weights, of which the linears are turned to a format of QUANTIZED, or get adapters: rank and how many.
+    """A model with random weights, of which the linears are turned to a format of QUANTIZED, or get adapters.
 
-    Its own calls dequantise: see `dequantized_calls`. With `hold_routing` its tokens choose its experts: see
-    benchmarks/routing.py.
+    `lora` is what `rank_and_adapters` returns. Its own calls dequantise: see `dequantized_calls`. With `hold_routing` its tokens
+    choose its experts: see benchmarks/routing.py.
     """
     torch.manual_seed(0)
     config = load_config("0.8b" if name == "tiny" else name)
@@ -378,7 +381,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
     parser.add_argument("--quantize", choices=[*QUANTIZED], help="turn linears into those of a checkpoint of this format")
-    parser.add_argument("--lora", type=rank_and_adapters, metavar="RANK[:ADAPTERS]", help="active adapters on every projection")
+    parser.add_argument(
+        "--lora", type=rank_and_adapters, metavar="RANK[:ADAPTERS[:DTYPE]]", help="active adapters on every projection"
+    )
     parser.add_argument("--cache", default="static", choices=("static", "dynamic"))
     parser.add_argument("--mode", help="Inductor's mode, for inductor and gdnfuse: reduce-overhead, with a dynamic cache default")
     parser.add_argument("--prompt", type=int, default=128)

@@ -5,6 +5,7 @@
     python benchmarks/step.py --models 4b --batch 32
     python benchmarks/step.py --models 4b --quantize fp8
     python benchmarks/step.py --models 4b --lora 16:2
+    python benchmarks/step.py --models 4b --lora 16:1:float32 --batch 8
 
 Model, tokens, check of the logits and timing are those of benchmarks/decode.py, with a static cache and CUDA graphs; no step
 whose logits are wrong is taken apart. Then some steps run under torch's profiler, again with nothing waited for inside.
@@ -332,7 +333,8 @@ def table(result: dict[str, Any]) -> str:
     rate, parts = result["bytes_per_second"], []
     for row in result["sides"]:
         stored = f" in {result['quantize']}" if result.get("quantize") else ""
-        lora = f" with {result['lora'][1]} × rank {result['lora'][0]}" if result.get("lora") else ""
+        rank, adapters, *dtype = result.get("lora") or (0, 0)
+        lora = " ".join([f" with {adapters} × rank {rank}", *(f"in {d}" for d in dtype)]) if rank else ""
         head = f"{result['model']}{stored}{lora}, batch {result['batch']}, {row['side']}: "
         if "ms" not in row:
             parts.append(head + row.get("failed", "its logits are too far from float32's or not finite."))
@@ -378,7 +380,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
     parser.add_argument("--quantize", choices=[*QUANTIZED], help="turn linears into those of a checkpoint of this format")
-    parser.add_argument("--lora", type=rank_and_adapters, metavar="RANK[:ADAPTERS]", help="active adapters on every projection")
+    parser.add_argument(
+        "--lora", type=rank_and_adapters, metavar="RANK[:ADAPTERS[:DTYPE]]", help="active adapters on every projection"
+    )
     parser.add_argument("--beside", default="", help=f"count the kernels of these too, by comma: {', '.join(BESIDE)}")
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--warmup", type=int, default=8)

@@ -64,11 +64,18 @@ def quickly_compiled(side, model, mode):
 def test_decode_benchmark(workers, tmp_path, monkeypatch, capsys):
     decode, file = importlib.import_module("decode"), tmp_path / "figures.json"
     monkeypatch.setattr(decode, "compiled", quickly_compiled)
-    lora = ["--lora", "4:2"]
+    lora = ["--lora", "4:2:float32"]
     assert decode.main([*BENCHMARK, *lora, "--batch", "2", "--sides", "eager,gdnfuse", "--json", str(file)]) == 0
     data = json.loads(file.read_text())
     (result,) = data["results"]
     assert sum(isinstance(m, decode.LoRALinear) for m in decode.build("tiny", torch.float32, "cpu", lora=(4, 2)).modules()) == 31
+    wide = decode.build("tiny", torch.bfloat16, "cpu", lora=(4, 1, "float32")).model.layers[0].mlp.up_proj
+    given = torch.randn(1, wide.base_layer.in_features).bfloat16()
+    assert wide.lora_A[0].weight.dtype == torch.float32 and wide(given).dtype == torch.bfloat16
+    assert [decode.rank_and_adapters(given) for given in ("8", "8:3", "8:3:float16")] == [(8, 1), (8, 3), (8, 3, "float16")]
+    for wrong in ("0", "8:0", "8:1:float8", "8:1:float32:1", "a"):
+        with pytest.raises(ValueError):
+            decode.rank_and_adapters(wrong)
     assert data["machine"]["torch"] == torch.__version__ and "worker" not in data["arguments"]
     assert [row["side"] for row in result["sides"]] == ["eager", "gdnfuse"]
     assert "3/3 GDN layers fused" in result["sides"][1]["summary"]
