@@ -98,14 +98,12 @@ def few_tokens_conv_kernel(
     stride_ab, stride_at, stride_ah, stride_bb, stride_bt, stride_bh, stride_nb, stride_nt, stride_nd,
     stride_rab, stride_rat, stride_rah, stride_rbb, stride_rbt, stride_rbh,
     D: tl.constexpr, T: tl.constexpr, S: tl.constexpr, W: tl.constexpr, HV: tl.constexpr, SILU: tl.constexpr, BD: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    BLOCKS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
         gdc_launch_dependents()
-    blocks: tl.constexpr = (max(D, HV) + BD - 1) // BD
-    d = (tl.program_id(0) % blocks) * BD + tl.arange(0, BD)  # [BD]
-    d = d.to(tl.int64)
-    batch = (tl.program_id(0) // blocks).to(tl.int64)
+    d = (tl.program_id(0) % BLOCKS).to(tl.int64) * BD + tl.arange(0, BD)  # [BD]
+    batch = (tl.program_id(0) // BLOCKS).to(tl.int64)
     live = d < D
     taps, columns = (), ()
     for j in tl.static_range(W):
@@ -174,10 +172,11 @@ def launch_few(
     strides: list[Any] = [*x.stride(), *context.stride(), *weight.stride(), 0 if bias is None else bias.stride(0)]
     for t in (a, b, windows, recorded_a, recorded_b):
         strides += (0, 0, 0) if t is None else t.stride()
-    kernel_of(few_tokens_conv_kernel)[(-(-max(D, HV) // FEW_D) * B,)](
+    blocks = -(-max(D, HV) // FEW_D)
+    kernel_of(few_tokens_conv_kernel)[(blocks * B,)](
         x, context, weight, bias, a, b, out, windows, recorded_a, recorded_b, *strides,
         D=D, T=T, S=context.shape[-1], W=weight.shape[-1], HV=HV, SILU=activation == "silu", BD=FEW_D,
-        num_warps=FEW_WARPS, OVERLAP=bool(options), **options,
+        BLOCKS=blocks, num_warps=FEW_WARPS, OVERLAP=bool(options), **options,
     )  # fmt: skip
     return out.mT
 
