@@ -567,7 +567,7 @@ def test_overlapping_attention_of_a_few_tokens_reads_what_its_first_kernel_write
         x, projections, layers = inputs
         for i, (w, (before, after)) in enumerate(zip(projections, layers, strict=True)):
             q, k, v = call("fused_linear", x, [w]).unflatten(-1, (-1, D)).split([H, HKV, HKV], 2)
-            x = call("attention_decode", q, k, v, *before, *states[2 * i : 2 * i + 2], *after)
+            x = x + call("attention_decode", q, k, v, *before, *states[2 * i : 2 * i + 2], *after)
         return x
 
     check_overlap(chain, inputs, states, 5e-2)
