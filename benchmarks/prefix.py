@@ -45,6 +45,7 @@ from gdnfuse.files import replacing
 SIDES = ("eager", "fla", "gdnfuse", "prefixes")
 COMPILED = ("gdnfuse", "prefixes")
 TAIL, REPEATS, EAGER_REPEATS = 64, 7, 2
+WARM = 8  # prompts behind the prefix before those that are timed
 UNKNOWN = 3  # prompts that are timed of which nothing is known
 CHECKED = 2048  # tokens of the prefix that logits are compared behind, at most
 KINDS = {"dynamic": {}, "static": {"cache_implementation": "static"}}
@@ -145,8 +146,8 @@ def first_token(
 
     Each is put into `figures`, and `say` is called behind it.
     """
-    # The first leaves the prefix, and the second takes it.
-    for seed in (10, 11)[: 1 + (store is not None)]:
+    # The first leaves the prefix, and the others take it, until all is compiled and memory comes back at the same place.
+    for seed in range(10, 11 + WARM * (store is not None)):
         talk.first(talk.behind(seed), kind)
     before = store.stats() if store else None
     known = [talk.ms(talk.behind(20 + i), kind) for i in range(repeats)]

@@ -58,7 +58,9 @@ ROWS: dict[str, list[str]] = {
     ],
     "Models split over two and four ranks": ["tests/generation/test_shards.py"],
     "Models over several devices in one process": ["tests/generation/test_device_map.py"],
-    "Prefixes of prompts, used and kept": ["tests/generation/test_prefixes.py", "tests/generation/test_prefix_tree.py"],
+    "Prefixes of prompts, used and kept": [
+        *(f"tests/generation/test_{name}.py" for name in ("prefixes", "prefix_tree", "tails")),
+    ],
     "Weights loaded, moved, replaced, copied, saved, shared, deleted": ["tests/test_packing.py", "tests/models/test_weights.py"],
     "Low-rank adapters merged, unmerged, switched": ["tests/models/test_adapters.py"],
     "Families, prompts and steps": ["tests/models/test_families.py"],

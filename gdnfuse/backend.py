@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
-from gdnfuse import breaks, cache_keys, capture, compat, kernels, versions
+from gdnfuse import breaks, cache_keys, capture, compat, dialect, kernels, versions
 from gdnfuse.errors import GdnfuseError, Refused, one_line
 from gdnfuse.kernels.launch.inductor import announce
 from gdnfuse.options import DISABLE, MEASURED, Options, disabled, parse
@@ -113,16 +113,23 @@ def noting(gm: GraphModule, report: GraphReport) -> Callable[[Sequence[Any]], No
     unfused = {layer.path: layer.why_not for layer in report.layers if not layer.fused}
     placeholders = gm.graph.find_nodes(op="placeholder") if fused else []
     read = [i for i, n in enumerate(placeholders) if any(not fused.isdisjoint(module_stack(user)) for user in n.users)]
-    times, layers = len(fused), len(report.layers)
+    times, layers, bounded = len(fused), len(report.layers), sum(map(_is_bounded, gm.graph.nodes))
 
     def note(args: Sequence[Any]) -> None:
         if layers:
             RUNS.fused += times
+            RUNS.bounded += bounded
             RUNS.unfused = unfused
             if RUNS.watched is not None:
                 RUNS.watched += [args[i] for i in read]
 
     return note
+
+
+def _is_bounded(node: Node) -> bool:
+    """Whether a node of Dynamo's graph is a chunked rule that is given the bounds of sequences."""
+    op = dialect.op_of(node.target) if node.op == "call_function" else None
+    return op is dialect.chunk_delta_rule.op and op.bind(node.args, node.kwargs)["cu_seqlens"] is not None
 
 
 def rewritten_copy(

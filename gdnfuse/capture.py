@@ -83,6 +83,8 @@ def _rule_accepts(query, key, value, g, beta, initial_state=None, cu_seqlens=Non
 
 def _conv(hidden_states, weight, bias=None, activation=None, cu_seq_lens_q=None, **ignored):
     # transformers passes the bounds of packed sequences only to the rule and mixes sequences here. These are the same bounds.
+    if cu_seq_lens_q is not None and cu_seq_lens_q.shape[0] == 2:
+        cu_seq_lens_q = None  # one sequence, whose end changes nothing before it
     return torch.ops.gdnfuse.causal_conv.default(hidden_states, weight, bias, ACTIVATIONS[activation], None, cu_seq_lens_q)
 
 

@@ -182,6 +182,15 @@ def holders(count: Any, address: Any, tensor: Any) -> int | None:
     return held - one + 1
 
 
+@private("torch._C:_storage_Use_Count", "torch:UntypedStorage._cdata", instead=lambda tensors: [float("nan")] * len(tensors))
+def storage_holders(count: Any, address: Any, tensors: Sequence[Any]) -> list[float]:
+    """For each tensor a number that grows by one with each further holder of its storage.
+
+    Without it: not a number, which equals nothing, so that no cache gets the memory of another.
+    """
+    return [count(x.untyped_storage()._cdata) for x in tensors]
+
+
 def _is_sharded(tensor: Any) -> bool:
     return hasattr(tensor, "to_local") and hasattr(tensor, "device_mesh")
 

@@ -16,6 +16,7 @@ class Runs(threading.local):
 
     Attributes:
         fused: how often graphs have run a fused layer so far.
+        bounded: how often graphs have run a chunked rule that was given the bounds of sequences.
         unfused: for the last graph with layers: why each unfused layer is not fused, by path.
         watched: the inputs that fused layers read, while a call is watched; else None.
         checkpoints: while somebody collects them, the states that graphs of prompts keep on their way, layer by layer: recurrent
@@ -24,6 +25,7 @@ class Runs(threading.local):
     """
 
     fused: int = 0
+    bounded: int = 0
     unfused: Mapping[str, str] = MappingProxyType({})
     watched: list[Any] | None = None
     checkpoints: list[list[Any]] | None = None

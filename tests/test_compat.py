@@ -981,6 +981,16 @@ def compiled_call(there):
 
 
 @case
+def storage_holders(there):
+    x = torch.zeros(2)
+    before = compat.storage_holders([x])
+    assert (compat.storage_holders([x]) == before) == there
+    view = x[:1]
+    assert compat.storage_holders([x]) == [before[0] + 1] or not there
+    del view
+
+
+@case
 def everything_of(there):
     module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
     if not there:  # what has the public interface alone

@@ -205,12 +205,25 @@ def _compile(
         in_generate = together(heeding(hooks.heeded(checking_arguments(model, by_phase(decode, first, parameters, *few)))))
         in_generate = stages.through(whole, in_generate)
         in_generate.beside = Beside(how)
+        if ours and settings.prefixes is not None and settings.prefill and parsed.capture:
+            ours.tails = _tails(model, plain, coverage, hooks, how)
+            settings.prefixes.rooms.used = ours.tails.used
         whole.get_compiled_call = CompiledCall(whole, in_generate, coverage)
         # Our call replaces a compile_config of the model, and a call that generate has compiled before.
         if getattr(whole, "generation_config", None) is not None:
             whole.generation_config.compile_config = None
         compat.forget_compiled_call(whole)
     return coverage
+
+
+def _tails(model: torch.nn.Module, plain: Callable[..., Any], coverage: Coverage, hooks: Hooks, how: dict[str, Any]) -> Any:
+    """Calls of the tokens behind a known prefix, for caches of fixed length on a GPU, if CUDA graphs replay steps there."""
+    from gdnfuse.generation import tails
+
+    compiled = hooks.heeded(coverage.checked(torch.compile(with_own_code(plain, "tail"), **how), PROMPT))
+    on_a_gpu = next(model.parameters()).device.type == "cuda"
+    used = on_a_gpu and _has_cuda_graphs(how["mode"], how["options"] or {}) and tails.rows_are_apart(model)
+    return tails.Tails(model, compiled, used, FEW_TOKENS[-1])
 
 
 class Beside:
@@ -301,6 +314,10 @@ def with_own_code(fn: Callable[..., Any], name: str = "own_code") -> Callable[..
 
     call.__code__ = call.__code__.replace(co_name=name)
     return call
+
+
+def _has_cuda_graphs(mode: str | None, options: dict[str, Any]) -> bool:
+    return bool({**(compat.modes()[mode] if mode else {}), **options.get("inductor", {})}.get("triton.cudagraphs"))
 
 
 def _no_cuda_graphs(mode: str | None, options: dict[str, Any]) -> dict[str, Any]:

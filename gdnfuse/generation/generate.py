@@ -14,7 +14,7 @@ import itertools
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,11 +22,14 @@ from gdnfuse.errors import GdnfuseError
 from gdnfuse.generation import stopping
 from gdnfuse.generation.arguments import parameters_of
 from gdnfuse.generation.caches import cache_finder
-from gdnfuse.generation.prefix_tree import BLOCK, TOKEN
+from gdnfuse.generation.prefix_tree import BLOCK, TOKEN, Read
 from gdnfuse.generation.prefixes import PrefixStore, tokens
 from gdnfuse.generation.proposers import Always, Proposer, proposer_of
 from gdnfuse.generation.speculation import NOTED, Acceptance, Speculative, check_model
 from gdnfuse.runs import RUNS
+
+if TYPE_CHECKING:
+    from gdnfuse.generation.tails import Tails
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +56,7 @@ class Generate:
     def __init__(self, model: torch.nn.Module, prefixes: PrefixStore | None = None, proposer: Proposer | None = None):
         self.__self__, self.prefixes, self.proposer = model, prefixes, proposer
         self.acceptance: Acceptance | None = None
+        self.tails: Tails | None = None  # of prompts behind a known prefix
         self._plain = getattr(type(model), "generate").__get__(model)  # noqa: B009
         functools.update_wrapper(self, self._plain)
         self._signature = inspect.signature(self._plain)
@@ -77,11 +81,12 @@ class Generate:
                 return self._plain(inputs, *args, **kwargs)
         noted = getattr(self._runs, "noted", None)
         prefixes = getattr(self._runs, "scratch", None) or self.prefixes
-        run = Run(prefixes, self._parameters, self._find_cache, keeps=noted is None)
+        run = Run(prefixes, self._parameters, self._find_cache, keeps=noted is None, tails=self.tails)
         if noted is not None:
             noted.append(run)
         if _beams(self.__self__, given) > 1:
             run.no_end = "the rows of beams trade places"
+        run.is_one_token = _asked(self.__self__, given, "max_new_tokens") == 1
         ids = kwargs.get("input_ids") if inputs is None else inputs
         if (cache := self._find_cache(kwargs.values())) is not None:
             if isinstance(ids, torch.Tensor) and ids.ndim == 2:
@@ -135,7 +140,7 @@ class Generate:
         known = self.prefixes
         size = 8 * rows * ((tokens // known.every + 3) * known.state_bytes + (tokens // BLOCK + 1) * known.block_bytes)
         self._runs.scratch = scratch = PrefixStore(self.__self__, known.every, size)
-        scratch.in_pieces, scratch.state_dtype = known.in_pieces, known.state_dtype
+        scratch.in_pieces, scratch.state_dtype, scratch.rooms = known.in_pieces, known.state_dtype, known.rooms
         try:
             yield
         finally:
@@ -179,9 +184,19 @@ class Run:
         taken: how many tokens of each row came from the store; None before the prompt.
         why_not: why the store is not used, if it is not.
         no_end: why nothing after the prompt will be kept, if that is known in advance.
+        is_one_token: whether the turn ends with the prompt, because the one token after it is not fed. Then it is kept while the
+            GPU computes that token.
     """
 
-    def __init__(self, prefixes: PrefixStore, parameters: list[str], find_cache: Callable[..., Any], keeps: bool = True):
+    def __init__(
+        self,
+        prefixes: PrefixStore,
+        parameters: list[str],
+        find_cache: Callable[..., Any],
+        keeps: bool = True,
+        tails: Tails | None = None,
+    ):
+        self.is_one_token, self._ended, self._tails = False, False, tails
         self.prefixes, self.prompt, self.taken, self.why_not, self.no_end = prefixes, None, None, None, ""
         self._parameters, self._find_cache, self._keeps = parameters, find_cache, keeps
         self._left, self._cache, self._in_steps = False, None, False
@@ -224,7 +239,7 @@ class Run:
             drafted: a cache that was fed drafts, and the tokens after the prompt that it still holds.
         """
         sequences = getattr(out, "sequences", out)
-        if self._left or self._cache is None or not isinstance(sequences, torch.Tensor):
+        if self._left or self._ended or self._cache is None or not isinstance(sequences, torch.Tensor):
             return
         if drafted is not None and drafted[0] is self._cache:
             self._fed = drafted[1]
@@ -270,21 +285,25 @@ class Run:
             return "there are pictures among the tokens"
         return None
 
-    def _prompt(self, call: Callable[..., Any], given: dict[str, Any]) -> Any:
-        """Compute a prompt or a part of it. Known tokens come from the store, and states are kept where a prompt may start."""
+    def _prompt(self, call: Callable[..., Any], given: dict[str, Any], guess: bool = True) -> Any:
+        """Compute a prompt or a part of it. Known tokens come from the store, and states are kept where a prompt may start.
+
+        With `guess`, weights are compared with those of the last prompt while the GPU computes this one, if it computes only a
+        tail. If they differ, all is done again.
+        """
         prefixes, ids = self.prefixes, given["input_ids"]
         self._cache = self._find_cache(given.values())
         if not self._rows:
-            self.taken, self._began = 0, prefixes.moment()
-            self._key = self._began[0]
+            before = prefixes.last_moment if guess and self._tails is not None and self._tails.knows(self._cache) else None
+            self._began, self._sure = before or prefixes.moment(), before is None
+            self._key, self.taken = self._began[0], 0
             self._rows = [b""] * ids.shape[0]
         have = len(self._rows[0]) // TOKEN
         end = have + ids.shape[1]
         rows = self._rows = [row + more for row, more in zip(self._rows, tokens(ids), strict=True)]
         n, entries = prefixes.find(rows, end - 1, self._key)
         at = max(n, have)
-        if self._keeps:
-            prefixes.count(len(rows), at - have, end - at, prompt=have == 0, hit=n > have and self.taken == 0)
+        counted = {"taken": at - have, "run": end - at, "prompt": have == 0, "hit": n > have and self.taken == 0}
         if n > have:
             prefixes.fill(self._cache, entries, have)
             self.taken += n - have
@@ -292,8 +311,20 @@ class Run:
         stops = prefixes.boundaries(rows, at, end, self._key, last) if self._keeps else []
         while at < end:
             start, (at, passed) = at, self._piece(at, [n for n in stops if n > at], end)
-            with _collecting() if passed else contextlib.nullcontext([]) as collected:
-                out = call(**_part(given, start - have, at - have, end - have))
+            part = _part(given, start - have, at - have, end - have)
+            if n > have and not passed and self._takes_tail(at - start, ids, first=start == n):
+                out = self._tail(call, part, entries, have, start)
+                if not self._is_sure():
+                    return self._again(call, given)
+                if out is None:  # what the cache holds is of no use
+                    prefixes.fill(self._cache, entries, have)
+                    at = n
+                    continue
+            elif not self._is_sure():
+                return self._again(call, given)
+            else:
+                with _collecting() if passed else contextlib.nullcontext([]) as collected:
+                    out = call(**part)
             states = prefixes.passed(collected, len(passed)) if passed else []
             if states is None:
                 prefixes.in_pieces, passed, states = True, [], []  # the graphs of this model keep no states
@@ -301,7 +332,45 @@ class Run:
                 self._keep([row[: n * TOKEN] for row in rows], held)
             if at % BLOCK == 0 and (at < end or at % prefixes.every == 0):
                 self._keep([row[: at * TOKEN] for row in rows])
+        if self._keeps:
+            prefixes.count(len(rows), **counted)
+        if self.is_one_token and end == self.prompt and not self.no_end:
+            self._keep(rows)
+            self._ended = True
         return out
+
+    def _takes_tail(self, tokens: int, ids: torch.Tensor, first: bool) -> bool:
+        """Whether so many tokens behind a known prefix are computed by `Tails`; `first` of those behind it."""
+        tails = self._tails
+        if tails is None or not tails.takes(tokens, ids, self._cache) or not self.prefixes.rooms.came_back(self._cache):
+            return False
+        return first or tails.is_proved(self._cache)
+
+    def _tail(self, call: Callable[..., Any], part: dict[str, Any], entries: list[Read], have: int, start: int) -> Any:
+        """What `Tails` answers to the tokens from `start` on. The first time it is compared with what the call answers."""
+        out = self._tails(part["input_ids"], self._cache, start)
+        if out is None or self._tails.is_proved(self._cache):
+            return out
+        from gdnfuse.generation.tails import left
+
+        stop = start + part["input_ids"].shape[1]
+        of_tail = left(out, self._cache, start, stop)
+        self.prefixes.fill(self._cache, entries, have)
+        out = call(**part)
+        self._tails.prove(self._cache, of_tail, left(out, self._cache, start, stop))
+        return out
+
+    def _is_sure(self) -> bool:
+        """Whether prefixes are kept by what they were looked up by."""
+        if not self._sure:
+            self._sure = self.prefixes.moment() == self._began
+        return self._sure
+
+    def _again(self, call: Callable[..., Any], given: dict[str, Any]) -> Any:
+        """Compute a prompt for which a prefix of other weights may have been taken, into a cache of fixed length."""
+        self._cache.reset()
+        self._rows = []
+        return self._prompt(call, given, guess=False)
 
     def _piece(self, at: int, stops: list[int], end: int) -> tuple[int, list[int]]:
         """Where a call from the token `at` ends, and the stops on its way at which its graph keeps the states.

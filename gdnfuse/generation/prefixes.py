@@ -23,11 +23,13 @@ from gdnfuse.errors import GdnfuseError
 from gdnfuse.generation import prefix_files
 from gdnfuse.generation.caches import cache_argument, mark_lengths, rope_that_looks_ahead
 from gdnfuse.generation.prefix_tree import BLOCK, TOKEN, Read, Tree
+from gdnfuse.generation.rooms import Room, Rooms
 from gdnfuse.generation.weights import Weights
 from gdnfuse.generation.wrappers import compiled_models, gdn_layers
 
 MiB = 1 << 20
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+KINDS = ("recurrent_states", "conv_states")  # of what an entry keeps of each GDN layer, in this order
 AT_ONCE = 16  # blocks that are cut out of a cache together
 
 
@@ -71,7 +73,8 @@ class PrefixStore:
         model: a causal language model of transformers on one device, or what wraps one, as peft's. It is held weakly, and called
             once, with one token.
         every: tokens between two states of a long prompt, a multiple of 64.
-        max_bytes: of what is kept on the model's device; never more.
+        max_bytes: of what is kept on the model's device; never more. On a GPU the memory of the last static cache that was
+            filled stays besides, for the next one.
         host_bytes: of what is kept in the host's memory, pinned for a GPU, once the device's is full; 0 for nothing.
 
     Raises:
@@ -111,7 +114,10 @@ class PrefixStore:
             lambda x: x.to("cpu", copy=True).pin_memory() if pinned else x.to("cpu", copy=True),
             lambda x: x.to(self._layout.device, copy=True),
         )
+        # Of caches of fixed length, once `gdnfuse.compile` replays calls on them by CUDA graphs.
+        self.rooms = Rooms(self._layout.attention, self._layout.states)
         self._weights = Weights(models[0])
+        self.last_moment: tuple[Hashable, int] | None = None  # what `moment` has said last
         self._lock = threading.RLock()
         self._opened: weakref.WeakKeyDictionary[Any, list[bytes]] = weakref.WeakKeyDictionary()
         self._counts: Counter[str] = Counter()
@@ -332,6 +338,7 @@ class PrefixStore:
         """Forget every prefix, pinned ones too."""
         with self._lock:
             self._tree.clear()
+            self.rooms.clear()
 
     # For generate()
 
@@ -346,7 +353,8 @@ class PrefixStore:
     def moment(self) -> tuple[Hashable, int]:
         """By what prefixes are kept now, and how often that was found changed: what was the same all the while has one moment."""
         with self._lock:
-            return self.key(), self._weights.changes
+            self.last_moment = self.key(), self._weights.changes
+            return self.last_moment
 
     def find(self, rows: Sequence[bytes], most: int, key: Hashable | None = None) -> tuple[int, list[Read]]:
         """The greatest length, of at most `most` tokens, at which there are states of all rows, and these; or 0."""
@@ -375,7 +383,7 @@ class PrefixStore:
     def fill(self, cache: Any, entries: Sequence[Read], start: int) -> None:
         """Put what `find` found behind the `start` tokens that a cache holds."""
         if entries:
-            self._layout.fill(cache, entries, start)
+            self._layout.fill(cache, entries, start, self.rooms)
             self._synchronize()
 
     def keep(self, key: Hashable, cache: Any, rows: Sequence[bytes], states: list[torch.Tensor] | None = None) -> int:
@@ -489,7 +497,7 @@ class _Layout:
             (i, kind, j, tuple(x.shape[1:]))
             for i, layer in enumerate(cache.layers)
             if _linear(layer)
-            for kind in ("recurrent_states", "conv_states")
+            for kind in KINDS
             for j, x in getattr(layer, kind).items()
             if x is not None
         ]
@@ -537,8 +545,16 @@ class _Layout:
     def states_of(self, cache: Any) -> list[torch.Tensor]:
         return [getattr(cache.layers[i], kind)[j] for i, kind, j, _ in self.states]
 
-    def fill(self, cache: Any, entries: Sequence[Read], start: int) -> None:
+    def fill(self, cache: Any, entries: Sequence[Read], start: int, rooms: Rooms) -> None:
         """Keys and values behind the first `start` tokens, and the states in place of those that are there."""
+        if len(entries) == 1 and start == 0:
+            (entry,) = entries
+            dtype = [entry.rest, *entry.blocks][-1].dtype
+            kinds = dict(zip(KINDS, entry.states, strict=True))
+            room = rooms.enter(cache, dtype, {kind: x.dtype for kind, x in kinds.items()}, self.device)
+            if room is not None:
+                self._fill_room(room, entry, kinds)
+                return
         # Few launches, and nothing is zeroed that is written next: what a prompt takes is waited for before its first token.
         to, of = [], []
         keys, n = {id(e): self._keys(e, start) for e in entries}, entries[0].length
@@ -567,6 +583,21 @@ class _Layout:
         for i, *_ in self.attention:
             if not cache.layers[i].is_compileable:
                 mark_lengths(cache.layers[i])
+
+    def _fill_room(self, room: Room, entry: Read, states: dict[str, torch.Tensor]) -> None:
+        """What an entry holds, into the tensors of all layers."""
+        *layers, L, columns = room.keys.shape
+        heads, whole, n = math.prod(layers), len(entry.blocks) * BLOCK, entry.length
+        keys = room.keys.view(heads, L * columns)
+        if entry.blocks:
+            blocks = [x.to(self.device).view(heads, BLOCK * columns) for x in entry.blocks]
+            torch.cat(blocks, 1, out=keys[:, : whole * columns])
+        if entry.rest is not None:
+            keys[:, whole * columns : n * columns] = entry.rest.to(self.device).view(heads, -1)
+        keys[:, n * columns :] = 0
+        room.lengths.fill_(n)
+        for kind, x in states.items():
+            room.states[kind].view(-1).copy_(x)
 
     def _room(self, layer: Any, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, start: int) -> list[torch.Tensor]:
         """Keys and values of a layer, with the first `start` tokens of theirs and room for as many as these shapes have."""
@@ -605,7 +636,7 @@ class _Layout:
         return parts
 
     def _states(self, entry: Read) -> list[torch.Tensor]:
-        sizes = {kind: [] for kind in ("recurrent_states", "conv_states")}
+        sizes = {kind: [] for kind in KINDS}
         for _, kind, _, shape in self.states:
             sizes[kind].append(math.prod(shape))
         parts = {kind: iter(x.to(self.device).split(of)) for (kind, of), x in zip(sizes.items(), entry.states, strict=True)}
@@ -618,7 +649,7 @@ class _Row:
     @torch.no_grad()  # without the graph that made them, which would be held as long
     def __init__(self, layout: _Layout, cache: Any, row: int, states: Sequence[torch.Tensor]):
         self._held = [x[row] for x in layout.held(cache)]
-        self._states = {kind: [] for kind in ("recurrent_states", "conv_states")}
+        self._states = {kind: [] for kind in KINDS}
         for (_, kind, _, _), x in zip(layout.states, states, strict=True):
             self._states[kind].append(x[row])
         self.token_bytes = sum(x.nbytes // x.shape[1] for x in self._held)

@@ -25,6 +25,7 @@ from gdnfuse.capture_fp8 import dequantized_calls
 from gdnfuse.dialect import delta_rule_commit, record
 from gdnfuse.errors import GdnfuseError, Refused
 from gdnfuse.generation.caches import cache_finder, mark_lengths, rope_that_looks_ahead
+from gdnfuse.generation.rooms import apart
 from gdnfuse.generation.wrappers import gdn_layers
 
 MOST_TOKENS = 8
@@ -360,7 +361,7 @@ class RollbackCache(Cache):
         self._sources = _sources(mixers)
         self._replayed_with = [x.data_ptr() for x in self._sources], compat.version_counters(self._sources)
         for i, layer in enumerate(linear):
-            part = {name: _with_its_own_storage(self._all[name][i]) for name in RECORDED}
+            part = {name: apart(self._all[name][i]) for name in RECORDED}
             layer.recurrent_states[0], layer.conv_states[0] = part["recurrent_state"], part["conv_state"]
             layer.windows, layer.a, layer.b = part["windows"], part["a"], part["b"]
             for x in part.values():
@@ -394,13 +395,6 @@ def _layer(like: Any, max_cache_len: int | None) -> Any:
         f"A RollbackCache holds layers of linear and of full attention, found a {type(like).__name__}, from which tokens "
         "cannot be taken back: generate without drafts."
     )
-
-
-def _with_its_own_storage(part: torch.Tensor) -> torch.Tensor:
-    """The same memory as a separate storage. torch.compile treats written parts of one storage as views of one tensor."""
-    start = part.storage_offset() * part.itemsize
-    storage = part.untyped_storage()[start : start + part.nbytes]
-    return part.new_empty(0).set_(storage, 0, part.shape, part.stride())
 
 
 def commit(*arguments: Any) -> str:

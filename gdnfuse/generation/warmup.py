@@ -26,6 +26,7 @@ from gdnfuse.report.records import reports
 # With a static cache Dynamo compiles one graph for the first length, and one for all lengths at the second.
 # Both are longer than a block of a prefix store, by more tokens than a short step has.
 WARM_PROMPTS = (76, 83)
+TIMES = 8  # how often a prompt is generated from, until memory has come back and a tail on it is proved
 ROOM = 32  # tokens for which a cache of fixed length has room after a prompt whose next turn is short
 LONG = 5  # the longest prompt has as many times the tokens between two states
 
@@ -111,9 +112,16 @@ def warmup(
             stack.enter_context(x.drafting())
         for x in ours:
             stack.enter_context(x.with_scratch_store(batch, LONG * long + max(WARM_PROMPTS)))
-        for ids in _prompts(torch.randint(0, vocabulary, (batch, LONG * long + max(WARM_PROMPTS)), device=device), long):
+        static = generate.get("cache_implementation") == "static"
+        tails = [x.tails for x in ours if x.tails is not None and x.tails.used and static and batch == 1]
+        prompts = _prompts(torch.randint(0, vocabulary, (batch, LONG * long + max(WARM_PROMPTS)), device=device), long)
+        for i, ids in enumerate(prompts):
             options = {"attention_mask": torch.ones_like(ids), "min_new_tokens": new_tokens, "max_new_tokens": new_tokens}
-            model.generate(ids, **{**options, **generate})
+            for _ in range(TIMES if tails and i < len(WARM_PROMPTS) else 1):
+                proved = [len(x.proved) for x in tails]
+                model.generate(ids, **{**options, **generate})
+                if all(x.why_not or len(x.proved) > n for x, n in zip(tails, proved, strict=True)):
+                    break
         for T in short:
             _turns(model, T, torch.randint(0, vocabulary, (batch, BLOCK + ROOM), device=device), generate, found)
     if device.type == "cuda":

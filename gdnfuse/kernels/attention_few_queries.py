@@ -1,4 +1,4 @@
-"""Attention with 1 to 8 queries per sequence on keys of any length. Queries and keys already have norms and rotary embeddings.
+"""Attention with 1 to 64 queries per sequence on keys of any length. Queries and keys already have norms and rotary embeddings.
 
 One query has the kernels of attention_decode.py, several those of attention_tile.py, which describe them.
 
@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import torch
 
+from gdnfuse.errors import Refused
 from gdnfuse.kernels.attention_decode import GROWS, attend, require_attention
-from gdnfuse.kernels.attention_tile import attend_tiles, require_few
-from gdnfuse.kernels.launch.implementation import register
+from gdnfuse.kernels.attention_tile import attend_tiles
+from gdnfuse.kernels.launch.implementation import register, require_static
+
+MOST_QUERIES = 64
 
 
 def launch(
@@ -47,10 +50,12 @@ def launch(
 def supports(q, keys, values, gate, mask, scale) -> None:
     """Raise Refused unless the kernels support the arguments.
 
-    T must be static and at most 8, dtypes float32, bfloat16 or float16, heads static, H a multiple of HKV and D ≤ 256.
+    T must be static and at most 64, dtypes float32, bfloat16 or float16, heads static, H a multiple of HKV and D ≤ 256.
     """
     require_attention(q, keys, values, gate)
-    require_few(q.shape[2])
+    require_static(T=q.shape[2])
+    if q.shape[2] > MOST_QUERIES:
+        raise Refused(f"T must be at most {MOST_QUERIES}, found {q.shape[2]}.")
 
 
 implementation = register("attention_few_queries", launch, supports, grows=GROWS)

@@ -19,10 +19,12 @@ from gdnfuse.rewrite.graph import is_tensor, op_name, peel, same, value
 def require_separated(gm: GraphModule) -> None:
     """Refuse a graph in which a rule or conv has bounds of sequences, and attention has a mask that does not know of them.
 
+    The bounds of one sequence [2] have nothing to keep apart: they say where it ends.
+
     Raises:
         GdnfuseError: says what to pass to the model.
     """
-    bounds = {b for n in gm.graph.nodes if isinstance(b := _bounds(n), Node)}
+    bounds = {b for n in gm.graph.nodes if isinstance(b := _bounds(n), Node) and not same(value(b).shape[0], 2)}
     for node in gm.graph.nodes if bounds else ():
         masks = _masks(node)
         if masks and not any(_may_distinguish(given, bounds) for given in _inputs(masks)):

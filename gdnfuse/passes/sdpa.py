@@ -46,7 +46,7 @@ def one_query(graph):
                 yield node
 
 
-MOST_QUERIES = 8
+MOST_QUERIES, MOST_ON_A_CACHE = 8, 64
 
 
 def few_queries(graph):
@@ -56,6 +56,26 @@ def few_queries(graph):
             shape = value(node.args[0]).shape
             if len(shape) == 4 and (same(shape[-2], 1) or isinstance(shape[-2], int) and 1 < shape[-2] <= MOST_QUERIES):
                 yield node
+
+
+def queries_on_a_cache(graph):
+    """Attention with more queries, up to 64, on a cache of fixed length that the graph writes new keys and values into."""
+    for node in graph.nodes:
+        if op_name(node) == "scaled_dot_product_attention" and len(node.args) >= 3:
+            shape = value(node.args[0]).shape
+            if (
+                len(shape) == 4
+                and isinstance(shape[-2], int)
+                and MOST_QUERIES < shape[-2] <= MOST_ON_A_CACHE
+                and on_a_cache(node)
+            ):
+                yield node
+
+
+def on_a_cache(node):
+    """Whether keys and values of attention are inputs of the graph that it writes new ones into."""
+    held = [without_copies(x) for x in node.args[1:3]]
+    return all(x.op == "placeholder" and any(op_name(u) == "index_copy_" for u in x.users) for x in held)
 
 
 def without_copies(node):

@@ -519,6 +519,7 @@ CASES = [
     Case("attention_few_queries", "strided", few_queries(2, 4, 2, 24, 70, BF16, wrap=lambda x: strided(x, 2))),
     Case("attention_few_queries", "tokens-first", few_queries(2, 4, 2, 16, 70, wrap=lambda x: x.mT.contiguous().mT)),
     *(Case("attention_few_queries", f"{name(d)}-T{T}", few_queries(2, 4, 2, 16, 70, d, T=T)) for d, T in ((F32, 2), (BF16, 8))),
+    Case("attention_few_queries", "T64", few_queries(1, 6, 2, 16, 100, F16, T=64, hidden=5)),
     Case("attention_few_queries", "T3-one-split", few_queries(40, 10, 10, 8, 37, F16, T=3)),
     Case("attention_few_queries", "T5-no-mask-no-gate", few_queries(1, 6, 2, 20, 65, T=5, mask=False, gate=False)),
     Case("attention_few_queries", "T8-two-tiles", few_queries(1, 5, 1, 8, 40, T=8)),

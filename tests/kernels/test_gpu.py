@@ -59,6 +59,7 @@ REAL += [
         Case("attention_growing", f"real-long-B{B}", kernel_cases.growing(B, 16, 4, 256, 5000, BF16, R=64, hidden=4000)),
         Case("attention_growing", f"real-no-mask-B{B}", kernel_cases.growing(B, 16, 4, 256, 5003, BF16, R=64, mask=False)),
         Case("attention_few_queries", f"real-T8-B{B}", kernel_cases.few_queries(B, 16, 4, 256, 5000, BF16, T=8, hidden=4000)),
+        Case("attention_few_queries", f"real-T64-B{B}", kernel_cases.few_queries(B, 16, 4, 256, 5000, BF16, T=64)),
         Case("attention_few_queries", f"real-long-B{B}", kernel_cases.few_queries(B, 16, 4, 256, 5000, BF16, hidden=4000)),
         Case("attention_few_queries", f"real-no-mask-B{B}", kernel_cases.few_queries(B, 16, 4, 256, 5000, BF16, mask=False)),
         Case("causal_conv", f"real-B{B}", kernel_cases.prompt_conv(B, 8192, 333, 4, BF16, S=4, wrap=kernel_cases.row_slice)),

@@ -223,6 +223,29 @@ def test_a_cache_of_fixed_length_is_written_before_and_read_once():
     g.equal()
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("T", [3, 64, 65])
+def test_up_to_64_queries_on_a_cache_of_fixed_length(T, dynamic):
+    """Of those that repeat a position, as rows behind a prompt's end do, all write the same."""
+
+    def function(q, keys, values, k, v, position, mask):
+        keys.index_copy_(2, position, k)
+        values.index_copy_(2, position, v)
+        return F.scaled_dot_product_attention(q, repeated(keys), repeated(values), attn_mask=mask)
+
+    L = 90
+    q, keys, values = torch.randn(B, H, T, D), *torch.randn(2, B, HKV, L, D)
+    row = torch.arange(T).clamp(max=T - 2)
+    mask = (torch.arange(L) <= 10 + row[:, None]).expand(B, 1, T, L)
+    if dynamic:
+        for x, axis in ((keys, 2), (values, 2), (mask, 3)):
+            torch._dynamo.mark_dynamic(x, axis)
+    k, v = torch.randn(2, B, HKV, T, D)[..., row, :]
+    g = applied(function, q, keys, values, k, v, 10 + row, mask)
+    assert [r.status for r in g.outcome.records] == [Status.FIRED] * (T < 65), [r.reason for r in g.outcome.records]
+    g.close()
+
+
 def test_many_queries_and_attention_without_an_axis_of_heads_need_no_record():
     def function(q, k, v, gate, mask):
         many = F.scaled_dot_product_attention(torch.cat([q] * 9, 2), repeated(k), repeated(v))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from gdnfuse.dialect import DialectOp, op_of
@@ -81,7 +83,18 @@ def rule_match(rule: Node, new: DialectOp, operands: dict[str, Any]) -> Match[Ru
     facts = RuleCall(new, numbers, tuple(sorted(taken)))
     m = Match(tensors, [taken[i] for i in facts.taken], facts, writes=writes)
     m.shapes |= smaller(m.inputs)
+    if isinstance(arguments.get("cu_seqlens"), Node):
+        # Sequences of all tokens: what a rule leaves of others is not defined.
+        m.samplers["cu_seqlens"] = functools.partial(_bounds, m.shapes["v"][1])
+        if isinstance(state, Node):
+            m.shapes["state"] = (hint(value(state).shape[0]), *m.shapes["state"][1:])
     return m
+
+
+def _bounds(tokens: int, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """Bounds [N + 1] of sequences that are packed into a row of so many tokens."""
+    inner = torch.randint(0, tokens + 1, (shape[0] - 2,), generator=generator).sort().values
+    return torch.cat([torch.zeros(1, dtype=torch.long), inner, torch.full((1,), tokens)])
 
 
 def rule_call(m: Match[RuleCall], t: SimpleNamespace) -> Any:
