@@ -206,7 +206,7 @@ def _compile(
         in_generate = stages.through(whole, in_generate)
         in_generate.beside = Beside(how)
         if ours and settings.prefixes is not None and settings.prefill and parsed.capture:
-            ours.tails = _tails(model, plain, coverage, hooks, how)
+            ours.tails = _tails(model, plain, coverage, hooks, how, settings.prefixes.tails)
             settings.prefixes.rooms.used = ours.tails.used
         whole.get_compiled_call = CompiledCall(whole, in_generate, coverage)
         # Our call replaces a compile_config of the model, and a call that generate has compiled before.
@@ -216,13 +216,15 @@ def _compile(
     return coverage
 
 
-def _tails(model: torch.nn.Module, plain: Callable[..., Any], coverage: Coverage, hooks: Hooks, how: dict[str, Any]) -> Any:
-    """Calls of the tokens behind a known prefix, for caches of fixed length on a GPU, if CUDA graphs replay steps there."""
+def _tails(
+    model: torch.nn.Module, plain: Callable[..., Any], coverage: Coverage, hooks: Hooks, how: dict[str, Any], asked: bool
+) -> Any:
+    """Calls of the tokens behind a known prefix on a cache of fixed length: if asked for, and if CUDA graphs replay steps."""
     from gdnfuse.generation import tails
 
     compiled = hooks.heeded(coverage.checked(torch.compile(with_own_code(plain, "tail"), **how), PROMPT))
     on_a_gpu = next(model.parameters()).device.type == "cuda"
-    used = on_a_gpu and _has_cuda_graphs(how["mode"], how["options"] or {}) and tails.rows_are_apart(model)
+    used = asked and on_a_gpu and _has_cuda_graphs(how["mode"], how["options"] or {}) and tails.rows_are_apart(model)
     return tails.Tails(model, compiled, used, FEW_TOKENS[-1])
 
 

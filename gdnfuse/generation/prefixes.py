@@ -73,9 +73,11 @@ class PrefixStore:
         model: a causal language model of transformers on one device, or what wraps one, as peft's. It is held weakly, and called
             once, with one token.
         every: tokens between two states of a long prompt, a multiple of 64.
-        max_bytes: of what is kept on the model's device; never more. On a GPU the memory of the last static cache that was
+        max_bytes: of what is kept on the model's device; never more. With `tails` the memory of the last static cache that was
             filled stays besides, for the next one.
         host_bytes: of what is kept in the host's memory, pinned for a GPU, once the device's is full; 0 for nothing.
+        tails: whether up to 64 tokens behind a known prefix, on a static cache on a GPU, are padded and replayed as one CUDA
+            graph. It has not been measured yet.
 
     Raises:
         GdnfuseError: any of them is not so, or the model keeps something that cannot be cut at a token, as sliding windows.
@@ -84,12 +86,16 @@ class PrefixStore:
         SGLang's RadixAttention, Zheng et al. 2023, arXiv:2312.07104; for recurrent states Marconi, arXiv:2411.19379.
     """
 
-    def __init__(self, model: torch.nn.Module, every: int = 1024, max_bytes: int = 4 << 30, *, host_bytes: int = 0):
+    def __init__(
+        self, model: torch.nn.Module, every: int = 1024, max_bytes: int = 4 << 30, *, host_bytes: int = 0, tails: bool = False
+    ):
         if type(every) is not int or every <= 0 or every % BLOCK:
             raise GdnfuseError(f"every must be a multiple of {BLOCK} tokens, found {every!r}: a chunk of the rule ends there.")
         for name, found in (("max_bytes", max_bytes), ("host_bytes", host_bytes)):
             if type(found) is not int or found < 0:
                 raise GdnfuseError(f"{name} must be a number of bytes, found {found!r}.")
+        if type(tails) is not bool:
+            raise GdnfuseError(f"tails must be True or False, found {tails!r}.")
         models = compiled_models(model)
         if len(models) > 1 or not gdn_layers(models[0]):
             found = f"{len(models)} models" if models[1:] else f"{type(model).__name__} without one"
@@ -99,7 +105,7 @@ class PrefixStore:
         # Of recurrent states, as `gdnfuse.compile` was told: states that were rounded are others.
         self.state_dtype: torch.dtype | None = None
         self.activations: str | None = None  # option of `gdnfuse.compile`: states of quantised activations are others too
-        self.every, self.max_bytes, self.host_bytes = every, max_bytes, host_bytes
+        self.every, self.max_bytes, self.host_bytes, self.tails = every, max_bytes, host_bytes, tails
         self._model = weakref.ref(models[0])
         self._layout = _Layout.of(models[0])
         if max_bytes < self._layout.state_bytes:

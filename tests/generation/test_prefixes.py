@@ -611,6 +611,7 @@ def test_a_store_keeps_no_model_alive():
         ({"max_bytes": 1000}, r"max_bytes must have room for one state of Qwen3_5ForCausalLM, 6144 bytes, found 1000 bytes"),
         ({"max_bytes": "4GB"}, "max_bytes must be a number of bytes, found '4GB'"),
         ({"host_bytes": -1}, "host_bytes must be a number of bytes, found -1"),
+        ({"tails": 1}, "tails must be True or False, found 1"),
     ],
 )
 def test_bad_arguments(arguments, why):

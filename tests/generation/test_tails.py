@@ -221,7 +221,7 @@ def test_a_warmup_compiles_tails_too():
 def test_on_a_gpu_a_tail_leaves_what_a_prompt_leaves(dtype):
     torch.manual_seed(0)
     model = zoo.causal_lm(**zoo.SMALL, head_dim=64, linear_key_head_dim=128, linear_value_head_dim=128).to("cuda", dtype)
-    store = PrefixStore(model, 64)
+    store = PrefixStore(model, 64, tails=True)
     gdnfuse.compile(model, prefixes=store, strict=True)
     used = model.generate.tails
     assert used.used and store.rooms.used
