@@ -35,6 +35,7 @@ CALLS = {
     "mixer_decode": kernel_cases.mixer(6, 2, 4, 24, 16, dtype=torch.bfloat16),
     "fused_linear": kernel_cases.linear(7, 100, torch.bfloat16, norm=True, residual=True),
     "in_proj_conv": kernel_cases.in_proj(7, 100, 5, torch.bfloat16),
+    "fp8_linear": kernel_cases.fp8(160, 384, "fp8_block128", torch.bfloat16, (36,)),
     "split_linear": kernel_cases.split(7, 512, 2, torch.bfloat16, (3, 1)),
     "add_rms_norm": kernel_cases.added(100, torch.bfloat16, parts=3),
     "route": kernel_cases.routed(3, 64, 6, 2, torch.bfloat16),
@@ -54,6 +55,7 @@ TIMES = {
     "chunk_delta_rule": TIME,
     "fused_gating_chunk_delta_rule": TIME,
     "experts": dict.fromkeys(("x", "indices", "routing_weights", "residual"), 0),
+    "fp8_linear": {"x": 0, "x_scale": 1},
 }
 
 
