@@ -42,6 +42,8 @@ SIDES = {
     "reference": "torch",
 }
 
+FIRST = "0.1.0"  # the version of files that name none
+
 Rows = Iterable[Sequence[str]]
 
 
@@ -333,6 +335,8 @@ def conditions(files: dict[str, Any], page: Path) -> str:
     for name, data in files.items():
         said = {key: data["machine"].get(key) for key in ("gpu", *VERSIONS, "vllm", "gdnfuse")}
         said = {key: value for key, value in said.items() if value} | {"cpu_threads": data["machine"].get("cpu_threads")}
+        if "engine" not in data:
+            said.setdefault("gdnfuse", FIRST)
         said.setdefault("gpu", None)
         link = f"[{name}]({os.path.relpath(RESULTS / name, page.parent)})"
         for machine, links in groups:
@@ -383,7 +387,7 @@ def older(folder: Path) -> list[str]:
     found = []
     for file in sorted(folder.glob("*.json")):
         data = json.loads(file.read_text(encoding="utf-8"))
-        if "engine" not in data and data["machine"].get("gdnfuse") != version("gdnfuse"):
+        if "engine" not in data and data["machine"].get("gdnfuse", FIRST) != version("gdnfuse"):
             found.append(data.get("command") or f"# {file.name} has no command")
     return found
 

@@ -208,12 +208,20 @@ def _compile(
         if ours and settings.prefixes is not None and settings.prefill and parsed.capture:
             ours.tails = _tails(model, plain, coverage, hooks, how, settings.prefixes.tails)
             settings.prefixes.rooms.used = ours.tails.used
+        elif settings.prefixes is not None and settings.prefixes.tails:
+            coverage.say(TAILS.format("that prompts are not compiled or captured"), TAILS)
         whole.get_compiled_call = CompiledCall(whole, in_generate, coverage)
         # Our call replaces a compile_config of the model, and a call that generate has compiled before.
         if getattr(whole, "generation_config", None) is not None:
             whole.generation_config.compile_config = None
         compat.forget_compiled_call(whole)
     return coverage
+
+
+TAILS = (
+    "PrefixStore(tails=True) needs compiled prompts on a GPU, CUDA graphs in generate, plain weights and no flash attention, "
+    "found {}: leave tails out. What follows a known prefix is computed as other prompts are."
+)
 
 
 def _tails(
@@ -224,7 +232,11 @@ def _tails(
 
     compiled = hooks.heeded(coverage.checked(torch.compile(with_own_code(plain, "tail"), **how), PROMPT))
     on_a_gpu = next(model.parameters()).device.type == "cuda"
-    used = asked and on_a_gpu and _has_cuda_graphs(how["mode"], how["options"] or {}) and tails.rows_are_apart(model)
+    graphs = _has_cuda_graphs(how["mode"], how["options"] or {})
+    used = asked and on_a_gpu and graphs and tails.rows_are_apart(model)
+    if asked and not used:
+        found = "no GPU" if not on_a_gpu else "no CUDA graphs" if not graphs else "quantised weights or flash attention"
+        coverage.say(TAILS.format(found), TAILS)
     return tails.Tails(model, compiled, used, FEW_TOKENS[-1])
 
 

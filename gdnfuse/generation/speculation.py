@@ -24,6 +24,7 @@ from gdnfuse import compat
 from gdnfuse.errors import GdnfuseError
 from gdnfuse.generation.caches import cache_argument, cache_finder
 from gdnfuse.generation.feeding import Fed, compiled_steps
+from gdnfuse.generation.hooks import hooks_now
 from gdnfuse.generation.proposers import Drafts, Proposer, Run, check_drafts, is_users, proposer_of
 
 
@@ -161,11 +162,12 @@ class Generation:
         self.rows = _without_padding(ids, mask)
         self.done = [False] * len(self.rows)
         self.seen: list[torch.Tensor] = []
-        # A plain step may be launched before its token is read, so that the host prepares it while the device still works. Nobody
-        # may see the cache, which then holds the last token too, and no row may end and be padded.
+        # A plain step may be launched before its token is read, so that the host prepares it while the device still works. The
+        # last one may be a step too many. So nobody may see the cache, no hook may see the step, and no row may be padded.
         given = cache_finder()(kwargs.values())
         hidden = self.cache is not given and not config.return_dict_in_generate
-        self.early = hidden and len(ids) == 1 and ids.device.type in EARLY and not self.careful
+        possible = hidden and len(ids) == 1 and ids.device.type in EARLY and not self.careful
+        self.early = possible and not hooks_now(model.modules())
         self._plain, self._ahead = False, None  # whether the next step is taken to be a plain one, and its logits
         self.pad = config.pad_token_id if config.pad_token_id is not None else next(iter(self.stop.eos), 0)
         wanted = config.return_dict_in_generate

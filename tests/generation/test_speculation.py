@@ -714,6 +714,11 @@ def test_plain_steps_may_be_launched_before_their_token_is_read(sampled, monkeyp
         assert loop.acceptance.rounds <= waited.acceptance.rounds and loop.acceptance.plain_steps >= waited.acceptance.plain_steps
         if "stopping_criteria" in more:  # the last token is in it
             assert found.shape[1] == cache.get_seq_length() == 19
+    seen = []
+    hook = model.register_forward_hook(lambda *_: seen.append(1))
+    _, loop = generated(True, stopping_criteria=[odd])
+    hook.remove()
+    assert len(seen) == 1 + loop.acceptance.rounds + loop.acceptance.plain_steps and loop.seen[0].get_seq_length() == 18
     # A cache that is returned or was passed holds all tokens but the last.
     for more in ({"return_dict_in_generate": True}, {zoo.CACHE: gdnfuse.RollbackCache(model, 64)}):
         _, loop = generated(True, **more)

@@ -8,6 +8,7 @@ from transformers import DynamicCache, StaticCache
 
 import gdnfuse
 from gdnfuse import PrefixStore, Status, compat
+from gdnfuse.errors import GdnfuseError
 from tests.models import zoo
 from tests.sweeps import some
 
@@ -212,6 +213,17 @@ def test_a_warmup_compiles_tails_too():
     for n in (9, 63, 63, 63, 64, 20):
         talk.ours.generate(behind(n), **ASKED, **STATIC, max_new_tokens=1)
     assert talk.seen[-1] == 20 and gdnfuse.reports() == []
+
+
+def test_tails_that_cannot_be_are_said(caplog):
+    model = zoo.causal_lm(**zoo.SMALL)
+    for more, found in (({}, "found no GPU"), ({"prefill": False}, "found that prompts are not compiled")):
+        caplog.clear()
+        gdnfuse.compile(model, inner="eager", prefixes=PrefixStore(model, 64, tails=True), **more)
+        (said,) = [r.message for r in caplog.records if "tails" in r.message]
+        assert found in said
+        with pytest.raises(GdnfuseError, match=found):
+            gdnfuse.compile(model, inner="eager", prefixes=PrefixStore(model, 64, tails=True), strict=True, **more)
 
 
 @pytest.mark.gpu
