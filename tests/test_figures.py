@@ -104,7 +104,8 @@ def test_tables_whose_files_are_not_there_yet(kind, figures, tmp_path):
     result, line = NOT_YET[kind]
     (tmp_path / "one.json").write_text(json.dumps({"machine": {"gpu": "Some GPU", "torch": "2.0"}, "results": [result]}))
     text = figures.rendered(kind, ["one.json"], tmp_path, ROOT / "README.md")
-    assert line in text and text.endswith("Measured on Some GPU, torch 2.0, gdnfuse 0.1.0: [one.json](benchmarks/results/one.json).\n")
+    measured = "Measured on Some GPU, torch 2.0, gdnfuse 0.1.0: [one.json](benchmarks/results/one.json).\n"
+    assert line in text and text.endswith(measured)
 
 
 def test_a_page_is_written_between_its_marks_and_nowhere_else(figures, tmp_path, monkeypatch, capsys):
