@@ -783,15 +783,6 @@ def mma_v2(mma: Any) -> Any | None:
     return mma
 
 
-@private("triton.experimental.gluon.language:dot_fma", instead=nothing)
-def dot_fma(dot: Any) -> Any | None:
-    """Gluon's product without tensor cores, or None.
-
-    Without it: linears of a few rows with adapters do without the ring that is written for Hopper.
-    """
-    return dot
-
-
 @private(  # names since Triton 3.8 or 3.9, then older names
     "triton.experimental.gluon.language:shared_memory_descriptor.reinterpret|shared_memory_descriptor._reinterpret",
     "triton.experimental.gluon.language.nvidia.hopper:tma.async_load|tma.async_copy_global_to_shared",

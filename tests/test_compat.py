@@ -288,11 +288,6 @@ def mma_v2(there):
 
 
 @case
-def dot_fma(there):
-    assert callable(compat.dot_fma()) if there else compat.dot_fma() is None
-
-
-@case
 def tree_leaves(there):
     assert compat.tree_leaves([1, (2, {"a": None, "b": [3]}), Result(4, None)]) == [1, 2, None, 3, 4, None]
     assert compat.tree_leaves([torch.Size([5])]) == ([5] if there else [torch.Size([5])])

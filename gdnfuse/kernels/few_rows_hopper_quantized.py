@@ -150,7 +150,7 @@ def few_rows_hopper_quantized_kernel(
         few_rows_hopper.program(
             x_ptr, plain_ptr, None, None, out_ptr + stored,
             index + plain_programs, part, B, M - stored, M, plain_rows, steps, 0, stride_xb, stride_pm,
-            False, 1, BB, PLAIN_STAGES, OVERLAP, None, 1,
+            False, 1, BB, PLAIN_STAGES, OVERLAP, None, 1, 1,
         )  # fmt: skip
 
 

@@ -5,9 +5,8 @@ It computes the dialect's fused_linear, with SwiGLU after it (Shazeer 2020, arXi
 The weight's rows are the products' rows, so a tile needs no more sequences than there are. On Hopper a program may start, and
 load its first weights, while the kernel before it still runs (programmatic dependent launch). It only waits for x.
 
-Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) take one launch more: A·x of all adapters, in parts over the columns. The
-launch of the linear then adds B·(A·x), before SwiGLU. If the linear is in parts, its first part has it. Both products are of
-float32 operands.
+Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) take one launch more, of low_rank.py: A·x of all adapters. The launch of the
+linear then adds B·(A·x), before SwiGLU. If the linear is in parts, its first part has it. Both products are of float32 operands.
 
 Layout: x [..., N] and weight [M, N] with contiguous rows at any distance; A and B contiguous; output contiguous. Products and
 sums are float32. There is one rounding, to the weight's dtype, and none for split_linear.
@@ -22,11 +21,10 @@ import triton
 import triton.language as tl
 
 from gdnfuse import compat
-from gdnfuse.kernels import devices, quantized
+from gdnfuse.kernels import devices, low_rank, quantized
 from gdnfuse.kernels.launch.implementation import kernel_of, overlap_options
 from gdnfuse.kernels.linear_configs import (
     FewRowsConfig,
-    adapters_config,
     columns_of,
     quantized_ring_config,
     ring_config,
@@ -71,7 +69,7 @@ def _of_adapter(k, LORA: tl.constexpr, i: tl.constexpr, j: tl.constexpr):
 @triton.jit
 def _add_of_tensor(
     acc, first_row, end_row, row, b, B, low_ptr, low_columns, b_ptr, part,
-    BB: tl.constexpr, LORA: tl.constexpr, i: tl.constexpr, LOW_PARTS: tl.constexpr,
+    BB: tl.constexpr, LORA: tl.constexpr, i: tl.constexpr,
 ):  # fmt: skip
     """A tile [BM, BB] plus scaling·B·(A·x) of the adapters whose B's are in the i-th tensor, `b_ptr`."""
     WIDTH: tl.constexpr = 16  # columns of B at once, the fewest that a product takes
@@ -89,9 +87,7 @@ def _add_of_tensor(
                 up = tl.load(up_ptrs, mask=inside[:, None] & (j < RANK)[None, :], other=0.0).to(tl.float32)
                 low_ptrs = low_ptr + b[None, :] * low_columns + (low_row + j)[:, None]  # [WIDTH, BB]
                 live = (j < RANK)[:, None] & (b < B)[None, :]  # [WIDTH, BB]
-                low = tl.zeros((WIDTH, BB), tl.float32)
-                for p in tl.static_range(LOW_PARTS):
-                    low += tl.load(low_ptrs + p * B * low_columns, mask=live, other=0.0)
+                low = tl.load(low_ptrs, mask=live, other=0.0)
                 acc = tl.dot(up, low * scaling, acc, input_precision="ieee")
     return acc
 
@@ -99,14 +95,14 @@ def _add_of_tensor(
 @triton.jit
 def _add_lora(
     acc, first_row, end_row, row, b, B, low_ptr, low_columns, b_ptrs, part,
-    BB: tl.constexpr, LORA: tl.constexpr, LOW_PARTS: tl.constexpr,
+    BB: tl.constexpr, LORA: tl.constexpr,
 ):  # fmt: skip
     """A tile [BM, BB] plus what the adapters on its rows add, for the first part of the columns.
 
-    The tile's rows are between `first_row` and `end_row`. `low_ptr` is A·x, [LOW_PARTS, B, low_columns].
+    The tile's rows are between `first_row` and `end_row`. `low_ptr` is A·x, [B, low_columns].
     """
     for i in tl.static_range(len(LORA)):
-        acc = _add_of_tensor(acc, first_row, end_row, row, b, B, low_ptr, low_columns, b_ptrs[i], part, BB, LORA, i, LOW_PARTS)
+        acc = _add_of_tensor(acc, first_row, end_row, row, b, B, low_ptr, low_columns, b_ptrs[i], part, BB, LORA, i)
     return acc
 
 
@@ -117,7 +113,7 @@ def few_rows_linear_kernel(
     SWIGLU: tl.constexpr, OPERAND: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BB: tl.constexpr,
     STAGES: tl.constexpr, EARLY: tl.constexpr, OVERLAP: tl.constexpr,
     KIND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PACKED: tl.constexpr, CONVERTS: tl.constexpr,
-    LORA: tl.constexpr, LOW_PARTS: tl.constexpr,
+    LORA: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
         gdc_launch_dependents()
@@ -198,7 +194,7 @@ def few_rows_linear_kernel(
     if LORA is not None:
         acc = _add_lora(
             acc, pid * BO, pid * BO + BO + (M if SWIGLU else 0), row, b, B,
-            low_ptr, low_columns, (b0_ptr, b1_ptr, b2_ptr, b3_ptr), part, BB, LORA, LOW_PARTS,
+            low_ptr, low_columns, (b0_ptr, b1_ptr, b2_ptr, b3_ptr), part, BB, LORA,
         )  # fmt: skip
     if SWIGLU:
         gate, up = tl.split(tl.permute(tl.reshape(acc, (2, BO, BB)), (1, 2, 0)))
@@ -224,7 +220,7 @@ def launch_with(
         plain: [P, N], rows after those of a quantised weight, or None.
         dtype: of the result; None for that of the weight.
         zero: the zero points of a quantised weight, if its format has them.
-        lora: A·x of all adapters in parts [P, B, Σrank] in float32, their B's, and the result of `adapters_table`.
+        lora: A·x of all adapters, [B, Σrank] in float32, their B's, and the result of `adapters_table`.
     """
     BM, BK, num_warps, stages, parts, early = chosen
     stored, how = weight.shape[0] // (2 if swiglu else 1), quantized.stored(format)
@@ -245,8 +241,7 @@ def launch_with(
         SWIGLU=swiglu, OPERAND=OPERANDS[dtype], BM=BM, BK=BK, BB=columns_of(B),
         STAGES=stages, EARLY=early, OVERLAP=bool(options), KIND=how and how.kind, ROWS=how.rows if how else 1,
         COLUMNS=how.columns if how else 0, PACKED=how.packed if how else 1, CONVERTS=quantized.converts(x.device, how),
-        LORA=table, LOW_PARTS=1 if low is None else low.shape[0],
-        num_warps=num_warps, **options,
+        LORA=table, num_warps=num_warps, **options,
     )  # fmt: skip
     return out
 
@@ -257,9 +252,7 @@ def adapters(
     """The argument `lora` of `launch_with` for adapters as in the dialect, with one A. A·x is computed by a launch of its own."""
     if not A:
         return None
-    config = adapters_config(*A[0].shape)
-    low = launch_with(config, x, A[0], overlap=overlap, dtype=torch.float32)
-    return low.view(config.parts, -1, A[0].shape[0]), B, adapters_table(B, parts, scaling)
+    return low_rank.launch(x, A[0], overlap), B, adapters_table(B, parts, scaling)
 
 
 def launch(
@@ -281,7 +274,7 @@ def launch(
         if few_rows_hopper_quantized.supports_here(rows, weight, **stored):
             return few_rows_hopper_quantized.launch_with(ring, x, weight, swiglu, overlap, **stored)
     elif few_rows_hopper and (ring := ring_config(M, N, swiglu, parts)):
-        if few_rows_hopper.supports_here(rows, weight, any(lora)):
+        if few_rows_hopper.supports_here(rows, weight, *lora[1:3]):
             return few_rows_hopper.launch_with(ring, x, weight, swiglu, overlap, **added)
     config = quantized.config_of_rows(weight, format, rows.shape[0], swiglu, parts, devices.of(x.device))
     return launch_with(config, x, weight, swiglu, overlap, **added, **stored)

@@ -56,6 +56,18 @@ class RingConfig(NamedTuple):
     parts: int
 
 
+class LowRankConfig(NamedTuple):
+    """Rows of A and of x per program, columns per step, warps, steps of A that are loaded before x arrives, and steps of x whose
+    loads are in flight together."""
+
+    R: int
+    BB: int
+    BN: int
+    num_warps: int
+    ahead: int
+    together: int
+
+
 class TensorCoresConfig(NamedTuple):
     """Warps of a program, how many steps of weights it loads before the row arrives, and the rows of its tile."""
 
@@ -72,8 +84,11 @@ WAVES = 2  # waves of programs; weights with more rows, such as the head, stream
 LEAST_ROWS = 16  # the fewest rows per program, because x is copied for each program
 SPLIT_ROWS = 48  # the most rows per program if columns are split
 RESIDENT = 3  # programs per multiprocessor of a quantised weight
-# For the A's of adapters: rows per tile, the fewest columns per step, and parts of the columns.
-LORA_TILE, LORA_STEP, LORA_PARTS = 16, 32, (16, 8, 4, 2)
+# Columns of adapters' B's that a ring multiplies at once, and the most of such slots that it takes, because each is code.
+ADAPTER_SLOT, MAX_ADAPTER_SLOTS = 16, 32
+# For A·x of adapters: rows of A and of x per program, the smallest first, and the most registers of a thread for either.
+LOW_RANK_TILES, LOW_RANK_REGISTERS = ((1, 1), (1, 2), (1, 4), (2, 4), (4, 4)), 64
+LOW_RANK_COLUMNS = 8  # columns of a thread at once
 
 
 def rings(weight: torch.Tensor) -> bool:
@@ -108,6 +123,17 @@ def ring_config(M: int, N: int, swiglu: bool = False, parts: int = 1) -> RingCon
     if tiles > MOST_TILES:
         return None
     return RingConfig(tiles, -(-each // tiles), min(3 if tiles > 2 else 4, N // parts // STEP + 1), parts)
+
+
+def slots_at_once(chosen: RingConfig, rows: int, slots: int, numbers: int) -> int:
+    """How many slots of adapters are in shared memory next to the ring, of `slots` in all. It is at most 64 columns.
+
+    There is room for one program per multiprocessor, or two if the columns are split. `numbers` in bfloat16 are one of B.
+    """
+    ring = chosen.stages * STEP * 2 * (chosen.tiles * TILE + columns_of(rows))
+    each = ADAPTER_SLOT * 2 * (chosen.tiles * TILE * numbers + columns_of(rows) * 3)
+    room = (H200.shared_memory + 1024) // (2 if chosen.parts > 1 else 1) - 1024 - ring
+    return max(min(slots, 64 // ADAPTER_SLOT, room // each), 1)
 
 
 def quantized_ring_config(M: int, N: int, rows: int, swiglu: bool = False, parts: int = 1) -> RingConfig | None:
@@ -211,15 +237,18 @@ def few_rows_config(
     return config
 
 
-def adapters_config(R: int, N: int) -> FewRowsConfig:
-    """The config of few_rows_linear for the A's of adapters, [R, N] in all, in float32. Not measured.
+def low_rank_config(R: int, N: int, rows: int, dtype: torch.dtype, x_dtype: torch.dtype) -> LowRankConfig:
+    """The config of low_rank for A [R, N] of this dtype and so many rows of x. Not measured.
 
-    These are few rows, so their columns are in many parts, which the launch of the linear adds up. The programs fill at most one
-    wave. What they take of shared memory fits every card. N is a multiple of 32, as it is of the steps of `few_rows_config`.
+    It has as many programs as fit with two on each multiprocessor.
     """
-    tiles = -(-R // LORA_TILE)
-    parts = next((n for n in LORA_PARTS if N % (n * LORA_STEP) == 0 and tiles * n <= MULTIPROCESSORS), 1)
-    return FewRowsConfig(LORA_TILE, LORA_STEP if N // parts % (2 * LORA_STEP) else 2 * LORA_STEP, 4, 4, parts, True)
+    tiles = [(r, b) for r, b in LOW_RANK_TILES if -(-R // r) * -(-rows // b) <= 2 * MULTIPROCESSORS]
+    r, b = tiles[0] if tiles else LOW_RANK_TILES[-1]
+    warps = 4 if N <= 3072 else 8
+    step = 32 * warps * LOW_RANK_COLUMNS
+    of_a, of_x = (n * LOW_RANK_COLUMNS * d.itemsize // 4 for n, d in ((r, dtype), (b, x_dtype)))  # registers of a step
+    ahead, together = (min(-(-N // step), LOW_RANK_REGISTERS // n) for n in (of_a, of_x))
+    return LowRankConfig(r, b, step, warps, ahead, together)
 
 
 def split(M: int, N: int, rows: int, ring: bool = False, quantised: bool = False) -> int:

@@ -25,11 +25,12 @@ from gdnfuse.kernels import (
     fp8_linear,
     grouped_experts,
     implementations,
+    low_rank,
     one_shot_all_reduce,
     one_shot_sum,
     skinny_linear,
 )
-from gdnfuse.kernels.linear_configs import FewRowsConfig
+from gdnfuse.kernels.linear_configs import FewRowsConfig, LowRankConfig
 from tests.sweeps import ALL, pairs
 
 # The interpreter multiplies the bits of bfloat16 as integers, so products get float32 operands here.
@@ -144,6 +145,16 @@ def test_split_linear_configs(rows, tile, block, early):
             "split_linear", "config", kernel_cases.split(m, steps * parts * block, parts, torch.bfloat16, (rows, 1))
         )
         check_few_rows(case, FewRowsConfig(tile, block, 4, 3, parts, early))
+
+
+@pytest.mark.parametrize(("config", "dtype"), [((4, 4, 128, 1, 2, 3), torch.bfloat16), ((2, 4, 256, 2, 1, 2), torch.float32)])
+def test_low_rank_configs(config, dtype, monkeypatch):
+    """Rows of A and of x that fill no tile, columns that fill no step, and steps that are loaded early and late."""
+    monkeypatch.setattr(low_rank, "low_rank_config", lambda *args: LowRankConfig(*config))
+    x, A = torch.randn(3, 2, 480).to(torch.float16), torch.randn(7, 416).to(dtype)
+    found = low_rank.launch(x[..., :416], A)
+    wanted = x[..., :416].reshape(6, 416).double() @ A.double().T
+    assert found.dtype == torch.float32 and (found - wanted).abs().max() <= 2e-6 * wanted.abs().max()
 
 
 @pytest.mark.parametrize("swiglu", [False, True])

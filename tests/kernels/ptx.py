@@ -1,6 +1,7 @@
 """Runs the PTX of a kernel on the CPU, for kernels that Triton's interpreter does not know: those written in Gluon.
 
-All threads of a program go through the instructions together, so a missing barrier is not found. A branch must be taken by all or
+All threads of a program go through the instructions together, and what is asynchronous is done at once, so a missing barrier or
+wait is not found. A branch must be taken by all or
 by none. Every address must be inside a tensor. Of arithmetic, what the kernels under test use: approximate instructions are
 computed exactly, and sums of products on tensor cores in float64. Subnormal numbers are kept everywhere, as on the devices.
 """
@@ -27,7 +28,7 @@ INTEGERS |= {"s64": np.int64, "u64": np.uint64, "b64": np.uint64, "b8": np.uint8
 COMPARED = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal}
 LOGIC = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
 PLAIN = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "min": np.minimum, "max": np.maximum}
-IGNORED = ("griddepcontrol", "bar")
+IGNORED = ("griddepcontrol", "bar", "fence")
 
 
 class Memory:
@@ -119,7 +120,7 @@ class Program:
         kind = rest[-1] if rest else ""
         to, given = operands[0] if operands else "", operands[1:]
         read, write = self.read, self.write
-        if name in IGNORED:
+        if name in IGNORED or name in ("cp", "wgmma") and "group" in op or op.startswith("wgmma.fence"):
             return
         if name == "ld" and rest[0] == "param":
             number = int(re.search(r"_param_(\d+)", given[0])[1])
@@ -146,6 +147,10 @@ class Program:
             self.convert(rest, to, given, active)
         elif name == "mma":
             self.multiply(to, given, active)
+        elif name == "wgmma":
+            self.multiply_shared(rest, to, given, active)
+        elif name == "cp":
+            self.copy(self.location(to), self.location(given[0]), int(given[1], 0), given[2:], active)
         elif name in ("ldmatrix", "stmatrix"):
             self.matrices(name, op, *((to, given[0]) if name == "ldmatrix" else (given[0], to)), active)
         elif name == "shfl":
@@ -280,6 +285,38 @@ class Program:
         d = d.reshape(warps, 2, 8, 4, 2).transpose(1, 4, 0, 2, 3).reshape(4, self.threads)
         for register, value in zip(grouped(to), d, strict=True):
             self.write(register, value, "f32", active)
+
+    def multiply_shared(self, rest: list[str], to: str, given: list[str], active: np.ndarray) -> None:
+        """m64nNk16 of four warps. Lane 4·g + t of a warp has rows g and g + 8 of its 16, and columns 2t, 2t + 1 of each 8."""
+        assert active.all() and self.threads == 128 and given[3:] == ["1", "1", "0", "0"], given
+        registers, (N, K) = grouped(to), (int(n) for n in re.fullmatch(r"m64n(\d+)k(\d+)", rest[3]).groups())
+        a, b = (self.described(given[i], rows, K, rest[5 + i]) for i, rows in ((0, 64), (1, N)))
+        d = np.stack([self.read(n, "f32") for n in registers]) * self.read(given[2], "pred")[0]
+        # By eight columns, eight rows, place in a pair, warp, row and pair.
+        d = d.reshape(N // 8, 2, 2, 4, 8, 4).transpose(3, 1, 4, 0, 5, 2).reshape(64, N)
+        d = (a @ b.T + d).astype(np.float32).reshape(4, 2, 8, N // 8, 4, 2).transpose(3, 1, 5, 0, 2, 4)
+        for register, value in zip(registers, d.reshape(len(registers), self.threads), strict=True):
+            self.write(register, value, "f32", active)
+
+    def described(self, descriptor: str, rows: int, columns: int, kind: str) -> np.ndarray:
+        """The matrix in shared memory of a descriptor: eight rows follow each other, the next eight are `apart`."""
+        bits = int(self.bits(descriptor)[0])
+        width = {1: 128, 2: 64, 3: 32}[bits >> 62]
+        start, apart = (bits & 0x3FFF) << 4, (bits >> 32 & 0x3FFF) << 4
+        row, column = np.arange(rows)[:, None], np.arange(columns)[None, :]
+        where = start + row // 8 * apart + row % 8 * width + 2 * column
+        where ^= (where >> 7 & width // 16 - 1) << 4
+        half = self.loaded(self.shared, where.reshape(-1), 2).reshape(rows, columns).astype(np.uint32)
+        halves = (half << 16).view(np.float32) if kind == "bf16" else half.astype(np.uint16).view(np.float16)
+        return halves.astype(np.float64)
+
+    def copy(self, to: np.ndarray, of: np.ndarray, width: int, taken: list[str], active: np.ndarray) -> None:
+        """`width` bytes to shared memory, zeros after those that are taken."""
+        size = self.read(taken[0], "u32") if taken else np.full(self.threads, width)
+        assert set(size[active]) <= {0, width} and not ((to % width)[active].any() or (of % width)[active & (size > 0)].any())
+        assert self.memory.inside(of[active & (size > 0)], width), "a copy from outside of tensors"
+        for i in range(width):
+            self.shared[to[active] + i] = np.where(size > 0, self.memory.bytes[np.where(size > 0, of, 0) + i], 0)[active]
 
 
 def grouped(text: str) -> list[str]:

@@ -28,6 +28,7 @@ from gdnfuse.kernels import (
     few_rows_hopper,
     few_rows_hopper_quantized,
     implementations,
+    low_rank,
     one_shot_sum,
     quantized,
     skinny_linear,
@@ -36,13 +37,14 @@ from gdnfuse.kernels import (
 from gdnfuse.kernels.chunk_delta_rule import prepare_bytes, scan_bytes
 from gdnfuse.kernels.devices import H200, Device
 from gdnfuse.kernels.few_rows_linear import adapters_table
-from gdnfuse.kernels.launch.implementation import launched_by
+from gdnfuse.kernels.launch.implementation import POINTERS, launched_by
 from gdnfuse.kernels.linear_configs import (
     FewRowsConfig,
-    adapters_config,
     few_rows_config,
+    low_rank_config,
     quantized_ring_config,
     ring_config,
+    slots_at_once,
     split,
     tensor_cores_config,
 )
@@ -474,27 +476,29 @@ RINGS = [
 ]
 
 
-# Some of them with adapters: of one rank on up to four projections, and of four ranks.
-RINGS = [(*ring, (), rows) for ring in RINGS for rows in (8, 32)]
-RINGS += [(*ring[:4], ranks, rows) for ring, ranks, rows in [(RINGS[2], (16, 16), 8), (RINGS[2], (64, 8, 32, 16), 32),
-    (RINGS[8], (16,), 32), (RINGS[10], (8, 64), 8)]]  # fmt: skip
+# Some of them with adapters: of one rank on up to four projections, and of several ranks.
+RINGS = [(*ring, (), F32, rows) for ring in RINGS for rows in (8, 32)]
+RINGS += [(*ring[:4], *more) for ring, *more in [(RINGS[2], (16,), BF16, 8), (RINGS[2], (32, 8, 16), F32, 32),
+    (RINGS[8], (16,), BF16, 8), (RINGS[8], (16,), F32, 32), (RINGS[10], (8, 64), F32, 8)]]  # fmt: skip
 
 
-@pytest.mark.parametrize(("swiglu", "m", "n", "parts", "ranks", "rows"), RINGS)
+@pytest.mark.parametrize(("swiglu", "m", "n", "parts", "ranks", "dtype", "rows"), RINGS)
 def test_the_ring_of_weights_is_full_before_the_wait_and_nothing_spills(
-    swiglu, m, n, parts, ranks, rows, tmp_path, record_property
+    swiglu, m, n, parts, ranks, dtype, rows, tmp_path, record_property
 ):
-    kernel, (tiles, _, stages, _) = few_rows_hopper.few_rows_hopper_kernel, ring_config(m, n, swiglu, parts)
+    kernel, chosen = few_rows_hopper.few_rows_hopper_kernel, ring_config(m, n, swiglu, parts)
+    tiles, _, stages, _ = chosen
     constexprs = {"SWIGLU": swiglu, "TILES": tiles, "BB": rows, "STAGES": stages, "OVERLAP": True}
     pointers = {"x_ptr": "*bf16", "weight_ptr": "*bf16", "out_ptr": "*fp32" if parts > 1 else "*bf16"}
-    constexprs |= {"LORA": None, "LOW_PARTS": 1, "low_ptr": None, **{f"b{i}_ptr": None for i in range(4)}}
+    constexprs |= {"ADAPTERS": None, "SLOTS": 1, "NUMBERS": 1, "low_ptr": None, **{f"b{i}_ptr": None for i in range(4)}}
     if ranks:
         sizes = [m, m] if swiglu else [m] if parts > 1 else [8192, m - 8192 - 64, 32, 32]
-        *_, A, B, where, scaling = lora(sizes, n, ranks)
-        low = {"low_ptr": "*fp32", **{f"b{i}_ptr": "*fp32" for i in range(len(B))}}
+        *_, B, where, scaling = lora(sizes, n, ranks)
+        low = {"low_ptr": "*fp32", **{f"b{i}_ptr": POINTERS[dtype] for i in range(len(B))}}
         constexprs = {name: x for name, x in constexprs.items() if name not in low}
         pointers |= low
-        constexprs |= {"LORA": adapters_table(B, where, scaling), "LOW_PARTS": adapters_config(*A[0].shape).parts}
+        adapters, numbers = few_rows_hopper.adapter_slots(adapters_table(B, where, scaling)), few_rows_hopper.NUMBERS[dtype]
+        constexprs |= {"ADAPTERS": adapters, "SLOTS": slots_at_once(chosen, rows, len(adapters), numbers), "NUMBERS": numbers}
     signature = dict.fromkeys(kernel.arg_names, "i32") | pointers | dict.fromkeys(constexprs, "constexpr")
     aligned = (*pointers, "stride_xb", "stride_wm")
     attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name in aligned}
@@ -553,6 +557,27 @@ def before_the_wait(kernel):
     assert "griddepcontrol.launch_dependents" in before
     assert "st.global" not in before and "st.global" in behind
     return before
+
+
+@pytest.mark.parametrize(
+    ("R", "n", "rows", "dtype", "at_once"), [(16, 9216, 8, BF16, 5), (64, 2560, 8, F32, 6), (512, 17408, 32, BF16, 4)]
+)
+def test_the_A_of_adapters_are_read_before_the_wait(R, n, rows, dtype, at_once, tmp_path):
+    """16 bytes at once. So are x, many loads before the first product. Threads add up what they have, and meet once."""
+    of = lambda dtype, *shape: torch.empty(shape, dtype=dtype, device="meta")  # noqa: E731
+    (spec,) = launched_by(low_rank.launch, of(BF16, rows, n), of(dtype, R, n))
+    spec.constexprs["OVERLAP"] = True
+    kernel = compile_for("sm_90", replace(spec, options={**spec.options, "launch_pdl": True, "maxnreg": low_rank.REGISTERS}))
+    usage = resources(kernel.asm["cubin"], tmp_path)
+    assert (usage["STACK"], usage["LOCAL"]) == (0, 0), f"{usage}"
+    text = subprocess.run([CUOBJDUMP, "-sass", tmp_path / "kernel.cubin"], capture_output=True, text=True, check=True).stdout
+    assert text.partition("ACQBULK")[2].partition("FFMA")[0].count("LDG.E.128") >= at_once
+    assert set(re.findall(r"ld\.global\S*", kernel.asm["ptx"])) == {"ld.global.v4.b32"}
+    chosen = low_rank_config(R, n, rows, dtype, BF16)
+    loads = before_the_wait(kernel).count("ld.global")
+    assert loads == chosen.ahead * chosen.R * dtype.itemsize // 2
+    assert chosen.ahead * chosen.BN >= n or R > 64
+    assert kernel.asm["ptx"].count("bar.sync") <= 4
 
 
 # The linears of a decode step of the 0.8B, 4B, 9B and 27B models, and the widest, kind × M × N.

@@ -4,16 +4,12 @@ import pytest
 import torch
 from ptx import emulated
 
-from gdnfuse import compat, formats
+from gdnfuse import formats
 from gdnfuse.dialect import fused_linear, in_proj_conv
 from gdnfuse.kernels import few_rows_hopper, skinny_tensor_cores
 from gdnfuse.kernels.few_rows_linear import adapters_table
-from gdnfuse.kernels.launch.implementation import kernel_of
-from gdnfuse.kernels.linear_configs import TensorCoresConfig
+from gdnfuse.kernels.linear_configs import RingConfig, TensorCoresConfig
 from tests.sweeps import ALL
-
-gluon, gl, *_ = compat.gluon()
-add_lora, store_tiles = few_rows_hopper._add_lora, few_rows_hopper.store_tiles
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 # What is fused around it, rows, columns, format, dtype of the result, and the config: two rounds of loads, tiles and groups that
@@ -77,43 +73,38 @@ def test_one_row_on_tensor_cores(kind, m, n, format, dtype, config):
     assert (state.double() - states).abs().max() <= TOLERANCE[dtype] * states.abs().max()
 
 
-@gluon.jit
-def end_of_ring(
-    low_ptr, b0_ptr, b1_ptr, out_ptr, B, M, live_rows, low_columns,
-    SWIGLU: gl.constexpr, BB: gl.constexpr, LORA: gl.constexpr, LOW_PARTS: gl.constexpr,
-):  # fmt: skip
-    """What few_rows_hopper does with one tile after its last product, all of whose sums are 1."""
-    products: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BB, 16])
-    acc = gl.full([64, BB], 1.0, gl.float32, products)
-    first, part = gl.program_id(0) * live_rows, gl.program_id(1)
-    acc = add_lora(acc, first, live_rows, M, B, low_ptr, low_columns, (b0_ptr, b1_ptr), part, SWIGLU, BB, LORA, LOW_PARTS)
-    store_tiles((acc,), out_ptr, first, part, B, M, M, live_rows, SWIGLU, 1, BB)
-
-
-# SwiGLU or not, rows of the projections, live rows of a tile, rows of x, ranks, dtype of B, and parts of the columns.
+# SwiGLU or not, rows of the projections, columns, config of the ring, rows of x, ranks, and dtypes of the weight and of adapters:
+# slots that are full and not, tiles of several projections, one turn and several, and parts of the columns.
 RINGS = [
-    (False, [70, 30, 45], 47, 5, (8, 20), F32, 2),
-    (True, [50, 50], 29, 9, (4, 16), BF16, 1),
+    (False, [70, 30, 45], 256, (2, 40, 2, 1), 5, (16, 4), BF16, BF16),
+    (True, [50, 50], 256, (1, 29, 3, 1), 9, (20, 8), BF16, F32),
+    (False, [100], 512, (1, 48, 3, 2), 3, (64, 16), F16, F16),
 ]
 if ALL:
-    RINGS += [(False, [100], 64, 32, (64,), F32, 1), (True, [33, 33], 32, 32, (8, 8), F32, 1)]
+    RINGS += [
+        (True, [100, 100], 256, (3, 32, 2, 1), 8, (16,), BF16, BF16),
+        (False, [33, 33], 128, (1, 64, 2, 1), 32, (8, 8), F16, F32),
+        (False, [70, 30], 256, (2, 40, 2, 1), 17, (64, 64), F16, BF16),
+        (False, [90], 512, (2, 40, 3, 2), 2, (8, 24), F16, F32),
+        (False, [70, 30], 256, (3, 40, 2, 1), 2, (), F16, None),
+    ]
 
 
-@pytest.mark.parametrize(("swiglu", "sizes", "live", "rows", "ranks", "dtype", "parts"), RINGS)
-def test_adapters_of_a_few_rows_on_hopper(swiglu, sizes, live, rows, ranks, dtype, parts):
-    """B·(A·x) is added to the tiles of a ring: in the first part of the columns alone, and before SwiGLU."""
-    A, B, where, scaling = fused_linear.example_adapters(sizes, 16, ranks, dtype).values()
-    M, P = sum(sizes) // (2 if swiglu else 1), 3
-    low = torch.randn(P, rows, A[0].shape[0])
-    y = torch.ones(parts, rows, sum(sizes), dtype=torch.float64)
-    for (first, width, row, of, start), scale in zip(zip(*[iter(where)] * 5, strict=True), scaling, strict=True):
-        b = B[of][start : start + width].double()
-        y[0, :, first : first + width] += scale * low.double().sum(0)[:, row : row + b.shape[1]] @ b.T
-    wanted = torch.nn.functional.silu(y[..., :M]) * y[..., M:] if swiglu else y
-    out = torch.full((parts, rows, M), float("nan"))
+@pytest.mark.parametrize(("swiglu", "sizes", "n", "config", "rows", "ranks", "dtype", "lora_dtype"), RINGS)
+def test_a_ring_of_weights_with_adapters(swiglu, sizes, n, config, rows, ranks, dtype, lora_dtype):
+    """B·(A·x) is added to the products: in the first part of the columns alone, and before SwiGLU."""
+    x, weight = torch.randn(rows, n).to(dtype), (torch.randn(sum(sizes), n) * n**-0.5).to(dtype)
+    chosen, more, parts = RingConfig(*config), {}, config[-1]
+    y = torch.stack([a.double() @ w.double().T for a, w in zip(x.chunk(parts, -1), weight.chunk(parts, -1), strict=True)])
+    if ranks:
+        A, B, where, scaling = fused_linear.example_adapters(sizes, n, ranks, lora_dtype).values()
+        low = torch.randn(rows, A[0].shape[0])
+        more["lora"] = low, B, adapters_table(B, where, scaling)
+        for (first, width, row, of, start), scale in zip(zip(*[iter(where)] * 5, strict=True), scaling, strict=True):
+            b = B[of][start : start + width].double()
+            y[0, :, first : first + width] += scale * low.double()[:, row : row + b.shape[1]] @ b.T
+    wanted = torch.nn.functional.silu(y[..., : sum(sizes) // 2]) * y[..., sum(sizes) // 2 :] if swiglu else y
     with emulated():
-        kernel_of(end_of_ring)[(-(-M // live), parts)](
-            low, *B, *[None] * (2 - len(B)), out, rows, M, live, low.shape[-1], SWIGLU=swiglu,
-            BB=max(8, 1 << (rows - 1).bit_length()), LORA=adapters_table(B, where, scaling), LOW_PARTS=P, num_warps=4,
-        )  # fmt: skip
-    assert (out.double() - wanted).abs().max() <= TOLERANCE[F32] * wanted.abs().max()
+        found = few_rows_hopper.launch_with(chosen, x, weight, swiglu, **more)
+    assert found.dtype == (F32 if parts > 1 else dtype)
+    assert (found.double() - wanted).abs().max() <= TOLERANCE[found.dtype] * wanted.abs().max()

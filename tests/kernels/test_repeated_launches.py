@@ -219,5 +219,8 @@ def test_the_ring_takes_rows_whose_sixteen_bytes_are_together(rows, apart, taken
     x = torch.empty(rows, apart, dtype=torch.bfloat16)[:, :512]
     weight = torch.empty(300, 512, dtype=torch.bfloat16)
     assert few_rows_hopper.supports_here(x, weight) == taken
+    of_rank = {n: ([weight.new_empty(300, n)], [0, 300, 0, 0, 0]) for n in (512, 513)}
+    assert few_rows_hopper.supports_here(x, weight, *of_rank[512]) == taken
+    assert not few_rows_hopper.supports_here(x, weight, *of_rank[513])  # more slots than it takes
     shifted = torch.empty(300 * 512 + 1, dtype=torch.bfloat16)[1:].view(300, 512)
     assert not few_rows_hopper.supports_here(x, shifted) and not few_rows_hopper.supports_here(x.half(), weight)
