@@ -237,7 +237,7 @@ def chosen(of: Linear) -> Config:
     if ring and quantised:
         taken = quantized_ring_config(of.outputs - of.plain, of.columns, of.sequences, swiglu, parts)
     elif ring:
-        taken = ring_config(of.outputs, of.columns, swiglu, parts)
+        taken = ring_config(of.outputs, of.columns, swiglu, parts, of.sequences)
     device = devices.of(torch.device(DEVICE))
     return taken or quantized.config_of_rows(one_of(of), of.format, of.sequences, of.role == "swiglu", parts, device)
 

@@ -20,7 +20,7 @@ from gdnfuse.kernels.launch.implementation import kernel_of, overlap_options, re
 gdc_launch_dependents, gdc_wait = compat.dependent_launch()
 
 MAX_N = 2**14  # a program holds its row
-WIDE, NUM_WARPS, MORE_WARPS = 2**13, 8, 16  # a row wider than that takes more
+FEW = 132  # rows, at most, of which each gets a multiprocessor of its own; benchmarks/chain.py
 
 
 @triton.jit
@@ -69,9 +69,16 @@ def launch(
     kernel_of(add_rms_norm_kernel)[(residual.numel() // N,)](
         x, residual, weight.contiguous(), hidden, out, eps, offset, x.stride(0),
         N=N, PARTS=parts, BN=triton.next_power_of_2(N), OVERLAP=bool(options),
-        num_warps=NUM_WARPS if N <= WIDE else MORE_WARPS, **options,
+        num_warps=_warps(N, residual.numel() // N), **options,
     )  # fmt: skip
     return hidden, out
+
+
+def _warps(N: int, rows: int) -> int:
+    """Of a program. A few rows are computed as fast as the slowest thread; of many, more than one is on a multiprocessor."""
+    if rows <= FEW:
+        return max(1, min(triton.next_power_of_2(N) // 128, 32))
+    return 8 if N <= 2**13 else 16
 
 
 def supports(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, offset: float) -> None:

@@ -273,7 +273,7 @@ def launch(
     elif stored and few_rows_hopper_quantized and (ring := quantized_ring_config(M, N, rows.shape[0], swiglu, parts)):
         if few_rows_hopper_quantized.supports_here(rows, weight, **stored):
             return few_rows_hopper_quantized.launch_with(ring, x, weight, swiglu, overlap, **stored)
-    elif few_rows_hopper and (ring := ring_config(M, N, swiglu, parts)):
+    elif few_rows_hopper and (ring := ring_config(M, N, swiglu, parts, 0 if any(lora) else rows.shape[0])):
         if few_rows_hopper.supports_here(rows, weight, *lora[1:3]):
             return few_rows_hopper.launch_with(ring, x, weight, swiglu, overlap, **added)
     config = quantized.config_of_rows(weight, format, rows.shape[0], swiglu, parts, devices.of(x.device))

@@ -83,7 +83,7 @@ MOST_TILES = 3  # the most tiles per program; more do not fit the shared memory
 WAVES = 2  # waves of programs; weights with more rows, such as the head, stream as fast without a ring
 LEAST_ROWS = 16  # the fewest rows per program, because x is copied for each program
 SPLIT_ROWS = 48  # the most rows per program if columns are split
-RESIDENT = 3  # programs per multiprocessor of a quantised weight
+RESIDENT = 3  # programs per multiprocessor of a quantised weight, or of gate and up for many sequences
 # Columns of adapters' B's that a ring multiplies at once, and the most of such slots that it takes, because each is code.
 ADAPTER_SLOT, MAX_ADAPTER_SLOTS = 16, 32
 # For A·x of adapters: rows of A and of x per program, the smallest first, and the most registers of a thread for either.
@@ -106,11 +106,12 @@ def rows_and_out(x: torch.Tensor, M: int, dtype: torch.dtype, parts: int) -> tup
     return x.reshape(-1, x.shape[-1]), torch.empty(shape, dtype=dtype, device=x.device)
 
 
-def ring_config(M: int, N: int, swiglu: bool = False, parts: int = 1) -> RingConfig | None:
+def ring_config(M: int, N: int, swiglu: bool = False, parts: int = 1, sequences: int = 8) -> RingConfig | None:
     """The config of few_rows_hopper for a weight [M, N], with `swiglu` [2·M, N], or None if few_rows_linear is better.
 
-    Every multiprocessor gets equally many rows, in one program, or in two if the columns are split. Chosen on an H100 in a chain
-    of a 4B model's layers, by a script that was not kept. benchmarks/gemm.py sweeps single linears.
+    Every multiprocessor gets equally many rows: in one program; in two if the columns are split; in two, or three with SwiGLU, of
+    one tile each for more than 16 sequences. Chosen on an H200 with benchmarks/chain.py. With adapters, which need memory beside the
+    ring, `sequences` is 0.
     """
     if N % (STEP * parts):
         return None
@@ -118,11 +119,15 @@ def ring_config(M: int, N: int, swiglu: bool = False, parts: int = 1) -> RingCon
     programs = 2 * MULTIPROCESSORS // parts if parts > 1 else MULTIPROCESSORS * -(-M // (MULTIPROCESSORS * MOST_TILES * rows))
     if programs > WAVES * MULTIPROCESSORS:
         return None
+    more = (RESIDENT if swiglu else 2) * MULTIPROCESSORS
+    if parts == 1 and sequences > 16 and LEAST_ROWS <= M / more <= rows:
+        programs = more
     each = max(-(-M // programs), LEAST_ROWS)
     tiles = -(-each // rows)
     if tiles > MOST_TILES:
         return None
-    return RingConfig(tiles, -(-each // tiles), min(3 if tiles > 2 else 4, N // parts // STEP + 1), parts)
+    stages = 3 if tiles > 2 or programs > 2 * MULTIPROCESSORS else 5 if tiles == 2 and sequences <= 16 else 4
+    return RingConfig(tiles, -(-each // tiles), min(stages, N // parts // STEP + 1), parts)
 
 
 def slots_at_once(chosen: RingConfig, rows: int, slots: int, numbers: int) -> int:
@@ -153,19 +158,25 @@ def quantized_ring_config(M: int, N: int, rows: int, swiglu: bool = False, parts
 
 
 # For the kind of data and what is fused around the linear of one row: the largest N, and the config. If no line fits,
-# skinny_linear is better. Chosen on an H200 with benchmarks/gemm.py --format, for four bits at a 4B model's sizes alone.
+# skinny_linear is better, and so it is if the config is None. Chosen on an H200 with benchmarks/gemm.py --format and
+# benchmarks/chain.py, for four bits at a 4B model's sizes alone.
 TENSOR_CORES = {
     "e4m3": {
-        "conv": ((3072, TensorCoresConfig(4, 4)), (8192, TensorCoresConfig(4, 10))),
+        "conv": (
+            (2048, TensorCoresConfig(4, 4)),
+            (3072, TensorCoresConfig(2, 12)),
+            (8192, TensorCoresConfig(4, 10)),
+        ),
         "norm": ((8192, TensorCoresConfig(4, 6)),),
-        "gate": ((8192, TensorCoresConfig(4, 16)),),
-        "swiglu": ((3072, TensorCoresConfig(4, 6)), (8192, TensorCoresConfig(4, 16))),
+        "gate": ((4096, TensorCoresConfig(4, 16)), (8192, TensorCoresConfig(4, 6, 32))),
+        "swiglu": ((3072, TensorCoresConfig(4, 6)), (4096, TensorCoresConfig(4, 16)), (8192, TensorCoresConfig(4, 12))),
+        "plain": ((8192, None), (9216, TensorCoresConfig(4, 10))),
     },
     "int4": {
         "conv": ((3072, TensorCoresConfig(2, 4, 32)), (16384, TensorCoresConfig(4, 4, 32))),
         "norm": ((16384, TensorCoresConfig(4, 4, 32)),),
-        "gate": ((16384, TensorCoresConfig(8, 4, 32)),),
-        "swiglu": ((16384, TensorCoresConfig(4, 4, 32)),),
+        "gate": ((4096, TensorCoresConfig(16, 2, 32)), (16384, TensorCoresConfig(8, 4, 32))),
+        "swiglu": ((3072, TensorCoresConfig(4, 6, 32)), (16384, TensorCoresConfig(4, 4, 32))),
         "plain": ((6144, TensorCoresConfig(8, 4)), (16384, TensorCoresConfig(4, 10))),
     },
     # Values of nf4 and fp4 are rounded to float16, which is not enough for a conv, because its result is float32.

@@ -35,16 +35,18 @@ MAX_N = 2**15  # the loop over columns is unrolled
 
 # For what is fused around a linear: the largest N, rows per tile (of gate and of up each with SwiGLU), columns per step, warps,
 # and programs per multiprocessor (0: one per tile). The first line that fits is used. Chosen on an H200 for bfloat16 with
-# benchmarks/gemm.py.
+# benchmarks/gemm.py, and with benchmarks/chain.py where a chain of layers gave another result.
 CONFIGS = {
     "conv": ((1024, (8, 256, 4, 4)), (2048, (8, 256, 4, 3)), (2560, (8, 256, 4, 2)), (float("inf"), (4, 1024, 4, 0))),
     "norm": ((1024, (8, 256, 4, 4)), (2560, (2, 512, 2, 0)), (float("inf"), (4, 1024, 4, 0))),
-    "gate": ((2048, (4, 512, 8, 2)), (float("inf"), (4, 512, 4, 2))),
+    "gate": ((2048, (4, 512, 8, 2)), (4096, (4, 512, 4, 3)), (float("inf"), (4, 512, 4, 2))),
     "swiglu": ((1024, (4, 256, 2, 0)), (2560, (2, 512, 2, 0)), (float("inf"), (2, 4096, 8, 0))),
     "plain": (
         (2048, (2, 1024, 2, 0)),
         (3584, (4, 512, 8, 0)),
         (4096, (2, 512, 2, 4)),
+        (8192, (2, 1024, 4, 2)),
+        (9216, (1, 1024, 4, 4)),
         (12288, (2, 1024, 4, 2)),
         (float("inf"), (1, 2048, 8, 0)),
     ),
@@ -61,7 +63,7 @@ QUANTIZED_CONFIGS = {
         (4096, (4, 1024, 4, 0, 16)),
         (float("inf"), (4, 1024, 4, 0, 8)),
     ),
-    "plain": ((3072, (8, 512, 4, 0, 8)), (12288, (2, 1024, 4, 0, 8)), (float("inf"), (2, 2048, 8, 0, 8))),
+    "plain": ((3072, (8, 512, 4, 0, 8)), (float("inf"), (2, 1024, 4, 0, 8))),
 }
 
 # The same for four bits. Chosen from int4's machine code for sm_90: the fewest instructions per weight without spilling. Not

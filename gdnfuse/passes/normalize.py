@@ -50,6 +50,7 @@ def normalize(gm: GraphModule) -> None:
             _commute(node)
             _full_slice(gm, node)
             _idle_dropout(gm, node)
+            _outer(gm, node)
             _rejoined(gm, node, written)
     written = {s: n for n in gm.graph.nodes for s in writes(n)}
     for node in list(gm.graph.nodes):
@@ -107,6 +108,20 @@ def _view(gm: GraphModule, node: Node) -> None:
         sizes = value(node).shape
         if all(isinstance(size, int) and size > 0 for size in sizes):
             node.args = (node.args[0], (-1, *map(int, sizes[1:])))
+
+
+def _outer(gm: GraphModule, node: Node) -> None:
+    """Turn a product of a column and a row into an elementwise product, which needs no launch of its own.
+
+    The angles of rotary embeddings are such a product.
+    """
+    if op_name(node) != "matmul" or len(node.args) != 2 or node.kwargs:
+        return
+    a, b = node.args
+    if not all(is_tensor(x) and value(x).ndim >= 2 and value(x).dtype == value(node).dtype for x in (a, b)):
+        return
+    if value(a).shape[-1:] == value(b).shape[-2:-1] == (1,):
+        _become(gm, node, torch.mul, (a, b))
 
 
 def _cast(gm: GraphModule, node: Node) -> None:

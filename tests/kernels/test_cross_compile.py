@@ -486,7 +486,7 @@ RINGS += [(*ring[:4], *more) for ring, *more in [(RINGS[2], (16,), BF16, 8), (RI
 def test_the_ring_of_weights_is_full_before_the_wait_and_nothing_spills(
     swiglu, m, n, parts, ranks, dtype, rows, tmp_path, record_property
 ):
-    kernel, chosen = few_rows_hopper.few_rows_hopper_kernel, ring_config(m, n, swiglu, parts)
+    kernel, chosen = few_rows_hopper.few_rows_hopper_kernel, ring_config(m, n, swiglu, parts, 0 if ranks else rows)
     tiles, _, stages, _ = chosen
     constexprs = {"SWIGLU": swiglu, "TILES": tiles, "BB": rows, "STAGES": stages, "OVERLAP": True}
     pointers = {"x_ptr": "*bf16", "weight_ptr": "*bf16", "out_ptr": "*fp32" if parts > 1 else "*bf16"}

@@ -349,12 +349,13 @@ def test_parts_fill_the_columns_and_the_device(rows):
     assert {1024, 2560} <= split_at_all and not {12352, 248320} & split_at_all
 
 
-def test_a_ring_shares_rows_out_equally():
+@pytest.mark.parametrize("sequences", [8, 32])
+def test_a_ring_shares_rows_out_equally(sequences):
     """Every row is some program's, no program is idle, and where there are rows enough the multiprocessors have about as many."""
     taken = set()
     for M, N, swiglu in itertools.product((*MS, 3584, 9216, 12288, 16480, 17408), NS, (False, True)):
         for parts in {1, split(M, N, 8, ring=True)} if not swiglu else {1}:
-            ring = ring_config(M, N, swiglu, parts)
+            ring = ring_config(M, N, swiglu, parts, sequences)
             if ring is None:
                 assert N % (128 * parts) or M > 2 * 132 * 3 * (32 if swiglu else 64)
                 continue
@@ -362,8 +363,8 @@ def test_a_ring_shares_rows_out_equally():
             each = ring.tiles * ring.live
             programs = -(-M // each) * parts
             assert ring.parts == parts and ring.live <= (32 if swiglu else 64) and ring.tiles <= 3
-            assert (-(-M // each) - 1) * each < M and programs <= 2 * 132
-            assert 2 <= ring.stages <= N // parts // 128 + 1 and 2 * 128 * ring.stages * (64 * ring.tiles + 32) <= 220 * 1024
+            assert (-(-M // each) - 1) * each < M and programs <= (3 if swiglu and sequences > 16 else 2) * 132
+            assert 2 <= ring.stages <= N // parts // 128 + 1 and 2 * 128 * ring.stages * (64 * ring.tiles + max(sequences, 16)) <= 220 * 1024
             if parts == 1 and M >= 132 * 16:
                 waves = -(-programs // 132)
                 assert M / (132 * waves) > 0.9 * each - 3

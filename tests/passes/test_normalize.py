@@ -57,6 +57,15 @@ def test_squares_are_products(f, x):
     assert normal(f, x).ops() == ["mul"]
 
 
+@pytest.mark.parametrize("x", [X, H, X.double()], ids=["fp32", "bf16", "fp64"])
+def test_columns_times_rows_are_elementwise_products(x):
+    column, row = x[..., :1], x[:1, :1]
+    assert normal(lambda a, b: a @ b, column, row).ops() == ["mul"]
+    assert normal(torch.matmul, column, x[:, :1]).ops() == ["mul"]
+    assert normal(lambda a, b: a @ b, x, x.mT).ops()[-1] == "matmul"
+    assert normal(lambda a, b: a @ b, column[:, :, 0], x[0, :, 0]).ops()[-1] == "matmul"
+
+
 def test_other_powers_stay():
     assert normal(lambda x: x**3 + x**0.5 + 2**x, X.abs()).ops().count("mul") == 0
 
