@@ -45,7 +45,7 @@ gdc_launch_dependents, gdc_wait = compat.dependent_launch()
 # all layers. So if it fits the L2, it is marked to leave it first. If it does not fit, the mark would only cost time.
 # benchmarks/mixer.py --sweep compares these.
 RULE_CONFIGS = ((64, (16, 1)), (512, (32, 1)), (float("inf"), (64, 2)))
-GATED_CONFIGS = ((128, (128, 4, False)), (512, (64, 4, True)), (float("inf"), (64, 4, False)))
+GATED_CONFIGS = ((1024, (128, 4, False)), (float("inf"), (64, 4, False)))
 FEW_TOKENS = range(2, 9)  # numbers of tokens that the kernel is compiled for
 # The same for so many tokens. A program of one warp has no barrier in its sums over K.
 FEW_CONFIGS = ((64, (8, 1)), (float("inf"), (16, 1)))
