@@ -4,14 +4,14 @@
     python benchmarks/chain.py --model 27b --format fp8_block128 --vary gate,plain
     python benchmarks/chain.py --model 4b --batch 32 --vary norm,gated,ring --json chain_32.json
 
-A kernel alone in a loop, as benchmarks/gemm.py has it, waits for one like itself. In a step it starts while another kernel runs, and
-what is best may be another config. Here each launch may overlap the one before it, as in a step, and no Dynamo or Inductor is in
-the way: a config takes a second or two to try. Attention layers, the embedding and the head are left out.
+A kernel alone in a loop, as benchmarks/gemm.py has it, waits for one like itself. In a step it starts while another kernel runs,
+and another config may be best. Here each launch may overlap the one before it, as in a step, and no Dynamo or Inductor is in the
+way: a config takes a second or two to try. Attention layers, the embedding and the head are left out.
 
-A chain has so many layers that what one of them reads has left the L2 when it is used again. One CUDA graph runs all layers. The
-figure is the median of REPLAYS replays in microseconds per layer, for each of REPEATS rounds over all variants, so that a drift of
-the device is seen. The limit is what the layer's bytes, weights and states, take at the rate of a copy. Each variant's result is
-compared with that of the tables: rounded sums differ a little in every layer, so a difference of a few percent is none.
+A chain has so many layers that what one of them reads has left the L2 when it is used again. One CUDA graph runs all layers.
+The figure is the median of REPLAYS replays in microseconds per layer, for each of REPEATS rounds over all variants, so that a
+drift of the device is seen. The limit is what the layer's bytes, weights and states, take at the rate of a copy. Each variant's
+result is compared with that of the tables. Rounded sums differ a little in every layer, so a difference of a few percent is none.
 """
 
 from __future__ import annotations
@@ -223,9 +223,9 @@ SWEPT = ("e4m3", "int4", "nf4")  # kinds of data that skinny_tensor_cores has
 
 
 def ring_of(chosen: RingConfig | None, M: int, swiglu: bool, per_sm: int, tiles: int, stages: int) -> RingConfig | None:
-    """A ring with so many programs per multiprocessor, if its tiles are neither too large nor nearly empty and memory is enough."""
+    """A ring with so many programs per multiprocessor, if its tiles are neither too large nor nearly empty and have memory."""
     most = linear_configs.TILE // (2 if swiglu else 1)
-    live = -(--(-M // (per_sm * linear_configs.MULTIPROCESSORS)) // tiles)
+    live = math.ceil(math.ceil(M / (per_sm * linear_configs.MULTIPROCESSORS)) / tiles)
     room = per_sm * stages * (tiles * linear_configs.TILE + 32) * 2 * linear_configs.STEP
     return RingConfig(tiles, live, stages, 1) if chosen and most // 2 < live <= most and room <= 224 * 1024 else None
 
@@ -293,10 +293,10 @@ def measure(layers: list[Layer], vary: Sequence[str]) -> list[dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]], limit: float) -> str:
     ordered = [rows[0], *sorted((r for r in rows[1:] if "us" in r), key=lambda r: statistics.median(r["us"]))]
-    lines = [
-        [r["what"], r["config"], *(f"{statistics.median(r['us']):.2f} {min(r['us']):.2f} {max(r['us']):.2f}".split())] for r in ordered
-    ]
-    wrong = [f"{r['what']} {r['config']}: {r.get('failed') or 'wrong by %.1e' % r['difference']}" for r in rows if "us" not in r]
+    figures = lambda us: [f"{n:.2f}" for n in (statistics.median(us), min(us), max(us))]  # noqa: E731
+    lines = [[r["what"], r["config"], *figures(r["us"])] for r in ordered]
+    why = lambda r: r.get("failed") or f"wrong by {r['difference']:.1e}"  # noqa: E731
+    wrong = [f"{r['what']} {r['config']}: {why(r)}" for r in rows if "us" not in r]
     head = ["varied", "config", "µs a layer", "least", "most"]
     return "\n".join([tabulate(lines, head, disable_numparse=True), f"limit {limit:.2f} µs a layer", *wrong])
 
@@ -306,7 +306,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default="4b", help="a preset or a folder with config.json")
     parser.add_argument("--batch", type=int, default=1, help="sequences, 1 to 32")
     parser.add_argument("--format", default="", help="of quantised weights, e.g. fp8_block128 or int4_group128")
-    parser.add_argument("--vary", default="", help="what to vary: rule, conv, gate, swiglu, plain for one sequence; norm, gated, ring")
+    parser.add_argument("--vary", default="", help="rule, conv, gate, swiglu, plain for one sequence; norm, gated, ring for more")
     parser.add_argument("--json", metavar="FILE", help="write the figures, the machine and the versions here")
     args = parser.parse_args(argv)
     if not 1 <= args.batch <= linear_configs.MAX_ROWS:

@@ -110,8 +110,8 @@ def ring_config(M: int, N: int, swiglu: bool = False, parts: int = 1, sequences:
     """The config of few_rows_hopper for a weight [M, N], with `swiglu` [2·M, N], or None if few_rows_linear is better.
 
     Every multiprocessor gets equally many rows: in one program; in two if the columns are split; in two, or three with SwiGLU, of
-    one tile each for more than 16 sequences. Chosen on an H200 with benchmarks/chain.py. With adapters, which need memory beside the
-    ring, `sequences` is 0.
+    one tile each for more than 16 sequences. Chosen on an H200 with benchmarks/chain.py. With adapters, which need memory beside
+    the ring, `sequences` is 0.
     """
     if N % (STEP * parts):
         return None
@@ -126,7 +126,7 @@ def ring_config(M: int, N: int, swiglu: bool = False, parts: int = 1, sequences:
     tiles = -(-each // rows)
     if tiles > MOST_TILES:
         return None
-    stages = 3 if tiles > 2 or programs > 2 * MULTIPROCESSORS else 5 if tiles == 2 and sequences <= 16 else 4
+    stages = 3 if tiles > 2 or programs > 2 * MULTIPROCESSORS else 5 if tiles == 2 and 0 < sequences <= 16 else 4
     return RingConfig(tiles, -(-each // tiles), min(stages, N // parts // STEP + 1), parts)
 
 

@@ -37,8 +37,8 @@ gluon, gl, *_ = compat.gluon()  # callers check that it exists
 mma_v2 = compat.mma_v2()
 gdc_launch_dependents, gdc_wait = compat.dependent_launch()
 
-# Kinds of data of which a program also loads the rest of its tile into the L2 before it waits. Chosen on an H200 in a chain of a 4B
-# model's layers; e4m3 is slower with it.
+# Kinds of data of which a program also loads the rest of its tile into the L2 before it waits. Chosen on an H200 in a chain of a
+# 4B model's layers; e4m3 is slower with it.
 FETCHED = ("int4",)
 PLAIN_ROWS = gl.constexpr(4)  # rows per program, for rows that are not quantised
 ROW = gl.constexpr(gl.SwizzledSharedLayout(8, 1, 2, order=[1, 0]))  # so that both float16 of a column come from different banks
@@ -480,8 +480,8 @@ def supports_here(x: torch.Tensor, weight: torch.Tensor, format: str, head: int,
 
     It needs e4m3 in blocks of at least 64 columns on a GPU that unpacks it, or four bits in blocks of at least 32 on NVIDIA's,
     and rows that can be loaded 16 bytes at a time. Under a gate, heads must fill the parts of a row. Values of a table are
-    rounded to float16, and sums of int4 start with what is subtracted from all of them. So for four bits, the result's dtype must be
-    half precision.
+    rounded to float16, and sums of int4 start with what is subtracted from all of them. So for four bits the result's dtype must
+    be half precision.
     """
     how = quantized.stored(format)
     data = quantized.octets(weight, how)
