@@ -699,7 +699,7 @@ def dependent_launch(there):
 @case
 def gluon(there):
     assert (compat.gluon() is not None) == there
-    weight = SimpleNamespace(dtype=torch.bfloat16, is_cuda=True, device=None)
+    weight = SimpleNamespace(dtype=torch.bfloat16, device=torch.device("cuda", 0))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: True)
         patch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))

@@ -26,6 +26,7 @@ import triton.language as tl
 
 from gdnfuse import compat
 from gdnfuse.errors import Refused
+from gdnfuse.kernels import tuned
 from gdnfuse.kernels.gated_rms_norm import gated
 from gdnfuse.kernels.launch.implementation import (
     kernel_of,
@@ -397,7 +398,7 @@ def launch_gated(
     H = q.shape[1]
     a, b, z = (x.squeeze(1) if x.dim() > 3 else x.squeeze(1).unflatten(-1, (H, -1)) for x in (a, b, z))
     z = z.unflatten(-1, (HV // H, V))
-    columns, num_warps, ahead = _config(GATED_CONFIGS, recurrent_state)
+    columns, num_warps, ahead = _tuned("delta_rule_gated", _config(GATED_CONFIGS, recurrent_state), recurrent_state)
     out = torch.empty((B, 1, HV * V), dtype=z.dtype, device=z.device)
     # Offsets of 32 bits are enough inside the state of a head, for the strides of any cache. They leave more registers for tiles.
     farthest = sum(n * max(t.stride(-1), 1) for t, n in ((q, K), (k, K), (v, V), (z, V))) + K * recurrent_state.stride(2)
@@ -418,7 +419,7 @@ def launch_gated(
 def _config_of_rule(T: int, state: torch.Tensor) -> tuple[int, int]:
     """Columns per program and warps for so many tokens."""
     if T == 1:
-        return _config(RULE_CONFIGS, state)
+        return _tuned("delta_rule", _config(RULE_CONFIGS, state), state)
     if T not in FEW_TOKENS:
         return LOOP_CONFIG
     return TWO_CONFIG if T == 2 else _config(FEW_CONFIGS, state)
@@ -427,6 +428,19 @@ def _config_of_rule(T: int, state: torch.Tensor) -> tuple[int, int]:
 def _config(table: tuple[Any, ...], recurrent_state: torch.Tensor) -> Any:
     B, HV = recurrent_state.shape[:2]
     return next(config for heads, config in table if B * HV <= heads)
+
+
+def _tuned(kernel: str, default: Any, recurrent_state: torch.Tensor) -> Any:
+    """The config that was measured on this card for a state of these sizes, or the default."""
+    B, HV, K, V = recurrent_state.shape
+    if not isinstance(B, int):
+        return default
+
+    def require(config: Any) -> None:
+        tuned.require_powers(columns=config[0], warps=config[1])
+
+    key = tuned.Key(kernel, "", (B * HV, K, V), tuned.of_weight(recurrent_state))
+    return tuned.choose(key, default, require, recurrent_state.device)
 
 
 def fits(recurrent_state: torch.Tensor) -> bool:

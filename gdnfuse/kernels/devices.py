@@ -34,10 +34,15 @@ EVERY = 48 * 1024  # bytes of shared memory that every GPU has
 
 def of(device: torch.device) -> Device:
     """What a device has. For tensors on no GPU, as in a report, it is the current GPU, or an H200 if there is none."""
+    return _of(index_of(device))
+
+
+def index_of(device: torch.device) -> int:
+    """The number of a GPU. For tensors on no GPU it is that of the current one, or 0 if there is none."""
     index = device.index if device.type == "cuda" else None
     if index is None:
         index = torch.cuda.current_device() if torch.cuda.is_available() else 0
-    return _of(index)
+    return index
 
 
 @functools.cache

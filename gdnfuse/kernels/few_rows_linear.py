@@ -14,6 +14,7 @@ sums are float32. There is one rounding, to the weight's dtype, and none for spl
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,12 +22,15 @@ import triton
 import triton.language as tl
 
 from gdnfuse import compat
-from gdnfuse.kernels import devices, low_rank, quantized
+from gdnfuse.kernels import devices, low_rank, quantized, tuned
 from gdnfuse.kernels.launch.implementation import kernel_of, overlap_options
 from gdnfuse.kernels.linear_configs import (
     FewRowsConfig,
+    RingConfig,
     columns_of,
     quantized_ring_config,
+    require_few_rows,
+    require_ring,
     ring_config,
     rows_and_out,
 )
@@ -268,13 +272,30 @@ def launch(
     rows = x.reshape(-1, N)
     x = rows.view(x.shape)  # if a copy is needed, it is made once
     added = {"lora": adapters(x, *lora, overlap)} if any(lora) else {}
+    how, device, B = quantized.stored(format), devices.of(x.device), rows.shape[0]
+    itemsize = weight.itemsize if how is None else 1
+    sizes = M, 0 if stored.get("plain") is None else stored["plain"].shape[0], N, parts
+
+    def taken(kernel: str, default: Any, require: Callable[[Any], None]) -> Any:
+        """The tuned choice. With adapters the default, because they were not there when it was measured."""
+        key = tuned.Key(kernel, "swiglu" if swiglu else "plain", sizes, tuned.of_weight(weight, format), B)
+        return default if added else tuned.choose(key, default, require, x.device)
+
+    def fits_ring(config: RingConfig) -> None:
+        require_ring(config, N, B, itemsize, swiglu, parts, device)
+
+    def fits(config: FewRowsConfig) -> None:
+        require_few_rows(config, N, B, itemsize, parts, device, how.columns or N if how else 0)
+
     if "zero" in stored:
         pass  # the ring does not support four bits
     elif stored and few_rows_hopper_quantized and (ring := quantized_ring_config(M, N, rows.shape[0], swiglu, parts)):
         if few_rows_hopper_quantized.supports_here(rows, weight, **stored):
+            ring = taken("few_rows_hopper_quantized", ring, fits_ring)
             return few_rows_hopper_quantized.launch_with(ring, x, weight, swiglu, overlap, **stored)
     elif few_rows_hopper and (ring := ring_config(M, N, swiglu, parts, 0 if any(lora) else rows.shape[0])):
         if few_rows_hopper.supports_here(rows, weight, *lora[1:3]):
+            ring = taken("few_rows_hopper", ring, fits_ring)
             return few_rows_hopper.launch_with(ring, x, weight, swiglu, overlap, **added)
-    config = quantized.config_of_rows(weight, format, rows.shape[0], swiglu, parts, devices.of(x.device))
+    config = taken("few_rows_linear", quantized.config_of_rows(weight, format, B, swiglu, parts, device), fits)
     return launch_with(config, x, weight, swiglu, overlap, **added, **stored)

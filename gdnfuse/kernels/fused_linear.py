@@ -14,11 +14,11 @@ import torch
 from gdnfuse import compat
 from gdnfuse.dialect.fused_linear import weight_dtype
 from gdnfuse.errors import Refused
-from gdnfuse.kernels import devices, few_rows_linear, quantized, skinny_linear
+from gdnfuse.kernels import devices, few_rows_linear, quantized, skinny_linear, tuned
 from gdnfuse.kernels.causal_conv_update import ACTIVATIONS
 from gdnfuse.kernels.gated_rms_norm import require_gate
 from gdnfuse.kernels.launch.implementation import register, require_dtypes, require_static
-from gdnfuse.kernels.linear_configs import MAX_ROWS, tensor_cores_config
+from gdnfuse.kernels.linear_configs import MAX_ROWS, TensorCoresConfig, require_tensor_cores, tensor_cores_config
 
 if compat.gluon() and compat.mma_v2():
     from gdnfuse.kernels import skinny_tensor_cores
@@ -98,12 +98,27 @@ def _one_row(
     **kwargs: Any,
 ) -> torch.Tensor:
     """skinny_linear, or skinny_tensor_cores instead, with the config for what is around the linear."""
-    width = quantized.width(weight, format)
-    if format and skinny_tensor_cores and (chosen := tensor_cores_config(kind, width, quantized.stored(format).kind)):
-        head = norm_weight.shape[0] if kind == "gate" else 1
+    width, how = quantized.width(weight, format), quantized.stored(format)
+    head, plain = norm_weight.shape[0] if kind == "gate" else 1, kwargs.get("plain")
+    M = weight.shape[0] // (2 if kind == "swiglu" else 1)
+    sizes, of = (M, 0 if plain is None else plain.shape[0], width, 1), tuned.of_weight(weight, format)
+
+    def fits(config: tuple[int, ...]) -> None:
+        if isinstance(config, TensorCoresConfig):
+            require_tensor_cores(config)
+            if not skinny_tensor_cores.supports_here(x, weight, format, head, config.warps, kwargs["dtype"]):
+                raise Refused(f"Heads of {head} columns must fill the parts of a row, found {config.warps} warps.")
+        else:
+            skinny_linear.require_config(config, M, width, how, kind, head)
+
+    if format and skinny_tensor_cores and (chosen := tensor_cores_config(kind, width, how.kind)):
         if skinny_tensor_cores.supports_here(x, weight, format, head, chosen.warps, kwargs["dtype"]):
+            chosen = tuned.choose(tuned.Key("skinny_tensor_cores", kind, sizes, of), chosen, fits, x.device)
             return skinny_tensor_cores.launch_with(chosen, x, weight, norm_weight, *args, format=format, **kwargs)
     chosen = skinny_linear.config_of(kind, weight, format)
+    if not kwargs.get("lora"):  # adapters were not there when a choice was measured
+        known = how is None or how.packed == 1
+        chosen = tuned.choose(tuned.Key("skinny_linear", kind, sizes, of), chosen, fits, x.device, on_h200=known)
     return skinny_linear.launch_with(chosen, x, weight, norm_weight, *args, format=format, **kwargs)
 
 

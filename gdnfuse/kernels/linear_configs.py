@@ -14,7 +14,8 @@ import torch
 
 from gdnfuse import compat
 from gdnfuse.errors import Refused
-from gdnfuse.kernels.devices import H200, Device, require_shared
+from gdnfuse.kernels.devices import H200, Device, index_of, require_shared
+from gdnfuse.kernels.tuned import require_divides, require_powers
 
 MAX_ROWS = 32
 MULTIPROCESSORS = H200.multiprocessors
@@ -92,11 +93,15 @@ LOW_RANK_COLUMNS = 8  # columns of a thread at once
 
 
 def rings(weight: torch.Tensor) -> bool:
-    """Whether few_rows_hopper supports the device and the dtype of a weight."""
-    if weight.dtype not in (torch.bfloat16, torch.float16) or not weight.is_cuda or torch.version.hip is not None:
+    """Whether few_rows_hopper supports the device and the dtype of a weight.
+
+    For a weight without a device, as in a report, that is the current GPU. So a report splits a linear like a step on this card.
+    """
+    if weight.dtype not in (torch.bfloat16, torch.float16) or weight.device.type not in ("cuda", "meta"):
         return False
-    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability(weight.device)[0] == 9
-    return hopper and compat.gluon() is not None
+    if torch.version.hip is not None or not torch.cuda.is_available() or compat.gluon() is None:
+        return False
+    return torch.cuda.get_device_capability(index_of(weight.device))[0] == 9
 
 
 def rows_and_out(x: torch.Tensor, M: int, dtype: torch.dtype, parts: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -200,6 +205,13 @@ def tensor_cores_config(kind: str, N: int, of: str) -> TensorCoresConfig | None:
     return next((chosen for width, chosen in TENSOR_CORES.get(of, {}).get(kind, ()) if N <= width), None)
 
 
+def require_tensor_cores(config: TensorCoresConfig) -> None:
+    """Refuse a config that skinny_tensor_cores cannot be launched with."""
+    require_powers(warps=config.warps)
+    if config.rows not in (16, 32) or not 1 <= config.ahead <= 64:
+        raise Refused(f"Tiles must have 16 or 32 rows, and 1 to 64 steps be loaded ahead, found {list(config)}.")
+
+
 def columns_of(rows: int) -> int:
     """Columns of a product on tensor cores with so many rows of x."""
     return max(8, 1 << (rows - 1).bit_length())
@@ -246,6 +258,43 @@ def few_rows_config(
         config = config._replace(stages=config.stages - 1)
     require_shared("few_rows_linear", config.shared_memory(rows, itemsize), device)
     return config
+
+
+def require_few_rows(
+    config: FewRowsConfig, N: int, rows: int, itemsize: int, parts: int, device: Device, scaled: int = 0
+) -> None:
+    """Refuse a config that few_rows_linear cannot be launched with.
+
+    Args:
+        itemsize: bytes of an element of the weight, at least 1.
+        scaled: columns of a quantised weight that share a scale; 0 for another weight.
+    """
+    require_powers(BM=config.BM, BK=config.BK, warps=config.num_warps)
+    _require_parts(config.parts, parts)
+    require_divides(N, config.BK * parts, "The columns of the weight")
+    if min(config.BM // 2, config.BK, 16 * config.stages) < 16:
+        raise Refused(f"Tiles must have at least 32 rows and steps of 16 columns, in a stage or more, found {list(config)}.")
+    if scaled and (config.early or scaled % config.BK):
+        raise Refused(f"Steps of a quantised weight must share a scale and not be early, found {list(config)}.")
+    require_shared("few_rows_linear", config.shared_memory(rows, max(itemsize, 2)), device)
+
+
+def require_ring(config: RingConfig, N: int, rows: int, itemsize: int, swiglu: bool, parts: int, device: Device) -> None:
+    """Refuse a config that few_rows_hopper and few_rows_hopper_quantized cannot be launched with."""
+    _require_parts(config.parts, parts)
+    require_divides(N, STEP * parts, "The columns of the weight")
+    most, steps = TILE // 2 if swiglu else TILE, N // parts // STEP
+    if not (1 <= config.tiles <= MOST_TILES and 1 <= config.live <= most and 2 <= config.stages <= steps + 1):
+        limits = f"up to {MOST_TILES} tiles, up to {most} rows in each, and 2 to {steps + 1} stages"
+        raise Refused(f"A ring must have {limits}, found {list(config)}.")
+    needed = STEP * config.stages * (itemsize * TILE * config.tiles + 2 * columns_of(rows))
+    require_shared("few_rows_hopper", needed, device)
+
+
+def _require_parts(found: int, parts: int) -> None:
+    """The number of parts belongs to the graph."""
+    if found != parts:
+        raise Refused(f"The columns must be in {parts} parts, found {found}.")
 
 
 def low_rank_config(R: int, N: int, rows: int, dtype: torch.dtype, x_dtype: torch.dtype) -> LowRankConfig:

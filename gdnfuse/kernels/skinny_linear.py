@@ -24,7 +24,8 @@ import triton
 import triton.language as tl
 
 from gdnfuse import compat
-from gdnfuse.kernels import devices, quantized
+from gdnfuse.errors import Refused
+from gdnfuse.kernels import devices, quantized, tuned
 from gdnfuse.kernels.gated_rms_norm import gated
 from gdnfuse.kernels.launch.implementation import kernel_of, overlap_options
 from gdnfuse.kernels.quantized import dot_scaled, dot_widened, load_scales, load_scales_of_rows, load_zeros_of_rows
@@ -32,6 +33,7 @@ from gdnfuse.kernels.quantized import dot_scaled, dot_widened, load_scales, load
 gdc_launch_dependents, gdc_wait = compat.dependent_launch()
 
 MAX_N = 2**15  # the loop over columns is unrolled
+MAX_TILE = 2**20  # elements of a block, as Triton allows
 
 # For what is fused around a linear: the largest N, rows per tile (of gate and of up each with SwiGLU), columns per step, warps,
 # and programs per multiprocessor (0: one per tile). The first line that fits is used. Chosen on an H200 for bfloat16 with
@@ -113,6 +115,34 @@ def config_of(kind: str, weight: torch.Tensor, format: str = "") -> Config:
         rows, block, *rest = next(c for width, c in INT4_CONFIGS[kind] if n <= width)
         return rows, max(min(block, triton.next_power_of_2(n)), rest[-1]), *rest
     return config(kind, n, weight.dtype)
+
+
+def require_config(chosen: Config, M: int, n: int, how: quantized.Stored | None, kind: str, head: int) -> None:
+    """Refuse a config that this kernel cannot be launched with.
+
+    Args:
+        chosen: as `config` returns it.
+        M: rows of the result, without plain rows after a quantised weight.
+        n: columns of the weight.
+        how: how the weight is stored, or None if it is not quantised.
+        kind: as in CONFIGS.
+        head: columns of a head under a gate.
+    """
+    rows, block, num_warps, per_sm, *group = chosen
+    tuned.require_powers(rows=rows, columns=block, warps=num_warps, **({"group": group[0]} if group else {}))
+    if per_sm < 0 or rows * block > MAX_TILE or bool(group) != (how is not None):
+        raise Refused(f"A config must have tiles of up to {MAX_TILE} weights and no negative numbers, found {list(chosen)}.")
+    if kind == "gate":
+        tuned.require_divides(n, block, "The columns of the weight")
+        tuned.require_divides(block, head, "The columns of a step")
+    if how is None:
+        return
+    tuned.require_divides(block, max(group[0], 8 if how.packed > 1 else 1), "The columns of a step")
+    tuned.require_divides(how.columns, group[0], "The columns that share a scale")
+    if kind != "plain":
+        tuned.require_divides(M, rows, "The rows of a quantised weight")
+    if how.rows > 1:
+        tuned.require_divides(how.rows, rows, "The rows that share a scale")
 
 
 def lora_config(rows: int, n: int, gated: bool) -> Config:

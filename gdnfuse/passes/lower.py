@@ -15,6 +15,7 @@ from gdnfuse import compat, formats, kernels
 from gdnfuse.dialect import add_rms_norm, causal_attention, dequantize, op_of, packed_linear
 from gdnfuse.dialect.fused_linear import weight_dtype
 from gdnfuse.errors import Refused
+from gdnfuse.kernels import tuned
 from gdnfuse.kernels.linear_configs import rings, split
 from gdnfuse.packing import Inner, PackedWeight, give_own_memory, pack
 from gdnfuse.passes import collectives, quantized
@@ -44,7 +45,7 @@ def lower(gm: GraphModule, target: str | None, linears: bool = False, ahead: boo
     records = []
     touched = _Touched(gm.graph)
     behind: set[Node] = set()  # nodes that depend on a kernel of ours
-    launched: dict[str, tuple[Any, dict[str, Any], list[str]]] = {}
+    launched: dict[str, tuple[Any, dict[str, Any], list[str], str]] = {}
     for node in gm.graph.nodes:
         if not behind.isdisjoint(node.all_input_nodes):
             behind.add(node)
@@ -78,13 +79,16 @@ def lower(gm: GraphModule, target: str | None, linears: bool = False, ahead: boo
             early = {"overlap": True} if node in behind and touched.may_overlap(node, kernel, call) else {}
             key = f"{kernel.name} {compat.tree_map_only(torch.Tensor, _layout, {**given, **early})}"
             if key not in launched:
-                launched[key] = kernel, given | early, kernel.plan(given | early)
+                with tuned.noting() as choices:
+                    plan = kernel.plan(given | early)
+                where = next(v.device for v in compat.tree_leaves(given) if isinstance(v, torch.Tensor))
+                launched[key] = kernel, given | early, plan, tuned.standing(kernel.measured, choices, where)
             node.target, node.args, node.kwargs = kernel.op, (), {**call, **early}
             if kernel.name == "split_linear":
                 _add_up(node, call["parts"], as_it_was[-1].dtype)
             behind.add(node)
             record.chosen = kernel.by
-            record.launches, record.measured = launched[key][2], kernel.measured
+            record.launches, record.measured = launched[key][2:]
             node.meta["gdnfuse_launches"] = len(record.launches) or 1
         except Exception as e:
             if isinstance(e, Refused):
@@ -102,7 +106,7 @@ def lower(gm: GraphModule, target: str | None, linears: bool = False, ahead: boo
         records.append(record)
     records += _dequantize(gm)
     if ahead:
-        kernels.compile_ahead([(kernel, arguments) for kernel, arguments, _ in launched.values()])
+        kernels.compile_ahead([(kernel, arguments) for kernel, arguments, *_ in launched.values()])
     return records
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 STAGES = ("capture", "lift", "fuse", "lower")  # of records
+NOT_MEASURED, TUNE = "not measured on this card", "run gdnfuse tune MODEL"
 
 
 class Status(enum.StrEnum):
@@ -73,7 +74,8 @@ class Record:
         chosen: for a lowering, the implementation.
         launches: one line per Triton kernel that a lowered op launches, with how it divides the work. Empty if that is known only
             at run time.
-        measured: the benchmark that compares these configurations, or empty.
+        measured: where these configurations were compared: by a benchmark on an H200, by gdnfuse tune on this card, or not on
+            this card. Empty if they were not compared anywhere.
         failed: whether the rule, or the choice of an implementation, raised an error, which is a bug in gdnfuse. `reason` has the
             error, and the graph is unchanged there.
     """

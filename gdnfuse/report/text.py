@@ -219,7 +219,7 @@ def projection_rows(report: GraphReport) -> list[dict[str, Any]]:
 def launch_rows(report: GraphReport) -> list[dict[str, Any]]:
     """One row per kernel and per way to divide its work."""
     counts = Counter((r.rule, line, r.measured) for r in report.all_records for line in r.launches)
-    return [{"op": rule, "launch": line, "count": n, "compared by": by} for (rule, line, by), n in counts.items()]
+    return [{"op": rule, "launch": line, "count": n, "measured": by} for (rule, line, by), n in counts.items()]
 
 
 def _number(x: float | None) -> str:

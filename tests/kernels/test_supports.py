@@ -391,13 +391,15 @@ def test_parts_of_a_ring_have_few_rows_and_whole_steps(rows):
     + [((8, 0), BF16, None, False), ((10, 0), BF16, None, False), ((9, 4), BF16, "6.0", False)],
 )
 def test_rings_are_for_half_precision_on_hopper(capability, dtype, hip, taken, monkeypatch):
-    weight = SimpleNamespace(dtype=dtype, is_cuda=True, device=None)
+    weight, planned = SimpleNamespace(dtype=dtype, device=torch.device("cuda", 0)), torch.empty(1, dtype=dtype, device="meta")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert not linear_configs.rings(weight)  # as a fake tensor of a device that is not there
+    assert not linear_configs.rings(planned)  # as in a report
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "hip", hip)
-    assert linear_configs.rings(weight) == taken
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert linear_configs.rings(weight) == linear_configs.rings(planned) == taken
     assert not linear_configs.rings(torch.empty(1, dtype=dtype))
 
 

@@ -14,7 +14,7 @@ from gdnfuse.dialect import attention_decode as attention_op
 from gdnfuse.dialect import attention_growing as growing_op
 from gdnfuse.dialect import mixer_decode as mixer_op
 from gdnfuse.dialect import packed_decode as rule_op
-from gdnfuse.kernels.linear_configs import FILLED, split
+from gdnfuse.kernels.linear_configs import FILLED, rings, split
 from gdnfuse.passes import collectives, fuse, lift, lower
 from gdnfuse.report.records import Status
 from gdnfuse.rewrite.graph import op_name
@@ -696,7 +696,8 @@ def test_every_kernel_of_a_decode_step_that_can_but_the_first_overlaps(batch, mo
     assert bool(splits) == (batch > 1)
     for n in splits:
         (v,) = n.kwargs["weights"]
-        assert n.kwargs["parts"] == split(*v.meta["example_value"].shape, batch)
+        weight = v.meta["example_value"]
+        assert n.kwargs["parts"] == split(*weight.shape, batch, rings(weight))
 
 
 @pytest.mark.parametrize("batch", [1, pytest.param(2, marks=pytest.mark.sweep), 9])

@@ -60,7 +60,7 @@ class Implementation:
         supports: takes the same arguments, real or fake. Raises Refused with the reason if the kernel does not support them.
         early: names of the arguments that it reads before it waits for the kernels before it, if it may overlap them (see
             `overlap_options`). They must not change after the first kernel of a graph has started.
-        measured: the benchmark that compares its configurations, or empty.
+        measured: the benchmark that compares its configurations on an H200, or empty.
         by: whose kernels it launches.
     """
 
@@ -89,6 +89,8 @@ class Implementation:
         specs: list[CompileSpec] = []
         tensors = [t for t in compat.tree_leaves(arguments) if isinstance(t, torch.Tensor) and compat.is_fake(t)]
         if tensors and all(isinstance(n, int) for t in tensors for n in (*t.shape, *t.stride())):
+            if (planned := _planned.get()) is not None:
+                planned.append((self, arguments))
             with _standing_in(lambda kernel: _Recorder(kernel, specs)), tensors[0].fake_mode:
                 try:
                     self.launch(**arguments)
@@ -166,6 +168,20 @@ def overlap_options(tensor: torch.Tensor, *early: torch.Tensor | None) -> dict[s
     if compat.dependent_launch() == (None, None):
         return {}
     return {"launch_pdl": True} if all(t is None or t.is_contiguous() for t in early) else {}
+
+
+_planned: ContextVar[list[tuple[Implementation, dict[str, Any]]] | None] = ContextVar("planned", default=None)
+
+
+@contextmanager
+def planning() -> Iterator[list[tuple[Implementation, dict[str, Any]]]]:
+    """What is planned in this block: each kernel with its arguments, which are fake tensors of known sizes."""
+    planned: list[tuple[Implementation, dict[str, Any]]] = []
+    token = _planned.set(planned)
+    try:
+        yield planned
+    finally:
+        _planned.reset(token)
 
 
 # What replaces kernels in this thread: a function from a kernel to its replacement.
