@@ -37,16 +37,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import itertools
 import json
 import math
 import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -57,11 +56,10 @@ from tabulate import tabulate
 from torch.nn.functional import linear
 from tqdm import tqdm
 
-from gdnfuse import formats
+from gdnfuse.bench.configs import DEVICE, HEAD, Config, Linear, chosen, configs, weights_like
 from gdnfuse.bench.measure import COLD_BYTES, SETTLING, bandwidth, machine, replayed
 from gdnfuse.dialect import fused_linear, in_proj_conv
 from gdnfuse.kernels import (
-    devices,
     few_rows_hopper,
     few_rows_hopper_quantized,
     few_rows_linear,
@@ -69,90 +67,16 @@ from gdnfuse.kernels import (
     skinny_linear,
     skinny_tensor_cores,
 )
-from gdnfuse.kernels.linear_configs import (
-    STEP,
-    FewRowsConfig,
-    RingConfig,
-    TensorCoresConfig,
-    quantized_ring_config,
-    ring_config,
-    rings,
-    split,
-    tensor_cores_config,
-)
+from gdnfuse.kernels.linear_configs import FewRowsConfig, RingConfig, TensorCoresConfig
 from gdnfuse.progress import hidden
 
 ROLES = ("conv", "norm", "gate", "swiglu", "plain")
 MODELS = ("0.8b", "4b", "9b", "35b-a3b")
-HEAD = 128  # columns of a head of a gated norm
 WINDOW = 4  # columns of a conv state, and taps of the conv
 EPS = 1e-6
 MOST_ROWS = 32
-DEVICE = "cuda"
 
 
-@dataclass(frozen=True)
-class Linear:
-    """role: of ROLES. rows, columns: of the weight. channels: of the conv behind it. models: whose decode steps have it.
-
-    sequences: rows that the weight is multiplied with. format: of a quantised weight.
-    """
-
-    role: str
-    whose: str
-    rows: int
-    columns: int
-    channels: int = 0
-    models: tuple[str, ...] = ()
-    sequences: int = 1
-    format: str = ""
-
-    @property
-    def bits(self) -> int:
-        return formats.named(self.format).bits if self.format else 16
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of an element, at least one."""
-        return max(self.bits // 8, 1)
-
-    @property
-    def plain(self) -> int:
-        """How many rows behind those of a quantised weight are not."""
-        return self.rows % BLOCK if self.format and self.role == "conv" else 0
-
-    @property
-    def size(self) -> int:
-        """Bytes of the weight, and of its scales."""
-        quantised = self.rows - self.plain
-        scales = self.scale_dtype.itemsize * math.prod(self.scales) if self.format else 0
-        return (quantised * self.bits // 8 + 2 * self.plain) * self.columns + scales
-
-    @property
-    def scale_dtype(self) -> torch.dtype:
-        """What checkpoints of the format have."""
-        return torch.bfloat16 if quantized.stored(self.format).kind == "int4" else torch.float32
-
-    @property
-    def scales(self) -> tuple[int, int]:
-        """The shape of a quantised weight's scale."""
-        how = quantized.stored(self.format)
-        return -(-(self.rows - self.plain) // how.rows), -(-self.columns // (how.columns or self.columns))
-
-    @property
-    def outputs(self) -> int:
-        return self.rows // (2 if self.role == "swiglu" else 1)
-
-    def of_rows(self, sequences: int) -> Linear:
-        """The same for so many rows."""
-        role = self.role if sequences == 1 or self.role == "swiglu" or self.plain else "plain"
-        return replace(self, role=role, sequences=sequences)
-
-    def __str__(self) -> str:
-        return f"{self.rows}×{self.columns}"
-
-
-BLOCK = 128  # rows and columns that share a scale
 LINEARS = [
     Linear("conv", "0.8B GDN in_proj", 8224, 1024, 6144, ("0.8b",)),
     Linear("conv", "35B-A3B GDN in_proj", 12352, 2048, 8192, ("35b-a3b",)),
@@ -175,158 +99,11 @@ LINEARS = [
     Linear("plain", "9B down", 4096, 12288, 0, ("9b",)),
 ]
 
-ROWS, BLOCKS, WARPS, PER_SM = (1, 2, 4, 8, 16), (256, 512, 1024, 2048, 4096), (2, 4, 8), (0, 1, 2, 3, 4)
-LOAD = 16  # bytes per thread and load
-TILE = 64  # bytes of weight per thread at least: fewer leave the memory idle
-# Bytes of weight and of the row in float32 per thread at most, for one tile per program and for several: with more, most of them
-# spill on sm_90.
-REGISTERS, LOOPED_REGISTERS = 768, 512
-PADDING = 1.25  # columns loaded per column there is, at most
-SM = 132  # to tell apart configs that launch alike
 LAUNCHES = 48
 REPLAYS = 9
 KEPT = 12  # configs of a linear whose times the JSON keeps, best first
 MEMORY = 0.8  # of what is free, at most
 TOLERANCE = {torch.bfloat16: 2.0**-7, torch.float32: 1e-4}  # of outputs and conv states, relative to the largest
-
-# For several rows: rows of the weight per tile and warps, columns per step, stages in flight, parts of the columns.
-TILES, STEPS, STAGES, PARTS = ((32, 4), (64, 4), (128, 8)), (64, 128, 256), (2, 3, 4, 6), range(1, 9)
-SHARED = range(30 * 1024, 150 * 1024 + 1)  # bytes of shared memory per program: less is idle, more does not fit beside another
-PROGRAMS = range(SM // 4, 4 * SM + 1)  # where the columns are split: fewer are idle, more are not worth the sum
-LEAST = 8  # columns of a product on tensor cores, so that fewer rows are as many
-
-# For a ring of shared memory: programs per multiprocessor, tiles per program, stages; bytes of shared memory per program at most.
-PROGRAMS_PER_SM, RING_TILES, RING_STAGES, RING_BYTES = (1, 2, 3, 4), (1, 2, 3), (2, 3, 4, 6, 8), 220 * 1024
-
-Config = skinny_linear.Config | TensorCoresConfig | FewRowsConfig | RingConfig
-
-# For one row of a quantised weight on tensor cores: rows of a tile, warps, steps loaded ahead, and the most registers for them.
-TENSOR_ROWS, TENSOR_WARPS, AHEAD, HELD = (16, 32), (2, 4, 8, 16), (2, 4, 6, 8, 10, 12, 16, 20), 128
-
-
-def on_a_ring() -> bool:
-    """Whether there is few_rows_hopper on this machine."""
-    return torch.cuda.is_available() and rings(torch.empty(0, dtype=torch.bfloat16, device=DEVICE))
-
-
-def ring_takes(of: Linear) -> bool:
-    """Whether there is a ring for the format."""
-    how = quantized.stored(of.format)
-    return how is None or (how.kind, how.columns) == ("e4m3", STEP)
-
-
-def kind_on_tensor_cores(of: Linear) -> str:
-    """The kind of data of one row that there is skinny_tensor_cores for, or nothing."""
-    how = quantized.stored(of.format)
-    if how is None or how.kind == "int8" or not on_a_ring():
-        return ""
-    exact = how.kind in ("e4m3", "int4") or of.role != "conv"  # a conv's result is float32
-    return how.kind if how.columns and exact else ""
-
-
-def chosen(of: Linear) -> Config:
-    """The config that a decode step takes."""
-    if of.sequences == 1:
-        kind = kind_on_tensor_cores(of)
-        taken = tensor_cores_config(of.role, of.columns, kind) if kind else None
-        return taken or skinny_linear.config_of(of.role, one_of(of), of.format)
-    ring = on_a_ring() and ring_takes(of)
-    quantised = bool(of.format)
-    parts = 1 if of.role == "swiglu" or of.plain else split(of.rows, of.columns, of.sequences, ring, quantised)
-    taken, swiglu = None, of.role == "swiglu"
-    if ring and quantised:
-        taken = quantized_ring_config(of.outputs - of.plain, of.columns, of.sequences, swiglu, parts)
-    elif ring:
-        taken = ring_config(of.outputs, of.columns, swiglu, parts, of.sequences)
-    device = devices.of(torch.device(DEVICE))
-    return taken or quantized.config_of_rows(one_of(of), of.format, of.sequences, of.role == "swiglu", parts, device)
-
-
-def stored_dtype(of: Linear) -> torch.dtype:
-    kinds = {"e4m3": torch.float8_e4m3fn, "int8": torch.int8, "int4": torch.int32, "nf4": torch.uint8, "fp4": torch.uint8}
-    return kinds[quantized.stored(of.format).kind] if of.format else torch.bfloat16
-
-
-def weights_like(of: Linear, copies: int, device: str) -> torch.Tensor:
-    """As many weights, without rows that are not quantised, as they are stored: uninitialised."""
-    dtype = stored_dtype(of)
-    width = of.columns * of.bits // (8 * dtype.itemsize)
-    return torch.empty(copies, of.rows - of.plain, width, dtype=dtype, device=device)
-
-
-def one_of(of: Linear) -> torch.Tensor:
-    return weights_like(of, 1, "meta")[0]
-
-
-def configs(of: Linear, sweep: bool = True) -> Iterator[Config]:
-    """The chosen config, and with `sweep` all others worth measuring."""
-    first = chosen(of)
-    yield first
-    if not sweep:
-        return
-    others = one_row_configs(of) if of.sequences == 1 else itertools.chain(ring_configs(of), few_rows_configs(of))
-    yield from (config for config in others if config != first)
-
-
-def few_rows_configs(of: Linear) -> Iterator[FewRowsConfig]:
-    """Whole steps, two or more of them, as much shared memory as it takes to stream, and a sensible number of programs."""
-    width = max(LEAST, triton.next_power_of_2(of.sequences))
-    most = (quantized.stored(of.format).columns or BLOCK) if of.format else 0  # columns of a step, which share a scale
-    for (tile, warps), step, stages, parts in itertools.product(TILES, STEPS, STAGES, PARTS if of.role == "plain" else (1,)):
-        if of.columns % (step * parts) or of.columns // parts < 2 * step or of.format and step > most:
-            continue
-        if (
-            (of.itemsize * tile + 2 * width) * step * stages not in SHARED
-            or parts > 1
-            and -(-of.rows // tile) * parts not in PROGRAMS
-        ):
-            continue
-        for early in (False, True)[: of.itemsize]:
-            yield FewRowsConfig(tile, step, warps, stages, parts, early)
-
-
-def ring_configs(of: Linear) -> Iterator[RingConfig]:
-    """One or two programs per multiprocessor, with equally many rows each."""
-    if not on_a_ring() or not ring_takes(of):
-        return
-    most, width = 32 if of.role == "swiglu" else 64, max(LEAST, triton.next_power_of_2(of.sequences))
-    sizes = itertools.product(PROGRAMS_PER_SM, RING_TILES, RING_STAGES, PARTS if of.role == "plain" else (1,))
-    itemsize = of.itemsize
-    for per_sm, tiles, stages, parts in sizes:
-        live = -(-(of.outputs - of.plain) // (per_sm * SM // parts * tiles))
-        if of.columns % (STEP * parts) or stages > of.columns // parts // STEP + 1 or not most // 4 <= live <= most:
-            continue
-        if STEP * stages * (itemsize * 64 * tiles + 2 * width) * per_sm <= RING_BYTES:
-            yield RingConfig(tiles, live, stages, parts)
-
-
-def one_row_configs(of: Linear) -> Iterator[skinny_linear.Config]:
-    """Whole loads, no spills, little padding, one tile per program or more."""
-    if kind_on_tensor_cores(of):
-        yield from tensor_cores_configs(of)
-    groups = ((),) if not of.format else ((8,), (16,), (32,)) if of.bits == 4 else ((8,), (16,))
-    for rows, block, warps, per_sm, group in itertools.product(ROWS, BLOCKS, WARPS, PER_SM, groups):
-        padded, threads = -(-of.columns // block) * block, 32 * warps
-        tile = of.itemsize * rows * padded * (2 if of.role == "swiglu" else 1) / threads
-        held = max(4 * padded / threads, LOAD // of.itemsize * 4 * padded / block)  # of the row
-        most = LOOPED_REGISTERS if per_sm else REGISTERS
-        if padded > PADDING * of.columns or of.role == "gate" and (of.columns % block or block % HEAD):
-            continue
-        if of.itemsize * rows * block < LOAD * threads or tile < TILE // 2 * of.itemsize or tile + held > most:
-            continue
-        if per_sm * SM < -(-of.outputs // rows):
-            yield (rows, block, warps, per_sm, *group)
-
-
-def tensor_cores_configs(of: Linear) -> Iterator[TensorCoresConfig]:
-    """As many steps ahead as registers hold, where there are so many, and no more columns than fill a step."""
-    width = 64 * (2 if of.bits == 4 else 1)
-    for rows, warps, ahead in itertools.product(TENSOR_ROWS, TENSOR_WARPS, AHEAD):
-        steps = -(-of.columns // (width * warps))
-        held = 8 * rows // 16 * min(ahead, steps)  # registers
-        if steps * width * warps <= PADDING * of.columns and held <= HELD and held * 32 * warps < 65536:
-            if ahead <= steps or ahead == min((a for a in AHEAD if a >= steps), default=0):  # the first that loads all ahead
-                yield TensorCoresConfig(warps, ahead, rows)
 
 
 def operands(of: Linear, copies: int) -> tuple[torch.Tensor, list[dict[str, Any]]]:

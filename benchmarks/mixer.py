@@ -36,7 +36,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import torch
 from tabulate import tabulate
@@ -61,14 +60,8 @@ TOLERANCE = {torch.float32: 2e-2, torch.bfloat16: 2e-2 + 2.0**-8}
 DEVICE = "cuda"
 
 
-# By side: the table in kernels/delta_rule.py and what may stand in it.
-SWEEP = {
-    "packed_decode": ("RULE_CONFIGS", [(16, 1), (16, 2), (32, 1), (32, 2), (32, 4), (64, 2), (64, 4), (128, 4)]),
-    "packed_decode_gated": (
-        "GATED_CONFIGS",
-        [(128, 4, False), (128, 8, False), (64, 2, False), (64, 4, False), (64, 4, True), (32, 2, False), (32, 2, True)],
-    ),
-}
+# By side: the kernel whose configs are compared, and its table in kernels/delta_rule.py.
+SWEEP = {"packed_decode": ("delta_rule", "RULE_CONFIGS"), "packed_decode_gated": ("delta_rule_gated", "GATED_CONFIGS")}
 
 
 @dataclass(frozen=True)
@@ -176,7 +169,7 @@ def side_of(name: str, w: Weights, overlap: bool = False) -> Side:
             results=lambda s, y: {"output": y, "conv_state": s.conv_state, "state": s.state},
             reference=lambda s: mixer_reference(s, w),
         )
-    # Not its op, which repeats what it has recorded, whatever --sweep has put into the table since.
+    # Not its op, which repeats what it has recorded, whatever --sweep tries next.
     launch = partial(implementations()[name].launch, **options)
     return Side(
         prepare=lambda s: (s.row.float(), s.state),
@@ -250,16 +243,17 @@ def run_batch(
 
 def sweep_batch(B: int) -> dict[str, Any]:
     """Microseconds of the rule alone, and of the rule with its norm, for every way in which its kernel may share out the work."""
-    from gdnfuse.kernels import delta_rule
+    from gdnfuse.bench.configs import RULES
+    from gdnfuse.kernels import delta_rule, tuned
 
     count = max(2, math.ceil(COLD_BYTES / (4 * B * HV * K * V)))
     shared, result = weights(), {"batch": B, "sets": count}
-    for name, (table_name, configs) in SWEEP.items():
+    for name, (kernel, table_name) in SWEEP.items():
         side = side_of(name, shared, True)
         sets = [side.prepare(step(B, torch.float32, seed)) for seed in range(count)]
         times = {}
-        for config in configs:
-            with mock.patch.object(delta_rule, table_name, ((math.inf, config),)):
+        for config in RULES[kernel]:
+            with tuned.trying(kernel, config):
                 if error(side, step(B, torch.float32)) <= TOLERANCE[torch.float32]:
                     times["×".join(map(str, config))] = statistics.median(microseconds(side.call, sets))
         chosen = next(config for heads, config in getattr(delta_rule, table_name) if B * HV <= heads)

@@ -4,6 +4,7 @@
 - `gdnfuse verify` runs a prompt and a decode step with random weights, and compares the rewritten graphs with the original ones.
 - `gdnfuse bench` times steps and prompts of eager, Inductor and gdnfuse.
 - `gdnfuse warmup` compiles into a file for other processes.
+- `gdnfuse tune` measures the choices of kernels on this card once, and keeps the faster ones.
 - `gdnfuse rules` lists what is matched.
 - `gdnfuse doctor` says what this machine has, and what to do next.
 
@@ -30,7 +31,7 @@ from typing import Any, NoReturn
 from tabulate import tabulate
 
 from gdnfuse import doctor, versions
-from gdnfuse.errors import GdnfuseError, one_line
+from gdnfuse.errors import GdnfuseError, Refused, one_line
 from gdnfuse.files import check_writable, replacing
 from gdnfuse.options import INNER, STAGES
 from gdnfuse.progress import listening, progress
@@ -109,7 +110,8 @@ def _parser() -> _Parser:
     warmup = commands.add_parser(
         "warmup", help="compile what generate needs, with random weights, into a file for other processes"
     )
-    for command in (report, verify, bench, warmup):
+    tune = commands.add_parser("tune", help="measure the choices of kernels on this card once, and keep those that are faster")
+    for command in (report, verify, bench, warmup, tune):
         command.add_argument(
             "model", metavar="MODEL_OR_CONFIG", help="preset (4b), config.json, model folder or hub id (owner/name)"
         )
@@ -128,9 +130,12 @@ def _parser() -> _Parser:
     warmup.add_argument("--mode", choices=MODES, help="mode that gdnfuse.compile will be given")
     warmup.add_argument("--short", action="store_true", help="also compile calls of 2 to 8 tokens on a filled cache")
     warmup.set_defaults(run=_warmup)
-    bench.add_argument(
-        "--batch", type=_numbers, default=[1], metavar="N,…", help="numbers of sequences, each measured by itself (default 1)"
-    )
+    for command in (bench, tune):
+        command.add_argument(
+            "--batch", type=_numbers, default=[1], metavar="N,…", help="numbers of sequences, each measured by itself (default 1)"
+        )
+    tune.add_argument("--save", type=Path, metavar="FILE", help="file to write (default: the one that kernels read)")
+    tune.set_defaults(run=_tune)
     bench.add_argument("--prompt", type=_positive, default=512, metavar="N", help="tokens of the prompt (default 512)")
     bench.add_argument("--new", type=_positive, default=128, metavar="N", help="decode steps to time (default 128)")
     bench.add_argument(
@@ -177,7 +182,7 @@ def _parser() -> _Parser:
     rules.set_defaults(run=_rules)
     checked = commands.add_parser("doctor", help="say what this machine has, what gdnfuse uses of it, and what to do next")
     checked.set_defaults(run=_doctor)
-    for command in (report, verify, bench, warmup, rules, checked):
+    for command in (report, verify, bench, warmup, tune, rules, checked):
         command.add_argument("--json", action="store_true", help="print the data as JSON")
         command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return parser
@@ -298,6 +303,33 @@ def _warmup(args: argparse.Namespace) -> None:
         return
     graphs = ", ".join(f"{count} {phase}" for phase, count in made.graphs.items())
     print(f"Wrote {args.save}, {made.saved / 2**20:.1f} MiB: {graphs} graphs, compiled in {made.seconds:.0f} s.")
+
+
+def _tune(args: argparse.Namespace) -> None:
+    if args.save:
+        check_writable(args.save)
+    import torch
+
+    from gdnfuse import kernels, models
+
+    try:
+        kernels.implementations()
+    except Refused as e:
+        raise GdnfuseError(f"gdnfuse tune measures kernels. {e.reason}") from e
+    from gdnfuse.bench import tune
+
+    if not args.debug:
+        _quiet()
+    tune.require_gpu()
+    with progress() as announce, listening(announce), torch.no_grad():
+        announce("read config")
+        config = models.load_config(args.model)
+        announce("build model")
+        model = models.meta_model(config, getattr(torch, args.dtype))
+        if args.quantize:
+            models.quantized(model, models.QUANTIZED[args.quantize])
+        data = tune.tune(model, args.batch, args.save)
+    print(json.dumps(data, indent=1) if args.json else tune.table(data))
 
 
 def _bench(args: argparse.Namespace) -> int:

@@ -43,7 +43,7 @@ def findings() -> Iterator[tuple[str, str, str, str]]:
         properties = torch.cuda.get_device_properties(i)
         architecture = getattr(properties, "gcnArchName", "") if torch.version.hip else f"sm_{properties.major}{properties.minor}"
         found = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, {architecture}"
-        yield f"GPU {i}", found, kernels_for(0 if torch.version.hip else properties.major, triton), ""
+        yield f"GPU {i}", found, kernels_for(0 if torch.version.hip else properties.major, triton), _untuned(i) if triton else ""
     compiler = next((path for name in (os.environ.get("CC"), "cc", "gcc", "clang") if name and (path := shutil.which(name))), "")
     effect = "In use." if compiler else "Inductor and Triton cannot compile without one."
     yield "C compiler", compiler or "none", effect, "" if compiler else "Install gcc, or set CC."
@@ -81,6 +81,15 @@ def _unseen_gpu() -> str:
     if not (torch.version.cuda or torch.version.hip):
         return "There is a GPU, but this torch was built for CPUs. Install a build for CUDA or ROCm."
     return "There is a GPU that torch does not see. Check its driver and CUDA_VISIBLE_DEVICES."
+
+
+def _untuned(index: int) -> str:
+    """What to do if the choices of kernels were not measured on a GPU. Empty for an H200, and where gdnfuse tune has run."""
+    from gdnfuse.kernels import tuned
+
+    if "H200" in tuned.card_of(index) or tuned.is_tuned(index):
+        return ""
+    return "Measure the choices of its kernels once: gdnfuse tune MODEL."
 
 
 def kernels_for(capability: int, triton: bool) -> str:

@@ -18,9 +18,11 @@ import pytest
 import torch
 
 import gdnfuse
+from gdnfuse import formats
 from gdnfuse.bench import measure
 from gdnfuse.dialect import OPS
 from gdnfuse.errors import GdnfuseError
+from gdnfuse.kernels import linear_configs
 from tests.models import zoo
 from tests.test_examples import main_of
 
@@ -456,7 +458,7 @@ def test_gemm_benchmark_sweeps_configs_of_several_rows(rows):
     gemm = importlib.import_module("gemm")
     for of in (linear.of_rows(rows) for linear in gemm.LINEARS):
         configs = list(gemm.configs(of))
-        parts = 1 if of.role == "swiglu" else gemm.split(of.rows, of.columns, rows)
+        parts = 1 if of.role == "swiglu" else linear_configs.split(of.rows, of.columns, rows)
         assert configs[0] == gemm.chosen(of) and configs[0].parts == parts
         assert len(configs) == len({*configs}) > 10 and {c.early for c in configs} == {False, True}, of
         assert of.role in ("swiglu", "plain") and all(c.parts == 1 for c in configs if of.role == "swiglu")
@@ -467,14 +469,14 @@ def test_gemm_benchmark_sweeps_configs_of_several_rows(rows):
 
 @pytest.mark.parametrize("format", ["fp8_block128", "int8_channel", "int4_group32", "int4_group128"])
 def test_gemm_benchmark_has_quantised_weights_as_they_are_stored(format, monkeypatch):
-    gemm = importlib.import_module("gemm")
-    monkeypatch.setattr(gemm, "on_a_ring", lambda: format == "fp8_block128")
+    gemm, bench = importlib.import_module("gemm"), importlib.import_module("gdnfuse.bench.configs")
+    monkeypatch.setattr(bench, "on_a_ring", lambda: format == "fp8_block128")
     for of in (dataclasses.replace(linear, format=format) for linear in gemm.LINEARS if "head" not in linear.whose):
         quantised = torch.empty(of.rows - of.plain, of.columns, dtype=torch.bfloat16, device="meta")
-        data, scale = gemm.formats.named(format).quantize(quantised)
-        one = gemm.one_of(of)
+        data, scale = formats.named(format).quantize(quantised)
+        one = bench.one_of(of)
         assert (one.shape, one.dtype, of.scales) == (data.shape, data.dtype, tuple(scale.shape))
-        assert of.size == data.nbytes + 4 * scale.numel() + 2 * of.plain * of.columns
+        assert of.size == data.nbytes + of.scale_dtype.itemsize * scale.numel() + 2 * of.plain * of.columns
         for rows in (1, 9):
             configs = list(gemm.configs(of.of_rows(rows)))
             few = 0 if format == "int4_group32" and rows > 1 else 5  # whose steps have but one size
@@ -485,8 +487,8 @@ def test_gemm_benchmark_has_quantised_weights_as_they_are_stored(format, monkeyp
 
 @pytest.mark.parametrize("rows", [2, 32])
 def test_gemm_benchmark_sweeps_rings_where_there_are_some(rows, monkeypatch):
-    gemm = importlib.import_module("gemm")
-    monkeypatch.setattr(gemm, "on_a_ring", lambda: True)
+    gemm, bench = importlib.import_module("gemm"), importlib.import_module("gdnfuse.bench.configs")
+    monkeypatch.setattr(bench, "on_a_ring", lambda: True)
     for of in (linear.of_rows(rows) for linear in gemm.LINEARS):
         configs = list(gemm.configs(of))
         assert configs[0] == gemm.chosen(of) and isinstance(configs[0], gemm.RingConfig) == ("head" not in of.whose), of
@@ -494,9 +496,9 @@ def test_gemm_benchmark_sweeps_rings_where_there_are_some(rows, monkeypatch):
         assert len(configs) == len({*configs}) and (len(found) > 2 or "head" in of.whose), of
         assert any(isinstance(c, gemm.FewRowsConfig) for c in configs), of
         for tiles, live, stages, parts in found:
-            steps, rest = divmod(of.columns, gemm.STEP * parts)
+            steps, rest = divmod(of.columns, linear_configs.STEP * parts)
             assert rest == 0 and stages <= steps + 1 and live <= (32 if of.role == "swiglu" else 64)
-            assert 2 * gemm.STEP * stages * (64 * tiles + max(8, rows)) <= 220 * 1024
+            assert 2 * linear_configs.STEP * stages * (64 * tiles + max(8, rows)) <= 220 * 1024
 
 
 @pytest.mark.parametrize("role", ["swiglu", "plain"])
@@ -598,10 +600,11 @@ def test_mixer_benchmark_of_the_rule_with_and_without_its_norm(overlap, monkeypa
 def test_mixer_benchmark_sweeps_what_the_kernel_then_reads(monkeypatch):
     """Of two configs the first gives a wrong result: only the other has a figure."""
     mixer, delta_rule = importlib.import_module("mixer"), pytest.importorskip("gdnfuse.kernels.delta_rule")
-    monkeypatch.setattr(mixer, "SWEEP", {"packed_decode": ("RULE_CONFIGS", [(16, 1), (64, 2)])})
+    monkeypatch.setattr(mixer, "SWEEP", {"packed_decode": ("delta_rule", "RULE_CONFIGS")})
+    monkeypatch.setitem(importlib.import_module("gdnfuse.bench.configs").RULES, "delta_rule", [(16, 1), (64, 2)])
 
     def rule(*args, overlap):
-        ((_, config),) = delta_rule.RULE_CONFIGS
+        config = delta_rule._config_of_rule(1, args[5])
         return mixer.packed_decode.reference(*args) * (1.0 if config == (64, 2) else 1.1)
 
     _stub_mixer(mixer, monkeypatch, {"packed_decode": SimpleNamespace(launch=rule)})  # an op repeats its first config

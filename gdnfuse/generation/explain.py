@@ -27,7 +27,7 @@ from gdnfuse.generation.wrappers import compiled_models, is_compiled
 from gdnfuse.options import Options
 from gdnfuse.passes import devices
 from gdnfuse.passes.growing_keys import mark
-from gdnfuse.report.records import GraphReport
+from gdnfuse.report.records import NOT_MEASURED, TUNE, GraphReport
 from gdnfuse.runs import RUNS
 
 SCHEMA = "gdnfuse.explanation/2"
@@ -98,6 +98,8 @@ class Explanation:
         for report in self.reports:
             lines.append(report.summary())
             lines += [f"  {layer.path} is not fused. {layer.why_not}" for layer in report.layers if not layer.fused]
+        where = {r.measured for report in self.reports for r in report.all_records}
+        lines += [f"Choices of some kernels were {NOT_MEASURED}: {TUNE}."] if f"{NOT_MEASURED}: {TUNE}" in where else []
         for f in self.findings:
             times = f" ({f.count} times)" if f.count > 1 else ""
             lines.append(f"{f.kind}{times}, {f.where}: {f.cause}")

@@ -11,8 +11,10 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
-from gdnfuse import versions
+from gdnfuse import models, versions
+from gdnfuse.bench import tune
 from gdnfuse.dialect import add_rms_norm
+from gdnfuse.errors import Refused
 from gdnfuse.kernels import (
     attention_decode,
     attention_tile,
@@ -29,8 +31,10 @@ from gdnfuse.kernels import (
     one_shot_all_reduce,
     one_shot_sum,
     skinny_linear,
+    tuned,
 )
 from gdnfuse.kernels.linear_configs import FewRowsConfig, LowRankConfig
+from tests.models import zoo
 from tests.sweeps import ALL, pairs
 
 # The interpreter multiplies the bits of bfloat16 as integers, so products get float32 operands here.
@@ -112,6 +116,53 @@ def test_mixers_of_few_heads_in_the_way_of_many(config, monkeypatch):
     for sizes in ((2, 1, 3, 16, 168), (3, 2, 6, 16, 24)):
         case = kernel_cases.Case("mixer_decode", "", kernel_cases.mixer(*sizes, dtype=torch.bfloat16))
         kernel_cases.check(case, implementations()["mixer_decode"].launch, tolerance=TOLERANCE)
+
+
+TUNED = {
+    "one-row": ("fused_linear", kernel_cases.linear(24, 128, torch.bfloat16, norm=True, swiglu=True), [4, 64, 2, 1]),
+    "few-rows": ("fused_linear", kernel_cases.linear(40, 128, torch.bfloat16, (5, 1)), [32, 64, 2, 3, 1, False]),
+    "parts": ("split_linear", kernel_cases.split(40, 256, 2, torch.bfloat16, (5, 1)), [32, 64, 2, 3, 2, False]),
+    "rule": ("packed_decode", kernel_cases.packed(2, 1, 2, 16, 24), [64, 2]),
+    "gated-rule": ("mixer_decode", kernel_cases.mixer(2, 1, 2, 16, 24), [64, 2, False]),
+}
+
+
+@pytest.mark.parametrize("name", TUNED)
+def test_what_was_tuned_is_launched(name, monkeypatch, tmp_path):
+    op, make, config = TUNED[name]
+    facts = dict.fromkeys(tuned.REQUIRED, "") | {"card": "none"}
+    monkeypatch.setattr(tuned, "about", lambda index: facts)
+    monkeypatch.setattr(tuned, "card_of", lambda index: "none")
+    monkeypatch.setenv(tuned.FOLDER, str(tmp_path))
+    case, launch = kernel_cases.Case(op, "tuned", make), implementations()[op].launch
+    tuned.forget()
+    with tuned.noting() as choices:
+        kernel_cases.check(case, launch, tolerance=TOLERANCE)
+    assert choices[0].config == choices[0].default != tuple(config)
+    tuned.write(tuned.file_of("none"), facts, {choices[0].key: {"config": config}})
+    tuned.forget()
+    with tuned.noting() as choices:
+        kernel_cases.check(case, launch, tolerance=TOLERANCE)
+    assert choices and all(choice.tuned and choice.config == tuple(config) for choice in choices)
+    tuned.forget()
+
+
+def test_a_clock_of_tune_refuses_wrong_results(monkeypatch):
+    """The launches of a model's steps with random numbers, on a CPU: each is timed once with the default, and never if wrong."""
+    for name, stub in {"mem_get_info": lambda: (2**24, 0), "empty_cache": lambda: 0, "synchronize": lambda: 0}.items():
+        monkeypatch.setattr(torch.cuda, name, stub)
+    monkeypatch.setattr(tune, "DEVICE", "cpu")
+    monkeypatch.setattr(tune, "COLD_BYTES", 1.0)
+    monkeypatch.setattr(tune, "replayed", lambda call, sets, *args, **kwargs: [float(len([call(each) for each in sets]))])
+    model = models.meta_model(zoo.causal_lm(**zoo.SMALL, hidden_size=128).config)
+    models.quantized(model, "int4_group128")
+    found = {call.kernel.name: call for call in tune.calls(model, [1, 3]) if call.choice.key.sizes[0] < 600}
+    assert set(found) == {"fused_linear", "in_proj_conv", "packed_decode"}
+    for call in found.values():
+        time = tune.stopwatch(call)
+        assert time(call.choice.default) >= 1
+        with mock.patch.object(tune, "TOLERANCE", -1.0), pytest.raises(Refused, match="must be those of the built-in config"):
+            time(call.choice.default)
 
 
 @pytest.mark.parametrize(*pairs(config=[(1, 64, 4, 0), (2, 32, 4, 0), (4, 64, 4, 1)], m=[1, 7, 8], n=[16, 100, 128]))
