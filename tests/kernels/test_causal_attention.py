@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from gdnfuse.dialect import OPS
 from gdnfuse.errors import Refused
-from gdnfuse.kernels import causal_attention, implementations
+from gdnfuse.kernels import causal_attention, implementations, tuned
 from gdnfuse.kernels.causal_attention import EIGHTHS, LONG, planned
 from gdnfuse.passes import lower
 from gdnfuse.rewrite.graph import same, value
@@ -126,6 +126,7 @@ def test_left(name):
 def test_only_where_it_was_measured(monkeypatch, capability, hip, taken):
     g = Captured(lambda *args: (F.scaled_dot_product_attention(*args, is_causal=True),), *qkv()).normalize()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(tuned, "standing", lambda by, *_: by)  # which asks the card for its name
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     monkeypatch.setattr(torch.version, "hip", hip)
@@ -138,6 +139,7 @@ def test_only_where_it_was_measured(monkeypatch, capability, hip, taken):
 def test_only_where_torch_has_it_and_may_take_it(monkeypatch, built, on):
     g = Captured(lambda *args: (F.scaled_dot_product_attention(*args, is_causal=True),), *qkv()).normalize()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(tuned, "standing", lambda by, *_: by)  # which asks the card for its name
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: built)
     monkeypatch.setattr(torch.backends.cuda, "flash_sdp_enabled", lambda: on)
