@@ -101,6 +101,7 @@ ROWS: dict[str, list[str]] = {
         "tests/passes/test_attention_growing.py",
         "tests/passes/test_attention_few_queries.py",
         "tests/passes/test_causal_attention.py",
+        "tests/passes/test_prompt_attention.py",
         "tests/kernels/test_causal_attention.py",
     ],
     "Rows of a prompt that nobody reads are not computed, all others are": ["tests/passes/test_last_rows.py"],

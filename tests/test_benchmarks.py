@@ -234,6 +234,28 @@ def test_prefill_benchmark_of_quantised_weights_and_activations(workers, tmp_pat
     assert "--activations needs --quantize fp8 or fp8-tensor, found int8" in capsys.readouterr().err
 
 
+def test_prefill_benchmark_of_padded_batches_on_a_static_cache(workers, tmp_path, monkeypatch, capsys):
+    prefill, file = importlib.import_module("prefill"), tmp_path / "figures.json"
+
+    def quickly(side, model, activations):
+        torch.compiler.reset()
+        return model if side == "eager" else torch.compile(model, backend="gdnfuse", options={"inner": "eager"}, fullgraph=True)
+
+    monkeypatch.setattr(prefill, "compiled", quickly)
+    monkeypatch.setattr(prefill, "PROMPTS", 1)
+    monkeypatch.setattr(prefill, "SHORT", (70,))
+    monkeypatch.setattr(prefill.prompt_attention, "KERNEL", False)
+    given = ["--batch", "2", "--cache", "static", "--padded", "--sides", "eager,gdnfuse,kernel", "--json", str(file)]
+    assert prefill.main([*PREFILL, *given]) == 0
+    (result,) = json.loads(file.read_text())["results"]
+    assert (result["cache"], result["padded"]) == ("static", True)
+    assert [side["attention"] for side in result["sides"]] == [{}, {}, {"prompt_attention (reference inlined)": 1}]
+    assert "tiny, static cache, padded" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        prefill.main([*PREFILL, "--padded"])
+    assert "--padded needs a --batch of at least 2, found 1" in capsys.readouterr().err
+
+
 def test_decode_benchmark_refuses_a_wrong_side(workers, monkeypatch, capsys):
     decode = importlib.import_module("decode")
     monkeypatch.setattr(decode, "compiled", lambda side, model, mode: lambda *a, **k: _doubled(model(*a, **k)))

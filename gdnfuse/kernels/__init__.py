@@ -52,6 +52,7 @@ def implementations() -> dict[str, Implementation]:
         fused_linear,
         gated_rms_norm,
         mixer_decode,
+        prompt_attention,
         route,
     )
 
@@ -79,6 +80,7 @@ def implementations() -> dict[str, Implementation]:
         fused_linear.split_linear,
         gated_rms_norm.implementation,
         mixer_decode.implementation,
+        prompt_attention.implementation,
         route.implementation,
     )
     return {kernel.name: kernel for kernel in found}

@@ -14,7 +14,7 @@ from typing import Any
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from gdnfuse.dialect import causal_attention
+from gdnfuse.dialect import DialectOp, causal_attention, prompt_attention
 from gdnfuse.errors import Refused
 from gdnfuse.passes.sdpa import attention_of
 from gdnfuse.rewrite.driver import Outcome, deciding
@@ -184,8 +184,13 @@ class _Rows:
         axis, name = self.axes[node], op_name(node)
         wanted = {n for n, _ in self._needs(node, axis)}
         if (attention := _attention(node)) is not None:
-            attention["q"] = self._last(attention["q"])
-            return self._added(self.graph.call_function(causal_attention.op.overload, (), attention), node)
+            op, arguments = attention
+            arguments["q"] = self._last(arguments["q"])
+            if op is prompt_attention.op:
+                positions = arguments["positions"]
+                last = self.graph.call_function(operator.getitem, (positions, slice(-self.count, None)))
+                arguments["positions"] = self._added(last, positions)
+            return self._added(self.graph.call_function(op.overload, (), arguments), node)
         if name == "reshape":
             sizes = [*_sizes(node)]
             sizes[axis] = self.count
@@ -208,12 +213,14 @@ def _sizes(node: Node) -> tuple[Any, ...]:
     return tuple(node.args[1]) if len(node.args) == 2 and isinstance(node.args[1], list | tuple) else node.args[1:]
 
 
-def _attention(node: Node) -> dict[str, Any] | None:
-    """The arguments of causal_attention that correspond to an attention; None if there are none."""
-    if op_name(node) == "gdnfuse.causal_attention":
-        return causal_attention.op.bind(node.args, node.kwargs)
+def _attention(node: Node) -> tuple[DialectOp, dict[str, Any]] | None:
+    """The op that computes the last queries of an attention, and its arguments; None if there is none."""
+    for op in (causal_attention.op, prompt_attention.op):
+        if op_name(node) == f"gdnfuse.{op.name}":
+            return op, op.bind(node.args, node.kwargs)
     if op_name(node) != "scaled_dot_product_attention" or len(node.args) < 3:
         return None
     call, reason = attention_of(node)
     number = not isinstance(call["scale"], Node)
-    return call if not reason and number and causal_attention.takes(*(value(call[name]) for name in "qkv")) else None
+    fits = not reason and number and causal_attention.takes(*(value(call[name]) for name in "qkv"))
+    return (causal_attention.op, call) if fits else None

@@ -121,11 +121,8 @@ def back_to(out, T, H, D):
 
 def require_plain(anchor, m):
     """Refuse attention with anything but a bool mask of [B or 1, 1, T, L], a scale and groups of queries."""
-    options = options_of(anchor)
-    if unknown := options.keys() - OPTIONS:
-        raise Refused(f"Attention must have no options but {', '.join(sorted(OPTIONS))}, found {', '.join(unknown)}.", at=anchor)
-    require_numbers(anchor)
-    if options.get("is_causal", False):
+    require_options(anchor)
+    if options_of(anchor).get("is_causal", False):
         raise Refused(
             "Attention of few queries must not have is_causal, which aligns the first query with the first key, found it set.",
             at=anchor,
@@ -136,6 +133,13 @@ def require_plain(anchor, m):
     if mask.dtype != torch.bool or not any(_shaped(mask.shape, (n, 1, T, L), 3) for n in (B, 1)):
         found = f"{shown(mask.shape)} of {mask.dtype}"
         raise Refused(f"The mask must be {shown((B, 1, T, L))} or {shown((1, 1, T, L))} of bool, found {found}.", at=anchor)
+
+
+def require_options(anchor):
+    """Refuse options that are not torch's, dropout, and a scale that is not a number."""
+    if unknown := options_of(anchor).keys() - OPTIONS:
+        raise Refused(f"Attention must have no options but {', '.join(sorted(OPTIONS))}, found {', '.join(unknown)}.", at=anchor)
+    require_numbers(anchor)
 
 
 def require_numbers(anchor):
@@ -163,7 +167,8 @@ def require_heads(anchor, m):
 def require_provable(anchor, m, most=None):
     """Refuse keys that are too long for a proof."""
     B, HKV, L, D = value(m.inputs["keys"]).shape
-    size, most = math.prod(hint(n) for n in (B, HKV, L if m.small is None else m.small, D)), most or PROVED
+    L = L if isinstance(L, int) or m.small is None else m.small
+    size, most = math.prod(map(hint, (B, HKV, L, D))), most or PROVED
     if size > most:
         raise Refused(f"The keys must have at most {most} elements to be proved, found {size}.", at=anchor)
 

@@ -277,7 +277,7 @@ COLUMNS = {
     "rule": ("delta_rule", "chunk_delta_rule", "repeat_delta_rule", "packed_decode", "verify_delta_rule", "short_delta_rule"),
     "gated norm": ("gated_rms_norm",),
     "mixer": ("mixer_decode", "mixer_linears"),
-    "attention": ("attention_decode", "attention_growing", "attention_few_queries", "causal_attention"),
+    "attention": ("attention_decode", "attention_growing", "attention_few_queries", "causal_attention", "prompt_attention"),
     "router": ("route", "route_experts"),
     "experts": ("experts", "shared_expert"),
     "norm": ("rms_norm", "norm_linear", "norm_experts", "add_rms_norm"),

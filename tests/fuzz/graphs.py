@@ -49,6 +49,7 @@ SOURCES = {
     "captured step": Source(4, cache="dynamic", capture=True),
     "captured prompt": Source(2, (13, 9, 70), filled=False, capture=True, padded=True),
     "captured continuation": Source(2, (11, 7, 66), cache="dynamic", capture=True, dtype=BF16),
+    "captured prompt on a filled cache": Source(2, (70,), capture=True, padded=True),
     "prompt": Source(2, (70,), cache="dynamic", filled=False),
     "step of experts": Source(1, experts=True),
     "captured step of experts": Source(3, experts=True, capture=True),

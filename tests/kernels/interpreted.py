@@ -30,6 +30,7 @@ from gdnfuse.kernels import (
     low_rank,
     one_shot_all_reduce,
     one_shot_sum,
+    prompt_attention,
     skinny_linear,
     tuned,
 )
@@ -43,6 +44,7 @@ few_rows_linear.OPERANDS[torch.bfloat16] = few_rows_linear.OPERANDS[torch.float3
 fp8_linear.OPERAND = tl.float32  # it multiplies no e4m3
 # It runs one program after another; of few splits each has several blocks of keys, and with more heads there is but one.
 attention_decode.PROGRAMS = attention_tile.PROGRAMS = 16
+prompt_attention.CONFIGS = prompt_attention.CONFIGS[-1:]  # so that short prompts have several blocks
 
 
 def spread(self, block, x):

@@ -26,6 +26,7 @@ from gdnfuse.dialect import (
     in_proj_conv,
     mixer_decode,
     packed_decode,
+    prompt_attention,
     record,
 )
 
@@ -347,6 +348,16 @@ def few_queries(*sizes, **options):
     return lambda: attention_few_queries.example_call(*sizes, **options)
 
 
+def of_prompt(*sizes, shared=False, **options):
+    """A call of prompt_attention; with `shared` the mask is the first sequence's for all."""
+
+    def make():
+        (*args, mask, scale), _ = prompt_attention.example_call(*sizes, **options)
+        return (*args, mask[:1] if shared else mask, scale), {}
+
+    return make
+
+
 def v_major(s):
     """The same state with K innermost in memory."""
     return s.transpose(-1, -2).contiguous().transpose(-1, -2)
@@ -525,6 +536,13 @@ CASES = [
     Case("attention_few_queries", "T8-two-tiles", few_queries(1, 5, 1, 8, 40, T=8)),
     Case("attention_few_queries", "T4-strided", few_queries(3, 2, 2, 24, 70, BF16, T=4, shared=True, wrap=every_second)),
     Case("attention_few_queries", "T2-nothing-shown", few_queries(2, 2, 1, 16, 300, T=2, hidden=300)),
+    Case("prompt_attention", "on-a-cache", of_prompt(2, 4, 2, 37, 70, 16, start=5)),
+    Case("prompt_attention", "first-of-a-cache", of_prompt(1, 6, 2, 20, 100, 20, BF16)),
+    Case("prompt_attention", "padded", of_prompt(3, 2, 1, 40, 40, 16, BF16, padded=[0, 9, 40])),
+    Case("prompt_attention", "padded-on-a-cache", of_prompt(2, 2, 2, 9, 80, 8, F16, start=60, padded=[3, 50])),
+    Case("prompt_attention", "holes", of_prompt(2, 2, 1, 33, 45, 24, F16, start=12, padded=[3, 20], holes=True, wrap=padded)),
+    Case("prompt_attention", "mostly-padding", of_prompt(1, 2, 1, 3, 1100, 16, start=1090, padded=[1070])),
+    Case("prompt_attention", "one-mask", of_prompt(2, 2, 2, 20, 30, 16, start=4, padded=[5, 0], shared=True, wrap=every_second)),
     Case("attention_few_queries", "masks-in-turns", few_queries(1, 2, 1, 16, 2**15 + 1000, hidden=2**15 + 900)),
     *(Case("fused_linear", f"{f}-F32", linear(200, WIDTHS[f], F32, norm=True, **of(f))) for f in (*FORMATS, ZERO, NF4, FP4)),
     *(Case("fused_linear", f"{f}-BF16", linear(200, WIDTHS[f], BF16, norm=True, **of(f))) for f in FORMATS),
@@ -656,7 +674,7 @@ def bound_of(case, args, got, tolerance):
         return tolerance[args[0].dtype] / 2  # entries of its table are rounded to x's dtype, as eager's weights are
     if case.op == "split_linear":
         return 2 * tolerance[got.dtype]  # tensor cores cut the last bits of a sum off where float32 would round them
-    if "chunk" not in case.op and not case.op.startswith("attention"):
+    if "chunk" not in case.op and "attention" not in case.op:
         return tolerance[got.dtype]
     return CHUNKED[args[2].dtype]
 

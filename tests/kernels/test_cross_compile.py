@@ -152,6 +152,22 @@ def calls(B, HV, K=128, V=128, state_dtype=torch.float32):
             of(B, 1, 5, 5001, dtype=torch.bool),
             1 / 16,
         ),
+        "prompt_attention": (
+            of(B, 5000, 16, 256).transpose(1, 2),
+            of(B, 4, 8192, 256),
+            of(B, 4, 8192, 256),
+            of(5000, dtype=torch.int64),
+            None,
+            1 / 16,
+        ),
+        "prompt_attention with padding": (
+            of(B, 5000, 16, 256).transpose(1, 2),
+            of(B, 4, 5000, 256),
+            of(B, 4, 5000, 256),
+            of(5000, dtype=torch.int64),
+            of(B, 5000, dtype=torch.bool),
+            1 / 16,
+        ),
         "causal_conv": (many[..., :D].mT, of(D, W), None, "silu"),
         "causal_conv_record": (
             *(many[:, :5, :D].mT, of(D, W), None, "silu", of(B, D, W), *(x[:, :5] for x in many_gates)),

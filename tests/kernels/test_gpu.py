@@ -62,6 +62,18 @@ REAL += [
         Case("attention_few_queries", f"real-T64-B{B}", kernel_cases.few_queries(B, 16, 4, 256, 5000, BF16, T=64)),
         Case("attention_few_queries", f"real-long-B{B}", kernel_cases.few_queries(B, 16, 4, 256, 5000, BF16, hidden=4000)),
         Case("attention_few_queries", f"real-no-mask-B{B}", kernel_cases.few_queries(B, 16, 4, 256, 5000, BF16, mask=False)),
+        Case("prompt_attention", f"real-on-a-cache-B{B}", kernel_cases.of_prompt(B, 16, 4, 333, 2048, 256, BF16, start=700)),
+        Case(
+            "prompt_attention",
+            f"real-padded-B{B}",
+            kernel_cases.of_prompt(B, 16, 4, 1500, 1500, 256, BF16, padded=[*range(0, 1500, 1500 // B)][:B]),
+        ),
+        Case(
+            "prompt_attention",
+            f"real-holes-B{B}",
+            kernel_cases.of_prompt(B, 16, 4, 130, 1024, 256, F16, start=800, padded=[900] * B, holes=True),
+        ),
+        Case("prompt_attention", f"real-128-B{B}", kernel_cases.of_prompt(B, 32, 8, 300, 700, 128, BF16, start=64)),
         Case("causal_conv", f"real-B{B}", kernel_cases.prompt_conv(B, 8192, 333, 4, BF16, S=4, wrap=kernel_cases.row_slice)),
         Case("chunk_delta_rule", f"real-B{B}", kernel_cases.chunked(B, 333, H, HV, K, V, BF16, every=2)),
         Case("fused_gating_chunk_delta_rule", f"real-B{B}", kernel_cases.chunked(B, 333, H, HV, K, V, BF16, gated=True)),

@@ -7,6 +7,7 @@ import torch
 
 import gdnfuse
 from gdnfuse import kernels, models
+from gdnfuse.passes.lift import prompt_attention
 from tests.models import zoo
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -52,6 +53,36 @@ def test_no_less_accurate_than_eager(dtype, batch, padded, mode):
             torch.cat([s.flatten().double() for s in states[kind]]) for states in (found_states, eager_states, wanted_states)
         )
         assert zoo.relative(ours_all, wanted_all) <= 1.1 * zoo.relative(eager_all, wanted_all) + floor
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("kind", "padded"), [("static", False), ("static", True), ("dynamic", True)])
+@torch.no_grad()
+def test_prompts_of_padded_batches_and_on_static_caches(kind, padded, dtype, monkeypatch):
+    """Of several lengths, with heads as wide as a 4B model's; the static cache held another prompt before."""
+    monkeypatch.setattr(prompt_attention, "KERNEL", True)
+    model = zoo.causal_lm(**zoo.SMALL, hidden_size=256, head_dim=256).to(dtype).cuda()
+    ours = copy.deepcopy(model)
+    wide, oracle = zoo.in_float64(model)
+    compiled = torch.compile(ours, backend="gdnfuse", fullgraph=True)
+    found = {}
+    for name, owner, call in (("ours", ours, compiled), ("eager", model, model), ("wanted", wide, oracle)):
+        cache, found[name] = zoo.new_cache(owner, kind, 1100), []
+        for length in (70, 333, 1000, 129):
+            cache = zoo.new_cache(owner, kind, 1100) if kind == "dynamic" else cache
+            ids = zoo.prompt(3, length, seed=length)[0].cuda()
+            mask = (torch.arange(length) >= torch.tensor([0, 5, length - 9])[:, None]).long().cuda()
+            mask = mask if padded else torch.ones_like(mask)
+            logits = call(input_ids=ids, attention_mask=mask if padded else None, **zoo.held(cache)).logits
+            assert logits.isfinite().all()
+            found[name].append(logits[mask.bool()].flatten().double())
+            cache.reset()
+        found[name] = torch.cat(found[name])
+    floor = 2e-6 if dtype == torch.float32 else 0.0
+    ours_error, eager_error = (zoo.relative(found[name], found["wanted"]) for name in ("ours", "eager"))
+    assert ours_error <= 1.1 * eager_error + floor
+    lowered = [(r.rule, r.chosen) for r in gdnfuse.reports()[-1].all_records if r.stage == "lower"]
+    assert ("prompt_attention", "triton") in lowered, lowered
 
 
 @pytest.mark.parametrize("batch", [1, 5, 33])

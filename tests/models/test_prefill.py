@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import gdnfuse
+from gdnfuse.passes.lift import prompt_attention
 from tests.models import zoo
 from tests.sweeps import ALL, some
 
@@ -144,6 +145,43 @@ def test_a_filled_cache_is_continued(kind):
     if kind == "dynamic":
         told = [[r.status for r in report.all_records if r.rule == "causal_attention" and r.stage == "lift"] for report in others]
         assert told == [["fired"] * (len(model.config.layer_types) - 1)] * len(others)
+
+
+PADDED = [0, 5, 30]  # columns of padding of three sequences
+CACHES = [("static", False), ("static", True), ("dynamic", True)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "padded", "dtype"),
+    [(*c, d) for c in CACHES for d in (torch.float32, torch.bfloat16)]
+    if ALL
+    else [(*c, torch.float32 if i == 2 else torch.bfloat16) for i, c in enumerate(CACHES)],
+    ids=str,
+)
+def test_prompts_of_padded_batches_and_on_static_caches_make_no_mask(kind, padded, dtype, monkeypatch):
+    """The static cache held another prompt before. Padding may differ: nobody sees it."""
+    monkeypatch.setattr(prompt_attention, "KERNEL", True)
+    model = zoo.causal_lm(**zoo.SMALL).to(dtype)
+    wide, oracle = zoo.in_float64(model)
+    ours = copy.deepcopy(model)
+    found = {}
+    for name, owner, call in (("ours", ours, compiled(ours)), ("eager", model, model), ("oracle", wide, oracle)):
+        cache, found[name] = zoo.new_cache(owner, kind, 160), []
+        for length in (70, 131):
+            cache = zoo.new_cache(owner, kind, 160) if kind == "dynamic" else cache
+            ids, _ = zoo.prompt(3, length, seed=length)
+            mask = (torch.arange(length) >= torch.tensor(PADDED)[:, None]).long() if padded else torch.ones_like(ids)
+            logits = forward(call, cache, ids, mask if padded else None)
+            assert logits.isfinite().all()
+            found[name].append(logits[mask.bool()].flatten().double())
+            cache.reset()
+        found[name] = torch.cat(found[name])
+    floor = 2e-6 if dtype == torch.float32 else 0.0
+    assert zoo.relative(found["ours"], found["oracle"]) <= 1.1 * zoo.relative(found["eager"], found["oracle"]) + floor
+    for report in reports("prefill"):
+        lowered = [(r.rule, r.chosen) for r in report.all_records if r.stage == "lower" and "attention" in r.rule]
+        first = kind == "static" and not padded and report is reports("prefill")[0]
+        assert first or lowered == [("prompt_attention", "reference inlined")]
 
 
 def test_no_cache_at_all():
