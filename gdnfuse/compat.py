@@ -1071,14 +1071,14 @@ def copy_all(copy: Any, to: Sequence[Any], tensors: Sequence[Any]) -> None:
         copy(*of_kind)
 
 
-def _subtract_from_each(tensors: Sequence[Any], n: int) -> None:
-    for x in tensors:
-        x.sub_(n)
+def _subtract_from_each(tensors: Sequence[Any], n: int | Sequence[Any]) -> None:
+    for x, each in zip(tensors, [n] * len(tensors) if isinstance(n, int) else n, strict=True):
+        x.sub_(each)
 
 
 @private("torch:_foreach_sub_", instead=_subtract_from_each)
-def subtract_from_all(subtract: Any, tensors: Sequence[Any], n: int) -> None:
-    """Subtract a number from many tensors in place, in one launch if they are of one dtype and device.
+def subtract_from_all(subtract: Any, tensors: Sequence[Any], n: int | Sequence[Any]) -> None:
+    """Subtract a number, or a tensor from each, from many tensors in place, in one launch if they are of one dtype and device.
 
     Without it: the lengths of a static cache's layers are cropped one by one.
     """

@@ -54,20 +54,25 @@ class Fed:
         if mask is not None and capacity is not None:
             self._mask = torch.cat([mask, mask.new_ones(mask.shape[0], capacity - mask.shape[1])], 1)
 
-    def __call__(self, tokens: torch.Tensor, last: bool = False, **more: Any) -> Any:
+    def __call__(self, tokens: torch.Tensor, last: bool = False, start: torch.Tensor | None = None, **more: Any) -> Any:
         """What the model answers to the next tokens [B, T].
 
         Args:
             tokens: their ids.
             last: logits of the last of them are enough.
+            start: [1], how many tokens the cache holds, if only the device knows it yet. Whoever calls sets `length` when the
+                host knows it too. The cache has a fixed length then.
             more: arguments of the model's.
         """
         arguments = {**self._arguments, **more}
         end = self.length + tokens.shape[1]
         if self._places:  # which a model with images would count from its last ones
-            arguments["position_ids"] = self._positions(tokens, end)
+            arguments["position_ids"] = self._positions(tokens, end) if start is None else self._positions_from(tokens, start)
         if self._mask is not None:
-            arguments["attention_mask"] = self._of_length(end) if self._grows else self._mask
+            # Linear attention takes the last columns for those of the tokens, so a prompt's mask ends where it does. Behind it all
+            # tokens are real.
+            of_prompt = end <= self._places_of_prompt.shape[1]
+            arguments["attention_mask"] = self._of_length(end) if self._grows or of_prompt else self._mask
         if last and self._keeps:
             arguments["logits_to_keep"] = 1
         # Of one layout whatever they are a part of: Dynamo compiles a call anew for other strides.
@@ -82,6 +87,9 @@ class Fed:
         if known is not None and end <= known.shape[1]:
             return known[:, self.length : end].contiguous()
         return torch.arange(self.length, end, device=tokens.device).expand(tokens.shape) - self._padding
+
+    def _positions_from(self, tokens: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+        return (torch.arange(tokens.shape[1], device=tokens.device) + start).expand(tokens.shape) - self._padding
 
     def _of_length(self, length: int) -> torch.Tensor:
         missing = length - self._mask.shape[1]

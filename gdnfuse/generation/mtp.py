@@ -284,16 +284,14 @@ class _Chain:
     def close(self) -> None:
         self.tap.close()
 
-    def draft_ahead(self, picked: torch.Tensor, standing: torch.Tensor) -> None:
-        """Make the next drafts of one row while the host does not know yet how many drafts are accepted.
-
-        Args:
-            picked: [1, n + 1], the tokens after each place of a verify step.
-            standing: [1, 1], how many of its drafts are accepted.
-        """
-        if self.at_once and self.first is not None and [x.shape[1] for x in self.parts] == [self.n + 1] == [picked.shape[1]]:
-            (hidden,), self.parts = self.parts, []
-            self.ahead = self._all(picked, hidden, standing.reshape(1).clone())
+    def draft_ahead(self, picked: torch.Tensor, standing: torch.Tensor) -> Drafts | None:
+        """As in `Drafting`."""
+        heard = [x.shape[1] for x in self.parts]
+        if not self.at_once or self.first is None or heard != [self.n + 1] or picked.shape[1] != self.n + 1:
+            return None
+        (hidden,), self.parts = self.parts, []
+        self.ahead = self._all(picked, hidden, standing.reshape(1).clone())
+        return Drafts(self.ahead)
 
     def propose(self, ids: torch.Tensor, rows: Sequence[Sequence[int]]) -> Drafts | None:
         if self.ahead is not None:

@@ -14,6 +14,7 @@ import torch
 from gdnfuse import compat
 from gdnfuse.errors import GdnfuseError
 from gdnfuse.generation.feeding import Fed, compiled_steps
+from gdnfuse.generation.lookup import History
 
 MOST_DRAFTS, LONGEST_PAUSE = 7, 16
 TOKENS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -59,6 +60,10 @@ class Drafting(Protocol):
             ids: [B, L], all tokens so far, padding included.
             rows: the same as lists, without padding.
         """
+
+    # A drafter may also have `draft_ahead(picked, standing)`. It makes the next drafts of one row while the host does not know
+    # yet which tokens they follow: of picked [1, n + 1], the tokens after each place of a verify step, the first standing + 1,
+    # with standing [1, 1]. It returns Drafts of n tokens, or None if it cannot. The next `propose` is then about these drafts.
 
 
 class Proposer(Protocol):
@@ -129,22 +134,39 @@ class PromptLookup:
 
     def start(self, run: Run) -> Drafting:
         """The drafter of one generation."""
-        return _Lookup(self)
+        return _Lookup(self, run)
 
 
 class _Lookup:
     """The drafter of one generation. After drafts of which not one token was right, it proposes nothing for 1, 2, 4, 8 and then
     LONGEST_PAUSE tokens, because a step with drafts takes longer than a plain one."""
 
-    def __init__(self, of: PromptLookup):
-        self.of, self._rows = of, []
+    def __init__(self, of: PromptLookup, run: Run):
+        self.of, self.most, self._rows = of, run.most, []
         self._proposed: list[tuple[int, int]] = []  # of each row how long it was, and the first draft
         self._failures, self._wait = 0, 0
+        self._known: torch.Tensor | None = None  # all tokens [1, L] at the last proposal that was not made ahead
+        self._history: History | None = None  # of one row: the same and what came after them
+        self._ahead: Drafts | None = None
+
+    def draft_ahead(self, picked: torch.Tensor, standing: torch.Tensor) -> Drafts | None:
+        """As in `Drafting`."""
+        if self._known is None:
+            return None
+        if self._history is None:
+            self._history = History(self._known, self.most + MOST_DRAFTS + 1, self.of.ngram)
+        self._history.add(picked, standing[0] + 1)
+        self._ahead = Drafts(self._history.after(self.of.n))
+        return self._ahead
 
     def propose(self, ids: torch.Tensor, rows: Sequence[Sequence[int]]) -> Drafts | None:
         if not self._rows:
             self._rows = [_Places(self.of.ngram) for _ in rows]
         found = [places.after(row, self.of.n) for places, row in zip(self._rows, rows, strict=True)]
+        ahead, self._ahead = self._ahead, None
+        if ahead is None:
+            alone = len(rows) == 1 and len(rows[0]) == ids.shape[1]
+            self._known, self._history = ids if alone else None, None
         if self._proposed:
             right = [len(row) > at and row[at] == draft for row, (at, draft) in zip(rows, self._proposed, strict=True)]
             self._failures = 0 if any(right) else self._failures + 1
@@ -153,6 +175,8 @@ class _Lookup:
         if not any(found) or len(rows[0]) < self._wait:
             return None
         self._proposed = [(len(row), draft[0] if draft else -1) for draft, row in zip(found, rows, strict=True)]
+        if ahead is not None:  # the same drafts
+            return ahead
         filled = [draft or [row[-1]] * self.of.n for draft, row in zip(found, rows, strict=True)]
         return Drafts(torch.tensor(filled, device=ids.device))
 

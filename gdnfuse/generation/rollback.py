@@ -263,36 +263,64 @@ class RollbackCache(Cache):
             raise GdnfuseError(
                 f"crop needs the number of tokens to remove as a negative number, or 0, found {tokens_to_remove!r}."
             )
-        linear = self._linear()
-        counts = {layer.pending for layer in linear}
-        pending = max(counts)
+        pending = self.pending
         keep = pending + tokens_to_remove
         if keep < 0:
             raise GdnfuseError(
                 f"A RollbackCache takes back what it recorded since the last crop, {pending} tokens, found {-tokens_to_remove}."
             )
+        self._require_complete()
+        if keep:
+            self._require_replayable()
+            self._commit(self._all["counts"][keep], pending)
+        for layer in self._linear():
+            layer.pending = 0
+        take_back(self.layers, -tokens_to_remove)
+
+    def crop_to(self, kept: torch.Tensor) -> None:
+        """Like `crop`, for a number of tokens that only the device knows yet. The host does not wait for it.
+
+        Args:
+            kept: [B], int32 or int64, all the same: how many tokens of the recorded call to keep, from 1 on.
+
+        Raises:
+            GdnfuseError: as `crop` does, or the cache grows, so that its length must be known. The cache is unchanged then.
+        """
+        pending = self.pending
+        if self.capacity is None or not pending:
+            found = "one that grows" if self.capacity is None else "none recorded"
+            raise GdnfuseError(f"crop_to needs a RollbackCache of fixed length with recorded tokens, found {found}: call crop.")
+        self._require_complete()
+        self._require_replayable()
+        self._commit(kept, pending)
+        for layer in self._linear():
+            layer.pending = 0
+        take_back(self.layers, (pending - kept[0]).long())
+
+    def _require_complete(self) -> None:
+        """Check that all layers have recorded the same call, with all that a replay needs."""
+        linear = self._linear()
+        counts = {layer.pending for layer in linear}
         if len(counts) > 1:
             raise GdnfuseError(
                 f"All layers of a RollbackCache must have recorded the same call, found layers with "
                 f"{sorted(counts)} tokens: the call did not run to its end, so call cache.abandon(length)."
             )
-        if pending and not all(layer.recorded for layer in linear):
+        if max(counts) and not all(layer.recorded for layer in linear):
             raise GdnfuseError(
                 "Both gates of a recorded call must be handed to its RollbackCache, found layers without: their hooks are gone, "
                 "or threads share a model whose graphs break inside a layer. cache.abandon(length) forgets the call."
             )
-        if keep:
-            if self._all and not self._unchanged():
-                raise GdnfuseError(
-                    "The weights of GDN layers must be the same when a RollbackCache records a call and when it is cropped, "
-                    "found that they were written: cache.abandon(length) forgets the call."
-                )
-            if not self._states_in_place():
-                self._stack_states()
-            self._commit(keep, pending)
-        for layer in linear:
-            layer.pending = 0
-        take_back(self.layers, -tokens_to_remove)
+
+    def _require_replayable(self) -> None:
+        """Check that the weights are those that the call was recorded with, and have all states in one tensor."""
+        if self._all and not self._unchanged():
+            raise GdnfuseError(
+                "The weights of GDN layers must be the same when a RollbackCache records a call and when it is cropped, "
+                "found that they were written: cache.abandon(length) forgets the call."
+            )
+        if not self._states_in_place():
+            self._stack_states()
 
     def abandon(self, length: int) -> None:
         """Forget the recorded call, even if it did not run to its end. The cache is as before the call.
@@ -308,16 +336,16 @@ class RollbackCache(Cache):
             elif not isinstance(layer, RollbackLayer):
                 layer.crop(min(length - layer.get_seq_length(), 0))
 
-    def _commit(self, keep: int, pending: int) -> None:
-        self.replayed_by = commit(*self.replay(keep, pending))
+    def _commit(self, kept: torch.Tensor, pending: int) -> None:
+        self.replayed_by = commit(*self.replay(kept, pending))
 
-    def replay(self, keep: int, pending: int) -> tuple[Any, ...]:
-        """The arguments of `delta_rule_commit` that put the first `keep` of `pending` recorded tokens into the states."""
+    def replay(self, kept: torch.Tensor, pending: int) -> tuple[Any, ...]:
+        """The arguments of `delta_rule_commit` that put the first `kept` [B] of `pending` recorded tokens into the states."""
         of = self._all
         windows, W = of["windows"], of["conv_weight"].shape[-1]
         mixer = next(iter(self._mixers.values()))
         return (
-            windows[:, :, : W + pending], of["a"][:, :, :pending], of["b"][:, :, :pending], of["counts"][keep],
+            windows[:, :, : W + pending], of["a"][:, :, :pending], of["b"][:, :, :pending], kept,
             of["conv_weight"], of["A_log"], of["dt_bias"], of["conv_state"], of["recurrent_state"],
             L2NORM_EPS, beta_scale_of(mixer),
         )  # fmt: skip
@@ -594,11 +622,15 @@ def _prove(mixer: torch.nn.Module) -> None:
     _proved.add(kind)
 
 
-def take_back(layers: Sequence[Any], tokens: int) -> None:
-    """Crop the keys and values of attention layers by so many tokens, in any cache of transformers."""
-    if not tokens:
+def take_back(layers: Sequence[Any], tokens: int | torch.Tensor) -> None:
+    """Crop the keys and values of attention layers by so many tokens, in any cache of transformers.
+
+    A tensor [] in int64 is a number that only the device knows yet. Then all layers must be of fixed length.
+    """
+    if isinstance(tokens, int) and not tokens:
         return
-    compat.subtract_from_all([layer.cumulative_length for layer in layers if isinstance(layer, StaticLayer)], tokens)
+    lengths = [layer.cumulative_length for layer in layers if isinstance(layer, StaticLayer)]
+    compat.subtract_from_all(lengths, tokens if isinstance(tokens, int) else [tokens] * len(lengths))
     for layer in layers:
         if not isinstance(layer, StaticLayer | LinearAttentionLayer):
             layer.crop(-tokens)

@@ -141,7 +141,13 @@ class Speculative:
 
 
 class Generation:
-    """One call of `generate`."""
+    """One call of `generate`.
+
+    Attributes:
+        cache_is_seen: whether a cache that was passed may be looked at later, so that it must hold what was generated and no more.
+    """
+
+    cache_is_seen = True
 
     def __init__(
         self, of: Speculative, model: Any, ids: torch.Tensor, processors: Any, criteria: Any, config: Any, kwargs: dict[str, Any]
@@ -162,13 +168,19 @@ class Generation:
         self.rows = _without_padding(ids, mask)
         self.done = [False] * len(self.rows)
         self.seen: list[torch.Tensor] = []
-        # A plain step may be launched before its token is read, so that the host prepares it while the device still works. The
-        # last one may be a step too many. So nobody may see the cache, no hook may see the step, and no row may be padded.
+        # A step may be launched before the tokens that it follows are read, so that the host prepares it while the device still
+        # works. The last one may be a step too many. So nobody may see the cache, no hook may see the step, and no row may be
+        # padded.
         given = cache_finder()(kwargs.values())
-        hidden = self.cache is not given and not config.return_dict_in_generate
+        hidden = not (self.cache is given and self.cache_is_seen) and not config.return_dict_in_generate
         possible = hidden and len(ids) == 1 and ids.device.type in EARLY and not self.careful
         self.early = possible and not hooks_now(model.modules())
-        self._plain, self._ahead = False, None  # whether the next step is taken to be a plain one, and its logits
+        # A step with drafts is launched early where a device alone can tell which drafts are accepted and what comes next.
+        greedy = not self.sample and not self.processors
+        self.early_drafts = self.early and greedy and capacity is not None and not is_users(self.proposer)
+        self._plain = False  # whether the next step is taken to be a plain one
+        self._ahead: tuple[torch.Tensor, Drafts | None] | None = None  # of a step that was launched early: its logits and drafts
+        self._start: torch.Tensor | None = None  # [1], how many tokens the cache held before it, if it has drafts
         self.pad = config.pad_token_id if config.pad_token_id is not None else next(iter(self.stop.eos), 0)
         wanted = config.return_dict_in_generate
         self.scores: list[torch.Tensor] | None = [] if wanted and config.output_scores else None
@@ -196,16 +208,17 @@ class Generation:
             except BaseException:
                 self._undo(drafts)
                 raise
-            if drafts is not None:
+            if drafts is not None and self._ahead is None:
                 self._keep(emitted - logits.shape[1])
             start = time.perf_counter() if start is None else start
             if over:
+                self._recall()
                 break
             # If one token is left, drafts would not help.
             drafts = self._drafts() if self._left > 1 else None
             self._plain = drafts is None
-            if self._ahead is not None:  # drafts come a step later then
-                logits, drafts, self._ahead = self._ahead, None, None
+            if self._ahead is not None:  # drafts that were proposed now come a step later
+                (logits, drafts), self._ahead = self._ahead, None
                 continue
             if drafts is None:
                 logits = self._plain_step(self.ids[:, -1:])
@@ -249,9 +262,37 @@ class Generation:
             logits = self.fed(part, last=True).logits
         return logits[:, -1:]
 
+    def _launch(self, picked: torch.Tensor, standing: torch.Tensor, drafts: Drafts) -> None:
+        """Keep the accepted tokens of a step with drafts and feed the next ones, of which the host knows none yet.
+
+        picked, standing: as in `Drafting`. drafts: what comes behind the last of the accepted tokens.
+        """
+        T, kept = picked.shape[1], standing[0] + 1
+        self.cache.crop_to(kept)
+        self.counts.replay = self.cache.replayed_by
+        self._start = kept + (self.fed.length - T if self._start is None else self._start)
+        self.cache.activate_past_recording()
+        self.seen.append(torch.cat([picked.gather(1, standing), drafts.tokens], 1))
+        self._ahead = self.fed(self.seen[-1], start=self._start).logits, drafts
+
+    def _caught_up(self, accepted: int, columns: int) -> None:
+        """Note what the host now knows of the step before the one that was launched: how many of its drafts are accepted."""
+        self.fed.length -= columns - 1 - accepted
+        self.seen[-2] = self.seen[-2][:, : accepted + 1]
+        self.counts.rounds += 1
+        self.counts.drafted += columns - 1
+
+    def _recall(self) -> None:
+        """Take back the tokens of a step with drafts that was launched and is one too many."""
+        if self._ahead is not None and self._ahead[1] is not None:
+            self.fed.length -= self.seen.pop().shape[1]
+            self.cache.abandon(self.fed.length)
+            self.counts.rounds -= 1
+            self.counts.drafted -= self._ahead[1].tokens.shape[1]
+
     def _keep(self, crop: int) -> None:
         """Take back the last -crop tokens."""
-        length = self.fed.length
+        length, self._start = self.fed.length, None
         try:
             self.cache.crop(crop)
         except BaseException:
@@ -262,8 +303,10 @@ class Generation:
         self.seen[-1] = self.seen[-1][:, : self.seen[-1].shape[1] + crop]
 
     def _undo(self, drafts: Drafts | None) -> None:
-        """Restore the cache to its state before the drafts."""
-        if drafts is not None:
+        """Restore the cache to its state before the drafts. Nobody sees one for which a step was launched early."""
+        if self._ahead is not None:
+            self.cache.abandon(0)
+        elif drafts is not None:
             self.cache.abandon(self.ids.shape[1] - 1)
 
     def _take(self, logits: torch.Tensor, drafts: Drafts | None) -> tuple[int, bool]:
@@ -276,14 +319,18 @@ class Generation:
             standing = self._standing(picked, drafts.tokens)
             read = reading(torch.cat([standing, picked], 1))
             if len(self.rows) == 1 and self._left > columns:
-                getattr(self.drafting, "draft_ahead", lambda *_: None)(picked, standing)
+                ahead = getattr(self.drafting, "draft_ahead", lambda *_: None)(picked, standing)
+                if ahead is not None and self.early_drafts and not self._plain:
+                    self._launch(picked, standing, ahead)
             read = read()  # the only place in a round where the host waits
             stands = [row[0] for row, padded in zip(read, self._padded, strict=True) if not padded]
             accepted, host = min(stands), [row[1:] for row in read]
+            if self._ahead is not None:
+                self._caught_up(accepted, columns)
         else:
             read = reading(picked)
             if self.early and self._plain and self._left > 1:
-                self._ahead = self._plain_step(picked)
+                self._ahead = self._plain_step(picked), None
             accepted, host = 0, read()
         before = self.ids
         self.ids = torch.cat([before, picked[:, : accepted + 1]], 1)

@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 import gdnfuse
 from gdnfuse import MTP
 from gdnfuse.bench.speculation import forced
-from gdnfuse.generation import mtp
+from gdnfuse.generation import mtp, speculation
 from gdnfuse.generation.proposers import Run
+from gdnfuse.generation.speculation import Generation
 from tests.models import zoo
 
 # What Qwen3.5's dense checkpoints hold.
@@ -203,8 +204,14 @@ def test_drafts_are_made_before_the_host_knows_how_many_are_accepted(tmp_path, m
         return model.generate(ids, **GREEDY, cache_implementation="static", custom_generate=loop), loop.acceptance
 
     wanted, _ = generated(lambda *_: None)
-    found, counts = generated(lambda self, *args: (ahead(self, *args), made.append(self.ahead.clone())))
+    found, counts = generated(lambda self, *args: made.append(ahead(self, *args)) or made[-1])
     assert torch.equal(found, wanted) and 0 < counts.accepted < counts.drafted and len(made) >= counts.rounds - 3 > 0
+    # So are they if the step that checks them is launched before the host knows it too.
+    launch, launched = Generation._launch, []
+    monkeypatch.setattr(speculation, "EARLY", ("cpu",))
+    monkeypatch.setattr(Generation, "_launch", lambda self, *args: (launched.append(1), launch(self, *args)))
+    found, of_early = generated(ahead)
+    assert torch.equal(found, wanted) and of_early.accepted == counts.accepted and len(launched) >= counts.rounds - 3
 
 
 @pytest.mark.sweep

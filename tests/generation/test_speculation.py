@@ -16,7 +16,8 @@ import gdnfuse
 from gdnfuse import Callback, Draft, PromptLookup, models
 from gdnfuse.generation import speculation
 from gdnfuse.generation.generate import OTHERS
-from gdnfuse.generation.proposers import Drafts, Run
+from gdnfuse.generation.lookup import History
+from gdnfuse.generation.proposers import Drafts, Run, _Places
 from tests.models import zoo
 from tests.models.test_adapters import LoRA
 from tests.sweeps import some
@@ -67,6 +68,7 @@ def case(model, proposer, seed, **more):
     """One random call, plain and with drafts; and how many of these stood."""
     rows, padded = 1 + seed % 2, seed % 3 == 1
     ids, mask = zoo.prompt(rows, 5 + seed % 7, padded, seed=seed)
+    ids = ids.clamp(min=1)  # the embedding of 0 is zero, so that it would not show if padding were not masked
     if proposer == "lookup":  # tokens that stand there before
         ids, mask = (x if x is None else torch.cat([x, x.clamp(min=1) if x is mask else x], 1) for x in (ids, mask))
     asked = {**GREEDY, "attention_mask": mask, "cache_implementation": ("static", None)[seed // 2 % 2], **more}
@@ -723,6 +725,124 @@ def test_plain_steps_may_be_launched_before_their_token_is_read(sampled, monkeyp
     for more in ({"return_dict_in_generate": True}, {zoo.CACHE: gdnfuse.RollbackCache(model, 64)}):
         _, loop = generated(True, **more)
         assert loop.seen[0].get_seq_length() == 8 + 24 - 1
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_lookup_on_a_device_finds_what_lookup_on_the_host_finds(seed):
+    generator = torch.Generator().manual_seed(seed)
+    random = lambda high, *shape: torch.randint(high, shape, generator=generator)  # noqa: E731
+    row = random(3 + seed, 5 + seed).tolist()
+    history, places = History(torch.tensor([row]), 99, 1 + seed), _Places(1 + seed)
+    for _ in range(20):
+        found = history.after(4)
+        assert found.tolist() == [places.after(row, 4) or row[-1:] * 4]
+        kept = 1 + random(4, 1)
+        more = random(3 + seed, 1, 4)
+        history.add(more, kept)
+        row += more[0, : int(kept)].tolist()
+
+
+def counting(model, n):
+    """One that mostly says the next of n tokens, round and round."""
+    with torch.no_grad():
+        embedded, head = model.get_input_embeddings().weight, torch.nn.Linear(*model.lm_head.weight.shape[::-1], bias=False)
+        head.weight.zero_()
+        of = embedded[1 : n + 1]  # the first is padding
+        head.weight[torch.arange(n).roll(-1) + 1] = 40 * of / of.norm(dim=1, keepdim=True)
+        model.lm_head = head
+    return model
+
+
+class Knowing:
+    """Drafts what a model will say, each fourth token but with a wrong one, and does so ahead if it may."""
+
+    n = 3
+
+    def __init__(self, answer, ahead=True):
+        wrong = torch.arange(answer.shape[1] + 99) % 4 == 0
+        longer = torch.cat([answer, answer.new_ones(1, 99)], 1)
+        self.tokens, self.known, self.ahead = torch.where(wrong, (longer + 1) % 128, longer), None, None
+        if not ahead:
+            self.draft_ahead = lambda *_: None
+
+    def start(self, run):
+        self.known = None
+        return self
+
+    def draft_ahead(self, picked, standing):
+        self.known = self.known + standing[0] + 1
+        self.ahead = Drafts(self.tokens[:, self.known + torch.arange(self.n)])
+        return self.ahead
+
+    def propose(self, ids, rows):
+        ahead, self.ahead = self.ahead, None
+        if ahead is None:
+            self.known = torch.tensor([ids.shape[1]])
+            ahead = Drafts(self.tokens[:, ids.shape[1] : ids.shape[1] + self.n])
+        return ahead if ids.shape[1] % 11 else None
+
+
+Knowing.__module__ = "gdnfuse.tests"  # of users' classes no step is launched early
+
+
+@pytest.mark.parametrize("proposer", ["lookup", "knowing"])
+def test_steps_with_drafts_may_be_launched_before_their_tokens_are_read(proposer, monkeypatch):
+    """Tokens, counts, and what the cache holds then are right, wherever it ends."""
+    model = built() if proposer == "knowing" else counting(built(), 7)
+    ids = zoo.prompt(1, 5)[0].repeat(1, 2) % (128 if proposer == "knowing" else 7) + 1
+    asked = {**GREEDY, "max_new_tokens": 40, "cache_implementation": "static"}
+    answer = model.generate(ids, **asked)
+    tokens, launch, launched = answer[0, 10:].tolist(), speculation.Generation._launch, []
+    monkeypatch.setattr(speculation.Generation, "_launch", lambda self, *args: (launched.append(1), launch(self, *args)))
+
+    def generated(early, **more):
+        monkeypatch.setattr(speculation, "EARLY", ("cpu",) if early else ())
+        launched.clear()
+        loop = gdnfuse.speculative(PromptLookup(4) if proposer == "lookup" else Knowing(answer))
+        return model.generate(ids, **{**asked, **more}, custom_generate=loop), loop
+
+    odd = lambda ids, scores, **_: torch.tensor([ids.shape[1] == 33])  # noqa: E731
+    ends = [{"eos_token_id": t} for t in tokens[8:20:4]]
+    for more in ({}, *ends, {"stopping_criteria": [odd]}, *({"max_new_tokens": n} for n in (2, 5, 6, 7, 8))):
+        (wanted, waited), (found, loop) = generated(False, **more), generated(True, **more)
+        assert torch.equal(found, wanted) and torch.equal(found[:, : answer.shape[1]], answer[:, : found.shape[1]]), more
+        counts, (cache, fed) = loop.acceptance, loop.seen
+        assert (len(launched) > 2 or more) and counts.tokens == waited.acceptance.tokens
+        assert counts.tokens <= 1 + counts.plain_steps + counts.rounds + counts.accepted <= counts.tokens + 4
+        held = torch.cat([ids, *fed], 1)
+        assert cache.pending == 0 and cache.get_seq_length() == held.shape[1]
+        assert torch.equal(held[:, : found.shape[1]], found[:, : held.shape[1]])
+        with torch.no_grad():
+            cache.stop_past_recording()
+            after = torch.tensor([[7]])
+            logits = model(torch.cat([held, after], 1)).logits[:, -1]
+            torch.testing.assert_close(model(after, **{zoo.CACHE: cache}).logits[:, -1], logits, rtol=1e-4, atol=1e-4)
+    # A cache that is returned or was passed is not ahead of its tokens.
+    for more in ({"return_dict_in_generate": True}, {"cache_implementation": None, zoo.CACHE: gdnfuse.RollbackCache(model, 64)}):
+        generated(True, **more)
+        assert not launched
+
+
+def test_an_error_while_a_step_with_drafts_is_under_way_is_raised(monkeypatch):
+    monkeypatch.setattr(speculation, "EARLY", ("cpu",))
+    model, calls = built(), []
+    ids = zoo.prompt(1, 5)[0].repeat(1, 2)
+    answer = model.generate(ids, **GREEDY, cache_implementation="static")
+
+    class Streamer(transformers.generation.streamers.BaseStreamer):
+        def put(self, value):
+            calls.append(value)
+            if len(calls) == 9:
+                raise KeyError("streamer")
+
+        def end(self):
+            pass
+
+    with pytest.raises(KeyError):
+        loop = gdnfuse.speculative(Knowing(answer), Streamer())
+        model.generate(ids, **GREEDY, cache_implementation="static", custom_generate=loop)
+    loop = gdnfuse.speculative(Knowing(answer))
+    assert torch.equal(model.generate(ids, **GREEDY, cache_implementation="static", custom_generate=loop), answer)
 
 
 def test_nothing_is_logged(caplog):
