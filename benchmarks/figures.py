@@ -118,7 +118,7 @@ def steps(files: dict[str, Any]) -> Rows:
         for result in data["results"]:
             row, limit = by_side(result)["gdnfuse"], limit_of_step(result)
             yield (
-                named(result["model"]) + (f", {result['quantize']}" if result.get("quantize") else ""),
+                named(result["model"]) + "".join(f", {more}" for more in (result.get("quantize"), _lora(result)) if more),
                 str(result["batch"]),
                 number(row["ms"], 2, " ms"),
                 number(row.get("waited_ms"), 2, " ms"),
@@ -128,6 +128,14 @@ def steps(files: dict[str, Any]) -> Rows:
                 str(row["kernels_per_step"]),
                 number(row.get("first_call_seconds"), 0, " s"),
             )
+
+
+def _lora(result: dict[str, Any]) -> str:
+    """Active adapters of a result: how many, their rank, and their dtype if it was chosen."""
+    if not result.get("lora"):
+        return ""
+    rank, count, *dtype = result["lora"]
+    return " ".join([f"{count} adapter{'s' if count > 1 else ''}", *(f"in {x}" for x in dtype), f"of rank {rank}"])
 
 
 def step(files: dict[str, Any]) -> Rows:

@@ -69,8 +69,8 @@ class Fed:
         if self._places:  # which a model with images would count from its last ones
             arguments["position_ids"] = self._positions(tokens, end) if start is None else self._positions_from(tokens, start)
         if self._mask is not None:
-            # Linear attention takes the last columns for those of the tokens, so a prompt's mask ends where it does. Behind it all
-            # tokens are real.
+            # Linear attention takes the last columns for those of the tokens, so the mask of a prompt ends where the prompt does.
+            # Behind it all tokens are real.
             of_prompt = end <= self._places_of_prompt.shape[1]
             arguments["attention_mask"] = self._of_length(end) if self._grows or of_prompt else self._mask
         if last and self._keeps:

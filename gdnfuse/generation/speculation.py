@@ -144,7 +144,7 @@ class Generation:
     """One call of `generate`.
 
     Attributes:
-        cache_is_seen: whether a cache that was passed may be looked at later, so that it must hold what was generated and no more.
+        cache_is_seen: whether a cache that was passed may be looked at later. It must then hold what was generated and no more.
     """
 
     cache_is_seen = True
