@@ -202,7 +202,7 @@ def variants(of: Sizes, B: int, format: str) -> Iterator[tuple[str, str, Change]
                     yield role, str((rows, block, warps, each)), together(*change)
         return
     for warps in (8, 16, 32):
-        yield "norm", str(warps), mock.patch.object(add_rms_norm, "_warps", lambda N, rows, warps=warps: warps)
+        yield "norm", str(warps), mock.patch.object(add_rms_norm, "_warps", lambda *of, warps=warps: warps)
     for config in ((64, 4, True), (64, 4, False), (128, 4, False), (128, 8, False), (32, 2, True)):
         yield "gated", str(config), mock.patch.object(delta_rule, "GATED_CONFIGS", ((math.inf, config),))
     chosen = few_rows_linear.ring_config

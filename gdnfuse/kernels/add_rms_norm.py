@@ -15,6 +15,7 @@ import triton.language as tl
 
 from gdnfuse import compat
 from gdnfuse.errors import Refused
+from gdnfuse.kernels import devices
 from gdnfuse.kernels.launch.implementation import kernel_of, overlap_options, register, require_dtypes, require_static
 
 gdc_launch_dependents, gdc_wait = compat.dependent_launch()
@@ -69,15 +70,15 @@ def launch(
     kernel_of(add_rms_norm_kernel)[(residual.numel() // N,)](
         x, residual, weight.contiguous(), hidden, out, eps, offset, x.stride(0),
         N=N, PARTS=parts, BN=triton.next_power_of_2(N), OVERLAP=bool(options),
-        num_warps=_warps(N, residual.numel() // N), **options,
+        num_warps=_warps(N, residual.numel() // N, devices.of(residual.device)), **options,
     )  # fmt: skip
     return hidden, out
 
 
-def _warps(N: int, rows: int) -> int:
+def _warps(N: int, rows: int, device: devices.Device) -> int:
     """Of a program. A few rows are computed as fast as the slowest thread; of many, more than one is on a multiprocessor."""
     if rows <= FEW:
-        return max(1, min(triton.next_power_of_2(N) // 128, 32))
+        return max(1, min(triton.next_power_of_2(N) // 128, 16 if device.amd else 32))  # warps of AMD have 64 threads
     return 8 if N <= 2**13 else 16
 
 

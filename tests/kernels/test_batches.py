@@ -26,10 +26,10 @@ OPS = {
     ),
     "attention_growing": (lambda B: kernel_cases.growing(B, 16, 4, 256, 300, BF16), SPLIT),
     "attention_few_queries": (lambda B: kernel_cases.few_queries(B, 16, 4, 256, 300, BF16), SPLIT),
-    "add_rms_norm": (lambda B: kernel_cases.added(2560, dtype=BF16, lead=(B, 1)), ANY),
+    "add_rms_norm": (lambda B: kernel_cases.added(2560, dtype=BF16, lead=(B, 1)), [(1, 2, 33, 132), (133, 300)]),
     "causal_conv": (lambda B: kernel_cases.prompt_conv(B, D, 70, 4, BF16), ANY),
-    "packed_decode": (lambda B: kernel_cases.packed(B, H, HV, K, V, BF16), [(1, 2, 16), (17, 33)]),
-    "mixer_decode": (lambda B: kernel_cases.mixer(B, H, HV, K, V, dtype=BF16), [(1, 2, 4), (5, 16), (17, 33)]),
+    "packed_decode": (lambda B: kernel_cases.packed(B, H, HV, K, V, BF16), [(1, 2), (3, 16), (17, 33)]),
+    "mixer_decode": (lambda B: kernel_cases.mixer(B, H, HV, K, V, dtype=BF16), [(1, 2, 16), (17, 32), (33, 64)]),
     "chunk_delta_rule": (lambda B: kernel_cases.chunked(B, 70, H, HV, K, V, BF16), [(1, 2), (3, 33)]),
     "fused_linear": (lambda B: kernel_cases.linear(64, 2560, BF16, (B, 1)), [(1,), (2, 8), (9, 16), (17, 32)]),
 }
