@@ -1,17 +1,19 @@
-"""Our kernels of a chain of GDN layers and their MLPs, without a model around them: how the kernels' tables do where it counts.
+"""Times our kernels in a chain of GDN layers with their MLPs, as a decode step launches them, without a model around them.
 
     python benchmarks/chain.py --model 4b
     python benchmarks/chain.py --model 27b --format fp8_block128 --vary gate,plain
     python benchmarks/chain.py --model 4b --batch 32 --vary norm,gated,ring --json chain_32.json
 
-A kernel alone in a loop, as benchmarks/gemm.py has it, waits for one like itself. In a step it starts while another kernel runs,
-and another config may be best. Here each launch may overlap the one before it, as in a step, and no Dynamo or Inductor is in the
-way: a config takes a second or two to try. Attention layers, the embedding and the head are left out.
+benchmarks/gemm.py times a kernel alone in a loop. There it follows a launch of itself. In a step it starts while another kernel
+still runs, so another config may be best. Here each launch may overlap the one before it, as in a step. Neither Dynamo nor
+Inductor is needed, so a config takes a second or two to try. Attention layers, the embedding and the head are left out.
 
-A chain has so many layers that what one of them reads has left the L2 when it is used again. One CUDA graph runs all layers.
-The figure is the median of REPLAYS replays in microseconds per layer, for each of REPEATS rounds over all variants, so that a
-drift of the device is seen. The limit is what the layer's bytes, weights and states, take at the rate of a copy. Each variant's
-result is compared with that of the tables. Rounded sums differ a little in every layer, so a difference of a few percent is none.
+A chain has so many layers that the weights of a layer have left the L2 before they are read again. One CUDA graph runs them all.
+A figure is microseconds per layer, the median of REPLAYS replays. All variants are timed in turn, REPEATS times, so that a drift
+of the device shows. The limit is the time to move a layer's weights and states at the rate of a copy.
+
+`--vary` names the kernels whose configs are tried: each of them with its other configs, the rest as the tables say. The result of
+each variant is compared with that of the tables. Rounding differs in every layer, so only a difference above WRONG is an error.
 """
 
 from __future__ import annotations
@@ -306,7 +308,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default="4b", help="a preset or a folder with config.json")
     parser.add_argument("--batch", type=int, default=1, help="sequences, 1 to 32")
     parser.add_argument("--format", default="", help="of quantised weights, e.g. fp8_block128 or int4_group128")
-    parser.add_argument("--vary", default="", help="rule, conv, gate, swiglu, plain for one sequence; norm, gated, ring for more")
+    parser.add_argument(
+        "--vary", default="", help="names of kernels: rule; of one sequence conv, gate, swiglu, plain; of more norm, gated, ring"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the figures, the machine and the versions here")
     args = parser.parse_args(argv)
     if not 1 <= args.batch <= linear_configs.MAX_ROWS:
@@ -314,15 +318,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         parser.error("a CUDA device is needed")
 
+    of, vary = sizes_of(args.model), args.vary.split(",") if args.vary else []
+    known = {what.split()[0]: None for what, *_ in variants(of, args.batch, args.format)}
+    if unknown := [name for name in vary if name not in known]:
+        parser.error(f"--vary must be some of {', '.join(known)} for this batch and format, found {unknown[0]}")
+
     torch.manual_seed(0)
-    of = sizes_of(args.model)
     first = Layer(of, args.batch, args.format)
     layers = [first, *(Layer(of, args.batch, args.format) for _ in range(max(3, math.ceil(COLD_BYTES / first.bytes))))]
     rate = bandwidth(DEVICE)
     limit = 1e6 * first.bytes / rate
     command = shlex.join(["python", "benchmarks/chain.py", *(sys.argv[1:] if argv is None else argv)])
     data: dict[str, Any] = {"command": command, "machine": machine(), "arguments": vars(args), "bytes_per_second": rate}
-    data |= {"layers": len(layers), "bytes": first.bytes, "limit_us": limit, "results": measure(layers, args.vary.split(","))}
+    data |= {"layers": len(layers), "bytes": first.bytes, "limit_us": limit, "results": measure(layers, vary)}
     print(table(data["results"], limit))
     if args.json:
         with open(args.json, "w") as f:

@@ -294,7 +294,7 @@ def speculation(files: dict[str, Any]) -> Rows:
         dict.fromkeys(row["acceptance"] for d in data for r in d["results"] for row in r["drafts"] if row["acceptance"] != OWN)
     )
     heads = ("plain step", "step with drafts", "replay", "limit")
-    yield ("model", "drafts", *heads, *(f"{s:g}" for s in shares))
+    yield ("model", "drafts", *heads, *(f"speed at {s:g}" for s in shares))
     for d in data:
         for r in d["results"]:
             ms = [number(r[name], 2, " ms") for name in ("step_ms", "verify_ms")]

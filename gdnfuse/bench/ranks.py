@@ -37,7 +37,7 @@ def check(ranks: int, device: str) -> None:
     if device not in BACKENDS:
         raise GdnfuseError(f"Sides on several ranks take the first devices of a kind, cuda or cpu, found the device {device!r}.")
     if device == "cuda" and torch.cuda.device_count() < ranks:
-        raise GdnfuseError(f"{ranks} ranks need a GPU each, found {torch.cuda.device_count()}.")
+        raise GdnfuseError(f"{ranks} ranks need a GPU each, found {torch.cuda.device_count()}: give fewer, or --device cpu.")
 
 
 def program(ranks: int) -> list[str]:

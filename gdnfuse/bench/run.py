@@ -132,7 +132,9 @@ def check(settings: Settings) -> None:
     if settings.prefix is not None and (settings.prefix <= 0 or settings.prefix % TAIL):
         raise GdnfuseError(f"The known prefix must be a multiple of {TAIL} tokens, found {settings.prefix}.")
     if "fla" in settings.sides and importlib.util.find_spec("fla") is None:
-        raise GdnfuseError("The side fla needs flash-linear-attention, which is not installed.")
+        raise GdnfuseError(
+            "The side fla needs flash-linear-attention, found none: pip install flash-linear-attention, or name other sides."
+        )
     if settings.tensor_parallel:
         for name in ("quantize", "prefix"):
             if getattr(settings, name):
@@ -146,7 +148,9 @@ def config_of(settings: Settings) -> Any:
     config = load_config(settings.model).get_text_config(decoder=True)
     if settings.layers is not None:
         if settings.layers > config.num_hidden_layers:
-            raise GdnfuseError(f"The model must have {settings.layers} layers, found {config.num_hidden_layers}.")
+            raise GdnfuseError(
+                f"The model has {config.num_hidden_layers} layers: --layers must be at most that, found {settings.layers}."
+            )
         config.num_hidden_layers = settings.layers
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[: settings.layers]

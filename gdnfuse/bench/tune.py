@@ -195,7 +195,9 @@ def tune(
     announce("trace the steps")
     found = [(call, near(call.choice.key, call.choice.default, NEAREST)) for call in calls(model, batches)]
     if not found:
-        raise GdnfuseError("A model to tune must have steps with kernels whose choices can be measured, found none.")
+        raise GdnfuseError(
+            "A model to tune must have steps with kernels whose choices can be measured, found none: see gdnfuse report."
+        )
     announce("compile")
     compile_ahead([(call, [call.choice.default, *others]) for call, others in found])
     rows = {}
