@@ -141,7 +141,7 @@ OTHERS = {
     "keys from one on": (lambda j, i: j + 1 <= i, "found le at"),
     "every second key": (lambda j, i: 2 * j <= i, "found le at"),
     "blocks": (lambda j, i: (j <= i) & (j // 4 == i // 4), "found eq at"),
-    "either": (lambda j, i: (j <= i) | (j == 0), "found or_ at"),
+    "either": (lambda j, i: (j <= i) | (j == 0), "found or at"),
     "not": (lambda j, i: ~(j > i), "found invert at"),
     "causal twice": (lambda j, i: (j <= i) & (j <= i), "found 2 such comparisons and 0 masks of columns"),
     "columns alone": (lambda j, i: (j < 9) & (j.new_ones((), dtype=torch.bool)), "found 0 such comparisons and 1 masks"),

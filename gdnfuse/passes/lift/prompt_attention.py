@@ -99,8 +99,10 @@ class LiftPromptAttention(Rule[Facts]):
             if len(places) > 1:
                 raise Refused("Values must be written where keys are, found another place.", at=anchor)
             sampler = {"position": different_positions(L)} if fixed else {}
-            more = {**operands, **new, "position": places.pop()}
-            m = Match(more, m.outputs, facts, writes, m.samplers | sampler, small=m.small, equal_sizes=m.equal_sizes)
+            more = {**operands, **new, "position": (place := places.pop())}
+            # As many places as new keys and values. With torch 2.11 they may have symbols of their own.
+            equal = m.equal_sizes + [(value(place).shape[0], value(node).shape[2]) for node in new.values()]
+            m = Match(more, m.outputs, facts, writes, m.samplers | sampler, small=m.small, equal_sizes=equal)
         return m
 
     def check(self, m):
@@ -157,7 +159,7 @@ def _parts(mask: Node, T: Any, L: Any) -> tuple[Operand, Operand | None]:
         elif len(shape) == 4 and same(shape[-1], L) and all(same(n, 1) for n in shape[1:3]):
             columns.append(node)
         else:
-            raise Refused(f"{WANTED}, found {op_name(node)} at {node.name} of {shown(shape)} too.", at=node)
+            raise Refused(f"{WANTED}, found {name} at {node.name} of {shown(shape)} too.", at=node)
     if len(causal) != 1 or len(columns) > 1:
         raise Refused(f"{WANTED}, found {len(causal)} such comparisons and {len(columns)} masks of columns.", at=mask)
     return causal[0], Operand(columns[0], lambda x: x.flatten(0, 2)) if columns else None
