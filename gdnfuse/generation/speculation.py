@@ -242,6 +242,12 @@ class Generation:
         """How many tokens may still come; 2 if that is not known."""
         return self.stop.most - self.ids.shape[1] if self.stop.most is not None else 2
 
+    @property
+    def _room(self) -> int:
+        """How many tokens may still come that what was made for this generation can hold. A criterion of the user's for the
+        length takes the place of the config's, and may allow more."""
+        return min(self._left, self.config.max_length - self.ids.shape[1])
+
     def _plain_step(self, token: torch.Tensor) -> torch.Tensor:
         """The logits after one more token [B, 1]."""
         self.counts.plain_steps += 1
@@ -318,7 +324,7 @@ class Generation:
         if columns > 1:
             standing = self._standing(picked, drafts.tokens)
             read = reading(torch.cat([standing, picked], 1))
-            if len(self.rows) == 1 and self._left > columns:
+            if len(self.rows) == 1 and self._room > columns:
                 ahead = getattr(self.drafting, "draft_ahead", lambda *_: None)(picked, standing)
                 if ahead is not None and self.early_drafts and not self._plain:
                     self._launch(picked, standing, ahead)

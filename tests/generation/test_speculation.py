@@ -823,6 +823,21 @@ def test_steps_with_drafts_may_be_launched_before_their_tokens_are_read(proposer
         assert not launched
 
 
+@pytest.mark.parametrize("implementation", [None, "static"])
+def test_a_criterion_may_allow_more_tokens_than_the_config(implementation, monkeypatch):
+    """It takes the place of the config's. What was made for the config's length is not used behind it."""
+    monkeypatch.setattr(speculation, "EARLY", ("cpu",) if implementation else ())
+    model = counting(built(**zoo.SMALL), 7)
+    length, ends = (11, 41) if implementation else (12, 60)  # with which the last step is launched just behind the config's
+    ids = zoo.prompt(1, length)[0] % 7 + 1
+    criteria = [transformers.MaxLengthCriteria(60), lambda ids, scores, **_: torch.tensor([ids.shape[1] >= ends])]
+    asked = {"max_new_tokens": 30, "do_sample": False, "cache_implementation": implementation, "stopping_criteria": criteria}
+    wanted = model.generate(ids, **asked)
+    loop = gdnfuse.speculative(Knowing(wanted) if implementation else PromptLookup(4))
+    assert torch.equal(model.generate(ids, **asked, custom_generate=loop), wanted) and wanted.shape[1] == ends
+    assert loop.acceptance.accepted
+
+
 def test_an_error_while_a_step_with_drafts_is_under_way_is_raised(monkeypatch):
     monkeypatch.setattr(speculation, "EARLY", ("cpu",))
     model, calls = built(), []
