@@ -24,7 +24,7 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -217,19 +217,13 @@ def _rate(text: str) -> float:
 def _report(args: argparse.Namespace) -> None:
     if args.html:
         check_writable(args.html)
-    import torch
 
     from gdnfuse import models
 
     if not args.debug:
         _quiet()
     with progress() as announce, listening(announce):
-        announce("read config")
-        config = models.load_config(args.model)
-        announce("build model")
-        model = models.meta_model(config, getattr(torch, args.dtype))
-        if args.quantize:
-            models.quantized(model, models.QUANTIZED[args.quantize])
+        model = _meta_model(args, announce)
         options = {"target": args.target, "stop_after": args.stop_after}
         with models.on_ranks(model, args.tensor_parallel) if args.tensor_parallel else contextlib.nullcontext():
             reports = models.trace(model, phase=args.phase, batch=args.batch, prompt=args.prompt, **options)
@@ -305,12 +299,27 @@ def _warmup(args: argparse.Namespace) -> None:
     print(f"Wrote {args.save}, {made.saved / 2**20:.1f} MiB: {graphs} graphs, compiled in {made.seconds:.0f} s.")
 
 
+def _meta_model(args: argparse.Namespace, announce: Callable[[str], None]) -> Any:
+    """The model of a command without its weights, in the dtype or format that was asked for."""
+    import torch
+
+    from gdnfuse import models
+
+    announce("read config")
+    config = models.load_config(args.model)
+    announce("build model")
+    model = models.meta_model(config, getattr(torch, args.dtype))
+    if args.quantize:
+        models.quantized(model, models.QUANTIZED[args.quantize])
+    return model
+
+
 def _tune(args: argparse.Namespace) -> None:
     if args.save:
         check_writable(args.save)
     import torch
 
-    from gdnfuse import kernels, models
+    from gdnfuse import kernels
 
     try:
         kernels.implementations()
@@ -322,12 +331,7 @@ def _tune(args: argparse.Namespace) -> None:
         _quiet()
     tune.require_gpu()
     with progress() as announce, listening(announce), torch.no_grad():
-        announce("read config")
-        config = models.load_config(args.model)
-        announce("build model")
-        model = models.meta_model(config, getattr(torch, args.dtype))
-        if args.quantize:
-            models.quantized(model, models.QUANTIZED[args.quantize])
+        model = _meta_model(args, announce)
         data = tune.tune(model, args.batch, args.save)
     print(json.dumps(data, indent=1) if args.json else tune.table(data))
 

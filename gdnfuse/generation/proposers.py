@@ -31,6 +31,7 @@ class Run:
         static: whether the model's cache has a fixed length. A drafter's cache then has one too.
         scores: a function of ids [B, L] and logits [B, V] that gives the scores from which tokens are sampled. None if drafts are
             to be the likeliest tokens: because nothing is sampled, or because the function must not be called for drafts.
+        early: whether a step with drafts may be launched before the host has read what it follows.
         compiled: compiles a drafting function as the model is compiled, once for each name. None if the model is not compiled.
     """
 
@@ -40,6 +41,7 @@ class Run:
     static: bool
     scores: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
     compiled: Callable[[str, Callable[..., Any]], Callable[..., Any]] | None = None
+    early: bool = False
 
 
 @dataclass
@@ -142,7 +144,7 @@ class _Lookup:
     LONGEST_PAUSE tokens, because a step with drafts takes longer than a plain one."""
 
     def __init__(self, of: PromptLookup, run: Run):
-        self.of, self.most, self._rows = of, run.most, []
+        self.of, self.most, self.early, self._rows = of, run.most, run.early, []
         self._proposed: list[tuple[int, int]] = []  # of each row how long it was, and the first draft
         self._failures, self._wait = 0, 0
         self._known: torch.Tensor | None = None  # all tokens [1, L] at the last proposal that was not made ahead
@@ -151,7 +153,7 @@ class _Lookup:
 
     def draft_ahead(self, picked: torch.Tensor, standing: torch.Tensor) -> Drafts | None:
         """As in `Drafting`."""
-        if self._known is None:
+        if self._known is None or not self.early:  # then the host finds the same with fewer launches
             return None
         if self._history is None:
             self._history = History(self._known, self.most + MOST_DRAFTS + 1, self.of.ngram)

@@ -187,7 +187,7 @@ class Generation:
         self.logits: list[torch.Tensor] | None = [] if wanted and config.output_logits else None
         # Last, because a drafter that was started must be closed.
         beside = getattr(call or compat.compiled_call(model), "beside", None)
-        self.drafting = self.proposer.start(Run(model, mask, most, capacity is not None, scores, beside))
+        self.drafting = self.proposer.start(Run(model, mask, most, capacity is not None, scores, beside, self.early_drafts))
         self.fed.after = getattr(self.drafting, "hear", None)
 
     def run(self) -> Any:

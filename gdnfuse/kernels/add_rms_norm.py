@@ -21,7 +21,7 @@ from gdnfuse.kernels.launch.implementation import kernel_of, overlap_options, re
 gdc_launch_dependents, gdc_wait = compat.dependent_launch()
 
 MAX_N = 2**14  # a program holds its row
-FEW = 132  # rows, at most, of which each gets a multiprocessor of its own; benchmarks/chain.py
+FEW = 132  # rows, at most, of which each gets a multiprocessor of its own
 
 
 @triton.jit

@@ -115,8 +115,8 @@ def ring_config(M: int, N: int, swiglu: bool = False, parts: int = 1, sequences:
     """The config of few_rows_hopper for a weight [M, N], with `swiglu` [2·M, N], or None if few_rows_linear is better.
 
     Every multiprocessor gets equally many rows: in one program; in two if the columns are split; in two, or three with SwiGLU, of
-    one tile each for more than 16 sequences. Chosen on an H200 with benchmarks/chain.py. With adapters, which need memory beside
-    the ring, `sequences` is 0.
+    one tile each for more than 16 sequences. Chosen on an H200 in chains of layers (docs/trials.md). With adapters, which need
+    memory beside the ring, `sequences` is 0.
     """
     if N % (STEP * parts):
         return None
@@ -163,8 +163,8 @@ def quantized_ring_config(M: int, N: int, rows: int, swiglu: bool = False, parts
 
 
 # For the kind of data and what is fused around the linear of one row: the largest N, and the config. If no line fits,
-# skinny_linear is better, and so it is if the config is None. Chosen on an H200 with benchmarks/gemm.py --format and
-# benchmarks/chain.py, for four bits at a 4B model's sizes alone.
+# skinny_linear is better, and so it is if the config is None. Chosen on an H200 with benchmarks/gemm.py --format and in
+# chains of layers (docs/trials.md), for four bits at a 4B model's sizes alone.
 TENSOR_CORES = {
     "e4m3": {
         "conv": (

@@ -37,7 +37,7 @@ MAX_TILE = 2**20  # elements of a block, as Triton allows
 
 # For what is fused around a linear: the largest N, rows per tile (of gate and of up each with SwiGLU), columns per step, warps,
 # and programs per multiprocessor (0: one per tile). The first line that fits is used. Chosen on an H200 for bfloat16 with
-# benchmarks/gemm.py, and with benchmarks/chain.py where a chain of layers gave another result.
+# benchmarks/gemm.py, or in a chain of layers where that gave another result (docs/trials.md).
 CONFIGS = {
     "conv": ((1024, (8, 256, 4, 4)), (2048, (8, 256, 4, 3)), (2560, (8, 256, 4, 2)), (float("inf"), (4, 1024, 4, 0))),
     "norm": ((1024, (8, 256, 4, 4)), (2560, (2, 512, 2, 0)), (float("inf"), (4, 1024, 4, 0))),
