@@ -6,6 +6,7 @@ from unittest import mock
 import kernel_cases
 import numpy as np
 import pytest
+import quick_interpreter  # noqa: F401
 import torch
 import triton
 import triton.language as tl
