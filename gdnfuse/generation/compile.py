@@ -174,16 +174,23 @@ def _compile(
     own = mode_or_options(mode, options)
     decode = coverage.checked(torch.compile(plain, **shared, **own), STEP)
 
-    def few_tokens(**how: Any) -> list[Callable[..., Any]]:
+    def few_tokens(before: str = "", **how: Any) -> list[Callable[..., Any]]:
         """Calls for verify steps, and for short steps if their rule is one op and not unrolled."""
         phases = [("verify", VERIFY), ("short", SHORT)][: 1 + coverage.short] if settings.prefill else []
 
         def of(name: str, phase: str) -> Callable[..., Any]:
             return by_tokens(
-                lambda T: coverage.checked(torch.compile(with_own_code(plain, f"{name}_{T}"), **shared, **how), phase)
+                lambda T: coverage.checked(torch.compile(with_own_code(plain, f"{before}{name}_{T}"), **shared, **how), phase)
             )
 
         return [of(*phase) for phase in phases]
+
+    def uncaptured() -> Callable[..., Any]:
+        """What `generate` calls, for who makes CUDA graphs of steps himself."""
+        how = _no_cuda_graphs(_mode_of_generate(mode, parsed), options)
+        step = coverage.checked(torch.compile(with_own_code(plain, "uncaptured"), **shared, **how), STEP)
+        few = few_tokens("uncaptured_", **how)
+        return heeding(hooks.heeded(checking_arguments(model, by_phase(step, first, parameters, *few))))
 
     few = few_tokens(**own)
     ours = generate.install(whole, settings.prefixes, settings.proposer)
@@ -205,6 +212,8 @@ def _compile(
         in_generate = together(heeding(hooks.heeded(checking_arguments(model, by_phase(decode, first, parameters, *few)))))
         in_generate = stages.through(whole, in_generate)
         in_generate.beside = Beside(how)
+        if _has_cuda_graphs(how["mode"], how["options"] or {}) and not shards.sharded(model) and stages.inside(whole) is whole:
+            in_generate.uncaptured = uncaptured()
         if ours and settings.prefixes is not None and settings.prefill and parsed.capture:
             ours.tails = _tails(model, plain, coverage, hooks, how, settings.prefixes.tails)
             settings.prefixes.rooms.used = ours.tails.used

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from gdnfuse.generation.caches import cache_argument
+from gdnfuse.generation.hooks import hooks_now
+from gdnfuse.generation.recorded import Recorded
 
 
 def compiled_steps(model: torch.nn.Module, static: bool) -> Callable[..., Any] | None:
@@ -16,6 +18,13 @@ def compiled_steps(model: torch.nn.Module, static: bool) -> Callable[..., Any] |
     stays where it is; None for the model itself."""
     asked = vars(model).get("get_compiled_call")  # ours, if the model is compiled
     return asked() if static and asked is not None and next(model.parameters()).device.type == "cuda" else None
+
+
+def recorded_steps(model: torch.nn.Module, cache: Any) -> Recorded | None:
+    """What steps on a cache of fixed length go to if only code of transformers and of gdnfuse runs between them. None if they are
+    not compiled, have no CUDA graphs, or if a hook must see them."""
+    uncaptured = getattr(compiled_steps(model, True), "uncaptured", None)
+    return None if uncaptured is None or hooks_now(model.modules()) else Recorded(uncaptured, cache)
 
 
 class Fed:
@@ -32,6 +41,7 @@ class Fed:
     Attributes:
         length: tokens in the cache. Whoever crops the cache sets it.
         after: called behind each call with its tokens, if given.
+        recorded: what calls of `few` tokens on the filled cache go to, if given.
     """
 
     def __init__(
@@ -45,6 +55,8 @@ class Fed:
     ):
         self.cache, self.length, self._call = cache, length, call or model
         self.after: Callable[[torch.Tensor], None] | None = None
+        self.recorded: Recorded | None = None
+        self.few = range(0)
         self._arguments = {**cache_argument(model, cache), "use_cache": True, "return_dict": True}
         named = inspect.signature(model.forward).parameters
         self._keeps, self._places = "logits_to_keep" in named, "position_ids" in named
@@ -76,7 +88,9 @@ class Fed:
         if last and self._keeps:
             arguments["logits_to_keep"] = 1
         # Of one layout whatever they are a part of: Dynamo compiles a call anew for other strides.
-        out = self._call(input_ids=tokens.clone(memory_format=torch.contiguous_format), **arguments)
+        arguments["input_ids"] = tokens.clone(memory_format=torch.contiguous_format)
+        recorded = self.length and tokens.shape[1] in self.few and self.recorded
+        out = (recorded or self._call)(**arguments)
         self.length = end
         if self.after is not None:
             self.after(tokens)

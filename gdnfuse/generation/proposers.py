@@ -13,7 +13,7 @@ import torch
 
 from gdnfuse import compat
 from gdnfuse.errors import GdnfuseError
-from gdnfuse.generation.feeding import Fed, compiled_steps
+from gdnfuse.generation.feeding import Fed, compiled_steps, recorded_steps
 from gdnfuse.generation.lookup import History
 
 MOST_DRAFTS, LONGEST_PAUSE = 7, 16
@@ -31,6 +31,7 @@ class Run:
         static: whether the model's cache has a fixed length. A drafter's cache then has one too.
         scores: a function of ids [B, L] and logits [B, V] that gives the scores from which tokens are sampled. None if drafts are
             to be the likeliest tokens: because nothing is sampled, or because the function must not be called for drafts.
+        alone: whether only code of transformers and of gdnfuse runs between two steps, on a cache of fixed length.
         early: whether a step with drafts may be launched before the host has read what it follows.
         compiled: compiles a drafting function as the model is compiled, once for each name. None if the model is not compiled.
     """
@@ -42,6 +43,7 @@ class Run:
     scores: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
     compiled: Callable[[str, Callable[..., Any]], Callable[..., Any]] | None = None
     early: bool = False
+    alone: bool = False
 
 
 @dataclass
@@ -325,6 +327,8 @@ class _Drafting:
         self.n, self.run = of.n, run
         call = compiled_steps(of.model, run.static)
         self.fed = Fed(of.model, cache, run.mask, run.most if run.static else None, call=call)
+        if run.alone:
+            self.fed.recorded, self.fed.few = recorded_steps(of.model, cache), range(1, 2)
         self.states: list[_States] = []
 
     def propose(self, ids: torch.Tensor, rows: Sequence[Sequence[int]]) -> Drafts | None:

@@ -250,6 +250,16 @@ class RollbackCache(Cache):
         for layer in self._linear():
             layer.record_past = False
 
+    def record_again(self, tokens: int) -> None:
+        """Note that a CUDA graph has repeated a recorded call of so many tokens, without the model's code.
+
+        Raises:
+            GdnfuseError: a call is already recorded, or this one is too long.
+        """
+        for layer in self._linear():
+            layer.begin(layer.a.shape[0], tokens)
+            layer.recorded = True
+
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last tokens of the recorded call, and put the others into the states.
 

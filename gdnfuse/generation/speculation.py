@@ -23,9 +23,9 @@ import torch
 from gdnfuse import compat
 from gdnfuse.errors import GdnfuseError
 from gdnfuse.generation.caches import cache_argument, cache_finder
-from gdnfuse.generation.feeding import Fed, compiled_steps
+from gdnfuse.generation.feeding import Fed, compiled_steps, recorded_steps
 from gdnfuse.generation.hooks import hooks_now
-from gdnfuse.generation.proposers import Drafts, Proposer, Run, check_drafts, is_users, proposer_of
+from gdnfuse.generation.proposers import Callback, Drafts, Proposer, Run, check_drafts, is_users, proposer_of
 
 
 @dataclass
@@ -178,6 +178,7 @@ class Generation:
         # A step with drafts is launched early where a device alone can tell which drafts are accepted and what comes next.
         greedy = not self.sample and not self.processors
         self.early_drafts = self.early and greedy and capacity is not None and not is_users(self.proposer)
+        self._alone = capacity is not None and self._only_known_code(criteria)
         self._plain = False  # whether the next step is taken to be a plain one
         self._ahead: tuple[torch.Tensor, Drafts | None] | None = None  # of a step that was launched early: its logits and drafts
         self._start: torch.Tensor | None = None  # [1], how many tokens the cache held before it, if it has drafts
@@ -187,7 +188,8 @@ class Generation:
         self.logits: list[torch.Tensor] | None = [] if wanted and config.output_logits else None
         # Last, because a drafter that was started must be closed.
         beside = getattr(call or compat.compiled_call(model), "beside", None)
-        self.drafting = self.proposer.start(Run(model, mask, most, capacity is not None, scores, beside, self.early_drafts))
+        run = Run(model, mask, most, capacity is not None, scores, beside, self.early_drafts, self._alone)
+        self.drafting = self.proposer.start(run)
         self.fed.after = getattr(self.drafting, "hear", None)
 
     def run(self) -> Any:
@@ -202,6 +204,10 @@ class Generation:
         if self.cache.is_recording:
             self.cache.stop_past_recording()
         logits, drafts, start = self._prompt(), None, None
+        if self._alone:
+            self.fed.recorded, self.fed.few = recorded_steps(self.model, self.cache), range(2, self.n + 2)
+            if self.fed.recorded is not None:
+                self.fed.recorded.tap = getattr(self.drafting, "tap", None)
         while True:
             try:
                 emitted, over = self._take(logits, drafts)
@@ -236,6 +242,12 @@ class Generation:
         if self.streamer is not None:
             self.streamer.end()
         return self._answer()
+
+    def _only_known_code(self, criteria: Any) -> bool:
+        """Whether only code of transformers and of gdnfuse runs between two steps."""
+        run = [*self.processors, *criteria, *([] if self.streamer is None else [self.streamer])]
+        users = is_users(self.proposer) or isinstance(self.proposer, Callback)
+        return not users and all(type(x).__module__.startswith("transformers.") for x in run)
 
     @property
     def _left(self) -> int:

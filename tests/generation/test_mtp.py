@@ -16,6 +16,7 @@ from gdnfuse.bench.speculation import forced
 from gdnfuse.generation import mtp, speculation
 from gdnfuse.generation.proposers import Run
 from gdnfuse.generation.speculation import Generation
+from tests.generation.repeated import repeat_steps
 from tests.models import zoo
 
 # What Qwen3.5's dense checkpoints hold.
@@ -208,10 +209,12 @@ def test_drafts_are_made_before_the_host_knows_how_many_are_accepted(tmp_path, m
     assert torch.equal(found, wanted) and 0 < counts.accepted < counts.drafted and len(made) >= counts.rounds - 3 > 0
     # So are they if the step that checks them is launched before the host knows it too.
     launch, launched = Generation._launch, []
+    graphs = repeat_steps(monkeypatch)
     monkeypatch.setattr(speculation, "EARLY", ("cpu",))
     monkeypatch.setattr(Generation, "_launch", lambda self, *args: (launched.append(1), launch(self, *args)))
     found, of_early = generated(ahead)
     assert torch.equal(found, wanted) and of_early.accepted == counts.accepted and len(launched) >= counts.rounds - 3
+    assert sum(graph.replays for graph in graphs) >= counts.rounds - 1
 
 
 @pytest.mark.sweep

@@ -14,10 +14,11 @@ from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 import gdnfuse
 from gdnfuse import Callback, Draft, PromptLookup, models
-from gdnfuse.generation import speculation
+from gdnfuse.generation import recorded, speculation
 from gdnfuse.generation.generate import OTHERS
 from gdnfuse.generation.lookup import History
 from gdnfuse.generation.proposers import Drafts, Run, _Places
+from tests.generation.repeated import StandIn, repeat_steps
 from tests.models import zoo
 from tests.models.test_adapters import LoRA
 from tests.sweeps import some
@@ -786,8 +787,10 @@ Knowing.__module__ = "gdnfuse.tests"  # of users' classes no step is launched ea
 
 
 @pytest.mark.parametrize("proposer", ["lookup", "knowing"])
-def test_steps_with_drafts_may_be_launched_before_their_tokens_are_read(proposer, monkeypatch):
-    """Tokens, counts, and what the cache holds then are right, wherever it ends."""
+@pytest.mark.parametrize("repeated", [True, False])
+def test_steps_with_drafts_may_be_launched_before_their_tokens_are_read(proposer, repeated, monkeypatch):
+    """Tokens, counts, and what the cache holds then are right, wherever it ends, and if CUDA graphs repeat the steps."""
+    graphs = repeat_steps(monkeypatch) if repeated else []
     model = built() if proposer == "knowing" else counting(built(), 7)
     ids = zoo.prompt(1, 5)[0].repeat(1, 2) % (128 if proposer == "knowing" else 7) + 1
     asked = {**GREEDY, "max_new_tokens": 40, "cache_implementation": "static"}
@@ -798,6 +801,7 @@ def test_steps_with_drafts_may_be_launched_before_their_tokens_are_read(proposer
     def generated(early, **more):
         monkeypatch.setattr(speculation, "EARLY", ("cpu",) if early else ())
         launched.clear()
+        graphs.clear()
         loop = gdnfuse.speculative(PromptLookup(4) if proposer == "lookup" else Knowing(answer))
         return model.generate(ids, **{**asked, **more}, custom_generate=loop), loop
 
@@ -807,6 +811,11 @@ def test_steps_with_drafts_may_be_launched_before_their_tokens_are_read(proposer
         (wanted, waited), (found, loop) = generated(False, **more), generated(True, **more)
         assert torch.equal(found, wanted) and torch.equal(found[:, : answer.shape[1]], answer[:, : found.shape[1]]), more
         counts, (cache, fed) = loop.acceptance, loop.seen
+        replays = sum(graph.replays for graph in graphs)
+        if "stopping_criteria" in more or not repeated:  # a user's code runs between steps
+            assert not replays
+        else:  # the last may have been one too many
+            assert max(counts.rounds - 1, 0) <= replays <= counts.rounds, more
         assert (len(launched) > 2 or more) and counts.tokens == waited.acceptance.tokens
         assert counts.tokens <= 1 + counts.plain_steps + counts.rounds + counts.accepted <= counts.tokens + 4
         held = torch.cat([ids, *fed], 1)
@@ -821,6 +830,51 @@ def test_steps_with_drafts_may_be_launched_before_their_tokens_are_read(proposer
     for more in ({"return_dict_in_generate": True}, {"cache_implementation": None, zoo.CACHE: gdnfuse.RollbackCache(model, 64)}):
         generated(True, **more)
         assert not launched
+
+
+def test_graphs_repeat_steps_between_which_only_known_code_runs(monkeypatch, caplog):
+    """Those of the model and of a draft. What cannot be recorded runs as it is, which is said once."""
+    graphs, model = repeat_steps(monkeypatch), built()
+    ids = zoo.prompt(1, 8)[0]
+    asked = {**GREEDY, "cache_implementation": "static"}
+    answer = model.generate(ids, **asked)
+
+    def generated(**more):
+        graphs.clear()
+        loop = gdnfuse.speculative(Draft(disturbed(model, 0.05), 3), more.pop("streamer", None))
+        assert torch.equal(model.generate(ids, **asked, **more, custom_generate=loop), answer)
+        return loop.acceptance
+
+    rounds = generated().rounds
+    assert sorted(graph.replays for graph in graphs)[0] == rounds - 1 and len(graphs) == 2
+    assert max(graph.replays for graph in graphs) > 2 * rounds
+    mine = type("Mine", (transformers.generation.streamers.BaseStreamer,), {"put": lambda *_: None, "end": lambda _: None})
+    for more in ({"streamer": mine()}, {"stopping_criteria": [lambda ids, scores, **_: torch.tensor([False])]}):
+        assert generated(**more) and not graphs
+    monkeypatch.setattr(StandIn, "record", lambda self, fn: 1 / 0)
+    generated()
+    assert sum("recordable as a CUDA graph" in r.getMessage() for r in caplog.records) == 1
+    assert not any(graph.replays for graph in graphs)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("proposer", ["lookup", "draft"])
+def test_on_a_gpu_graphs_repeat_steps(proposer, monkeypatch, caplog):
+    """Two generations, each with graphs of its own, say what the model says."""
+    heads = {"head_dim": 64, "linear_key_head_dim": 128, "linear_value_head_dim": 128}
+    model, replay, replays = counting(built(**zoo.SMALL, **heads), 7).cuda(), recorded.Graph.replay, []
+    monkeypatch.setattr(recorded.Graph, "replay", lambda self: (replays.append(1), replay(self)))
+    ids = (zoo.prompt(1, 5)[0].repeat(1, 2) % 7 + 1).cuda()
+    asked = {**GREEDY, "max_new_tokens": 48, "cache_implementation": "static"}
+    wanted = model.generate(ids, **asked, disable_compile=True)
+    drafts = PromptLookup(4) if proposer == "lookup" else Draft(gdnfuse.compile(disturbed(model.cpu(), 0.05).cuda()), 3)
+    gdnfuse.compile(model.cuda(), speculate=drafts, strict=True)
+    for _ in range(2):
+        replays.clear()
+        assert torch.equal(model.generate(ids, **asked), wanted)
+        assert len(replays) >= model.generate.acceptance.rounds - 1 > 3
+    assert not [r for r in caplog.records if r.name.startswith("gdnfuse")]
 
 
 @pytest.mark.parametrize("implementation", [None, "static"])
