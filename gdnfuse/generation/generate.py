@@ -13,7 +13,7 @@ import inspect
 import itertools
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 CACHES = ("cache", "past_key_values")
 AS_LONG = ("input_ids", "position_ids", "mm_token_type_ids", "token_type_ids")  # as long as the prompt along their last axis
 PASSED = 16  # the most states that one call keeps, over all rows: they are in memory together
+HIDES = "the mask hides tokens, as of padding"
 KNOWN = {*AS_LONG, *CACHES, "attention_mask", "use_cache", "logits_to_keep", "return_dict"}
 
 
@@ -219,9 +220,13 @@ class Run:
             self.leave("more than one token was given after the prompt")
         elif (why := self._why_not(given)) is not None:
             self.leave(why)
+        else:
+            new, why = _plain_tokens(given, self._seen())
+            if why:
+                self.leave(why)
         if self._left:
             return call(*args, **kwargs)
-        return self._prompt(call, given)
+        return self._prompt(call, given, new)
 
     def leave(self, why: str) -> None:
         """Continue this run without the store."""
@@ -255,41 +260,38 @@ class Run:
         if rows == tokens(sequences[:, :n]):
             self._keep(rows)
 
+    def _seen(self) -> int:
+        """How many tokens of the prompt the cache has seen."""
+        return len(self._rows[0]) // TOKEN if self._rows else 0
+
     def _why_not(self, given: dict[str, Any]) -> str | None:
-        """Why the call of a prompt cannot start from a known prefix. None if it can."""
+        """Why the call of a prompt cannot start from a known prefix, whatever its tokens are. None if it may."""
         if given.get("input_ids") is None:
             return "tokens were given as embeddings"
         for name, x in given.items():
             if name not in KNOWN and x is not None and x is not False and not _nothing(x):
                 return f"{name} was given"
-        cache, ids = self._find_cache(given.values()), given["input_ids"]
+        cache = self._find_cache(given.values())
         if cache is None:
             return "there is no cache"
         if (why := self.prefixes.unlike(cache)) is not None:
             return f"there is {why}"
-        have, T = int(cache.get_seq_length()), ids.shape[1]
+        have = int(cache.get_seq_length())
         if (cache is not self._cache) if self._cache is not None else have > 0:
             return "the cache has seen other tokens"
-        if have != (len(self._rows[0]) // TOKEN if self._rows else 0):
+        if have != self._seen():
             return "the cache has seen other tokens"
         if given.get("logits_to_keep") != 1:
             return "more logits than the last were asked for"
         if self.prefixes.model.training:
             return "the model is in training"
-        positions = given.get("position_ids")
-        if positions is not None and not _counting(positions, have, T):
-            return "positions do not count the tokens, as with padding"
-        if not _all_seen(given.get("attention_mask"), have + T):
-            return "the mask hides tokens, as of padding"
-        if any(bool(given[name].any()) for name in AS_LONG[2:] if given.get(name) is not None):
-            return "there are pictures among the tokens"
         return None
 
-    def _prompt(self, call: Callable[..., Any], given: dict[str, Any], guess: bool = True) -> Any:
+    def _prompt(self, call: Callable[..., Any], given: dict[str, Any], new: list[bytes], guess: bool = True) -> Any:
         """Compute a prompt or a part of it. Known tokens come from the store, and states are kept where a prompt may start.
 
-        With `guess`, weights are compared with those of the last prompt while the GPU computes this one, if it computes only a
-        tail. If they differ, all is done again.
+        The rows of its tokens are `new`. With `guess`, weights are compared with those of the last prompt while the GPU computes
+        this one, if it computes only a tail. If they differ, all is done again.
         """
         prefixes, ids = self.prefixes, given["input_ids"]
         self._cache = self._find_cache(given.values())
@@ -298,9 +300,9 @@ class Run:
             self._began, self._sure = before or prefixes.moment(), before is None
             self._key, self.taken = self._began[0], 0
             self._rows = [b""] * ids.shape[0]
-        have = len(self._rows[0]) // TOKEN
+        have = self._seen()
         end = have + ids.shape[1]
-        rows = self._rows = [row + more for row, more in zip(self._rows, tokens(ids), strict=True)]
+        rows = self._rows = [row + more for row, more in zip(self._rows, new, strict=True)]
         n, entries = prefixes.find(rows, end - 1, self._key)
         at = max(n, have)
         counted = {"taken": at - have, "run": end - at, "prompt": have == 0, "hit": n > have and self.taken == 0}
@@ -313,15 +315,16 @@ class Run:
             start, (at, passed) = at, self._piece(at, [n for n in stops if n > at], end)
             part = _part(given, start - have, at - have, end - have)
             if n > have and not passed and self._takes_tail(at - start, ids, first=start == n):
+                before = prefixes.mark()
                 out = self._tail(call, part, entries, have, start)
-                if not self._is_sure():
-                    return self._again(call, given)
+                if not self._is_sure(before):
+                    return self._again(call, given, new)
                 if out is None:  # what the cache holds is of no use
                     prefixes.fill(self._cache, entries, have)
                     at = n
                     continue
             elif not self._is_sure():
-                return self._again(call, given)
+                return self._again(call, given, new)
             else:
                 with _collecting() if passed else contextlib.nullcontext([]) as collected:
                     out = call(**part)
@@ -360,17 +363,17 @@ class Run:
         self._tails.prove(self._cache, of_tail, left(out, self._cache, start, stop))
         return out
 
-    def _is_sure(self) -> bool:
-        """Whether prefixes are kept by what they were looked up by."""
+    def _is_sure(self, since: Any = None) -> bool:
+        """Whether prefixes are kept by what they were looked up by. With `since` the GPU's work behind it is not waited for."""
         if not self._sure:
-            self._sure = self.prefixes.moment() == self._began
+            self._sure = self.prefixes.moment(since) == self._began
         return self._sure
 
-    def _again(self, call: Callable[..., Any], given: dict[str, Any]) -> Any:
+    def _again(self, call: Callable[..., Any], given: dict[str, Any], new: list[bytes]) -> Any:
         """Compute a prompt for which a prefix of other weights may have been taken, into a cache of fixed length."""
         self._cache.reset()
         self._rows = []
-        return self._prompt(call, given, guess=False)
+        return self._prompt(call, given, new, guess=False)
 
     def _piece(self, at: int, stops: list[int], end: int) -> tuple[int, list[int]]:
         """Where a call from the token `at` ends, and the stops on its way at which its graph keeps the states.
@@ -417,25 +420,52 @@ def _nothing(x: Any) -> bool:
     return isinstance(x, Mapping) and all(value is None for value in x.values())
 
 
+def _plain_tokens(given: dict[str, Any], have: int) -> tuple[list[bytes], str]:
+    """The rows of tokens of a call behind `have` others, and why they cannot be the key of a prefix, or empty."""
+    ids, masks = given["input_ids"], given.get("attention_mask")
+    masks = [x for x in (masks.values() if isinstance(masks, dict) else [masks]) if x is not None]
+    if not all(isinstance(x, torch.Tensor) and x.ndim in (2, 4) for x in masks):
+        return [], HIDES
+    named = {name: given[name] for name in AS_LONG if given.get(name) is not None}
+    # All of them at once: while the host waits, nothing is launched.
+    read = _on_host([*named.values(), *(x if x.ndim == 2 else x[:, :, -1] for x in masks)])
+    held, T = dict(zip(named, read, strict=False)), ids.shape[1]
+    if "position_ids" in held and not _counting(held["position_ids"], have, T):
+        return [], "positions do not count the tokens, as with padding"
+    if not all(_all_seen(x, have + T) for x in read[len(named) :]):
+        return [], HIDES
+    if any(bool(held[name].any()) for name in AS_LONG[2:] if name in held):
+        return [], "there are pictures among the tokens"
+    return tokens(held["input_ids"]), ""
+
+
+def _on_host(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The same tensors on the host. Those of one dtype and device are one copy."""
+    alike: dict[Any, list[int]] = {}
+    for i, x in enumerate(tensors):
+        alike.setdefault((x.dtype, x.device), []).append(i)
+    found = list(tensors)
+    for places in alike.values():
+        of = [tensors[i] for i in places]
+        parts = torch.cat([x.reshape(-1) for x in of]).cpu().split([x.numel() for x in of])
+        for i, x, part in zip(places, of, parts, strict=True):
+            found[i] = part.view(x.shape)
+    return found
+
+
 def _counting(positions: torch.Tensor, have: int, T: int) -> bool:
     """Whether position_ids [..., T] are have, have + 1, …"""
     return positions.shape[-1] == T and bool((positions == torch.arange(have, have + T, device=positions.device)).all())
 
 
-def _all_seen(mask: Any, n: int) -> bool:
+def _all_seen(mask: torch.Tensor, n: int) -> bool:
     """Whether the last token of a prompt sees all n tokens. Then nothing is padding, because masks here are also causal.
 
-    A mask is [B, n] of 1 and 0, [B, 1, T, L] of booleans or of numbers that are added to logits, or several by kind of layer.
+    A mask is [B, n] of 1 and 0, or the last row [B, 1, L] of one of booleans or of numbers that are added to logits.
     """
-    if mask is None:
-        return True
-    if isinstance(mask, dict):
-        return all(_all_seen(x, n) for x in mask.values())
-    if not isinstance(mask, torch.Tensor) or mask.ndim not in (2, 4):
-        return False
     if mask.ndim == 2:
         return mask.shape[1] == n and bool((mask != 0).all())
-    seen = mask[:, :, -1, :n]
+    seen = mask[..., :n]
     return seen.shape[-1] == n and bool((seen if mask.dtype == torch.bool else seen == 0).all())
 
 

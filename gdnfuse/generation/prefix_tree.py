@@ -124,6 +124,7 @@ class Tree:
         self.device, self.host = 0, 0  # bytes
         self._recent: OrderedDict[Entry, None] = OrderedDict()
         self._recent_on_host: OrderedDict[Entry, None] = OrderedDict()
+        self._walked: tuple[bytes, list[Node]] | None = None  # the last path through the tree, and its tokens
 
     def entries(self) -> list[Entry]:
         """The least recently used first. Those on the host come before the others."""
@@ -139,13 +140,11 @@ class Tree:
 
     def find(self, root: Hashable, tokens: bytes, most: int) -> dict[int, Entry]:
         """All entries that are a prefix of the tokens, with at most `most` tokens, by length."""
-        found, node = {}, self.roots.get(root)
-        while node is not None and node.length <= most:
-            at = node.length * TOKEN
+        found = {}
+        for node in self._known(self.roots[root], tokens) if root in self.roots else ():
             for tail, entry in node.entries.items():
-                if entry.length <= most and tokens.startswith(tail, at):
+                if entry.length <= most and tokens.startswith(tail, node.length * TOKEN):
                     found[entry.length] = entry
-            node = node.children.get(tokens[at : at + BLOCK * TOKEN])
         return found
 
     def shared(self, root: Hashable, tokens: bytes) -> int:
@@ -215,14 +214,21 @@ class Tree:
         return True
 
     def _known(self, node: Node, tokens: bytes) -> list[Node]:
-        """The root and the nodes of whole blocks along the tokens."""
+        """The root and the nodes of whole blocks along the tokens.
+
+        Prompts often begin as the last one did. To compare all tokens at once takes less than to hash each block. A node that was
+        removed has no block, and neither has any below it.
+        """
         path = [node]
-        while True:
-            at = node.length * TOKEN
-            node = node.children.get(tokens[at : at + BLOCK * TOKEN])
-            if node is None:
-                return path
+        if self._walked is not None:
+            before, nodes = self._walked
+            if nodes[0] is node and nodes[-1].block is not None and tokens.startswith(before):
+                path = nodes[:]
+        while (node := path[-1].children.get(tokens[(at := path[-1].length * TOKEN) : at + BLOCK * TOKEN])) is not None:
             path.append(node)
+        if path[1:]:
+            self._walked = tokens[: path[-1].length * TOKEN], path[:]
+        return path
 
     def _room(self, need: int, path: list[Node]) -> bool:
         """Make room on the device and count one more entry on the nodes. If there cannot be enough room, nothing is dropped."""

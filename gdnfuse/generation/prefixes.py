@@ -348,18 +348,29 @@ class PrefixStore:
 
     # For generate()
 
-    def key(self) -> Hashable:
-        """By what prefixes are kept now."""
+    def mark(self) -> torch.cuda.Event | None:
+        """A place in what the GPU is to do, for `moment`. None without a GPU."""
+        if self._layout.device.type != "cuda":
+            return None
+        with torch.cuda.device(self._layout.device):
+            (event := torch.cuda.Event()).record()
+        return event
+
+    def key(self, since: torch.cuda.Event | None = None) -> Hashable:
+        """By what prefixes are kept now, or, of what is read of weights, at `since`."""
         with self._lock:
             if (device := next(self.model.parameters()).device) != self._layout.device:
                 where = f"on {self._layout.device}, where it was, found it on {device}"
                 raise GdnfuseError(f"A PrefixStore must be used while its model is {where}: make one anew.")
-            return self._weights.key(), self.state_dtype, self.activations
+            return self._weights.key(since), self.state_dtype, self.activations
 
-    def moment(self) -> tuple[Hashable, int]:
-        """By what prefixes are kept now, and how often that was found changed: what was the same all the while has one moment."""
+    def moment(self, since: torch.cuda.Event | None = None) -> tuple[Hashable, int]:
+        """By what prefixes are kept now, and how often that was found changed: what was the same all the while has one moment.
+
+        With `since` what the GPU does behind it is not waited for.
+        """
         with self._lock:
-            self.last_moment = self.key(), self._weights.changes
+            self.last_moment = self.key(since), self._weights.changes
             return self.last_moment
 
     def find(self, rows: Sequence[bytes], most: int, key: Hashable | None = None) -> tuple[int, list[Read]]:
@@ -378,7 +389,12 @@ class PrefixStore:
             return n, [read[entry] for entry in entries]
 
     def boundaries(self, rows: Sequence[bytes], have: int, end: int, key: Hashable, last: bool) -> list[int]:
-        """Where a prompt of `end` tokens, `have` of them known, leaves its states; with `last` at its last whole block too."""
+        """Where a prompt of `end` tokens, `have` of them known, leaves its states; with `last` at its last whole block too.
+
+        Its end may be missing: a prompt stops there anyhow.
+        """
+        if have % BLOCK == 0 and end - have <= BLOCK:
+            return []
         found = set(range(have // self.every * self.every + self.every, end + 1, self.every))
         with self._lock:
             found |= {self._tree.shared(key, row) for row in rows}
@@ -665,16 +681,22 @@ class _Row:
         found = []
         for a in range(first, last, AT_ONCE):
             n = min(AT_ONCE, last - a)
-            cut = [x[:, a * BLOCK : (a + n) * BLOCK].unflatten(1, (n, BLOCK)).transpose(0, 1) for x in self._held]
-            table = torch.cat([x.reshape(n, -1) for x in cut], 1)
-            found += [row.clone() for row in table]
+            table = _joined([x[:, a * BLOCK : (a + n) * BLOCK].unflatten(1, (n, BLOCK)).transpose(0, 1) for x in self._held])
+            found += [row.clone() for row in table] if n > 1 else [table[0]]
         return found
 
     def rest(self, first: int, last: int) -> torch.Tensor:
-        return torch.cat([x[:, first:last].reshape(-1) for x in self._held])
+        return _joined([x[None, :, first:last] for x in self._held])[0]
 
     def states(self) -> tuple[torch.Tensor, ...]:
         return tuple(torch.cat([x.reshape(-1) for x in of]) for of in self._states.values())
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Parts [n, HKV, tokens, D] of all layers as n rows, in one launch if all have as many columns D."""
+    if len({x.shape[-1] for x in parts}) > 1:
+        parts = [x.flatten(1) for x in parts]
+    return torch.cat(parts, 1).flatten(1)
 
 
 def forget_rope_deltas(model: torch.nn.Module) -> None:

@@ -120,6 +120,7 @@ class Tails:
     def __init__(self, model: torch.nn.Module, compiled: Callable[..., Any], used: bool, few: int):
         self._model, self._compiled, self.used, self._few, self.why_not = model, compiled, used, few, ""
         self._layers = len(gdn_layers(model))
+        (self._keyword,) = cache_argument(model, None)
         self.proved: set[int] = set()
 
     def takes(self, tokens: int, ids: torch.Tensor, cache: Any) -> bool:
@@ -150,7 +151,7 @@ class Tails:
                 logits_to_keep=numbers[2:],
                 use_cache=True,
                 return_dict=True,
-                **cache_argument(self._model, padded),
+                **{self._keyword: padded},
             )
             found = "" if (n := RUNS.bounded - before) == self._layers else f"{n} that do"
         except ValueError as e:  # by transformers, whose own rule knows no bounds

@@ -44,9 +44,13 @@ class Weights:
         self.changes = 0
         self._looked, self._hooked = -1, weakref.WeakSet()
         self._samples: list[tuple[weakref.ref[torch.nn.Module], str]] = []
+        self._beside: torch.cuda.Stream | None = None
 
-    def digest(self) -> str:
-        """A digest of weights, buffers, adapters and config. It is the same in every process. Hooks are not part of it."""
+    def digest(self, since: torch.cuda.Event | None = None) -> str:
+        """A digest of weights, buffers, adapters and config. It is the same in every process. Hooks are not part of it.
+
+        Samples are those of the time `since`, and the GPU's work behind that is not waited for. Without it they are those of now.
+        """
         model = self._model()
         modules, tensors = compat.everything_of(model)
         if not set(map(type, tensors)) <= {torch.Tensor, torch.nn.Parameter}:
@@ -56,8 +60,8 @@ class Weights:
         seen = [list(map(id, modules)), pointers, compat.version_counters(tensors), adapters]
         if self._seen is None or seen != self._seen[:-1]:
             self._samples = _to_sample(modules)
-            self._seen = None
-        seen.append(self._sampled())
+            self._seen, since = None, None  # what these tensors hold may have been written behind it
+        seen.append(self._sampled(since))
         if seen != self._seen:
             self._seen, self._digest = seen, _digest(model, adapters)
             self.changes += 1
@@ -70,17 +74,25 @@ class Weights:
             self._hooked = weakref.WeakSet(m for m in self._model().modules() if hooks_now([m]))
         return hooks_now(self._hooked)
 
-    def key(self) -> Hashable:
+    def key(self, since: torch.cuda.Event | None = None) -> Hashable:
         """The key of results in this process: the digest, forward hooks, and the settings of autocast."""
         kind = next(self._model().parameters()).device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        return self.digest(), tuple(sorted(map(str, self.hooks()))), autocast
+        return self.digest(since), tuple(sorted(map(str, self.hooks()))), autocast
 
     @torch.no_grad()
-    def _sampled(self) -> list[int]:
+    def _sampled(self, since: torch.cuda.Event | None) -> list[int]:
         # One launch and one copy to the host, whatever is sampled: each prompt waits for it.
         parts = [_middle(x) for module, name in self._samples for x in _plain(getattr(module(), name))]
-        return torch.cat([x.view(INTEGERS[x.element_size()]) for x in parts]).tolist() if parts else []
+        if not parts:
+            return []
+        if since is None:
+            return torch.cat([x.view(INTEGERS[x.element_size()]) for x in parts]).tolist()
+        with torch.cuda.device(parts[0].device):
+            self._beside = self._beside or torch.cuda.Stream()
+            self._beside.wait_event(since)
+            with torch.cuda.stream(self._beside):
+                return torch.cat([x.view(INTEGERS[x.element_size()]) for x in parts]).tolist()
 
 
 def _middle(x: torch.Tensor) -> torch.Tensor:

@@ -455,7 +455,20 @@ def test_what_a_prompt_waits_for_is_copied_in_few_launches_and_not_zeroed_before
         store.fill(cache, entries, 0)
     assert not any(x.numel() for name, x in seen if "zero" in name)
     # Blocks are put together once, then keys, values, recurrent states and conv windows are copied: two of them need no loop.
-    assert sum(name in ("aten::stack", "aten::_foreach_copy_", "aten::copy_", "aten::cat") for name, _ in seen) <= 1 + 4
+    copies = ("aten::stack", "aten::_foreach_copy_", "aten::copy_", "aten::cat", "aten::clone")
+    assert sum(name in copies for name, _ in seen) <= 1 + 4
+    seen.clear()
+    with compat.seeing_ops(lambda op, result: seen.append((op.name(), result))):
+        assert store.keep("others", cache, tokens(ids(400)))
+    # Recurrent states, conv windows, the rest of a block, six blocks together, and each apart.
+    assert sum(name in copies for name, _ in seen) == 2 + 1 + 1 + 6
+    # Tokens, their positions and the mask are read from the GPU together.
+    x = ids(400)
+    given = {"input_ids": x, "position_ids": torch.arange(400)[None], "attention_mask": torch.ones_like(x)}
+    seen.clear()
+    with compat.seeing_ops(lambda op, result: seen.append((op.name(), result))):
+        assert generate._plain_tokens(given, 0) == (tokens(x), "")
+    assert sum(name in copies for name, _ in seen) == 1
 
 
 def test_a_cache_of_other_tokens_is_refused():

@@ -245,3 +245,8 @@ def test_on_a_gpu_a_tail_leaves_what_a_prompt_leaves(dtype):
         out = model.generate(prompt, **ASKED, **STATIC, max_new_tokens=3)
         del out
     assert used.proved and not used.why_not  # which compares all that both leave
+    for factor in (2.0, 0.5):  # weights that changed are found although the tail is not waited for
+        taken = store.stats().tokens_taken
+        model.model.layers[0].mlp.down_proj.weight.data.mul_(factor)  # past torch's counter
+        model.generate(prompt, **ASKED, **STATIC, max_new_tokens=3)
+        assert (store.stats().tokens_taken > taken) == (factor == 0.5)
