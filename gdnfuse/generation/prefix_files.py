@@ -22,7 +22,7 @@ from gdnfuse.errors import GdnfuseError, one_line
 from gdnfuse.files import replacing
 from gdnfuse.generation.prefix_tree import BLOCK, TOKEN, Node, Read
 
-FORMAT, INDEX = "gdnfuse.prefixes/1", "index.json"
+FORMAT, INDEX = "gdnfuse.prefixes/2", "index.json"
 BYTES_OF_A_FILE = 1 << 30
 
 

@@ -612,7 +612,8 @@ class _Layout:
         heads, whole, n = math.prod(layers), len(entry.blocks) * BLOCK, entry.length
         keys = room.keys.view(heads, L * columns)
         if entry.blocks:
-            blocks = [x.to(self.device).view(heads, BLOCK * columns) for x in entry.blocks]
+            # To ask for the device takes less than to call `to`: there is a block for each 64 tokens.
+            blocks = [x if x.device == self.device else x.to(self.device) for x in entry.blocks]
             torch.cat(blocks, 1, out=keys[:, : whole * columns])
         if entry.rest is not None:
             keys[:, whole * columns : n * columns] = entry.rest.to(self.device).view(heads, -1)
@@ -646,7 +647,7 @@ class _Layout:
         first = start // BLOCK
         blocks, parts = entry.blocks[first:], [[] for _ in widths]
         if blocks:
-            table = torch.stack([x.to(self.device) for x in blocks])
+            table = torch.stack([x.to(self.device) for x in blocks]).flatten(1)
             skipped = start - first * BLOCK
             for part, x, (heads, c) in zip(parts, table.split([w * BLOCK for w in widths], 1), sizes, strict=True):
                 x = x.view(len(blocks), heads, BLOCK, c).transpose(0, 1)
@@ -682,21 +683,24 @@ class _Row:
         for a in range(first, last, AT_ONCE):
             n = min(AT_ONCE, last - a)
             table = _joined([x[:, a * BLOCK : (a + n) * BLOCK].unflatten(1, (n, BLOCK)).transpose(0, 1) for x in self._held])
-            found += [row.clone() for row in table] if n > 1 else [table[0]]
+            found += [block.clone() for block in table] if n > 1 else [table[0]]
         return found
 
     def rest(self, first: int, last: int) -> torch.Tensor:
-        return _joined([x[None, :, first:last] for x in self._held])[0]
+        return _joined([x[None, :, first:last] for x in self._held]).flatten()
 
     def states(self) -> tuple[torch.Tensor, ...]:
         return tuple(torch.cat([x.reshape(-1) for x in of]) for of in self._states.values())
 
 
 def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
-    """Parts [n, HKV, tokens, D] of all layers as n rows, in one launch if all have as many columns D."""
+    """Parts [n, HKV, tokens, D] of all layers side by side.
+
+    If all have as many columns D, that is one launch and gives [n, all HKV, tokens · D], as a room is filled. Else [n, …].
+    """
     if len({x.shape[-1] for x in parts}) > 1:
-        parts = [x.flatten(1) for x in parts]
-    return torch.cat(parts, 1).flatten(1)
+        return torch.cat([x.flatten(1) for x in parts], 1)
+    return torch.cat(parts, 1).flatten(2)
 
 
 def forget_rope_deltas(model: torch.nn.Module) -> None:

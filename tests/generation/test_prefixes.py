@@ -753,9 +753,9 @@ def change(file):
         ("*.safetensors", cut, "must be as they were saved, found .* cut short or changed: save them again"),
         ("*.safetensors", change, "must be as they were saved, found .* cut short or changed: save them again"),
         ("*.safetensors", lambda f: f.unlink(), "must be readable, found FileNotFoundError"),
-        ("index.json", cut, "must be an index of prefixes as gdnfuse.prefixes/1 writes it, found something else"),
+        ("index.json", cut, "must be an index of prefixes as gdnfuse.prefixes/2 writes it, found something else"),
         ("index.json", lambda f: f.write_text(f.read_text().replace("[", "[ ", 1)), "found other contents"),
-        ("index.json", lambda f: f.write_text(f.read_text().replace("prefixes/1", "prefixes/9")), "format gdnfuse.prefixes.9"),
+        ("index.json", lambda f: f.write_text(f.read_text().replace("prefixes/2", "prefixes/9")), "format gdnfuse.prefixes.9"),
         ("index.json", lambda f: f.unlink(), "must be read from a folder that they were saved to, found FileNotFoundError"),
     ],
 )  # fmt: skip
