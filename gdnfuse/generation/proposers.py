@@ -277,8 +277,8 @@ class Draft:
     """Drafts with a smaller model.
 
     The model has its own cache and generates one token at a time. If it has recurrent states, they are copied after each draft,
-    so that rejected tokens can be taken back exactly. This takes memory for `n` + 1 times its states, which are 19 MiB in a 0.8B
-    model.
+    so that rejected tokens can be taken back exactly. This takes memory for up to `n` + 2 times its states, which are 19 MiB in a
+    0.8B model.
 
     Args:
         model: any causal language model with the same vocabulary. Compile it with `gdnfuse.compile` to make it fast.
@@ -319,77 +319,116 @@ class Draft:
 
 
 class _Drafting:
+    """The drafter of one generation.
+
+    The cache has been fed the last token and all drafts but the last. The next drafts may have to be made before the host knows
+    which of these are accepted. Then it has been fed the last one too, so that the device alone can go back to any of them.
+    """
+
     def __init__(self, of: Draft, run: Run):
         from transformers import DynamicCache, StaticCache
 
         config = of.model.config.get_text_config(decoder=True)
         cache = StaticCache(config=config, max_cache_len=run.most) if run.static else DynamicCache(config=config)
-        self.n, self.run = of.n, run
+        self.n, self.run, self.early = of.n, run, run.early and run.static and run.scores is None
         call = compiled_steps(of.model, run.static)
         self.fed = Fed(of.model, cache, run.mask, run.most if run.static else None, call=call)
         if run.alone:
             self.fed.recorded, self.fed.few = recorded_steps(of.model, cache), range(1, 2)
-        self.states: list[_States] = []
+        self.fed_tokens = of.n + self.early
+        # Of the states after each token that may be the last accepted one. The cache itself holds the last, if the host knows.
+        self.states = _States(cache, of.n + 1 if self.early else of.n - 1)
+        self.known = 0  # tokens in the cache before those that the drafts were made with
+        self.start: torch.Tensor | None = None  # [1], the same on the device
+        self.ahead: Drafts | None = None
+
+    def draft_ahead(self, picked: torch.Tensor, standing: torch.Tensor) -> Drafts | None:
+        """As in `Drafting`."""
+        from gdnfuse.generation.rollback import take_back
+
+        if not self.early or picked.shape[1] != self.n + 1:
+            return None
+        if self.start is None:
+            self.start = torch.full((1,), self.known, device=picked.device)
+        with torch.no_grad():
+            self.states.restore(standing.reshape(1))
+            take_back(self.fed.cache.layers, self.n - standing.view(()))
+            self.start = self.start + standing.reshape(1) + 1
+            self.ahead = self._made(picked.gather(1, standing), None, self.start)
+        return self.ahead
 
     def propose(self, ids: torch.Tensor, rows: Sequence[Sequence[int]]) -> Drafts | None:
+        if self.ahead is not None:
+            ahead, self.ahead, self.known = self.ahead, None, ids.shape[1] - 1
+            self.fed.length = self.known + self.fed_tokens
+            return ahead
         with torch.no_grad():
             self._catch_up(ids)
-            drafts, probabilities, so_far = [], [], ids
-            for i in range(self.n):
-                logits = self.fed(so_far[:, -1:], last=True).logits[:, -1].float()
-                if i + 1 < self.n:  # the cache itself holds the last states
-                    self._keep(i)
-                token, p = drawn(self.run, so_far, logits)
-                probabilities += [] if p is None else [p]
-                drafts.append(token)
-                so_far = torch.cat([so_far, token], 1)
+            self.known, self.start = self.fed.length, None
+            return self._made(ids[:, -1:], ids, None)
+
+    def _made(self, token: torch.Tensor, ids: torch.Tensor | None, start: torch.Tensor | None) -> Drafts:
+        """The drafts behind a token [B, 1].
+
+        Args:
+            token: which the cache is fed first.
+            ids: [B, L], all tokens so far. None if nothing is sampled.
+            start: [1], how many tokens the cache holds, if only the device knows it.
+        """
+        drafts, probabilities = [], []
+        for i in range(self.fed_tokens):
+            logits = self.fed(token, last=True, start=None if start is None else start + i).logits[:, -1].float()
+            self.states.keep(i)
+            if i == self.n:
+                break
+            token, p = drawn(self.run, ids, logits)
+            drafts.append(token)
+            if p is not None:
+                probabilities.append(p)
+                ids = torch.cat([ids, token], 1)
         return Drafts(torch.cat(drafts, 1), torch.stack(probabilities, 1) if probabilities else None)
 
     def _catch_up(self, ids: torch.Tensor) -> None:
         """Let the cache hold all tokens but the last, and nothing else."""
+        from gdnfuse.generation.rollback import take_back
+
         wanted = ids.shape[1] - 1
         if not self.fed.length:
             if wanted:
                 self.fed(ids[:, :wanted], last=True)
             return
-        if (known := min(wanted, self.fed.length)) < self.fed.length:
-            self._take_back(self.fed.length - known)
+        if wanted < self.fed.length:
+            self.states.restore(wanted - self.known - 1)
+            take_back(self.fed.cache.layers, self.fed.length - wanted)
+            self.fed.length = wanted
         for i in range(self.fed.length, wanted):
             self.fed(ids[:, i : i + 1], last=True)
 
-    def _keep(self, i: int) -> None:
-        """Copy the states before the i-th draft."""
-        if len(self.states) <= i:
-            self.states.append(_States(self.fed.cache))
-        self.states[i].keep(self.fed.length)
-
-    def _take_back(self, tokens: int) -> None:
-        from gdnfuse.generation.rollback import take_back
-
-        length = self.fed.length - tokens
-        next(s for s in self.states if s.length == length).restore()
-        take_back(self.fed.cache.layers, tokens)
-        self.fed.length = length
-
 
 class _States:
-    """A copy of the recurrent and conv states of a cache."""
+    """So many copies of the recurrent and conv states of a cache. They are made when there is something to keep."""
 
-    def __init__(self, cache: Any):
-        self.cache, self.length = cache, -1
-        self.copies = [x.clone() for x in self._states()]
+    def __init__(self, cache: Any, copies: int):
+        self.cache, self.copies = cache, copies
+        self._kept: list[torch.Tensor] | None = None  # [copies, ...] of each
 
-    def _states(self) -> list[torch.Tensor]:
+    def _held(self) -> list[torch.Tensor]:
         layers = [layer for layer in self.cache.layers if hasattr(layer, "recurrent_states")]
         held = [x for layer in layers for x in (*layer.recurrent_states.values(), *layer.conv_states.values())]
         return [x for x in held if x is not None]
 
-    def keep(self, length: int) -> None:
-        self.length = length
-        compat.copy_all(self.copies, self._states())
+    def keep(self, i: int) -> None:
+        """Make the copy i, if there is one."""
+        if i < self.copies:
+            held = self._held()
+            if self._kept is None:
+                self._kept = [x.new_empty(self.copies, *x.shape) for x in held]
+            compat.copy_all([x[i] for x in self._kept], held)
 
-    def restore(self) -> None:
-        compat.copy_all(self._states(), self.copies)
+    def restore(self, i: int | torch.Tensor) -> None:
+        """Go back to the copy i, a tensor [1] if only the device knows it."""
+        kept = [x[i] if isinstance(i, int) else x.index_select(0, i)[0] for x in self._kept]
+        compat.copy_all(self._held(), kept)
 
 
 class Always:
@@ -401,6 +440,7 @@ class Always:
     def start(self, run: Run) -> Always:
         self.drafting = self.of.start(run) if self.ever else None
         optional = ("hear", "close", "draft_ahead")
+        self.tap = getattr(self.drafting, "tap", None)
         self.hear, self.close, self.draft_ahead = (getattr(self.drafting, name, lambda *_: None) for name in optional)
         return self
 

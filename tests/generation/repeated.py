@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from gdnfuse import compat
+from gdnfuse.generation.mtp import Tap
 from gdnfuse.generation.recorded import Recorded
 
 
@@ -17,8 +19,10 @@ def tensors(cache):
 
 
 class StandIn:
-    def __init__(self, cache, tap):
-        self.cache, self.tap, self.replays = cache, tap, 0
+    def __init__(self, model, cache):
+        hooks = compat.hooks_of(model.get_decoder().norm).values() if isinstance(model, torch.nn.Module) else ()
+        self.tap = next((hook for hook in hooks if isinstance(hook, Tap)), None)
+        self.cache, self.replays = cache, 0
 
     def record(self, fn):
         held = [(x, x.clone()) for x in tensors(self.cache)]
@@ -51,7 +55,7 @@ class Repeated(Recorded):
     """Recorded steps of a model that is not compiled."""
 
     def graph(self, device):
-        self.made.append(StandIn(self._cache, self.tap))
+        self.made.append(StandIn(self._call, self._cache))
         return self.made[-1]
 
     def __call__(self, **arguments):

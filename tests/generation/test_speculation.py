@@ -786,13 +786,13 @@ class Knowing:
 Knowing.__module__ = "gdnfuse.tests"  # of users' classes no step is launched early
 
 
-@pytest.mark.parametrize("proposer", ["lookup", "knowing"])
-@pytest.mark.parametrize("repeated", [True, False])
+@pytest.mark.parametrize(("proposer", "repeated"), [("lookup", True), ("knowing", False), ("draft", True), ("draft", False)])
 def test_steps_with_drafts_may_be_launched_before_their_tokens_are_read(proposer, repeated, monkeypatch):
     """Tokens, counts, and what the cache holds then are right, wherever it ends, and if CUDA graphs repeat the steps."""
     graphs = repeat_steps(monkeypatch) if repeated else []
-    model = built() if proposer == "knowing" else counting(built(), 7)
-    ids = zoo.prompt(1, 5)[0].repeat(1, 2) % (128 if proposer == "knowing" else 7) + 1
+    model = counting(built(), 7) if proposer == "lookup" else built()
+    draft = disturbed(model, 0.05)
+    ids = zoo.prompt(1, 5)[0].repeat(1, 2) % (7 if proposer == "lookup" else 128) + 1
     asked = {**GREEDY, "max_new_tokens": 40, "cache_implementation": "static"}
     answer = model.generate(ids, **asked)
     tokens, launch, launched = answer[0, 10:].tolist(), speculation.Generation._launch, []
@@ -802,7 +802,8 @@ def test_steps_with_drafts_may_be_launched_before_their_tokens_are_read(proposer
         monkeypatch.setattr(speculation, "EARLY", ("cpu",) if early else ())
         launched.clear()
         graphs.clear()
-        loop = gdnfuse.speculative(PromptLookup(4) if proposer == "lookup" else Knowing(answer))
+        of = {"lookup": lambda: PromptLookup(4), "knowing": lambda: Knowing(answer), "draft": lambda: Draft(draft, 3)}
+        loop = gdnfuse.speculative(of[proposer]())
         return model.generate(ids, **{**asked, **more}, custom_generate=loop), loop
 
     odd = lambda ids, scores, **_: torch.tensor([ids.shape[1] == 33])  # noqa: E731
@@ -811,7 +812,7 @@ def test_steps_with_drafts_may_be_launched_before_their_tokens_are_read(proposer
         (wanted, waited), (found, loop) = generated(False, **more), generated(True, **more)
         assert torch.equal(found, wanted) and torch.equal(found[:, : answer.shape[1]], answer[:, : found.shape[1]]), more
         counts, (cache, fed) = loop.acceptance, loop.seen
-        replays = sum(graph.replays for graph in graphs)
+        replays = sum(graph.replays for graph in graphs if isinstance(graph.cache, gdnfuse.RollbackCache))
         if "stopping_criteria" in more or not repeated:  # a user's code runs between steps
             assert not replays
         else:  # the last may have been one too many
@@ -846,8 +847,8 @@ def test_graphs_repeat_steps_between_which_only_known_code_runs(monkeypatch, cap
         return loop.acceptance
 
     rounds = generated().rounds
-    assert sorted(graph.replays for graph in graphs)[0] == rounds - 1 and len(graphs) == 2
-    assert max(graph.replays for graph in graphs) > 2 * rounds
+    of_model, of_draft = sorted(graph.replays for graph in graphs)
+    assert of_model == rounds - 1 and of_draft > 2 * rounds
     mine = type("Mine", (transformers.generation.streamers.BaseStreamer,), {"put": lambda *_: None, "end": lambda _: None})
     for more in ({"streamer": mine()}, {"stopping_criteria": [lambda ids, scores, **_: torch.tensor([False])]}):
         assert generated(**more) and not graphs
@@ -874,7 +875,7 @@ def test_on_a_gpu_graphs_repeat_steps(proposer, monkeypatch, caplog):
         replays.clear()
         assert torch.equal(model.generate(ids, **asked), wanted)
         assert len(replays) >= model.generate.acceptance.rounds - 1 > 3
-    assert not [r for r in caplog.records if r.name.startswith("gdnfuse")]
+    assert not [r for r in caplog.records if r.name.startswith("gdnfuse") and r.levelno >= logging.WARNING]
 
 
 @pytest.mark.parametrize("implementation", [None, "static"])
