@@ -1,5 +1,6 @@
 """Shared by all tests: a fresh compiler and an empty report list for each, and no accidental gradients."""
 
+import functools
 import gc
 import logging
 import os
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 import gdnfuse
+from tests.frames import with_room
 
 pytest.register_assert_rewrite("tests.pages")  # so that what it asserts is shown
 
@@ -28,6 +30,23 @@ if hasattr(torch._dynamo.config, "side_effect_replay_policy"):
 if hasattr(torch._dynamo.config, "run_gc_after_compile"):
     torch._dynamo.config.run_gc_after_compile = False
 torch._dynamo.guards.profile_guard_manager = lambda *args: 0.0
+
+
+_runtest, _frozen = pytest.Function.runtest, functools.cache(gc.get_freeze_count)
+pytest.Function.runtest = lambda test: with_room(_runtest, test)
+
+
+def _recounted(change):
+    """Whoever compiles asks whether anything is frozen. To count that is to walk through all of it, and only these change it."""
+
+    def changed():
+        change()
+        _frozen.cache_clear()
+
+    return changed
+
+
+gc.get_freeze_count, gc.freeze, gc.unfreeze = _frozen, _recounted(gc.freeze), _recounted(gc.unfreeze)
 
 
 def pytest_collection_finish():

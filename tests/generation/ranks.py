@@ -30,6 +30,7 @@ from gdnfuse.passes import gathers
 from gdnfuse.passes.collectives import ONE_SHOT, ONE_SHOT_NORM, SUM, collectives
 from gdnfuse.report.records import Status, between_ranks
 from gdnfuse.rewrite.graph import op_name
+from tests.frames import with_room
 from tests.models import zoo
 from tests.pages import ROOT, blocks
 from tests.sweeps import ALL
@@ -472,7 +473,7 @@ def main(names):
     for name in names:
         start = time.monotonic()
         try:
-            CHECKS[name]()
+            with_room(CHECKS[name])
             RESULTS[name] = ""
         except BaseException:
             RESULTS[name] = traceback.format_exc()
