@@ -25,7 +25,7 @@ from gdnfuse.bench.measure import COLD_BYTES, bandwidth, machine, replayed, seco
 from gdnfuse.errors import GdnfuseError
 from gdnfuse.generation import mtp
 from gdnfuse.generation.caches import cache_argument
-from gdnfuse.generation.feeding import Fed, compiled_steps
+from gdnfuse.generation.feeding import Fed, compiled_steps, recorded_steps
 from gdnfuse.generation.proposers import MOST_DRAFTS, Always, Proposer, check_count
 from gdnfuse.generation.rollback import commit
 from gdnfuse.generation.speculation import Acceptance, Generation, Speculative
@@ -186,6 +186,8 @@ class Bench:
             self.cache.stop_past_recording()
         capacity, length = self.cache.capacity, self.settings.prompt
         fed = Fed(self.model, self.cache, None, capacity, length, compiled_steps(self.model, True))
+        if T > 1:  # as a generation repeats them
+            fed.recorded, fed.few = recorded_steps(self.model, self.cache), range(T, T + 1)
 
         def step(tokens: torch.Tensor) -> None:
             fed(tokens, last=T == 1)
