@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,11 +17,17 @@ def hidden() -> bool | None:
 
 
 @contextmanager
-def progress() -> Iterator[Callable[[str], None]]:
+def progress(lines: bool = False) -> Iterator[Callable[[str], None]]:
     """Show what is done and for how long, after a second, on stderr. Only on a terminal, and if TQDM_DISABLE is not set.
+
+    Args:
+        lines: where stderr is no terminal, as in a log, write each step on a line of its own when it begins.
 
     Yields a function to call with the name of each step.
     """
+    if lines and not sys.stderr.isatty() and not hidden():
+        yield _lines()
+        return
     bar = tqdm(bar_format="{desc} ({elapsed})", disable=hidden(), delay=1, leave=False)
     done = threading.Event()
 
@@ -40,6 +47,19 @@ def progress() -> Iterator[Callable[[str], None]]:
         if ticker.is_alive():
             ticker.join()
         bar.close()
+
+
+def _lines() -> Callable[[str], None]:
+    """A function that writes the name of each step to stderr, once in a row."""
+    last = ""
+
+    def write(step: str) -> None:
+        nonlocal last
+        if step != last:
+            print(step, file=sys.stderr, flush=True)
+        last = step
+
+    return write
 
 
 _listeners: list[Callable[[str], None]] = []

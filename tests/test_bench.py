@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import re
 import runpy
@@ -278,12 +279,17 @@ def test_a_terminal_shows_what_runs_unless_it_is_told_not_to(off, program, monke
     workers.run_sides(program, "tiny", ["eager"], [], title="tiny, batch 1")
     line = "tiny, batch 1, eager (2 of 2): decode, first call (00:01)"
     assert line in terminal.shown() if not off else terminal.shown() == ""
+    monkeypatch.setattr(sys, "stderr", log := io.StringIO())
+    workers.run_sides(program, "tiny", ["eager"], [], title="tiny, batch 1")
+    lines = ["", *(f"tiny, batch 1, {side}" for side in ("reference (1 of 2)", "eager (2 of 2)")), line.removesuffix(" (00:01)")]
+    assert set(log.getvalue().split("\n")) == set(lines) if not off else log.getvalue() == ""
 
 
 def test_a_side_that_crashes_or_takes_too_long_costs_its_own_row_alone(program, tmp_path, monkeypatch, capsys):
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     monkeypatch.setenv("TMPDIR", tempfile.tempdir)
+    monkeypatch.setenv("TQDM_DISABLE", "1")
     found = []
 
     def note(first, rows):

@@ -90,7 +90,7 @@ def run_sides(
     """
     rows: list[dict[str, Any]] = []
     # Processes that an ended worker had started may still write there for a moment.
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, progress() as announce:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, progress(lines=not quiet) as announce:
         for i, side in enumerate(["reference", *sides], 1):
             line = f"{title or model}, {side} ({i} of {len(sides) + 1})"
             known: dict[str, Any] = {}

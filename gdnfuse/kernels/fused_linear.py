@@ -353,7 +353,7 @@ def supports_split(
         raise Refused(f"Parts of a linear need at least two rows and two parts, found {_rows(x)} and {parts}.")
 
 
-GEMM = "benchmarks/gemm.py"
+GEMM = "benchmarks/gemm.py and benchmarks/chain.py"
 EARLY = ("weights", "scales", "zeros", "norm_weight", "lora_A", "lora_B")
 fused_linear = register("fused_linear", launch, supports, early=EARLY, measured=GEMM)
 in_proj_conv = register("in_proj_conv", launch_in_proj_conv, supports_in_proj_conv, early=EARLY, measured=GEMM)
