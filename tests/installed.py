@@ -28,8 +28,10 @@ from tests.pages import ROOT, blocks
 
 NOT_RUN = ("gdnfuse bench 0.8b --batch", "gdnfuse bench 4b", "gdnfuse bench path/to/model")
 
-# These would compile or run a whole model, which takes minutes.
-WEIGHED = ("bench 0.8b", "verify 0.8b", "warmup 4b")
+# These would compile or run a whole model, which takes minutes, or trace all of its layers.
+WEIGHED = ("bench 0.8b", "verify 0.8b", "warmup 4b", "report 4b")
+# Presets are files of the wheel.
+LOADED = "import gdnfuse; from gdnfuse import models; print(gdnfuse.__file__, *map(models.load_config, models.presets()))"
 
 
 def commands() -> list[str]:
@@ -77,8 +79,8 @@ def install(folder: Path) -> Path:
     (packages / "all-else.pth").write_text(site.getsitepackages()[0])
     python = folder / "bin" / "python"
     subprocess.run([*PIP, "--python", str(python), "install", *BUILD, "--ignore-installed", str(built)], check=True)
-    where = subprocess.run([python, "-c", "import gdnfuse; print(gdnfuse.__file__)"], cwd=folder, capture_output=True, text=True)
-    assert where.stdout.startswith(str(folder)), where
+    where = subprocess.run([python, "-c", LOADED], cwd=folder, capture_output=True, text=True)
+    assert where.stdout.startswith(str(folder)) and "Qwen3_5TextConfig" in where.stdout, where
     return python.parent
 
 
