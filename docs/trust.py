@@ -44,6 +44,7 @@ ROWS: dict[str, list[str]] = {
     "`generate`: greedy, sampled, beams, padded, chunked prompts": [
         "tests/models/test_generate.py",
         "tests/generation/test_compile.py",
+        "tests/generation/test_arguments.py",
         "tests/generation/test_wrappers.py",
         "tests/generation/test_coverage.py",
         "tests/generation/test_explain.py",
@@ -68,7 +69,7 @@ ROWS: dict[str, list[str]] = {
         "tests/test_examples.py",
         "tests/test_docs.py",
         "-k",
-        "test_examples or pictures",
+        "test_examples or pictures or blocks",
     ],
     f"Near misses of real graphs ({NEAR_MISSES} of them), shapes and layouts": ["tests/fuzz"],
     "Operations' references": ["tests/dialect"],

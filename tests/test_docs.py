@@ -14,12 +14,17 @@ import gdnfuse
 from gdnfuse import backend
 from tests.models import zoo
 from tests.pages import ROOT, blocks, redirect_hub
+from tests.sweeps import some
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.name)
+WITH_PYTHON = [p for p in PAGES if blocks(p, "python")]
+LIKE_THE_README = DOCS / "getting_started.md"  # whose block runs in tests/test_readme.py
+
+
+@pytest.mark.parametrize("page", some(WITH_PYTHON, *(p for p in WITH_PYTHON if p != LIKE_THE_README)), ids=lambda p: p.name)
 def test_python_blocks_run_in_order(page, monkeypatch, tmp_path):
     """With `model` and `prompt` as the pages say. Inductor is tested elsewhere; here it would only be slow."""
     monkeypatch.setattr(backend, "_inner", lambda gm, *_: gm.forward)

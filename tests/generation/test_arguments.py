@@ -7,6 +7,7 @@ import torch
 
 import gdnfuse
 from tests.models import zoo
+from tests.sweeps import some
 
 BOUNDS = torch.tensor([0, 6, 13], dtype=torch.int32)
 PACKED = {"cu_seq_lens_q": BOUNDS, "cu_seq_lens_k": BOUNDS}
@@ -61,6 +62,7 @@ def test_packed_sequences_of_attention_written_out(model):
     assert zoo.relative(run(IDS, **APART).logits, apart) < 1e-5
 
 
+@pytest.mark.parametrize("run", some(["gdnfuse.compile", "backend"], "backend"), indirect=True)
 @torch.no_grad()
 def test_a_mask_of_ones_own_may_keep_packed_sequences_apart(run, model):
     """[1, 1, T, T], of rows and columns: whose it is what it hides."""
