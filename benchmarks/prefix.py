@@ -110,6 +110,8 @@ def worker(side: str, name: str, args: argparse.Namespace, folder: Path) -> dict
         row["fla"] = fla_version()
     repeats = REPEATS if side in COMPILED else EAGER_REPEATS
     store = gdnfuse.PrefixStore(talk.model, max_bytes=1 << 40, tails=args.tails) if side == "prefixes" else None
+    if store is not None:
+        store.ahead = args.ahead
     if side in COMPILED:
         gdnfuse.compile(talk.model, inner=args.inner, prefixes=store)
     saved, found = torch.load(folder / SHARED), []
@@ -242,6 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--turns", type=int, default=4)
     parser.add_argument("--kind", default="both", choices=(*KINDS, "both"), help="of cache; the chat has the first of both")
     parser.add_argument("--tails", action="store_true", help="on a static cache what follows the prefix is one CUDA graph")
+    parser.add_argument("--ahead", action="store_true", help="with --tails: it is launched before transformers prepares the call")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--timeout", type=float, help="seconds that a side may take; what it has found by then stays")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))

@@ -20,6 +20,7 @@ import torch
 
 from gdnfuse.errors import GdnfuseError
 from gdnfuse.generation import stopping
+from gdnfuse.generation.ahead import Ahead, Expected
 from gdnfuse.generation.arguments import parameters_of
 from gdnfuse.generation.caches import cache_finder
 from gdnfuse.generation.prefix_tree import BLOCK, TOKEN, Read
@@ -63,6 +64,7 @@ class Generate:
         self._signature = inspect.signature(self._plain)
         self._runs = threading.local()
         self._parameters, self._find_cache = parameters_of(model), cache_finder()
+        self._expected = Expected()
 
     def __call__(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
         given = dict(self._signature.bind_partial(inputs, *args, **kwargs).arguments)
@@ -95,12 +97,16 @@ class Generate:
             run.leave("a cache was passed to generate")
         elif isinstance(ids, torch.Tensor) and ids.ndim == 2 and not ids.is_floating_point():
             run.prompt = ids.shape[1]
+            if noted is None and prefixes.ahead:
+                run.ahead = self._expected.launched(prefixes, self.tails, ids, given)
         outer = getattr(self._runs, "now", None)
         self._runs.now = run
         try:
             out = self._plain(inputs, *args, **kwargs)
         finally:
             self._runs.now = outer
+            run.drop_ahead()
+            self._expected.note(given, run.is_tail, run.was_wrong)
         if not run.no_end:
             if cache is not None:
                 prefixes.went_on(cache, getattr(out, "sequences", out))
@@ -113,7 +119,11 @@ class Generate:
 
         def heeded(*args: Any, **kwargs: Any) -> Any:
             run = None if torch.compiler.is_dynamo_compiling() else getattr(self._runs, "now", None)
-            return call(*args, **kwargs) if run is None else run(call, args, kwargs)
+            if run is not None:
+                return run(call, args, kwargs)
+            if self.tails is not None:
+                self.tails.join()
+            return call(*args, **kwargs)
 
         return heeded
 
@@ -185,6 +195,9 @@ class Run:
         taken: how many tokens of each row came from the store; None before the prompt.
         why_not: why the store is not used, if it is not.
         no_end: why nothing after the prompt will be kept, if that is known in advance.
+        ahead: its tail, if that was launched before the model was called.
+        is_tail: whether its prompt was a known prefix and a tail.
+        was_wrong: whether a tail was launched ahead in vain.
         is_one_token: whether the turn ends with the prompt, because the one token after it is not fed. Then it is kept while the
             GPU computes that token.
     """
@@ -201,10 +214,14 @@ class Run:
         self.prefixes, self.prompt, self.taken, self.why_not, self.no_end = prefixes, None, None, None, ""
         self._parameters, self._find_cache, self._keeps = parameters, find_cache, keeps
         self._left, self._cache, self._in_steps = False, None, False
+        self.ahead: Ahead | None = None
+        self.is_tail = self.was_wrong = False
         self._rows: list[bytes] = []  # rows of the prompt that the cache has seen
         self._fed: list[torch.Tensor] = []  # tokens after the prompt, one by one
 
     def __call__(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._tails is not None and self.ahead is None:
+            self._tails.join()  # those of other threads
         if self._left:
             return call(*args, **kwargs)
         given = dict(zip(self._parameters, args, strict=False)) | kwargs
@@ -231,6 +248,7 @@ class Run:
     def leave(self, why: str) -> None:
         """Continue this run without the store."""
         self._left, self.why_not = True, why
+        self.drop_ahead()
         if self._keeps and self.prefixes.leave_out(why):
             log.info(
                 "generate uses a prefix store only for prompts of plain tokens, found that %s, so the store is not used.", why
@@ -303,22 +321,29 @@ class Run:
         have = self._seen()
         end = have + ids.shape[1]
         rows = self._rows = [row + more for row, more in zip(self._rows, new, strict=True)]
-        n, entries = prefixes.find(rows, end - 1, self._key)
+        ahead, early = self.ahead, None
+        if ahead is not None:
+            early = ahead.answer(rows, self._cache, self._began) if have == 0 and not self._sure else None
+            self.drop_ahead()
+            self.was_wrong = early is None
+        n, entries = prefixes.find(rows, end - 1, self._key) if early is None else (ahead.length, ahead.entries)
         at = max(n, have)
         counted = {"taken": at - have, "run": end - at, "prompt": have == 0, "hit": n > have and self.taken == 0}
         if n > have:
-            prefixes.fill(self._cache, entries, have)
+            if early is None:
+                prefixes.fill(self._cache, entries, have)
             self.taken += n - have
         last = self.prompt is None or end >= self.prompt
         stops = prefixes.boundaries(rows, at, end, self._key, last) if self._keeps else []
         while at < end:
             start, (at, passed) = at, self._piece(at, [n for n in stops if n > at], end)
             part = _part(given, start - have, at - have, end - have)
-            if n > have and not passed and self._takes_tail(at - start, ids, first=start == n):
-                before = prefixes.mark()
-                out = self._tail(call, part, entries, have, start)
+            if n > have and not passed and (early is not None or self._takes_tail(at - start, ids, start == n)):
+                before = prefixes.mark() if early is None else ahead.mark
+                out = self._tail(call, part, entries, have, start) if early is None else early
                 if not self._is_sure(before):
                     return self._again(call, given, new)
+                self.is_tail = out is not None and start == n
                 if out is None:  # what the cache holds is of no use
                     prefixes.fill(self._cache, entries, have)
                     at = n
@@ -341,6 +366,13 @@ class Run:
             self._keep(rows)
             self._ended = True
         return out
+
+    def drop_ahead(self) -> None:
+        """Hold no tail that was launched ahead any more, and count it as wrong."""
+        ahead, self.ahead = self.ahead, None
+        if ahead is not None:
+            ahead.drop()
+            self.was_wrong = True
 
     def _takes_tail(self, tokens: int, ids: torch.Tensor, first: bool) -> bool:
         """Whether so many tokens behind a known prefix are computed by `Tails`; `first` of those behind it."""

@@ -11,7 +11,7 @@ import os
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Container, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,6 +105,8 @@ class PrefixStore:
         # Of recurrent states, as `gdnfuse.compile` was told: states that were rounded are others.
         self.state_dtype: torch.dtype | None = None
         self.activations: str | None = None  # option of `gdnfuse.compile`: states of quantised activations are others too
+        # Whether a tail is launched before transformers prepares its call. It has not run on a GPU yet.
+        self.ahead = False
         self.every, self.max_bytes, self.host_bytes, self.tails = every, max_bytes, host_bytes, tails
         self._model = weakref.ref(models[0])
         self._layout = _Layout.of(models[0])
@@ -408,6 +410,22 @@ class PrefixStore:
             self._layout.fill(cache, entries, start, self.rooms)
             self._synchronize()
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self._layout.device
+
+    def lend(self, entry: Read, tokens: int, lengths: Container[int]) -> Any:
+        """A room that holds an entry and has room for so many tokens, and layers in it; see `Rooms.lend`."""
+        lent = self.rooms.lend(tokens, lengths, *_dtypes(entry), self._layout.device)
+        if lent is not None:
+            self._layout.fill_room(lent[0], entry)
+        return lent
+
+    def take_over(self, entry: Read, cache: Any, room: Room) -> bool:
+        """Have a new cache get the room that was lent for an entry; see `Rooms.take_over`."""
+        return self.rooms.take_over(cache, room, *_dtypes(entry), self._layout.device)
+
     def keep(self, key: Hashable, cache: Any, rows: Sequence[bytes], states: list[torch.Tensor] | None = None) -> int:
         """Keep what a cache holds, which has seen these tokens and no others; of how many rows there was room for.
 
@@ -571,11 +589,9 @@ class _Layout:
         """Keys and values behind the first `start` tokens, and the states in place of those that are there."""
         if len(entries) == 1 and start == 0:
             (entry,) = entries
-            dtype = [entry.rest, *entry.blocks][-1].dtype
-            kinds = dict(zip(KINDS, entry.states, strict=True))
-            room = rooms.enter(cache, dtype, {kind: x.dtype for kind, x in kinds.items()}, self.device)
+            room = rooms.enter(cache, *_dtypes(entry), self.device)
             if room is not None:
-                self._fill_room(room, entry, kinds)
+                self.fill_room(room, entry)
                 return
         # Few launches, and nothing is zeroed that is written next: what a prompt takes is waited for before its first token.
         to, of = [], []
@@ -606,7 +622,7 @@ class _Layout:
             if not cache.layers[i].is_compileable:
                 mark_lengths(cache.layers[i])
 
-    def _fill_room(self, room: Room, entry: Read, states: dict[str, torch.Tensor]) -> None:
+    def fill_room(self, room: Room, entry: Read) -> None:
         """What an entry holds, into the tensors of all layers."""
         *layers, L, columns = room.keys.shape
         heads, whole, n = math.prod(layers), len(entry.blocks) * BLOCK, entry.length
@@ -619,7 +635,7 @@ class _Layout:
             keys[:, whole * columns : n * columns] = entry.rest.to(self.device).view(heads, -1)
         keys[:, n * columns :] = 0
         room.lengths.fill_(n)
-        for kind, x in states.items():
+        for kind, x in zip(KINDS, entry.states, strict=True):
             room.states[kind].view(-1).copy_(x)
 
     def _room(self, layer: Any, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, start: int) -> list[torch.Tensor]:
@@ -691,6 +707,11 @@ class _Row:
 
     def states(self) -> tuple[torch.Tensor, ...]:
         return tuple(torch.cat([x.reshape(-1) for x in of]) for of in self._states.values())
+
+
+def _dtypes(entry: Read) -> tuple[torch.dtype, dict[str, torch.dtype]]:
+    """The dtype of the keys and values of an entry, and those of its states by kind."""
+    return [entry.rest, *entry.blocks][-1].dtype, {kind: x.dtype for kind, x in zip(KINDS, entry.states, strict=True)}
 
 
 def _joined(parts: list[torch.Tensor]) -> torch.Tensor:

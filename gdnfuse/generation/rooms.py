@@ -11,7 +11,7 @@ import math
 import sys
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ class Room:
         keys: keys and values of all layers [layers, 2, HKV, L, D].
         states: all states of a kind [layers, …], by kind.
         lengths: how many tokens each layer has seen, in the first column; each has a row, so that its address is aligned.
+        length: tokens that it holds.
         caches: how many caches had it.
         cache: the last of them, as a weak reference.
     """
@@ -49,6 +50,7 @@ class Room:
         device: torch.device,
     ):
         self._make(layers, keys, states, dtype, length, device)
+        self.length, self._kinds = length, [type(layer) for layer in layers]
         self._looks = [_copied(vars(layer)) for layer in layers]
         self._parts = [x for look in self._looks for x in _tensors(look)]
         # What holds each tensor besides the cache.
@@ -89,6 +91,12 @@ class Room:
         for layer, look in zip(layers, self._looks, strict=True):
             vars(layer).update(_copied(look))
 
+    def layers(self) -> list[Any]:
+        """Layers of no cache that hold these tensors."""
+        made = [kind.__new__(kind) for kind in self._kinds]
+        self.enter(made)
+        return made
+
     def _held(self) -> list[int]:
         return [sys.getrefcount(x) + n for x, n in zip(self._parts, compat.storage_holders(self._parts), strict=True)]
 
@@ -119,6 +127,52 @@ class Rooms:
             states: the dtypes of its states, by kind.
             device: where it is.
         """
+        key = self._key(cache, dtype, states, device)
+        if key is None:
+            return None
+        with self._lock:
+            if self._room is not None and self._room[0] == key and self._room[1].is_free():
+                self._room[1].enter(cache.layers)
+            else:
+                self._room = None  # before there is a second one
+                of_states = [(*of, states[of[1]]) for of in self._states]
+                self._room = key, Room(cache.layers, self._keys, of_states, dtype, key[0], device)
+            return self._has_entered(cache)
+
+    def lend(self, tokens: int, lengths: Container[int], dtype: torch.dtype, states: Any, device: torch.device) -> Any:
+        """The room and layers that hold its tensors, for a cache that there is not yet. None if there is none that is free.
+
+        Args:
+            tokens: that must have room.
+            lengths: that it may have.
+            dtype, states, device: as of `enter`.
+        """
+        with self._lock:
+            if self._room is None:
+                return None
+            (length, *of), room = self._room
+            fits = tokens <= length and length in lengths and of == [dtype, states, device, _stream(device)]
+            return (room, room.layers()) if fits and room.is_free() else None
+
+    def take_over(self, cache: Any, room: Room, dtype: torch.dtype, states: Any, device: torch.device) -> bool:
+        """Have a cache get a room that was lent, if it is one that `enter` would give this room."""
+        key = self._key(cache, dtype, states, device)
+        with self._lock:
+            if key is None or self._room is None or self._room[0] != key or self._room[1] is not room:
+                return False
+            room.enter(cache.layers)
+            self._has_entered(cache)
+            return True
+
+    def _has_entered(self, cache: Any) -> Room:
+        room = self._room[1]
+        room.caches, room.cache = room.caches + 1, weakref.ref(cache)
+        return room
+
+    def _key(
+        self, cache: Any, dtype: torch.dtype, states: dict[str, torch.dtype], device: torch.device
+    ) -> tuple[Any, ...] | None:
+        """What rooms of caches like this one have in common. None if it has none."""
         from transformers.cache_utils import StaticLayer
 
         layers = cache.layers
@@ -130,18 +184,7 @@ class Rooms:
         sizes = {math.prod(shape) * states[kind].itemsize for _, kind, _, shape in self._states}
         if any(n % ALIGNED for n in (math.prod(self._keys[0][1:3]) * length * dtype.itemsize, *sizes)):
             return None
-        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-        key = length, dtype, states, device, stream
-        with self._lock:
-            if self._room is not None and self._room[0] == key and self._room[1].is_free():
-                self._room[1].enter(layers)
-            else:
-                self._room = None  # before there is a second one
-                of_states = [(*of, states[of[1]]) for of in self._states]
-                self._room = key, Room(layers, self._keys, of_states, dtype, length, device)
-            room = self._room[1]
-            room.caches, room.cache = room.caches + 1, weakref.ref(cache)
-            return room
+        return length, dtype, states, device, _stream(device)
 
     def came_back(self, cache: Any) -> bool:
         """Whether a cache has the memory of one before it, so that CUDA graphs of calls on it are worth recording."""
@@ -152,6 +195,10 @@ class Rooms:
         """Hold no memory."""
         with self._lock:
             self._room = None
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 def apart(part: torch.Tensor) -> torch.Tensor:

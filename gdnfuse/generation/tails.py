@@ -115,6 +115,8 @@ class Tails:
     Attributes:
         why_not: why none are made any more, after one that was not right.
         proved: lengths of caches on which a tail was compared with a prompt.
+        beside: a stream for tails that are launched ahead.
+        ahead: those that nothing has waited for yet.
     """
 
     def __init__(self, model: torch.nn.Module, compiled: Callable[..., Any], used: bool, few: int):
@@ -122,10 +124,12 @@ class Tails:
         self._layers = len(gdn_layers(model))
         (self._keyword,) = cache_argument(model, None)
         self.proved: set[int] = set()
+        self.beside: torch.cuda.Stream | None = None
+        self.ahead: set[Any] = set()
 
-    def takes(self, tokens: int, ids: torch.Tensor, cache: Any) -> bool:
-        """Whether so many tokens of a prompt [B, T] on a filled cache are computed here."""
-        return self._few < tokens <= ROWS and ids.shape[0] == 1 and self.knows(cache)
+    def takes(self, tokens: int, ids: torch.Tensor, cache: Any = None) -> bool:
+        """Whether so many tokens of a prompt [B, T] on a filled cache are computed here. Without one, whether they may be."""
+        return self._few < tokens <= ROWS and ids.shape[0] == 1 and (cache is None or self.knows(cache))
 
     def knows(self, cache: Any) -> bool:
         """Whether tokens behind known prefixes in this cache may be computed here."""
@@ -164,6 +168,11 @@ class Tails:
             if x is padded:
                 out[name] = cache
         return out
+
+    def join(self) -> None:
+        """Have what comes next on this stream come behind all tails that were launched ahead."""
+        if self.ahead and self.beside is not None:
+            torch.cuda.current_stream(self.beside.device).wait_stream(self.beside)
 
     def is_proved(self, cache: Any) -> bool:
         """Whether a tail on a cache of this length has been compared with a prompt."""

@@ -228,12 +228,13 @@ def test_tails_that_cannot_be_are_said(caplog):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "ahead"), [(torch.float32, False), (torch.bfloat16, False), (torch.float32, True)])
 @torch.no_grad()
-def test_on_a_gpu_a_tail_leaves_what_a_prompt_leaves(dtype):
+def test_on_a_gpu_a_tail_leaves_what_a_prompt_leaves(dtype, ahead):
     torch.manual_seed(0)
     model = zoo.causal_lm(**zoo.SMALL, head_dim=64, linear_key_head_dim=128, linear_value_head_dim=128).to("cuda", dtype)
-    store = PrefixStore(model, 64, tails=True)
+    plain, store = copy.deepcopy(model), PrefixStore(model, 64, tails=True)
+    store.ahead = ahead
     gdnfuse.compile(model, prefixes=store, strict=True)
     used = model.generate.tails
     assert used.used and store.rooms.used
@@ -245,8 +246,64 @@ def test_on_a_gpu_a_tail_leaves_what_a_prompt_leaves(dtype):
         out = model.generate(prompt, **ASKED, **STATIC, max_new_tokens=3)
         del out
     assert used.proved and not used.why_not  # which compares all that both leave
+    for i in range(20):
+        prompt = torch.cat([ids(KNOWN), ids(54, i + 1)], 1).cuda()
+        found, wanted = (m.generate(prompt, **ASKED, **STATIC, max_new_tokens=3).logits for m in (model, plain))
+        assert dtype != torch.float32 or zoo.relative(torch.stack(found), torch.stack(wanted)) < 1e-3
+        del found, wanted
     for factor in (2.0, 0.5):  # weights that changed are found although the tail is not waited for
         taken = store.stats().tokens_taken
         model.model.layers[0].mlp.down_proj.weight.data.mul_(factor)  # past torch's counter
         model.generate(prompt, **ASKED, **STATIC, max_new_tokens=3)
         assert (store.stats().tokens_taken > taken) == (factor == 0.5)
+
+
+def test_a_tail_is_launched_before_transformers_prepares_its_call(talk):
+    store, when, call = talk.store, [], compat.compiled_call(talk.ours)
+
+    def noted(*args, **given):
+        when.append(len(talk.seen))  # tails before the model was called
+        return call(*args, **given)
+
+    def launched(prompt, tail=True, **options):
+        when.clear()
+        assert talk.agree(prompt, **{**STATIC, **options})[-1:] == [prompt.shape[1] - KNOWN] * tail
+        return when[:1] == [1]
+
+    store.rooms.used = store.ahead = True
+    compat.set_compiled_call(talk.ours, noted)
+    try:
+        for most in (1, 2):
+            for _ in range(6):  # until memory has come back
+                talk.agree(behind(64), **STATIC, max_new_tokens=most)
+            assert launched(behind(64), max_new_tokens=most) and launched(behind(9), max_new_tokens=most)
+        states, left_out = store.stats().states, store.stats().left_out
+        assert launched(behind(33), max_new_tokens=2) and store.stats().states == states + 1
+        assert not launched(behind(63))  # not as the last one
+        assert launched(behind(63))
+        # Weights that changed are found meanwhile.
+        for factor in (2.0, 0.5):
+            for model in (talk.ours, talk.plain):
+                model.model.layers[0].mlp.down_proj.weight.mul_(factor)
+            when.clear()
+            talk.agree(behind(9), **STATIC)
+            assert when[:1] == [1]
+            for _ in range(6):
+                talk.agree(behind(9), **STATIC)
+        assert launched(behind(9)) and store.stats().left_out == left_out
+        # What was not as expected is computed as ever, and for a while nothing is expected.
+        seen = torch.ones(1, KNOWN + 9, dtype=torch.long)
+        for _ in range(2):
+            talk.agree(behind(9), **STATIC, attention_mask=seen)
+        assert launched(behind(9), attention_mask=seen)
+        hidden = seen.index_fill(1, torch.tensor([0]), 0)
+        talk.agree(behind(9), **STATIC, attention_mask=hidden)
+        assert store.stats().left_out != left_out
+        for _ in range(3):
+            when.clear()
+            talk.agree(behind(9), **STATIC, attention_mask=seen)
+            assert when[:1] == [0]
+    finally:
+        compat.set_compiled_call(talk.ours, call)
+        store.rooms.used = store.ahead = False
+    assert not talk.tails.ahead
