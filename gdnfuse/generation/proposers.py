@@ -330,6 +330,7 @@ class _Drafting:
 
         config = of.model.config.get_text_config(decoder=True)
         cache = StaticCache(config=config, max_cache_len=run.most) if run.static else DynamicCache(config=config)
+        cache.layers = [_whole(layer, run.most) for layer in cache.layers]
         self.n, self.run, self.early = of.n, run, run.early and run.static and run.scores is None
         call = compiled_steps(of.model, run.static)
         self.fed = Fed(of.model, cache, run.mask, run.most if run.static else None, call=call)
@@ -403,6 +404,20 @@ class _Drafting:
             self.fed.length = wanted
         for i in range(self.fed.length, wanted):
             self.fed(ids[:, i : i + 1], last=True)
+
+
+def _whole(layer: Any, most: int) -> Any:
+    """A layer of a cache that keeps all keys, because none can be taken back from a window. A mask hides those before it."""
+    from transformers import cache_utils
+
+    if type(layer) is cache_utils.StaticSlidingWindowLayer:
+        whole = cache_utils.StaticLayer(max_cache_len=most)
+    elif type(layer) is cache_utils.DynamicSlidingWindowLayer:
+        whole = cache_utils.DynamicLayer()
+    else:
+        return layer
+    whole.is_sliding = True  # whose mask is that of a window
+    return whole
 
 
 class _States:

@@ -97,17 +97,23 @@ class Recorded:
         """A step, of which nothing has run yet. None if it cannot be recorded, and then no other is tried."""
         before = [(layer, dict(vars(layer))) for layer in self._cache.layers]
         try:
-            return _Step(self._call, arguments, self.tap, self.graph(arguments["input_ids"].device))
+            step = _Step(self._call, arguments, self.tap, self.graph(arguments["input_ids"].device))
+            changed = [name for layer, known in before for name, x in vars(layer).items() if not _same(x, known.get(name))]
+            if not changed or getattr(self._cache, "is_recording", False):
+                return step
+            return self._leave(f"{changed[0]} of its cache, which Python changes and a graph would not")
         except Exception as e:  # of any kind: what cannot be recorded runs as it is
-            self.why_not = one_line(e)
-            if self.why_not not in _said:
-                _said.add(self.why_not)
-                log.warning(NOT_RECORDED, self.why_not)
-            return None
+            return self._leave(one_line(e))
         finally:
             for layer, known in before:
                 vars(layer).clear()
                 vars(layer).update(known)
+
+    def _leave(self, why: str) -> None:
+        self.why_not = why
+        if why not in _said:
+            _said.add(why)
+            log.warning(NOT_RECORDED, why)
 
 
 _said: set[str] = set()
@@ -138,3 +144,7 @@ def _layout(x: Any) -> Hashable:
     if isinstance(x, torch.Tensor):
         return tuple(x.shape), x.dtype
     return x if isinstance(x, int | str | None) else id(x)
+
+
+def _same(x: Any, y: Any) -> bool:
+    return x is y or isinstance(x, int) and isinstance(y, int) and x == y

@@ -639,8 +639,12 @@ def take_back(layers: Sequence[Any], tokens: int | torch.Tensor) -> None:
     """
     if isinstance(tokens, int) and not tokens:
         return
-    lengths = [layer.cumulative_length for layer in layers if isinstance(layer, StaticLayer)]
+    names = ("cumulative_length", "indexer_cumulative_length")
+    lengths = [vars(layer).get(name) for layer in layers if isinstance(layer, StaticLayer) for name in names]
+    lengths = [x for x in lengths if x is not None]
     compat.subtract_from_all(lengths, tokens if isinstance(tokens, int) else [tokens] * len(lengths))
     for layer in layers:
-        if not isinstance(layer, StaticLayer | LinearAttentionLayer):
+        if isinstance(layer, LinearAttentionLayer) and isinstance(layer, DynamicLayer):  # whose own crop refuses its states
+            DynamicLayer.crop(layer, -tokens)
+        elif not isinstance(layer, StaticLayer | LinearAttentionLayer):
             layer.crop(-tokens)

@@ -25,7 +25,7 @@ from gdnfuse.errors import GdnfuseError
 from gdnfuse.generation.caches import cache_argument, cache_finder
 from gdnfuse.generation.feeding import Fed, compiled_steps, recorded_steps
 from gdnfuse.generation.hooks import hooks_now
-from gdnfuse.generation.proposers import Callback, Drafts, Proposer, Run, check_drafts, is_users, proposer_of
+from gdnfuse.generation.proposers import Always, Callback, Drafts, Proposer, Run, check_drafts, is_users, proposer_of
 
 
 @dataclass
@@ -245,9 +245,12 @@ class Generation:
 
     def _only_known_code(self, criteria: Any) -> bool:
         """Whether only code of transformers and of gdnfuse runs between two steps."""
+        of = self.proposer.of if isinstance(self.proposer, Always) else self.proposer
         run = [*self.processors, *criteria, *([] if self.streamer is None else [self.streamer])]
-        users = is_users(self.proposer) or isinstance(self.proposer, Callback)
-        return not users and all(type(x).__module__.startswith("transformers.") for x in run)
+        # A processor of transformers may call a function of the user's, such as one for the tokens that are allowed.
+        called = [x for each in run for x in getattr(each, "__dict__", {}).values() if callable(x)]
+        users = is_users(of) or isinstance(of, Callback)
+        return not users and all(type(x).__module__.startswith("transformers.") for x in (*run, *called))
 
     @property
     def _left(self) -> int:

@@ -20,7 +20,8 @@ def tensors(cache):
 
 class StandIn:
     def __init__(self, model, cache):
-        hooks = compat.hooks_of(model.get_decoder().norm).values() if isinstance(model, torch.nn.Module) else ()
+        norm = getattr(model.get_decoder(), "norm", None) if isinstance(model, torch.nn.Module) else None
+        hooks = () if norm is None else compat.hooks_of(norm).values()
         self.tap = next((hook for hook in hooks if isinstance(hook, Tap)), None)
         self.cache, self.replays = cache, 0
 

@@ -17,8 +17,8 @@ from gdnfuse import Callback, Draft, PromptLookup, models
 from gdnfuse.generation import recorded, speculation
 from gdnfuse.generation.generate import OTHERS
 from gdnfuse.generation.lookup import History
-from gdnfuse.generation.proposers import Drafts, Run, _Places
-from tests.generation.repeated import StandIn, repeat_steps
+from gdnfuse.generation.proposers import Always, Drafts, Run, _Drafting, _Places
+from tests.generation.repeated import Repeated, StandIn, repeat_steps
 from tests.models import zoo
 from tests.models.test_adapters import LoRA
 from tests.sweeps import some
@@ -835,7 +835,7 @@ def test_steps_with_drafts_may_be_launched_before_their_tokens_are_read(proposer
 
 def test_graphs_repeat_steps_between_which_only_known_code_runs(monkeypatch, caplog):
     """Those of the model and of a draft. What cannot be recorded runs as it is, which is said once."""
-    graphs, model = repeat_steps(monkeypatch), built()
+    graphs, model, every = repeat_steps(monkeypatch), built(), list(range(128))
     ids = zoo.prompt(1, 8)[0]
     asked = {**GREEDY, "cache_implementation": "static"}
     answer = model.generate(ids, **asked)
@@ -850,11 +850,23 @@ def test_graphs_repeat_steps_between_which_only_known_code_runs(monkeypatch, cap
     of_model, of_draft = sorted(graph.replays for graph in graphs)
     assert of_model == rounds - 1 and of_draft > 2 * rounds
     mine = type("Mine", (transformers.generation.streamers.BaseStreamer,), {"put": lambda *_: None, "end": lambda _: None})
-    for more in ({"streamer": mine()}, {"stopping_criteria": [lambda ids, scores, **_: torch.tensor([False])]}):
+    mines = (
+        {"stopping_criteria": [lambda ids, scores, **_: torch.tensor([False])]},
+        {"prefix_allowed_tokens_fn": lambda *_: every},
+    )
+    for more in ({"streamer": mine()}, *mines):
         assert generated(**more) and not graphs
+    loop = gdnfuse.speculative(Always(Callback(guesses(answer, 0.8))))  # as in a warmup
+    assert torch.equal(model.generate(ids, **asked, custom_generate=loop), answer) and loop.acceptance.rounds and not graphs
+    windows = other("window")
+    steps = Repeated(windows, zoo.new_cache(windows, "static"))
+    steps.made = []
+    for token in ids[0]:
+        steps(input_ids=token[None, None], **zoo.held(steps._cache))
+    assert steps._cache.layers[0].cumulative_length_int == 8 and "cumulative_length_int of its cache" in steps.why_not
     monkeypatch.setattr(StandIn, "record", lambda self, fn: 1 / 0)
     generated()
-    assert sum("recordable as a CUDA graph" in r.getMessage() for r in caplog.records) == 1
+    assert sum("recordable as a CUDA graph" in r.getMessage() for r in caplog.records) == 2
     assert not any(graph.replays for graph in graphs)
 
 
@@ -921,15 +933,39 @@ def test_nothing_is_logged(caplog):
     assert not [r for r in caplog.records if r.name.startswith("gdnfuse")]
 
 
-def test_a_draft_without_states_is_taken_back_too():
-    model = built(**zoo.SMALL)
-    config = transformers.LlamaConfig(
-        vocab_size=128, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0
-    )
+def other(kind):
+    """Small models whose caches have layers of other kinds."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"vocab_size": 128, "num_key_value_heads": 2, "pad_token_id": 0, "initializer_range": 0.3}
+    states = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8}
     torch.manual_seed(0)
-    llama = transformers.LlamaForCausalLM(config).eval()
-    for implementation in (None, "static"):
-        ids = zoo.prompt(2, 8)[0]
-        asked = {**GREEDY, "cache_implementation": implementation}
-        wanted = model.generate(ids, **asked)
-        assert torch.equal(model.generate(ids, **asked, custom_generate=gdnfuse.speculative(Draft(llama, 2))), wanted)
+    if kind == "index":
+        return zoo.qwen4_exp()
+    if kind == "both in one layer":
+        return transformers.FalconH1ForCausalLM(transformers.FalconH1Config(**sizes, **states)).eval()
+    if kind == "window":
+        return transformers.MistralForCausalLM(transformers.MistralConfig(**sizes, sliding_window=8)).eval()
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).eval()
+
+
+@pytest.mark.parametrize("kind", ["no states", "both in one layer", "window", "index"])
+def test_from_any_kind_of_cache_the_tokens_of_a_draft_are_taken_back(kind, monkeypatch):
+    """Behind a window too. So what is drafted is what the draft says, also if it is drafted ahead and if graphs repeat steps."""
+    monkeypatch.setattr(speculation, "EARLY", ("cpu",))
+    repeat_steps(monkeypatch)
+    model, draft, propose, asked = built(**zoo.SMALL), other(kind), _Drafting.propose, []
+
+    def heard(self, ids, rows):
+        found = propose(self, ids, rows)
+        said = draft.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False)
+        assert torch.equal(torch.cat([ids, found.tokens], 1), said)
+        asked.append(1)
+        return found
+
+    monkeypatch.setattr(_Drafting, "propose", heard)
+    for implementation, rows in ((None, 1), ("static", 2), ("static", 1)):
+        ids = zoo.prompt(rows, 12)[0]
+        given = {**GREEDY, "max_new_tokens": 12, "cache_implementation": implementation}
+        wanted = model.generate(ids, **given)
+        assert torch.equal(model.generate(ids, **given, custom_generate=gdnfuse.speculative(Draft(draft, 2))), wanted)
+    assert len(asked) > 12
