@@ -10,7 +10,7 @@ import torch
 
 from gdnfuse.generation.caches import cache_argument
 from gdnfuse.generation.hooks import hooks_now
-from gdnfuse.generation.recorded import Recorded
+from gdnfuse.generation.recorded import Recorded, others_generate
 
 
 def compiled_steps(model: torch.nn.Module, static: bool) -> Callable[..., Any] | None:
@@ -22,9 +22,9 @@ def compiled_steps(model: torch.nn.Module, static: bool) -> Callable[..., Any] |
 
 def recorded_steps(model: torch.nn.Module, cache: Any) -> Recorded | None:
     """What steps on a cache of fixed length go to if only code of transformers and of gdnfuse runs between them. None if they are
-    not compiled, have no CUDA graphs, or if a hook must see them."""
+    not compiled, have no CUDA graphs, if a hook must see them, or if another thread generates too."""
     uncaptured = getattr(compiled_steps(model, True), "uncaptured", None)
-    return None if uncaptured is None or hooks_now(model.modules()) else Recorded(uncaptured, cache)
+    return None if uncaptured is None or others_generate() or hooks_now(model.modules()) else Recorded(uncaptured, cache)
 
 
 class Fed:

@@ -26,6 +26,7 @@ from gdnfuse.generation.caches import cache_finder
 from gdnfuse.generation.prefix_tree import BLOCK, TOKEN, Read
 from gdnfuse.generation.prefixes import PrefixStore, tokens
 from gdnfuse.generation.proposers import Always, Proposer, proposer_of
+from gdnfuse.generation.recorded import generating
 from gdnfuse.generation.speculation import NOTED, Acceptance, Speculative, check_model
 from gdnfuse.runs import RUNS
 
@@ -80,7 +81,7 @@ class Generate:
 
     def _with_prefixes(self, given: dict[str, Any], inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if self.prefixes is None:
-            with stopping.late(self.__self__, given):
+            with generating(), stopping.late(self.__self__, given):
                 return self._plain(inputs, *args, **kwargs)
         noted = getattr(self._runs, "noted", None)
         prefixes = getattr(self._runs, "scratch", None) or self.prefixes
@@ -102,7 +103,8 @@ class Generate:
         outer = getattr(self._runs, "now", None)
         self._runs.now = run
         try:
-            out = self._plain(inputs, *args, **kwargs)
+            with generating():
+                out = self._plain(inputs, *args, **kwargs)
         finally:
             self._runs.now = outer
             run.drop_ahead()

@@ -4,13 +4,19 @@ Before a compiled call runs, Dynamo compares all that it depends on with what it
 attributes. Of a model of 32 layers that takes the host about a millisecond. Between the steps of one generation in which only
 code of transformers and of gdnfuse runs, nothing of it can change. So the first call of a shape runs with its guards, the second
 is recorded as a CUDA graph, and later ones replay it. A recording lasts for one generation.
+
+While one thread records on a GPU, torch 2.11 lets no other draw random numbers there. So nothing is recorded while another
+thread generates, and a generation begins behind a recording.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
-from collections.abc import Callable, Hashable
+import threading
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import torch
@@ -23,6 +29,30 @@ NOT_RECORDED = (
     "A step of a generation must be recordable as a CUDA graph to run without guards, found %s. So steps run with guards, "
     "which is slower."
 )
+
+
+_recording = threading.Lock()
+_threads: Counter[int] = Counter()  # how many generations go on in each
+
+
+@contextlib.contextmanager
+def generating() -> Iterator[None]:
+    """A generation in this thread."""
+    me = threading.get_ident()
+    with _recording:
+        _threads[me] += 1
+    try:
+        yield
+    finally:
+        with _recording:
+            _threads[me] -= 1
+            if not _threads[me]:
+                del _threads[me]
+
+
+def others_generate() -> bool:
+    """Whether a generation goes on in another thread than in the one that asks from within a generation."""
+    return len(_threads) > 1
 
 
 class Graph:
@@ -40,9 +70,20 @@ class Graph:
             try:
                 out = fn()
             finally:
-                self._graph.capture_end()
+                self._end()
         now.wait_stream(own)
         return out
+
+    def _end(self) -> None:
+        try:
+            self._graph.capture_end()
+        except RuntimeError:
+            # For random numbers torch 2.11 believes that this recording still goes on, until another has succeeded.
+            other = torch.cuda.CUDAGraph()
+            other.capture_begin(capture_error_mode="thread_local")
+            torch.zeros(1, device=self._device)
+            other.capture_end()
+            raise
 
     def replay(self) -> None:
         self._graph.replay()
@@ -94,7 +135,11 @@ class Recorded:
         return out
 
     def _record(self, arguments: dict[str, Any]) -> _Step | None:
-        """A step, of which nothing has run yet. None if it cannot be recorded, and then no other is tried."""
+        """A step, of which nothing has run yet. None if it cannot be recorded now. If it never can, no other is tried."""
+        with _recording:
+            return None if others_generate() else self._record_alone(arguments)
+
+    def _record_alone(self, arguments: dict[str, Any]) -> _Step | None:
         before = [(layer, dict(vars(layer))) for layer in self._cache.layers]
         try:
             step = _Step(self._call, arguments, self.tap, self.graph(arguments["input_ids"].device))

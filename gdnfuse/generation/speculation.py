@@ -26,6 +26,7 @@ from gdnfuse.generation.caches import cache_argument, cache_finder
 from gdnfuse.generation.feeding import Fed, compiled_steps, recorded_steps
 from gdnfuse.generation.hooks import hooks_now
 from gdnfuse.generation.proposers import Always, Callback, Drafts, Proposer, Run, check_drafts, is_users, proposer_of
+from gdnfuse.generation.recorded import generating
 
 
 @dataclass
@@ -131,10 +132,10 @@ class Speculative:
         **model_kwargs: Any,
     ) -> Any:
         self.acceptance = Acceptance()
-        one = self.loop(self, model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
-        if NOTED.generations is not None:
-            NOTED.generations.append(self.acceptance)
-        with torch.no_grad():
+        with generating(), torch.no_grad():
+            one = self.loop(self, model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
+            if NOTED.generations is not None:
+                NOTED.generations.append(self.acceptance)
             out = one.run()
         self.seen = one.cache, one.seen
         return out

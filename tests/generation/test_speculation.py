@@ -6,6 +6,7 @@ import copy
 import itertools
 import logging
 import pickle
+import threading
 
 import pytest
 import torch
@@ -868,6 +869,49 @@ def test_graphs_repeat_steps_between_which_only_known_code_runs(monkeypatch, cap
     generated()
     assert sum("recordable as a CUDA graph" in r.getMessage() for r in caplog.records) == 2
     assert not any(graph.replays for graph in graphs)
+
+
+def test_nothing_is_recorded_while_another_thread_generates(monkeypatch):
+    """The random numbers of which torch 2.11 would refuse to draw meanwhile."""
+    graphs, model = repeat_steps(monkeypatch), built(**zoo.SMALL)
+    ids, under_way, goes_on = zoo.prompt(1, 5)[0].repeat(1, 2), threading.Event(), threading.Event()
+    asked = {**GREEDY, "cache_implementation": "static"}
+    answer = model.generate(ids, **asked)
+
+    class Waiting(transformers.generation.streamers.BaseStreamer):
+        def put(self, value):
+            under_way.set()
+            assert goes_on.wait(60)
+
+        def end(self):
+            pass
+
+    def generated(streamer=None):
+        assert torch.equal(model.generate(ids, **asked, custom_generate=gdnfuse.speculative(Draft(draft, 3), streamer)), answer)
+
+    draft = disturbed(model, 0.05)
+    other = threading.Thread(target=generated, args=(Waiting(),))
+    other.start()
+    assert under_way.wait(60)
+    generated()
+    assert not graphs
+    goes_on.set()
+    other.join()
+    generated()
+    assert any(graph.replays for graph in graphs)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_random_numbers_are_drawn_behind_a_recording_that_failed():
+    x = torch.ones(2, device="cuda")
+    with pytest.raises(RuntimeError):
+        recorded.Graph(x.device).record(lambda: x.sum().item())
+    assert x.multinomial(1).shape == (1,) and torch.rand_like(x).shape == (2,)
+    graph = recorded.Graph(x.device)
+    out = graph.record(lambda: x + 1)
+    graph.replay()
+    assert out.tolist() == [2, 2]
 
 
 @pytest.mark.gpu
