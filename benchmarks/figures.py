@@ -297,6 +297,8 @@ def speculation(files: dict[str, Any]) -> Rows:
     yield ("model", "drafts", *heads, *(f"speed at {s:g}" for s in shares))
     for d in data:
         for r in d["results"]:
+            if "step_ms" not in r:  # the run ended before it was timed
+                continue
             ms = [number(r[name], 2, " ms") for name in ("step_ms", "verify_ms")]
             us = [number(1e3 * r[name], 0, " µs") for name in ("replay_ms", "replay_limit_ms")]
             speeds = {row["acceptance"]: row["speedup"] for row in r["drafts"]}
@@ -307,6 +309,19 @@ def speculation(files: dict[str, Any]) -> Rows:
                 *us,
                 *(number(speeds.get(s), 2, " ×") for s in shares),
             )
+
+
+def prefix(files: dict[str, Any]) -> Rows:
+    """The time to the first token behind a known prefix, by kind of cache."""
+    yield ("model", "cache", "tails", "tokens known", "first token", "least", "most")
+    for file in files.values():
+        given = file["arguments"]
+        for result in file["results"]:
+            for side in result["sides"]:
+                for kind, found in side.get("first_token", {}).items():
+                    times = [number(found[name], 1, " ms") for name in ("ms", "ms_min", "ms_max")]
+                    tails = "yes" if given["tails"] and kind == "static" else "no"
+                    yield named(result["model"]), kind, tails, number(found["tokens_taken"], 0), *times
 
 
 TABLES: dict[str, tuple[Callable[[dict[str, Any]], Rows], str]] = {
@@ -328,6 +343,7 @@ TABLES: dict[str, tuple[Callable[[dict[str, Any]], Rows], str]] = {
     "tokens": (tokens, "tokens.py"),
     "ranks": (ranks, "gdnfuse bench --tensor-parallel"),
     "speculation": (speculation, "speculation.py"),
+    "prefix": (prefix, "prefix.py"),
 }
 
 
