@@ -101,7 +101,7 @@ def test_nothing_of_a_tail_is_left_unfused(talk):
     gdnfuse.clear_reports()
     torch._dynamo.reset()
     assert talk.agree(behind(9), **STATIC)[-1:] == [9]
-    (report,) = gdnfuse.reports()
+    report = gdnfuse.reports()[0]  # if no test has run before, the tail is also computed as a prompt, behind it
     fired = {record.rule for record in report.all_records if record.status is Status.FIRED}
     assert {"gating_chunk_delta_rule", "attention_few_queries"} <= fired
 
