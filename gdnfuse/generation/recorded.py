@@ -15,6 +15,7 @@ import contextlib
 import functools
 import logging
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
@@ -56,17 +57,20 @@ def others_generate() -> bool:
 
 
 class Graph:
-    """A CUDA graph of one function."""
+    """A CUDA graph of one function. When it goes, the next one gets its memory, which torch would keep otherwise."""
 
     def __init__(self, device: torch.device):
         self._graph, self._device = torch.cuda.CUDAGraph(), device
+        free = _free.setdefault(device, [])
+        self._memory = free.pop() if free else _small(device)
+        weakref.finalize(self, free.append, self._memory)
 
     def record(self, fn: Callable[[], Any]) -> Any:
         """What `fn` returns. Its kernels are recorded and do not run yet."""
         now, own = torch.cuda.current_stream(self._device), _stream(self._device)
         own.wait_stream(now)
         with torch.cuda.device(self._device), torch.cuda.stream(own):
-            self._graph.capture_begin(capture_error_mode="thread_local")
+            self._graph.capture_begin(self._memory.pool(), capture_error_mode="thread_local")
             try:
                 out = fn()
             finally:
@@ -79,14 +83,25 @@ class Graph:
             self._graph.capture_end()
         except RuntimeError:
             # For random numbers torch 2.11 believes that this recording still goes on, until another has succeeded.
-            other = torch.cuda.CUDAGraph()
-            other.capture_begin(capture_error_mode="thread_local")
-            torch.zeros(1, device=self._device)
-            other.capture_end()
+            _small(self._device)
             raise
 
     def replay(self) -> None:
         self._graph.replay()
+
+
+# Of each device, graphs that have memory of their own, which no other graph uses now.
+_free: dict[torch.device, list[torch.cuda.CUDAGraph]] = {}
+
+
+def _small(device: torch.device) -> torch.cuda.CUDAGraph:
+    """A graph of one launch. As long as it lives, other graphs may use its memory."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(device), torch.cuda.stream(_stream(device)):
+        graph.capture_begin(capture_error_mode="thread_local")
+        torch.zeros(1, device=device)
+        graph.capture_end()
+    return graph
 
 
 @functools.cache

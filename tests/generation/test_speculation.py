@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import logging
 import pickle
@@ -918,7 +919,7 @@ def test_on_a_gpu_random_numbers_are_drawn_behind_a_recording_that_failed():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("proposer", ["lookup", "draft"])
 def test_on_a_gpu_graphs_repeat_steps(proposer, monkeypatch, caplog):
-    """Two generations, each with graphs of its own, say what the model says."""
+    """Generations, each with graphs of its own, say what the model says, and one takes over the memory of the one before."""
     heads = {"head_dim": 64, "linear_key_head_dim": 128, "linear_value_head_dim": 128}
     model, replay, replays = counting(built(**zoo.SMALL, **heads), 7).cuda(), recorded.Graph.replay, []
     monkeypatch.setattr(recorded.Graph, "replay", lambda self: (replays.append(1), replay(self)))
@@ -927,10 +928,14 @@ def test_on_a_gpu_graphs_repeat_steps(proposer, monkeypatch, caplog):
     wanted = model.generate(ids, **asked, disable_compile=True)
     drafts = PromptLookup(4) if proposer == "lookup" else Draft(gdnfuse.compile(disturbed(model.cpu(), 0.05).cuda()), 3)
     gdnfuse.compile(model.cuda(), speculate=drafts, strict=True)
-    for _ in range(2):
+    reserved = []
+    for _ in range(5):
         replays.clear()
         assert torch.equal(model.generate(ids, **asked), wanted)
         assert len(replays) >= model.generate.acceptance.rounds - 1 > 3
+        gc.collect()
+        reserved.append(torch.cuda.memory_reserved())
+    assert reserved[-1] == reserved[-2] == reserved[-3]
     assert not [r for r in caplog.records if r.name.startswith("gdnfuse") and r.levelno >= logging.WARNING]
 
 
