@@ -301,11 +301,20 @@ def test_bad_options_leave_the_model_alone(model, bad, named):
     ],
 )
 def test_mode_and_options_are_never_both_set(model, given, mode, options, monkeypatch):
-    made = []
-    monkeypatch.setattr(torch, "compile", lambda call, **settings: made.append(settings) or call)
+    made, own_graphs = [], []
+
+    def compiled(call, **settings):
+        of = own_graphs if getattr(getattr(call, "__code__", None), "co_name", "") == "uncaptured" else made
+        of.append(settings)
+        return call
+
+    monkeypatch.setattr(torch, "compile", compiled)
     gdnfuse.compile(model, **given)
-    assert all(s["backend"] == "gdnfuse" and (s["mode"] is None or s["options"] is None) for s in made)
+    assert all(s["backend"] == "gdnfuse" and (s["mode"] is None or s["options"] is None) for s in [*made, *own_graphs])
     assert (made[-1]["mode"], made[-1]["options"]) == (mode, options)  # of steps in generate
+    # Steps of which gdnfuse makes the CUDA graphs itself have none of Inductor's, and are there if Inductor would make some.
+    graphs = mode is not None or (options or {}).get("inductor", {}).get("triton.cudagraphs", False)
+    assert [s["options"]["inductor"]["triton.cudagraphs"] for s in own_graphs] == [False] * graphs
 
 
 class Plain(torch.nn.Module):
