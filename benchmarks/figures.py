@@ -320,7 +320,8 @@ def prefix(files: dict[str, Any]) -> Rows:
             for side in result["sides"]:
                 for kind, found in side.get("first_token", {}).items():
                     times = [number(found[name], 1, " ms") for name in ("ms", "ms_min", "ms_max")]
-                    tails = "yes" if given["tails"] and kind == "static" else "no"
+                    how = "yes, ahead" if given.get("ahead") else "yes"
+                    tails = how if given["tails"] and kind == "static" else "no"
                     yield named(result["model"]), kind, tails, number(found["tokens_taken"], 0), *times
 
 

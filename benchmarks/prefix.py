@@ -253,6 +253,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", metavar="FILE", help="write the figures, the machine and the versions here")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    if args.ahead and not args.tails:
+        parser.error("--ahead needs --tails, found it without")
     sides = args.sides.split(",")
     if unknown := set(sides) - set(SIDES):
         parser.error(f"unknown sides {', '.join(sorted(unknown))}; the valid ones are {', '.join(SIDES)}")

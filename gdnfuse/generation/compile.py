@@ -186,7 +186,7 @@ def _compile(
         return [of(*phase) for phase in phases]
 
     def uncaptured() -> Callable[..., Any]:
-        """What `generate` calls, for who makes CUDA graphs of steps himself."""
+        """What `generate` calls, but without Inductor's CUDA graphs. gdnfuse/generation/recorded.py makes its own."""
         how = _no_cuda_graphs(_mode_of_generate(mode, parsed), options)
         step = coverage.checked(torch.compile(with_own_code(plain, "uncaptured"), **shared, **how), STEP)
         few = few_tokens("uncaptured_", **how)

@@ -41,7 +41,7 @@ class Fed:
     Attributes:
         length: tokens in the cache. Whoever crops the cache sets it.
         after: called behind each call with its tokens, if given.
-        recorded: what calls of `few` tokens on the filled cache go to, if given.
+        recorded: what calls of `few` tokens on the filled cache go to, if given and as long as it can record them.
     """
 
     def __init__(
@@ -89,8 +89,10 @@ class Fed:
             arguments["logits_to_keep"] = 1
         # Of one layout whatever they are a part of: Dynamo compiles a call anew for other strides.
         arguments["input_ids"] = tokens.clone(memory_format=torch.contiguous_format)
-        recorded = self.length and tokens.shape[1] in self.few and self.recorded
-        out = (recorded or self._call)(**arguments)
+        call, recorded = self._call, self.recorded
+        if recorded is not None and not recorded.why_not and self.length and tokens.shape[1] in self.few:
+            call = recorded
+        out = call(**arguments)
         self.length = end
         if self.after is not None:
             self.after(tokens)

@@ -227,7 +227,7 @@ def _body_of(folder: Path) -> dict[str, Any]:
         why = "other contents" if body["format"] == FORMAT else f"the format {body['format']}"
     except (ValueError, KeyError, TypeError):
         why = "something else"
-    raise GdnfuseError(f"{index} must be an index of prefixes as {FORMAT} writes it, found {why}.")
+    raise GdnfuseError(f"{index} must be an index of prefixes as {FORMAT} writes it, found {why}: save them again.")
 
 
 def _path(folder: Any) -> Path:

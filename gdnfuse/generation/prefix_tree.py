@@ -224,7 +224,11 @@ class Tree:
             before, nodes = self._walked
             if nodes[0] is node and nodes[-1].block is not None and tokens.startswith(before):
                 path = nodes[:]
-        while (node := path[-1].children.get(tokens[(at := path[-1].length * TOKEN) : at + BLOCK * TOKEN])) is not None:
+        while True:
+            at = path[-1].length * TOKEN
+            node = path[-1].children.get(tokens[at : at + BLOCK * TOKEN])
+            if node is None:
+                break
             path.append(node)
         if path[1:]:
             self._walked = tokens[: path[-1].length * TOKEN], path[:]

@@ -27,8 +27,8 @@ from gdnfuse.errors import one_line
 log = logging.getLogger(__name__)
 
 NOT_RECORDED = (
-    "A step of a generation must be recordable as a CUDA graph to run without guards, found %s. So steps run with guards, "
-    "which is slower."
+    "A step of a generation must be recordable as a CUDA graph to run without guards, found %s. So steps are compiled calls, "
+    "whose guards take the host longer."
 )
 
 
@@ -120,7 +120,7 @@ class Recorded:
     Attributes:
         tap: where a hook of the model leaves the last hidden states, in `hidden`, if anybody reads them.
         graph: the class of the graphs.
-        why_not: why nothing is recorded any more, after an attempt that failed.
+        why_not: why steps are not recorded. Then they should not come here any more, because `call` has no CUDA graphs.
     """
 
     graph: type = Graph
@@ -135,13 +135,13 @@ class Recorded:
         Args:
             arguments: of the model. What is no tensor must be the same object or number at each call of a shape.
         """
-        if self.why_not:
-            return self._call(**arguments)
         key = tuple((name, _layout(x)) for name, x in arguments.items())
         if key not in self._steps:
             self._steps[key] = None
             return self._call(**arguments)
-        step = self._steps[key] = self._steps[key] or self._record(arguments)
+        step = self._steps[key]
+        if step is None and not self.why_not:
+            step = self._steps[key] = self._record(arguments)
         if step is None:
             return self._call(**arguments)
         out = step(arguments)
@@ -150,9 +150,12 @@ class Recorded:
         return out
 
     def _record(self, arguments: dict[str, Any]) -> _Step | None:
-        """A step, of which nothing has run yet. None if it cannot be recorded now. If it never can, no other is tried."""
+        """A step, of which nothing has run yet. None if it cannot be recorded, and `why_not` says why."""
         with _recording:
-            return None if others_generate() else self._record_alone(arguments)
+            if others_generate():
+                self.why_not = "another thread that generates"
+                return None
+            return self._record_alone(arguments)
 
     def _record_alone(self, arguments: dict[str, Any]) -> _Step | None:
         before = [(layer, dict(vars(layer))) for layer in self._cache.layers]

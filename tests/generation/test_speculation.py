@@ -867,7 +867,10 @@ def test_graphs_repeat_steps_between_which_only_known_code_runs(monkeypatch, cap
         steps(input_ids=token[None, None], **zoo.held(steps._cache))
     assert steps._cache.layers[0].cumulative_length_int == 8 and "cumulative_length_int of its cache" in steps.why_not
     monkeypatch.setattr(StandIn, "record", lambda self, fn: 1 / 0)
+    tried, call = [], Repeated.__call__
+    monkeypatch.setattr(Repeated, "__call__", lambda self, **given: (tried.append(1), call(self, **given))[1])
     generated()
+    assert len(tried) == 2 * 2  # then the model's and the draft's steps are those that have Inductor's CUDA graphs
     assert sum("recordable as a CUDA graph" in r.getMessage() for r in caplog.records) == 2
     assert not any(graph.replays for graph in graphs)
 

@@ -652,5 +652,5 @@ def test_products_of_e4m3_are_torchs_on_hopper(rows, format):
     assert not fp8_linear._failed
 
 
-if not torch.cuda.is_available():  # thousands of skipped tests take their time; all that collecting evaluates has been
+if not torch.cuda.is_available():  # here, behind all parameters, so that these are evaluated without a GPU too
     pytest.skip("needs a CUDA device", allow_module_level=True)

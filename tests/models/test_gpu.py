@@ -200,5 +200,5 @@ def test_no_kernel_is_compiled_after_the_warmup():
     assert kernels.loaded() == warm.kernels
 
 
-if not torch.cuda.is_available():  # thousands of skipped tests take their time; all that collecting evaluates has been
+if not torch.cuda.is_available():  # here, behind all parameters, so that these are evaluated without a GPU too
     pytest.skip("needs a CUDA device", allow_module_level=True)
